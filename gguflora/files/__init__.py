@@ -1,0 +1,1 @@
+"""Checked access to GGUF and safetensors files."""
