@@ -1,8 +1,17 @@
 """Build backend: setuptools, preceded by writing the cffi wrapper's C source from ``csrc/gguflora.h``.
 
 The header is the only description of the C interface: cffi parses it as it stands, without its preprocessor lines.
+
+For development ``python tools/build_backend.py --inplace`` compiles ``gguflora/_gguflora.abi3.so`` into the checkout
+(with the sources and flags of pyproject.toml), after which ``PYTHONPATH=.`` is an installation.
 """
 
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cffi import FFI
@@ -45,5 +54,41 @@ def build_sdist(sdist_directory, config_settings=None):  # noqa: ANN001, ANN201,
     return _setuptools.build_sdist(sdist_directory, config_settings)
 
 
+def build_in_place() -> Path:
+    """Compile the extension beside the Python sources; a running process keeps the old file (rename)."""
+    import tomllib  # noqa: PLC0415  (3.11; only developers come here)
+
+    write_wrapper()
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    extension = settings["tool"]["setuptools"]["ext-modules"][0]
+    flags = [
+        *shlex.split(os.environ.get("CFLAGS", "")),
+        *extension["extra-compile-args"],
+        "-fPIC",
+        "-DPy_LIMITED_API=0x030a0000",
+    ]
+    include = [f"-I{ROOT / folder}" for folder in extension["include-dirs"]] + [f"-I{sysconfig.get_path('include')}"]
+    compiler = shlex.split(os.environ.get("CC", "gcc"))
+    scratch = ROOT / "build" / f"inplace-{os.getpid()}"
+    scratch.mkdir(parents=True)
+
+    def compile_one(source: str) -> Path:
+        target = scratch / (source.replace("/", "-") + ".o")
+        subprocess.run([*compiler, *flags, *include, "-c", str(ROOT / source), "-o", str(target)], check=True)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [str(path) for path in pool.map(compile_one, extension["sources"])]
+    linker_flags = shlex.split(os.environ.get("LDFLAGS", ""))
+    fresh = scratch / "_gguflora.abi3.so"
+    subprocess.run([*compiler, "-shared", *objects, *linker_flags, "-lm", "-o", str(fresh)], check=True)
+    target = ROOT / "gguflora" / "_gguflora.abi3.so"
+    fresh.replace(target)
+    for path in objects:
+        Path(path).unlink()
+    scratch.rmdir()
+    return target
+
+
 if __name__ == "__main__":
-    print(write_wrapper())
+    print(build_in_place() if "--inplace" in sys.argv[1:] else write_wrapper())

@@ -1,0 +1,62 @@
+#include "dispatch.h"
+
+#include <stddef.h>
+
+#include "blocks.h"
+
+static const gfl_type types[GFL_N_TYPES] = {
+#define GFL_TYPE(name, id, weights, block, needs_imatrix) [GFL_##name] = {id, weights, (int)sizeof(block), needs_imatrix, #name},
+#include "types.def"
+#undef GFL_TYPE
+};
+
+static const struct {
+    const char *name;
+    const gfl_table *table;
+} isas[] = {
+    {"scalar", &gfl_scalar},
+#if defined(__x86_64__)
+    {"avx2", &gfl_avx2},
+    {"avx512", &gfl_avx512},
+    {"neon", NULL},
+#elif defined(__aarch64__)
+    {"avx2", NULL},
+    {"avx512", NULL},
+    {"neon", &gfl_neon},
+#else
+    {"avx2", NULL},
+    {"avx512", NULL},
+    {"neon", NULL},
+#endif
+};
+
+enum { N_ISAS = sizeof isas / sizeof *isas };
+
+int gfl_type_count(void) { return GFL_N_TYPES; }
+
+gfl_type gfl_type_at(int index) {
+    return index >= 0 && index < GFL_N_TYPES ? types[index] : (gfl_type){-1, 0, 0, 0, NULL};
+}
+
+int gfl_isa_count(void) { return N_ISAS; }
+
+const char *gfl_isa_name(int isa) { return isa >= 0 && isa < N_ISAS ? isas[isa].name : NULL; }
+
+int gfl_isa_available(int isa) {
+    if (isa < 0 || isa >= N_ISAS || !isas[isa].table) return 0;
+#if defined(__x86_64__)
+    if (isas[isa].table == &gfl_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    if (isas[isa].table == &gfl_avx512)
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avx512f") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+    return 1;
+}
+
+const gfl_table *gfl_table_of(int isa) { return gfl_isa_available(isa) ? isas[isa].table : NULL; }
+
+int gfl_index_of(int type_id) {
+    for (int i = 0; i < GFL_N_TYPES; i++)
+        if (types[i].id == type_id) return i;
+    return -1;
+}

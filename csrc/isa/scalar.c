@@ -1,0 +1,3 @@
+#include "../simd/scalar.h"
+#define GFL_TABLE gfl_scalar
+#include "../kernels/all.h"

@@ -1,0 +1,17 @@
+/* All families over the simd header included before; defines the table GFL_TABLE. */
+#include "../blocks.h"
+#include "table.h"
+
+#include "rows_f32.h"
+#include "floats.h"
+#include "plain.h"
+
+const gfl_table GFL_TABLE = {
+    .largest = largest,
+    .add_product = add_product,
+    .types = {
+#define GFL_TYPE(name, id, weights, block, needs_imatrix) [GFL_##name] = {quantize_##name, dequantize_##name},
+#include "../types.def"
+#undef GFL_TYPE
+    },
+};

@@ -1,0 +1,217 @@
+/* Q4_0 Q4_1 Q5_0 Q5_1 Q8_0: 32 weights, one scale, no search. */
+
+enum { PLAIN = 32 };
+
+/* The value of largest magnitude, the first one if two have it (ggml keeps its sign). */
+static inline float signed_peak(const float *x) {
+    vf high = vf_load(x), low = high;
+    for (int i = LANES; i < PLAIN; i += LANES) {
+        high = vf_max(vf_load(x + i), high);
+        low = vf_min(vf_load(x + i), low);
+    }
+    const float top = vf_hmax(high), bottom = vf_hmin(low);
+    if (top > -bottom) return top;
+    if (-bottom > top) return bottom;
+    for (int i = 0; i < PLAIN; i++)
+        if (x[i] == top || x[i] == bottom) return x[i] == 0.0f ? 0.0f : x[i];
+    return 0.0f;
+}
+
+static inline float inverse(float d) { return d != 0.0f ? 1.0f / d : 0.0f; }
+
+/* Truncated to a byte and limited: INT32_MIN (from an infinite or NaN product) has a zero low byte, as in ggml. */
+static inline vi plain_code(vf v, int largest_code) {
+    return vi_min(vi_and(vf_truncate(v), vi_set1(0xff)), vi_set1(largest_code));
+}
+
+/* codes[0..32) = (x - offset) * id + half, truncated */
+static inline void plain_codes(uint8_t *codes, const float *x, float offset, float id, float half, int largest_code) {
+    for (int i = 0; i < PLAIN; i += LANES) {
+        const vf v = vf_mul(vf_sub(vf_load(x + i), vf_set1(offset)), vf_set1(id));
+        vi_store_u8(codes + i, plain_code(vf_add(v, vf_set1(half)), largest_code));
+    }
+}
+
+static inline void pack_nibbles(uint8_t *qs, const uint8_t *codes) {
+    uint64_t low[2], high[2];
+    memcpy(low, codes, 16);
+    memcpy(high, codes + 16, 16);
+    for (int i = 0; i < 2; i++) low[i] = (low[i] & 0x0f0f0f0f0f0f0f0full) | (high[i] & 0x0f0f0f0f0f0f0f0full) << 4;
+    memcpy(qs, low, 16);
+}
+
+static inline void pack_fifth_bits(uint8_t *qh, const uint8_t *codes) {
+    for (int i = 0; i < 4; i++) {
+        uint64_t c;
+        memcpy(&c, codes + 8 * i, 8);
+        /* gathers bit 4 of eight bytes into one: the multiplication adds shifted copies that do not meet */
+        qh[i] = (uint8_t)(((c >> 4 & 0x0101010101010101ull) * 0x0102040810204080ull) >> 56);
+    }
+}
+
+static inline void unpack_nibbles(uint8_t *codes, const uint8_t *qs) {
+    uint64_t q[2];
+    memcpy(q, qs, 16);
+    for (int i = 0; i < 2; i++) {
+        const uint64_t low = q[i] & 0x0f0f0f0f0f0f0f0full, high = q[i] >> 4 & 0x0f0f0f0f0f0f0f0full;
+        memcpy(codes + 8 * i, &low, 8);
+        memcpy(codes + 16 + 8 * i, &high, 8);
+    }
+}
+
+/* Of several zeros the first one's sign counts. */
+static inline float first_equal(const float *x, float v) {
+    if (v != 0.0f) return v;
+    while (*x != 0.0f) x++;
+    return *x;
+}
+
+static inline void plain_range(const float *x, float *low, float *high) {
+    vf top = vf_load(x), bottom = top;
+    for (int i = LANES; i < PLAIN; i += LANES) {
+        top = vf_max(vf_load(x + i), top);
+        bottom = vf_min(vf_load(x + i), bottom);
+    }
+    *high = first_equal(x, vf_hmax(top));
+    *low = first_equal(x, vf_hmin(bottom));
+}
+
+static void quantize_Q4_0(const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, const float *imatrix) {
+    (void)imatrix;
+    block_q4_0 *y = (block_q4_0 *)out;
+    for (int64_t i = 0; i < n_rows * n_in; i += PLAIN, y++) {
+        const float d = signed_peak(x + i) / -8.0f;
+        uint8_t codes[PLAIN];
+        plain_codes(codes, x + i, 0.0f, inverse(d), 8.5f, 15);
+        y->d = float_to_half(d);
+        pack_nibbles(y->qs, codes);
+    }
+}
+
+static void quantize_Q4_1(const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, const float *imatrix) {
+    (void)imatrix;
+    block_q4_1 *y = (block_q4_1 *)out;
+    for (int64_t i = 0; i < n_rows * n_in; i += PLAIN, y++) {
+        float low, high;
+        plain_range(x + i, &low, &high);
+        const float d = (high - low) / 15.0f;
+        uint8_t codes[PLAIN];
+        plain_codes(codes, x + i, low, inverse(d), 0.5f, 15);
+        y->d = float_to_half(d);
+        y->m = float_to_half(low);
+        pack_nibbles(y->qs, codes);
+    }
+}
+
+static void quantize_Q5_0(const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, const float *imatrix) {
+    (void)imatrix;
+    block_q5_0 *y = (block_q5_0 *)out;
+    for (int64_t i = 0; i < n_rows * n_in; i += PLAIN, y++) {
+        const float d = signed_peak(x + i) / -16.0f;
+        uint8_t codes[PLAIN];
+        plain_codes(codes, x + i, 0.0f, inverse(d), 16.5f, 31);
+        y->d = float_to_half(d);
+        pack_fifth_bits(y->qh, codes);
+        pack_nibbles(y->qs, codes);
+    }
+}
+
+static void quantize_Q5_1(const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, const float *imatrix) {
+    (void)imatrix;
+    block_q5_1 *y = (block_q5_1 *)out;
+    for (int64_t i = 0; i < n_rows * n_in; i += PLAIN, y++) {
+        float low, high;
+        plain_range(x + i, &low, &high);
+        const float d = (high - low) / 31.0f;
+        uint8_t codes[PLAIN];
+        plain_codes(codes, x + i, low, inverse(d), 0.5f, 255);
+        y->d = float_to_half(d);
+        y->m = float_to_half(low);
+        pack_fifth_bits(y->qh, codes);
+        pack_nibbles(y->qs, codes);
+    }
+}
+
+static void quantize_Q8_0(const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, const float *imatrix) {
+    (void)imatrix;
+    block_q8_0 *y = (block_q8_0 *)out;
+    const vi sign = vi_set1(INT32_MIN), below_half = vf_as_vi(vf_set1(0x1.fffffep-2f));
+    for (int64_t i = 0; i < n_rows * n_in; i += PLAIN, y++) {
+        vf peak = vf_zero();
+        for (int j = 0; j < PLAIN; j += LANES) peak = vf_max(vf_abs(vf_load(x + i + j)), peak);
+        const float d = vf_hmax(peak) / 127.0f, id = inverse(d);
+        y->d = float_to_half(d);
+        for (int j = 0; j < PLAIN; j += LANES) { /* halves go away from zero: add the float below 0.5, then truncate */
+            const vf v = vf_mul(vf_load(x + i + j), vf_set1(id));
+            const vf bump = vi_as_vf(vi_or(vi_and(vf_as_vi(v), sign), below_half));
+            vi_store_u8(y->qs + j, vf_truncate(vf_add(v, bump)));
+        }
+    }
+}
+
+/* out[0..32) = codes * d + m; codes * d alone if there is no m */
+static inline void plain_values(float *out, const uint8_t *codes, int offset, float d) {
+    for (int i = 0; i < PLAIN; i += LANES)
+        vf_store(out + i, vf_mul(vi_to_vf(vi_sub(vi_load_u8(codes + i), vi_set1(offset))), vf_set1(d)));
+}
+
+static inline void plain_values_min(float *out, const uint8_t *codes, float d, float m) {
+    for (int i = 0; i < PLAIN; i += LANES)
+        vf_store(out + i, vf_add(vf_mul(vi_to_vf(vi_load_u8(codes + i)), vf_set1(d)), vf_set1(m)));
+}
+
+static inline void unpack_fifth_bits(uint8_t *codes, const uint8_t *qh) {
+    for (int i = 0; i < 4; i++) { /* one bit to each of eight bytes, then to bit 4 */
+        uint64_t c, bits = (qh[i] * 0x0101010101010101ull) & 0x8040201008040201ull;
+        bits = (bits + 0x7f7f7f7f7f7f7f7full) & 0x8080808080808080ull;
+        memcpy(&c, codes + 8 * i, 8);
+        c |= bits >> 3;
+        memcpy(codes + 8 * i, &c, 8);
+    }
+}
+
+static void dequantize_Q4_0(const uint8_t *src, float *out, int64_t n) {
+    const block_q4_0 *x = (const block_q4_0 *)src;
+    for (int64_t i = 0; i < n; i += PLAIN, x++) {
+        uint8_t codes[PLAIN];
+        unpack_nibbles(codes, x->qs);
+        plain_values(out + i, codes, 8, half_to_float(x->d));
+    }
+}
+
+static void dequantize_Q4_1(const uint8_t *src, float *out, int64_t n) {
+    const block_q4_1 *x = (const block_q4_1 *)src;
+    for (int64_t i = 0; i < n; i += PLAIN, x++) {
+        uint8_t codes[PLAIN];
+        unpack_nibbles(codes, x->qs);
+        plain_values_min(out + i, codes, half_to_float(x->d), half_to_float(x->m));
+    }
+}
+
+static void dequantize_Q5_0(const uint8_t *src, float *out, int64_t n) {
+    const block_q5_0 *x = (const block_q5_0 *)src;
+    for (int64_t i = 0; i < n; i += PLAIN, x++) {
+        uint8_t codes[PLAIN];
+        unpack_nibbles(codes, x->qs);
+        unpack_fifth_bits(codes, x->qh);
+        plain_values(out + i, codes, 16, half_to_float(x->d));
+    }
+}
+
+static void dequantize_Q5_1(const uint8_t *src, float *out, int64_t n) {
+    const block_q5_1 *x = (const block_q5_1 *)src;
+    for (int64_t i = 0; i < n; i += PLAIN, x++) {
+        uint8_t codes[PLAIN];
+        unpack_nibbles(codes, x->qs);
+        unpack_fifth_bits(codes, x->qh);
+        plain_values_min(out + i, codes, half_to_float(x->d), half_to_float(x->m));
+    }
+}
+
+static void dequantize_Q8_0(const uint8_t *src, float *out, int64_t n) {
+    const block_q8_0 *x = (const block_q8_0 *)src;
+    for (int64_t i = 0; i < n; i += PLAIN, x++) {
+        const vf d = vf_set1(half_to_float(x->d));
+        for (int j = 0; j < PLAIN; j += LANES) vf_store(out + i + j, vf_mul(vi_to_vf(vi_load_i8(x->qs + j)), d));
+    }
+}

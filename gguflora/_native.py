@@ -1,0 +1,277 @@
+"""The only importer of the compiled kernels: pointers, status codes to exceptions, choice of ISA, rows over threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguflora._gguflora import ffi, lib
+from gguflora.errors import NativeError, NonFiniteError, QuantizationError
+
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+_NOT_FINITE, _OVERFLOWS, _UNKNOWN, _NO_MEMORY = 1, 2, 3, 4
+
+
+@dataclass(frozen=True)
+class GgmlType:
+    """A quant type: ggml's number and name for it, and the size of its blocks."""
+
+    id: int
+    name: str
+    block_weights: int
+    block_bytes: int
+    needs_imatrix: bool = False
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether weights can be quantized to this type without an importance matrix."""
+        return not self.needs_imatrix
+
+    def row_bytes(self, n_in: int) -> int:
+        """Bytes of a row of ``n_in`` weights.
+
+        Raises:
+            QuantizationError: ``n_in`` is not a whole number of blocks.
+        """
+        if n_in % self.block_weights:
+            raise QuantizationError(
+                f"rows of {n_in} weights cannot be stored as {self.name}: must be a multiple of {self.block_weights}"
+            )
+        return n_in // self.block_weights * self.block_bytes
+
+
+def _read_types() -> dict[int, GgmlType]:
+    rows = (lib.gfl_type_at(index) for index in range(lib.gfl_type_count()))
+    return {
+        t.id: GgmlType(t.id, ffi.string(t.name).decode(), t.block_weights, t.block_bytes, bool(t.needs_imatrix))
+        for t in rows
+    }
+
+
+TYPES: dict[int, GgmlType] = _read_types()
+
+
+def type_named(name: str) -> GgmlType:
+    """The type ggml calls ``name`` (``Q4_K``; case does not matter).
+
+    Raises:
+        QuantizationError: gguflora has no such type.
+    """
+    for known in TYPES.values():
+        if known.name == name.upper():
+            return known
+    raise QuantizationError(f"unknown quant type {name!r}; known are {', '.join(t.name for t in TYPES.values())}")
+
+
+def isa_names() -> list[str]:
+    """Names of the instruction sets this machine can run, slowest first."""
+    return [_isa_name(isa) for isa in range(lib.gfl_isa_count()) if lib.gfl_isa_available(isa)]
+
+
+def _isa_name(isa: int) -> str:
+    name: str = ffi.string(lib.gfl_isa_name(isa)).decode()
+    return name
+
+
+def current_isa() -> str:
+    """The instruction set in use: ``GGUFLORA_ISA`` if that is set, else the fastest this machine has.
+
+    Raises:
+        NativeError: ``GGUFLORA_ISA`` names no instruction set of this machine.
+    """
+    return _isa_name(_isa_number(os.environ.get("GGUFLORA_ISA") or isa_names()[-1]))
+
+
+@cache
+def _isa_number(name: str) -> int:
+    for isa in range(lib.gfl_isa_count()):
+        if _isa_name(isa) == name and lib.gfl_isa_available(isa):
+            return isa
+    raise NativeError(f"instruction set {name!r} is not available here; GGUFLORA_ISA may be {', '.join(isa_names())}")
+
+
+def _choose(isa: str | None) -> int:
+    return _isa_number(isa or current_isa())
+
+
+def quantize_rows(
+    x: Floats, type: GgmlType, out: Bytes, *, imatrix: Floats | None = None, isa: str | None = None
+) -> None:
+    """Quantize rows exactly as ggml does, on the calling thread, without the GIL.
+
+    Args:
+        x: weights, (n_rows, n_in), C-contiguous.
+        type: the type to quantize to.
+        out: (n_rows, row_bytes), C-contiguous, overwritten.
+        imatrix: importance of each column, (n_in,), or None.
+        isa: instruction set; default is `current_isa`.
+
+    Raises:
+        NonFiniteError: a weight is NaN or infinite, or too large for the type.
+        QuantizationError: shapes do not fit, or the type needs an imatrix.
+    """
+    n_rows, n_in = _rows(x, np.float32, "weights")
+    _expect_rows(out, n_rows, type.row_bytes(n_in), "output")
+    if imatrix is None:
+        if type.needs_imatrix:
+            raise QuantizationError(f"{type.name} cannot be quantized without an importance matrix (imatrix)")
+        importance = ffi.NULL
+    else:
+        _check_imatrix(imatrix, n_in)
+        importance = _floats(imatrix)
+    _raise_for(
+        lib.gfl_quantize_rows(_choose(isa), type.id, _floats(x), n_rows, n_in, importance, _bytes_out(out)), type
+    )
+
+
+def dequantize_rows(src: Bytes, type: GgmlType, out: Floats, *, isa: str | None = None) -> None:
+    """The floats ggml reads from quantized rows.
+
+    Args:
+        src: (n_rows, row_bytes), C-contiguous.
+        type: the type of ``src``.
+        out: (n_rows, n_in), C-contiguous, overwritten.
+        isa: instruction set; default is `current_isa`.
+
+    Raises:
+        QuantizationError: shapes do not fit.
+    """
+    n_rows, n_in = _rows(out, np.float32, "output")
+    _expect_rows(src, n_rows, type.row_bytes(n_in), "quantized rows")
+    _raise_for(lib.gfl_dequantize_rows(_choose(isa), type.id, _bytes(src), n_rows, n_in, _floats_out(out)), type)
+
+
+def merge_rows(  # noqa: PLR0917  (two arrays of rows with their types, two factors)
+    src: Bytes,
+    src_type: GgmlType,
+    dst: Bytes,
+    dst_type: GgmlType,
+    a: Floats,
+    b: Floats,
+    *,
+    isa: str | None = None,
+) -> None:
+    """``dst = quantize(dequantize(src) + b @ a)`` in groups of rows that stay in the cache.
+
+    The product is summed over rank in ascending order without fused operations, so the bytes depend neither on the
+    instruction set nor on how rows are split over calls.
+
+    Args:
+        src: (n_rows, row bytes of ``src_type``).
+        src_type: type of ``src``.
+        dst: (n_rows, row bytes of ``dst_type``), overwritten; may be ``src`` itself if the types are the same.
+        dst_type: type to write.
+        a: (rank, n_in).
+        b: (n_rows, rank), factors already folded in.
+        isa: instruction set; default is `current_isa`.
+
+    Raises:
+        NonFiniteError: a merged weight is NaN, infinite or too large for the type.
+        QuantizationError: shapes do not fit, or the type needs an imatrix.
+    """
+    rank, n_in = _rows(a, np.float32, "a")
+    n_rows, b_rank = _rows(b, np.float32, "b")
+    if b_rank != rank:
+        raise QuantizationError(f"a has rank {rank}, b has rank {b_rank}")
+    if dst_type.needs_imatrix:
+        raise QuantizationError(f"{dst_type.name} cannot be quantized without an importance matrix (imatrix)")
+    _expect_rows(src, n_rows, src_type.row_bytes(n_in), "quantized rows")
+    _expect_rows(dst, n_rows, dst_type.row_bytes(n_in), "output")
+    _raise_for(
+        lib.gfl_merge_rows(
+            _choose(isa),
+            src_type.id,
+            _bytes(src),
+            dst_type.id,
+            _bytes_out(dst),
+            n_rows,
+            n_in,
+            _floats(a),
+            _floats(b),
+            rank,
+        ),
+        dst_type,
+    )
+
+
+def run_rows(n_rows: int, block_rows: int, work: Callable[[int, int], None], threads: int | None) -> None:
+    """Call ``work(start, stop)`` for ranges of at most ``block_rows`` rows on ``threads`` threads (default: all CPUs).
+
+    After the first error no new range is begun; that error is raised once running ranges have ended.
+    """
+    ranges = [(start, min(start + block_rows, n_rows)) for start in range(0, n_rows, block_rows)]
+    count = min(threads or len(os.sched_getaffinity(0)), len(ranges))
+    if count <= 1:
+        for start, stop in ranges:
+            work(start, stop)
+        return
+    with ThreadPoolExecutor(count) as pool:
+        futures = [pool.submit(work, start, stop) for start, stop in ranges]
+        wait(futures, return_when=FIRST_EXCEPTION)
+        for future in futures:
+            future.cancel()
+    for future in futures:
+        if not future.cancelled():
+            future.result()
+
+
+def _raise_for(result: Any, type: GgmlType) -> None:  # noqa: ANN401  (a cffi struct)
+    if result.status == 0:
+        return
+    row, column = result.row, result.column
+    if result.status == _NOT_FINITE:
+        raise NonFiniteError(f"NaN or infinite weight at row {row}, column {column}", row, column)
+    if result.status == _OVERFLOWS:
+        raise NonFiniteError(f"the weight at row {row}, column {column} is too large for {type.name}", row, column)
+    if result.status == _NO_MEMORY:
+        raise NativeError("no memory for one group of rows")
+    raise NativeError(f"no kernel for {type.name} (id {type.id}) in this build")
+
+
+def _rows(array: NDArray[Any], dtype: type[np.generic], what: str) -> tuple[int, int]:
+    if array.dtype != dtype or array.ndim != 2 or not array.flags.c_contiguous:
+        raise QuantizationError(
+            f"{what}: expected a C-contiguous {np.dtype(dtype).name} array of rows, found {array.dtype} {array.shape}"
+        )
+    n_rows, n_in = array.shape
+    return n_rows, n_in
+
+
+def _expect_rows(array: Bytes, n_rows: int, row_bytes: int, what: str) -> None:
+    if _rows(array, np.uint8, what) != (n_rows, row_bytes):
+        raise QuantizationError(f"{what}: expected shape ({n_rows}, {row_bytes}), found {array.shape}")
+
+
+def _check_imatrix(imatrix: Floats, n_in: int) -> None:
+    if imatrix.shape != (n_in,) or imatrix.dtype != np.float32 or not imatrix.flags.c_contiguous:
+        raise QuantizationError(
+            f"imatrix: expected a C-contiguous float32 array of shape ({n_in},), found {imatrix.dtype} {imatrix.shape}"
+        )
+    if not np.isfinite(imatrix).all():
+        column = int(np.flatnonzero(~np.isfinite(imatrix))[0])
+        raise NonFiniteError(f"NaN or infinite importance at column {column}", 0, column)
+
+
+def _floats(array: Floats) -> Any:  # noqa: ANN401  (cffi pointers)
+    return ffi.from_buffer("float[]", array)
+
+
+def _floats_out(array: Floats) -> Any:  # noqa: ANN401
+    return ffi.from_buffer("float[]", array, require_writable=True)
+
+
+def _bytes(array: Bytes) -> Any:  # noqa: ANN401
+    return ffi.from_buffer("uint8_t[]", array)
+
+
+def _bytes_out(array: Bytes) -> Any:  # noqa: ANN401
+    return ffi.from_buffer("uint8_t[]", array, require_writable=True)
