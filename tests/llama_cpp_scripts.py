@@ -1,0 +1,59 @@
+"""Run llama.cpp's converter scripts in one process of their own, which imports torch once.
+
+Not a test: `oracles.py` starts `python llama_cpp_scripts.py DIRECTORY_OF_LLAMA_CPP` and speaks JSON lines with it
+(a list of the script's name and arguments in, null or the error's text out). The scripts use the gguf-py beside them.
+
+The vocabulary is patched: the tests' byte-level tokenizers have no known pre-tokenizer hash and no sentencepiece model,
+so every model's vocabulary is written by llama.cpp's own `_set_vocab_gpt2`. Weights, names and hyperparameters are not
+touched.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import runpy
+import sys
+import traceback
+from pathlib import Path
+
+
+def main() -> None:
+    """Serve requests until stdin is closed."""
+    llama_cpp = Path(sys.argv[1])
+    sys.path[:0] = [str(llama_cpp), str(llama_cpp / "gguf-py")]
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    import conversion
+    import torch
+
+    torch.set_num_threads(1)
+    find_model_class = conversion.get_model_class
+
+    def get_model_class(*args, **kwargs):
+        model_class = find_model_class(*args, **kwargs)
+        model_class.set_vocab = conversion.TextModel._set_vocab_gpt2
+        return model_class
+
+    conversion.get_model_class = get_model_class
+    conversion.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+
+    for line in sys.stdin:
+        script, *arguments = json.loads(line)
+        sys.argv = [script, *arguments]
+        log = io.StringIO()
+        logging.root.handlers = [logging.StreamHandler(log)]
+        error = None
+        try:
+            with contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
+                runpy.run_path(str(llama_cpp / script), run_name="__main__")
+        except (Exception, SystemExit) as failure:
+            if not (isinstance(failure, SystemExit) and not failure.code):
+                error = log.getvalue() + traceback.format_exc()
+        print(json.dumps(error), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()
