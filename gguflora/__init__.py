@@ -1,0 +1,17 @@
+"""LoRA for GGUF: convert PEFT adapters, merge them into quantized models, hot-swap them at run time."""
+
+from gguflora._version import __version__
+from gguflora.adapters import read_adapter
+from gguflora.convert import ConvertReport, convert
+from gguflora.errors import GgufloraError
+from gguflora.merge import MergeReport, merge
+
+__all__ = [
+    "ConvertReport",
+    "GgufloraError",
+    "MergeReport",
+    "__version__",
+    "convert",
+    "merge",
+    "read_adapter",
+]

@@ -1,0 +1,5 @@
+"""``python -m gguflora``."""
+
+from gguflora.cli import main
+
+main()

@@ -1,0 +1,91 @@
+"""Adapters: a PEFT directory or a GGUF LoRA file, read into deltas."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from gguflora.adapters.config import PeftConfig, read_config
+from gguflora.adapters.gguf_lora import read_gguf_lora
+from gguflora.adapters.lora import read_lora
+from gguflora.deltas import LowRank
+from gguflora.errors import AdapterError, UnsupportedAdapterError
+from gguflora.files.safetensors import Array, as_float32, read_weights
+
+Reader = Callable[[PeftConfig, Mapping[str, Array]], dict[str, LowRank]]
+
+READERS: Final[dict[str, Reader]] = {
+    "LORA": read_lora,
+}
+"""The PEFT methods gguflora reads, by the ``peft_type`` of their configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter, read but not yet fitted to a base model.
+
+    Attributes:
+        name: of its directory, or its file without the suffix.
+        path: of the file with the weights.
+        sha256: of that file, in hexadecimal.
+        changes: the change of each weight, by the module's path in the Hugging Face model or, with ``architecture``
+            set, by the tensor's name in GGUF.
+        architecture: of the base it was made for, where it is a GGUF LoRA; None for a PEFT directory.
+    """
+
+    name: str
+    path: Path
+    sha256: str
+    changes: Mapping[str, LowRank]
+    architecture: str | None = None
+
+
+def read_adapter(path: str | os.PathLike[str]) -> Adapter:
+    """Read a PEFT directory or a GGUF LoRA file.
+
+    Raises:
+        AdapterError: if it is missing or makes no sense.
+        UnsupportedAdapterError: if its method or an option of it is not supported.
+        FormatError: if its weights are damaged.
+    """
+    location = Path(path)
+    if not location.exists():
+        raise AdapterError(
+            f"{location}: no such file or directory; expected a PEFT adapter directory or a GGUF LoRA file"
+        )
+    if not location.is_dir():
+        if location.suffix in {".safetensors", ".bin", ".json"}:
+            raise AdapterError(f"{location}: is one file of an adapter; give the directory it lies in")
+        architecture, changes = read_gguf_lora(location)
+        adapter = Adapter(location.stem, location, _sha256(location), changes, architecture)
+    else:
+        config = read_config(location)
+        reader = READERS.get(config.peft_type)
+        if reader is None:
+            raise UnsupportedAdapterError(
+                f"{config.path}: peft_type {config.peft_type} is not supported; supported: {', '.join(READERS)}"
+            )
+        weights, tensors = read_weights(location, "adapter_model")
+        adapter = Adapter(location.resolve().name, weights, _sha256(weights), reader(config, tensors))
+    _check_finite(adapter)
+    return adapter
+
+
+def _check_finite(adapter: Adapter) -> None:
+    for target, change in adapter.changes.items():
+        for part, array in (("A", change.a), ("B", change.b)):
+            if not np.isfinite(as_float32(array)).all():
+                raise AdapterError(
+                    f"{adapter.path}: {part} of {target!r} holds NaN or infinity; its training has diverged"
+                )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

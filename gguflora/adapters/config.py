@@ -1,0 +1,90 @@
+"""``adapter_config.json`` of PEFT, checked as far as gguflora relies on it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from gguflora.errors import AdapterError
+
+FILE_NAME: Final = "adapter_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class PeftConfig:
+    """The parsed file.
+
+    Attributes:
+        path: of the file, for messages.
+        peft_type: in upper case, as PEFT spells it.
+        fields: everything in the file.
+    """
+
+    path: Path
+    peft_type: str
+    fields: Mapping[str, Any]
+
+    def number(self, name: str, default: float) -> float:
+        """A number, or ``default`` where the field is missing or null."""
+        return self._number(name, self.fields.get(name), default)
+
+    def flag(self, name: str) -> bool:
+        """A boolean, False where the field is missing or null."""
+        value = self.fields.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise self.error(name, "true or false", value)
+        return bool(value)
+
+    def for_module(self, name: str, pattern_name: str, module: str, default: float) -> float:
+        """The number that holds for a module: the first matching pattern's, else the field's (PEFT's rule)."""
+        patterns = self.fields.get(pattern_name) or {}
+        if not isinstance(patterns, dict):
+            raise self.error(pattern_name, "an object of module patterns and numbers", patterns)
+        for pattern, value in patterns.items():
+            try:
+                matches = re.match(rf"(.*\.)?({pattern})$", module)
+            except re.error as error:
+                raise AdapterError(
+                    f"{self.path}: {pattern_name}: {pattern!r} is no regular expression: {error}"
+                ) from error
+            if matches:
+                return self._number(f"{pattern_name}[{pattern!r}]", value, default)
+        return self.number(name, default)
+
+    def _number(self, name: str, value: object, default: float) -> float:
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+            raise self.error(name, "a finite number", value)
+        return value
+
+    def error(self, name: str, expected: str, found: object) -> AdapterError:
+        """An error about one field."""
+        return AdapterError(f"{self.path}: {name} is {found!r:.100}, expected {expected}")
+
+
+def read_config(folder: Path) -> PeftConfig:
+    """Read a PEFT directory's configuration.
+
+    Raises:
+        AdapterError: if it is missing, no JSON object, or names no PEFT method.
+    """
+    path = folder / FILE_NAME
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterError(
+            f"{folder}: holds no {FILE_NAME}; expected a directory written by PEFT's save_pretrained"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise AdapterError(f"{path}: expected a JSON object, found {type(fields).__name__}")
+    peft_type = fields.get("peft_type")
+    if not isinstance(peft_type, str):
+        raise AdapterError(f"{path}: peft_type is {peft_type!r}, expected the name of a PEFT method such as 'LORA'")
+    return PeftConfig(path, peft_type.upper(), fields)

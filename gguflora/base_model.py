@@ -1,0 +1,173 @@
+"""What a base model says about itself, in a GGUF file or a Hugging Face ``config.json``: architecture, shapes, heads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from gguflora.errors import ArchitectureError
+from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, layer_of
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model, without its weights.
+
+    Attributes:
+        path: of the GGUF file or the Hugging Face directory.
+        architecture: as GGUF names it.
+        shapes: (n_out, n_in) of the weights by GGUF name; of a directory only those that its configuration fixes.
+        n_layers: number of blocks.
+        n_head: attention heads of each layer.
+        n_head_kv: key and value heads of each layer.
+    """
+
+    path: Path
+    architecture: str
+    shapes: Mapping[str, Shape]
+    n_layers: int
+    n_head: tuple[int, ...]
+    n_head_kv: tuple[int, ...]
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the token embedding is also the output weight."""
+        return OUTPUT not in self.shapes
+
+
+def read_base(path: str | os.PathLike[str]) -> BaseModel:
+    """Read a base model's description: a GGUF file, or a directory with ``config.json``.
+
+    Raises:
+        GgufError: if the GGUF file is damaged.
+        ArchitectureError: if it is no language model, or its configuration cannot be used.
+    """
+    location = Path(path)
+    if location.is_dir():
+        return _read_config(location / "config.json")
+    with GgufFile(location) as file:
+        return describe(file)
+
+
+def describe(file: GgufFile) -> BaseModel:
+    """What an open GGUF file says about itself as a base model."""
+    kind = file.metadata.get("general.type", "model")
+    if kind != "model":
+        raise ArchitectureError(f"{file.path}: general.type is {kind!r}, expected a model as the base")
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    n_layers = 1 + max((layer for name in shapes if (layer := layer_of(name)) is not None), default=-1)
+    if n_layers > len(shapes):
+        raise ArchitectureError(
+            f"{file.path}: has a tensor of layer {n_layers - 1}, but only {len(shapes)} tensors in all"
+        )
+    n_head = _per_layer(file, "attention.head_count", n_layers)
+    n_head_kv = _per_layer(file, "attention.head_count_kv", n_layers) or n_head
+    return BaseModel(file.path, file.architecture, shapes, n_layers, n_head, n_head_kv)
+
+
+def _per_layer(file: GgufFile, key: str, n_layers: int) -> tuple[int, ...]:
+    key = f"{file.architecture}.{key}"
+    value = file.metadata.get(key)
+    if value is None:
+        return ()
+    numbers = value if isinstance(value, list) else [value] * n_layers
+    if len(numbers) < n_layers or not all(isinstance(number, int) for number in numbers):
+        raise ArchitectureError(f"{file.path}: {key} is {value!r:.80}, expected a whole number, or one for each layer")
+    return tuple(numbers[:n_layers])
+
+
+_MODEL_TYPES: Final = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "gemma3_text": "gemma3",
+    "phi3": "phi3",
+}
+"""Architectures in GGUF of the ``model_type`` of a configuration."""
+
+_GEMMA: Final = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True}
+_DEFAULTS: Final[dict[str, dict[str, Any]]] = {
+    "mistral": {"num_key_value_heads": 8},
+    "qwen3": {"head_dim": 128},
+    "gemma2": {**_GEMMA, "vocab_size": 256000},
+    "gemma3": {**_GEMMA, "vocab_size": 262208},
+    "gemma3_text": {**_GEMMA, "vocab_size": 262208},
+}
+"""What transformers takes for fields that a configuration leaves out, where models on the Hub do leave them out."""
+
+_SIZES: Final = {
+    "hidden_size": 1 << 24,
+    "intermediate_size": 1 << 24,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "num_hidden_layers": 1 << 14,
+    "head_dim": 1 << 16,
+    "vocab_size": 1 << 28,
+}
+"""What a configuration must say, each with a bound that no model comes near."""
+
+
+def _read_config(path: Path) -> BaseModel:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        model_type = config.get("model_type")
+        config = {**_DEFAULTS.get(model_type, {}), **config, **config.get("text_config", {})}
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ArchitectureError(f"{path}: cannot be read as a model's configuration: {error}") from error
+    if model_type not in _MODEL_TYPES:
+        raise ArchitectureError(
+            f"{path}: model_type {model_type!r} is not supported; supported: {', '.join(_MODEL_TYPES)}"
+        )
+    sizes = _read_sizes(path, config)
+    architecture, layers = _MODEL_TYPES[model_type], sizes["num_hidden_layers"]
+    return BaseModel(
+        path.parent,
+        architecture,
+        _shapes_of(architecture, sizes, tied=bool(config.get("tie_word_embeddings"))),
+        layers,
+        (sizes["num_attention_heads"],) * layers,
+        (sizes["num_key_value_heads"],) * layers,
+    )
+
+
+def _read_sizes(path: Path, config: dict[str, Any]) -> dict[str, int]:
+    sizes = {name: config.get(name) for name in _SIZES}
+    sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    if sizes["head_dim"] is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        sizes["head_dim"] = hidden // heads
+    checked = {}
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < _SIZES[name]:
+            raise ArchitectureError(
+                f"{path}: {name} is {value!r:.80}, expected a whole number from 1 to {_SIZES[name] - 1}"
+            )
+        checked[name] = value
+    return checked
+
+
+def _shapes_of(architecture: str, sizes: Mapping[str, int], *, tied: bool) -> dict[str, Shape]:
+    """Shapes of the matrices of a decoder with gated feed-forward, as all architectures of `_MODEL_TYPES` are."""
+    hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
+    q, kv = (sizes[heads] * sizes["head_dim"] for heads in ("num_attention_heads", "num_key_value_heads"))
+    block = {"attn_output": (hidden, q), "ffn_down": (hidden, inner)}
+    if architecture == "phi3":
+        block |= {"attn_qkv": (q + 2 * kv, hidden), "ffn_up": (2 * inner, hidden)}
+    else:
+        block |= {"attn_q": (q, hidden), "attn_k": (kv, hidden), "attn_v": (kv, hidden)}
+        block |= {"ffn_gate": (inner, hidden), "ffn_up": (inner, hidden)}
+    shapes: dict[str, Shape] = {TOKEN_EMBEDDING: (sizes["vocab_size"], hidden)}
+    if not tied:
+        shapes[OUTPUT] = (sizes["vocab_size"], hidden)
+    for layer in range(sizes["num_hidden_layers"]):
+        shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in block.items()}
+    return shapes

@@ -1,0 +1,179 @@
+"""The command line: options in, one function of the library called, its report printed."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Final, Literal, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+import gguflora
+from gguflora.convert import ConvertReport
+from gguflora.errors import GgufloraError
+from gguflora.merge import MergeReport
+from gguflora.merge import Progress as ProgressCallback
+
+app = typer.Typer(
+    help="LoRA for GGUF: convert PEFT adapters, merge them into quantized models, hot-swap them at run time.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_out = Console(soft_wrap=True, highlight=False)
+_err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+INTERRUPTED: Final = 130
+OutType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"gguflora {gguflora.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def convert(
+    adapter: Annotated[Path, typer.Argument(help="PEFT adapter directory (or a GGUF LoRA file, to store it again).")],
+    base: Annotated[Path, typer.Option(help="Base model: a GGUF file, or a directory with config.json.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="GGUF LoRA file to write.")],
+    outtype: Annotated[
+        OutType, typer.Option(help="Type of the stored factors; auto: the smallest that is exact.")
+    ] = "auto",
+    dry_run: Annotated[bool, typer.Option(help="Check everything, write nothing.")] = False,
+    force: Annotated[bool, typer.Option(help="Overwrite the output file.")] = False,
+) -> None:
+    """Convert a PEFT adapter into a GGUF LoRA file for llama.cpp.
+
+    Needs no torch and no Hugging Face model: names, shapes and head counts come from the base's GGUF file.
+
+    **Examples**
+
+    gguflora convert ./my-adapter --base model-Q4_K_M.gguf -o my-adapter.gguf
+
+    gguflora convert ./my-adapter --base model.gguf -o small.gguf --outtype q8_0
+    """
+    _print_conversion(gguflora.convert(adapter, base, out, outtype=outtype, dry_run=dry_run, force=force))
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(help="Base model, a GGUF file of any quantization.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Merged GGUF file to write.")],
+    lora: Annotated[list[str] | None, typer.Option(help="Adapter: PEFT directory or GGUF LoRA. Repeatable.")] = None,
+    lora_scaled: Annotated[
+        list[str] | None, typer.Option(metavar="PATH:SCALE", help="Adapter with a scale of its own. Repeatable.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; by default one for each core.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, write nothing.")] = False,
+    force: Annotated[bool, typer.Option(help="Overwrite the output file.")] = False,
+) -> None:
+    """Merge adapters into a quantized GGUF file; every tensor keeps its type, untouched ones keep their bytes.
+
+    **Examples**
+
+    gguflora merge model-Q4_K_M.gguf --lora ./my-adapter -o merged-Q4_K_M.gguf
+
+    gguflora merge model-Q8_0.gguf --lora legal.gguf --lora-scaled tone.gguf:0.5 -o merged.gguf
+    """
+    adapters = [(path, 1.0) for path in lora or ()] + [_split_scale(text) for text in lora_scaled or ()]
+    if not adapters:
+        raise typer.BadParameter("give at least one adapter with --lora or --lora-scaled")
+    with _progress_bar("merging") as progress:
+        report = gguflora.merge(base, adapters, out, threads=threads, dry_run=dry_run, force=force, progress=progress)
+    _print_merge(report)
+
+
+def _split_scale(text: str) -> tuple[str, float]:
+    path, _, scale = text.rpartition(":")
+    try:
+        return path, float(scale) if path else _refuse_scale(text)
+    except ValueError:
+        _refuse_scale(text)
+
+
+def _refuse_scale(text: str) -> NoReturn:
+    raise typer.BadParameter(f"--lora-scaled is {text!r}, expected PATH:SCALE, for example adapter.gguf:0.5")
+
+
+@contextmanager
+def _progress_bar(title: str) -> Iterator[ProgressCallback | None]:
+    """A bar on stderr while the block runs; None where stderr is no terminal."""
+    if not _err.is_terminal:
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_err, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print_conversion(report: ConvertReport) -> None:
+    for warning in report.warnings:
+        _err.print(f"warning: {warning}", markup=False)
+    low, high = report.ranks
+    rank = f"rank {low}" if low == high else f"ranks {low} to {high}"
+    scale = f"alpha {report.alpha:g}" if report.alpha else "factors folded into B (alpha 0)"
+    types = ", ".join(f"{count} {name}" for name, count in report.types.items())
+    verb = "would write" if report.dry_run else "wrote"
+    _out.print(
+        f"{verb} {report.output}: adapter {report.adapter!r} for {report.architecture}, {report.tensors} tensors, "
+        f"{rank}, {scale}, factors {types}, {report.size / 1e6:.2f} MB",
+        markup=False,
+    )
+
+
+def _print_merge(report: MergeReport) -> None:
+    merged = ", ".join(f"{name} x {scale:g}" for name, _, scale in report.adapters)
+    types = ", ".join(f"{count} {name}" for name, count in report.tensors.items()) or "none"
+    verb = "would write" if report.dry_run else "wrote"
+    _out.print(
+        f"{verb} {report.output}: {merged}; {sum(report.tensors.values())} tensors changed ({types}), "
+        f"{report.weights / 1e6:.1f} M weights, {report.size / 1e6:.1f} MB",
+        markup=False,
+    )
+    if not report.dry_run:
+        rate = report.weights_per_second / 1e6
+        _out.print(f"took {report.seconds:.2f} s on {report.threads} threads, {rate:.0f} M weights/s", markup=False)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _stop(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line: exit code 0, 1 for an error, 2 for wrong usage, 130 when interrupted."""
+    signal.signal(signal.SIGTERM, _stop)  # so that a terminated merge removes its temporary file
+    try:
+        app(prog_name="gguflora")
+    except GgufloraError as error:
+        _fail(str(error))
+    except MemoryError:
+        _fail("not enough memory")
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # typer has turned KeyboardInterrupt into this
+            print("interrupted; nothing was written", file=sys.stderr)
+        raise

@@ -1,0 +1,188 @@
+"""PEFT adapter to GGUF LoRA file: ``convert``."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguflora import quants
+from gguflora._native import type_named
+from gguflora._version import __version__
+from gguflora.adapters import Adapter, read_adapter
+from gguflora.adapters.gguf_lora import ALPHA_KEY
+from gguflora.architectures import place
+from gguflora.base_model import read_base
+from gguflora.deltas import LowRank, fold
+from gguflora.errors import AdapterError, QuantizationError
+from gguflora.files.gguf import TOKEN_EMBEDDING
+from gguflora.files.output import atomic_output, check_target
+from gguflora.files.safetensors import Array, as_float32
+
+OUTTYPES: Final = ("auto", "f32", "f16", "bf16", "q8_0")
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertReport:
+    """What `convert` did, or with ``dry_run`` would do.
+
+    Attributes:
+        output: the GGUF LoRA file.
+        adapter: name of the adapter.
+        architecture: of the base, as GGUF names it.
+        tensors: number of base tensors that the adapter changes.
+        ranks: smallest and largest rank.
+        alpha: as written; 0 where the factors are folded into B.
+        types: number of stored factors by quant type.
+        size: of the tensors, in bytes.
+        warnings: what the user should know.
+        dry_run: True if nothing was written.
+    """
+
+    output: Path
+    adapter: str
+    architecture: str
+    tensors: int
+    ranks: tuple[int, int]
+    alpha: float
+    types: dict[str, int]
+    size: int
+    warnings: tuple[str, ...]
+    dry_run: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return {**asdict(self), "output": str(self.output)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """One tensor of the output: bytes (rows, row_bytes) of a quant type."""
+
+    name: str
+    type: str
+    content: NDArray[np.uint8]
+
+
+def convert(
+    adapter: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    outtype: str = "auto",
+    dry_run: bool = False,
+    force: bool = False,
+) -> ConvertReport:
+    """Write an adapter as a GGUF LoRA file for llama.cpp.
+
+    Args:
+        adapter: PEFT directory, or a GGUF LoRA file to store again.
+        base: GGUF file of the base model, or a directory with its ``config.json``; only names and shapes are read.
+        out: the file to write.
+        outtype: ``f32``, ``f16``, ``bf16``, ``q8_0``, or ``auto``: for each factor the smallest of bf16, f16 and f32 that
+            holds its values exactly.
+        dry_run: check everything, write nothing.
+        force: overwrite ``out``.
+
+    Raises:
+        GgufloraError: if adapter and base cannot be read or do not fit together, or ``out`` cannot be written.
+    """
+    if outtype not in OUTTYPES:
+        raise QuantizationError(f"outtype is {outtype!r}, expected one of {', '.join(OUTTYPES)}")
+    target, source = Path(out), read_adapter(adapter)
+    model = read_base(base)
+    changes = place(source, model)
+    if not changes:
+        raise AdapterError(f"{source.path}: changes no weight; there is nothing to convert")
+    alpha = common_alpha(changes)
+    stored = [item for tensor, change in changes.items() for item in _store(tensor, change, outtype, alpha)]
+    size = sum(item.content.nbytes for item in stored)
+    check_target(target, [source.path, Path(base)], force=force or dry_run, size=size)
+    if not dry_run:
+        with atomic_output(target) as file:
+            _write(Path(file.name), source, model.architecture, alpha, stored)
+    ranks = [change.rank for change in changes.values()]
+    types = [item.type for item in stored]
+    return ConvertReport(
+        output=target,
+        adapter=source.name,
+        architecture=model.architecture,
+        tensors=len(changes),
+        ranks=(min(ranks), max(ranks)),
+        alpha=alpha,
+        types={name: types.count(name) for name in dict.fromkeys(types)},
+        size=size,
+        warnings=_warnings(outtype, stored),
+        dry_run=dry_run,
+    )
+
+
+def common_alpha(changes: Mapping[str, LowRank]) -> float:
+    """The alpha with ``factor = alpha / rank`` for every tensor, or 0 if there is none.
+
+    llama.cpp has one alpha for a file, a 32-bit float, and takes 0 as "factor 1".
+    """
+    alphas = [float(np.float32(change.factor * change.rank)) for change in changes.values()]
+    return alphas[0] if alphas and all(math.isclose(alpha, alphas[0], rel_tol=2**-23) for alpha in alphas) else 0.0
+
+
+def _store(tensor: str, change: LowRank, outtype: str, alpha: float) -> list[_Stored]:
+    b = change.b if alpha or change.factor == 1.0 else fold(change)
+    # llama.cpp looks rows of token_embd up in A and multiplies them with B: the factors change places
+    a, b = (b, change.a.T) if tensor == TOKEN_EMBEDDING else (change.a, b)
+    return [_encode(f"{tensor}.lora_a", a, outtype), _encode(f"{tensor}.lora_b", b, outtype)]
+
+
+def _encode(name: str, array: Array, outtype: str) -> _Stored:
+    values = np.ascontiguousarray(as_float32(array))
+    chosen = _exact_type(values) if outtype == "auto" else outtype.upper()
+    if values.shape[1] % type_named(chosen).block_weights:
+        chosen = "F16"
+    try:
+        content = quants.quantize(values, type_named(chosen).id).view(np.uint8)
+    except QuantizationError as error:
+        raise QuantizationError(f"{name!r} cannot be stored as {chosen}: {error}; try --outtype f32") from error
+    return _Stored(name, chosen, content)
+
+
+def _exact_type(values: NDArray[np.float32]) -> str:
+    if not (values.view(np.uint32) & 0xFFFF).any():
+        return "BF16"
+    with np.errstate(over="ignore"):
+        return "F16" if (values.astype(np.float16) == values).all() else "F32"
+
+
+def _warnings(outtype: str, stored: list[_Stored]) -> tuple[str, ...]:
+    odd = [item.name for item in stored if outtype == "q8_0" and item.type != "Q8_0"]
+    if not odd:
+        return ()
+    return (
+        f"{len(odd)} of {len(stored)} factors have rows that Q8_0's blocks of 32 do not divide; they are stored as F16",
+    )
+
+
+def _write(path: Path, source: Adapter, architecture: str, alpha: float, stored: list[_Stored]) -> None:
+    import gguf  # noqa: PLC0415  (slow to import)
+
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_name(source.name)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(ALPHA_KEY, alpha)
+    writer.add_string("gguflora.version", __version__)
+    writer.add_string("gguflora.source", source.path.name)
+    writer.add_string("gguflora.source.sha256", source.sha256)
+    if any(item.type == "Q8_0" for item in stored):
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for item in stored:
+        writer.add_tensor(item.name, item.content, raw_dtype=gguf.GGMLQuantizationType[item.type])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,0 +1,36 @@
+"""Copy a range of bytes between files, by the kernel where it can."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Final
+
+from gguflora.errors import GgufError
+
+_BUFFER_BYTES: Final = 4 << 20
+_NOT_HERE: Final = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
+
+
+def copy_range(source: int, source_offset: int, target: int, target_offset: int, count: int) -> None:
+    """Copy ``count`` bytes; file positions stay as they are.
+
+    Raises:
+        GgufError: if the source ends early.
+        OSError: if the target cannot be written.
+    """
+    while count:
+        try:
+            copied = os.copy_file_range(source, target, count, source_offset, target_offset)
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise
+            copied = _copy_through_memory(source, source_offset, target, target_offset, count)
+        if copied == 0:
+            raise GgufError("the base file became shorter while it was being copied")
+        source_offset, target_offset, count = source_offset + copied, target_offset + copied, count - copied
+
+
+def _copy_through_memory(source: int, source_offset: int, target: int, target_offset: int, count: int) -> int:
+    chunk = os.pread(source, min(count, _BUFFER_BYTES), source_offset)
+    return os.pwrite(target, chunk, target_offset) if chunk else 0
