@@ -1,0 +1,186 @@
+"""Whether llama.cpp can load a GGUF LoRA onto a base and decode with it.
+
+llama.cpp checks some of this itself, ignores some, and aborts the whole process on the rest (an assertion at the load
+or at the first decode). Read from llama.cpp's ``llama-adapter.cpp``, ``llama-graph.cpp`` and ``gguf.cpp``. Only headers
+decide here; of the data it is only asked whether the numbers are finite.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from gguflora.base_model import BaseModel, Shape, read_base
+from gguflora.errors import HotSwapError
+from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, TensorEntry
+
+_ALPHA: Final = "adapter.lora.alpha"
+_INVOCATION: Final = "adapter.alora.invocation_tokens"
+_FLOAT32: Final = 6  # of GGUF's value types
+_SUFFIXES: Final = (".lora_a", ".lora_b")
+_NOT_MULTIPLIED: Final = frozenset({"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"})
+"""Types that ggml stores but has no matrix product for: it would call a null pointer."""
+
+_EXPONENT: Final[dict[str, tuple[str, int]]] = {
+    "F32": ("<u4", 0x7F800000),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+}
+"""Of the float types: how to read a number's bits, and those that are all set in infinity and NaN."""
+
+_CHUNK_BYTES: Final = 1 << 22
+
+
+def read_whole_base(path: Path) -> BaseModel:
+    """The base at ``path`` as llama.cpp sees it: of a split model the tensors of all its files.
+
+    Raises:
+        GgufError: if a file is damaged or missing.
+    """
+    base, shapes = read_base(path), {}
+    for part in _parts(path):
+        with GgufFile(part) as file:
+            shapes.update({name: tensor.shape for name, tensor in file.tensors.items()})
+    return replace(base, shapes=shapes)
+
+
+def _parts(path: Path) -> list[Path]:
+    """All files of a model split by llama.cpp (``name-00001-of-00003.gguf``), or the one."""
+    found = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", path.name)
+    if found is None:
+        return [path]
+    return [path.with_name(f"{found[1]}-{number:05}-of-{found[2]}.gguf") for number in range(1, int(found[2]) + 1)]
+
+
+def check_loadable(path: Path, base: BaseModel) -> None:
+    """Raise unless llama.cpp can load the GGUF LoRA at ``path`` onto ``base`` and apply all of it.
+
+    Raises:
+        GgufError: if the file is damaged.
+        HotSwapError: if it is no LoRA, or does not fit, or llama.cpp would abort or ignore a part of it.
+    """
+    with GgufFile(path) as file:
+        _check_metadata(file, base)
+        pairs = _pair_up(file)
+        for name, (a, b) in pairs.items():
+            _check_pair(f"{path}: {name!r}", name, a, b, base)
+        for tensor in file.tensors.values():
+            _check_finite(file, tensor)
+
+
+def _check_metadata(file: GgufFile, base: BaseModel) -> None:
+    metadata = file.metadata
+    kind, adapter_type = metadata.get("general.type"), metadata.get("adapter.type")
+    if kind != "adapter" or adapter_type != "lora":
+        raise HotSwapError(
+            f"{file.path}: general.type is {kind!r} and adapter.type {adapter_type!r}, expected 'adapter' and 'lora': "
+            "this GGUF file is not a LoRA adapter"
+        )
+    architecture = metadata.get("general.architecture")
+    if architecture != base.architecture:
+        raise HotSwapError(
+            f"{file.path}: is an adapter for the architecture {architecture!r}, but the base {base.path} "
+            f"is {base.architecture!r}; load it on the base it was trained on"
+        )
+    if "" in metadata:
+        raise HotSwapError(f"{file.path}: has a metadata entry without a key; write the file again")
+    if _ALPHA in metadata and not _is_finite_float32(metadata.raw(_ALPHA), _ALPHA):
+        raise HotSwapError(f"{file.path}: {_ALPHA} is {metadata[_ALPHA]!r}, expected a finite number stored as FLOAT32")
+    if _INVOCATION in metadata:
+        raise HotSwapError(
+            f"{file.path}: is an activated LoRA, which begins at its invocation tokens; "
+            "llama.cpp's library would apply it to the whole prompt, so it cannot be hot-swapped"
+        )
+
+
+def _is_finite_float32(entry: bytes, key: str) -> bool:
+    """Whether a raw metadata entry (length, key, type, value) holds a finite FLOAT32."""
+    kind_at = 8 + len(key.encode())
+    kind, *rest = struct.unpack_from("<I", entry, kind_at)
+    return kind == _FLOAT32 and not rest and math.isfinite(struct.unpack_from("<f", entry, kind_at + 4)[0])
+
+
+def _pair_up(file: GgufFile) -> Mapping[str, tuple[TensorEntry, TensorEntry]]:
+    strangers = [name for name in file.tensors if not name.endswith(_SUFFIXES)]
+    if strangers:
+        raise HotSwapError(
+            f"{file.path}: tensor {strangers[0]!r} is neither .lora_a nor .lora_b"
+            + (f", nor are {len(strangers) - 1} others" if strangers[1:] else "")
+            + "; llama.cpp would refuse or silently ignore it: merge the adapter into the base instead"
+        )
+    pairs = {}
+    for name in dict.fromkeys(name[: -len(".lora_a")] for name in file.tensors):
+        a, b = file.tensors.get(f"{name}.lora_a"), file.tensors.get(f"{name}.lora_b")
+        if a is None or b is None:
+            missing = ".lora_a" if a is None else ".lora_b"
+            raise HotSwapError(f"{file.path}: {name!r} has no {missing}; the adapter is incomplete")
+        pairs[name] = (a, b)
+    if not pairs:
+        raise HotSwapError(f"{file.path}: holds no LoRA tensors")
+    return pairs
+
+
+def _check_pair(where: str, name: str, a: TensorEntry, b: TensorEntry, base: BaseModel) -> None:
+    if name == TOKEN_EMBEDDING and base.is_tied:
+        raise HotSwapError(
+            f"{where}: the base {base.path} has no output.weight, its token embedding serves as both, and llama.cpp "
+            "aborts on a LoRA of such an embedding; merge the adapter into the base instead"
+        )
+    weight = base.shapes.get(name)
+    if weight is None:
+        hint = "merge the adapter instead" if name == "output.weight" else "was it made for another model?"
+        raise HotSwapError(f"{where}: the base {base.path} has no such tensor; {hint}")
+    if len(weight) < 2:
+        raise HotSwapError(
+            f"{where}: is a vector in the base; llama.cpp would silently ignore this LoRA: merge it instead"
+        )
+    for part in (a, b):
+        if part.type.name in _NOT_MULTIPLIED:
+            raise HotSwapError(
+                f"{where}: {part.name!r} is stored as {part.type.name}; llama.cpp cannot multiply with that type"
+            )
+    _check_shapes(where, name, weight, a.shape, b.shape)
+
+
+def _check_shapes(where: str, name: str, weight: Shape, a: Shape, b: Shape) -> None:
+    stack, n_out, n_in = _as_stack(weight)
+    rank = b[-1]
+    if name.endswith("token_embd.weight"):  # llama.cpp looks up rows of A, so it is stored the other way round
+        expected_a, expected_b = (*stack, n_out, rank), (*stack, n_in, rank)
+    else:
+        expected_a, expected_b = (*stack, rank, n_in), (*stack, n_out, rank)
+    for part, found, expected in ((".lora_a", a, expected_a), (".lora_b", b, expected_b)):
+        leading, rows, columns = _as_stack(found)
+        if (*leading, rows, columns) != expected:
+            raise HotSwapError(
+                f"{where}: {part} has shape {found}, expected {_in_words(expected)} to fit the base's {weight} "
+                f"at rank {rank}; was it made for another model?"
+            )
+
+
+def _as_stack(shape: Shape) -> tuple[Shape, int, int]:
+    """Leading dimensions (always two), rows, columns: GGUF writers drop leading ones or keep them."""
+    padded = (1,) * (4 - len(shape)) + shape
+    return padded[:2], padded[2], padded[3]
+
+
+def _in_words(shape: Shape) -> str:
+    while len(shape) > 2 and shape[0] == 1:
+        shape = shape[1:]
+    return str(shape)
+
+
+def _check_finite(file: GgufFile, tensor: TensorEntry) -> None:
+    if tensor.type.name not in _EXPONENT:
+        return
+    dtype, exponent = _EXPONENT[tensor.type.name]
+    rows_at_once = max(1, _CHUNK_BYTES // (tensor.nbytes // tensor.n_rows))
+    for first in range(0, tensor.n_rows, rows_at_once):
+        bits = file.read_rows(tensor, first, min(first + rows_at_once, tensor.n_rows)).view(dtype)
+        if ((bits & exponent) == exponent).any():
+            raise HotSwapError(f"{file.path}: tensor {tensor.name!r} holds NaN or infinity; its training has diverged")

@@ -1,0 +1,312 @@
+"""Hot-swapping: load, apply, rescale and remove adapters of a running ``llama_cpp.Llama``.
+
+    adapters = gguflora.attach(llm)
+    adapters.load("legal", "legal.gguf")
+    adapters.apply(legal=0.75)
+    llm("Dear Sir")                        # answers with the adapter
+    with adapters.using(legal=1.0, tone=-0.5):
+        ...
+    adapters.close()                       # the base model again
+
+Changing the set forgets the tokens evaluated so far (``llm.n_tokens`` is 0): none of them may answer for another set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import numbers
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gguflora.base_model import BaseModel
+from gguflora.errors import HotSwapError
+from gguflora.preflight import check_loadable, read_whole_base
+
+if TYPE_CHECKING:
+    from gguflora.llama import LoadedAdapter
+    from gguflora.reuse import AdapterSet
+
+_CHUNK_BYTES = 1 << 20
+
+
+def attach(llm: Any) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only where it is used, and has no types)
+    """Adapters of ``llm``, a ``llama_cpp.Llama``; attached twice, the same ones.
+
+    The adapter of ``Llama(lora_path=...)`` is taken over under the file's stem, loaded and active with its scale.
+
+    Raises:
+        HotSwapError: if ``llm`` is no open Llama, or llama-cpp-python is not installed.
+    """
+    try:
+        import llama_cpp  # noqa: PLC0415  (import gguflora does not load it)
+
+        from gguflora import reuse  # noqa: PLC0415
+    except ImportError as error:
+        raise HotSwapError(f"hot-swapping needs llama-cpp-python: pip install 'gguflora[runtime]' ({error})") from error
+    if not isinstance(llm, llama_cpp.Llama):
+        raise HotSwapError(f"attach needs a llama_cpp.Llama, found {type(llm).__name__}")
+    if llm._ctx.ctx is None:
+        raise HotSwapError("attach needs an open Llama; this one is closed")
+    before = reuse.attached_set(llm)
+    if before is not None and not before.closed:
+        return Adapters(llm, before)
+    adapters = reuse.AdapterSet(llm._ctx, llm._model)
+    _adopt(llm, adapters, active=before is None)
+    reuse.guard(llm, adapters)
+    return Adapters(llm, adapters)
+
+
+def _adopt(llm: Any, adapters: AdapterSet, *, active: bool) -> None:  # noqa: ANN401
+    """Take over the adapter of ``Llama(lora_path=...)``, which the Llama frees itself."""
+    from gguflora.llama import LoadedAdapter  # noqa: PLC0415
+
+    pointer = llm._lora_adapter
+    if pointer is None:
+        return
+    path = Path(llm.lora_path)
+    try:
+        sha256 = _sha256(path)
+    except OSError:  # the file has gone since: like no other
+        sha256 = uuid.uuid4().hex
+    adapters.loaded[path.stem] = LoadedAdapter(path.stem, sha256, pointer, owned=False)
+    if active and _is_on(llm.lora_scale):
+        adapters.set_active({path.stem: float(llm.lora_scale)})
+        adapters.origin = adapters.identity
+
+
+class Adapters:
+    """The adapters of one ``llama_cpp.Llama``, made by `attach`; a context manager that closes them.
+
+    A change of the adapter set (`apply`, `remove`, `unload`, `using`) forgets the tokens evaluated so far, unless the
+    new set is equal to the one in force (same files, same scales). Entries of ``llm.set_cache`` are kept apart by set. A
+    state from ``llm.save_state`` can be loaded under its own set only, and ``llm.generate`` cannot go on across a
+    change: both raise `HotSwapError`. After `close` nothing is checked any more.
+
+    One lock makes changes safe among threads. It does not make a Llama safe to generate with while another thread
+    changes its adapters: that is for the caller to keep apart, as llama-cpp-python asks of all calls to one Llama.
+
+    Closing the Llama frees its adapters first; a method called after that, or after `close`, raises `HotSwapError`.
+    """
+
+    def __init__(self, llm: Any, adapters: AdapterSet) -> None:  # noqa: ANN401
+        self._llm = llm
+        self._set = adapters
+        self._base: BaseModel | None = None
+
+    @property
+    def active(self) -> dict[str, float]:
+        """Scale of each adapter that is applied; those at scale 0 are not."""
+        return dict(self._set.active)
+
+    @property
+    def loaded(self) -> list[str]:
+        """Names of the loaded adapters, in the order of loading."""
+        return list(self._set.loaded)
+
+    def load(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Load an adapter without applying it.
+
+        Args:
+            name: what to call it from now on.
+            path: a GGUF LoRA file, or a PEFT directory, which is converted first.
+
+        Raises:
+            HotSwapError: if the name is taken, or the adapter does not fit the base, or llama.cpp refuses it or would
+                abort.
+            GgufError: if the adapter is damaged, or the file of the base cannot be read any more.
+            AdapterError, ArchitectureError, MismatchError: if the PEFT directory cannot be converted for this base.
+        """
+        location = Path(path)
+        with self._open() as adapters:
+            _check_new_name(name, adapters)
+            if not location.exists():
+                raise HotSwapError(
+                    f"{location}: no such file or directory; expected a GGUF LoRA file or a PEFT directory"
+                )
+            with _as_gguf(location, self._llm.model_path) as file:
+                adapters.loaded[name] = self._load_file(name, file)
+
+    def _load_file(self, name: str, file: Path) -> LoadedAdapter:
+        from gguflora.llama import LoadedAdapter, load_lora  # noqa: PLC0415
+
+        if self._base is None:
+            self._base = read_whole_base(Path(self._llm.model_path))
+        check_loadable(file, self._base)
+        sha256 = _sha256(file)
+        return LoadedAdapter(name, sha256, load_lora(self._llm.model, file))
+
+    def apply(self, scales: Mapping[str, float] | None = None, /, **more: float) -> None:
+        """Make these adapters, each at its scale, the complete set; without arguments the base model answers.
+
+        Negative scales are allowed, 0 means off. If this raises, the set before stays in force.
+
+        Raises:
+            HotSwapError: if a name is unknown or given twice, or a scale is no finite number.
+        """
+        with self._open() as adapters:
+            self._change(_checked_scales(scales, more, adapters))
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out of the set; it stays loaded.
+
+        Raises:
+            HotSwapError: if no adapter of this name is loaded.
+        """
+        with self._open() as adapters:
+            _find(name, adapters)
+            self._change({other: scale for other, scale in adapters.active.items() if other != name})
+
+    def unload(self, name: str) -> None:
+        """Take an adapter out of the set and free it.
+
+        Raises:
+            HotSwapError: if no adapter of this name is loaded.
+        """
+        with self._open() as adapters:
+            self.remove(name)
+            adapters.free(name)
+
+    @contextmanager
+    def using(self, scales: Mapping[str, float] | None = None, /, **more: float) -> Iterator[Adapters]:
+        """`apply` for the length of a ``with`` block; the set before is back afterwards, whatever happens inside.
+
+        Adapters of the set before that were unloaded inside the block do not come back.
+        """
+        with self._open() as adapters:
+            before = {name: (adapters.loaded[name], scale) for name, scale in adapters.active.items()}
+            self.apply(scales, **more)
+        try:
+            yield self
+        finally:
+            with adapters.lock:
+                if not adapters.closed:
+                    self._change(
+                        {
+                            name: scale
+                            for name, (adapter, scale) in before.items()
+                            if adapters.loaded.get(name) is adapter
+                        }
+                    )
+
+    def close(self) -> None:
+        """Unset and free all adapters: ``llm`` is the base model again. Idempotent, also after ``llm.close()``."""
+        from gguflora import reuse  # noqa: PLC0415
+
+        with self._set.lock:
+            if not self._set.closed:
+                self._change({})
+                self._set.release()
+            if reuse.attached_set(self._llm) is self._set:
+                reuse.unguard(self._llm)
+
+    def __enter__(self) -> Adapters:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        from gguflora.reuse import describe  # noqa: PLC0415
+
+        state = (
+            "closed"
+            if self._set.closed
+            else f"active: {describe(self._set.active)}; loaded: {', '.join(self.loaded) or 'none'}"
+        )
+        return f"<gguflora.Adapters {state}>"
+
+    @contextmanager
+    def _open(self) -> Iterator[AdapterSet]:
+        with self._set.lock:
+            if self._set.closed:
+                raise HotSwapError("these adapters are closed, or their Llama is; attach to an open Llama again")
+            yield self._set
+
+    def _change(self, active: Mapping[str, float]) -> None:
+        from gguflora.llama import clear_memory  # noqa: PLC0415
+
+        if self._set.set_active(active):
+            clear_memory(self._llm.ctx, self._llm.n_vocab())
+            self._llm.reset()
+
+
+def _check_new_name(name: str, adapters: AdapterSet) -> None:
+    if not isinstance(name, str) or not name:
+        raise HotSwapError(f"the name of an adapter is a non-empty string, found {name!r}")
+    if name in adapters.loaded:
+        raise HotSwapError(f"an adapter named {name!r} is loaded already; unload it first, or take another name")
+
+
+def _find(name: str, adapters: AdapterSet) -> LoadedAdapter:
+    try:
+        return adapters.loaded[name]
+    except (KeyError, TypeError):
+        known = ", ".join(map(repr, adapters.loaded)) or "none"
+        raise HotSwapError(f"no adapter named {name!r} is loaded; loaded: {known}") from None
+
+
+def _checked_scales(
+    scales: Mapping[str, float] | None, more: Mapping[str, float], adapters: AdapterSet
+) -> dict[str, float]:
+    """Names and scales of the adapters to switch on."""
+    if scales is not None and not isinstance(scales, Mapping):
+        raise HotSwapError(f"apply needs scales by name, such as {{'legal': 0.75}} or legal=0.75, found {scales!r:.80}")
+    first = dict(scales or {})
+    twice = sorted(first.keys() & more.keys())
+    if twice:
+        raise HotSwapError(f"the scale of {twice[0]!r} is given twice")
+    wanted = {**first, **more}
+    for name, scale in wanted.items():
+        _find(name, adapters)
+        _check_scale(name, scale)
+    return {name: float(scale) for name, scale in wanted.items() if _is_on(scale)}
+
+
+def _check_scale(name: str, scale: float) -> None:
+    if not isinstance(scale, numbers.Real) or isinstance(scale, bool) or not math.isfinite(_as_float32(scale)):
+        raise HotSwapError(
+            f"the scale of {name!r} is {scale!r:.80}, expected a finite number that a 32-bit float can hold"
+        )
+
+
+def _is_on(scale: float) -> bool:
+    return _as_float32(scale) != 0
+
+
+def _as_float32(scale: float) -> float:
+    """What llama.cpp makes of a scale."""
+    try:
+        with np.errstate(over="ignore"):
+            return float(np.float32(float(scale)))
+    except OverflowError:  # an int larger than any float
+        return math.inf
+
+
+@contextmanager
+def _as_gguf(location: Path, base: str) -> Iterator[Path]:
+    """The GGUF LoRA file at ``location``, or one made of the PEFT directory there, which is gone afterwards."""
+    if not location.is_dir():
+        yield location
+        return
+    from gguflora.convert import convert  # noqa: PLC0415
+
+    with tempfile.TemporaryDirectory(prefix="gguflora-") as folder:
+        file = Path(folder) / f"{location.resolve().name}.gguf"
+        convert(location, base, file, force=True)
+        yield file
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_CHUNK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
