@@ -5,12 +5,15 @@ from gguflora.adapters import read_adapter
 from gguflora.convert import ConvertReport, convert
 from gguflora.errors import GgufloraError
 from gguflora.merge import MergeReport, merge
+from gguflora.runtime import Adapters, attach
 
 __all__ = [
+    "Adapters",
     "ConvertReport",
     "GgufloraError",
     "MergeReport",
     "__version__",
+    "attach",
     "convert",
     "merge",
     "read_adapter",

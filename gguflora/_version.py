@@ -1,14 +1,5 @@
-"""The version, as the installed package states it."""
+"""The version of the package; pyproject.toml reads it from here."""
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
-
-def _installed() -> str:
-    try:
-        return version("gguflora")
-    except PackageNotFoundError:  # a checkout on the path, not installed
-        return "0.0.0+unknown"
-
-
-__version__: Final = _installed()
+__version__: Final = "0.1.0"

@@ -83,7 +83,8 @@ def _place_modules(adapter: Adapter, base: BaseModel) -> dict[str, LowRank]:
     if strangers:
         raise ArchitectureError(
             f"{adapter.path}: {len(strangers)} of {len(tensors)} modules have no place in {base.path} "
-            f"({base.architecture}): {', '.join(strangers[:8])}{' ...' if len(strangers) > 8 else ''}; is it the right base?"
+            f"({base.architecture}): {', '.join(strangers[:8])}{' ...' if len(strangers) > 8 else ''}; "
+            "is it the right base?"
         )
     placed: dict[str, LowRank] = {}
     for module, tensor in tensors.items():

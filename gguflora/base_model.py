@@ -1,4 +1,4 @@
-"""What a base model says about itself, in a GGUF file or a Hugging Face ``config.json``: architecture, shapes, heads."""
+"""What a base model says about itself, in a GGUF file or a Hugging Face ``config.json``."""
 
 from __future__ import annotations
 

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Final, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Final, Literal, NoReturn
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
 
 import gguflora
 from gguflora.convert import ConvertReport
+from gguflora.doctor import describe_machine
 from gguflora.errors import GgufloraError
 from gguflora.merge import MergeReport
 from gguflora.merge import Progress as ProgressCallback
+
+if TYPE_CHECKING:
+    from gguflora.demo import DemoReport
 
 app = typer.Typer(
     help="LoRA for GGUF: convert PEFT adapters, merge them into quantized models, hot-swap them at run time.",
@@ -50,8 +58,8 @@ def convert(
     outtype: Annotated[
         OutType, typer.Option(help="Type of the stored factors; auto: the smallest that is exact.")
     ] = "auto",
-    dry_run: Annotated[bool, typer.Option(help="Check everything, write nothing.")] = False,
-    force: Annotated[bool, typer.Option(help="Overwrite the output file.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the output file.")] = False,
 ) -> None:
     """Convert a PEFT adapter into a GGUF LoRA file for llama.cpp.
 
@@ -75,8 +83,8 @@ def merge(
         list[str] | None, typer.Option(metavar="PATH:SCALE", help="Adapter with a scale of its own. Repeatable.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; by default one for each core.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="Check everything, write nothing.")] = False,
-    force: Annotated[bool, typer.Option(help="Overwrite the output file.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the output file.")] = False,
 ) -> None:
     """Merge adapters into a quantized GGUF file; every tensor keeps its type, untouched ones keep their bytes.
 
@@ -92,6 +100,39 @@ def merge(
     with _progress_bar("merging") as progress:
         report = gguflora.merge(base, adapters, out, threads=threads, dry_run=dry_run, force=force, progress=progress)
     _print_merge(report)
+
+
+@app.command()
+def demo(
+    keep: Annotated[Path | None, typer.Option(help="Directory to keep the demo's GGUF files in.")] = None,
+) -> None:
+    """Convert, merge and hot-swap two small adapters on an embedded model (needs llama-cpp-python).
+
+    **Example**
+
+    gguflora demo --keep ./demo-files
+    """
+    from gguflora.demo import run_demo  # noqa: PLC0415  (nothing else needs it)
+
+    if keep:
+        keep.mkdir(parents=True, exist_ok=True)
+        _print_demo(run_demo(keep))
+        _out.print(f"\nThe files are in {keep}", markup=False)
+        return
+    with tempfile.TemporaryDirectory(prefix="gguflora-demo-") as folder:
+        _print_demo(run_demo(Path(folder)))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine offers and what is installed.
+
+    **Example**
+
+    gguflora doctor
+    """
+    for line in describe_machine():
+        _out.print(line, markup=False)
 
 
 def _split_scale(text: str) -> tuple[str, float]:
@@ -151,6 +192,29 @@ def _print_merge(report: MergeReport) -> None:
     if not report.dry_run:
         rate = report.weights_per_second / 1e6
         _out.print(f"took {report.seconds:.2f} s on {report.threads} threads, {rate:.0f} M weights/s", markup=False)
+
+
+def _print_demo(report: DemoReport) -> None:
+    _out.print(f"Prompt: {report.prompt!r}\n", markup=False)
+    table = Table(box=box.SIMPLE_HEAD, show_lines=True)
+    for title in ("weights", "answer (greedy)", "swap", "answer time"):
+        table.add_column(title, justify="right" if "time" in title or title == "swap" else "left")
+    for answer in report.answers:
+        swap = "" if answer.swap_seconds is None else f"{answer.swap_seconds * 1e3:.2f} ms"
+        table.add_row(answer.weights, escape(answer.text.strip()), swap, f"{answer.answer_seconds:.2f} s")
+    _out.print(table)
+    for name, seconds in report.convert_seconds.items():
+        _out.print(f"convert {name}: {seconds * 1e3:.0f} ms")
+    for name, seconds in report.load_seconds.items():
+        _out.print(f"load {name}: {seconds * 1e3:.0f} ms")
+    merged = report.merge
+    _out.print(
+        f"merge {merged.adapters[0][0]} into {', '.join(merged.tensors)}: {merged.seconds * 1e3:.0f} ms "
+        f"({merged.weights / 1e6:.1f} M weights)"
+    )
+    _out.print(
+        f"KL divergence from the hot adapter, nats per token: merged file {report.kl:.5f}, base {report.kl_base:.5f}"
+    )
 
 
 def _fail(message: str) -> NoReturn:

@@ -85,8 +85,8 @@ def convert(
         adapter: PEFT directory, or a GGUF LoRA file to store again.
         base: GGUF file of the base model, or a directory with its ``config.json``; only names and shapes are read.
         out: the file to write.
-        outtype: ``f32``, ``f16``, ``bf16``, ``q8_0``, or ``auto``: for each factor the smallest of bf16, f16 and f32 that
-            holds its values exactly.
+        outtype: ``f32``, ``f16``, ``bf16``, ``q8_0``, or ``auto``: for each factor the smallest of bf16, f16 and f32
+            that holds its values exactly.
         dry_run: check everything, write nothing.
         force: overwrite ``out``.
 

@@ -1,7 +1,7 @@
 """What an adapter does to one weight: the vocabulary that every PEFT method is read into.
 
-A weight is (n_out, n_in), as ``torch.nn.Linear`` and numpy's view of a GGUF tensor have it. Arrays keep the dtype they have
-on disk (bf16 as uint16 bits, see `gguflora.files.safetensors`) until numbers are needed.
+A weight is (n_out, n_in), as ``torch.nn.Linear`` and numpy's view of a GGUF tensor have it. Arrays keep the dtype
+they have on disk (bf16 as uint16 bits, see `gguflora.files.safetensors`) until numbers are needed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Merge adapters into a quantized GGUF file: ``merge``.
 
-The output is the base file but for the rows of the changed tensors: those are dequantized, changed and quantized again, a
-block of rows at a time, on several threads, while the rest is copied by the kernel. No model is ever held in memory.
+The output is the base file but for the rows of the changed tensors: those are dequantized, changed and quantized
+again, a block of rows at a time, on several threads, while the rest is copied by the kernel. No model is ever held in
+memory.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """GGUF LoRA files, as llama.cpp's ``llama_adapter_lora_init`` reads them.
 
-``<tensor>.lora_a`` is (rank, n_in) and ``<tensor>.lora_b`` (n_out, rank) in numpy's order; of ``token_embd.weight``, whose
-product llama.cpp takes the other way round, (rows, rank) and (width, rank). The factor is alpha / rank, or 1 where alpha is
-0 or absent.
+``<tensor>.lora_a`` is (rank, n_in) and ``<tensor>.lora_b`` (n_out, rank) in numpy's order; of ``token_embd.weight``,
+whose product llama.cpp takes the other way round, (rows, rank) and (width, rank). The factor is alpha / rank, or 1
+where alpha is 0 or absent.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """PEFT's LORA: ``W + factor * B A`` (https://arxiv.org/abs/2106.09685), rsLoRA's factor (https://arxiv.org/abs/2312.03732).
 
 Tensors of a module: ``lora_A.weight`` (r, n_in) and ``lora_B.weight`` (n_out, r); of an embedding ``lora_embedding_A``
-(r, rows) and ``lora_embedding_B`` (width, r), which change its (rows, width) weight by ``factor * (B A)^T``. The factors of
-a ``fan_in_fan_out`` layer (GPT-2's Conv1D) are laid out like any other layer's: PEFT transposes their product, GGUF the
-weight.
+(r, rows) and ``lora_embedding_B`` (width, r), which change its (rows, width) weight by ``factor * (B A)^T``. The
+factors of a ``fan_in_fan_out`` layer (GPT-2's Conv1D) are laid out like any other layer's: PEFT transposes their
+product, GGUF the weight.
 """
 
 from __future__ import annotations

@@ -1,0 +1,146 @@
+"""The main job on an embedded model: convert two adapters, merge one, hot-swap both, compare.
+
+The model and its adapters, ``shout`` (capitals) and ``verse`` (rhymes), are made by ``tools/make_demo``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, ParamSpec, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguflora.compare import kl_divergence
+from gguflora.convert import convert
+from gguflora.errors import HotSwapError
+from gguflora.merge import MergeReport, merge
+from gguflora.runtime import Adapters, attach
+
+HERE: Final = Path(__file__).parent
+BASE: Final = HERE / "base.gguf"
+ADAPTERS: Final = ("shout", "verse")
+MERGED: Final = "shout"
+PROMPT: Final = "Question: What does the fox eat?\nAnswer:"
+MAX_TOKENS: Final = 40
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One row of the demo: which weights answered, what, and the seconds to get ready and to answer."""
+
+    weights: str
+    text: str
+    swap_seconds: float | None
+    answer_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class DemoReport:
+    """Everything the demo measured.
+
+    Attributes:
+        answers: one for each set of weights.
+        convert_seconds: for each adapter.
+        load_seconds: of the base model and of each adapter.
+        merge: the report of the merge.
+        kl: mean KL divergence of the merged file from the hot adapter on the prompt and its answer, nats per token.
+        kl_base: the same of the base model: how much the adapter changes.
+    """
+
+    prompt: str
+    answers: tuple[Answer, ...]
+    convert_seconds: dict[str, float]
+    load_seconds: dict[str, float]
+    merge: MergeReport
+    kl: float
+    kl_base: float
+
+
+def run_demo(folder: Path, prompt: str = PROMPT) -> DemoReport:
+    """Run the demo; its files (two GGUF LoRA, one merged model) are written to ``folder`` and stay there.
+
+    Raises:
+        HotSwapError: if llama-cpp-python is not installed.
+    """
+    files, convert_seconds = {}, {}
+    for name in ADAPTERS:
+        files[name] = folder / f"{name}.gguf"
+        _, convert_seconds[name] = _timed(convert, HERE / name, BASE, files[name], force=True)
+    merged_file = folder / f"base-{MERGED}.gguf"
+    merge_report = merge(BASE, HERE / MERGED, merged_file, force=True)
+
+    llm, load_base = _timed(_open, BASE)
+    load_seconds = {"base": load_base}
+    with attach(llm) as adapters:
+        for name, file in files.items():
+            _, load_seconds[name] = _timed(adapters.load, name, file)
+        answers = [_hot_answer(llm, adapters, *row, prompt) for row in _SETS]
+        text = prompt + next(answer.text for answer in answers if answer.weights == MERGED)
+        base_logits, hot_logits = (_logits(llm, adapters, names, text) for names in ({}, {MERGED: 1.0}))
+    llm.close()
+
+    merged, load_seconds["merged file"] = _timed(_open, merged_file)
+    answers.append(_answer(merged, f"merged file ({MERGED})", prompt))
+    merged_logits = _evaluate(merged, text)
+    merged.close()
+    return DemoReport(
+        prompt=prompt,
+        answers=tuple(answers),
+        convert_seconds=convert_seconds,
+        load_seconds=load_seconds,
+        merge=merge_report,
+        kl=kl_divergence(hot_logits, merged_logits),
+        kl_base=kl_divergence(hot_logits, base_logits),
+    )
+
+
+_SETS: Final[tuple[tuple[str, dict[str, float]], ...]] = (
+    ("base", {}),
+    ("shout", {"shout": 1.0}),
+    ("shout at 0.5", {"shout": 0.5}),
+    ("shout removed", {}),
+    ("verse", {"verse": 1.0}),
+    ("shout + verse", {"shout": 1.0, "verse": 1.0}),
+)
+
+
+def _hot_answer(llm: Any, adapters: Adapters, weights: str, scales: Mapping[str, float], prompt: str) -> Answer:  # noqa: ANN401
+    _, seconds = _timed(adapters.apply, scales)
+    return _answer(llm, weights, prompt, seconds)
+
+
+def _answer(llm: Any, weights: str, prompt: str, swap_seconds: float | None = None) -> Answer:  # noqa: ANN401
+    reply, seconds = _timed(llm, prompt, max_tokens=MAX_TOKENS, temperature=0.0, stop=["\n\n"])
+    return Answer(weights, reply["choices"][0]["text"], swap_seconds, seconds)
+
+
+def _logits(llm: Any, adapters: Adapters, scales: Mapping[str, float], text: str) -> NDArray[np.float32]:  # noqa: ANN401
+    with adapters.using(scales):
+        return _evaluate(llm, text)
+
+
+def _evaluate(llm: Any, text: str) -> NDArray[np.float32]:  # noqa: ANN401
+    tokens = llm.tokenize(text.encode())
+    llm.reset()
+    llm.eval(tokens)
+    return np.array(llm.scores[: len(tokens)], np.float32)
+
+
+def _open(path: Path) -> Any:  # noqa: ANN401
+    try:
+        import llama_cpp  # noqa: PLC0415  (only here is it needed)
+    except ImportError as error:
+        raise HotSwapError("the demo needs llama-cpp-python: pip install 'gguflora[runtime]'") from error
+    return llama_cpp.Llama(str(path), n_ctx=256, logits_all=True, seed=0, verbose=False)
+
+
+def _timed(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, float]:
+    started = time.perf_counter()
+    return work(*args, **kwargs), time.perf_counter() - started
