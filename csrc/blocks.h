@@ -26,10 +26,41 @@ typedef struct __attribute__((packed)) { f16 d; f16 m; uint8_t qh[4]; uint8_t qs
 /* 32 weights; w = d * q */
 typedef struct __attribute__((packed)) { f16 d; int8_t qs[32]; } block_q8_0;
 
+/* K-quants: super-blocks of 256 weights in 16 sub-blocks of 16 or 8 of 32, sub-block scales quantized in turn. */
+
+/* 16 sub-blocks of 16; w = d * (s & 15) * q - dmin * (s >> 4) with s = scales[sub-block];
+ * qs[32h + j] = | w(128h+96+j) : 2 | w(128h+64+j) : 2 | w(128h+32+j) : 2 | w(128h+j) : 2 | for j < 32 */
+typedef struct __attribute__((packed)) { uint8_t scales[16]; uint8_t qs[64]; f16 d; f16 dmin; } block_q2_K;
+
+/* 16 sub-blocks of 16; w = d * (s - 32) * (q - 4); low two bits of q in qs as in Q2_K; bit i of hmask[j] is bit 2 of
+ * w(32i+j)'s q; six-bit s of sub-block j: low four bits in scales[j % 8] (low nibble if j < 8, else high), high two bits at
+ * bit 2 * (j / 4) of scales[8 + j % 4] */
+typedef struct __attribute__((packed)) { uint8_t hmask[32]; uint8_t qs[64]; uint8_t scales[12]; f16 d; } block_q3_K;
+
+/* 8 sub-blocks of 32; w = d * s * q - dmin * m; qs[32p + j] = | w(64p+32+j) : 4 | w(64p+j) : 4 |; six-bit s and m:
+ *   scales[j]     = | s(j+4) >> 4 : 2 | sj : 6 |        for j < 4
+ *   scales[j + 4] = | m(j+4) >> 4 : 2 | mj : 6 |
+ *   scales[j + 8] = | m(j+4) & 15 : 4 | s(j+4) & 15 : 4 | */
+typedef struct __attribute__((packed)) { f16 d; f16 dmin; uint8_t scales[12]; uint8_t qs[128]; } block_q4_K;
+
+/* as Q4_K; bit i of qh[j] is bit 4 of w(32i+j)'s q */
+typedef struct __attribute__((packed)) { f16 d; f16 dmin; uint8_t scales[12]; uint8_t qh[32]; uint8_t qs[128]; } block_q5_K;
+
+/* 16 sub-blocks of 16; w = d * s * (q - 32); for each half h and j < 32
+ *   ql[64h + j]      = | w(128h+64+j) & 15 : 4 | w(128h+j) & 15 : 4 |
+ *   ql[64h + 32 + j] = | w(128h+96+j) & 15 : 4 | w(128h+32+j) & 15 : 4 |
+ *   qh[32h + j]      = | w(128h+96+j) >> 4 : 2 | w(128h+64+j) >> 4 : 2 | w(128h+32+j) >> 4 : 2 | w(128h+j) >> 4 : 2 | */
+typedef struct __attribute__((packed)) { uint8_t ql[128]; uint8_t qh[64]; int8_t scales[16]; f16 d; } block_q6_K;
+
 _Static_assert(sizeof(block_q4_0) == 18, "Q4_0");
 _Static_assert(sizeof(block_q4_1) == 20, "Q4_1");
 _Static_assert(sizeof(block_q5_0) == 22, "Q5_0");
 _Static_assert(sizeof(block_q5_1) == 24, "Q5_1");
 _Static_assert(sizeof(block_q8_0) == 34, "Q8_0");
+_Static_assert(sizeof(block_q2_K) == 84, "Q2_K");
+_Static_assert(sizeof(block_q3_K) == 110, "Q3_K");
+_Static_assert(sizeof(block_q4_K) == 144, "Q4_K");
+_Static_assert(sizeof(block_q5_K) == 176, "Q5_K");
+_Static_assert(sizeof(block_q6_K) == 210, "Q6_K");
 
 #endif

@@ -61,7 +61,7 @@ def quantize(
         QuantizationError: a row is not a whole number of blocks, or the type needs an imatrix.
     """
     target = resolve_type(qtype)
-    weights = np.ascontiguousarray(x, dtype=np.float32)
+    weights = np.asarray(x, dtype=np.float32, order="C")
     if weights.ndim == 0:
         raise QuantizationError("expected an array of rows, found a single number")
     n_in = weights.shape[-1]
@@ -99,7 +99,7 @@ def dequantize(
         QuantizationError: the last axis is not a whole number of blocks.
     """
     source = resolve_type(qtype)
-    packed = np.ascontiguousarray(data)
+    packed = np.asarray(data, order="C")
     if packed.ndim == 0:
         raise QuantizationError("expected an array of rows, found a single number")
     packed = packed.view(np.uint8)

@@ -5,6 +5,8 @@
 #include "rows_f32.h"
 #include "floats.h"
 #include "plain.h"
+#include "fit.h"
+#include "k_quants.h"
 
 const gfl_table GFL_TABLE = {
     .largest = largest,
