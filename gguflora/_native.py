@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -150,7 +151,7 @@ def dequantize_rows(src: Bytes, type: GgmlType, out: Floats, *, isa: str | None 
     _raise_for(lib.gfl_dequantize_rows(_choose(isa), type.id, _bytes(src), n_rows, n_in, _floats_out(out)), type)
 
 
-def merge_rows(  # noqa: PLR0917  (two arrays of rows with their types, two factors)
+def merge_rows(
     src: Bytes,
     src_type: GgmlType,
     dst: Bytes,
@@ -214,14 +215,27 @@ def run_rows(n_rows: int, block_rows: int, work: Callable[[int, int], None], thr
         for start, stop in ranges:
             work(start, stop)
         return
+    left, lock, stopped = iter(ranges), threading.Lock(), threading.Event()
+
+    def drain() -> None:
+        while not stopped.is_set():
+            with lock:
+                piece = next(left, None)
+            if piece is None:
+                return
+            try:
+                work(*piece)
+            except BaseException:
+                stopped.set()
+                raise
+
     with ThreadPoolExecutor(count) as pool:
-        futures = [pool.submit(work, start, stop) for start, stop in ranges]
-        wait(futures, return_when=FIRST_EXCEPTION)
-        for future in futures:
-            future.cancel()
-    for future in futures:
-        if not future.cancelled():
-            future.result()
+        futures = [pool.submit(drain) for _ in range(count)]
+        try:
+            for future in futures:
+                future.result()
+        finally:  # an interrupt of the waiting thread, too
+            stopped.set()
 
 
 def _raise_for(result: Any, type: GgmlType) -> None:  # noqa: ANN401  (a cffi struct)

@@ -50,8 +50,11 @@ def assert_same_bytes(x: np.ndarray, kind: GgmlType, isa: str, imatrix: np.ndarr
 
 @pytest.mark.parametrize("kind", ALL_TYPES, ids=by_name)
 def test_sizes_are_ggmls(kind):
-    assert libggml.type_sizes(kind.id) == (kind.name.lower() if "_K" not in kind.name else kind.name.lower()[:-1] + "K",
-                                           kind.block_weights, kind.block_bytes)
+    assert libggml.type_sizes(kind.id) == (
+        kind.name.lower() if "_K" not in kind.name else kind.name.lower()[:-1] + "K",
+        kind.block_weights,
+        kind.block_bytes,
+    )
     assert libggml.requires_imatrix(kind.id) == kind.needs_imatrix
 
 
@@ -118,8 +121,9 @@ def test_threads_do_not_change_bytes(kind, threads):
     imatrix = weights.importance("measured", 2816) if kind.needs_imatrix else None
     packed = quants.quantize(x, kind.id, imatrix=imatrix, threads=threads)
     assert np.array_equal(packed.view(np.uint8), libggml.quantize(x, kind.id, imatrix))
-    assert np.array_equal(quants.dequantize(packed, kind.id, threads=threads),
-                          libggml.dequantize(packed.view(np.uint8), kind.id, 2816))
+    assert np.array_equal(
+        quants.dequantize(packed, kind.id, threads=threads), libggml.dequantize(packed.view(np.uint8), kind.id, 2816)
+    )
 
 
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_1"])
@@ -154,7 +158,10 @@ def test_row_is_counted_over_all_axes():
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("name", "value"), [("F16", 7e4), ("Q8_0", 1e7), ("Q4_0", 1e6), ("Q4_1", 1e5), ("Q4_K", 1e9), ("Q6_K", 1e9), ("BF16", 3.4e38)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("F16", 7e4), ("Q8_0", 1e7), ("Q4_0", 1e6), ("Q4_1", 1e5), ("Q4_K", 1e9), ("Q6_K", 1e9), ("BF16", 3.4e38)],
+)
 def test_too_large_for_the_type(name, value, isa):
     x = weights.rows("normal", 3, 512)
     x[1, 300:] = value

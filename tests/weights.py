@@ -2,9 +2,8 @@
 
 from collections.abc import Callable
 
-import numpy as np
-
 import libggml
+import numpy as np
 
 
 def _grid(type_id: int) -> Callable[[np.random.Generator, int], np.ndarray]:
