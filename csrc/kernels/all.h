@@ -4,9 +4,12 @@
 
 #include "rows_f32.h"
 #include "floats.h"
-#include "plain.h"
 #include "fit.h"
+#include "batch.h"
+#include "plain.h"
 #include "k_quants.h"
+#include "k_minimum.h"
+#include "k_symmetric.h"
 
 const gfl_table GFL_TABLE = {
     .largest = largest,

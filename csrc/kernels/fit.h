@@ -29,6 +29,7 @@ static inline vi vi_clamp(vi v, int low, int high) { return vi_max(vi_min(v, vi_
 typedef struct {
     vf scale, min;           /* w = scale * q + min */
     vf code_scale, code_min; /* q = clamp(nearest(code_scale * (w - code_min))) */
+    vf sum_w;                /* of the weights' importances */
 } lane_fit;
 
 /* q as a float; `exact` is ggml's rounding for any argument, the other one for arguments below ROUND_LIMIT */
@@ -56,7 +57,7 @@ INLINE int fit_min_once(lane_fit *fit, const vf *x, const vf *w, int n, int q_ma
         sum_x = vf_add(sum_x, vf_mul(w[i], x[i]));
     }
     const vf lowest = min, zero = vf_zero();
-    min = vf_min(min, zero);
+    min = vf_min(zero, min); /* in this order a -0 stays */
     const vm flat = vf_eq(max, min);
     const vf range = vf_sub(max, min);
     vf code_scale = vf_div(vf_set1((float)q_max), range), code_min = min, scale = vf_div(vf_set1(1.0f), code_scale);
@@ -97,9 +98,10 @@ INLINE int fit_min_once(lane_fit *fit, const vf *x, const vf *w, int n, int q_ma
     }
     if (!exact && vm_any(vm_andnot(vf_eq(zero, zero), vm_or(safe, flat)))) return 0;
     fit->scale = vf_select(flat, zero, scale);
-    fit->min = vf_select(flat, vf_min(lowest, zero), min);
+    fit->min = vf_select(flat, vf_min(zero, lowest), min);
     fit->code_scale = vf_select(flat, zero, code_scale);
     fit->code_min = vf_select(flat, zero, code_min);
+    fit->sum_w = sum_w;
     return 1;
 }
 
@@ -120,6 +122,8 @@ INLINE void fit_symmetric(lane_fit *fit, const vf *x, const vf *w, int n, int q_
         peak = vf_select(higher, x[i], peak);
         wx[i] = vf_mul(w[i], x[i]);
     }
+    vf sum_w = w[0];
+    for (int i = 1; i < n; i++) sum_w = vf_add(sum_w, w[i]);
     const vm none = vf_lt(amax, vf_set1(TINY));
     vf scale = zero, best = zero, code_scale = zero;
     for (int trial = 0; trial <= 18; trial++) {
@@ -142,4 +146,103 @@ INLINE void fit_symmetric(lane_fit *fit, const vf *x, const vf *w, int n, int q_
     fit->scale = vf_select(none, zero, scale);
     fit->code_scale = vf_select(none, zero, code_scale);
     fit->min = fit->code_min = zero;
+    fit->sum_w = sum_w;
+}
+
+/* Scale and codes of 16 weights w = scale * (q - 4), each importance the square of its weight: coordinate descent, at most five
+ * rounds, from the code -4 for the peak. Lanes of zeros get scale and codes 0. */
+INLINE void fit_descent_3(vf *scale, vi *q, const vf *x) {
+    const vf zero = vf_zero();
+    vf peak = zero, amax = zero, sum_xl = zero, sum_l2 = zero, w[16], wx[16], l[16];
+    for (int i = 0; i < 16; i++) {
+        const vf a = vf_abs(x[i]);
+        const vm higher = vf_gt(a, amax);
+        amax = vf_select(higher, a, amax);
+        peak = vf_select(higher, x[i], peak);
+        w[i] = vf_mul(x[i], x[i]);
+        wx[i] = vf_mul(w[i], x[i]);
+    }
+    const vm none = vf_lt(amax, vf_set1(TINY));
+    const vf iscale = vf_div(vf_set1(-4.0f), peak);
+    for (int i = 0; i < 16; i++) {
+        l[i] = code_of(vf_mul(iscale, x[i]), -4, 3, 0);
+        sum_xl = vf_add(sum_xl, vf_mul(wx[i], l[i]));
+        sum_l2 = vf_add(sum_l2, vf_mul(vf_mul(w[i], l[i]), l[i]));
+    }
+    for (int round = 0; round < 5; round++) {
+        vm changed = vf_lt(zero, zero);
+        for (int i = 0; i < 16; i++) {
+            vf sxl = vf_sub(sum_xl, vf_mul(wx[i], l[i])), sl2 = vf_sub(sum_l2, vf_mul(vf_mul(w[i], l[i]), l[i]));
+            vm better = vf_gt(sxl, zero);
+            const vf fresh = code_of(vf_div(vf_mul(x[i], sl2), sxl), -4, 3, 1);
+            better = vm_andnot(better, vf_eq(fresh, l[i]));
+            sxl = vf_add(sxl, vf_mul(wx[i], fresh));
+            sl2 = vf_add(sl2, vf_mul(vf_mul(w[i], fresh), fresh));
+            better = vm_and(better, vm_and(vf_gt(sl2, zero), vf_gt(vf_mul(vf_mul(sxl, sxl), sum_l2),
+                                                                  vf_mul(vf_mul(sum_xl, sum_xl), sl2))));
+            l[i] = vf_select(better, fresh, l[i]);
+            sum_xl = vf_select(better, sxl, sum_xl);
+            sum_l2 = vf_select(better, sl2, sum_l2);
+            changed = vm_or(changed, better);
+        }
+        if (!vm_any(vm_andnot(changed, none))) break;
+    }
+    *scale = vf_select(vm_andnot(vf_gt(sum_l2, zero), none), vf_div(sum_xl, sum_l2), zero);
+    for (int i = 0; i < 16; i++) q[i] = vf_truncate(vf_select(none, zero, vf_add(l[i], vf_set1(4.0f))));
+}
+
+/* Scale and codes of n non-negative values v = scale * q, q <= q_max, with importances w: the best of nine trial scales by
+ * squared error, then coordinate descent, at most five rounds. ggml stores codes as bytes, so a negative one counts as 256
+ * more where it is read back. */
+INLINE void fit_scales(vf *scale, vi *q, const vf *v, const vf *w, int n, int q_max) {
+    const vf zero = vf_zero();
+    const vi byte = vi_set1(255), top = vi_set1(q_max);
+    vf max = zero;
+    for (int i = 0; i < n; i++) max = vf_max(v[i], max);
+    const vm none = vf_lt(max, vf_set1(TINY));
+    vf best_iscale = zero, least = zero;
+    for (int trial = 0; trial <= 8; trial++) {
+        const int offset = trial == 0 ? 0 : trial <= 4 ? trial - 5 : trial - 4; /* 0, -4 ... -1, 1 ... 4 */
+        const vf iscale = vf_div(vf_set1(0.1f * (float)offset + (float)q_max), max);
+        const vf s = vf_div(vf_set1(1.0f), iscale);
+        vf error = zero;
+        for (int i = 0; i < n; i++) {
+            const vi code = vf_nearest(vf_mul(iscale, v[i]));
+            const vf l = vi_to_vf(trial == 0 ? vi_and(code, byte) : vi_min(code, top));
+            const vf diff = vf_sub(v[i], vf_mul(s, l));
+            error = vf_add(error, vf_mul(vf_mul(w[i], diff), diff));
+        }
+        const vm better = vf_lt(error, least);
+        best_iscale = trial == 0 ? iscale : vf_select(better, iscale, best_iscale);
+        least = trial == 0 ? error : vf_select(better, error, least);
+    }
+    vf sum_xl = zero, sum_l2 = zero;
+    for (int i = 0; i < n; i++) {
+        const vi code = vi_min(vf_nearest(vf_mul(best_iscale, v[i])), top);
+        const vf l = vi_to_vf(code);
+        q[i] = vi_and(code, byte);
+        sum_xl = vf_add(sum_xl, vf_mul(vf_mul(w[i], v[i]), l));
+        sum_l2 = vf_add(sum_l2, vf_mul(vf_mul(w[i], l), l));
+    }
+    for (int round = 0; round < 5; round++) {
+        vm changed = vf_lt(zero, zero);
+        for (int i = 0; i < n; i++) {
+            const vf old = vi_to_vf(q[i]), wv = vf_mul(w[i], v[i]);
+            vf sxl = vf_sub(sum_xl, vf_mul(wv, old)), sl2 = vf_sub(sum_l2, vf_mul(vf_mul(w[i], old), old));
+            vm better = vm_and(vf_gt(sxl, zero), vf_gt(sl2, zero));
+            const vi code = vi_min(vf_nearest(vf_div(vf_mul(v[i], sl2), sxl)), top);
+            const vf l = vi_to_vf(code);
+            better = vm_andnot(better, vf_eq(l, old));
+            sxl = vf_add(sxl, vf_mul(wv, l));
+            sl2 = vf_add(sl2, vf_mul(vf_mul(w[i], l), l));
+            better = vm_and(better, vf_gt(vf_mul(vf_mul(sxl, sxl), sum_l2), vf_mul(vf_mul(sum_xl, sum_xl), sl2)));
+            q[i] = vi_select(better, vi_and(code, byte), q[i]);
+            sum_xl = vf_select(better, sxl, sum_xl);
+            sum_l2 = vf_select(better, sl2, sum_l2);
+            changed = vm_or(changed, better);
+        }
+        if (!vm_any(vm_andnot(changed, none))) break;
+    }
+    *scale = vf_select(vm_andnot(vf_gt(sum_l2, zero), none), vf_div(sum_xl, sum_l2), zero);
+    for (int i = 0; i < n; i++) q[i] = vi_select(none, vi_set1(0), q[i]);
 }

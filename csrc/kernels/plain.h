@@ -1,4 +1,4 @@
-/* Q4_0 Q4_1 Q5_0 Q5_1 Q8_0: 32 weights, one scale, no search. */
+/* Q4_0 Q4_1 Q5_0 Q5_1 Q8_0: 32 weights, one scale; a search only with an imatrix (which Q8_0 ignores). */
 
 enum { PLAIN = 32 };
 
@@ -76,61 +76,117 @@ static inline void plain_range(const float *x, float *low, float *high) {
     *low = first_equal(x, vf_hmin(bottom));
 }
 
-static void quantize_Q4_0(const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, const float *imatrix) {
-    (void)imatrix;
-    block_q4_0 *y = (block_q4_0 *)out;
-    for (int64_t i = 0; i < n_rows * n_in; i += PLAIN, y++) {
-        const float d = signed_peak(x + i) / -8.0f;
-        uint8_t codes[PLAIN];
-        plain_codes(codes, x + i, 0.0f, inverse(d), 8.5f, 15);
-        y->d = float_to_half(d);
-        pack_nibbles(y->qs, codes);
+/* With an imatrix the blocks of a row are fitted like sub-blocks of K-quants, and keep the codes of the search. */
+INLINE void fit_plain(batch_fit *fits, const float *x, const float *imatrix, float mean_square, int64_t left, int q_max, int with_min) {
+    float x_copy[TILE], imatrix_copy[TILE];
+    const float *tile = tile_of(x_copy, x, left), *tile_imatrix = tile_of(imatrix_copy, imatrix, left);
+    for (int j = 0; j < TILE / PLAIN; j += LANES) {
+        vf lanes[PLAIN], w[PLAIN];
+        lane_fit fit;
+        load_lanes(lanes, tile + PLAIN * j, PLAIN);
+        measured_importance(w, lanes, tile_imatrix + PLAIN * j, vf_set1(mean_square), PLAIN);
+        if (with_min) fit_min(&fit, lanes, w, PLAIN, q_max, -0.9f, 0.05f, 36, 0);
+        else fit_symmetric(&fit, lanes, w, PLAIN, q_max);
+        store_fit(fits, j, &fit);
     }
 }
 
-static void quantize_Q4_1(const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, const float *imatrix) {
-    (void)imatrix;
-    block_q4_1 *y = (block_q4_1 *)out;
-    for (int64_t i = 0; i < n_rows * n_in; i += PLAIN, y++) {
-        float low, high;
-        plain_range(x + i, &low, &high);
-        const float d = (high - low) / 15.0f;
-        uint8_t codes[PLAIN];
-        plain_codes(codes, x + i, low, inverse(d), 0.5f, 15);
-        y->d = float_to_half(d);
-        y->m = float_to_half(low);
-        pack_nibbles(y->qs, codes);
+/* Mean squares of a few rows at a time. */
+enum { PLAIN_ROWS = 16 };
+
+/* Defines quantize_NAME from two ways to make one block: plain_NAME(x, y) and measured_NAME(x, y, fits, index). */
+#define QUANTIZE_PLAIN(NAME, block, q_max, with_min)                                                                     \
+    static void quantize_##NAME(const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, const float *imatrix) {     \
+        block *y = (block *)out;                                                                                        \
+        float sums[PLAIN_ROWS];                                                                                         \
+        for (int64_t i = 0; !imatrix && i < n_rows * n_in; i += PLAIN) plain_##NAME(x + i, y++);                        \
+        for (int64_t row = 0; imatrix && row < n_rows; row++) {                                                         \
+            if (row % PLAIN_ROWS == 0)                                                                                  \
+                sums_of_squares(sums, x + row * n_in, n_rows - row < PLAIN_ROWS ? n_rows - row : PLAIN_ROWS, n_in);     \
+            for (int64_t i = 0; i < n_in; i += TILE) {                                                                  \
+                const float *tile = x + row * n_in + i;                                                                 \
+                batch_fit fits;                                                                                         \
+                fit_plain(&fits, tile, imatrix + i, sums[row % PLAIN_ROWS] / (float)n_in, n_in - i, q_max, with_min);   \
+                for (int j = 0; j < TILE / PLAIN && i + j * PLAIN < n_in; j++) measured_##NAME(tile + j * PLAIN, y++, &fits, j); \
+            }                                                                                                           \
+        }                                                                                                               \
     }
+
+static inline void plain_Q4_0(const float *x, block_q4_0 *y) {
+    const float d = signed_peak(x) / -8.0f;
+    uint8_t codes[PLAIN];
+    plain_codes(codes, x, 0.0f, inverse(d), 8.5f, 15);
+    y->d = float_to_half(d);
+    pack_nibbles(y->qs, codes);
 }
 
-static void quantize_Q5_0(const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, const float *imatrix) {
-    (void)imatrix;
-    block_q5_0 *y = (block_q5_0 *)out;
-    for (int64_t i = 0; i < n_rows * n_in; i += PLAIN, y++) {
-        const float d = signed_peak(x + i) / -16.0f;
-        uint8_t codes[PLAIN];
-        plain_codes(codes, x + i, 0.0f, inverse(d), 16.5f, 31);
-        y->d = float_to_half(d);
-        pack_fifth_bits(y->qh, codes);
-        pack_nibbles(y->qs, codes);
-    }
+static inline void measured_Q4_0(const float *x, block_q4_0 *y, const batch_fit *fits, int j) {
+    uint8_t codes[PLAIN];
+    signed_search_codes(codes, x, PLAIN, fits->code_scale[j], -8, 7);
+    y->d = float_to_half(fits->scale[j]);
+    pack_nibbles(y->qs, codes);
+}
+QUANTIZE_PLAIN(Q4_0, block_q4_0, 8, 0)
+
+static inline void plain_Q4_1(const float *x, block_q4_1 *y) {
+    float low, high;
+    plain_range(x, &low, &high);
+    const float d = (high - low) / 15.0f;
+    uint8_t codes[PLAIN];
+    plain_codes(codes, x, low, inverse(d), 0.5f, 15);
+    y->d = float_to_half(d);
+    y->m = float_to_half(low);
+    pack_nibbles(y->qs, codes);
 }
 
-static void quantize_Q5_1(const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, const float *imatrix) {
-    (void)imatrix;
-    block_q5_1 *y = (block_q5_1 *)out;
-    for (int64_t i = 0; i < n_rows * n_in; i += PLAIN, y++) {
-        float low, high;
-        plain_range(x + i, &low, &high);
-        const float d = (high - low) / 31.0f;
-        uint8_t codes[PLAIN];
-        plain_codes(codes, x + i, low, inverse(d), 0.5f, 255);
-        y->d = float_to_half(d);
-        y->m = float_to_half(low);
-        pack_fifth_bits(y->qh, codes);
-        pack_nibbles(y->qs, codes);
-    }
+static inline void measured_Q4_1(const float *x, block_q4_1 *y, const batch_fit *fits, int j) {
+    uint8_t codes[PLAIN];
+    search_codes(codes, x, PLAIN, fits->code_scale[j], fits->code_min[j], 0, 15);
+    y->d = float_to_half(fits->scale[j]);
+    y->m = float_to_half(-fits->min[j]);
+    pack_nibbles(y->qs, codes);
 }
+QUANTIZE_PLAIN(Q4_1, block_q4_1, 15, 1)
+
+static inline void plain_Q5_0(const float *x, block_q5_0 *y) {
+    const float d = signed_peak(x) / -16.0f;
+    uint8_t codes[PLAIN];
+    plain_codes(codes, x, 0.0f, inverse(d), 16.5f, 31);
+    y->d = float_to_half(d);
+    pack_fifth_bits(y->qh, codes);
+    pack_nibbles(y->qs, codes);
+}
+
+static inline void measured_Q5_0(const float *x, block_q5_0 *y, const batch_fit *fits, int j) {
+    uint8_t codes[PLAIN];
+    signed_search_codes(codes, x, PLAIN, fits->code_scale[j], -16, 15);
+    y->d = float_to_half(fits->scale[j]);
+    pack_fifth_bits(y->qh, codes);
+    pack_nibbles(y->qs, codes);
+}
+QUANTIZE_PLAIN(Q5_0, block_q5_0, 16, 0)
+
+static inline void plain_Q5_1(const float *x, block_q5_1 *y) {
+    float low, high;
+    plain_range(x, &low, &high);
+    const float d = (high - low) / 31.0f;
+    uint8_t codes[PLAIN];
+    plain_codes(codes, x, low, inverse(d), 0.5f, 255);
+    y->d = float_to_half(d);
+    y->m = float_to_half(low);
+    pack_fifth_bits(y->qh, codes);
+    pack_nibbles(y->qs, codes);
+}
+
+static inline void measured_Q5_1(const float *x, block_q5_1 *y, const batch_fit *fits, int j) {
+    uint8_t codes[PLAIN];
+    search_codes(codes, x, PLAIN, fits->code_scale[j], fits->code_min[j], 0, 31);
+    y->d = float_to_half(fits->scale[j]);
+    y->m = float_to_half(-fits->min[j]);
+    pack_fifth_bits(y->qh, codes);
+    pack_nibbles(y->qs, codes);
+}
+QUANTIZE_PLAIN(Q5_1, block_q5_1, 31, 1)
 
 static void quantize_Q8_0(const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, const float *imatrix) {
     (void)imatrix;

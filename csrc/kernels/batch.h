@@ -1,0 +1,81 @@
+/* Fitting many sub-blocks: stretches of weights cut into tiles whose sub-blocks fill any number of lanes. */
+
+enum { TILE = 512, BATCH = 4096, MAX_FITS = BATCH / 16 };
+
+/* Fits of the sub-blocks of up to BATCH weights; `min` is negated as the K-quants store it. Padded, so that lanes may be
+ * loaded from any place. */
+typedef struct {
+    float scale[MAX_FITS + 16], min[MAX_FITS + 16], code_scale[MAX_FITS + 16], code_min[MAX_FITS + 16], sum_w[MAX_FITS + 16];
+} batch_fit;
+
+/* The TILE weights from x on; if there are fewer than that, a copy followed by zeros. */
+static inline const float *tile_of(float *copy, const float *x, int64_t left) {
+    if (left >= TILE) return x;
+    memcpy(copy, x, (size_t)left * sizeof *x);
+    memset(copy + left, 0, (size_t)(TILE - left) * sizeof *x);
+    return copy;
+}
+
+/* out[i] lane l = weight i of sub-block l */
+INLINE void load_lanes(vf *out, const float *x, int n) {
+    for (int i = 0; i < n; i += LANES) vf_transpose(out + i, x + i, n);
+}
+
+INLINE void store_fit(batch_fit *fits, int64_t first, const lane_fit *fit) {
+    vf_store(fits->scale + first, fit->scale);
+    vf_store(fits->min + first, vf_neg(fit->min));
+    vf_store(fits->code_scale + first, fit->code_scale);
+    vf_store(fits->code_min + first, fit->code_min);
+    vf_store(fits->sum_w + first, fit->sum_w);
+}
+
+/* sums[i] = squares of x[i * n .. (i + 1) * n) summed in order, which takes the time of the additions' latency: so several
+ * sums run side by side */
+static void sums_of_squares(float *sums, const float *x, int64_t count, int64_t n) {
+    int64_t i = 0;
+    for (; LANES > 1 && n % LANES == 0 && i + LANES <= count; i += LANES) {
+        vf sum = vf_zero();
+        for (int64_t j = 0; j < n; j += LANES) {
+            vf v[LANES];
+            vf_transpose(v, x + i * n + j, n);
+            for (int l = 0; l < LANES; l++) sum = vf_add(sum, vf_mul(v[l], v[l]));
+        }
+        vf_store(sums + i, sum);
+    }
+    for (; i + 4 <= count; i += 4) {
+        const float *p = x + i * n;
+        float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f;
+        for (int64_t j = 0; j < n; j++) {
+            a += p[j] * p[j];
+            b += p[j + n] * p[j + n];
+            c += p[j + 2 * n] * p[j + 2 * n];
+            d += p[j + 3 * n] * p[j + 3 * n];
+        }
+        sums[i] = a, sums[i + 1] = b, sums[i + 2] = c, sums[i + 3] = d;
+    }
+    for (; i < count; i++) {
+        float sum = 0.0f;
+        for (int64_t j = 0; j < n; j++) sum += x[i * n + j] * x[i * n + j];
+        sums[i] = sum;
+    }
+}
+
+/* imatrix * sqrt(sigma2 + x^2), ggml's importance of a weight; imatrix as it lies in memory, sigma2 per lane */
+INLINE void measured_importance(vf *w, const vf *x, const float *imatrix, vf sigma2, int n) {
+    load_lanes(w, imatrix, n);
+    for (int i = 0; i < n; i++) w[i] = vf_mul(w[i], vf_sqrt(vf_add(sigma2, vf_mul(x[i], x[i]))));
+}
+
+/* codes = clamp(nearest(code_scale * (x - code_min))) - low: those of the search itself */
+INLINE void search_codes(uint8_t *codes, const float *x, int n, float code_scale, float code_min, int low, int high) {
+    for (int i = 0; i < n; i += LANES) {
+        const vi q = vf_nearest(vf_mul(vf_set1(code_scale), vf_sub(vf_load(x + i), vf_set1(code_min))));
+        vi_store_u8(codes + i, vi_sub(vi_clamp(q, low, high), vi_set1(low)));
+    }
+}
+
+/* the same where the code -low stands for zero; a sub-block of zeros has codes 0 nevertheless, as in ggml */
+INLINE void signed_search_codes(uint8_t *codes, const float *x, int n, float code_scale, int low, int high) {
+    if (code_scale != 0.0f) search_codes(codes, x, n, code_scale, 0.0f, low, high);
+    else memset(codes, 0, (size_t)n);
+}

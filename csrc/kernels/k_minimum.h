@@ -1,0 +1,225 @@
+/* Q2_K, Q4_K, Q5_K: sub-blocks with a scale and a minimum. */
+
+/* Fits all sub-blocks of `count` super-blocks. */
+INLINE void fit_minimum(batch_fit *fits, const float *x, const float *imatrix, int count, int sub, int q_max, float first,
+                        int last) {
+    float sigma2[MAX_FITS + 16], x_copy[TILE], imatrix_copy[TILE];
+    const int n = count * SUPER;
+    if (imatrix) spread_mean_squares(sigma2, x, count, sub, sub == 32 ? 2.0f : 1.0f);
+    for (int i = 0; i < n; i += TILE) {
+        const float *tile = tile_of(x_copy, x + i, n - i);
+        const float *tile_imatrix = imatrix ? tile_of(imatrix_copy, imatrix + i, n - i) : NULL;
+        for (int j = 0; j < TILE / sub; j += LANES) {
+            vf lanes[32], w[32];
+            lane_fit fit;
+            load_lanes(lanes, tile + sub * j, sub);
+            if (imatrix) {
+                measured_importance(w, lanes, tile_imatrix + sub * j, vf_load(sigma2 + i / sub + j), sub);
+                fit_min(&fit, lanes, w, sub, q_max, -0.9f, 0.05f, 36, 0);
+            } else if (sub == 16) {
+                for (int k = 0; k < sub; k++) w[k] = vf_abs(lanes[k]);
+                fit_min(&fit, lanes, w, sub, q_max, first, 0.1f, last, 1);
+            } else {
+                default_importance(w, lanes, sub);
+                fit_min(&fit, lanes, w, sub, q_max, first, 0.1f, last, 0);
+            }
+            store_fit(fits, i / sub + j, &fit);
+        }
+    }
+}
+
+/* The codes of one super-block whose scales and minima are settled; `first` is its first sub-block in fits. */
+INLINE void codes_minimum(uint8_t *codes, const float *x, f16 d, f16 dmin, const uint8_t *s, const uint8_t *m,
+                          const batch_fit *fits, int first, int sub, int q_max) {
+    const float scale = half_to_float(d), min = half_to_float(dmin);
+    for (int j = 0; j < SUPER / sub; j++) {
+        const float dj = scale * (float)s[j];
+        if (dj != 0.0f) divide_codes(codes + sub * j, x + sub * j, sub, min * (float)m[j], dj, 0, q_max);
+        else search_codes(codes + sub * j, x + sub * j, sub, fits->code_scale[first + j], fits->code_min[first + j], 0, q_max);
+    }
+}
+
+/* Q4_K and Q5_K: eight sub-blocks of 32, scale and minimum of six bits each */
+
+static inline void pack_scales_6(uint8_t *packed, const uint8_t *s, const uint8_t *m) {
+    for (int j = 0; j < 4; j++) {
+        packed[j] = (uint8_t)(s[j] | s[j + 4] >> 4 << 6);
+        packed[j + 4] = (uint8_t)(m[j] | m[j + 4] >> 4 << 6);
+        packed[j + 8] = (uint8_t)((s[j + 4] & 15) | (m[j + 4] & 15) << 4);
+    }
+}
+
+static inline void unpack_scales_6(uint8_t *s, uint8_t *m, const uint8_t *packed) {
+    for (int j = 0; j < 4; j++) {
+        s[j] = packed[j] & 63;
+        m[j] = packed[j + 4] & 63;
+        s[j + 4] = (uint8_t)((packed[j + 8] & 15) | packed[j] >> 6 << 4);
+        m[j + 4] = (uint8_t)(packed[j + 8] >> 4 | packed[j + 4] >> 6 << 4);
+    }
+}
+
+/* codes = clamp(nearest(v * 63 / max)), returns max / 63 */
+static inline float quantize_scales_6(uint8_t *codes, const float *v) {
+    const float max = largest_of(v, 8), inverse_max = max > 0.0f ? 63.0f / max : 0.0f;
+    for (int j = 0; j < 8; j++) {
+        const uint8_t code = (uint8_t)nearest(inverse_max * v[j]);
+        codes[j] = code < 63 ? code : 63;
+    }
+    return max / 63.0f;
+}
+
+/* Codes and units of scales and minima of all super-blocks of a batch. */
+typedef struct {
+    uint8_t s[BATCH_SUPERS][16], m[BATCH_SUPERS][16];
+    float d[BATCH_SUPERS], dmin[BATCH_SUPERS];
+} batch_scales;
+
+INLINE void scales_of_45(batch_scales *scales, const batch_fit *fits, int count, int measured) {
+    if (measured) {
+        fit_batch_scales(scales->s, scales->d, fits->scale, fits->sum_w, count, 8, 63);
+        fit_batch_scales(scales->m, scales->dmin, fits->min, fits->sum_w, count, 8, 63);
+        return;
+    }
+    for (int b = 0; b < count; b++) {
+        scales->d[b] = quantize_scales_6(scales->s[b], fits->scale + 8 * b);
+        scales->dmin[b] = quantize_scales_6(scales->m[b], fits->min + 8 * b);
+    }
+}
+
+static inline void pack_nibble_rows(uint8_t *qs, const uint8_t *codes) {
+    for (int p = 0; p < 4; p++)
+        for (int j = 0; j < 32; j++) qs[32 * p + j] = (uint8_t)((codes[64 * p + j] & 15) | codes[64 * p + 32 + j] << 4);
+}
+
+static void batch_Q4_K(const float *x, const float *imatrix, block_q4_K *y, int count) {
+    batch_fit fits;
+    batch_scales scales;
+    fit_minimum(&fits, x, imatrix, count, 32, 15, -1.0f, 20);
+    scales_of_45(&scales, &fits, count, imatrix != NULL);
+    for (int b = 0; b < count; b++) {
+        uint8_t codes[SUPER];
+        y[b].d = float_to_half(scales.d[b]);
+        y[b].dmin = float_to_half(scales.dmin[b]);
+        pack_scales_6(y[b].scales, scales.s[b], scales.m[b]);
+        codes_minimum(codes, x + SUPER * b, y[b].d, y[b].dmin, scales.s[b], scales.m[b], &fits, 8 * b, 32, 15);
+        pack_nibble_rows(y[b].qs, codes);
+    }
+}
+QUANTIZE_SUPERS(Q4_K, block_q4_K)
+
+static void batch_Q5_K(const float *x, const float *imatrix, block_q5_K *y, int count) {
+    batch_fit fits;
+    batch_scales scales;
+    fit_minimum(&fits, x, imatrix, count, 32, 31, -0.5f, 15);
+    scales_of_45(&scales, &fits, count, imatrix != NULL);
+    for (int b = 0; b < count; b++) {
+        uint8_t codes[SUPER];
+        y[b].d = float_to_half(scales.d[b]);
+        y[b].dmin = float_to_half(scales.dmin[b]);
+        pack_scales_6(y[b].scales, scales.s[b], scales.m[b]);
+        codes_minimum(codes, x + SUPER * b, y[b].d, y[b].dmin, scales.s[b], scales.m[b], &fits, 8 * b, 32, 31);
+        pack_nibble_rows(y[b].qs, codes);
+        for (int j = 0; j < 32; j++) {
+            unsigned high = 0;
+            for (int i = 0; i < 8; i++) high |= (unsigned)(codes[32 * i + j] >> 4) << i;
+            y[b].qh[j] = (uint8_t)high;
+        }
+    }
+}
+QUANTIZE_SUPERS(Q5_K, block_q5_K)
+
+static void dequantize_Q4_K(const uint8_t *src, float *out, int64_t n) {
+    const block_q4_K *x = (const block_q4_K *)src;
+    for (int64_t i = 0; i < n; i += SUPER, x++) {
+        const float d = half_to_float(x->d), dmin = half_to_float(x->dmin);
+        uint8_t s[8], m[8];
+        unpack_scales_6(s, m, x->scales);
+        for (int p = 0; p < 4; p++) {
+            const vf d0 = vf_set1(d * (float)s[2 * p]), m0 = vf_set1(dmin * (float)m[2 * p]);
+            const vf d1 = vf_set1(d * (float)s[2 * p + 1]), m1 = vf_set1(dmin * (float)m[2 * p + 1]);
+            float *y = out + i + 64 * p;
+            for (int j = 0; j < 32; j += LANES) {
+                const vi q = vi_load_u8(x->qs + 32 * p + j);
+                vf_store(y + j, vf_sub(vf_mul(d0, vi_to_vf(vi_and(q, vi_set1(15)))), m0));
+                vf_store(y + 32 + j, vf_sub(vf_mul(d1, vi_to_vf(vi_shr(q, 4))), m1));
+            }
+        }
+    }
+}
+
+static void dequantize_Q5_K(const uint8_t *src, float *out, int64_t n) {
+    const block_q5_K *x = (const block_q5_K *)src;
+    for (int64_t i = 0; i < n; i += SUPER, x++) {
+        const float d = half_to_float(x->d), dmin = half_to_float(x->dmin);
+        uint8_t s[8], m[8];
+        unpack_scales_6(s, m, x->scales);
+        for (int j = 0; j < 32; j += LANES) {
+            vi high = vi_load_u8(x->qh + j); /* bit 0 is the next sub-block's fifth bit */
+            for (int p = 0; p < 4; p++) {
+                const vf d0 = vf_set1(d * (float)s[2 * p]), m0 = vf_set1(dmin * (float)m[2 * p]);
+                const vf d1 = vf_set1(d * (float)s[2 * p + 1]), m1 = vf_set1(dmin * (float)m[2 * p + 1]);
+                float *y = out + i + 64 * p + j;
+                const vi q = vi_load_u8(x->qs + 32 * p + j);
+                const vi q0 = vi_or(vi_and(q, vi_set1(15)), vi_and(vi_shl(high, 4), vi_set1(16)));
+                const vi q1 = vi_or(vi_shr(q, 4), vi_and(vi_shl(high, 3), vi_set1(16)));
+                vf_store(y, vf_sub(vf_mul(d0, vi_to_vf(q0)), m0));
+                vf_store(y + 32, vf_sub(vf_mul(d1, vi_to_vf(q1)), m1));
+                high = vi_shr(high, 2);
+            }
+        }
+    }
+}
+
+/* Q2_K: sixteen sub-blocks of 16, scale and minimum of four bits each */
+
+/* codes = nearest(v * 15 / max), returns max / 15 */
+static inline float quantize_scales_4(uint8_t *codes, const float *v) {
+    const float max = largest_of(v, 16), inverse_d = 15.0f / max;
+    for (int j = 0; j < 16; j++) codes[j] = max > 0.0f ? (uint8_t)nearest(inverse_d * v[j]) : 0;
+    return max > 0.0f ? max / 15.0f : 0.0f;
+}
+
+static void batch_Q2_K(const float *x, const float *imatrix, block_q2_K *y, int count) {
+    batch_fit fits;
+    batch_scales scales;
+    fit_minimum(&fits, x, imatrix, count, 16, 3, -0.5f, 15);
+    if (imatrix) {
+        fit_batch_scales(scales.s, scales.d, fits.scale, fits.sum_w, count, 16, 15);
+        fit_batch_scales(scales.m, scales.dmin, fits.min, fits.sum_w, count, 16, 15);
+    } else {
+        for (int b = 0; b < count; b++) {
+            scales.d[b] = quantize_scales_4(scales.s[b], fits.scale + 16 * b);
+            scales.dmin[b] = quantize_scales_4(scales.m[b], fits.min + 16 * b);
+        }
+    }
+    for (int b = 0; b < count; b++) {
+        uint8_t codes[SUPER], s[16], m[16];
+        y[b].d = float_to_half(scales.d[b]);
+        y[b].dmin = float_to_half(scales.dmin[b]);
+        for (int j = 0; j < 16; j++) {
+            y[b].scales[j] = (uint8_t)(scales.s[b][j] | scales.m[b][j] << 4);
+            s[j] = y[b].scales[j] & 15;
+            m[j] = y[b].scales[j] >> 4;
+        }
+        codes_minimum(codes, x + SUPER * b, y[b].d, y[b].dmin, s, m, &fits, 16 * b, 16, 3);
+        pack_pairs(y[b].qs, codes);
+    }
+}
+QUANTIZE_SUPERS(Q2_K, block_q2_K)
+
+static void dequantize_Q2_K(const uint8_t *src, float *out, int64_t n) {
+    const block_q2_K *x = (const block_q2_K *)src;
+    for (int64_t i = 0; i < n; i += SUPER, x++) {
+        const float d = half_to_float(x->d), dmin = half_to_float(x->dmin);
+        for (int h = 0; h < 2; h++)
+            for (int j = 0; j < 32; j += LANES) {
+                const uint8_t *s = x->scales + 8 * h + j / 16;
+                vi q = vi_load_u8(x->qs + 32 * h + j);
+                for (int p = 0; p < 4; p++) {
+                    const vf dp = vf_set1(d * (float)(s[2 * p] & 15)), mp = vf_set1(dmin * (float)(s[2 * p] >> 4));
+                    vf_store(out + i + 128 * h + 32 * p + j, vf_sub(vf_mul(dp, vi_to_vf(vi_and(q, vi_set1(3)))), mp));
+                    q = vi_shr(q, 2);
+                }
+            }
+    }
+}
