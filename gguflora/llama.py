@@ -12,14 +12,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import llama_cpp
 import numpy as np
 
 from gguflora.errors import HotSwapError
 
-_WARN, _ERROR, _CONTINUED = 2, 3, 5
+Pointer: TypeAlias = Any
+"""A ``llama_adapter_lora *`` of ctypes; llama_cpp has no types."""
+
+_WARN, _ERROR, _CONTINUED = 3, 4, 5  # enum ggml_log_level
 
 
 class _Log:
@@ -80,30 +83,30 @@ class LoadedAdapter:
 
     name: str
     sha256: str
-    pointer: int
+    pointer: Pointer
     owned: bool = True
 
 
-def load_lora(model: int, path: Path) -> int:
+def load_lora(model: int, path: Path) -> Pointer:
     """Load a GGUF LoRA for ``model`` (a ``llama_model *``): its ``llama_adapter_lora *``.
 
     Raises:
         HotSwapError: with llama.cpp's log text.
     """
     with captured_log() as log:
-        pointer: int | None = llama_cpp.llama_adapter_lora_init(model, os.fsencode(path))
-    if pointer is None:
+        pointer: Pointer = llama_cpp.llama_adapter_lora_init(model, os.fsencode(path))
+    if not pointer:  # a null pointer, which in ctypes is not None
         said = " ".join("".join(log).split()) or "it gave no reason"
         raise HotSwapError(f"{path}: llama.cpp could not load this adapter: {said}")
     return pointer
 
 
-def free_lora(pointer: int) -> None:
+def free_lora(pointer: Pointer) -> None:
     """Free an adapter. It must be in no context's set: llama.cpp does not look."""
     llama_cpp.llama_adapter_lora_free(pointer)
 
 
-def set_loras(context: int, loras: Sequence[tuple[int, float]]) -> None:
+def set_loras(context: int, loras: Sequence[tuple[Pointer, float]]) -> None:
     """Make ``loras`` (pointer, scale) the complete adapter set of ``context`` (a ``llama_context *``).
 
     Raises:

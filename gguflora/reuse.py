@@ -82,6 +82,7 @@ class AdapterSet:
             self.closed = True
             if self._context.ctx is not None:
                 self.set_active({})
+            self.active = {}
             if self._model.model is None:  # freed by hand, and its adapters with it
                 self.loaded.clear()
             for name in list(self.loaded):

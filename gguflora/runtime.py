@@ -69,7 +69,7 @@ def _adopt(llm: Any, adapters: AdapterSet, *, active: bool) -> None:  # noqa: AN
     from gguflora.llama import LoadedAdapter  # noqa: PLC0415
 
     pointer = llm._lora_adapter
-    if pointer is None:
+    if not pointer:
         return
     path = Path(llm.lora_path)
     try:
@@ -86,8 +86,8 @@ class Adapters:
     """The adapters of one ``llama_cpp.Llama``, made by `attach`; a context manager that closes them.
 
     A change of the adapter set (`apply`, `remove`, `unload`, `using`) forgets the tokens evaluated so far, unless the
-    new set is equal to the one in force (same files, same scales). Entries of ``llm.set_cache`` are kept apart by set. A
-    state from ``llm.save_state`` can be loaded under its own set only, and ``llm.generate`` cannot go on across a
+    new set is equal to the one in force (same files, same scales). Entries of ``llm.set_cache`` are kept apart by set.
+    A state from ``llm.save_state`` can be loaded under its own set only, and ``llm.generate`` cannot go on across a
     change: both raise `HotSwapError`. After `close` nothing is checked any more.
 
     One lock makes changes safe among threads. It does not make a Llama safe to generate with while another thread
@@ -187,7 +187,7 @@ class Adapters:
             yield self
         finally:
             with adapters.lock:
-                if not adapters.closed:
+                if not adapters.closed and self._llm.ctx is not None:
                     self._change(
                         {
                             name: scale
@@ -201,9 +201,10 @@ class Adapters:
         from gguflora import reuse  # noqa: PLC0415
 
         with self._set.lock:
-            if not self._set.closed:
-                self._change({})
-                self._set.release()
+            identity = self._set.identity
+            self._set.release()
+            if self._set.identity != identity:
+                self._forget()
             if reuse.attached_set(self._llm) is self._set:
                 reuse.unguard(self._llm)
 
@@ -226,16 +227,20 @@ class Adapters:
     @contextmanager
     def _open(self) -> Iterator[AdapterSet]:
         with self._set.lock:
-            if self._set.closed:
+            if self._set.closed or self._llm.ctx is None:
                 raise HotSwapError("these adapters are closed, or their Llama is; attach to an open Llama again")
             yield self._set
 
     def _change(self, active: Mapping[str, float]) -> None:
+        if self._set.set_active(active):
+            self._forget()
+
+    def _forget(self) -> None:
+        """Forget the tokens evaluated so far."""
         from gguflora.llama import clear_memory  # noqa: PLC0415
 
-        if self._set.set_active(active):
-            clear_memory(self._llm.ctx, self._llm.n_vocab())
-            self._llm.reset()
+        clear_memory(self._llm.ctx, self._llm.n_vocab())
+        self._llm.reset()
 
 
 def _check_new_name(name: str, adapters: AdapterSet) -> None:
