@@ -1,11 +1,11 @@
 /* Fitting many sub-blocks: stretches of weights cut into tiles whose sub-blocks fill any number of lanes. */
 
-enum { TILE = 512, BATCH = 4096, MAX_FITS = BATCH / 16 };
+enum { AT_ONCE = LANES * GROUPS, TILE = 1024, BATCH = 4096, MAX_FITS = BATCH / 16 };
 
 /* Fits of the sub-blocks of up to BATCH weights; `min` is negated as the K-quants store it. Padded, so that lanes may be
  * loaded from any place. */
 typedef struct {
-    float scale[MAX_FITS + 16], min[MAX_FITS + 16], code_scale[MAX_FITS + 16], code_min[MAX_FITS + 16], sum_w[MAX_FITS + 16];
+    float scale[MAX_FITS + AT_ONCE], min[MAX_FITS + AT_ONCE], code_scale[MAX_FITS + AT_ONCE], code_min[MAX_FITS + AT_ONCE], sum_w[MAX_FITS + AT_ONCE];
 } batch_fit;
 
 /* The TILE weights from x on; if there are fewer than that, a copy followed by zeros. */
@@ -21,12 +21,18 @@ INLINE void load_lanes(vf *out, const float *x, int n) {
     for (int i = 0; i < n; i += LANES) vf_transpose(out + i, x + i, n);
 }
 
-INLINE void store_fit(batch_fit *fits, int64_t first, const lane_fit *fit) {
-    vf_store(fits->scale + first, fit->scale);
-    vf_store(fits->min + first, vf_neg(fit->min));
-    vf_store(fits->code_scale + first, fit->code_scale);
-    vf_store(fits->code_min + first, fit->code_min);
-    vf_store(fits->sum_w + first, fit->sum_w);
+INLINE void load_groups(lanes_of_32 *out, const float *x, int n) {
+    EACH_GROUP load_lanes(out[g], x + g * LANES * n, n);
+}
+
+INLINE void store_fit(batch_fit *fits, int first, const lane_fit *fit) {
+    EACH_GROUP {
+        vf_store(fits->scale + first + g * LANES, fit[g].scale);
+        vf_store(fits->min + first + g * LANES, vf_neg(fit[g].min));
+        vf_store(fits->code_scale + first + g * LANES, fit[g].code_scale);
+        vf_store(fits->code_min + first + g * LANES, fit[g].code_min);
+        vf_store(fits->sum_w + first + g * LANES, fit[g].sum_w);
+    }
 }
 
 /* sums[i] = squares of x[i * n .. (i + 1) * n) summed in order, which takes the time of the additions' latency: so several
@@ -60,10 +66,13 @@ static void sums_of_squares(float *sums, const float *x, int64_t count, int64_t 
     }
 }
 
-/* imatrix * sqrt(sigma2 + x^2), ggml's importance of a weight; imatrix as it lies in memory, sigma2 per lane */
-INLINE void measured_importance(vf *w, const vf *x, const float *imatrix, vf sigma2, int n) {
-    load_lanes(w, imatrix, n);
-    for (int i = 0; i < n; i++) w[i] = vf_mul(w[i], vf_sqrt(vf_add(sigma2, vf_mul(x[i], x[i]))));
+/* imatrix * sqrt(sigma2 + x^2), ggml's importance of a weight; imatrix as it lies in memory, sigma2 of every sub-block */
+INLINE void measured_importance(lanes_of_32 *w, const lanes_of_32 *x, const float *imatrix, const float *sigma2, int n) {
+    load_groups(w, imatrix, n);
+    EACH_GROUP {
+        const vf mean = vf_load(sigma2 + g * LANES);
+        for (int i = 0; i < n; i++) w[g][i] = vf_mul(w[g][i], vf_sqrt(vf_add(mean, vf_mul(x[g][i], x[g][i]))));
+    }
 }
 
 /* codes = clamp(nearest(code_scale * (x - code_min))) - low: those of the search itself */

@@ -35,6 +35,8 @@ typedef struct {
 /* q as a float; `exact` is ggml's rounding for any argument, the other one for arguments below ROUND_LIMIT */
 INLINE vf code_of(vf t, int low, int high, int exact) {
     if (exact) return vi_to_vf(vi_clamp(vf_nearest(t), low, high));
+    if (low == 0) /* compared as integers, which compete less with the additions for execution units */
+        return vf_round(vi_as_vf(vi_max(vi_min(vf_as_vi(t), vf_as_vi(vf_set1((float)high))), vi_set1(0))));
     return vf_round(vf_max(vf_min(t, vf_set1((float)high)), vf_set1((float)low)));
 }
 
@@ -43,12 +45,21 @@ INLINE vf residual(vf scale, vf q, vf min, vf x, int absolute) {
     return absolute ? vf_abs(diff) : vf_mul(diff, diff);
 }
 
-/* Minimum and scale of n weights w = scale * q + min, 0 <= q <= q_max, min <= 0: the weighted least-squares solution of the
- * best of a series of trial scales (first + step * i + q_max) / (max - min), i = 0 ... last, where `min` is the best one
- * found so far. Errors are squares, or absolute values. Returns 0 if not `exact` and the fast rounding does not do. */
-INLINE int fit_min_once(lane_fit *fit, const vf *x, const vf *w, int n, int q_max, float first, float step, int last,
-                        int absolute, int exact) {
-    vf q[32];
+/* Sums are chains of dependent additions, so GROUPS vectors of sub-blocks go through a search side by side: their chains fill
+ * each other's waiting times. */
+#define EACH_GROUP for (int g = 0; g < GROUPS; g++)
+
+typedef vf lanes_of_16[16];
+typedef vf lanes_of_32[32];
+
+/* What the loop over trial scales of fit_min carries from trial to trial. */
+typedef struct {
+    vf sum_w, sum_x, lowest, max, least;
+    vm safe;
+} min_state;
+
+/* The start of fit_min: extremes, sums, and the error of the plain scale (max - min) / q_max. */
+INLINE void begin_fit_min(lane_fit *fit, min_state *state, const vf *x, const vf *w, int n, int q_max, int absolute, int exact) {
     vf min = x[0], max = x[0], sum_w = w[0], sum_x = vf_mul(w[0], x[0]);
     for (int i = 1; i < n; i++) {
         min = vf_min(x[i], min);
@@ -56,97 +67,135 @@ INLINE int fit_min_once(lane_fit *fit, const vf *x, const vf *w, int n, int q_ma
         sum_w = vf_add(sum_w, w[i]);
         sum_x = vf_add(sum_x, vf_mul(w[i], x[i]));
     }
-    const vf lowest = min, zero = vf_zero();
-    min = vf_min(zero, min); /* in this order a -0 stays */
-    const vm flat = vf_eq(max, min);
-    const vf range = vf_sub(max, min);
-    vf code_scale = vf_div(vf_set1((float)q_max), range), code_min = min, scale = vf_div(vf_set1(1.0f), code_scale);
-    vf least = zero;
-    vm safe = vf_le(vf_abs(vf_mul(code_scale, range)), vf_set1(ROUND_LIMIT));
+    state->lowest = min;
+    min = vf_min(vf_zero(), min); /* in this order a -0 stays */
+    const vf range = vf_sub(max, min), iscale = vf_div(vf_set1((float)q_max), range), scale = vf_div(vf_set1(1.0f), iscale);
+    vf error = vf_zero();
     for (int i = 0; i < n; i++) {
-        const vf l = code_of(vf_mul(code_scale, vf_sub(x[i], min)), 0, q_max, exact);
-        least = vf_add(least, vf_mul(w[i], residual(scale, l, min, x[i], absolute)));
+        const vf l = code_of(vf_mul(iscale, vf_sub(x[i], min)), 0, q_max, exact);
+        error = vf_add(error, vf_mul(w[i], residual(scale, l, min, x[i], absolute)));
     }
-    for (int trial = 0; trial <= last; trial++) {
-        const vf iscale = vf_div(vf_set1(first + step * (float)trial + (float)q_max), vf_sub(max, min));
-        const vf limit = vf_set1(ROUND_LIMIT);
-        safe = vm_and(safe, vm_and(vf_le(vf_abs(vf_mul(iscale, vf_sub(max, min))), limit),
-                                   vf_le(vf_abs(vf_mul(iscale, vf_sub(lowest, min))), limit)));
-        vf sum_l = zero, sum_l2 = zero, sum_xl = zero;
-        for (int i = 0; i < n; i++) {
-            const vf l = code_of(vf_mul(iscale, vf_sub(x[i], min)), 0, q_max, exact);
-            const vf wl = vf_mul(w[i], l);
-            q[i] = l;
-            sum_l = vf_add(sum_l, wl);
-            sum_l2 = vf_add(sum_l2, vf_mul(wl, l));
-            sum_xl = vf_add(sum_xl, vf_mul(wl, x[i]));
-        }
-        const vf det = vf_sub(vf_mul(sum_w, sum_l2), vf_mul(sum_l, sum_l));
-        vf s = vf_div(vf_sub(vf_mul(sum_w, sum_xl), vf_mul(sum_x, sum_l)), det);
-        vf m = vf_div(vf_sub(vf_mul(sum_l2, sum_x), vf_mul(sum_l, sum_xl)), det);
-        const vm above = vf_gt(m, zero);
-        s = vf_select(above, vf_div(sum_xl, sum_l2), s);
-        m = vf_select(above, zero, m);
-        vf error = zero;
-        for (int i = 0; i < n; i++) error = vf_add(error, vf_mul(w[i], residual(s, q[i], m, x[i], absolute)));
-        const vm better = vm_and(vf_gt(det, zero), vf_lt(error, least));
-        least = vf_select(better, error, least);
-        code_scale = vf_select(better, iscale, code_scale);
-        code_min = vf_select(better, min, code_min);
-        scale = vf_select(better, s, scale);
-        min = vf_select(better, m, min);
-    }
-    if (!exact && vm_any(vm_andnot(vf_eq(zero, zero), vm_or(safe, flat)))) return 0;
-    fit->scale = vf_select(flat, zero, scale);
-    fit->min = vf_select(flat, vf_min(zero, lowest), min);
-    fit->code_scale = vf_select(flat, zero, code_scale);
-    fit->code_min = vf_select(flat, zero, code_min);
-    fit->sum_w = sum_w;
-    return 1;
+    *fit = (lane_fit){scale, min, iscale, min, sum_w};
+    state->sum_w = sum_w;
+    state->sum_x = sum_x;
+    state->max = max;
+    state->least = error;
+    state->safe = vf_le(vf_abs(vf_mul(iscale, range)), vf_set1(ROUND_LIMIT));
 }
 
-INLINE void fit_min(lane_fit *fit, const vf *x, const vf *w, int n, int q_max, float first, float step, int last, int absolute) {
+/* Minimum and scale of n weights w = scale * q + min, 0 <= q <= q_max, min <= 0: the weighted least-squares solution of the
+ * best of a series of trial scales (first + step * i + q_max) / (max - min), i = 0 ... last, where `min` is the best one
+ * found so far. Errors are squares, or absolute values. Returns 0 if not `exact` and the fast rounding does not do. */
+INLINE int fit_min_once(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, float first, float step,
+                        int last, int absolute, int exact) {
+    const vf zero = vf_zero(), limit = vf_set1(ROUND_LIMIT);
+    min_state state[GROUPS];
+    vf q[GROUPS][32];
+    EACH_GROUP begin_fit_min(fit + g, state + g, x[g], w[g], n, q_max, absolute, exact);
+    for (int trial = 0; trial <= last; trial++) {
+        vf iscale[GROUPS], min[GROUPS], s[GROUPS], m[GROUPS], sum_l[GROUPS], sum_l2[GROUPS], sum_xl[GROUPS], error[GROUPS];
+        vm solved[GROUPS];
+        EACH_GROUP {
+            min[g] = fit[g].min;
+            const vf range = vf_sub(state[g].max, min[g]);
+            iscale[g] = vf_div(vf_set1(first + step * (float)trial + (float)q_max), range);
+            const vf highest_code = vf_abs(vf_mul(iscale[g], range));
+            const vf lowest_code = vf_abs(vf_mul(iscale[g], vf_sub(state[g].lowest, min[g])));
+            state[g].safe = vm_and(state[g].safe, vm_and(vf_le(highest_code, limit), vf_le(lowest_code, limit)));
+            sum_l[g] = sum_l2[g] = sum_xl[g] = error[g] = zero;
+        }
+        for (int i = 0; i < n; i++) EACH_GROUP {
+            const vf l = code_of(vf_mul(iscale[g], vf_sub(x[g][i], min[g])), 0, q_max, exact), wl = vf_mul(w[g][i], l);
+            q[g][i] = l;
+            sum_l[g] = vf_add(sum_l[g], wl);
+            sum_l2[g] = vf_add(sum_l2[g], vf_mul(wl, l));
+            sum_xl[g] = vf_add(sum_xl[g], vf_mul(wl, x[g][i]));
+        }
+        EACH_GROUP {
+            const vf det = vf_sub(vf_mul(state[g].sum_w, sum_l2[g]), vf_mul(sum_l[g], sum_l[g]));
+            s[g] = vf_div(vf_sub(vf_mul(state[g].sum_w, sum_xl[g]), vf_mul(state[g].sum_x, sum_l[g])), det);
+            m[g] = vf_div(vf_sub(vf_mul(sum_l2[g], state[g].sum_x), vf_mul(sum_l[g], sum_xl[g])), det);
+            solved[g] = vf_gt(det, zero);
+            const vm above = vf_gt(m[g], zero);
+            if (vm_any(above)) {
+                s[g] = vf_select(above, vf_div(sum_xl[g], sum_l2[g]), s[g]);
+                m[g] = vf_select(above, zero, m[g]);
+            }
+        }
+        for (int i = 0; i < n; i++) EACH_GROUP
+            error[g] = vf_add(error[g], vf_mul(w[g][i], residual(s[g], q[g][i], m[g], x[g][i], absolute)));
+        EACH_GROUP {
+            const vm better = vm_and(solved[g], vf_lt(error[g], state[g].least));
+            state[g].least = vf_select(better, error[g], state[g].least);
+            fit[g].code_scale = vf_select(better, iscale[g], fit[g].code_scale);
+            fit[g].code_min = vf_select(better, min[g], fit[g].code_min);
+            fit[g].scale = vf_select(better, s[g], fit[g].scale);
+            fit[g].min = vf_select(better, m[g], fit[g].min);
+        }
+    }
+    int safe = 1;
+    EACH_GROUP {
+        const vf low = vf_min(zero, state[g].lowest);
+        const vm flat = vf_eq(state[g].max, low);
+        if (vm_any(vm_andnot(vf_eq(zero, zero), vm_or(state[g].safe, flat)))) safe = 0;
+        fit[g].scale = vf_select(flat, zero, fit[g].scale);
+        fit[g].min = vf_select(flat, low, fit[g].min);
+        fit[g].code_scale = vf_select(flat, zero, fit[g].code_scale);
+        fit[g].code_min = vf_select(flat, zero, fit[g].code_min);
+    }
+    return safe || exact;
+}
+
+INLINE void fit_min(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, float first, float step, int last,
+                    int absolute) {
     if (!fit_min_once(fit, x, w, n, q_max, first, step, last, absolute, 0))
         fit_min_once(fit, x, w, n, q_max, first, step, last, absolute, 1);
 }
 
 /* Scale of n weights w = scale * q, -q_max <= q < q_max, weighted least squares: best of 19 trial scales around the one that
- * gives the peak (first value of largest magnitude) the code -q_max. Lanes of zeros: all of `fit` is 0. */
-INLINE void fit_symmetric(lane_fit *fit, const vf *x, const vf *w, int n, int q_max) {
-    vf peak = vf_zero(), amax = vf_zero(), wx[32];
+ * gives the peak (first value of largest magnitude) the code -q_max. Lanes of zeros: all of `fit` but sum_w is 0. */
+INLINE void fit_symmetric(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max) {
     const vf zero = vf_zero();
-    for (int i = 0; i < n; i++) {
-        const vf a = vf_abs(x[i]);
-        const vm higher = vf_gt(a, amax);
-        amax = vf_select(higher, a, amax);
-        peak = vf_select(higher, x[i], peak);
-        wx[i] = vf_mul(w[i], x[i]);
+    vf peak[GROUPS], amax[GROUPS], best[GROUPS], wx[GROUPS][32];
+    EACH_GROUP {
+        peak[g] = amax[g] = best[g] = zero;
+        fit[g] = (lane_fit){zero, zero, zero, zero, w[g][0]};
+        for (int i = 1; i < n; i++) fit[g].sum_w = vf_add(fit[g].sum_w, w[g][i]);
+        for (int i = 0; i < n; i++) {
+            const vf a = vf_abs(x[g][i]);
+            const vm higher = vf_gt(a, amax[g]);
+            amax[g] = vf_select(higher, a, amax[g]);
+            peak[g] = vf_select(higher, x[g][i], peak[g]);
+            wx[g][i] = vf_mul(w[g][i], x[g][i]);
+        }
     }
-    vf sum_w = w[0];
-    for (int i = 1; i < n; i++) sum_w = vf_add(sum_w, w[i]);
-    const vm none = vf_lt(amax, vf_set1(TINY));
-    vf scale = zero, best = zero, code_scale = zero;
     for (int trial = 0; trial <= 18; trial++) {
         const int offset = trial == 0 ? 0 : trial <= 9 ? trial - 10 : trial - 9; /* 0, -9 ... -1, 1 ... 9 */
-        const vf iscale = vf_div(vf_set1(-((float)q_max + 0.1f * (float)offset)), peak);
-        vf sum_xl = zero, sum_l2 = zero;
-        for (int i = 0; i < n; i++) {
-            const vf l = code_of(vf_mul(iscale, x[i]), -q_max, q_max - 1, 0);
-            sum_xl = vf_add(sum_xl, vf_mul(wx[i], l));
-            sum_l2 = vf_add(sum_l2, vf_mul(vf_mul(w[i], l), l));
+        vf iscale[GROUPS], sum_xl[GROUPS], sum_l2[GROUPS];
+        EACH_GROUP {
+            iscale[g] = vf_div(vf_set1(-((float)q_max + 0.1f * (float)offset)), peak[g]);
+            sum_xl[g] = sum_l2[g] = zero;
         }
-        const vf s = vf_div(sum_xl, sum_l2);
-        vm better = vf_gt(sum_l2, zero);
-        if (trial == 0) code_scale = iscale; /* kept even where the weights are all zero */
-        else better = vm_and(better, vf_gt(vf_mul(sum_xl, sum_xl), vf_mul(best, sum_l2)));
-        scale = vf_select(better, s, scale);
-        best = vf_select(better, vf_mul(s, sum_xl), best);
-        code_scale = vf_select(better, iscale, code_scale);
+        for (int i = 0; i < n; i++) EACH_GROUP {
+            const vf l = code_of(vf_mul(iscale[g], x[g][i]), -q_max, q_max - 1, 0);
+            sum_xl[g] = vf_add(sum_xl[g], vf_mul(wx[g][i], l));
+            sum_l2[g] = vf_add(sum_l2[g], vf_mul(vf_mul(w[g][i], l), l));
+        }
+        EACH_GROUP {
+            const vf s = vf_div(sum_xl[g], sum_l2[g]);
+            vm better = vf_gt(sum_l2[g], zero);
+            if (trial == 0) fit[g].code_scale = iscale[g]; /* kept even where the weights are all zero */
+            else better = vm_and(better, vf_gt(vf_mul(sum_xl[g], sum_xl[g]), vf_mul(best[g], sum_l2[g])));
+            fit[g].scale = vf_select(better, s, fit[g].scale);
+            best[g] = vf_select(better, vf_mul(s, sum_xl[g]), best[g]);
+            fit[g].code_scale = vf_select(better, iscale[g], fit[g].code_scale);
+        }
     }
-    fit->scale = vf_select(none, zero, scale);
-    fit->code_scale = vf_select(none, zero, code_scale);
-    fit->min = fit->code_min = zero;
-    fit->sum_w = sum_w;
+    EACH_GROUP {
+        const vm none = vf_lt(amax[g], vf_set1(TINY));
+        fit[g].scale = vf_select(none, zero, fit[g].scale);
+        fit[g].code_scale = vf_select(none, zero, fit[g].code_scale);
+    }
 }
 
 /* Scale and codes of 16 weights w = scale * (q - 4), each importance the square of its weight: coordinate descent, at most five

@@ -3,27 +3,27 @@
 /* Fits all sub-blocks of `count` super-blocks. */
 INLINE void fit_minimum(batch_fit *fits, const float *x, const float *imatrix, int count, int sub, int q_max, float first,
                         int last) {
-    float sigma2[MAX_FITS + 16], x_copy[TILE], imatrix_copy[TILE];
+    float sigma2[MAX_FITS + AT_ONCE], x_copy[TILE], imatrix_copy[TILE];
     const int n = count * SUPER;
     if (imatrix) spread_mean_squares(sigma2, x, count, sub, sub == 32 ? 2.0f : 1.0f);
     for (int i = 0; i < n; i += TILE) {
         const float *tile = tile_of(x_copy, x + i, n - i);
         const float *tile_imatrix = imatrix ? tile_of(imatrix_copy, imatrix + i, n - i) : NULL;
-        for (int j = 0; j < TILE / sub; j += LANES) {
-            vf lanes[32], w[32];
-            lane_fit fit;
-            load_lanes(lanes, tile + sub * j, sub);
+        for (int j = 0; j < TILE / sub; j += AT_ONCE) {
+            lanes_of_32 lanes[GROUPS], w[GROUPS];
+            lane_fit fit[GROUPS];
+            load_groups(lanes, tile + sub * j, sub);
             if (imatrix) {
-                measured_importance(w, lanes, tile_imatrix + sub * j, vf_load(sigma2 + i / sub + j), sub);
-                fit_min(&fit, lanes, w, sub, q_max, -0.9f, 0.05f, 36, 0);
+                measured_importance(w, lanes, tile_imatrix + sub * j, sigma2 + i / sub + j, sub);
+                fit_min(fit, lanes, w, sub, q_max, -0.9f, 0.05f, 36, 0);
             } else if (sub == 16) {
-                for (int k = 0; k < sub; k++) w[k] = vf_abs(lanes[k]);
-                fit_min(&fit, lanes, w, sub, q_max, first, 0.1f, last, 1);
+                EACH_GROUP for (int k = 0; k < sub; k++) w[g][k] = vf_abs(lanes[g][k]);
+                fit_min(fit, lanes, w, sub, q_max, first, 0.1f, last, 1);
             } else {
                 default_importance(w, lanes, sub);
-                fit_min(&fit, lanes, w, sub, q_max, first, 0.1f, last, 0);
+                fit_min(fit, lanes, w, sub, q_max, first, 0.1f, last, 0);
             }
-            store_fit(fits, i / sub + j, &fit);
+            store_fit(fits, i / sub + j, fit);
         }
     }
 }

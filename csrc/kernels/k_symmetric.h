@@ -14,15 +14,14 @@ static void fit_Q6_K(batch_fit *fits, const float *x, const float *imatrix, int 
     for (int i = 0; i < n; i += TILE) {
         const float *tile = tile_of(x_copy, x + i, n - i);
         const float *tile_imatrix = imatrix ? tile_of(imatrix_copy, imatrix + i, n - i) : NULL;
-        for (int j = 0; j < TILE / 16; j += LANES) {
-            vf lanes[16], w[16];
-            lane_fit fit;
-            load_lanes(lanes, tile + 16 * j, 16);
-            if (imatrix) load_lanes(w, tile_imatrix + 16 * j, 16);
-            else
-                for (int k = 0; k < 16; k++) w[k] = vf_mul(lanes[k], lanes[k]);
-            fit_symmetric(&fit, lanes, w, 16, 32);
-            store_fit(fits, i / 16 + j, &fit);
+        for (int j = 0; j < TILE / 16; j += AT_ONCE) {
+            lanes_of_32 lanes[GROUPS], w[GROUPS];
+            lane_fit fit[GROUPS];
+            load_groups(lanes, tile + 16 * j, 16);
+            if (imatrix) load_groups(w, tile_imatrix + 16 * j, 16);
+            else EACH_GROUP for (int k = 0; k < 16; k++) w[g][k] = vf_mul(lanes[g][k], lanes[g][k]);
+            fit_symmetric(fit, lanes, w, 16, 32);
+            store_fit(fits, i / 16 + j, fit);
         }
     }
 }
@@ -110,7 +109,7 @@ static void pack_Q3_K(block_q3_K *y, const uint8_t *codes) {
 
 /* Without an imatrix the codes come from coordinate descent, and are kept for sub-blocks whose scale rounds to zero. */
 static void default_Q3_K(const float *x, block_q3_K *y, int count) {
-    float scales[MAX_FITS + 16], copy[TILE];
+    float scales[MAX_FITS + AT_ONCE], copy[TILE];
     uint8_t found[MAX_FITS / LANES + 16][16][LANES];
     const int n = count * SUPER;
     for (int i = 0; i < n; i += TILE) {
@@ -146,40 +145,39 @@ static void default_Q3_K(const float *x, block_q3_K *y, int count) {
 }
 
 static void fit_Q3_K(batch_fit *fits, const float *x, const float *imatrix, int count) {
-    float sigma2[MAX_FITS + 16], x_copy[TILE], imatrix_copy[TILE];
+    float sigma2[MAX_FITS + AT_ONCE], x_copy[TILE], imatrix_copy[TILE];
     const int n = count * SUPER;
     spread_mean_squares(sigma2, x, count, 16, 2.0f);
     for (int i = 0; i < n; i += TILE) {
         const float *tile = tile_of(x_copy, x + i, n - i), *tile_imatrix = tile_of(imatrix_copy, imatrix + i, n - i);
-        for (int j = 0; j < TILE / 16; j += LANES) {
-            vf lanes[16], w[16];
-            lane_fit fit;
-            load_lanes(lanes, tile + 16 * j, 16);
-            measured_importance(w, lanes, tile_imatrix + 16 * j, vf_load(sigma2 + i / 16 + j), 16);
-            fit_symmetric(&fit, lanes, w, 16, 4);
-            store_fit(fits, i / 16 + j, &fit);
+        for (int j = 0; j < TILE / 16; j += AT_ONCE) {
+            lanes_of_32 lanes[GROUPS], w[GROUPS];
+            lane_fit fit[GROUPS];
+            load_groups(lanes, tile + 16 * j, 16);
+            measured_importance(w, lanes, tile_imatrix + 16 * j, sigma2 + i / 16 + j, 16);
+            fit_symmetric(fit, lanes, w, 16, 4);
+            store_fit(fits, i / 16 + j, fit);
         }
     }
 }
 
 static void measured_Q3_K(const float *x, const float *imatrix, block_q3_K *y, int count) {
     batch_fit fits;
-    float units[BATCH_SUPERS + 16], unit_scales[BATCH_SUPERS + 16];
+    batch_fit of_scales;
     fit_Q3_K(&fits, x, imatrix, count);
-    for (int b = 0; b < count; b += LANES) {
-        vf lanes[16], w[16];
-        lane_fit fit;
-        load_lanes(lanes, fits.scale + 16 * b, 16);
-        load_lanes(w, fits.sum_w + 16 * b, 16);
-        fit_symmetric(&fit, lanes, w, 16, 32);
-        vf_store(units + b, fit.scale);
-        vf_store(unit_scales + b, fit.code_scale);
+    for (int b = 0; b < count; b += AT_ONCE) {
+        lanes_of_32 lanes[GROUPS], w[GROUPS];
+        lane_fit fit[GROUPS];
+        load_groups(lanes, fits.scale + 16 * b, 16);
+        load_groups(w, fits.sum_w + 16 * b, 16);
+        fit_symmetric(fit, lanes, w, 16, 32);
+        store_fit(&of_scales, b, fit);
     }
     for (int b = 0; b < count; b++) {
         uint8_t codes[SUPER], s[16];
-        signed_search_codes(s, fits.scale + 16 * b, 16, unit_scales[b], -32, 31);
+        signed_search_codes(s, fits.scale + 16 * b, 16, of_scales.code_scale[b], -32, 31);
         pack_scales_3(y[b].scales, s);
-        y[b].d = float_to_half(units[b]);
+        y[b].d = float_to_half(of_scales.scale[b]);
         const float d = half_to_float(y[b].d);
         for (int j = 0; j < 16; j++)
             codes_symmetric(codes + 16 * j, x + SUPER * b + 16 * j, d * (float)(s[j] - 32), fits.code_scale[16 * b + j], -4, 3);

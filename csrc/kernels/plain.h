@@ -80,14 +80,16 @@ static inline void plain_range(const float *x, float *low, float *high) {
 INLINE void fit_plain(batch_fit *fits, const float *x, const float *imatrix, float mean_square, int64_t left, int q_max, int with_min) {
     float x_copy[TILE], imatrix_copy[TILE];
     const float *tile = tile_of(x_copy, x, left), *tile_imatrix = tile_of(imatrix_copy, imatrix, left);
-    for (int j = 0; j < TILE / PLAIN; j += LANES) {
-        vf lanes[PLAIN], w[PLAIN];
-        lane_fit fit;
-        load_lanes(lanes, tile + PLAIN * j, PLAIN);
-        measured_importance(w, lanes, tile_imatrix + PLAIN * j, vf_set1(mean_square), PLAIN);
-        if (with_min) fit_min(&fit, lanes, w, PLAIN, q_max, -0.9f, 0.05f, 36, 0);
-        else fit_symmetric(&fit, lanes, w, PLAIN, q_max);
-        store_fit(fits, j, &fit);
+    float sigma2[AT_ONCE];
+    for (int j = 0; j < AT_ONCE; j++) sigma2[j] = mean_square;
+    for (int j = 0; j < TILE / PLAIN; j += AT_ONCE) {
+        lanes_of_32 lanes[GROUPS], w[GROUPS];
+        lane_fit fit[GROUPS];
+        load_groups(lanes, tile + PLAIN * j, PLAIN);
+        measured_importance(w, lanes, tile_imatrix + PLAIN * j, sigma2, PLAIN);
+        if (with_min) fit_min(fit, lanes, w, PLAIN, q_max, -0.9f, 0.05f, 36, 0);
+        else fit_symmetric(fit, lanes, w, PLAIN, q_max);
+        store_fit(fits, j, fit);
     }
 }
 

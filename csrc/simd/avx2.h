@@ -9,6 +9,7 @@
 #include "../half.h"
 
 #define LANES 8
+#define GROUPS 2
 typedef __m256 vf;
 typedef __m256i vi;
 typedef __m256 vm;

@@ -9,6 +9,7 @@
 #include "../half.h"
 
 #define LANES 16
+#define GROUPS 2
 typedef __m512 vf;
 typedef __m512i vi;
 typedef __mmask16 vm;

@@ -9,6 +9,7 @@
 #include "../half.h"
 
 #define LANES 1
+#define GROUPS 2 /* vectors that a search works on at once, see kernels/fit.h */
 typedef float vf;
 typedef int32_t vi;
 typedef int vm;
