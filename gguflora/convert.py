@@ -181,8 +181,15 @@ def _write(path: Path, source: Adapter, architecture: str, alpha: float, stored:
     if any(item.type == "Q8_0" for item in stored):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for item in stored:
-        writer.add_tensor(item.name, item.content, raw_dtype=gguf.GGMLQuantizationType[item.type])
+        kind, content = gguf.GGMLQuantizationType[item.type], item.content
+        writer.add_tensor_info(item.name, content.shape, content.dtype, content.nbytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
     writer.close()
+    # GGUFWriter writes data with ndarray.tofile, which does not notice a disk that is full
+    with path.open("ab") as file:
+        file.write(bytes(-file.tell() % writer.data_alignment))
+        for item in stored:
+            file.write(item.content.data)
+            file.write(bytes(-item.content.nbytes % writer.data_alignment))

@@ -137,7 +137,7 @@ def _with_scales(adapters: AdapterArgument) -> list[tuple[AdapterPath, float]]:
     given = [adapters] if isinstance(adapters, str | os.PathLike) else adapters
     pairs = [item if isinstance(item, tuple) else (item, 1.0) for item in given]
     for path, scale in pairs:
-        if not abs(float(np.float32(scale))) < float("inf"):
+        if not abs(scale) <= np.finfo(np.float32).max:
             raise AdapterError(f"{path}: its scale is {scale}, expected a finite number")
     return [(path, float(scale)) for path, scale in pairs]
 

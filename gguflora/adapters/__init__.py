@@ -73,6 +73,8 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
             )
         weights, tensors = read_weights(location, "adapter_model")
         adapter = Adapter(location.resolve().name, weights, _sha256(weights), reader(config, tensors))
+    if not adapter.changes:
+        raise AdapterError(f"{adapter.path}: holds no tensor of an adapter; save it again")
     _check_finite(adapter)
     return adapter
 
@@ -87,5 +89,8 @@ def _check_finite(adapter: Adapter) -> None:
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -29,8 +29,8 @@ class PeftConfig:
     fields: Mapping[str, Any]
 
     def number(self, name: str, default: float) -> float:
-        """A number, or ``default`` where the field is missing or null."""
-        return self._number(name, self.fields.get(name), default)
+        """A number, or ``default`` where the field is missing."""
+        return self._number(name, self.fields.get(name, default))
 
     def flag(self, name: str) -> bool:
         """A boolean, False where the field is missing or null."""
@@ -52,12 +52,10 @@ class PeftConfig:
                     f"{self.path}: {pattern_name}: {pattern!r} is no regular expression: {error}"
                 ) from error
             if matches:
-                return self._number(f"{pattern_name}[{pattern!r}]", value, default)
+                return self._number(f"{pattern_name}[{pattern!r}]", value)
         return self.number(name, default)
 
-    def _number(self, name: str, value: object, default: float) -> float:
-        if value is None:
-            return default
+    def _number(self, name: str, value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
             raise self.error(name, "a finite number", value)
         return value

@@ -7,6 +7,7 @@ where alpha is 0 or absent.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Final
 
@@ -40,8 +41,8 @@ def read_gguf_lora(path: Path) -> tuple[str, dict[str, LowRank]]:
                 f"{path}: is an activated LoRA, which begins at its invocation tokens; load it at run time"
             )
         alpha = file.metadata.get(ALPHA_KEY, 0.0)
-        if not isinstance(alpha, float):
-            raise AdapterError(f"{path}: {ALPHA_KEY} is {alpha!r}, expected a number")
+        if not isinstance(alpha, float) or not math.isfinite(alpha):
+            raise AdapterError(f"{path}: {ALPHA_KEY} is {alpha!r}, expected a finite number")
         pairs = _pair_up(path, file.tensors)
         return file.architecture, {name: _read_pair(file, name, a, b, alpha) for name, (a, b) in pairs.items()}
 

@@ -16,7 +16,7 @@ from typing import Final
 from gguflora.adapters.config import PeftConfig
 from gguflora.deltas import LowRank
 from gguflora.errors import AdapterError, UnsupportedAdapterError
-from gguflora.files.safetensors import Array
+from gguflora.files.safetensors import Array, is_float
 
 _KEY: Final = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+?)\.(?P<part>lora_(?:embedding_)?[AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?"
@@ -102,6 +102,9 @@ def _pair(config: PeftConfig, module: str, a: Array, b: Array) -> LowRank:
         raise UnsupportedAdapterError(
             f"{where}: A is {a.shape} and B is {b.shape}, expected two matrices (not a convolution)"
         )
+    for name, factor in (("A", a), ("B", b)):
+        if not is_float(factor):
+            raise AdapterError(f"{where}: {name} holds {factor.dtype}, expected floating-point numbers")
     rank = config.for_module("r", "rank_pattern", module, 8)
     alpha = config.for_module("lora_alpha", "alpha_pattern", module, 8)
     if rank != int(rank) or rank < 1:

@@ -223,7 +223,7 @@ class GgufFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe must not block
         except OSError as error:
             raise GgufError(f"{self.path}: cannot be opened: {error.strerror}") from error
         try:
@@ -383,9 +383,10 @@ def _type_numbered(kind: int) -> GgmlType | None:
         return TYPES[kind]
     import gguf  # noqa: PLC0415  (slow to import)
 
-    if kind not in gguf.GGMLQuantizationType:
+    try:
+        listed = gguf.GGMLQuantizationType(kind)
+    except ValueError:
         return None
-    listed = gguf.GGMLQuantizationType(kind)
     return GgmlType(kind, listed.name, *gguf.GGML_QUANT_SIZES[listed])
 
 

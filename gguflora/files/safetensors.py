@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any, Final
 
@@ -70,7 +71,9 @@ def read_torch_bin(path: Path) -> dict[str, Array]:
             "or save the adapter as safetensors"
         ) from error
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles that it goes on to refuse
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
         return {str(name): _from_torch(tensor) for name, tensor in loaded.items()}
     except Exception as error:  # torch.load raises half a dozen unrelated types
         raise SafetensorsError(f"{path}: torch cannot read it as plain weights: {_first_line(error)}") from error
@@ -90,6 +93,11 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def is_float(array: Array) -> bool:
+    """Whether `as_float32` of it is meant: floats, or uint16 for bfloat16 bits."""
+    return array.dtype.kind == "f" or array.dtype == np.uint16
+
+
 def as_float32(array: Array) -> NDArray[np.float32]:
     """The values of an array as float32; uint16 is taken for bfloat16 bits."""
     if array.dtype == np.uint16:
@@ -100,10 +108,10 @@ def as_float32(array: Array) -> NDArray[np.float32]:
 def read_weights(folder: Path, stem: str) -> tuple[Path, dict[str, Array]]:
     """The tensors of ``stem.safetensors`` in a folder, else of ``stem.bin``, and the path they came from."""
     safetensors = folder / f"{stem}.safetensors"
-    if safetensors.exists():
+    if safetensors.is_file():
         return safetensors, read_safetensors(safetensors)
     torch_bin = folder / f"{stem}.bin"
-    if torch_bin.exists():
+    if torch_bin.is_file():
         return torch_bin, read_torch_bin(torch_bin)
     found = ", ".join(sorted(entry.name for entry in os.scandir(folder))) or "nothing"
     raise SafetensorsError(f"{folder}: holds neither {safetensors.name} nor {torch_bin.name}; found: {found}")
