@@ -125,13 +125,14 @@ def _config(arch: str, size: str) -> transformers.PretrainedConfig:
 @cache
 def _tokenizer() -> transformers.PreTrainedTokenizerFast:
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    words = [*alphabet, "<s>", "</s>", *("".join(pair) for pair in MERGES)]
+    words = [*alphabet, "<s>", "<|endoftext|>", *("".join(pair) for pair in MERGES)]
+    # Qwen2's tokenizer class would add its end of text as one token more.
     words += [f"<filler{number}>" for number in range(VOCABULARY - len(words))]
     model = tokenizers.models.BPE({word: number for number, word in enumerate(words)}, MERGES)
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|endoftext|>")
 
 
 @cache
