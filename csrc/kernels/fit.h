@@ -49,7 +49,6 @@ INLINE vf residual(vf scale, vf q, vf min, vf x, int absolute) {
  * each other's waiting times. */
 #define EACH_GROUP for (int g = 0; g < GROUPS; g++)
 
-typedef vf lanes_of_16[16];
 typedef vf lanes_of_32[32];
 
 /* What the loop over trial scales of fit_min carries from trial to trial. */
@@ -198,46 +197,79 @@ INLINE void fit_symmetric(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32
     }
 }
 
-/* Scale and codes of 16 weights w = scale * (q - 4), each importance the square of its weight: coordinate descent, at most five
- * rounds, from the code -4 for the peak. Lanes of zeros get scale and codes 0. */
-INLINE void fit_descent_3(vf *scale, vi *q, const vf *x) {
+/* One weight's part in the sums of fit_descent_3, and the bounds within which x * sl2 / sxl surely rounds to its code. */
+typedef struct {
+    vf x, l, wxl, wll, low, high;
+} descent_weight;
+
+INLINE void settle_descent(descent_weight *v, vf l) {
+    const vf w = vf_mul(v->x, v->x), slack = vf_set1(0.4999f), far = vf_set1(1e30f);
+    v->l = l;
+    v->wxl = vf_mul(vf_mul(w, v->x), l);
+    v->wll = vf_mul(vf_mul(w, l), l);
+    v->low = vf_select(vf_gt(l, vf_set1(-4.0f)), vf_sub(l, slack), vf_neg(far));
+    v->high = vf_select(vf_lt(l, vf_set1(3.0f)), vf_add(l, slack), far);
+}
+
+/* Gives weight v the code that fits the others best, in the lanes where that is an improvement. */
+INLINE vm descend(descent_weight *v, vf *sum_xl, vf *sum_l2) {
     const vf zero = vf_zero();
-    vf peak = zero, amax = zero, sum_xl = zero, sum_l2 = zero, w[16], wx[16], l[16];
-    for (int i = 0; i < 16; i++) {
-        const vf a = vf_abs(x[i]);
-        const vm higher = vf_gt(a, amax);
-        amax = vf_select(higher, a, amax);
-        peak = vf_select(higher, x[i], peak);
-        w[i] = vf_mul(x[i], x[i]);
-        wx[i] = vf_mul(w[i], x[i]);
-    }
-    const vm none = vf_lt(amax, vf_set1(TINY));
-    const vf iscale = vf_div(vf_set1(-4.0f), peak);
-    for (int i = 0; i < 16; i++) {
-        l[i] = code_of(vf_mul(iscale, x[i]), -4, 3, 0);
-        sum_xl = vf_add(sum_xl, vf_mul(wx[i], l[i]));
-        sum_l2 = vf_add(sum_l2, vf_mul(vf_mul(w[i], l[i]), l[i]));
-    }
-    for (int round = 0; round < 5; round++) {
-        vm changed = vf_lt(zero, zero);
+    const vf w = vf_mul(v->x, v->x);
+    vf sxl = vf_sub(*sum_xl, v->wxl), sl2 = vf_sub(*sum_l2, v->wll);
+    vm better = vf_gt(sxl, zero);
+    const vf l = code_of(vf_div(vf_mul(v->x, sl2), sxl), -4, 3, 1);
+    better = vm_andnot(better, vf_eq(l, v->l));
+    sxl = vf_add(sxl, vf_mul(vf_mul(w, v->x), l));
+    sl2 = vf_add(sl2, vf_mul(vf_mul(w, l), l));
+    better = vm_and(better, vf_gt(sl2, zero));
+    better = vm_and(better, vf_gt(vf_mul(vf_mul(sxl, sxl), *sum_l2), vf_mul(vf_mul(*sum_xl, *sum_xl), sl2)));
+    settle_descent(v, vf_select(better, l, v->l));
+    *sum_xl = vf_select(better, sxl, *sum_xl);
+    *sum_l2 = vf_select(better, sl2, *sum_l2);
+    return better;
+}
+
+/* Scale and codes of 16 weights w = scale * (q - 4), each importance the square of its weight: coordinate descent, at most five
+ * rounds, from the code -4 for the peak. Lanes of zeros get scale and codes 0. Most steps change nothing, and are seen to by
+ * two comparisons instead of a division that the next step would have to wait for. */
+INLINE void fit_descent_3(vf *scale, vi (*q)[16], const lanes_of_32 *x) {
+    const vf zero = vf_zero();
+    descent_weight v[GROUPS][16];
+    vf amax[GROUPS], sum_xl[GROUPS], sum_l2[GROUPS];
+    vm none[GROUPS];
+    EACH_GROUP {
+        vf peak = zero;
+        amax[g] = sum_xl[g] = sum_l2[g] = zero;
         for (int i = 0; i < 16; i++) {
-            vf sxl = vf_sub(sum_xl, vf_mul(wx[i], l[i])), sl2 = vf_sub(sum_l2, vf_mul(vf_mul(w[i], l[i]), l[i]));
-            vm better = vf_gt(sxl, zero);
-            const vf fresh = code_of(vf_div(vf_mul(x[i], sl2), sxl), -4, 3, 1);
-            better = vm_andnot(better, vf_eq(fresh, l[i]));
-            sxl = vf_add(sxl, vf_mul(wx[i], fresh));
-            sl2 = vf_add(sl2, vf_mul(vf_mul(w[i], fresh), fresh));
-            better = vm_and(better, vm_and(vf_gt(sl2, zero), vf_gt(vf_mul(vf_mul(sxl, sxl), sum_l2),
-                                                                  vf_mul(vf_mul(sum_xl, sum_xl), sl2))));
-            l[i] = vf_select(better, fresh, l[i]);
-            sum_xl = vf_select(better, sxl, sum_xl);
-            sum_l2 = vf_select(better, sl2, sum_l2);
-            changed = vm_or(changed, better);
+            const vf a = vf_abs(x[g][i]);
+            const vm higher = vf_gt(a, amax[g]);
+            amax[g] = vf_select(higher, a, amax[g]);
+            peak = vf_select(higher, x[g][i], peak);
         }
-        if (!vm_any(vm_andnot(changed, none))) break;
+        none[g] = vf_lt(amax[g], vf_set1(TINY));
+        const vf iscale = vf_div(vf_set1(-4.0f), peak);
+        for (int i = 0; i < 16; i++) {
+            v[g][i].x = x[g][i];
+            settle_descent(&v[g][i], code_of(vf_mul(iscale, x[g][i]), -4, 3, 0));
+            sum_xl[g] = vf_add(sum_xl[g], v[g][i].wxl);
+            sum_l2[g] = vf_add(sum_l2[g], v[g][i].wll);
+        }
     }
-    *scale = vf_select(vm_andnot(vf_gt(sum_l2, zero), none), vf_div(sum_xl, sum_l2), zero);
-    for (int i = 0; i < 16; i++) q[i] = vf_truncate(vf_select(none, zero, vf_add(l[i], vf_set1(4.0f))));
+    for (int round = 0, changed = 1; round < 5 && changed; round++) {
+        changed = 0;
+        for (int i = 0; i < 16; i++) EACH_GROUP {
+            descent_weight *at = &v[g][i];
+            const vf sxl = vf_sub(sum_xl[g], at->wxl), p = vf_mul(at->x, vf_sub(sum_l2[g], at->wll));
+            const vm within = vm_and(vf_le(vf_mul(at->low, sxl), p), vf_le(p, vf_mul(at->high, sxl)));
+            const vm sure = vm_and(within, vf_gt(sxl, vf_set1(1e-36f))); /* bounds of denormals would be too coarse */
+            if (vm_any(vm_andnot(vm_andnot(vf_gt(sxl, zero), sure), none[g])))
+                changed |= vm_any(vm_andnot(descend(at, &sum_xl[g], &sum_l2[g]), none[g]));
+        }
+    }
+    EACH_GROUP {
+        scale[g] = vf_select(vm_andnot(vf_gt(sum_l2[g], zero), none[g]), vf_div(sum_xl[g], sum_l2[g]), zero);
+        for (int i = 0; i < 16; i++) q[g][i] = vf_truncate(vf_select(none[g], zero, vf_add(v[g][i].l, vf_set1(4.0f))));
+    }
 }
 
 /* Scale and codes of n non-negative values v = scale * q, q <= q_max, with importances w: the best of nine trial scales by

@@ -110,17 +110,20 @@ static void pack_Q3_K(block_q3_K *y, const uint8_t *codes) {
 /* Without an imatrix the codes come from coordinate descent, and are kept for sub-blocks whose scale rounds to zero. */
 static void default_Q3_K(const float *x, block_q3_K *y, int count) {
     float scales[MAX_FITS + AT_ONCE], copy[TILE];
-    uint8_t found[MAX_FITS / LANES + 16][16][LANES];
+    uint8_t found[MAX_FITS / LANES + GROUPS][16][LANES];
     const int n = count * SUPER;
     for (int i = 0; i < n; i += TILE) {
         const float *tile = tile_of(copy, x + i, n - i);
-        for (int j = 0; j < TILE / 16; j += LANES) {
-            vf lanes[16], scale;
-            vi q[16];
-            load_lanes(lanes, tile + 16 * j, 16);
-            fit_descent_3(&scale, q, lanes);
-            vf_store(scales + i / 16 + j, scale);
-            for (int k = 0; k < 16; k++) vi_store_u8(found[(i / 16 + j) / LANES][k], q[k]);
+        for (int j = 0; j < TILE / 16; j += AT_ONCE) {
+            lanes_of_32 lanes[GROUPS];
+            vf scale[GROUPS];
+            vi q[GROUPS][16];
+            load_groups(lanes, tile + 16 * j, 16);
+            fit_descent_3(scale, q, lanes);
+            EACH_GROUP {
+                vf_store(scales + i / 16 + j + g * LANES, scale[g]);
+                for (int k = 0; k < 16; k++) vi_store_u8(found[(i / 16 + j) / LANES + g][k], q[g][k]);
+            }
         }
     }
     for (int b = 0; b < count; b++) {
