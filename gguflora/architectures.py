@@ -12,11 +12,18 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from gguflora import quants
 from gguflora.adapters import Adapter
 from gguflora.base_model import BaseModel
 from gguflora.deltas import LowRank
 from gguflora.errors import AdapterError, ArchitectureError, MismatchError, UnsupportedAdapterError
-from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING
+from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile
+from gguflora.files.safetensors import Array, as_float32
+
+MAX_COPY_DIFFERENCE: Final = 0.4
+"""Of a base's weight and a copy of it: more than any quantization to 2 bits or more makes."""
+COPY_WEIGHTS: Final = 1 << 20
+"""Compared at once."""
 
 RowOrder = Callable[[BaseModel, str, int], NDArray[np.intp]]
 """From a base, a tensor and its layer to the order in which GGUF stores the tensor's rows."""
@@ -93,8 +100,41 @@ def _place_modules(adapter: Adapter, base: BaseModel) -> dict[str, LowRank]:
             raise AdapterError(f"{adapter.path}: two modules change {tensor!r}, the second is {module!r}")
         _check_fits(f"{adapter.path}: module {module!r}", base, tensor, adapter.changes[module])
         placed[tensor] = _in_gguf_order(base, tensor, adapter.changes[module])
+    _check_copies(adapter, base, names)
     order = {name: index for index, name in enumerate(base.shapes)}
     return dict(sorted(placed.items(), key=lambda item: order[item[0]]))
+
+
+def _check_copies(adapter: Adapter, base: BaseModel, names: Any) -> None:  # noqa: ANN401
+    """The base's weights that lie beside an adapted embedding must be those of this base: they would replace them."""
+    for module, copy in adapter.copies.items():
+        what, tensor = f"{adapter.path}: '{module}.base_layer.weight'", _tensor_of(names, module)
+        if tensor not in (TOKEN_EMBEDDING, OUTPUT) or module not in adapter.changes:
+            raise UnsupportedAdapterError(f"{what} would replace a weight of the base, which this version cannot do")
+        if copy.shape != base.shapes[tensor]:
+            raise UnsupportedAdapterError(
+                f"{what} is {copy.shape}, but {tensor!r} of {base.path} is {base.shapes[tensor]}: "
+                "the vocabulary was resized, which this version cannot do"
+            )
+        if base.path.is_file() and (difference := _difference(base, tensor, copy)) > MAX_COPY_DIFFERENCE:
+            raise UnsupportedAdapterError(
+                f"{what} differs from {tensor!r} of {base.path} by {difference:.0%}: it was trained or belongs to "
+                "another base; this version cannot replace weights"
+            )
+
+
+def _difference(base: BaseModel, tensor: str, copy: Array) -> float:
+    """Norm of the difference of a weight and the base's, dequantized, relative to the norm of the base's."""
+    error = norm = 0.0
+    with GgufFile(base.path) as file:
+        entry = file.tensors[tensor]
+        step = max(1, COPY_WEIGHTS // entry.n_in)
+        for first in range(0, entry.n_rows, step):
+            last = min(first + step, entry.n_rows)
+            own = quants.dequantize(file.read_rows(entry, first, last), entry.type.id)
+            error += float(np.square(own - as_float32(copy[first:last]), dtype=np.float64).sum())
+            norm += float(np.square(own, dtype=np.float64).sum())
+    return float(np.sqrt(error / norm)) if norm else float(error > 0)
 
 
 def _tensor_names(base: BaseModel) -> Any:  # noqa: ANN401  (gguf.TensorNameMap)

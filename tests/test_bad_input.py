@@ -221,6 +221,32 @@ def test_adapter_tensors(case, adapter, base, tmp_path):
     assert_both_refuse(adapter, base, tmp_path, *words)
 
 
+COPY = "base_model.model.model.embed_tokens.base_layer.weight"
+EMBEDDING = Adapter(targets=("q_proj", "embed_tokens"), seed=5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors: tensors.update({COPY: np.vstack([tensors[COPY]] * 2)}), ["(576, 96)", "(288, 96)", "resized"]),
+        (lambda tensors: tensors.update({COPY: tensors[COPY][::-1].copy()}), ["embed_tokens", "differs"]),
+        (lambda tensors: tensors.update({COPY.replace("base_layer.", ""): tensors.pop(COPY)}), ["embed_tokens.weight"]),
+    ],
+    ids=["resized", "trained", "replaced"],
+)
+def test_embedding_that_is_not_the_bases(change, words, base, tmp_path):
+    """PEFT saves the weight of an adapted embedding beside its factors, which is no change only if it is the base's."""
+    adapter = shutil.copytree(builders.adapter("llama", EMBEDDING), tmp_path / "adapter")
+    rewritten(adapter, change)
+    assert_both_refuse(adapter, base, tmp_path, *words)
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "gemma3"])
+def test_tied_embedding(arch, tmp_path):
+    """llama.cpp aborts on such an adapter, and a merge would change the output weight as well."""
+    assert_both_refuse(builders.adapter(arch, EMBEDDING), builders.gguf_model(arch), tmp_path, "tied")
+
+
 def test_two_adapters_name_the_one_that_is_wrong(adapter, base, tmp_path):
     wrong = shutil.copytree(adapter, tmp_path / "wrong")
     rewritten(wrong, drop(f"{Q_PROJ}.lora_B.weight"))

@@ -137,12 +137,13 @@ def test_hot_logits_equal_peft(arch, tmp_path):
         assert np.abs(oracles.llama_logits(base, out, scale) - expected).max() < 1e-2
 
 
-@pytest.mark.parametrize("outtype", ["auto", "f32", "f16"])
-def test_hot_logits_with_embedding_and_head(outtype, tmp_path):
+@pytest.mark.parametrize(("outtype", "tolerance"), [("f32", 1e-2), ("f16", 1e-2), ("auto", 3e-2)])
+def test_hot_logits_with_embedding_and_head(outtype, tolerance, tmp_path):
+    """auto stores this adapter as bfloat16, and ggml then rounds activations to bfloat16 too."""
     spec = with_embeddings("llama", dtype=torch.bfloat16)
     out = convert("llama", spec, tmp_path / "lora.gguf", outtype=outtype)
     expected = oracles.peft_logits(builders.hf_model("llama"), builders.adapter("llama", spec))
-    assert np.abs(oracles.llama_logits(builders.gguf_model("llama"), out) - expected).max() < 1e-2
+    assert np.abs(oracles.llama_logits(builders.gguf_model("llama"), out) - expected).max() < tolerance
 
 
 @pytest.mark.parametrize("dtype", TYPE_OF)

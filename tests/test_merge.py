@@ -104,6 +104,20 @@ def test_f32_with_embedding_and_head_equals_pefts_merge(tmp_path):
         np.testing.assert_allclose(found[name], expected, rtol=0, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("outtype", ["BF16", "Q8_0", "Q4_0", "Q4_K_M"])
+def test_embedding_of_a_quantized_base(outtype, tmp_path):
+    """PEFT's copy of the embedding is not exactly the quantized one; that is no reason to refuse."""
+    spec = Adapter(targets=("embed_tokens", "lm_head"), exact=True)
+    base, changes = builders.gguf_model("qwen2", "wide", outtype), changes_of("qwen2", spec, "wide")
+    gguflora.merge(base, builders.adapter("qwen2", spec, "wide"), tmp_path / "out.gguf")
+    found = data_of(tmp_path / "out.gguf")
+    assert changes.keys() == {"token_embd.weight", "output.weight"}
+    for tensor in reader_of(base).tensors:
+        if tensor.name in changes:
+            np.testing.assert_array_equal(found[tensor.name], requantized(tensor, changes[tensor.name]))
+    assert_same_but_for(base, tmp_path / "out.gguf", changes)
+
+
 @pytest.mark.parametrize(("arch", "outtype"), ARCHITECTURES_BY_TYPES)
 def test_quantized_bytes_are_ggmls(arch, outtype, tmp_path):
     """B@A is exact in float32 here, so every byte must be the one ggml_quantize_chunk writes."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +27,10 @@ READERS: Final[dict[str, Reader]] = {
 """The PEFT methods gguflora reads, by the ``peft_type`` of their configuration."""
 
 
+_COPY: Final = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.base_layer\.weight")
+"""PEFT's save_embedding_layers: beside the factors of an embedding or head it saves the weight that they change."""
+
+
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """An adapter, read but not yet fitted to a base model.
@@ -37,6 +42,7 @@ class Adapter:
         changes: the change of each weight, by the module's path in the Hugging Face model or, with ``architecture``
             set, by the tensor's name in GGUF.
         architecture: of the base it was made for, where it is a GGUF LoRA; None for a PEFT directory.
+        copies: weights of the base that PEFT saved along with an adapted embedding or head, by the module's path.
     """
 
     name: str
@@ -44,6 +50,7 @@ class Adapter:
     sha256: str
     changes: Mapping[str, LowRank]
     architecture: str | None = None
+    copies: Mapping[str, Array] = field(default_factory=dict)
 
 
 def read_adapter(path: str | os.PathLike[str]) -> Adapter:
@@ -72,7 +79,15 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
                 f"{config.path}: peft_type {config.peft_type} is not supported; supported: {', '.join(READERS)}"
             )
         weights, tensors = read_weights(location, "adapter_model")
-        adapter = Adapter(location.resolve().name, weights, _sha256(weights), reader(config, tensors))
+        copies = {found["module"]: key for key in tensors if (found := _COPY.fullmatch(key))}
+        own = {key: tensor for key, tensor in tensors.items() if key not in copies.values()}
+        adapter = Adapter(
+            location.resolve().name,
+            weights,
+            _sha256(weights),
+            reader(config, own),
+            copies={module: tensors[key] for module, key in copies.items()},
+        )
     if not adapter.changes:
         raise AdapterError(f"{adapter.path}: holds no tensor of an adapter; save it again")
     _check_finite(adapter)
