@@ -63,4 +63,44 @@ _Static_assert(sizeof(block_q4_K) == 144, "Q4_K");
 _Static_assert(sizeof(block_q5_K) == 176, "Q5_K");
 _Static_assert(sizeof(block_q6_K) == 210, "Q6_K");
 
+/* Signs, trits, FP4: a scale and nothing else. */
+
+/* 128 weights; w = d where bit j % 8 of qs[j / 8] is set, else -d */
+typedef struct __attribute__((packed)) { f16 d; uint8_t qs[16]; } block_q1_0;
+
+/* 64 weights; w = d * (q - 1); qs[j] = | q of w(4j+3) : 2 | w(4j+2) : 2 | w(4j+1) : 2 | w(4j) : 2 | */
+typedef struct __attribute__((packed)) { f16 d; uint8_t qs[16]; } block_q2_0;
+
+/* 256 weights; w = d * (t - 1), trits t; a byte holds the fraction ceil(256 / 243 * (81 t0 + 27 t1 + 9 t2 + 3 t3 + t4)) whose
+ * base-3 digits are its trits. For n < 5: qs[j] has w(32n+j) for j < 32; qs[32+j] has w(160+16n+j) for j < 16;
+ * qh[j] has w(240+4n+j) for j < 4 and n < 4 */
+typedef struct __attribute__((packed)) { uint8_t qs[48]; uint8_t qh[4]; f16 d; } block_tq1_0;
+
+/* 256 weights; w = d * (q - 1); qs[32h + j] = | w(128h+96+j) : 2 | w(128h+64+j) : 2 | w(128h+32+j) : 2 | w(128h+j) : 2 | */
+typedef struct __attribute__((packed)) { uint8_t qs[64]; f16 d; } block_tq2_0;
+
+/* 32 weights; w = 2^(e - 127) * e2m1(q), sign in bit 3 of q; qs as in Q4_0 */
+typedef struct __attribute__((packed)) { uint8_t e; uint8_t qs[16]; } block_mxfp4;
+
+/* 4 sub-blocks of 16; w = e4m3(d of its sub-block) * e2m1(q); qs[8s + j] = | w(16s+8+j) : 4 | w(16s+j) : 4 | */
+typedef struct __attribute__((packed)) { uint8_t d[4]; uint8_t qs[32]; } block_nvfp4;
+
+/* Codebooks: a code is a place in a table of values. */
+
+/* 32 weights; w = d * level[q]; qs as in Q4_0 */
+typedef struct __attribute__((packed)) { f16 d; uint8_t qs[16]; } block_iq4_nl;
+
+/* 8 sub-blocks of 32; w = d * (s - 32) * level[q]; qs[16 i + j] = | w(32i+16+j) : 4 | w(32i+j) : 4 |; six-bit s of sub-block i:
+ * low four bits in nibble i of scales_l, high two bits at bit 2i of scales_h */
+typedef struct __attribute__((packed)) { f16 d; uint16_t scales_h; uint8_t scales_l[4]; uint8_t qs[128]; } block_iq4_xs;
+
+_Static_assert(sizeof(block_q1_0) == 18, "Q1_0");
+_Static_assert(sizeof(block_q2_0) == 18, "Q2_0");
+_Static_assert(sizeof(block_tq1_0) == 54, "TQ1_0");
+_Static_assert(sizeof(block_tq2_0) == 66, "TQ2_0");
+_Static_assert(sizeof(block_mxfp4) == 17, "MXFP4");
+_Static_assert(sizeof(block_nvfp4) == 36, "NVFP4");
+_Static_assert(sizeof(block_iq4_nl) == 18, "IQ4_NL");
+_Static_assert(sizeof(block_iq4_xs) == 136, "IQ4_XS");
+
 #endif

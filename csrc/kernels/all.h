@@ -10,6 +10,9 @@
 #include "k_quants.h"
 #include "k_minimum.h"
 #include "k_symmetric.h"
+#include "ternary.h"
+#include "fp4.h"
+#include "iq4.h"
 
 const gfl_table GFL_TABLE = {
     .largest = largest,

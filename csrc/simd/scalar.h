@@ -34,6 +34,7 @@ static inline vm vf_lt(vf a, vf b) { return a < b; }
 static inline vm vf_le(vf a, vf b) { return a <= b; }
 static inline vm vf_gt(vf a, vf b) { return a > b; }
 static inline vm vf_eq(vf a, vf b) { return a == b; }
+static inline vm vf_not_lt(vf a, vf b) { return !(a < b); } /* true if either is NaN */
 static inline vf vf_select(vm m, vf a, vf b) { return m ? a : b; }
 static inline vm vm_and(vm a, vm b) { return a & b; }
 static inline vm vm_or(vm a, vm b) { return a | b; }
@@ -60,6 +61,11 @@ static inline vf vi_to_vf(vi a) { return (float)a; }
 static inline vi vf_truncate(vf a) { return a > -2147483648.0f && a < 2147483648.0f ? (vi)a : INT32_MIN; }
 /* to nearest, ties to even, for |a| < 2^22 */
 static inline vf vf_round(vf a) { return (a + 12582912.0f) - 12582912.0f; }
+/* a + 1 where m */
+static inline vi vi_count(vi a, vm m) { return a + m; }
+/* table[i % 8], table[i % 16] */
+static inline vf vf_pick8(const float *table, vi i) { return table[i & 7]; }
+static inline vf vf_pick16(const float *table, vi i) { return table[i & 15]; }
 static inline vi vf_as_vi(vf a) { return (vi)bits_of(a); }
 static inline vf vi_as_vf(vi a) { return float_of((uint32_t)a); }
 
