@@ -47,75 +47,48 @@ INLINE vf iq4_fit(const vf *x, const vf *w) {
     return vf_select(vf_lt(amax, vf_set1(TINY)), zero, scale);
 }
 
-/* w = importance * sqrt(sigma2 + x^2); x^2 without importances */
-INLINE void iq4_weights(vf *w, const vf *x, const vf *importance, vf sigma2) {
-    for (int i = 0; i < 32; i++) {
-        const vf squared = vf_mul(x[i], x[i]);
-        w[i] = importance ? vf_mul(importance[i], vf_sqrt(vf_add(sigma2, squared))) : squared;
-    }
-}
-
 /* codes[0..n) of the levels nearest to inverse_scale * x */
 INLINE void iq4_codes(uint8_t *codes, const float *x, int n, float inverse_scale) {
     const vf id = vf_set1(inverse_scale);
     for (int i = 0; i < n; i += LANES) vi_store_u8(codes + i, vi_and(iq4_search(vf_mul(id, vf_load(x + i))), vi_set1(15)));
 }
 
-/* scales[0..16) of 16 runs of 32 weights; sigma2: twice the mean square that counts for each run */
-INLINE void iq4_fit_pair(float *scales, const float *x, const float *importance, const float *sigma2) {
-    for (int j = 0; j < 16; j += LANES) {
-        vf lanes[32], w[32], weights[32];
+/* scales[0..16) of the 16 runs of 32 weights of a tile; sigma2: twice the mean square that counts for each run */
+INLINE void iq4_fit_tile(float *scales, const float *x, const float *imatrix, const float *sigma2) {
+    for (int j = 0; j < TILE / 32; j += LANES) {
+        vf lanes[32], w[32];
         load_lanes(lanes, x + 32 * j, 32);
-        if (importance) load_lanes(w, importance + 32 * j, 32);
-        iq4_weights(weights, lanes, importance ? w : NULL, vf_load(sigma2 + j));
-        vf_store(scales + j, iq4_fit(lanes, weights));
+        if (imatrix) measured_importance(w, lanes, imatrix + 32 * j, vf_load(sigma2 + j), 32);
+        else
+            for (int i = 0; i < 32; i++) w[i] = vf_mul(lanes[i], lanes[i]);
+        vf_store(scales + j, iq4_fit(lanes, w));
     }
 }
 
-/* The importances of a pair that begins at weight `start` of rows of n_in: in place, or copied to `copy` if a row ends in it. */
-static const float *importance_at(float *copy, const float *imatrix, int64_t start, int64_t n_in) {
-    int64_t column = start % n_in;
-    if (!imatrix) return NULL;
-    if (column + PAIR <= n_in) return imatrix + column;
-    for (int i = 0; i < PAIR; i++, column++) {
-        if (column == n_in) column = 0;
-        copy[i] = imatrix[column];
-    }
-    return copy;
-}
-
-static const float *pair_at(float *copy, const float *x, int64_t n) {
-    if (n >= PAIR) return x;
-    memcpy(copy, x, (size_t)n * sizeof *x);
-    memset(copy + n, 0, (size_t)(PAIR - n) * sizeof *x);
-    return copy;
-}
-
-static void sigmas_of_runs(float *sigma2, const float *x) {
-    for (int j = 0; j < 16; j += LANES) {
-        vf lanes[32], sum = vf_zero();
-        load_lanes(lanes, x + 32 * j, 32);
-        for (int i = 0; i < 32; i++) sum = vf_add(sum, vf_mul(lanes[i], lanes[i]));
-        vf_store(sigma2 + j, vf_mul(sum, vf_set1(2.0f / 32)));
+static void tile_IQ4_NL(const float *x, const float *imatrix, block_iq4_nl *y, int count) {
+    float scales[TILE / 32], sigma2[TILE / 32] = {0};
+    if (imatrix) sums_of_squares(sigma2, x, count, 32);
+    for (int j = 0; j < count; j++) sigma2[j] *= 2.0f / 32;
+    iq4_fit_tile(scales, x, imatrix, sigma2);
+    for (int b = 0; b < count; b++) {
+        uint8_t codes[32];
+        y[b].d = float_to_half(scales[b]);
+        iq4_codes(codes, x + 32 * b, 32, inverse(scales[b]));
+        pack_nibbles(y[b].qs, codes);
     }
 }
 
 static void quantize_IQ4_NL(const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, const float *imatrix) {
+    const int64_t rows = imatrix ? n_rows : 1, n = imatrix ? n_in : n_rows * n_in;
     block_iq4_nl *y = (block_iq4_nl *)out;
-    const int64_t n = n_rows * n_in;
-    for (int64_t i = 0; i < n; i += PAIR) {
-        float copy[PAIR], weight_copy[PAIR], scales[16], sigma2[16] = {0};
-        const int runs = n - i < PAIR ? (int)((n - i) / 32) : 16;
-        const float *pair = pair_at(copy, x + i, n - i);
-        if (imatrix) sigmas_of_runs(sigma2, pair);
-        iq4_fit_pair(scales, pair, importance_at(weight_copy, imatrix, i, n_in), sigma2);
-        for (int b = 0; b < runs; b++, y++) {
-            uint8_t codes[32];
-            y->d = float_to_half(scales[b]);
-            iq4_codes(codes, pair + 32 * b, 32, inverse(scales[b]));
-            pack_nibbles(y->qs, codes);
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = 0; i < n; i += TILE) {
+            float copy[TILE], imatrix_copy[TILE];
+            const int count = (int)((n - i < TILE ? n - i : TILE) / 32);
+            const float *importance = imatrix ? tile_of(imatrix_copy, imatrix + i, n - i) : NULL;
+            tile_IQ4_NL(tile_of(copy, x + row * n + i, n - i), importance, y, count);
+            y += count;
         }
-    }
 }
 
 static void dequantize_IQ4_NL(const uint8_t *src, float *out, int64_t n) {
@@ -132,13 +105,7 @@ static void dequantize_IQ4_NL(const uint8_t *src, float *out, int64_t n) {
 
 /* codes and scales of a super-block whose runs have been fitted */
 static void finish_IQ4_XS(const float *x, block_iq4_xs *y, const float *scales) {
-    float amax = 0.0f, peak = 0.0f;
-    for (int j = 0; j < 8; j++)
-        if (fabsf(scales[j]) > amax) {
-            amax = fabsf(scales[j]);
-            peak = scales[j];
-        }
-    const float d = -peak / 32, id = inverse(d);
+    const float d = -peak_of(scales, 8) / 32, id = inverse(d);
     unsigned high = 0;
     y->d = float_to_half(d);
     memset(y->scales_l, 0, sizeof y->scales_l);
@@ -153,24 +120,18 @@ static void finish_IQ4_XS(const float *x, block_iq4_xs *y, const float *scales) 
     y->scales_h = (uint16_t)high;
 }
 
-static float sum_of_squares(const float *x, int n) {
-    float sum = 0.0f;
-    for (int i = 0; i < n; i++) sum += x[i] * x[i];
-    return sum;
+static void batch_IQ4_XS(const float *x, const float *imatrix, block_iq4_xs *y, int count) {
+    float sigma2[BATCH / 32 + 16], scales[BATCH / 32 + 16];
+    if (imatrix) spread_mean_squares(sigma2, x, count, 32, 2.0f);
+    for (int i = 0; i < count * SUPER; i += TILE) {
+        float copy[TILE], imatrix_copy[TILE];
+        const float *importance = imatrix ? tile_of(imatrix_copy, imatrix + i, count * SUPER - i) : NULL;
+        iq4_fit_tile(scales + i / 32, tile_of(copy, x + i, count * SUPER - i), importance, sigma2 + i / 32);
+    }
+    for (int b = 0; b < count; b++) finish_IQ4_XS(x + SUPER * b, y + b, scales + 8 * b);
 }
 
-static void quantize_IQ4_XS(const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, const float *imatrix) {
-    block_iq4_xs *y = (block_iq4_xs *)out;
-    const int64_t n = n_rows * n_in;
-    for (int64_t i = 0; i < n; i += PAIR) {
-        float copy[PAIR], weight_copy[PAIR], scales[16], sigma2[16] = {0};
-        const float *pair = pair_at(copy, x + i, n - i);
-        if (imatrix)
-            for (int j = 0; j < 16; j++) sigma2[j] = j % 8 ? sigma2[j - 1] : sum_of_squares(pair + 32 * j, SUPER) * (2.0f / SUPER);
-        iq4_fit_pair(scales, pair, importance_at(weight_copy, imatrix, i, n_in), sigma2);
-        for (int b = 0; b < 2 && i + SUPER * b < n; b++, y++) finish_IQ4_XS(pair + SUPER * b, y, scales + 8 * b);
-    }
-}
+QUANTIZE_SUPERS(IQ4_XS, block_iq4_xs)
 
 static void dequantize_IQ4_XS(const uint8_t *src, float *out, int64_t n) {
     const block_iq4_xs *x = (const block_iq4_xs *)src;
