@@ -94,6 +94,34 @@ typedef struct __attribute__((packed)) { f16 d; uint8_t qs[16]; } block_iq4_nl;
  * low four bits in nibble i of scales_l, high two bits at bit 2i of scales_h */
 typedef struct __attribute__((packed)) { f16 d; uint16_t scales_h; uint8_t scales_l[4]; uint8_t qs[128]; } block_iq4_xs;
 
+/* Grids (grids.h): eight or four weights share the number of a point; signs apart, bit i of a byte for weight i of eight.
+ * Where seven sign bits are kept, the eighth makes the number of set bits even. Super-blocks of 256. */
+
+/* 8 sub-blocks of 32; w = d / 4 * (2 s + 1) / 2 * sign * point; qs[8i .. 8i+3] = points of sub-block i's eights,
+ * qs[8i+4 .. 8i+7] = | s : 4 | seven signs of eight 3 | of eight 2 | of eight 1 | of eight 0 |, little endian */
+typedef struct __attribute__((packed)) { f16 d; uint8_t qs[64]; } block_iq2_xxs;
+
+/* 16 sub-blocks of 16; w as in IQ2_XXS; qs[j] = | seven signs : 7 | point of eight j : 9 |;
+ * scales[i] = | s of sub-block 2i+1 : 4 | s of 2i : 4 | */
+typedef struct __attribute__((packed)) { f16 d; uint16_t qs[32]; uint8_t scales[8]; } block_iq2_xs;
+
+/* 16 sub-blocks of 16; w and scales as in IQ2_XS; of eight j: low eight bits of the point in qs[j], signs in signs[j], high two
+ * bits at bit 2 (j % 4) of qh[j / 4] */
+typedef struct __attribute__((packed)) { f16 d; uint8_t qs[32]; uint8_t signs[32]; uint8_t qh[8]; uint8_t scales[8]; } block_iq2_s;
+
+/* 8 sub-blocks of 32; w = d / 2 * (2 s + 1) / 2 * sign * point; qs[j] = point of four j;
+ * signs[4i .. 4i+3] = | s of sub-block i : 4 | seven signs of its eight 3 | 2 | 1 | 0 |, little endian */
+typedef struct __attribute__((packed)) { f16 d; uint8_t qs[64]; uint8_t signs[32]; } block_iq3_xxs;
+
+/* 8 sub-blocks of 32; w = d * (2 s + 1) * sign * point; of four j: low eight bits of the point in qs[j], the ninth at bit j % 8 of
+ * qh[j / 8]; signs[j] of eight j; scales[i] = | s of sub-block 2i+1 : 4 | s of 2i : 4 | */
+typedef struct __attribute__((packed)) { f16 d; uint8_t qs[64]; uint8_t qh[8]; uint8_t signs[32]; uint8_t scales[4]; } block_iq3_s;
+
+_Static_assert(sizeof(block_iq2_xxs) == 66, "IQ2_XXS");
+_Static_assert(sizeof(block_iq2_xs) == 74, "IQ2_XS");
+_Static_assert(sizeof(block_iq2_s) == 82, "IQ2_S");
+_Static_assert(sizeof(block_iq3_xxs) == 98, "IQ3_XXS");
+_Static_assert(sizeof(block_iq3_s) == 110, "IQ3_S");
 _Static_assert(sizeof(block_q1_0) == 18, "Q1_0");
 _Static_assert(sizeof(block_q2_0) == 18, "Q2_0");
 _Static_assert(sizeof(block_tq1_0) == 54, "TQ1_0");

@@ -1,5 +1,6 @@
 /* All families over the simd header included before; defines the table GFL_TABLE. */
 #include "../blocks.h"
+#include "../grids.h"
 #include "table.h"
 
 #include "rows_f32.h"
@@ -13,6 +14,9 @@
 #include "ternary.h"
 #include "fp4.h"
 #include "iq4.h"
+#include "grid.h"
+#include "iq3.h"
+#include "iq2.h"
 
 const gfl_table GFL_TABLE = {
     .largest = largest,

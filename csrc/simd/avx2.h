@@ -70,6 +70,7 @@ static inline vi vf_truncate(vf a) { return _mm256_cvttps_epi32(a); }
 static inline vf vf_round(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline vi vi_count(vi a, vm m) { return _mm256_sub_epi32(a, _mm256_castps_si256(m)); }
 static inline vf vf_pick8(const float *table, vi i) { return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), i); }
+static inline vf vf_pick8_twice(const float *table, vi i) { return vf_pick8(table, i); }
 static inline vf vf_pick16(const float *table, vi i) {
     const vf high = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28));
     return _mm256_blendv_ps(vf_pick8(table, i), vf_pick8(table + 8, i), high);

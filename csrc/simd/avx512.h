@@ -64,6 +64,7 @@ static inline vf vf_pick8(const float *table, vi i) {
     return _mm512_permutexvar_ps(i, _mm512_broadcast_f32x8(_mm256_loadu_ps(table)));
 }
 static inline vf vf_pick16(const float *table, vi i) { return _mm512_permutexvar_ps(i, _mm512_loadu_ps(table)); }
+static inline vf vf_pick8_twice(const float *table, vi i) { return vf_pick16(table, i); }
 static inline vi vf_as_vi(vf a) { return _mm512_castps_si512(a); }
 static inline vf vi_as_vf(vi a) { return _mm512_castsi512_ps(a); }
 

@@ -66,6 +66,8 @@ static inline vi vi_count(vi a, vm m) { return a + m; }
 /* table[i % 8], table[i % 16] */
 static inline vf vf_pick8(const float *table, vi i) { return table[i & 7]; }
 static inline vf vf_pick16(const float *table, vi i) { return table[i & 15]; }
+/* the same as vf_pick8 if table[8..15] repeats table[0..7], and quicker on some */
+static inline vf vf_pick8_twice(const float *table, vi i) { return table[i & 7]; }
 static inline vi vf_as_vi(vf a) { return (vi)bits_of(a); }
 static inline vf vi_as_vf(vi a) { return float_of((uint32_t)a); }
 

@@ -1,0 +1,128 @@
+#include "grids.h"
+
+#include <pthread.h>
+#include <string.h>
+
+#include "grid_points.h"
+
+enum { MAX_POINTS = 2048, MAX_COMBINATIONS = 6561, MAX_DISTANCE = 196 };
+
+/* Runs of neighbours of each grid; tests/test_grids.py counts them anew. */
+enum { RUNS_IQ2_XXS = 10071, RUNS_IQ2_XS = 14410, RUNS_IQ2_S = 6286, RUNS_IQ1 = 22647, RUNS_IQ3_XXS = 3902, RUNS_IQ3_S = 3706 };
+
+static int32_t places[N_GRIDS][MAX_COMBINATIONS];
+static uint16_t neighbours_iq2_xxs[RUNS_IQ2_XXS * GRID_RUN], neighbours_iq2_xs[RUNS_IQ2_XS * GRID_RUN],
+    neighbours_iq2_s[RUNS_IQ2_S * GRID_RUN], neighbours_iq1[RUNS_IQ1 * GRID_RUN],
+    neighbours_iq3_xxs[RUNS_IQ3_XXS * GRID_RUN], neighbours_iq3_s[RUNS_IQ3_S * GRID_RUN];
+static int8_t values[N_GRIDS][MAX_POINTS * 8];
+
+static const struct {
+    const uint16_t *points;
+    const int8_t *levels;
+    uint16_t *neighbours;
+    int n_points, dims, n_levels, bits, distances; /* how many of the smallest distances count */
+} grids[N_GRIDS] = {
+    [GRID_IQ2_XXS] = {iq2_xxs_points, iq2_xxs_levels, neighbours_iq2_xxs, 256, 8, 3, 2, 2},
+    [GRID_IQ2_XS] = {iq2_xs_points, iq2_xs_levels, neighbours_iq2_xs, 512, 8, 3, 2, 2},
+    [GRID_IQ2_S] = {iq2_s_points, iq2_s_levels, neighbours_iq2_s, 1024, 8, 3, 2, 1},
+    [GRID_IQ1] = {iq1_s_points, iq1_s_levels, neighbours_iq1, 2048, 8, 3, 2, 3},
+    [GRID_IQ3_XXS] = {iq3_xxs_points, iq3_xxs_levels, neighbours_iq3_xxs, 256, 4, 8, 3, 2},
+    [GRID_IQ3_S] = {iq3_s_points, iq3_s_levels, neighbours_iq3_s, 512, 4, 8, 3, 3},
+};
+
+static int level_of(int which, unsigned packed, int k) {
+    return (int)(packed >> grids[which].bits * k & ((1u << grids[which].bits) - 1));
+}
+
+static int index_of(int which, unsigned packed) {
+    int index = 0;
+    for (int k = 0; k < grids[which].dims; k++) index = index * grids[which].n_levels + level_of(which, packed, k);
+    return index;
+}
+
+static unsigned combination_at(int which, int index) {
+    unsigned packed = 0;
+    for (int k = grids[which].dims; k-- > 0; index /= grids[which].n_levels)
+        packed |= (unsigned)(index % grids[which].n_levels) << grids[which].bits * k;
+    return packed;
+}
+
+/* distances[p] = squared distance of point p to a combination */
+static void measure(int which, uint8_t *distances, const int8_t (*levels)[MAX_POINTS], unsigned combination) {
+    const int n = grids[which].n_points;
+    memset(distances, 0, (size_t)n);
+    for (int k = 0; k < grids[which].dims; k++) {
+        const int level = level_of(which, combination, k);
+        for (int p = 0; p < n; p++)
+            distances[p] = (uint8_t)(distances[p] + (levels[k][p] - level) * (levels[k][p] - level));
+    }
+}
+
+/* Appends the points at the smallest distances and returns how many there are. */
+static int list_nearest(int which, uint16_t *list, const uint8_t *distances) {
+    const int n = grids[which].n_points;
+    int histogram[MAX_DISTANCE + 1] = {0}, count = 0;
+    for (int p = 0; p < n; p++) histogram[distances[p]]++;
+    for (int d = 0, left = grids[which].distances; left > 0 && d <= MAX_DISTANCE; d++) {
+        if (!histogram[d]) continue;
+        left--;
+        for (int p = 0; p < n; p++)
+            if (distances[p] == d) list[count++] = grids[which].points[p];
+    }
+    return count;
+}
+
+static void build(int which) {
+    static int8_t levels[N_GRIDS][8][MAX_POINTS];
+    const int combinations = grids[which].dims == 8 ? 6561 : 4096;
+    int32_t *place = places[which];
+    memset(place, -1, sizeof places[which]);
+    for (int p = 0; p < grids[which].n_points; p++) {
+        for (int k = 0; k < grids[which].dims; k++) levels[which][k][p] = (int8_t)level_of(which, grids[which].points[p], k);
+        place[index_of(which, grids[which].points[p])] = p;
+    }
+    for (int index = 0, runs = 0; index < combinations; index++) {
+        uint8_t distances[MAX_POINTS];
+        uint16_t list[MAX_POINTS];
+        if (place[index] >= 0) continue;
+        measure(which, distances, levels[which], combination_at(which, index));
+        int count = list_nearest(which, list, distances);
+        while (count % GRID_RUN) list[count] = list[count - 1], count++;
+        memcpy(grids[which].neighbours + runs * GRID_RUN, list, (size_t)count * sizeof *list);
+        place[index] = ~(runs << 8 | count / GRID_RUN);
+        runs += count / GRID_RUN;
+    }
+}
+
+static void build_values(void) {
+    for (int which = 0; which < N_GRIDS; which++)
+        for (int p = 0; p < grids[which].n_points; p++)
+            for (int k = 0; k < grids[which].dims; k++)
+                values[which][p * grids[which].dims + k] = grids[which].levels[level_of(which, grids[which].points[p], k)];
+}
+
+static void build_iq2_xxs(void) { build(GRID_IQ2_XXS); }
+static void build_iq2_xs(void) { build(GRID_IQ2_XS); }
+static void build_iq2_s(void) { build(GRID_IQ2_S); }
+static void build_iq1(void) { build(GRID_IQ1); }
+static void build_iq3_xxs(void) { build(GRID_IQ3_XXS); }
+static void build_iq3_s(void) { build(GRID_IQ3_S); }
+
+const gfl_grid *gfl_grid_of(int which) {
+    static pthread_once_t once[N_GRIDS] = {PTHREAD_ONCE_INIT, PTHREAD_ONCE_INIT, PTHREAD_ONCE_INIT,
+                                           PTHREAD_ONCE_INIT, PTHREAD_ONCE_INIT, PTHREAD_ONCE_INIT};
+    static void (*const builders[N_GRIDS])(void) = {build_iq2_xxs, build_iq2_xs, build_iq2_s, build_iq1, build_iq3_xxs, build_iq3_s};
+    static const gfl_grid built[N_GRIDS] = {
+        {iq2_xxs_points, places[GRID_IQ2_XXS], neighbours_iq2_xxs}, {iq2_xs_points, places[GRID_IQ2_XS], neighbours_iq2_xs},
+        {iq2_s_points, places[GRID_IQ2_S], neighbours_iq2_s},       {iq1_s_points, places[GRID_IQ1], neighbours_iq1},
+        {iq3_xxs_points, places[GRID_IQ3_XXS], neighbours_iq3_xxs}, {iq3_s_points, places[GRID_IQ3_S], neighbours_iq3_s},
+    };
+    pthread_once(&once[which], builders[which]);
+    return &built[which];
+}
+
+const int8_t *gfl_grid_values(int which) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, build_values);
+    return values[which];
+}

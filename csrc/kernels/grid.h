@@ -1,0 +1,287 @@
+/* Searching grids (grids.h): runs of 16 or 32 weights, scaled so that each eight (or four) of their magnitudes lies near a
+ * point of a grid. ggml tries some scales; for each one it rounds every weight to a level, and where such a combination is no
+ * point it takes the best of the neighbours listed for it. Here the trial scales share vectors where they can, and the
+ * neighbours do where they cannot. */
+
+enum { MAX_TRIALS = 32 };
+
+typedef struct {
+    float x[32];    /* magnitudes; IQ2_XXS, IQ2_XS and IQ3_XXS negate some to make signs even */
+    float w[32];    /* importances */
+    float root[32]; /* of them: what neighbours are judged by */
+    float id[MAX_TRIALS], scale[MAX_TRIALS];          /* of each trial: 1 / scale and scale */
+    float sum_qx[MAX_TRIALS], sum_q2[MAX_TRIALS];     /* of w q x and w q q */
+    uint16_t codes[8][MAX_TRIALS];                    /* packed combination by group and trial */
+    uint32_t off_grid[MAX_TRIALS];                    /* bit g: rounding did not meet a point in group g */
+} grid_run;
+
+/* twice a level plus one, repeated as often as vectors may want */
+static const float odd_8[16] = {1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15};
+static const float odd_4[16] = {1, 3, 5, 7, 1, 3, 5, 7, 1, 3, 5, 7, 1, 3, 5, 7};
+
+/* Magnitudes and signs (bit i of signs[k]: weight 8k + i is negative) of n weights. */
+INLINE void grid_magnitudes(grid_run *run, uint8_t *signs, const float *x, int n) {
+    uint32_t negative = 0;
+    for (int i = 0; i < n; i += LANES) {
+        const vf v = vf_load(x + i);
+        const vm below = vf_lt(v, vf_zero());
+        vf_store(run->x + i, vf_select(below, vf_neg(v), v));
+        negative |= vm_to_bits(below) << i;
+    }
+    memcpy(signs, &negative, (size_t)n / 8);
+}
+
+/* Importances; without an imatrix floor + x^2. */
+INLINE void grid_importances(grid_run *run, const float *x, const float *imatrix, int n, float sigma2, float floor) {
+    for (int i = 0; i < n; i += LANES) {
+        const vf v = vf_load(x + i), squared = vf_mul(v, v);
+        const vf w = imatrix ? vf_mul(vf_load(imatrix + i), vf_sqrt(vf_add(vf_set1(sigma2), squared)))
+                             : vf_add(vf_set1(floor), squared);
+        vf_store(run->w + i, w);
+        vf_store(run->root + i, vf_sqrt(w));
+    }
+}
+
+/* Makes the number of negative signs of each eight even by flipping the weight that matters least; keeps seven of them. */
+INLINE void grid_even_signs(grid_run *run, uint8_t *signs, int n) {
+    float cost[32];
+    for (int i = 0; i < n; i += LANES) {
+        const vf x = vf_load(run->x + i);
+        vf_store(cost + i, vf_mul(vf_mul(vf_load(run->w + i), x), x));
+    }
+    for (int k = 0; k < n / 8; k++) {
+        if (__builtin_parity(signs[k])) {
+            int least = 0;
+            for (int i = 1; i < 8; i++) least = cost[8 * k + i] < cost[8 * k + least] ? i : least;
+            run->x[8 * k + least] = -run->x[8 * k + least];
+            signs[k] ^= (uint8_t)(1 << least);
+        }
+        signs[k] &= 127;
+    }
+}
+
+INLINE float grid_peak(const grid_run *run, int n) {
+    vf high = vf_load(run->x);
+    for (int i = LANES; i < n; i += LANES) high = vf_max(high, vf_load(run->x + i));
+    return vf_hmax(high);
+}
+
+/* trials -half ... half: 1 / scale = (top + trial * step) / peak */
+INLINE void grid_trials(grid_run *run, int half, float top, float step, float peak) {
+    for (int t = 0; t <= 2 * half; t++) run->id[t] = (top + (float)(t - half) * step) / peak;
+    for (int t = 2 * half + 1; t < MAX_TRIALS; t++) run->id[t] = run->id[0];
+    for (int t = 0; t < MAX_TRIALS; t += LANES) vf_store(run->scale + t, vf_div(vf_set1(1.0f), vf_load(run->id + t)));
+}
+
+/* The level of a weight divided by its scale: (y - 1) / 2 rounded and limited, ties to even. */
+static inline int grid_level(float y, int top) {
+    const int l = nearest(0.5f * (y - 1.0f));
+    return l < 0 ? 0 : l > top ? top : l;
+}
+
+/* index of the combination that a group is rounded to, for one scale of any size */
+INLINE int grid_index(const float *x, float id, int dims) {
+    int index = 0;
+    for (int i = 0; i < dims; i++) index = index * (dims == 8 ? 3 : 8) + grid_level(id * x[i], dims == 8 ? 2 : 7);
+    return index;
+}
+
+/* The same for all trials, if all |id * x| < 2^20. */
+INLINE void grid_indices(int32_t *index, const float *x, const float *id, int dims, int trials) {
+    for (int t = 0; t < trials; t += LANES) {
+        const vf inverse_scale = vf_load(id + t);
+        if (dims == 8) { /* (y - 1) / 2 goes to 1 from above y = 2, to 2 from y = 4 on */
+            vi sum = vi_set1(0);
+            for (int i = 0; i < 8; i++) {
+                const vf y = vf_mul(inverse_scale, vf_set1(x[i]));
+                sum = vi_count(vi_add(sum, vi_shl(sum, 1)), vf_gt(y, vf_set1(2.0f)));
+                sum = vi_count(sum, vf_le(vf_set1(4.0f), y));
+            }
+            vi_store(index + t, sum);
+        } else {
+            vf sum = vf_zero();
+            for (int i = 0; i < 4; i++) {
+                const vf v = vf_mul(vf_set1(0.5f), vf_sub(vf_mul(inverse_scale, vf_set1(x[i])), vf_set1(1.0f)));
+                const vf level = vf_round(vf_max(vf_min(v, vf_set1(7.0f)), vf_zero()));
+                sum = vf_add(vf_mul(sum, vf_set1(8.0f)), level);
+            }
+            vi_store(index + t, vf_truncate(sum));
+        }
+    }
+}
+
+/* The neighbour q of least sum w (scale q - x)^2, the first of equals, among `runs` runs. A term of the sum depends on one
+ * weight's level only, so each weight gets a small table of terms that the levels of many neighbours pick from. */
+INLINE unsigned nearest_neighbour(const uint16_t *list, int runs, const float *x, const float *w, float scale, int dims) {
+    float terms[8][16], least[LANES];
+    int32_t place[LANES], lanes[LANES];
+    const int bits = dims == 8 ? 2 : 3;
+    for (int j = 0; j < 8; j += LANES) {
+        const vf value = vf_mul(vf_set1(scale), vf_load((dims == 8 ? odd_4 : odd_8) + j));
+        for (int i = 0; i < dims; i++) {
+            const vf diff = vf_sub(value, vf_set1(x[i]));
+            vf_store(terms[i] + j, vf_mul(vf_mul(vf_set1(w[i]), diff), diff));
+        }
+    }
+    for (int l = 0; l < LANES; l++) lanes[l] = l;
+    vf best = vf_set1(INFINITY);
+    vi at = vi_load(lanes), best_at = at;
+    for (int r = 0; r < runs * GRID_RUN; r += LANES, at = vi_add(at, vi_set1(LANES))) {
+        vi code = vi_load_u16(list + r);
+        vf sum = vf_pick8_twice(terms[0], code);
+        for (int i = 1; i < dims; i++) {
+            code = bits == 2 ? vi_shr(code, 2) : vi_shr(code, 3);
+            sum = vf_add(sum, vf_pick8_twice(terms[i], code));
+        }
+        const vm better = vf_lt(sum, best);
+        best = vf_select(better, sum, best);
+        best_at = vi_select(better, at, best_at);
+    }
+    vf_store(least, best);
+    vi_store(place, best_at);
+    const uint32_t winners = vm_to_bits(vf_eq(best, vf_set1(vf_hmin(best))));
+    int first = winners ? place[__builtin_ctz(winners)] : 0;
+    for (uint32_t rest = winners & (winners - 1); rest; rest &= rest - 1)
+        if (place[__builtin_ctz(rest)] < first) first = place[__builtin_ctz(rest)];
+    return list[first];
+}
+
+/* packed combination at an index: that point of the grid, or the best neighbour for this scale */
+INLINE unsigned grid_code(const gfl_grid *grid, int index, const float *x, const float *root, float scale, int dims) {
+    const int place = grid->places[index];
+    if (place >= 0) return grid->points[place];
+    return nearest_neighbour(grid->neighbours + (~place >> 8) * GRID_RUN, ~place & 255, x, root, scale, dims);
+}
+
+/* Codes of all groups in all trials. */
+INLINE void grid_codes(grid_run *run, const gfl_grid *grid, int n, int dims, int trials, int tame) {
+    memset(run->off_grid, 0, sizeof run->off_grid);
+    for (int g = 0; g < n / dims; g++) {
+        const float *x = run->x + g * dims, *root = run->root + g * dims;
+        int32_t index[MAX_TRIALS];
+        if (tame) grid_indices(index, x, run->id, dims, trials);
+        else
+            for (int t = 0; t < trials; t++) index[t] = grid_index(x, run->id[t], dims);
+        for (int t = 0; t < trials; t++) {
+            run->off_grid[t] |= (uint32_t)(grid->places[index[t]] < 0) << g;
+            run->codes[g][t] = (uint16_t)grid_code(grid, index[t], x, root, run->scale[t], dims);
+        }
+        for (int t = trials; t < MAX_TRIALS; t++) run->codes[g][t] = 0;
+    }
+}
+
+INLINE void grid_sums(grid_run *run, int n, int dims, int trials) {
+    for (int t = 0; t < trials; t += LANES) {
+        vf qx = vf_zero(), q2 = vf_zero();
+        for (int g = 0; g < n / dims; g++) {
+            vi code = vi_load_u16(run->codes[g] + t);
+            for (int i = g * dims; i < (g + 1) * dims; i++) {
+                const vf q = vf_pick8_twice(dims == 8 ? odd_4 : odd_8, code), w = vf_set1(run->w[i]);
+                qx = vf_add(qx, vf_mul(vf_set1(run->w[i] * run->x[i]), q));
+                q2 = vf_add(q2, vf_mul(vf_mul(w, q), q));
+                code = dims == 8 ? vi_shr(code, 2) : vi_shr(code, 3);
+            }
+        }
+        vf_store(run->sum_qx + t, qx);
+        vf_store(run->sum_q2 + t, q2);
+    }
+}
+
+/* The best trial, -1 if none is better than nothing; *scale is set to its least-squares scale. */
+static inline int grid_best(const grid_run *run, float *scale, int trials) {
+    float best = 0.0f;
+    int best_trial = -1;
+    for (int t = 0; t < trials; t++) {
+        const float qx = run->sum_qx[t], q2 = run->sum_q2[t];
+        if (q2 > 0.0f && qx * qx > best * q2) {
+            *scale = qx / q2;
+            best = *scale * qx;
+            best_trial = t;
+        }
+    }
+    return best_trial;
+}
+
+/* Least-squares scale of n weights for given codes; `scale` if that is not defined. */
+INLINE float grid_scale(const grid_run *run, const uint16_t *codes, int n, int dims, float scale) {
+    float qx = 0.0f, q2 = 0.0f;
+    for (int g = 0; g < n / dims; g++)
+        for (int i = 0; i < dims; i++) {
+            const float w = run->w[g * dims + i], q = odd_8[codes[g] >> i * (dims == 8 ? 2 : 3) & (dims == 8 ? 3 : 7)];
+            qx += w * run->x[g * dims + i] * q;
+            q2 += w * q * q;
+        }
+    return q2 > 0.0f ? qx / q2 : scale;
+}
+
+/* Rounds the groups of `which` (one bit each) anew for a positive scale and returns the scale that then is best. */
+INLINE float grid_refine(const grid_run *run, const gfl_grid *grid, uint16_t *codes, uint32_t which, int n, int dims, float scale) {
+    if (!which || !(scale > 0.0f)) return scale;
+    const float id = 1.0f / scale;
+    for (int g = 0; g < n / dims; g++) {
+        if (!(which >> g & 1)) continue;
+        const float *x = run->x + g * dims;
+        codes[g] = (uint16_t)grid_code(grid, grid_index(x, id, dims), x, run->root + g * dims, scale, dims);
+    }
+    return grid_scale(run, codes, n, dims, scale);
+}
+
+/* Which groups are rounded anew for the best trial's scale: those that met no point, all of them if one met none, all. */
+enum { REFINE_SOME, REFINE_ALL_OR_NONE, REFINE_ALL };
+
+/* The search from given trials on: codes of all groups, and the scale. Without a trial better than nothing `scale` stays and
+ * the codes are 0. */
+INLINE float grid_fit(grid_run *run, const gfl_grid *grid, uint16_t *codes, int n, int dims, int trials, float scale, int refine, int tame) {
+    grid_codes(run, grid, n, dims, trials, tame);
+    grid_sums(run, n, dims, trials);
+    const int best = grid_best(run, &scale, trials);
+    const uint32_t every = (uint32_t)((1ull << n / dims) - 1);
+    uint32_t again = best >= 0 ? run->off_grid[best] : refine == REFINE_SOME ? 0 : every;
+    if (refine == REFINE_ALL || (refine == REFINE_ALL_OR_NONE && again)) again = every;
+    for (int g = 0; g < n / dims; g++) codes[g] = best < 0 ? 0 : run->codes[g][best];
+    return grid_refine(run, grid, codes, again, n, dims, scale);
+}
+
+/* the number of a point given its packed combination */
+INLINE unsigned grid_number(const gfl_grid *grid, unsigned code, int dims) {
+    int index = 0;
+    for (int i = 0; i < dims; i++) index = index * (dims == 8 ? 3 : 8) + (int)(code >> i * (dims == 8 ? 2 : 3) & (dims == 8 ? 3 : 7));
+    return (unsigned)grid->places[index];
+}
+
+/* four-bit code s of a sub-block's scale (2 s + 1) d */
+static inline uint8_t grid_scale_code(float scale, float id, int top) { return (uint8_t)grid_level(id * scale, top); }
+
+/* Reading */
+
+/* sign bits of eight weights as bytes 0 or -1 */
+static inline uint64_t sign_bytes(unsigned signs) {
+    const uint64_t bits = (signs * 0x0101010101010101ull) & 0x8040201008040201ull;
+    return ((bits + 0x7f7f7f7f7f7f7f7full) >> 7 & 0x0101010101010101ull) * 0xff;
+}
+
+/* the eighth sign makes the number of negative ones even */
+static inline unsigned eight_signs(unsigned seven) { return seven | (unsigned)__builtin_parity(seven) << 7; }
+
+/* out = magnitudes (none of them 0) with signs, in bytes */
+static inline void signed_bytes(int8_t *out, uint64_t magnitudes, unsigned signs) {
+    const uint64_t mask = sign_bytes(signs), bytes = (magnitudes ^ mask) + (mask & 0x0101010101010101ull);
+    memcpy(out, &bytes, 8);
+}
+
+INLINE void scaled_bytes(float *out, const int8_t *bytes, int n, float d) {
+    for (int i = 0; i < n; i += LANES) vf_store(out + i, vf_mul(vf_set1(d), vi_to_vf(vi_load_i8(bytes + i))));
+}
+
+static inline uint64_t eight_values(const int8_t *values, unsigned point) {
+    uint64_t bytes;
+    memcpy(&bytes, values + 8 * point, 8);
+    return bytes;
+}
+
+static inline uint64_t four_values_twice(const int8_t *values, unsigned low, unsigned high) {
+    uint32_t a, b;
+    memcpy(&a, values + 4 * low, 4);
+    memcpy(&b, values + 4 * high, 4);
+    return a | (uint64_t)b << 32;
+}
