@@ -66,13 +66,15 @@ static void sums_of_squares(float *sums, const float *x, int64_t count, int64_t 
     }
 }
 
-/* imatrix * sqrt(sigma2 + x^2), ggml's importance of a weight; imatrix as it lies in memory, sigma2 of every sub-block */
+/* imatrix * sqrt(sigma2 + x^2), ggml's importance of a weight; imatrix as it lies in memory, sigma2 of every lane's sub-block */
+INLINE void importance_of_lanes(vf *w, const vf *x, const float *imatrix, vf sigma2, int n) {
+    load_lanes(w, imatrix, n);
+    for (int i = 0; i < n; i++) w[i] = vf_mul(w[i], vf_sqrt(vf_add(sigma2, vf_mul(x[i], x[i]))));
+}
+
+/* the same for all groups; sigma2 of every sub-block */
 INLINE void measured_importance(lanes_of_32 *w, const lanes_of_32 *x, const float *imatrix, const float *sigma2, int n) {
-    load_groups(w, imatrix, n);
-    EACH_GROUP {
-        const vf mean = vf_load(sigma2 + g * LANES);
-        for (int i = 0; i < n; i++) w[g][i] = vf_mul(w[g][i], vf_sqrt(vf_add(mean, vf_mul(x[g][i], x[g][i]))));
-    }
+    EACH_GROUP importance_of_lanes(w[g], x[g], imatrix + g * LANES * n, vf_load(sigma2 + g * LANES), n);
 }
 
 /* codes = clamp(nearest(code_scale * (x - code_min))) - low: those of the search itself */

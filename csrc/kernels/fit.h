@@ -58,28 +58,31 @@ typedef struct {
 } min_state;
 
 /* The start of fit_min: extremes, sums, and the error of the plain scale (max - min) / q_max. */
-INLINE void begin_fit_min(lane_fit *fit, min_state *state, const vf *x, const vf *w, int n, int q_max, int absolute, int exact) {
-    vf min = x[0], max = x[0], sum_w = w[0], sum_x = vf_mul(w[0], x[0]);
-    for (int i = 1; i < n; i++) {
-        min = vf_min(x[i], min);
-        max = vf_max(x[i], max);
-        sum_w = vf_add(sum_w, w[i]);
-        sum_x = vf_add(sum_x, vf_mul(w[i], x[i]));
+INLINE void begin_fit_min(lane_fit *fit, min_state *state, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max,
+                          int absolute, int exact) {
+    EACH_GROUP {
+        state[g].lowest = state[g].max = x[g][0];
+        state[g].sum_w = w[g][0];
+        state[g].sum_x = vf_mul(w[g][0], x[g][0]);
+        state[g].least = vf_zero();
     }
-    state->lowest = min;
-    min = vf_min(vf_zero(), min); /* in this order a -0 stays */
-    const vf range = vf_sub(max, min), iscale = vf_div(vf_set1((float)q_max), range), scale = vf_div(vf_set1(1.0f), iscale);
-    vf error = vf_zero();
-    for (int i = 0; i < n; i++) {
-        const vf l = code_of(vf_mul(iscale, vf_sub(x[i], min)), 0, q_max, exact);
-        error = vf_add(error, vf_mul(w[i], residual(scale, l, min, x[i], absolute)));
+    for (int i = 1; i < n; i++) EACH_GROUP {
+        state[g].lowest = vf_min(x[g][i], state[g].lowest);
+        state[g].max = vf_max(x[g][i], state[g].max);
+        state[g].sum_w = vf_add(state[g].sum_w, w[g][i]);
+        state[g].sum_x = vf_add(state[g].sum_x, vf_mul(w[g][i], x[g][i]));
     }
-    *fit = (lane_fit){scale, min, iscale, min, sum_w};
-    state->sum_w = sum_w;
-    state->sum_x = sum_x;
-    state->max = max;
-    state->least = error;
-    state->safe = vf_le(vf_abs(vf_mul(iscale, range)), vf_set1(ROUND_LIMIT));
+    EACH_GROUP {
+        const vf min = vf_min(vf_zero(), state[g].lowest); /* in this order a -0 stays */
+        const vf range = vf_sub(state[g].max, min), iscale = vf_div(vf_set1((float)q_max), range);
+        fit[g] = (lane_fit){vf_div(vf_set1(1.0f), iscale), min, iscale, min, state[g].sum_w};
+        state[g].safe = vf_le(vf_abs(vf_mul(iscale, range)), vf_set1(ROUND_LIMIT));
+    }
+    for (int i = 0; i < n; i++) EACH_GROUP {
+        const vf l = code_of(vf_mul(fit[g].code_scale, vf_sub(x[g][i], fit[g].min)), 0, q_max, exact);
+        const vf error = residual(fit[g].scale, l, fit[g].min, x[g][i], absolute);
+        state[g].least = vf_add(state[g].least, vf_mul(w[g][i], error));
+    }
 }
 
 /* Minimum and scale of n weights w = scale * q + min, 0 <= q <= q_max, min <= 0: the weighted least-squares solution of the
@@ -90,7 +93,7 @@ INLINE int fit_min_once(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32 *
     const vf zero = vf_zero(), limit = vf_set1(ROUND_LIMIT);
     min_state state[GROUPS];
     vf q[GROUPS][32];
-    EACH_GROUP begin_fit_min(fit + g, state + g, x[g], w[g], n, q_max, absolute, exact);
+    begin_fit_min(fit, state, x, w, n, q_max, absolute, exact);
     for (int trial = 0; trial <= last; trial++) {
         vf iscale[GROUPS], min[GROUPS], s[GROUPS], m[GROUPS], sum_l[GROUPS], sum_l2[GROUPS], sum_xl[GROUPS], error[GROUPS];
         vm solved[GROUPS];

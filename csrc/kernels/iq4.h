@@ -58,7 +58,7 @@ INLINE void iq4_fit_tile(float *scales, const float *x, const float *imatrix, co
     for (int j = 0; j < TILE / 32; j += LANES) {
         vf lanes[32], w[32];
         load_lanes(lanes, x + 32 * j, 32);
-        if (imatrix) measured_importance(w, lanes, imatrix + 32 * j, vf_load(sigma2 + j), 32);
+        if (imatrix) importance_of_lanes(w, lanes, imatrix + 32 * j, vf_load(sigma2 + j), 32);
         else
             for (int i = 0; i < 32; i++) w[i] = vf_mul(lanes[i], lanes[i]);
         vf_store(scales + j, iq4_fit(lanes, w));

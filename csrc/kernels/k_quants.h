@@ -18,10 +18,11 @@ enum { SUPER = 256, BATCH_SUPERS = BATCH / SUPER };
 
 /* root mean square + |x|, the importance ggml gives weights when it knows nothing else */
 INLINE void default_importance(lanes_of_32 *w, const lanes_of_32 *x, int n) {
+    vf sum[GROUPS];
+    EACH_GROUP sum[g] = vf_zero();
+    for (int i = 0; i < n; i++) EACH_GROUP sum[g] = vf_add(sum[g], vf_mul(x[g][i], x[g][i]));
     EACH_GROUP {
-        vf sum = vf_zero();
-        for (int i = 0; i < n; i++) sum = vf_add(sum, vf_mul(x[g][i], x[g][i]));
-        const vf mean = vf_sqrt(vf_div(sum, vf_set1((float)n)));
+        const vf mean = vf_sqrt(vf_div(sum[g], vf_set1((float)n)));
         for (int i = 0; i < n; i++) w[g][i] = vf_add(mean, vf_abs(x[g][i]));
     }
 }
