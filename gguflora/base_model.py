@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gguflora.errors import ArchitectureError
-from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, layer_of
-
-Shape = tuple[int, ...]
+from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape, layer_of
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from gguflora.convert import ConvertReport
 from gguflora.doctor import describe_machine
 from gguflora.errors import GgufloraError
 from gguflora.merge import MergeReport
-from gguflora.merge import Progress as ProgressCallback
+from gguflora.rewrite import Progress as ProgressCallback
 
 if TYPE_CHECKING:
     from gguflora.demo import DemoReport

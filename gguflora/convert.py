@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -17,10 +17,10 @@ from gguflora._native import type_named
 from gguflora._version import __version__
 from gguflora.adapters import Adapter, read_adapter
 from gguflora.adapters.gguf_lora import ALPHA_KEY
-from gguflora.architectures import place
 from gguflora.base_model import read_base
-from gguflora.deltas import LowRank, fold
-from gguflora.errors import AdapterError, QuantizationError
+from gguflora.deltas import as_float64
+from gguflora.errors import QuantizationError
+from gguflora.factors import Factors, factor_adapter
 from gguflora.files.gguf import TOKEN_EMBEDDING
 from gguflora.files.output import atomic_output, check_target
 from gguflora.files.safetensors import Array, as_float32
@@ -41,6 +41,7 @@ class ConvertReport:
         alpha: as written; 0 where the factors are folded into B.
         types: number of stored factors by quant type.
         size: of the tensors, in bytes.
+        errors: relative error of each change that ``rank`` or ``energy`` approximates.
         warnings: what the user should know.
         dry_run: True if nothing was written.
     """
@@ -53,6 +54,7 @@ class ConvertReport:
     alpha: float
     types: dict[str, int]
     size: int
+    errors: dict[str, float]
     warnings: tuple[str, ...]
     dry_run: bool
 
@@ -63,7 +65,7 @@ class ConvertReport:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """One tensor of the output: bytes (rows, row_bytes) of a quant type."""
+    """One tensor of the output: bytes (..., row_bytes) of a quant type."""
 
     name: str
     type: str
@@ -76,6 +78,8 @@ def convert(
     out: str | os.PathLike[str],
     *,
     outtype: str = "auto",
+    rank: int | None = None,
+    energy: float | None = None,
     dry_run: bool = False,
     force: bool = False,
 ) -> ConvertReport:
@@ -83,10 +87,13 @@ def convert(
 
     Args:
         adapter: PEFT directory, or a GGUF LoRA file to store again.
-        base: GGUF file of the base model, or a directory with its ``config.json``; only names and shapes are read.
+        base: GGUF file of the base model, or a directory with its ``config.json``. Its weights are read only for
+            methods that need them.
         out: the file to write.
         outtype: ``f32``, ``f16``, ``bf16``, ``q8_0``, or ``auto``: for each factor the smallest of bf16, f16 and f32
             that holds its values exactly.
+        rank: approximate changes that are not of this rank or lower by the closest ones that are.
+        energy: the same, with the lowest rank that keeps this share of each change's squared norm.
         dry_run: check everything, write nothing.
         force: overwrite ``out``.
 
@@ -97,52 +104,54 @@ def convert(
         raise QuantizationError(f"outtype is {outtype!r}, expected one of {', '.join(OUTTYPES)}")
     target, source = Path(out), read_adapter(adapter)
     model = read_base(base)
-    changes = place(source, model)
-    if not changes:
-        raise AdapterError(f"{source.path}: changes no weight; there is nothing to convert")
-    alpha = common_alpha(changes)
-    stored = [item for tensor, change in changes.items() for item in _store(tensor, change, outtype, alpha)]
+    factored = factor_adapter(source, model, rank, energy)
+    alpha = common_alpha(factored)
+    stored = [item for factors in factored for item in _store(factors, outtype, alpha)]
     size = sum(item.content.nbytes for item in stored)
     check_target(target, [source.path, Path(base)], force=force or dry_run, size=size)
     if not dry_run:
         with atomic_output(target) as file:
             _write(Path(file.name), source, model.architecture, alpha, stored)
-    ranks = [change.rank for change in changes.values()]
+    ranks = [factors.rank for factors in factored]
     types = [item.type for item in stored]
     return ConvertReport(
         output=target,
         adapter=source.name,
         architecture=model.architecture,
-        tensors=len(changes),
+        tensors=len(factored),
         ranks=(min(ranks), max(ranks)),
         alpha=alpha,
         types={name: types.count(name) for name in dict.fromkeys(types)},
         size=size,
+        errors={factors.tensor: factors.error for factors in factored if factors.error is not None},
         warnings=_warnings(outtype, stored),
         dry_run=dry_run,
     )
 
 
-def common_alpha(changes: Mapping[str, LowRank]) -> float:
+def common_alpha(factored: Sequence[Factors]) -> float:
     """The alpha with ``factor = alpha / rank`` for every tensor, or 0 if there is none.
 
     llama.cpp has one alpha for a file, a 32-bit float, and takes 0 as "factor 1".
     """
-    alphas = [float(np.float32(change.factor * change.rank)) for change in changes.values()]
-    return alphas[0] if alphas and all(math.isclose(alpha, alphas[0], rel_tol=2**-23) for alpha in alphas) else 0.0
+    alphas = [float(np.float32(factors.factor * factors.rank)) for factors in factored]
+    return alphas[0] if all(math.isclose(alpha, alphas[0], rel_tol=2**-23) for alpha in alphas) else 0.0
 
 
-def _store(tensor: str, change: LowRank, outtype: str, alpha: float) -> list[_Stored]:
-    b = change.b if alpha or change.factor == 1.0 else fold(change)
-    # llama.cpp looks rows of token_embd up in A and multiplies them with B: the factors change places
-    a, b = (b, change.a.T) if tensor == TOKEN_EMBEDDING else (change.a, b)
-    return [_encode(f"{tensor}.lora_a", a, outtype), _encode(f"{tensor}.lora_b", b, outtype)]
+def _store(factors: Factors, outtype: str, alpha: float) -> list[_Stored]:
+    a, b = factors.a, factors.b
+    if not alpha and factors.factor != 1.0:
+        b = (as_float64(b) * factors.factor).astype(np.float32)
+    if factors.tensor == TOKEN_EMBEDDING:
+        # llama.cpp looks rows up in A and multiplies them with B: the factors change places
+        a, b = b, a.T
+    return [_encode(f"{factors.tensor}.lora_a", a, outtype), _encode(f"{factors.tensor}.lora_b", b, outtype)]
 
 
 def _encode(name: str, array: Array, outtype: str) -> _Stored:
     values = np.ascontiguousarray(as_float32(array))
     chosen = _exact_type(values) if outtype == "auto" else outtype.upper()
-    if values.shape[1] % type_named(chosen).block_weights:
+    if values.shape[-1] % type_named(chosen).block_weights:
         chosen = "F16"
     try:
         content = quants.quantize(values, type_named(chosen).id).view(np.uint8)

@@ -1,23 +1,51 @@
 """What an adapter does to one weight: the vocabulary that every PEFT method is read into.
 
-A weight is (n_out, n_in), as ``torch.nn.Linear`` and numpy's view of a GGUF tensor have it. Arrays keep the dtype
-they have on disk (bf16 as uint16 bits, see `gguflora.files.safetensors`) until numbers are needed.
+A weight W is (n_out, n_in), as ``torch.nn.Linear`` and numpy's view of a GGUF tensor have it; a bias or a norm is taken
+for a weight of one column, (n, 1). Arrays keep the dtype they have on disk (bf16 as uint16 bits, see
+`gguflora.files.safetensors`) until numbers are needed.
+
+A change says how W' differs from W. Changes of several adapters are added, each times its scale, so at scale s a method
+that multiplies gives ``W + s (W' - W)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.files.safetensors import Array, as_float32
 
+Values = NDArray[np.float64]
+Indices = NDArray[np.intp]
 
-@dataclass(frozen=True, slots=True)
+
+class Change(Protocol):
+    """A change of one weight."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (n_out, n_in) of the changed weight; a `Replace` may have more rows than the base's."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether `delta` must be given all rows at once, in order."""
+
+    def delta(self, w: Values, rows: Indices) -> Values:
+        """``W' - W`` for some rows of W.
+
+        Args:
+            w: the rows' values, (len(rows), n_in).
+            rows: their numbers.
+        """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """``W + factor * b @ a`` (LoRA: https://arxiv.org/abs/2106.09685).
+    """``W + factor * b @ a`` (LoRA: https://arxiv.org/abs/2106.09685); the only change a GGUF LoRA can hold.
 
     Attributes:
         a: (rank, n_in).
@@ -28,6 +56,7 @@ class LowRank:
     a: Array
     b: Array
     factor: float
+    whole: bool = field(default=False, init=False)
 
     @property
     def rank(self) -> int:
@@ -36,16 +65,95 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape of the weight it changes."""
+        """Shape of the changed weight."""
         return self.b.shape[0], self.a.shape[1]
 
-    def with_rows(self, order: NDArray[np.intp]) -> LowRank:
-        """The change of a weight whose row ``i`` is this weight's row ``order[i]``."""
-        return replace(self, b=self.b[order])
+    def delta(self, w: Values, rows: Indices) -> Values:
+        """``factor * b[rows] @ a``."""
+        product: Values = self.factor * (as_float64(self.b[rows]) @ as_float64(self.a))
+        return product
+
+    def at(self, rows: Indices | None, columns: Indices | None) -> LowRank:
+        """The change of the weight ``W[rows][:, columns]``."""
+        a = self.a if columns is None else self.a[:, columns]
+        b = self.b if rows is None else self.b[rows]
+        return replace(self, a=a, b=b)
 
     def transposed(self) -> LowRank:
         """The change of the transposed weight."""
         return replace(self, a=self.b.T, b=self.a.T)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Replace:
+    """``W' = values``: a weight, bias or norm that was saved whole. (n_out, n_in)."""
+
+    values: Array
+    whole: bool = field(default=False, init=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the new weight."""
+        return self.values.shape[0], self.values.shape[1]
+
+    def delta(self, w: Values, rows: Indices) -> Values:
+        """``values[rows] - w``; 0 for rows the base has beyond them (a padded vocabulary)."""
+        result = np.zeros_like(w)
+        known = rows < self.values.shape[0]
+        result[known] = as_float64(self.values[rows[known]]) - w[known]
+        return result
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReplaceRows:
+    """``W'[ids] = values``: trained tokens of an embedding.
+
+    Attributes:
+        ids: (n,) distinct row numbers.
+        values: (n, n_in).
+        n_out: rows of the weight, as far as the adapter knows: it may be fewer than the base's.
+    """
+
+    ids: Indices
+    values: Array
+    n_out: int
+    whole: bool = field(default=False, init=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the changed weight."""
+        return self.n_out, self.values.shape[1]
+
+    def delta(self, w: Values, rows: Indices) -> Values:
+        """``values - w`` in the rows that are replaced, 0 elsewhere."""
+        result = np.zeros_like(w)
+        _, here, there = np.intersect1d(rows, self.ids, return_indices=True)
+        result[here] = as_float64(self.values[there]) - w[here]
+        return result
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Formula:
+    """A change by any formula of the base's weight.
+
+    Attributes:
+        shape: (n_out, n_in) of the weight.
+        function: from some rows' values (n, n_in) and their numbers to ``W' - W`` of these rows.
+        whole: whether the function must be given all rows at once, in order.
+    """
+
+    shape: tuple[int, int]
+    function: Callable[[Values, Indices], Values]
+    whole: bool = False
+
+    def delta(self, w: Values, rows: Indices) -> Values:
+        """The function's result."""
+        return self.function(w, rows)
+
+
+def as_float64(array: Array) -> Values:
+    """The values of an array as float64; uint16 is taken for bfloat16 bits."""
+    return (as_float32(array) if array.dtype == np.uint16 else array).astype(np.float64, copy=False)
 
 
 def sum_factors(changes: Iterable[tuple[LowRank, float]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -62,4 +170,4 @@ def sum_factors(changes: Iterable[tuple[LowRank, float]]) -> tuple[NDArray[np.fl
 
 def fold(change: LowRank, scale: float = 1.0) -> NDArray[np.float32]:
     """``scale * factor * b`` in float32, multiplied in float64 and rounded once."""
-    return (as_float32(change.b).astype(np.float64) * (scale * change.factor)).astype(np.float32)
+    return (as_float64(change.b) * (scale * change.factor)).astype(np.float32)

@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from gguflora.base_model import BaseModel, Shape, read_base
+from gguflora.base_model import BaseModel, read_base
 from gguflora.errors import HotSwapError
-from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, TensorEntry
+from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, Shape, TensorEntry
 
 _ALPHA: Final = "adapter.lora.alpha"
 _INVOCATION: Final = "adapter.alora.invocation_tokens"

@@ -1,34 +1,37 @@
-"""Adapters: a PEFT directory or a GGUF LoRA file, read into deltas."""
+"""Adapters: a PEFT directory or a GGUF LoRA file, read into changes of weights."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
+from gguflora.adapters import lora
 from gguflora.adapters.config import PeftConfig, read_config
 from gguflora.adapters.gguf_lora import read_gguf_lora
-from gguflora.adapters.lora import read_lora
-from gguflora.deltas import LowRank
+from gguflora.adapters.saved import split_saved
+from gguflora.deltas import Change
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.safetensors import Array, as_float32, read_weights
 
-Reader = Callable[[PeftConfig, Mapping[str, Array]], dict[str, LowRank]]
+Reader = Callable[[PeftConfig, Mapping[str, Array]], Mapping[str, Change]]
 
 READERS: Final[dict[str, Reader]] = {
-    "LORA": read_lora,
+    "LORA": lora.read_lora,
 }
-"""The PEFT methods gguflora reads, by the ``peft_type`` of their configuration."""
+"""The PEFT methods gguflora reads, by the ``peft_type`` of their configuration.
 
+A reader gets the tensors of its own method and returns a change for every weight they touch, by the weight's name in
+the Hugging Face model (``model.layers.0.self_attn.q_proj.weight``). What is saved whole beside them is read in `saved`.
+"""
 
-_COPY: Final = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.base_layer\.weight")
-"""PEFT's save_embedding_layers: beside the factors of an embedding or head it saves the weight that they change."""
+REFUSED: Final[dict[str, str]] = {}
+"""Methods that change no weight, or that their file does not determine: why, and what to do instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +42,18 @@ class Adapter:
         name: of its directory, or its file without the suffix.
         path: of the file with the weights.
         sha256: of that file, in hexadecimal.
-        changes: the change of each weight, by the module's path in the Hugging Face model or, with ``architecture``
-            set, by the tensor's name in GGUF.
+        changes: of each weight, to be added, by the weight's name in the Hugging Face model or, with ``architecture``
+            set, in GGUF.
         architecture: of the base it was made for, where it is a GGUF LoRA; None for a PEFT directory.
-        copies: weights of the base that PEFT saved along with an adapted embedding or head, by the module's path.
+        ties: whether a change of the token embedding holds for an output weight that is tied to it, too.
     """
 
     name: str
     path: Path
     sha256: str
-    changes: Mapping[str, LowRank]
+    changes: Mapping[str, tuple[Change, ...]]
     architecture: str | None = None
-    copies: Mapping[str, Array] = field(default_factory=dict)
+    ties: bool = False
 
 
 def read_adapter(path: str | os.PathLike[str]) -> Adapter:
@@ -66,46 +69,38 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         raise AdapterError(
             f"{location}: no such file or directory; expected a PEFT adapter directory or a GGUF LoRA file"
         )
-    if not location.is_dir():
-        if location.suffix in {".safetensors", ".bin", ".json"}:
-            raise AdapterError(f"{location}: is one file of an adapter; give the directory it lies in")
-        architecture, changes = read_gguf_lora(location)
-        adapter = Adapter(location.stem, location, _sha256(location), changes, architecture)
-    else:
-        config = read_config(location)
-        reader = READERS.get(config.peft_type)
-        if reader is None:
-            raise UnsupportedAdapterError(
-                f"{config.path}: peft_type {config.peft_type} is not supported; supported: {', '.join(READERS)}"
-            )
-        weights, tensors = read_weights(location, "adapter_model")
-        copies = {found["module"]: key for key in tensors if (found := _COPY.fullmatch(key))}
-        own = {key: tensor for key, tensor in tensors.items() if key not in copies.values()}
-        adapter = Adapter(
-            location.resolve().name,
-            weights,
-            _sha256(weights),
-            reader(config, own),
-            copies={module: tensors[key] for module, key in copies.items()},
+    if location.is_dir():
+        return _read_peft(location)
+    if location.suffix in {".safetensors", ".bin", ".json"}:
+        raise AdapterError(f"{location}: is one file of an adapter; give the directory it lies in")
+    architecture, changes = read_gguf_lora(location)
+    return Adapter(location.stem, location, _sha256(location), {k: (v,) for k, v in changes.items()}, architecture)
+
+
+def _read_peft(folder: Path) -> Adapter:
+    config = read_config(folder)
+    if config.peft_type in REFUSED:
+        raise UnsupportedAdapterError(f"{config.path}: {config.peft_type}: {REFUSED[config.peft_type]}")
+    if config.peft_type not in READERS:
+        raise UnsupportedAdapterError(
+            f"{config.path}: peft_type {config.peft_type} is not supported; supported: {', '.join(READERS)}"
         )
-    if not adapter.changes:
-        raise AdapterError(f"{adapter.path}: holds no tensor of an adapter; save it again")
-    _check_finite(adapter)
-    return adapter
+    weights, tensors = read_weights(folder, "adapter_model")
+    _check_finite(weights, tensors)
+    saved, own = split_saved(config, tensors)
+    changes: dict[str, tuple[Change, ...]] = {name: (change,) for name, change in saved.items()}
+    for name, change in READERS[config.peft_type](config, own).items():
+        changes[name] = (*changes.get(name, ()), change)
+    ties = config.flag("ensure_weight_tying") or bool(config.fields.get("trainable_token_indices"))
+    return Adapter(folder.resolve().name, weights, _sha256(weights), changes, ties=ties)
 
 
-def _check_finite(adapter: Adapter) -> None:
-    for target, change in adapter.changes.items():
-        for part, array in (("A", change.a), ("B", change.b)):
-            if not np.isfinite(as_float32(array)).all():
-                raise AdapterError(
-                    f"{adapter.path}: {part} of {target!r} holds NaN or infinity; its training has diverged"
-                )
+def _check_finite(path: Path, tensors: Mapping[str, Array]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype.kind in "fu" and not np.isfinite(as_float32(tensor)).all():
+            raise AdapterError(f"{path}: tensor {name!r} holds NaN or infinity; its training has diverged")
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

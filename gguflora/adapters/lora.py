@@ -1,4 +1,4 @@
-"""PEFT's LORA: ``W + factor * B A`` (https://arxiv.org/abs/2106.09685), rsLoRA's factor (https://arxiv.org/abs/2312.03732).
+"""LORA: ``W + factor * B A`` (https://arxiv.org/abs/2106.09685), with rsLoRA's factor (https://arxiv.org/abs/2312.03732).
 
 Tensors of a module: ``lora_A.weight`` (r, n_in) and ``lora_B.weight`` (n_out, r); of an embedding ``lora_embedding_A``
 (r, rows) and ``lora_embedding_B`` (width, r), which change its (rows, width) weight by ``factor * (B A)^T``. The
@@ -9,18 +9,15 @@ product, GGUF the weight.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Final
 
 from gguflora.adapters.config import PeftConfig
-from gguflora.deltas import LowRank
+from gguflora.adapters.keys import Parts, by_module
+from gguflora.deltas import Change, LowRank
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.safetensors import Array, is_float
 
-_KEY: Final = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>.+?)\.(?P<part>lora_(?:embedding_)?[AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?"
-)
 _PAIRS: Final = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 
 # init_lora_weights that leave the base weight as it is; the others subtract their start from it
@@ -34,48 +31,26 @@ _NOT_PLAIN: Final = {
     "use_bdlora": "BD-LoRA's factors are block-diagonal",
     "kasa_config": "KaSA changes the base weight",
     "arrow_config": "Arrow routes each token over several adapters",
-    "modules_to_save": "modules_to_save replaces whole weights",
-    "trainable_token_indices": "trainable_token_indices replaces rows of the embedding",
     "target_parameters": "target_parameters changes stacked expert weights",
 }
 
 
-def read_lora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, LowRank]:
-    """The change of every adapted module, by its path in the Hugging Face model.
+def read_lora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change]:
+    """The change of every adapted weight, by its name in the Hugging Face model.
 
     Raises:
-        UnsupportedAdapterError: for options that a plain low-rank change cannot express.
+        UnsupportedAdapterError: for options that cannot be expressed.
         AdapterError: for tensors that do not pair up or do not have the configured rank.
     """
     _check_plain(config)
-    modules: dict[str, dict[str, Array]] = {}
-    strangers = []
-    for key, tensor in tensors.items():
-        found = _KEY.fullmatch(key)
-        if found is None:
-            strangers.append(key)
-            continue
-        parts = modules.setdefault(found["module"], {})
-        if found["part"] in parts:
-            raise AdapterError(f"{config.path.parent}: module {found['module']!r} has more than one {found['part']}")
-        parts[found["part"]] = tensor
-    if strangers:
-        raise UnsupportedAdapterError(
-            f"{config.path.parent}: cannot place {len(strangers)} of {len(tensors)} tensors: {_some(strangers)}; "
-            "this version reads lora_A / lora_B of linear and embedding layers"
-        )
-    return {module: _read_module(config, module, parts) for module, parts in modules.items()}
+    modules = by_module(config, tensors, [part for pair in _PAIRS for part in pair])
+    return {f"{module}.weight": _read_module(config, module, parts) for module, parts in modules.items()}
 
 
 def _check_plain(config: PeftConfig) -> None:
     for name, reason in _NOT_PLAIN.items():
         if config.fields.get(name):
-            raise UnsupportedAdapterError(
-                f"{config.path}: {name} is set: {reason}; this version reads plain LoRA and rsLoRA"
-            )
-    bias = config.fields.get("bias", "none")
-    if bias not in {"none", None}:
-        raise UnsupportedAdapterError(f"{config.path}: bias is {bias!r}: trained biases cannot be read by this version")
+            raise UnsupportedAdapterError(f"{config.path}: {name} is set: {reason}; this version cannot read it")
     start = config.fields.get("init_lora_weights")
     if start not in _PLAIN_STARTS:
         raise UnsupportedAdapterError(
@@ -84,19 +59,20 @@ def _check_plain(config: PeftConfig) -> None:
         )
 
 
-def _read_module(config: PeftConfig, module: str, parts: Mapping[str, Array]) -> LowRank:
+def _read_module(config: PeftConfig, module: str, parts: Parts) -> LowRank:
     where = f"{config.path.parent}: module {module!r}"
     for name_a, name_b in _PAIRS:
         if parts.keys() == {name_a, name_b}:
-            change = _pair(config, module, parts[name_a], parts[name_b])
+            change = read_pair(config, module, parts[name_a], parts[name_b])
             return change.transposed() if name_a == "lora_embedding_A" else change
     missing = [f"{b} (has {a})" if a in parts else f"{a} (has {b})" for a, b in _PAIRS if (a in parts) != (b in parts)]
     if missing:
         raise AdapterError(f"{where} has no {missing[0]}; the adapter is incomplete, save it again")
-    raise AdapterError(f"{where} has both linear and embedding factors")
+    raise AdapterError(f"{where} has {', '.join(parts)}, expected one pair of factors")
 
 
-def _pair(config: PeftConfig, module: str, a: Array, b: Array) -> LowRank:
+def read_pair(config: PeftConfig, module: str, a: Array, b: Array) -> LowRank:
+    """One pair of factors with the rank and alpha that the configuration gives for its module."""
     where = f"{config.path.parent}: module {module!r}"
     if a.ndim != 2 or b.ndim != 2:
         raise UnsupportedAdapterError(
@@ -106,7 +82,6 @@ def _pair(config: PeftConfig, module: str, a: Array, b: Array) -> LowRank:
         if not is_float(factor):
             raise AdapterError(f"{where}: {name} holds {factor.dtype}, expected floating-point numbers")
     rank = config.for_module("r", "rank_pattern", module, 8)
-    alpha = config.for_module("lora_alpha", "alpha_pattern", module, 8)
     if rank != int(rank) or rank < 1:
         raise config.error("r", "a positive whole number", rank)
     if a.shape[0] != rank or b.shape[1] != rank:
@@ -114,9 +89,10 @@ def _pair(config: PeftConfig, module: str, a: Array, b: Array) -> LowRank:
             f"{where}: A is {a.shape} and B is {b.shape}, expected rank {int(rank)} as {config.path.name} says: "
             f"({int(rank)}, n_in) and (n_out, {int(rank)})"
         )
-    return LowRank(a, b, alpha / (math.sqrt(rank) if config.flag("use_rslora") else rank))
+    return LowRank(a, b, lora_factor(config, module, int(rank)))
 
 
-def _some(names: list[str], most: int = 8) -> str:
-    shown = ", ".join(sorted(names)[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+def lora_factor(config: PeftConfig, module: str, rank: int) -> float:
+    """The factor alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+    alpha = config.for_module("lora_alpha", "alpha_pattern", module, 8)
+    return alpha / (math.sqrt(rank) if config.flag("use_rslora") else rank)

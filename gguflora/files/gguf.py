@@ -33,6 +33,8 @@ MAX_ALIGNMENT: Final = 1 << 20
 TOKEN_EMBEDDING: Final = "token_embd.weight"  # noqa: S105  (not a password)
 OUTPUT: Final = "output.weight"
 
+Shape = tuple[int, ...]
+
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS: Final[dict[int, str]] = {
     0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
@@ -50,7 +52,7 @@ class TensorEntry:
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: Shape
     type: GgmlType
     offset: int
     nbytes: int
@@ -64,6 +66,23 @@ class TensorEntry:
     def n_rows(self) -> int:
         """Number of rows, over all leading dimensions."""
         return math.prod(self.shape[:-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Extended:
+    """The layout of a file that is another one with more in it.
+
+    Attributes:
+        header: everything before the tensor data.
+        kept: offset in the other file up to which its bytes follow the header.
+        offsets: of the added tensors, from the start of the file.
+        size: of the file.
+    """
+
+    header: bytes
+    kept: int
+    offsets: dict[str, int]
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,17 +383,31 @@ class GgufFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def header_with(self, entries: Mapping[str, bytes]) -> bytes:
-        """This file's header with metadata ``entries`` replaced or added (see `encode_entry`), padded to the data.
+    def extended(self, entries: Mapping[str, bytes], added: Mapping[str, tuple[Shape, GgmlType]]) -> Extended:
+        """The layout of this file with metadata replaced or added and tensors added at its end.
 
         All else stays byte for byte, the tensors' offsets from the start of the data too.
+
+        Args:
+            entries: metadata by key, see `encode_entry`.
+            added: shape and type of each new tensor.
         """
         kept = [self.metadata.raw(key) for key in self.metadata if key not in entries]
         body = b"".join([*kept, *entries.values()])
         tensor_list = self.metadata._cursor.buffer[self._tensors_start : self._tensors_end]
-        counts = struct.pack("<IQQ", self.version, len(self.tensors), len(kept) + len(entries))
+        counts = struct.pack("<IQQ", self.version, len(self.tensors) + len(added), len(kept) + len(entries))
+        used = max((tensor.offset + tensor.nbytes for tensor in self.tensors.values()), default=self.data_start)
+        copied = used if added else self.size
+        offsets, end = {}, copied - self.data_start
+        for name, (shape, kind) in added.items():
+            offsets[name] = _align(end, self.alignment)
+            end = offsets[name] + math.prod(shape[:-1]) * kind.row_bytes(shape[-1])
+            tensor_list += _encode_tensor(name, shape, kind, offsets[name])
         header = MAGIC + counts + body + tensor_list
-        return header + bytes(_align(len(header), self.alignment) - len(header))
+        header += bytes(_align(len(header), self.alignment) - len(header))
+        return Extended(
+            header, copied, {name: len(header) + offset for name, offset in offsets.items()}, len(header) + end
+        )
 
 
 def _type_numbered(kind: int) -> GgmlType | None:
@@ -403,6 +436,11 @@ def encode_entry(key: str, value: str | list[str] | list[float]) -> bytes:
         items = b"".join(_encode_string(str(item)) for item in value)
         return head + struct.pack("<IQ", _STRING, len(value)) + items
     return head + struct.pack("<IQ", _FLOAT32, len(value)) + np.array(value, "<f4").tobytes()
+
+
+def _encode_tensor(name: str, shape: Shape, kind: GgmlType, offset: int) -> bytes:
+    dims = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+    return _encode_string(name) + dims + struct.pack("<IQ", kind.id, offset)
 
 
 def _encode_string(text: str) -> bytes:

@@ -1,0 +1,167 @@
+"""New rows of a changed tensor: dequantized, changed, quantized again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguflora import _native
+from gguflora.deltas import Change, LowRank, Values, sum_factors
+from gguflora.files.gguf import GgufFile, TensorEntry
+from gguflora.placement import Placed
+
+Scaled = tuple[Placed, float]
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A tensor of the output that is not just copied.
+
+    Attributes:
+        source: the base's tensor it is made from.
+        added_at: where it begins in the output, if it is new there; None if it takes the place of its source.
+        changes: what is added to it, each with its scale.
+    """
+
+    source: TensorEntry
+    added_at: int | None
+    changes: Sequence[Scaled]
+
+
+class WholeWeights:
+    """Changes that need a whole Hugging Face weight at once, whose rows lie in any order and in several tensors."""
+
+    def __init__(self, base: GgufFile, targets: Sequence[Target]) -> None:
+        self._base = base
+        self._pieces: dict[int, list[tuple[Placed, TensorEntry]]] = {}
+        for target in targets:
+            for item, _ in target.changes:
+                self._pieces.setdefault(id(item.change), []).append((item, target.source))
+        self._lock = threading.Lock()
+        self._last: tuple[int, Values] | None = None
+
+    def delta(self, change: Change) -> Values:
+        """``W' - W`` of the whole weight; the last one is kept, for the next block of rows."""
+        with self._lock:
+            if self._last is None or self._last[0] != id(change):
+                self._last = None  # free it before the next is made
+                weight = np.zeros(change.shape)
+                for item, tensor in self._pieces[id(change)]:
+                    first = item.piece.first
+                    item.put(read_values(self._base, tensor, first, first + item.shape[0]), weight)
+                self._last = id(change), change.delta(weight, np.arange(change.shape[0]))
+            return self._last[1]
+
+
+def read_values(base: GgufFile, tensor: TensorEntry, first: int, last: int) -> Values:
+    """Rows of a tensor, leading dimensions flattened, in float64; of a vector all of it, as one column."""
+    vector = len(tensor.shape) == 1
+    first, last = (0, 1) if vector else (first, last)
+    values = np.empty((last - first, tensor.n_in), np.float32)
+    _native.dequantize_rows(base.read_rows(tensor, first, last), tensor.type, values)
+    return (values.reshape(-1, 1) if vector else values).astype(np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankRows:
+    """Rows ``start`` to ``end`` of a tensor, to which ``b @ a`` is added in one pass through the cache."""
+
+    base: GgufFile
+    tensor: TensorEntry
+    start: int
+    end: int
+    a: Floats
+    b: Floats
+
+    def new(self, first: int, last: int) -> Bytes:
+        """New bytes of the rows ``first`` to ``last``."""
+        rows = self.base.read_rows(self.tensor, first, last)
+        kind, b = self.tensor.type, self.b[first - self.start : last - self.start]
+        _native.merge_rows(rows, kind, rows, kind, self.a, b)
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
+class AnyRows:
+    """Rows ``start`` to ``end`` of a tensor, changed by any formulas; rows that nothing changes keep their bytes."""
+
+    base: GgufFile
+    tensor: TensorEntry
+    start: int
+    end: int
+    changes: Sequence[Scaled]
+    whole: WholeWeights
+
+    def new(self, first: int, last: int) -> Bytes:
+        """New bytes of the rows ``first`` to ``last``."""
+        rows = self.base.read_rows(self.tensor, first, last)
+        if not self.changes:
+            return rows
+        stored = read_values(self.base, self.tensor, first, last)
+        delta = self._sum(stored, first)
+        changed, delta = (array.reshape(len(rows), self.tensor.n_in) for array in (stored + delta, delta))
+        changed, touched = changed.astype(np.float32), delta.any(axis=1)
+        new = np.empty((int(touched.sum()), rows.shape[1]), np.uint8)
+        _native.quantize_rows(np.ascontiguousarray(changed[touched]), self.tensor.type, new)
+        rows[touched] = new
+        return rows
+
+    def delta(self, first: int, last: int) -> Values:
+        """The change of the rows ``first`` to ``last``, before rounding."""
+        return self._sum(read_values(self.base, self.tensor, first, last), first)
+
+    def _sum(self, stored: Values, first: int) -> Values:
+        total = np.zeros_like(stored)
+        for item, scale in self.changes:
+            start = max(item.piece.first - first, 0)  # row of the block with which the piece begins
+            inner = max(first - item.piece.first, 0)  # row of the piece with which the block begins
+            count = max(min(len(stored) - start, item.shape[0] - inner), 0)
+            here, there = slice(start, start + count), slice(inner, inner + count)
+            if item.by_rows:
+                total[here] += scale * item.delta(stored[here], inner)
+            else:
+                total[here] += scale * item.take(self.whole.delta(item.change))[there]
+        return total
+
+
+def split_rows(base: GgufFile, target: Target, whole: WholeWeights) -> Iterator[LowRankRows | AnyRows]:
+    """The rows of a target in ranges with the same changes throughout (the experts of a stack, for example)."""
+    tensor = target.source
+    if len(tensor.shape) == 1:
+        yield AnyRows(base, tensor, 0, 1, target.changes, whole)
+        return
+    edges = {0, tensor.n_rows}
+    for item, _ in target.changes:
+        edges |= {item.piece.first, min(item.piece.first + item.shape[0], tensor.n_rows)}
+    bounds = sorted(edges)
+    for start, end in pairwise(bounds):
+        changes = [
+            (item, scale)
+            for item, scale in target.changes
+            if item.piece.first <= start and end <= item.piece.first + item.shape[0]
+        ]
+        factors = _low_rank_of(changes, start, end)
+        if factors:
+            yield LowRankRows(base, tensor, start, end, *factors)
+        else:
+            yield AnyRows(base, tensor, start, end, changes, whole)
+
+
+def _low_rank_of(changes: Sequence[Scaled], start: int, end: int) -> tuple[Floats, Floats] | None:
+    """Factors a, b of the sum of the changes of some rows, if all are of low rank."""
+    parts: list[tuple[LowRank, float]] = []
+    for item, scale in changes:
+        change = item.low_rank()
+        if change is None:
+            return None
+        rows = np.arange(start - item.piece.first, end - item.piece.first)
+        whole = item.piece.first == start and item.shape[0] == end - start
+        parts.append((change if whole else change.at(rows, None), scale))
+    return sum_factors(parts) if parts else None

@@ -1,0 +1,209 @@
+"""An adapter's changes as the pairs of factors that a GGUF LoRA holds: one pair for a tensor, or a stack of pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gguflora.adapters import Adapter
+from gguflora.base_model import BaseModel
+from gguflora.changed_rows import AnyRows, Target, WholeWeights, read_values
+from gguflora.deltas import LowRank, ReplaceRows, Values, as_float64, sum_factors
+from gguflora.errors import AdapterError, UnsupportedAdapterError
+from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
+from gguflora.files.safetensors import Array
+from gguflora.lowrank import shrink, truncate
+from gguflora.placement import Placed, place
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factors:
+    """The change ``factor * b @ a`` of a tensor.
+
+    Attributes:
+        tensor: its GGUF name.
+        a: (rank, n_in), or (n_experts, rank, n_in).
+        b: (n_out, rank), or (n_experts, n_out, rank).
+        factor: alpha / rank.
+        error: relative error, where the change was approximated.
+    """
+
+    tensor: str
+    a: Array
+    b: Array
+    factor: float
+    error: float | None = None
+
+    @property
+    def rank(self) -> int:
+        """Number of rank-one terms."""
+        return int(self.a.shape[-2])
+
+
+def factor_adapter(adapter: Adapter, base: BaseModel, rank: int | None, energy: float | None) -> list[Factors]:
+    """The factors of every change of an adapter.
+
+    Args:
+        adapter: the adapter.
+        base: its base; its weights are read where a change depends on them.
+        rank: approximate changes of a higher rank, or of none.
+        energy: the same, by the share of the squared norm that is kept.
+
+    Raises:
+        AdapterError: if the adapter changes nothing.
+        UnsupportedAdapterError: if a change is not of low rank and may not be approximated, or llama.cpp cannot apply
+            it.
+    """
+    placed = place(adapter, base)
+    if not placed:
+        raise AdapterError(f"{adapter.path}: changes no weight; there is nothing to convert")
+    _refuse_tied(adapter, base, placed)
+    if base.path.is_dir():
+        return _factor_all(adapter, base, None, placed, rank, energy)
+    with GgufFile(base.path) as file:
+        return _factor_all(adapter, base, file, placed, rank, energy)
+
+
+def _refuse_tied(adapter: Adapter, base: BaseModel, placed: dict[str, list[Placed]]) -> None:
+    changed = [name for name in (TOKEN_EMBEDDING, OUTPUT) if name in placed]
+    if base.is_tied and changed:
+        what = " and ".join(item.weight for name in changed for item in placed[name][:1])
+        raise UnsupportedAdapterError(
+            f"{adapter.path}: changes {what}, but the output weight of {base.path} is tied to its token embedding: "
+            "llama.cpp aborts on such a LoRA; merge the adapter instead, which unties them"
+        )
+
+
+def _factor_all(
+    adapter: Adapter,
+    base: BaseModel,
+    file: GgufFile | None,
+    placed: dict[str, list[Placed]],
+    rank: int | None,
+    energy: float | None,
+) -> list[Factors]:
+    maker = _Maker(file, placed, rank, energy)
+    made = {name: maker.make(name, items, base.shapes[name]) for name, items in placed.items()}
+    failed = [name for name, factors in made.items() if factors is None]
+    if failed:
+        raise _not_low_rank(adapter, base, failed, len(made))
+    return [factors for factors in made.values() if factors is not None]
+
+
+def _not_low_rank(adapter: Adapter, base: BaseModel, failed: list[str], n_changes: int) -> UnsupportedAdapterError:
+    shown = ", ".join(failed[:6]) + (" ..." if len(failed) > 6 else "")
+    what = f"{adapter.path}: {len(failed)} of {n_changes} changes"
+    if any(len(base.shapes[name]) < 2 for name in failed):
+        return UnsupportedAdapterError(
+            f"{what} are of norms or biases, which a GGUF LoRA cannot hold: {shown}; merge the adapter instead"
+        )
+    hint = " with the base as a GGUF file" if base.path.is_dir() else ""
+    return UnsupportedAdapterError(
+        f"{what} are not of low rank, as a GGUF LoRA must be: {shown}; merge the adapter, or approximate it with "
+        f"--rank N or --energy 0.999{hint}"
+    )
+
+
+class _Maker:
+    """Makes factors; opens the base's weights only for changes that need them."""
+
+    def __init__(
+        self, file: GgufFile | None, placed: dict[str, list[Placed]], rank: int | None, energy: float | None
+    ) -> None:
+        self._file, self._rank, self._energy = file, rank, energy
+        self._approximate = rank is not None or energy is not None
+        self._targets = {} if file is None else _targets(file, placed)
+        self._whole = None if file is None else WholeWeights(file, list(self._targets.values()))
+
+    def make(self, name: str, items: Sequence[Placed], shape: Shape) -> Factors | None:
+        """The factors of one tensor's change; None if it has none."""
+        if len(shape) < 2:
+            return None
+        parts = [self._low_rank(item) for item in items]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
+            return self._approximated(name, shape)
+        stack = _stack(name, items, known, shape)
+        too_high = self._energy is not None or (self._rank is not None and stack.rank > self._rank)
+        return self._shrunk(stack) if too_high else stack
+
+    def _low_rank(self, item: Placed) -> LowRank | None:
+        """The change of a piece as factors; replaced rows are their difference from the base's, times unit columns."""
+        if isinstance(item.change, ReplaceRows) and self._file is not None and item.piece.rows is None:
+            tensor = self._file.tensors[item.piece.tensor]
+            ids = item.change.ids[item.change.ids < tensor.n_rows]
+            if len(ids) < len(item.change.ids):
+                return None
+            old = np.concatenate([read_values(self._file, tensor, row, row + 1) for row in ids])
+            b = np.zeros((tensor.n_rows, len(ids)), np.float32)
+            b[ids, np.arange(len(ids))] = 1.0
+            return LowRank((as_float64(item.change.values) - old).astype(np.float32), b, 1.0)
+        return item.low_rank()
+
+    def _approximated(self, name: str, shape: Shape) -> Factors | None:
+        if not self._approximate or self._file is None or self._whole is None:
+            return None
+        target, n_out = self._targets[name], shape[-2]
+        pairs = []
+        for first in range(0, target.source.n_rows, n_out):
+            rows = AnyRows(self._file, target.source, first, first + n_out, target.changes, self._whole)
+            pairs.append(truncate(rows.delta(first, first + n_out), self._rank, self._energy))
+        return _joined(name, pairs, shape)
+
+    def _shrunk(self, factors: Factors) -> Factors:
+        stacked = factors.a.ndim == 3
+        a, b = (factors.a, factors.b) if stacked else (factors.a[None], factors.b[None])
+        pairs = [shrink(LowRank(x, y, factors.factor), self._rank, self._energy) for x, y in zip(a, b, strict=True)]
+        return _joined(factors.tensor, pairs, (0,) * (3 if stacked else 2))
+
+
+def _targets(file: GgufFile, placed: dict[str, list[Placed]]) -> dict[str, Target]:
+    return {
+        name: Target(file.tensors[name], None, [(item, 1.0) for item in items])
+        for name, items in placed.items()
+        if name in file.tensors
+    }
+
+
+def _joined(name: str, pairs: Sequence[tuple[LowRank, float]], shape: Shape) -> Factors:
+    """Approximations of the parts of a tensor as one; its error is the worst of theirs."""
+    rank = max(pair.rank for pair, _ in pairs)
+    a = np.stack([_padded(pair.a, rank, axis=0) for pair, _ in pairs])
+    b = np.stack([_padded(pair.b, rank, axis=1) for pair, _ in pairs])
+    a, b = (a, b) if len(shape) == 3 else (a[0], b[0])
+    return Factors(name, a, b, 1.0, max(error for _, error in pairs))
+
+
+def _padded(array: Values | Array, rank: int, axis: int) -> Array:
+    missing = [(0, 0), (0, 0)]
+    missing[axis] = (0, rank - array.shape[axis])
+    return np.pad(array, missing)
+
+
+def _stack(name: str, items: Sequence[Placed], parts: Sequence[LowRank], shape: Shape) -> Factors:
+    """The sum of the parts, each at its place in the tensor."""
+    n_out, n_in = shape[-2:]
+    if len(parts) == 1 and parts[0].shape == shape:
+        return Factors(name, parts[0].a, parts[0].b, parts[0].factor)
+    experts: dict[int, list[LowRank]] = {}
+    for item, part in zip(items, parts, strict=True):
+        expert, row = divmod(item.piece.first, n_out)
+        experts.setdefault(expert, []).append(_with_zero_rows(part, row, n_out))
+    if len(shape) == 2:
+        a, b = sum_factors((part, 1.0) for part in experts[0])
+        return Factors(name, a, b, 1.0)
+    rank = max(sum(part.rank for part in group) for group in experts.values())
+    a = np.zeros((shape[0], rank, n_in), np.float32)
+    b = np.zeros((shape[0], n_out, rank), np.float32)
+    for expert, group in experts.items():
+        some_a, some_b = sum_factors((part, 1.0) for part in group)
+        a[expert, : len(some_a)], b[expert, :, : len(some_a)] = some_a, some_b
+    return Factors(name, a, b, 1.0)
+
+
+def _with_zero_rows(part: LowRank, first: int, n_out: int) -> LowRank:
+    """The same change in a taller matrix, beginning at row ``first``."""
+    below = n_out - first - part.b.shape[0]
+    return part if not first and not below else LowRank(part.a, np.pad(part.b, [(first, below), (0, 0)]), part.factor)

@@ -1,0 +1,55 @@
+"""The best low-rank approximation of a change (Eckart and Young 1936)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gguflora.deltas import LowRank, Values, as_float64
+from gguflora.errors import AdapterError
+
+
+def truncate(delta: Values, rank: int | None, energy: float | None) -> tuple[LowRank, float]:
+    """The closest matrix of rank ``rank``, or of the lowest rank that keeps a share ``energy`` of the squared norm.
+
+    Args:
+        delta: (n_out, n_in).
+        rank: the rank, or None to choose it by energy.
+        energy: from 0 to 1.
+
+    Returns:
+        The factors, with singular values shared evenly between them, and the relative error in the Frobenius norm.
+    """
+    wide = delta.shape[0] < delta.shape[1]
+    gram = delta @ delta.T if wide else delta.T @ delta
+    squares, vectors = np.linalg.eigh(gram)
+    squares, vectors = np.maximum(squares[::-1], 0.0), vectors[:, ::-1]
+    kept = _choose_rank(squares, rank, energy)
+    basis, sizes = vectors[:, :kept], np.sqrt(np.sqrt(squares[:kept]))
+    sizes = np.where(sizes > 0, sizes, 1.0)
+    if wide:
+        a, b = (basis.T @ delta) / sizes[:, None], basis * sizes
+    else:
+        a, b = basis.T * sizes[:, None], (delta @ basis) / sizes
+    total = float(squares.sum())
+    error = float(np.sqrt(max(squares[kept:].sum(), 0.0) / total)) if total else 0.0
+    return LowRank(a.astype(np.float32), b.astype(np.float32), 1.0), error
+
+
+def shrink(change: LowRank, rank: int | None, energy: float | None) -> tuple[LowRank, float]:
+    """`truncate` for a change that has factors: by their QR decompositions, without the product."""
+    q_b, r_b = np.linalg.qr(change.factor * as_float64(change.b))
+    q_a, r_a = np.linalg.qr(as_float64(change.a).T)
+    core, error = truncate(r_b @ r_a.T, rank, energy)
+    a, b = as_float64(core.a) @ q_a.T, q_b @ as_float64(core.b)
+    return LowRank(a.astype(np.float32), b.astype(np.float32), 1.0), error
+
+
+def _choose_rank(squares: Values, rank: int | None, energy: float | None) -> int:
+    if rank is not None:
+        if rank < 1:
+            raise AdapterError(f"rank is {rank}, expected a positive whole number")
+        return min(rank, len(squares))
+    if energy is None or not 0 < energy <= 1:
+        raise AdapterError(f"energy is {energy}, expected a share from 0 to 1, for example 0.999")
+    sums = np.cumsum(squares)
+    return int(np.searchsorted(sums, energy * sums[-1] * (1 - 1e-12))) + 1 if sums[-1] else 1

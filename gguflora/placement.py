@@ -1,0 +1,130 @@
+"""An adapter fitted to a base model: which change applies to which rows of which GGUF tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gguflora.adapters import Adapter
+from gguflora.architectures import Piece, check_known, pieces_of
+from gguflora.base_model import BaseModel
+from gguflora.deltas import Change, LowRank, Replace, ReplaceRows, Values
+from gguflora.errors import ArchitectureError, MismatchError
+from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, Shape
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placed:
+    """A change of a Hugging Face weight, at its place in a GGUF tensor.
+
+    Attributes:
+        weight: name of the Hugging Face weight (of the GGUF tensor, if the adapter is a GGUF LoRA).
+        change: what happens to it.
+        piece: which part of it lies where.
+    """
+
+    weight: str
+    change: Change
+    piece: Piece
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the piece as GGUF stores it."""
+        columns = self.change.shape[1] if self.piece.columns is None else len(self.piece.columns)
+        n_rows = self.change.shape[0] if self.piece.rows is None else len(self.piece.rows)
+        return (columns, n_rows) if self.piece.transposed else (n_rows, columns)
+
+    def low_rank(self) -> LowRank | None:
+        """The change of the piece as GGUF stores it, if it is of low rank."""
+        if not isinstance(self.change, LowRank):
+            return None
+        part = self.change.at(self.piece.rows, self.piece.columns)
+        return part.transposed() if self.piece.transposed else part
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether `delta` can be had row by row; else `take` it from the change of the whole weight."""
+        return not (self.change.whole or self.piece.transposed or self.piece.columns is not None)
+
+    def delta(self, stored: Values, first: int) -> Values:
+        """The change of some of the piece's rows, given their values and which row of the piece they begin with."""
+        numbers = np.arange(first, first + len(stored))
+        rows = numbers if self.piece.rows is None else self.piece.rows[numbers]
+        return self.change.delta(stored - self.piece.shift, rows)
+
+    def take(self, weight: Values) -> Values:
+        """This piece of an array that has the shape of the Hugging Face weight, as GGUF stores it."""
+        part = weight if self.piece.rows is None else weight[self.piece.rows]
+        part = part if self.piece.columns is None else part[:, self.piece.columns]
+        return part.T if self.piece.transposed else part
+
+    def put(self, stored: Values, weight: Values) -> None:
+        """The inverse of `take` for values: write the stored piece to where it belongs in the Hugging Face weight."""
+        part = (stored.T if self.piece.transposed else stored) - self.piece.shift
+        rows = np.arange(part.shape[0]) if self.piece.rows is None else self.piece.rows
+        columns = np.arange(part.shape[1]) if self.piece.columns is None else self.piece.columns
+        weight[np.ix_(rows, columns)] = part
+
+
+def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
+    """The adapter's changes by GGUF tensor, in the order of the base's tensors, every one checked against the base.
+
+    Where the base's output weight is tied to its token embedding, changes of the output are listed under ``output.weight``.
+
+    Raises:
+        ArchitectureError: if the base's architecture is unknown, or weights of the adapter have no place in it.
+        MismatchError: if shapes or architectures differ.
+    """
+    check_known(base)
+    if adapter.architecture not in {None, base.architecture}:
+        raise MismatchError(
+            f"{adapter.path}: was made for architecture {adapter.architecture!r}, "
+            f"but {base.path} is {base.architecture!r}"
+        )
+    placed: dict[str, list[Placed]] = {}
+    strangers = []
+    for weight, changes in adapter.changes.items():
+        pieces = pieces_of(base, weight) if adapter.architecture is None else [Piece(weight)]
+        if not pieces:
+            strangers.append(weight)
+        for piece in pieces:
+            items = [Placed(weight, change, piece) for change in changes]
+            for item in items:
+                _check_fits(f"{adapter.path}: {weight!r}", base, item)
+            placed.setdefault(piece.tensor, []).extend(items)
+    if strangers:
+        raise ArchitectureError(
+            f"{adapter.path}: {len(strangers)} of {len(adapter.changes)} weights have no place in {base.path} "
+            f"({base.architecture}): {', '.join(strangers[:8])}{' ...' if len(strangers) > 8 else ''}; "
+            "is it the right base?"
+        )
+    if adapter.ties and base.is_tied and TOKEN_EMBEDDING in placed:
+        placed[OUTPUT] = [*placed.get(OUTPUT, []), *placed[TOKEN_EMBEDDING]]
+    order = {name: index for index, name in enumerate(base.shapes)}
+    return dict(sorted(placed.items(), key=lambda entry: order.get(entry[0], len(order))))
+
+
+def _check_fits(what: str, base: BaseModel, item: Placed) -> None:
+    tensor, first = item.piece.tensor, item.piece.first
+    shape = base.shapes.get(TOKEN_EMBEDDING if tensor == OUTPUT and base.is_tied else tensor)
+    if shape is None:
+        raise MismatchError(f"{what} changes {tensor!r}, which {base.path} does not have; is it the right base?")
+    rows, columns = flat_shape(shape)
+    part_rows, part_columns = item.shape
+    if isinstance(item.change, Replace | ReplaceRows) and tensor in {TOKEN_EMBEDDING, OUTPUT}:
+        fits = part_columns == columns  # the vocabulary may have been resized
+    elif first or len(shape) > 2:
+        fits = part_columns == columns and first + part_rows <= rows
+    else:
+        fits = (part_rows, part_columns) == (rows, columns)
+    if not fits:
+        raise MismatchError(
+            f"{what} changes a weight of shape {item.change.shape}, but {tensor!r} of {base.path} is {shape}; "
+            "is it the right base?"
+        )
+
+
+def flat_shape(shape: Shape) -> tuple[int, int]:
+    """Rows and columns of a tensor with its leading dimensions flattened; a vector is one column."""
+    return (shape[0], 1) if len(shape) == 1 else (int(np.prod(shape[:-1])), shape[-1])
