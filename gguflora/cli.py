@@ -56,7 +56,7 @@ def convert(
     base: Annotated[Path, typer.Option(help="Base model: a GGUF file, or a directory with config.json.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="GGUF LoRA file to write.")],
     outtype: Annotated[
-        OutType, typer.Option(help="Type of the stored factors; auto: the smallest that is exact.")
+        OutType, typer.Option(help="Type of the stored factors; auto: f16 where that is exact, else f32.")
     ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the output file.")] = False,

@@ -90,8 +90,8 @@ def convert(
         base: GGUF file of the base model, or a directory with its ``config.json``. Its weights are read only for
             methods that need them.
         out: the file to write.
-        outtype: ``f32``, ``f16``, ``bf16``, ``q8_0``, or ``auto``: for each factor the smallest of bf16, f16 and f32
-            that holds its values exactly.
+        outtype: ``f32``, ``f16``, ``bf16``, ``q8_0``, or ``auto``: f16 for each factor whose values it holds
+            exactly, else f32.
         rank: approximate changes that are not of this rank or lower by the closest ones that are.
         energy: the same, with the lowest rank that keeps this share of each change's squared norm.
         dry_run: check everything, write nothing.
@@ -161,8 +161,7 @@ def _encode(name: str, array: Array, outtype: str) -> _Stored:
 
 
 def _exact_type(values: NDArray[np.float32]) -> str:
-    if not (values.view(np.uint32) & 0xFFFF).any():
-        return "BF16"
+    # not BF16: with such factors llama.cpp rounds the activations to eight bits, too
     with np.errstate(over="ignore"):
         return "F16" if (values.astype(np.float16) == values).all() else "F32"
 

@@ -86,9 +86,15 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Replace:
-    """``W' = values``: a weight, bias or norm that was saved whole. (n_out, n_in)."""
+    """``W' = values``: a weight, bias or norm that was saved whole.
+
+    Attributes:
+        values: (n_out, n_in).
+        frozen: whether training left it alone, so that it is a copy of the base's unless its vocabulary was resized.
+    """
 
     values: Array
+    frozen: bool = False
     whole: bool = field(default=False, init=False)
 
     @property

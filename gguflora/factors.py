@@ -9,8 +9,8 @@ import numpy as np
 
 from gguflora.adapters import Adapter
 from gguflora.base_model import BaseModel
-from gguflora.changed_rows import AnyRows, Target, WholeWeights, read_values
-from gguflora.deltas import LowRank, ReplaceRows, Values, as_float64, sum_factors
+from gguflora.changed_rows import AnyRows, Target, WholeWeights, read_values, without_copies
+from gguflora.deltas import LowRank, Replace, ReplaceRows, Values, as_float64, sum_factors
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
 from gguflora.files.safetensors import Array
@@ -59,11 +59,23 @@ def factor_adapter(adapter: Adapter, base: BaseModel, rank: int | None, energy: 
     placed = place(adapter, base)
     if not placed:
         raise AdapterError(f"{adapter.path}: changes no weight; there is nothing to convert")
-    _refuse_tied(adapter, base, placed)
     if base.path.is_dir():
+        placed = _without_frozen(placed)
+        _refuse_tied(adapter, base, placed)
         return _factor_all(adapter, base, None, placed, rank, energy)
     with GgufFile(base.path) as file:
+        placed = without_copies(file, placed)
+        _refuse_tied(adapter, base, placed)
         return _factor_all(adapter, base, file, placed, rank, energy)
+
+
+def _without_frozen(placed: dict[str, list[Placed]]) -> dict[str, list[Placed]]:
+    """The changes without copies of the base's weights, taken on trust where the base's are not at hand."""
+    kept = {
+        name: [item for item in items if not (isinstance(item.change, Replace) and item.change.frozen)]
+        for name, items in placed.items()
+    }
+    return {name: items for name, items in kept.items() if items}
 
 
 def _refuse_tied(adapter: Adapter, base: BaseModel, placed: dict[str, list[Placed]]) -> None:

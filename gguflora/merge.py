@@ -21,7 +21,7 @@ from gguflora._native import GgmlType
 from gguflora._version import __version__
 from gguflora.adapters import Adapter, read_adapter
 from gguflora.base_model import describe
-from gguflora.changed_rows import Scaled, Target
+from gguflora.changed_rows import Scaled, Target, without_copies
 from gguflora.deltas import LowRank, Replace, ReplaceRows
 from gguflora.errors import AdapterError, QuantizationError, UnsupportedAdapterError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, Extended, GgufFile, Shape, encode_entry
@@ -139,7 +139,7 @@ def _make_plan(file: GgufFile, sources: Sequence[tuple[Adapter, float]]) -> _Pla
     model = describe(file)
     changes: dict[str, list[Scaled]] = {}
     for source, scale in sources:
-        for name, items in place(source, model).items():
+        for name, items in without_copies(file, place(source, model)).items():
             effective = [(item, scale) for item in items if scale and not _is_nothing(item)]
             if effective:
                 changes.setdefault(name, []).extend(effective)

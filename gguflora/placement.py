@@ -70,7 +70,8 @@ class Placed:
 def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
     """The adapter's changes by GGUF tensor, in the order of the base's tensors, every one checked against the base.
 
-    Where the base's output weight is tied to its token embedding, changes of the output are listed under ``output.weight``.
+    Where the base's output weight is tied to its token embedding, changes of the output are listed under
+    ``output.weight``.
 
     Raises:
         ArchitectureError: if the base's architecture is unknown, or weights of the adapter have no place in it.

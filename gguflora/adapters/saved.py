@@ -42,7 +42,8 @@ def split_saved(config: PeftConfig, tensors: Mapping[str, Array]) -> tuple[dict[
         if tokens := _TOKENS.fullmatch(key):
             saved[f"{tokens['module']}.weight"] = _read_tokens(config, tokens["module"], tensor)
         elif (whole := _WHOLE.fullmatch(key)) and not _METHOD.search(key):
-            saved[f"{whole['module']}.{whole['kind']}"] = Replace(_as_matrix(config, key, tensor))
+            frozen = key.endswith(".base_layer.weight")
+            saved[f"{whole['module']}.{whole['kind']}"] = Replace(_as_matrix(config, key, tensor), frozen)
         else:
             left[key] = tensor
     return saved, left
