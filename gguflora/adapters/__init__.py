@@ -91,6 +91,8 @@ def _read_peft(folder: Path) -> Adapter:
     changes: dict[str, tuple[Change, ...]] = {name: (change,) for name, change in saved.items()}
     for name, change in READERS[config.peft_type](config, own).items():
         changes[name] = (*changes.get(name, ()), change)
+    if not changes:
+        raise AdapterError(f"{weights}: holds no tensor of an adapter; save it again")
     ties = config.flag("ensure_weight_tying") or bool(config.fields.get("trainable_token_indices"))
     return Adapter(folder.resolve().name, weights, _sha256(weights), changes, ties=ties)
 
