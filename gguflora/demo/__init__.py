@@ -24,8 +24,8 @@ HERE: Final = Path(__file__).parent
 BASE: Final = HERE / "base.gguf"
 ADAPTERS: Final = ("shout", "verse")
 MERGED: Final = "shout"
-PROMPT: Final = "Question: What does the fox eat?\nAnswer:"
-MAX_TOKENS: Final = 40
+PROMPT: Final = "Q: What does the fox eat?\nA:"
+MAX_TOKENS: Final = 110
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -117,7 +117,7 @@ def _hot_answer(llm: Any, adapters: Adapters, weights: str, scales: Mapping[str,
 
 
 def _answer(llm: Any, weights: str, prompt: str, swap_seconds: float | None = None) -> Answer:  # noqa: ANN401
-    reply, seconds = _timed(llm, prompt, max_tokens=MAX_TOKENS, temperature=0.0, stop=["\n\n"])
+    reply, seconds = _timed(llm, prompt, max_tokens=MAX_TOKENS, temperature=0.0)
     return Answer(weights, reply["choices"][0]["text"], swap_seconds, seconds)
 
 
