@@ -22,8 +22,8 @@ from gguflora._version import __version__
 from gguflora.adapters import Adapter, read_adapter
 from gguflora.base_model import describe
 from gguflora.changed_rows import Scaled, Target, without_copies
-from gguflora.deltas import LowRank, Replace, ReplaceRows
-from gguflora.errors import AdapterError, QuantizationError, UnsupportedAdapterError
+from gguflora.deltas import LowRank
+from gguflora.errors import AdapterError, QuantizationError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, Extended, GgufFile, Shape, encode_entry
 from gguflora.files.output import atomic_output, check_target
 from gguflora.placement import Placed, place
@@ -176,13 +176,6 @@ def _check_target_type(file: GgufFile, target: Target) -> None:
     kind, name = target.source.type, target.source.name
     if kind.id not in _native.TYPES or kind.needs_imatrix:
         raise QuantizationError(f"{file.path}: tensor {name!r} is {kind.name}, which cannot be quantized again")
-    for item, _ in target.changes:
-        rows = target.source.shape[0]
-        if item.change.shape[0] > rows and item.piece.rows is None and isinstance(item.change, Replace | ReplaceRows):
-            raise UnsupportedAdapterError(
-                f"{item.weight!r} has {item.change.shape[0]} rows in the adapter, but {name!r} of {file.path} has "
-                f"{rows}: its vocabulary was resized, and this version cannot grow the base's"
-            )
 
 
 def _record(file: GgufFile, sources: Sequence[tuple[Adapter, float]]) -> dict[str, bytes]:

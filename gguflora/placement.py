@@ -10,7 +10,7 @@ from gguflora.adapters import Adapter
 from gguflora.architectures import Piece, check_known, pieces_of
 from gguflora.base_model import BaseModel
 from gguflora.deltas import Change, LowRank, Replace, ReplaceRows, Values
-from gguflora.errors import ArchitectureError, MismatchError
+from gguflora.errors import ArchitectureError, MismatchError, UnsupportedAdapterError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, Shape
 
 
@@ -91,6 +91,7 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
             strangers.append(weight)
         for piece in pieces:
             items = [Placed(weight, change, piece) for change in changes]
+            _check_covers(f"{adapter.path}: {weight!r}", base, items, pieces)
             for item in items:
                 _check_fits(f"{adapter.path}: {weight!r}", base, item)
             placed.setdefault(piece.tensor, []).extend(items)
@@ -106,6 +107,19 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
     return dict(sorted(placed.items(), key=lambda entry: order.get(entry[0], len(order))))
 
 
+def _check_covers(what: str, base: BaseModel, items: list[Placed], pieces: list[Piece]) -> None:
+    """The pieces of a weight hold each of its rows and columns once, so their numbers tell its shape."""
+    for item in items:
+        n_out, n_in = item.change.shape
+        rows = n_out if item.piece.rows is None else sum(len(piece.rows) for piece in pieces if piece.rows is not None)
+        columns = n_in if item.piece.columns is None else len(item.piece.columns)
+        if (rows, columns) != (n_out, n_in):
+            raise MismatchError(
+                f"{what} changes a weight of shape {item.change.shape}, but {item.piece.tensor!r} of {base.path} holds "
+                f"one of shape {(rows, columns)}; is it the right base?"
+            )
+
+
 def _check_fits(what: str, base: BaseModel, item: Placed) -> None:
     tensor, first = item.piece.tensor, item.piece.first
     shape = base.shapes.get(TOKEN_EMBEDDING if tensor == OUTPUT and base.is_tied else tensor)
@@ -114,7 +128,12 @@ def _check_fits(what: str, base: BaseModel, item: Placed) -> None:
     rows, columns = flat_shape(shape)
     part_rows, part_columns = item.shape
     if isinstance(item.change, Replace | ReplaceRows) and tensor in {TOKEN_EMBEDDING, OUTPUT}:
-        fits = part_columns == columns  # the vocabulary may have been resized
+        if part_rows > rows:
+            raise UnsupportedAdapterError(
+                f"{what} has shape {item.change.shape}, but {tensor!r} of {base.path} is {shape}: its vocabulary was "
+                "resized, and the base's cannot be"
+            )
+        fits = part_columns == columns
     elif first or len(shape) > 2:
         fits = part_columns == columns and first + part_rows <= rows
     else:

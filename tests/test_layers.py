@@ -56,9 +56,7 @@ def test_import_loads_nothing_heavy(module: str) -> None:
 
 
 def test_import_is_quick() -> None:
-    code = (
-        "import numpy, time; start = time.process_time(); import gguflora; print(time.process_time() - start)"
-    )
+    code = "import numpy, time; start = time.process_time(); import gguflora; print(time.process_time() - start)"
     runs = [subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout for _ in range(3)]
     assert min(map(float, runs)) < 0.2
 
