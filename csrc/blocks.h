@@ -117,6 +117,17 @@ typedef struct __attribute__((packed)) { f16 d; uint8_t qs[64]; uint8_t signs[32
  * qh[j / 8]; signs[j] of eight j; scales[i] = | s of sub-block 2i+1 : 4 | s of 2i : 4 | */
 typedef struct __attribute__((packed)) { f16 d; uint8_t qs[64]; uint8_t qh[8]; uint8_t signs[32]; uint8_t scales[4]; } block_iq3_s;
 
+/* 8 sub-blocks of 32; w = d * (2 s + 1) * (point +- 1/8); low eight bits of eight j's point in qs[j];
+ * qh[i] = | minus an eighth : 1 | s : 3 | high three bits of the points of eight 4i+3 : 3 | 4i+2 : 3 | 4i+1 : 3 | 4i : 3 | */
+typedef struct __attribute__((packed)) { f16 d; uint8_t qs[32]; uint16_t qh[8]; } block_iq1_s;
+
+/* 16 sub-blocks of 16; w as in IQ1_S, but each eight chooses its eighth; low eight bits of eight j's point in qs[j];
+ * qh[i] = | minus an eighth : 1 | high three bits of the point : 3 | of eight 2i+1, then the same of eight 2i;
+ * scales[i] = | a quarter of d's bits : 4 | s of sub-block 4i+3 : 3 | 4i+2 : 3 | 4i+1 : 3 | 4i : 3 |, low bits of d first */
+typedef struct __attribute__((packed)) { uint8_t qs[32]; uint8_t qh[16]; uint16_t scales[4]; } block_iq1_m;
+
+_Static_assert(sizeof(block_iq1_s) == 50, "IQ1_S");
+_Static_assert(sizeof(block_iq1_m) == 56, "IQ1_M");
 _Static_assert(sizeof(block_iq2_xxs) == 66, "IQ2_XXS");
 _Static_assert(sizeof(block_iq2_xs) == 74, "IQ2_XS");
 _Static_assert(sizeof(block_iq2_s) == 82, "IQ2_S");

@@ -17,6 +17,7 @@
 #include "grid.h"
 #include "iq3.h"
 #include "iq2.h"
+#include "iq1.h"
 
 const gfl_table GFL_TABLE = {
     .largest = largest,

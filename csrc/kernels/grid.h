@@ -110,14 +110,16 @@ INLINE void grid_indices(int32_t *index, const float *x, const float *id, int di
     }
 }
 
-/* The neighbour q of least sum w (scale q - x)^2, the first of equals, among `runs` runs. A term of the sum depends on one
+/* The neighbour of least sum w (scale q - x)^2, the first of equals, among `runs` runs; levels: q by level, repeated as vectors
+ * want it. A term of the sum depends on one
  * weight's level only, so each weight gets a small table of terms that the levels of many neighbours pick from. */
-INLINE unsigned nearest_neighbour(const uint16_t *list, int runs, const float *x, const float *w, float scale, int dims) {
+INLINE unsigned nearest_neighbour(const uint16_t *list, int runs, const float *levels, const float *x, const float *w, float scale,
+                                  int dims) {
     float terms[8][16], least[LANES];
     int32_t place[LANES], lanes[LANES];
     const int bits = dims == 8 ? 2 : 3;
     for (int j = 0; j < 8; j += LANES) {
-        const vf value = vf_mul(vf_set1(scale), vf_load((dims == 8 ? odd_4 : odd_8) + j));
+        const vf value = vf_mul(vf_set1(scale), vf_load(levels + j));
         for (int i = 0; i < dims; i++) {
             const vf diff = vf_sub(value, vf_set1(x[i]));
             vf_store(terms[i] + j, vf_mul(vf_mul(vf_set1(w[i]), diff), diff));
@@ -150,7 +152,7 @@ INLINE unsigned nearest_neighbour(const uint16_t *list, int runs, const float *x
 INLINE unsigned grid_code(const gfl_grid *grid, int index, const float *x, const float *root, float scale, int dims) {
     const int place = grid->places[index];
     if (place >= 0) return grid->points[place];
-    return nearest_neighbour(grid->neighbours + (~place >> 8) * GRID_RUN, ~place & 255, x, root, scale, dims);
+    return nearest_neighbour(grid->neighbours + (~place >> 8) * GRID_RUN, ~place & 255, dims == 8 ? odd_4 : odd_8, x, root, scale, dims);
 }
 
 /* Codes of all groups in all trials. */
