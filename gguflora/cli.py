@@ -213,7 +213,7 @@ def _print_demo(report: DemoReport) -> None:
         f"({merged.weights / 1e6:.1f} M weights)"
     )
     _out.print(
-        f"KL divergence from the hot adapter, nats per token: merged file {report.kl:.5f}, base {report.kl_base:.5f}"
+        f"KL divergence from the hot adapter, nats per token: merged file {report.kl:.1e}, base {report.kl_base:.1e}"
     )
 
 
