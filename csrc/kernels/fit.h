@@ -35,9 +35,15 @@ typedef struct {
 /* q as a float; `exact` is ggml's rounding for any argument, the other one for arguments below ROUND_LIMIT */
 INLINE vf code_of(vf t, int low, int high, int exact) {
     if (exact) return vi_to_vf(vi_clamp(vf_nearest(t), low, high));
-    if (low == 0) /* compared as integers, which compete less with the additions for execution units */
-        return vf_round(vi_as_vf(vi_max(vi_min(vf_as_vi(t), vf_as_vi(vf_set1((float)high))), vi_set1(0))));
     return vf_round(vf_max(vf_min(t, vf_set1((float)high)), vf_set1((float)low)));
+}
+
+/* The same from 0 on. Floats are compared as integers here, which compete less with the additions for execution units.
+ * `bounded`: no t is above high + 0.5. */
+INLINE vf code_from_0(vf t, int high, int exact, int bounded) {
+    if (exact) return vi_to_vf(vi_clamp(vf_nearest(t), 0, high));
+    if (bounded) return vf_round(vi_as_vf(vi_max(vf_as_vi(t), vi_set1(0))));
+    return vf_round(vi_as_vf(vi_max(vi_min(vf_as_vi(t), vf_as_vi(vf_set1((float)high))), vi_set1(0))));
 }
 
 INLINE vf residual(vf scale, vf q, vf min, vf x, int absolute) {
@@ -79,9 +85,35 @@ INLINE void begin_fit_min(lane_fit *fit, min_state *state, const lanes_of_32 *x,
         state[g].safe = vf_le(vf_abs(vf_mul(iscale, range)), vf_set1(ROUND_LIMIT));
     }
     for (int i = 0; i < n; i++) EACH_GROUP {
-        const vf l = code_of(vf_mul(fit[g].code_scale, vf_sub(x[g][i], fit[g].min)), 0, q_max, exact);
+        const vf l = code_from_0(vf_mul(fit[g].code_scale, vf_sub(x[g][i], fit[g].min)), q_max, exact, 0);
         const vf error = residual(fit[g].scale, l, fit[g].min, x[g][i], absolute);
         state[g].least = vf_add(state[g].least, vf_mul(w[g][i], error));
+    }
+}
+
+/* The sums of one trial of fit_min, and its codes. */
+typedef struct {
+    vf iscale[GROUPS], min[GROUPS], sum_l[GROUPS], sum_l2[GROUPS], sum_xl[GROUPS], q[GROUPS][32];
+} min_trial;
+
+INLINE void sum_trial(min_trial *t, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, int exact, int bounded) {
+    vf sum_l[GROUPS], sum_l2[GROUPS], sum_xl[GROUPS], iscale[GROUPS], min[GROUPS];
+    EACH_GROUP {
+        sum_l[g] = sum_l2[g] = sum_xl[g] = vf_zero();
+        iscale[g] = t->iscale[g];
+        min[g] = t->min[g];
+    }
+    for (int i = 0; i < n; i++) EACH_GROUP {
+        const vf l = code_from_0(vf_mul(iscale[g], vf_sub(x[g][i], min[g])), q_max, exact, bounded), wl = vf_mul(w[g][i], l);
+        t->q[g][i] = l;
+        sum_l[g] = vf_add(sum_l[g], wl);
+        sum_l2[g] = vf_add(sum_l2[g], vf_mul(wl, l));
+        sum_xl[g] = vf_add(sum_xl[g], vf_mul(wl, x[g][i]));
+    }
+    EACH_GROUP {
+        t->sum_l[g] = sum_l[g];
+        t->sum_l2[g] = sum_l2[g];
+        t->sum_xl[g] = sum_xl[g];
     }
 }
 
@@ -92,45 +124,42 @@ INLINE int fit_min_once(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32 *
                         int last, int absolute, int exact) {
     const vf zero = vf_zero(), limit = vf_set1(ROUND_LIMIT);
     min_state state[GROUPS];
-    vf q[GROUPS][32];
+    min_trial t;
     begin_fit_min(fit, state, x, w, n, q_max, absolute, exact);
     for (int trial = 0; trial <= last; trial++) {
-        vf iscale[GROUPS], min[GROUPS], s[GROUPS], m[GROUPS], sum_l[GROUPS], sum_l2[GROUPS], sum_xl[GROUPS], error[GROUPS];
-        vm solved[GROUPS];
+        const float codes = first + step * (float)trial + (float)q_max; /* of the range from min to max */
+        vf s[GROUPS], m[GROUPS], error[GROUPS];
+        vm solved[GROUPS], inverted = vf_gt(zero, zero);
         EACH_GROUP {
-            min[g] = fit[g].min;
-            const vf range = vf_sub(state[g].max, min[g]);
-            iscale[g] = vf_div(vf_set1(first + step * (float)trial + (float)q_max), range);
-            const vf highest_code = vf_abs(vf_mul(iscale[g], range));
-            const vf lowest_code = vf_abs(vf_mul(iscale[g], vf_sub(state[g].lowest, min[g])));
+            t.min[g] = fit[g].min;
+            const vf range = vf_sub(state[g].max, t.min[g]);
+            t.iscale[g] = vf_div(vf_set1(codes), range);
+            inverted = vm_or(inverted, vf_le(range, zero));
+            const vf highest_code = vf_abs(vf_mul(t.iscale[g], range));
+            const vf lowest_code = vf_abs(vf_mul(t.iscale[g], vf_sub(state[g].lowest, t.min[g])));
             state[g].safe = vm_and(state[g].safe, vm_and(vf_le(highest_code, limit), vf_le(lowest_code, limit)));
-            sum_l[g] = sum_l2[g] = sum_xl[g] = error[g] = zero;
+            error[g] = zero;
         }
-        for (int i = 0; i < n; i++) EACH_GROUP {
-            const vf l = code_of(vf_mul(iscale[g], vf_sub(x[g][i], min[g])), 0, q_max, exact), wl = vf_mul(w[g][i], l);
-            q[g][i] = l;
-            sum_l[g] = vf_add(sum_l[g], wl);
-            sum_l2[g] = vf_add(sum_l2[g], vf_mul(wl, l));
-            sum_xl[g] = vf_add(sum_xl[g], vf_mul(wl, x[g][i]));
-        }
+        if (codes < (float)q_max + 0.49f && !vm_any(inverted)) sum_trial(&t, x, w, n, q_max, exact, 1);
+        else sum_trial(&t, x, w, n, q_max, exact, 0);
         EACH_GROUP {
-            const vf det = vf_sub(vf_mul(state[g].sum_w, sum_l2[g]), vf_mul(sum_l[g], sum_l[g]));
-            s[g] = vf_div(vf_sub(vf_mul(state[g].sum_w, sum_xl[g]), vf_mul(state[g].sum_x, sum_l[g])), det);
-            m[g] = vf_div(vf_sub(vf_mul(sum_l2[g], state[g].sum_x), vf_mul(sum_l[g], sum_xl[g])), det);
+            const vf det = vf_sub(vf_mul(state[g].sum_w, t.sum_l2[g]), vf_mul(t.sum_l[g], t.sum_l[g]));
+            s[g] = vf_div(vf_sub(vf_mul(state[g].sum_w, t.sum_xl[g]), vf_mul(state[g].sum_x, t.sum_l[g])), det);
+            m[g] = vf_div(vf_sub(vf_mul(t.sum_l2[g], state[g].sum_x), vf_mul(t.sum_l[g], t.sum_xl[g])), det);
             solved[g] = vf_gt(det, zero);
             const vm above = vf_gt(m[g], zero);
             if (vm_any(above)) {
-                s[g] = vf_select(above, vf_div(sum_xl[g], sum_l2[g]), s[g]);
+                s[g] = vf_select(above, vf_div(t.sum_xl[g], t.sum_l2[g]), s[g]);
                 m[g] = vf_select(above, zero, m[g]);
             }
         }
         for (int i = 0; i < n; i++) EACH_GROUP
-            error[g] = vf_add(error[g], vf_mul(w[g][i], residual(s[g], q[g][i], m[g], x[g][i], absolute)));
+            error[g] = vf_add(error[g], vf_mul(w[g][i], residual(s[g], t.q[g][i], m[g], x[g][i], absolute)));
         EACH_GROUP {
             const vm better = vm_and(solved[g], vf_lt(error[g], state[g].least));
             state[g].least = vf_select(better, error[g], state[g].least);
-            fit[g].code_scale = vf_select(better, iscale[g], fit[g].code_scale);
-            fit[g].code_min = vf_select(better, min[g], fit[g].code_min);
+            fit[g].code_scale = vf_select(better, t.iscale[g], fit[g].code_scale);
+            fit[g].code_min = vf_select(better, t.min[g], fit[g].code_min);
             fit[g].scale = vf_select(better, s[g], fit[g].scale);
             fit[g].min = vf_select(better, m[g], fit[g].min);
         }
