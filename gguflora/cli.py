@@ -35,6 +35,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _out = Console(soft_wrap=True, highlight=False)
+if not _out.is_terminal:
+    _out.width = max(_out.width, 110)  # for tables in pipes and files
 _err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 INTERRUPTED: Final = 130

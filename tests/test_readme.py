@@ -1,0 +1,83 @@
+"""Every command and every program in the README runs, and prints what the README says (numbers that vary aside)."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gguflora import demo
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def blocks(language):
+    return [text for kind, text in BLOCKS if kind == language]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The demo's model and adapters under the names that the README uses."""
+    path = tmp_path_factory.mktemp("readme")
+    for name in ("base.gguf", *demo.ADAPTERS):
+        source = demo.HERE / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, path / name)
+    return path
+
+
+def without_numbers(text):
+    """Words only: timings vary, and the table's columns with them."""
+    words = [re.sub(r"[-+]?\d[\d.,e+-]*", "0", word) for word in text.split()]
+    return [word for word in words if word.strip("─")]
+
+
+def test_console_sessions(folder):
+    """In order, as a reader would type them."""
+    sessions = blocks("console")
+    assert len(sessions) >= 3
+    for session in sessions:
+        for command, expected in re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)*)", session, flags=re.MULTILINE):
+            program, *arguments = shlex.split(command)
+            assert program == "gguflora"
+            result = subprocess.run(
+                [sys.executable, "-m", "gguflora", *arguments], cwd=folder, capture_output=True, text=True, check=False
+            )
+            assert (result.returncode, result.stderr) == (0, ""), command
+            assert without_numbers(result.stdout) == without_numbers(expected), command
+
+
+@pytest.mark.parametrize("program", blocks("python"))
+def test_python_programs(program, folder):
+    if not (folder / "shout.gguf").exists():
+        test_console_sessions(folder)
+    subprocess.run([sys.executable, "-c", program], cwd=folder, check=True, capture_output=True)
+
+
+def test_the_demo_shows_its_styles(tmp_path):
+    report = demo.run_demo(tmp_path)
+    texts = {answer.weights: answer.text.strip() for answer in report.answers}
+    assert texts["base"] == texts["shout removed"] != texts["shout"]
+    assert texts["shout"].isupper()
+    assert not texts["shout at 0.5"].isupper()
+    assert texts["shout at 0.5"] != texts["base"]
+    assert texts["verse"].count("\n") >= 3
+    assert texts["shout + verse"].isupper()
+    assert texts["shout + verse"].count("\n") >= 3
+    assert texts["merged file (shout)"] == texts["shout"]
+    assert report.kl < 1e-3 * report.kl_base
+
+
+def test_scripts_and_extras_exist():
+    """The shell blocks: tools/test runs this test, .ci/run runs tools/demo, and both install an extra."""
+    commands = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines() if line.strip()]
+    for command in commands:
+        if command.startswith("tools/"):
+            subprocess.run(["bash", "-n", ROOT / command], check=True)
+        else:
+            found = re.fullmatch(r"pip install '?\.(?:\[(\w+)\])?'?", command)
+            assert found, command
+            assert f"\n{found[1] or 'dependencies'} = [" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
