@@ -1,3 +1,5 @@
+#include <float.h>
+
 /* Searching grids (grids.h): runs of 16 or 32 weights, scaled so that each eight (or four) of their magnitudes lies near a
  * point of a grid. ggml tries some scales; for each one it rounds every weight to a level, and where such a combination is no
  * point it takes the best of the neighbours listed for it. Here the trial scales share vectors where they can, and the
@@ -13,6 +15,7 @@ typedef struct {
     float sum_qx[MAX_TRIALS], sum_q2[MAX_TRIALS];     /* of w q x and w q q */
     uint16_t codes[8][MAX_TRIALS];                    /* packed combination by group and trial */
     uint32_t off_grid[MAX_TRIALS];                    /* bit g: rounding did not meet a point in group g */
+    int failed;                                       /* no neighbour had a finite error; ggml aborts */
 } grid_run;
 
 /* twice a level plus one, repeated as often as vectors may want */
@@ -111,10 +114,10 @@ INLINE void grid_indices(int32_t *index, const float *x, const float *id, int di
 }
 
 /* The neighbour of least sum w (scale q - x)^2, the first of equals, among `runs` runs; levels: q by level, repeated as vectors
- * want it. A term of the sum depends on one
+ * want it; *failed is set if no sum is finite. A term of the sum depends on one
  * weight's level only, so each weight gets a small table of terms that the levels of many neighbours pick from. */
 INLINE unsigned nearest_neighbour(const uint16_t *list, int runs, const float *levels, const float *x, const float *w, float scale,
-                                  int dims) {
+                                  int dims, int *failed) {
     float terms[8][16], least[LANES];
     int32_t place[LANES], lanes[LANES];
     const int bits = dims == 8 ? 2 : 3;
@@ -126,7 +129,7 @@ INLINE unsigned nearest_neighbour(const uint16_t *list, int runs, const float *l
         }
     }
     for (int l = 0; l < LANES; l++) lanes[l] = l;
-    vf best = vf_set1(INFINITY);
+    vf best = vf_set1(FLT_MAX);
     vi at = vi_load(lanes), best_at = at;
     for (int r = 0; r < runs * GRID_RUN; r += LANES, at = vi_add(at, vi_set1(LANES))) {
         vi code = vi_load_u16(list + r);
@@ -141,23 +144,27 @@ INLINE unsigned nearest_neighbour(const uint16_t *list, int runs, const float *l
     }
     vf_store(least, best);
     vi_store(place, best_at);
-    const uint32_t winners = vm_to_bits(vf_eq(best, vf_set1(vf_hmin(best))));
-    int first = winners ? place[__builtin_ctz(winners)] : 0;
+    const float minimum = vf_hmin(best);
+    if (minimum == FLT_MAX) *failed = 1;
+    const uint32_t winners = vm_to_bits(vf_eq(best, vf_set1(minimum)));
+    int first = place[__builtin_ctz(winners)];
     for (uint32_t rest = winners & (winners - 1); rest; rest &= rest - 1)
         if (place[__builtin_ctz(rest)] < first) first = place[__builtin_ctz(rest)];
     return list[first];
 }
 
 /* packed combination at an index: that point of the grid, or the best neighbour for this scale */
-INLINE unsigned grid_code(const gfl_grid *grid, int index, const float *x, const float *root, float scale, int dims) {
+INLINE unsigned grid_code(const gfl_grid *grid, int index, const float *x, const float *root, float scale, int dims, int *failed) {
     const int place = grid->places[index];
     if (place >= 0) return grid->points[place];
-    return nearest_neighbour(grid->neighbours + (~place >> 8) * GRID_RUN, ~place & 255, dims == 8 ? odd_4 : odd_8, x, root, scale, dims);
+    return nearest_neighbour(grid->neighbours + (~place >> 8) * GRID_RUN, ~place & 255, dims == 8 ? odd_4 : odd_8, x, root, scale, dims,
+                             failed);
 }
 
 /* Codes of all groups in all trials. */
 INLINE void grid_codes(grid_run *run, const gfl_grid *grid, int n, int dims, int trials, int tame) {
     memset(run->off_grid, 0, sizeof run->off_grid);
+    run->failed = 0;
     for (int g = 0; g < n / dims; g++) {
         const float *x = run->x + g * dims, *root = run->root + g * dims;
         int32_t index[MAX_TRIALS];
@@ -166,7 +173,7 @@ INLINE void grid_codes(grid_run *run, const gfl_grid *grid, int n, int dims, int
             for (int t = 0; t < trials; t++) index[t] = grid_index(x, run->id[t], dims);
         for (int t = 0; t < trials; t++) {
             run->off_grid[t] |= (uint32_t)(grid->places[index[t]] < 0) << g;
-            run->codes[g][t] = (uint16_t)grid_code(grid, index[t], x, root, run->scale[t], dims);
+            run->codes[g][t] = (uint16_t)grid_code(grid, index[t], x, root, run->scale[t], dims, &run->failed);
         }
         for (int t = trials; t < MAX_TRIALS; t++) run->codes[g][t] = 0;
     }
@@ -217,13 +224,14 @@ INLINE float grid_scale(const grid_run *run, const uint16_t *codes, int n, int d
 }
 
 /* Rounds the groups of `which` (one bit each) anew for a positive scale and returns the scale that then is best. */
-INLINE float grid_refine(const grid_run *run, const gfl_grid *grid, uint16_t *codes, uint32_t which, int n, int dims, float scale) {
+INLINE float grid_refine(grid_run *run, const gfl_grid *grid, uint16_t *codes, uint32_t which, int n, int dims, float scale) {
     if (!which || !(scale > 0.0f)) return scale;
     const float id = 1.0f / scale;
     for (int g = 0; g < n / dims; g++) {
         if (!(which >> g & 1)) continue;
         const float *x = run->x + g * dims;
-        codes[g] = (uint16_t)grid_code(grid, grid_index(x, id, dims), x, run->root + g * dims, scale, dims);
+        codes[g] = (uint16_t)grid_code(grid, grid_index(x, id, dims), x, run->root + g * dims, scale, dims,
+                                       &run->failed);
     }
     return grid_scale(run, codes, n, dims, scale);
 }
@@ -232,7 +240,7 @@ INLINE float grid_refine(const grid_run *run, const gfl_grid *grid, uint16_t *co
 enum { REFINE_SOME, REFINE_ALL_OR_NONE, REFINE_ALL };
 
 /* The search from given trials on: codes of all groups, and the scale. Without a trial better than nothing `scale` stays and
- * the codes are 0. */
+ * the codes are 0. NaN where ggml would abort. */
 INLINE float grid_fit(grid_run *run, const gfl_grid *grid, uint16_t *codes, int n, int dims, int trials, float scale, int refine, int tame) {
     grid_codes(run, grid, n, dims, trials, tame);
     grid_sums(run, n, dims, trials);
@@ -241,7 +249,8 @@ INLINE float grid_fit(grid_run *run, const gfl_grid *grid, uint16_t *codes, int 
     uint32_t again = best >= 0 ? run->off_grid[best] : refine == REFINE_SOME ? 0 : every;
     if (refine == REFINE_ALL || (refine == REFINE_ALL_OR_NONE && again)) again = every;
     for (int g = 0; g < n / dims; g++) codes[g] = best < 0 ? 0 : run->codes[g][best];
-    return grid_refine(run, grid, codes, again, n, dims, scale);
+    scale = grid_refine(run, grid, codes, again, n, dims, scale);
+    return run->failed ? NAN : scale;
 }
 
 /* the number of a point given its packed combination */
@@ -251,8 +260,13 @@ INLINE unsigned grid_number(const gfl_grid *grid, unsigned code, int dims) {
     return (unsigned)grid->places[index];
 }
 
-/* four-bit code s of a sub-block's scale (2 s + 1) d */
-static inline uint8_t grid_scale_code(float scale, float id, int top) { return (uint8_t)grid_level(id * scale, top); }
+/* The largest of n scales; NaN, which then makes the block's scale one, if any is NaN. */
+static inline float largest_scale(const float *scales, int n) {
+    float max = 0.0f;
+    for (int j = 0; j < n; j++) max = scales[j] <= max ? max : scales[j];
+    for (int j = 0; j < n; j++) max = scales[j] == scales[j] ? max : NAN;
+    return max;
+}
 
 /* Reading */
 

@@ -1,5 +1,3 @@
-#include <float.h>
-
 /* IQ1_S IQ1_M: eights of weights on a grid of three levels -1, 0, 1, all moved by an eighth up or down.
  *
  * ggml sorts a run of 32 (16) weights, tries all ways to cut it into low, middle and high ones, and only then goes to the grid.
@@ -179,12 +177,15 @@ INLINE void points_IQ1(unsigned *points, run_IQ1 *run, const gfl_grid *grid, con
         const int place = grid->places[index];
         points[k] = (unsigned)place;
         if (place >= 0) continue;
+        int failed = 0;
         moved = 1;
         run->codes[k] = (uint16_t)nearest_neighbour(grid->neighbours + (~place >> 8) * GRID_RUN, ~place & 255,
-                                                    shifted_levels[run->down[k]], x + 8 * k, w + 8 * k, run->scale, 8);
+                                                    shifted_levels[run->down[k]], x + 8 * k, w + 8 * k, run->scale, 8,
+                                                    &failed);
+        if (failed) run->scale = NAN;
         points[k] = grid_number(grid, run->codes[k], 8);
     }
-    if (!moved) return;
+    if (!moved || !(run->scale >= 0.0f)) return;
     float qx = 0.0f, q2 = 0.0f;
     for (int i = 0; i < n; i++) {
         const float q = shifted_levels[run->down[i / 8]][run->codes[i / 8] >> 2 * (i % 8) & 3];
@@ -216,7 +217,7 @@ static void super_IQ1_S(const float *x, const float *w, run_IQ1 *runs, block_iq1
         }
         scales[s] = runs[s].scale;
     }
-    const float max = largest_of(scales, 8), d = max / 15.0f;
+    const float max = largest_scale(scales, 8), d = max / 15.0f;
     if (max == 0.0f) return;
     y->d = float_to_half(d * 1.125f);
     for (int s = 0; s < 8; s++) {
@@ -241,7 +242,7 @@ static void super_IQ1_M(const float *x, const float *w, run_IQ1 *runs, block_iq1
         y->qh[s] = (uint8_t)(points[0] >> 8 | points[1] >> 8 << 4);
         scales[s] = runs[s].scale;
     }
-    const float max = largest_of(scales, 16);
+    const float max = largest_scale(scales, 16);
     float d = max / 15.0f, qx = 0.0f, q2 = 0.0f;
     if (max == 0.0f) return;
     const float id = 1.0f / d;
@@ -305,23 +306,26 @@ static void dequantize_IQ1_S(const uint8_t *src, float *out, int64_t n) {
     }
 }
 
+/* bytes 8 p + 1 or 8 p - 1 of a point's levels p */
+static inline void eighths_IQ1(int8_t *out, uint64_t levels, int down) {
+    const uint64_t top = 0x8080808080808080ull, up = (levels << 3 & 0xf8f8f8f8f8f8f8f8ull) | 0x0101010101010101ull;
+    const uint64_t bytes = ((up | top) - (down ? 0x0202020202020202ull : 0)) ^ (~up & top); /* no borrow from byte to byte */
+    memcpy(out, &bytes, 8);
+}
+
 static void dequantize_IQ1_M(const uint8_t *src, float *out, int64_t n) {
     const block_iq1_m *x = (const block_iq1_m *)src;
     const int8_t *values = gfl_grid_values(GRID_IQ1);
     for (int64_t i = 0; i < n; i += SUPER, x++) {
         unsigned bits = 0;
-        float eighths[SUPER]; /* points and shifts: exact */
+        int8_t bytes[SUPER];
         for (int j = 0; j < 4; j++) bits |= (unsigned)(x->scales[j] >> 12) << 4 * j;
-        const float d = half_to_float((uint16_t)bits);
+        const float d = half_to_float((uint16_t)bits) * 0.125f; /* exact, so the products are those with p +- 1/8 */
         for (int j = 0; j < 32; j++) {
             const unsigned high = (unsigned)x->qh[j / 2] >> 4 * (j % 2);
-            const int8_t *point = values + 8 * (x->qs[j] | (high & 7) << 8);
-            const float delta = high & 8 ? -0.125f : 0.125f;
-            for (int k = 0; k < 8; k++) eighths[8 * j + k] = (float)point[k] + delta;
+            eighths_IQ1(bytes + 8 * j, eight_values(values, x->qs[j] | (high & 7) << 8), high & 8);
         }
-        for (int s = 0; s < 16; s++) {
-            const vf scale = vf_set1(d * (float)(2 * (x->scales[s / 4] >> 3 * (s % 4) & 7) + 1));
-            for (int j = 16 * s; j < 16 * s + 16; j += LANES) vf_store(out + i + j, vf_mul(scale, vf_load(eighths + j)));
-        }
+        for (int s = 0; s < 16; s++)
+            scaled_bytes(out + i + 16 * s, bytes + 16 * s, 16, d * (float)(2 * (x->scales[s / 4] >> 3 * (s % 4) & 7) + 1));
     }
 }

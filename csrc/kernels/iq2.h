@@ -55,7 +55,7 @@ static void super_IQ2_XXS(const float *x, const float *imatrix, block_iq2_xxs *y
             words[2 * s + 1] |= (uint32_t)signs[k] << 7 * k;
         }
     }
-    const float max = largest_of(scales, 8), d = max / 31.0f;
+    const float max = largest_scale(scales, 8), d = max / 31.0f;
     if (max == 0.0f) return;
     y->d = float_to_half(d);
     for (int s = 0; s < 8; s++) words[2 * s + 1] |= (uint32_t)grid_level(1.0f / d * scales[s], 15) << 28;
@@ -77,7 +77,7 @@ static void super_IQ2_XS(const float *x, const float *imatrix, block_iq2_xs *y, 
         if (!fit_IQ2(scales + s, codes, signs, grid, x + 16 * s, imatrix + 16 * s, sigma2, 16, 1, TINY)) continue;
         for (int k = 0; k < 2; k++) y->qs[2 * s + k] = (uint16_t)(grid_number(grid, codes[k], 8) | (unsigned)signs[k] << 9);
     }
-    const float max = largest_of(scales, 16), d = max / 31.0f;
+    const float max = largest_scale(scales, 16), d = max / 31.0f;
     if (max == 0.0f) {
         memset(y, 0, sizeof *y);
         return;
@@ -101,7 +101,7 @@ static void super_IQ2_S(const float *x, const float *imatrix, block_iq2_s *y, fl
             y->signs[2 * s + k] = signs[k];
         }
     }
-    const float max = largest_of(scales, 16), d = max / 31.0f;
+    const float max = largest_scale(scales, 16), d = max / 31.0f;
     if (max == 0.0f) return;
     y->d = float_to_half(d * 0.9875f);
     scales_IQ2(y->scales, scales, d);

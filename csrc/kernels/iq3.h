@@ -31,7 +31,7 @@ static void super_IQ3_XXS(const float *x, const float *imatrix, block_iq3_xxs *y
         for (int g = 0; g < 8; g++) y->qs[8 * s + g] = (uint8_t)grid_number(grid, codes[g], 4);
         for (int k = 0; k < 4; k++) words[s] |= (uint32_t)signs[k] << 7 * k;
     }
-    const float max = largest_of(scales, 8), d = max / 31.0f;
+    const float max = largest_scale(scales, 8), d = max / 31.0f;
     if (max == 0.0f) {
         memset(y, 0, sizeof *y);
         return;
@@ -58,7 +58,7 @@ static void super_IQ3_S(const float *x, const float *imatrix, block_iq3_s *y, fl
         place++;
     }
     memset(y->signs + 4 * place, 0, (size_t)(32 - 4 * place));
-    const float max = largest_of(scales, 8), d = max / 31.0f;
+    const float max = largest_scale(scales, 8), d = max / 31.0f;
     if (max == 0.0f) return;
     y->d = float_to_half(d * 1.033f);
     for (int s = 0; s < 8; s++) y->scales[s / 2] |= (uint8_t)(grid_level(1.0f / d * scales[s], 15) << 4 * (s % 2));
