@@ -55,7 +55,7 @@ def run(*arguments):
 
 def run_process(*arguments, **options):
     """The command line in a process of its own."""
-    command = [sys.executable, "-m", "gguflora", *map(str, arguments)]
+    command = [sys.executable, "-P", "-m", "gguflora", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
 
 

@@ -332,7 +332,7 @@ def test_scale_must_be_finite(scale, tmp_path):
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "gguflora", *map(str, arguments)]
+    command = [sys.executable, "-P", "-m", "gguflora", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

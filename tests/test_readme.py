@@ -44,7 +44,11 @@ def test_console_sessions(folder):
             program, *arguments = shlex.split(command)
             assert program == "gguflora"
             result = subprocess.run(
-                [sys.executable, "-m", "gguflora", *arguments], cwd=folder, capture_output=True, text=True, check=False
+                [sys.executable, "-P", "-m", "gguflora", *arguments],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                check=False,
             )
             assert (result.returncode, result.stderr) == (0, ""), command
             assert without_numbers(result.stdout) == without_numbers(expected), command
