@@ -38,12 +38,14 @@ INLINE vf code_of(vf t, int low, int high, int exact) {
     return vf_round(vf_max(vf_min(t, vf_set1((float)high)), vf_set1((float)low)));
 }
 
-/* The same from 0 on. Floats are compared as integers here, which compete less with the additions for execution units.
- * `bounded`: no t is above high + 0.5. */
-INLINE vf code_from_0(vf t, int high, int exact, int bounded) {
+/* The same from 0 on. Floats are compared as integers here, which compete less with the additions for execution units. Without
+ * `floor` no t may be below -0.5, without `ceiling` none above high + 0.5; the floor's absence may make a zero negative, which
+ * changes neither sums nor squares. */
+INLINE vf code_from_0(vf t, int high, int exact, int floor, int ceiling) {
     if (exact) return vi_to_vf(vi_clamp(vf_nearest(t), 0, high));
-    if (bounded) return vf_round(vi_as_vf(vi_max(vf_as_vi(t), vi_set1(0))));
-    return vf_round(vi_as_vf(vi_max(vi_min(vf_as_vi(t), vf_as_vi(vf_set1((float)high))), vi_set1(0))));
+    if (ceiling) t = vi_as_vf(vi_min(vf_as_vi(t), vf_as_vi(vf_set1((float)high))));
+    if (floor) t = vi_as_vf(vi_max(vf_as_vi(t), vi_set1(0)));
+    return vf_round(t);
 }
 
 INLINE vf residual(vf scale, vf q, vf min, vf x, int absolute) {
@@ -85,7 +87,7 @@ INLINE void begin_fit_min(lane_fit *fit, min_state *state, const lanes_of_32 *x,
         state[g].safe = vf_le(vf_abs(vf_mul(iscale, range)), vf_set1(ROUND_LIMIT));
     }
     for (int i = 0; i < n; i++) EACH_GROUP {
-        const vf l = code_from_0(vf_mul(fit[g].code_scale, vf_sub(x[g][i], fit[g].min)), q_max, exact, 0);
+        const vf l = code_from_0(vf_mul(fit[g].code_scale, vf_sub(x[g][i], fit[g].min)), q_max, exact, 1, 1);
         const vf error = residual(fit[g].scale, l, fit[g].min, x[g][i], absolute);
         state[g].least = vf_add(state[g].least, vf_mul(w[g][i], error));
     }
@@ -96,7 +98,8 @@ typedef struct {
     vf iscale[GROUPS], min[GROUPS], sum_l[GROUPS], sum_l2[GROUPS], sum_xl[GROUPS], q[GROUPS][32];
 } min_trial;
 
-INLINE void sum_trial(min_trial *t, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, int exact, int bounded) {
+INLINE void sum_trial(min_trial *t, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, int exact, int floor,
+                      int ceiling) {
     vf sum_l[GROUPS], sum_l2[GROUPS], sum_xl[GROUPS], iscale[GROUPS], min[GROUPS];
     EACH_GROUP {
         sum_l[g] = sum_l2[g] = sum_xl[g] = vf_zero();
@@ -104,7 +107,8 @@ INLINE void sum_trial(min_trial *t, const lanes_of_32 *x, const lanes_of_32 *w, 
         min[g] = t->min[g];
     }
     for (int i = 0; i < n; i++) EACH_GROUP {
-        const vf l = code_from_0(vf_mul(iscale[g], vf_sub(x[g][i], min[g])), q_max, exact, bounded), wl = vf_mul(w[g][i], l);
+        const vf l = code_from_0(vf_mul(iscale[g], vf_sub(x[g][i], min[g])), q_max, exact, floor, ceiling);
+        const vf wl = vf_mul(w[g][i], l);
         t->q[g][i] = l;
         sum_l[g] = vf_add(sum_l[g], wl);
         sum_l2[g] = vf_add(sum_l2[g], vf_mul(wl, l));
@@ -129,19 +133,19 @@ INLINE int fit_min_once(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32 *
     for (int trial = 0; trial <= last; trial++) {
         const float codes = first + step * (float)trial + (float)q_max; /* of the range from min to max */
         vf s[GROUPS], m[GROUPS], error[GROUPS];
-        vm solved[GROUPS], inverted = vf_gt(zero, zero);
+        vm solved[GROUPS], low = vf_gt(zero, zero);
         EACH_GROUP {
             t.min[g] = fit[g].min;
             const vf range = vf_sub(state[g].max, t.min[g]);
             t.iscale[g] = vf_div(vf_set1(codes), range);
-            inverted = vm_or(inverted, vf_le(range, zero));
-            const vf highest_code = vf_abs(vf_mul(t.iscale[g], range));
-            const vf lowest_code = vf_abs(vf_mul(t.iscale[g], vf_sub(state[g].lowest, t.min[g])));
-            state[g].safe = vm_and(state[g].safe, vm_and(vf_le(highest_code, limit), vf_le(lowest_code, limit)));
+            const vf highest_t = vf_mul(t.iscale[g], range), lowest_t = vf_mul(t.iscale[g], vf_sub(state[g].lowest, t.min[g]));
+            state[g].safe = vm_and(state[g].safe, vm_and(vf_le(vf_abs(highest_t), limit), vf_le(vf_abs(lowest_t), limit)));
+            low = vm_or(low, vm_or(vf_le(range, zero), vf_lt(lowest_t, vf_set1(-0.5f))));
             error[g] = zero;
         }
-        if (codes < (float)q_max + 0.49f && !vm_any(inverted)) sum_trial(&t, x, w, n, q_max, exact, 1);
-        else sum_trial(&t, x, w, n, q_max, exact, 0);
+        if (exact || vm_any(low)) sum_trial(&t, x, w, n, q_max, exact, 1, 1);
+        else if (codes > (float)q_max + 0.49f) sum_trial(&t, x, w, n, q_max, 0, 0, 1);
+        else sum_trial(&t, x, w, n, q_max, 0, 0, 0);
         EACH_GROUP {
             const vf det = vf_sub(vf_mul(state[g].sum_w, t.sum_l2[g]), vf_mul(t.sum_l[g], t.sum_l[g]));
             s[g] = vf_div(vf_sub(vf_mul(state[g].sum_w, t.sum_xl[g]), vf_mul(state[g].sum_x, t.sum_l[g])), det);

@@ -58,32 +58,16 @@ static inline void unpack_scales_6(uint8_t *s, uint8_t *m, const uint8_t *packed
     }
 }
 
-/* codes = clamp(nearest(v * 63 / max)), returns max / 63 */
-static inline float quantize_scales_6(uint8_t *codes, const float *v) {
-    const float max = largest_of(v, 8), inverse_max = max > 0.0f ? 63.0f / max : 0.0f;
-    for (int j = 0; j < 8; j++) {
-        const uint8_t code = (uint8_t)nearest(inverse_max * v[j]);
-        codes[j] = code < 63 ? code : 63;
-    }
-    return max / 63.0f;
-}
-
 /* Codes and units of scales and minima of all super-blocks of a batch. */
 typedef struct {
     uint8_t s[BATCH_SUPERS][16], m[BATCH_SUPERS][16];
     float d[BATCH_SUPERS], dmin[BATCH_SUPERS];
 } batch_scales;
 
-INLINE void scales_of_45(batch_scales *scales, const batch_fit *fits, int count, int measured) {
-    if (measured) {
-        fit_batch_scales(scales->s, scales->d, fits->scale, fits->sum_w, count, 8, 63);
-        fit_batch_scales(scales->m, scales->dmin, fits->min, fits->sum_w, count, 8, 63);
-        return;
-    }
-    for (int b = 0; b < count; b++) {
-        scales->d[b] = quantize_scales_6(scales->s[b], fits->scale + 8 * b);
-        scales->dmin[b] = quantize_scales_6(scales->m[b], fits->min + 8 * b);
-    }
+INLINE void settle_scales(batch_scales *scales, const batch_fit *fits, int count, int subs, int q_max, int top, int measured) {
+    const float *importance = measured ? fits->sum_w : NULL;
+    batch_units(scales->s, scales->d, fits->scale, importance, count, subs, q_max, top);
+    batch_units(scales->m, scales->dmin, fits->min, importance, count, subs, q_max, top);
 }
 
 static inline void pack_nibble_rows(uint8_t *qs, const uint8_t *codes) {
@@ -95,7 +79,7 @@ static void batch_Q4_K(const float *x, const float *imatrix, block_q4_K *y, int 
     batch_fit fits;
     batch_scales scales;
     fit_minimum(&fits, x, imatrix, count, 32, 15, -1.0f, 20);
-    scales_of_45(&scales, &fits, count, imatrix != NULL);
+    settle_scales(&scales, &fits, count, 8, 63, 63, imatrix != NULL);
     for (int b = 0; b < count; b++) {
         uint8_t codes[SUPER];
         y[b].d = float_to_half(scales.d[b]);
@@ -111,7 +95,7 @@ static void batch_Q5_K(const float *x, const float *imatrix, block_q5_K *y, int 
     batch_fit fits;
     batch_scales scales;
     fit_minimum(&fits, x, imatrix, count, 32, 31, -0.5f, 15);
-    scales_of_45(&scales, &fits, count, imatrix != NULL);
+    settle_scales(&scales, &fits, count, 8, 63, 63, imatrix != NULL);
     for (int b = 0; b < count; b++) {
         uint8_t codes[SUPER];
         y[b].d = float_to_half(scales.d[b]);
@@ -172,26 +156,11 @@ static void dequantize_Q5_K(const uint8_t *src, float *out, int64_t n) {
 
 /* Q2_K: sixteen sub-blocks of 16, scale and minimum of four bits each */
 
-/* codes = nearest(v * 15 / max), returns max / 15 */
-static inline float quantize_scales_4(uint8_t *codes, const float *v) {
-    const float max = largest_of(v, 16), inverse_d = 15.0f / max;
-    for (int j = 0; j < 16; j++) codes[j] = max > 0.0f ? (uint8_t)nearest(inverse_d * v[j]) : 0;
-    return max > 0.0f ? max / 15.0f : 0.0f;
-}
-
 static void batch_Q2_K(const float *x, const float *imatrix, block_q2_K *y, int count) {
     batch_fit fits;
     batch_scales scales;
     fit_minimum(&fits, x, imatrix, count, 16, 3, -0.5f, 15);
-    if (imatrix) {
-        fit_batch_scales(scales.s, scales.d, fits.scale, fits.sum_w, count, 16, 15);
-        fit_batch_scales(scales.m, scales.dmin, fits.min, fits.sum_w, count, 16, 15);
-    } else {
-        for (int b = 0; b < count; b++) {
-            scales.d[b] = quantize_scales_4(scales.s[b], fits.scale + 16 * b);
-            scales.dmin[b] = quantize_scales_4(scales.m[b], fits.min + 16 * b);
-        }
-    }
+    settle_scales(&scales, &fits, count, 16, 15, 255, imatrix != NULL);
     for (int b = 0; b < count; b++) {
         uint8_t codes[SUPER], s[16], m[16];
         y[b].d = float_to_half(scales.d[b]);

@@ -42,21 +42,36 @@ INLINE void divide_codes(uint8_t *codes, const float *x, int n, float offset, fl
     }
 }
 
-/* The scales (or minima) of the super-blocks of a batch, `subs` each, fitted in turn by fit_scales: codes and unit of each. */
-INLINE void fit_batch_scales(uint8_t (*codes)[16], float *units, const float *v, const float *w, int count, int subs, int q_max) {
+/* codes of n values by the largest of them: nearest(v * q_max / max), a byte in ggml, at most `top`; scale is max / q_max */
+INLINE void plain_scales(vf *scale, vi *q, const vf *v, int n, int q_max, int top) {
+    const vf zero = vf_zero(), levels = vf_set1((float)q_max);
+    vf max = zero;
+    for (int i = 0; i < n; i++) max = vf_max(v[i], max);
+    const vf inverse_max = vf_select(vf_gt(max, zero), vf_div(levels, max), zero);
+    for (int i = 0; i < n; i++) q[i] = vi_min(vi_and(vf_nearest(vf_mul(inverse_max, v[i])), vi_set1(255)), vi_set1(top));
+    *scale = vf_div(max, levels);
+}
+
+/* The scales (or minima) of the super-blocks of a batch, `subs` each, quantized in turn: codes and unit of each. With the
+ * importances w of the sub-blocks they are fitted, without (NULL) only the largest counts. */
+INLINE void batch_units(uint8_t (*codes)[16], float *units, const float *v, const float *w, int count, int subs, int q_max, int top) {
     for (int b = 0; b < count; b += LANES) {
         vf lanes[16], weights[16], scale;
         vi q[16];
-        int32_t q_lanes[16][LANES];
+        uint8_t q_lanes[16][LANES];
         float unit[LANES];
         load_lanes(lanes, v + b * subs, subs);
-        load_lanes(weights, w + b * subs, subs);
-        fit_scales(&scale, q, lanes, weights, subs, q_max);
-        for (int j = 0; j < subs; j++) vi_store(q_lanes[j], q[j]);
+        if (w) {
+            load_lanes(weights, w + b * subs, subs);
+            fit_scales(&scale, q, lanes, weights, subs, q_max);
+        } else {
+            plain_scales(&scale, q, lanes, subs, q_max, top);
+        }
+        for (int j = 0; j < subs; j++) vi_store_u8(q_lanes[j], q[j]);
         vf_store(unit, scale);
         for (int l = 0; l < LANES && b + l < count; l++) {
             units[b + l] = unit[l];
-            for (int j = 0; j < subs; j++) codes[b + l][j] = (uint8_t)q_lanes[j][l];
+            for (int j = 0; j < subs; j++) codes[b + l][j] = q_lanes[j][l];
         }
     }
 }
