@@ -134,5 +134,5 @@ def kill_python(code: str, *arguments: object) -> None:
 
 
 def _run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
+    command = [sys.executable, "-P", "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -52,12 +52,14 @@ def test_imports_go_downwards(path: Path) -> None:
 @pytest.mark.parametrize("module", ["torch", "llama_cpp", "transformers", "fastapi", "gguf", "rich", "typer"])
 def test_import_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, gguflora; sys.exit({module!r} in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
 
 
 def test_import_is_quick() -> None:
     code = "import numpy, time; start = time.process_time(); import gguflora; print(time.process_time() - start)"
-    runs = [subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout for _ in range(3)]
+    runs = [
+        subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True).stdout for _ in range(3)
+    ]
     assert min(map(float, runs)) < 0.2
 
 

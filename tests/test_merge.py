@@ -400,7 +400,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     arguments = repr([str(path) for path in (base, adapter, tmp_path / "out.gguf")])
     # VmHWM and not ru_maxrss, which goes on from the process that started this one
     program = f"import gguflora; gguflora.merge(*{arguments}); print(open('/proc/self/status').read())"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
     peak = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", result.stdout)[1])
     assert peak < 300e6 + adapter.stat().st_size, f"peak memory is {peak / 1e6:.0f} MB"
 

@@ -148,7 +148,7 @@ def test_unknown_isa_names_the_valid_ones(monkeypatch, name):
 
 def test_import_with_unknown_isa_is_no_error(monkeypatch):
     monkeypatch.setenv("GGUFLORA_ISA", "sse9")
-    subprocess.run([sys.executable, "-c", "import gguflora._native"], check=True)
+    subprocess.run([sys.executable, "-P", "-c", "import gguflora._native"], check=True)
 
 
 def test_run_rows_covers_every_row_once():

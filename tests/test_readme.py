@@ -58,7 +58,7 @@ def test_console_sessions(folder):
 def test_python_programs(program, folder):
     if not (folder / "shout.gguf").exists():
         test_console_sessions(folder)
-    subprocess.run([sys.executable, "-c", program], cwd=folder, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-P", "-c", program], cwd=folder, check=True, capture_output=True)
 
 
 def test_the_demo_shows_its_styles(tmp_path):
