@@ -46,19 +46,23 @@ class WholeWeights:
             for item, _ in target.changes:
                 self._pieces.setdefault(id(item.change), []).append((item, target.source))
         self._lock = threading.Lock()
-        self._last: tuple[int, Values] | None = None
+        self._deltas: dict[int, Values] = {}
+        self._weight = ""
 
     def delta(self, change: Change) -> Values:
-        """``W' - W`` of the whole weight; the last one is kept, for the next block of rows."""
+        """``W' - W`` of the whole weight; those of the last weight are kept, for the next block of rows."""
         with self._lock:
-            if self._last is None or self._last[0] != id(change):
-                self._last = None  # free it before the next is made
+            pieces = self._pieces[id(change)]
+            if self._weight != pieces[0][0].weight:
+                self._weight = pieces[0][0].weight
+                self._deltas.clear()  # free them before the next is made
+            if id(change) not in self._deltas:
                 weight = np.zeros(change.shape)
-                for item, tensor in self._pieces[id(change)]:
+                for item, tensor in pieces:
                     first = item.piece.first
                     item.put(read_values(self._base, tensor, first, first + item.shape[0]), weight)
-                self._last = id(change), change.delta(weight, np.arange(change.shape[0]))
-            return self._last[1]
+                self._deltas[id(change)] = change.delta(weight, np.arange(change.shape[0]))
+            return self._deltas[id(change)]
 
 
 def read_values(base: GgufFile, tensor: TensorEntry, first: int, last: int) -> Values:

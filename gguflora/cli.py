@@ -167,9 +167,13 @@ def _progress_bar(title: str) -> Iterator[ProgressCallback | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _print_conversion(report: ConvertReport) -> None:
-    for warning in report.warnings:
+def _print_warnings(warnings: tuple[str, ...]) -> None:
+    for warning in warnings:
         _err.print(f"warning: {warning}", markup=False)
+
+
+def _print_conversion(report: ConvertReport) -> None:
+    _print_warnings(report.warnings)
     low, high = report.ranks
     rank = f"rank {low}" if low == high else f"ranks {low} to {high}"
     scale = f"alpha {report.alpha:g}" if report.alpha else "factors folded into B (alpha 0)"
@@ -183,6 +187,7 @@ def _print_conversion(report: ConvertReport) -> None:
 
 
 def _print_merge(report: MergeReport) -> None:
+    _print_warnings(report.warnings)
     merged = ", ".join(f"{name} x {scale:g}" for name, _, scale in report.adapters)
     types = ", ".join(f"{count} {name}" for name, count in report.tensors.items()) or "none"
     verb = "would write" if report.dry_run else "wrote"

@@ -124,7 +124,7 @@ def convert(
         types={name: types.count(name) for name in dict.fromkeys(types)},
         size=size,
         errors={factors.tensor: factors.error for factors in factored if factors.error is not None},
-        warnings=_warnings(outtype, stored),
+        warnings=(*source.warnings, *_cautions(factored), *_warnings(outtype, stored)),
         dry_run=dry_run,
     )
 
@@ -164,6 +164,10 @@ def _exact_type(values: NDArray[np.float32]) -> str:
     # not BF16: with such factors llama.cpp rounds the activations to eight bits, too
     with np.errstate(over="ignore"):
         return "F16" if (values.astype(np.float16) == values).all() else "F32"
+
+
+def _cautions(factored: Sequence[Factors]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(text for factors in factored for text in factors.cautions))
 
 
 def _warnings(outtype: str, stored: list[_Stored]) -> tuple[str, ...]:

@@ -146,15 +146,45 @@ class Formula:
         shape: (n_out, n_in) of the weight.
         function: from some rows' values (n, n_in) and their numbers to ``W' - W`` of these rows.
         whole: whether the function must be given all rows at once, in order.
+        caution: what to warn of where the base's weight is quantized.
     """
 
     shape: tuple[int, int]
     function: Callable[[Values, Indices], Values]
     whole: bool = False
+    caution: str = ""
 
     def delta(self, w: Values, rows: Indices) -> Values:
         """The function's result."""
         return self.function(w, rows)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unsized:
+    """A change of a weight whose shape only the base tells.
+
+    Attributes:
+        known: as much of the weight's shape (n_out, n_in) as the adapter tells.
+        build: from the shape to the change.
+        optional: whether a base without this weight is right, too (a bias that a method changes where there is one).
+    """
+
+    known: tuple[int | None, int | None]
+    build: Callable[[tuple[int, int]], Change]
+    optional: bool = False
+
+    @classmethod
+    def formula(
+        cls,
+        known: tuple[int | None, int | None],
+        function: Callable[[Values, Indices], Values],
+        *,
+        whole: bool = False,
+        optional: bool = False,
+        caution: str = "",
+    ) -> Unsized:
+        """A `Formula` that takes the base's shape."""
+        return cls(known, lambda shape: Formula(shape, function, whole, caution), optional)
 
 
 def as_float64(array: Array) -> Values:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
 from gguflora.files.safetensors import Array
 from gguflora.lowrank import shrink, truncate
-from gguflora.placement import Placed, place
+from gguflora.placement import Placed, cautions, place
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,6 +28,7 @@ class Factors:
         b: (n_out, rank), or (n_experts, n_out, rank).
         factor: alpha / rank.
         error: relative error, where the change was approximated.
+        cautions: what to warn of.
     """
 
     tensor: str
@@ -35,6 +36,7 @@ class Factors:
     b: Array
     factor: float
     error: float | None = None
+    cautions: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -162,7 +164,8 @@ class _Maker:
         for first in range(0, target.source.n_rows, n_out):
             rows = AnyRows(self._file, target.source, first, first + n_out, target.changes, self._whole)
             pairs.append(truncate(rows.delta(first, first + n_out), self._rank, self._energy))
-        return _joined(name, pairs, shape)
+        placed = {name: [item for item, _ in target.changes]}
+        return replace(_joined(name, pairs, shape), cautions=cautions(self._file, placed))
 
     def _shrunk(self, factors: Factors) -> Factors:
         stacked = factors.a.ndim == 3

@@ -26,7 +26,7 @@ from gguflora.deltas import LowRank
 from gguflora.errors import AdapterError, QuantizationError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, Extended, GgufFile, Shape, encode_entry
 from gguflora.files.output import atomic_output, check_target
-from gguflora.placement import Placed, place
+from gguflora.placement import Placed, cautions, place
 from gguflora.rewrite import Progress, Rewriter
 
 AdapterPath = str | os.PathLike[str]
@@ -45,6 +45,7 @@ class MergeReport:
         size: of the output, in bytes.
         seconds: wall time.
         threads: used.
+        warnings: what the user should know.
         dry_run: True if nothing was written.
     """
 
@@ -55,6 +56,7 @@ class MergeReport:
     size: int
     seconds: float
     threads: int
+    warnings: tuple[str, ...]
     dry_run: bool
 
     @property
@@ -114,6 +116,7 @@ def merge(
         size=plan.layout.size,
         seconds=time.perf_counter() - started,
         threads=used_threads,
+        warnings=plan.warnings,
         dry_run=dry_run,
     )
 
@@ -129,17 +132,21 @@ def _with_scales(adapters: AdapterArgument) -> list[tuple[AdapterPath, float]]:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """The layout of the output, and what is not just copied from the base."""
+    """The layout of the output, what is not just copied from the base, and what the user should know."""
 
     layout: Extended
     targets: Sequence[Target]
+    warnings: tuple[str, ...]
 
 
 def _make_plan(file: GgufFile, sources: Sequence[tuple[Adapter, float]]) -> _Plan:
     model = describe(file)
     changes: dict[str, list[Scaled]] = {}
+    warnings: list[str] = []
     for source, scale in sources:
-        for name, items in without_copies(file, place(source, model)).items():
+        placed = without_copies(file, place(source, model))
+        warnings += [f"{source.path}: {text}" for text in (*source.warnings, *cautions(file, placed))]
+        for name, items in placed.items():
             effective = [(item, scale) for item in items if scale and not _is_nothing(item)]
             if effective:
                 changes.setdefault(name, []).extend(effective)
@@ -151,7 +158,7 @@ def _make_plan(file: GgufFile, sources: Sequence[tuple[Adapter, float]]) -> _Pla
     ]
     for target in targets:
         _check_target_type(file, target)
-    return _Plan(layout, targets)
+    return _Plan(layout, targets, tuple(warnings))
 
 
 def _is_nothing(item: Placed) -> bool:

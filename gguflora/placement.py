@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from gguflora.adapters import Adapter
 from gguflora.architectures import Piece, check_known, pieces_of
 from gguflora.base_model import BaseModel
-from gguflora.deltas import Change, LowRank, Replace, ReplaceRows, Values
+from gguflora.deltas import Change, Formula, LowRank, Replace, ReplaceRows, Unsized, Values
 from gguflora.errors import ArchitectureError, MismatchError, UnsupportedAdapterError
-from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, Shape
+from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
+
+FLOATS: Final = {"F32", "F16", "BF16", "F64"}
+"""Types that hold weights as they were trained."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,10 +92,14 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
     strangers = []
     for weight, changes in adapter.changes.items():
         pieces = pieces_of(base, weight) if adapter.architecture is None else [Piece(weight)]
+        if _are_optional(changes) and not any(piece.tensor in base.shapes for piece in pieces):
+            continue
         if not pieces:
             strangers.append(weight)
+            continue
+        sized = [_sized(f"{adapter.path}: {weight!r}", base, change, pieces) for change in changes]
         for piece in pieces:
-            items = [Placed(weight, change, piece) for change in changes]
+            items = [Placed(weight, change, piece) for change in sized]
             _check_covers(f"{adapter.path}: {weight!r}", base, items, pieces)
             for item in items:
                 _check_fits(f"{adapter.path}: {weight!r}", base, item)
@@ -105,6 +114,50 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
         placed[OUTPUT] = [*placed.get(OUTPUT, []), *placed[TOKEN_EMBEDDING]]
     order = {name: index for index, name in enumerate(base.shapes)}
     return dict(sorted(placed.items(), key=lambda entry: order.get(entry[0], len(order))))
+
+
+def _are_optional(changes: Sequence[Change | Unsized]) -> bool:
+    return all(isinstance(change, Unsized) and change.optional for change in changes)
+
+
+def _sized(what: str, base: BaseModel, change: Change | Unsized, pieces: Sequence[Piece]) -> Change:
+    if not isinstance(change, Unsized):
+        return change
+    shape = _weight_shape(base, pieces)
+    if shape is None:
+        raise MismatchError(f"{what} changes {pieces[0].tensor!r}, which {base.path} does not have")
+    if any(known not in {None, found} for known, found in zip(change.known, shape, strict=True)):
+        known = ", ".join("any" if size is None else str(size) for size in change.known)
+        raise MismatchError(
+            f"{what} changes a weight of shape ({known}), but {pieces[0].tensor!r} of {base.path} holds one of shape "
+            f"{shape}; is it the right base?"
+        )
+    return change.build(shape)
+
+
+def _weight_shape(base: BaseModel, pieces: Sequence[Piece]) -> tuple[int, int] | None:
+    """Shape of the Hugging Face weight of which a base holds these pieces."""
+    piece = pieces[0]
+    shape = base.shapes.get(TOKEN_EMBEDDING if piece.tensor == OUTPUT and base.is_tied else piece.tensor)
+    if shape is None:
+        return None
+    n_out, n_in = (shape[0], 1) if len(shape) == 1 else shape[-2:]
+    n_out, n_in = (n_in, n_out) if piece.transposed else (n_out, n_in)
+    rows = [len(part.rows) for part in pieces if part.rows is not None]
+    return sum(rows) or n_out, n_in if piece.columns is None else len(piece.columns)
+
+
+def cautions(base: GgufFile, placed: Mapping[str, Sequence[Placed]]) -> tuple[str, ...]:
+    """What to warn of because changes depend on weights that are quantized."""
+    found = [
+        item.change.caution
+        for name, items in placed.items()
+        for item in items
+        if isinstance(item.change, Formula)
+        and item.change.caution
+        and (base.tensors.get(name) or base.tensors[TOKEN_EMBEDDING]).type.name not in FLOATS
+    ]
+    return tuple(dict.fromkeys(found))
 
 
 def _check_covers(what: str, base: BaseModel, items: list[Placed], pieces: list[Piece]) -> None:

@@ -15,11 +15,11 @@ from gguflora.adapters import lora
 from gguflora.adapters.config import PeftConfig, read_config
 from gguflora.adapters.gguf_lora import read_gguf_lora
 from gguflora.adapters.saved import split_saved
-from gguflora.deltas import Change
+from gguflora.deltas import Change, Unsized
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.safetensors import Array, as_float32, read_weights
 
-Reader = Callable[[PeftConfig, Mapping[str, Array]], Mapping[str, Change]]
+Reader = Callable[[PeftConfig, Mapping[str, Array]], Mapping[str, Change | Unsized]]
 
 READERS: Final[dict[str, Reader]] = {
     "LORA": lora.read_lora,
@@ -45,14 +45,16 @@ class Adapter:
         changes: of each weight, to be added, by the weight's name in the Hugging Face model or, with ``architecture``
             set, in GGUF.
         architecture: of the base it was made for, where it is a GGUF LoRA; None for a PEFT directory.
+        warnings: what the user should know.
         ties: whether a change of the token embedding holds for an output weight that is tied to it, too.
     """
 
     name: str
     path: Path
     sha256: str
-    changes: Mapping[str, tuple[Change, ...]]
+    changes: Mapping[str, tuple[Change | Unsized, ...]]
     architecture: str | None = None
+    warnings: tuple[str, ...] = ()
     ties: bool = False
 
 
@@ -88,7 +90,7 @@ def _read_peft(folder: Path) -> Adapter:
     weights, tensors = read_weights(folder, "adapter_model")
     _check_finite(weights, tensors)
     saved, own = split_saved(config, tensors)
-    changes: dict[str, tuple[Change, ...]] = {name: (change,) for name, change in saved.items()}
+    changes: dict[str, tuple[Change | Unsized, ...]] = {name: (change,) for name, change in saved.items()}
     for name, change in READERS[config.peft_type](config, own).items():
         changes[name] = (*changes.get(name, ()), change)
     if not changes:

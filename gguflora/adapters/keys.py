@@ -8,7 +8,7 @@ from typing import Final
 
 from gguflora.adapters.config import PeftConfig
 from gguflora.errors import AdapterError, UnsupportedAdapterError
-from gguflora.files.safetensors import Array
+from gguflora.files.safetensors import Array, is_float
 
 PREFIX: Final = "base_model.model."
 SHARED_PREFIX: Final = "base_model."
@@ -65,6 +65,24 @@ def take(config: PeftConfig, module: str, parts: Parts, *names: str) -> list[Arr
     if others:
         raise UnsupportedAdapterError(f"{where} has {some(others)} besides {', '.join(names)}")
     return [parts[name] for name in names]
+
+
+def expect(config: PeftConfig, module: str, name: str, array: Array, shape: tuple[int | None, ...]) -> Array:
+    """The array itself, if it holds floating-point numbers and has the shape; None stands for any size.
+
+    Raises:
+        AdapterError: if not.
+    """
+    fits = len(array.shape) == len(shape) and all(
+        size in {None, found} for size, found in zip(shape, array.shape, strict=True)
+    )
+    if not fits or not is_float(array):
+        sizes = ", ".join("n" if size is None else str(size) for size in shape)
+        raise AdapterError(
+            f"{config.path.parent}: module {module!r}: {name} has shape {array.shape} and type {array.dtype}, "
+            f"expected floating-point numbers of shape ({sizes})"
+        )
+    return array
 
 
 def some(names: Collection[str], most: int = 8) -> str:
