@@ -72,6 +72,25 @@ class Placed:
         weight[np.ix_(rows, columns)] = part
 
 
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """The `BaseWeights` of a base model."""
+
+    base: BaseModel
+
+    def shape(self, weight: str) -> tuple[int, int]:
+        pieces = pieces_of(self.base, weight)
+        if not pieces:
+            raise ArchitectureError(
+                f"{self.base.path} ({self.base.architecture}) has no place for the weight {weight!r}; is it the right "
+                "base?"
+            )
+        shape = _weight_shape(self.base, pieces)
+        if shape is None:
+            raise MismatchError(f"{self.base.path} does not have {pieces[0].tensor!r} for {weight!r}")
+        return shape
+
+
 def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
     """The adapter's changes by GGUF tensor, in the order of the base's tensors, every one checked against the base.
 
@@ -90,7 +109,8 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
         )
     placed: dict[str, list[Placed]] = {}
     strangers = []
-    for weight, changes in adapter.changes.items():
+    all_changes = adapter.changes_of(_Weights(base))
+    for weight, changes in all_changes.items():
         pieces = pieces_of(base, weight) if adapter.architecture is None else [Piece(weight)]
         if _are_optional(changes) and not any(piece.tensor in base.shapes for piece in pieces):
             continue
@@ -106,7 +126,7 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
             placed.setdefault(piece.tensor, []).extend(items)
     if strangers:
         raise ArchitectureError(
-            f"{adapter.path}: {len(strangers)} of {len(adapter.changes)} weights have no place in {base.path} "
+            f"{adapter.path}: {len(strangers)} of {len(all_changes)} weights have no place in {base.path} "
             f"({base.architecture}): {', '.join(strangers[:8])}{' ...' if len(strangers) > 8 else ''}; "
             "is it the right base?"
         )

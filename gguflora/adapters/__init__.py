@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from gguflora.adapters import lora
+from gguflora.adapters.base_weights import BaseWeights
 from gguflora.adapters.config import PeftConfig, read_config
 from gguflora.adapters.gguf_lora import read_gguf_lora
 from gguflora.adapters.saved import split_saved
@@ -20,6 +22,7 @@ from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.safetensors import Array, as_float32, read_weights
 
 Reader = Callable[[PeftConfig, Mapping[str, Array]], Mapping[str, Change | Unsized]]
+ShapedReader = Callable[[PeftConfig, Mapping[str, Array], BaseWeights], Mapping[str, Change]]
 
 READERS: Final[dict[str, Reader]] = {
     "LORA": lora.read_lora,
@@ -29,6 +32,9 @@ READERS: Final[dict[str, Reader]] = {
 A reader gets the tensors of its own method and returns a change for every weight they touch, by the weight's name in
 the Hugging Face model (``model.layers.0.self_attn.q_proj.weight``). What is saved whole beside them is read in `saved`.
 """
+
+SHAPED_READERS: Final[dict[str, ShapedReader]] = {}
+"""The methods whose change of one weight depends on the shapes of others; their readers ask the base, too."""
 
 REFUSED: Final[dict[str, str]] = {}
 """Methods that change no weight, or that their file does not determine: why, and what to do instead."""
@@ -43,10 +49,11 @@ class Adapter:
         path: of the file with the weights.
         sha256: of that file, in hexadecimal.
         changes: of each weight, to be added, by the weight's name in the Hugging Face model or, with ``architecture``
-            set, in GGUF.
+            set, in GGUF; but for those that only `changes_of` knows.
         architecture: of the base it was made for, where it is a GGUF LoRA; None for a PEFT directory.
         warnings: what the user should know.
         ties: whether a change of the token embedding holds for an output weight that is tied to it, too.
+        shaped: reads the other changes, given the shapes of the base's weights.
     """
 
     name: str
@@ -56,6 +63,18 @@ class Adapter:
     architecture: str | None = None
     warnings: tuple[str, ...] = ()
     ties: bool = False
+    shaped: Callable[[BaseWeights], Mapping[str, Change]] | None = field(default=None, repr=False)
+
+    def changes_of(self, base: BaseWeights) -> dict[str, tuple[Change | Unsized, ...]]:
+        """All changes, those of methods that depend on the shapes of several weights included.
+
+        Raises:
+            MismatchError: if the base does not have a weight of the adapter.
+        """
+        changes = dict(self.changes)
+        if self.shaped:
+            _add(changes, self.shaped(base))
+        return changes
 
 
 def read_adapter(path: str | os.PathLike[str]) -> Adapter:
@@ -83,20 +102,29 @@ def _read_peft(folder: Path) -> Adapter:
     config = read_config(folder)
     if config.peft_type in REFUSED:
         raise UnsupportedAdapterError(f"{config.path}: {config.peft_type}: {REFUSED[config.peft_type]}")
-    if config.peft_type not in READERS:
+    if config.peft_type not in READERS and config.peft_type not in SHAPED_READERS:
         raise UnsupportedAdapterError(
-            f"{config.path}: peft_type {config.peft_type} is not supported; supported: {', '.join(READERS)}"
+            f"{config.path}: peft_type {config.peft_type} is not supported; supported: "
+            + ", ".join(sorted([*READERS, *SHAPED_READERS]))
         )
     weights, tensors = read_weights(folder, "adapter_model")
     _check_finite(weights, tensors)
     saved, own = split_saved(config, tensors)
     changes: dict[str, tuple[Change | Unsized, ...]] = {name: (change,) for name, change in saved.items()}
-    for name, change in READERS[config.peft_type](config, own).items():
-        changes[name] = (*changes.get(name, ()), change)
-    if not changes:
+    shaped = None
+    if config.peft_type in READERS:
+        _add(changes, READERS[config.peft_type](config, own))
+    elif own:
+        shaped = partial(SHAPED_READERS[config.peft_type], config, own)
+    if not changes and not shaped:
         raise AdapterError(f"{weights}: holds no tensor of an adapter; save it again")
     ties = config.flag("ensure_weight_tying") or bool(config.fields.get("trainable_token_indices"))
-    return Adapter(folder.resolve().name, weights, _sha256(weights), changes, ties=ties)
+    return Adapter(folder.resolve().name, weights, _sha256(weights), changes, ties=ties, shaped=shaped)
+
+
+def _add(changes: dict[str, tuple[Change | Unsized, ...]], others: Mapping[str, Change | Unsized]) -> None:
+    for name, change in others.items():
+        changes[name] = (*changes.get(name, ()), change)
 
 
 def _check_finite(path: Path, tensors: Mapping[str, Array]) -> None:
