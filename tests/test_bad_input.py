@@ -376,7 +376,7 @@ def test_bin_without_torch(base, tmp_path):
     blocked = tmp_path / "blocked"
     blocked.mkdir()
     (blocked / "torch.py").write_text("raise ImportError('no torch here')")
-    path = os.pathsep.join([str(blocked), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(filter(None, [str(blocked), os.environ.get("PYTHONPATH")]))
     for command in commands(builders.adapter("llama", Adapter(bin=True)), base, tmp_path):
         before = contents(tmp_path)
         result = run_process(*command, env=os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"})
