@@ -2,14 +2,19 @@
 
 enum { PLAIN = 32 };
 
-/* The value of largest magnitude, the first one if two have it (ggml keeps its sign). */
-static inline float signed_peak(const float *x) {
+static inline void plain_extremes(const float *x, float *bottom, float *top) {
     vf high = vf_load(x), low = high;
     for (int i = LANES; i < PLAIN; i += LANES) {
         high = vf_max(vf_load(x + i), high);
         low = vf_min(vf_load(x + i), low);
     }
-    const float top = vf_hmax(high), bottom = vf_hmin(low);
+    vf_hrange(low, high, bottom, top);
+}
+
+/* The value of largest magnitude, the first one if two have it (ggml keeps its sign). */
+static inline float signed_peak(const float *x) {
+    float bottom, top;
+    plain_extremes(x, &bottom, &top);
     if (top > -bottom) return top;
     if (-bottom > top) return bottom;
     for (int i = 0; i < PLAIN; i++)
@@ -19,17 +24,33 @@ static inline float signed_peak(const float *x) {
 
 static inline float inverse(float d) { return d != 0.0f ? 1.0f / d : 0.0f; }
 
-/* Truncated to a byte and limited: INT32_MIN (from an infinite or NaN product) has a zero low byte, as in ggml. */
-static inline vi plain_code(vf v, int largest_code) {
-    return vi_min(vi_and(vf_truncate(v), vi_set1(0xff)), vi_set1(largest_code));
+/* How a block of plain_NAME makes codes: (x - offset) * id + half, truncated and limited. */
+typedef struct {
+    float offset, id, half;
+    int top;
+} plain_scale;
+
+/* INT32_MIN (from an infinite or NaN product) has a zero low byte, which is what ggml takes. */
+INLINE vi plain_code(const float *x, plain_scale s) {
+    const vf v = vf_mul(vf_sub(vf_load(x), vf_set1(s.offset)), vf_set1(s.id));
+    return vi_min(vi_and(vf_truncate(vf_add(v, vf_set1(s.half))), vi_set1(0xff)), vi_set1(s.top));
 }
 
-/* codes[0..32) = (x - offset) * id + half, truncated */
-static inline void plain_codes(uint8_t *codes, const float *x, float offset, float id, float half, int largest_code) {
-    for (int i = 0; i < PLAIN; i += LANES) {
-        const vf v = vf_mul(vf_sub(vf_load(x + i), vf_set1(offset)), vf_set1(id));
-        vi_store_u8(codes + i, plain_code(vf_add(v, vf_set1(half)), largest_code));
+/* low four bits of the codes of weights j and j + 16 in byte j */
+INLINE void plain_nibbles(uint8_t *qs, const float *x, plain_scale s) {
+    for (int i = 0; i < 16; i += LANES) vi_store_u8(qs + i, vi_or(plain_code(x + i, s), vi_shl(plain_code(x + 16 + i, s), 4)));
+}
+
+/* the same, and the fifth bits */
+INLINE void plain_fives(uint8_t *qh, uint8_t *qs, const float *x, plain_scale s) {
+    const vi low = vi_set1(15);
+    uint32_t high = 0;
+    for (int i = 0; i < 16; i += LANES) {
+        const vi a = plain_code(x + i, s), b = plain_code(x + 16 + i, s);
+        vi_store_u8(qs + i, vi_or(vi_and(a, low), vi_shl(vi_and(b, low), 4)));
+        high |= vm_to_bits(vi_gt(vi_and(a, vi_set1(16)), low)) << i | vm_to_bits(vi_gt(vi_and(b, vi_set1(16)), low)) << (16 + i);
     }
+    memcpy(qh, &high, 4);
 }
 
 static inline void pack_nibbles(uint8_t *qs, const uint8_t *codes) {
@@ -67,13 +88,43 @@ static inline float first_equal(const float *x, float v) {
 }
 
 static inline void plain_range(const float *x, float *low, float *high) {
-    vf top = vf_load(x), bottom = top;
-    for (int i = LANES; i < PLAIN; i += LANES) {
-        top = vf_max(vf_load(x + i), top);
-        bottom = vf_min(vf_load(x + i), bottom);
+    plain_extremes(x, low, high);
+    *high = first_equal(x, *high);
+    *low = first_equal(x, *low);
+}
+
+/* The scales of up to PLAIN_BATCH blocks at once: a division for each would be most of the work. */
+enum { PLAIN_BATCH = 16 };
+
+typedef struct {
+    float low[PLAIN_BATCH], range[PLAIN_BATCH], id[PLAIN_BATCH];
+    f16 d[PLAIN_BATCH], m[PLAIN_BATCH];
+} plain_batch;
+
+/* d = range / levels, id = 1 / d or 0, m = low */
+INLINE void settle_plain(plain_batch *b, float levels) {
+    for (int i = 0; i < PLAIN_BATCH; i += LANES) {
+        const vf d = vf_div(vf_load(b->range + i), vf_set1(levels)), zero = vf_zero();
+        vf_store_f16(b->d + i, d);
+        vf_store_f16(b->m + i, vf_load(b->low + i));
+        vf_store(b->id + i, vf_select(vf_eq(d, zero), zero, vf_div(vf_set1(1.0f), d)));
     }
-    *high = first_equal(x, vf_hmax(top));
-    *low = first_equal(x, vf_hmin(bottom));
+}
+
+INLINE void settle_peaks(plain_batch *b, const float *x, int count, float levels) {
+    *b = (plain_batch){0};
+    for (int i = 0; i < count; i++) b->range[i] = signed_peak(x + PLAIN * i);
+    settle_plain(b, levels);
+}
+
+INLINE void settle_ranges(plain_batch *b, const float *x, int count, float levels) {
+    *b = (plain_batch){0};
+    for (int i = 0; i < count; i++) {
+        float high;
+        plain_range(x + PLAIN * i, &b->low[i], &high);
+        b->range[i] = high - b->low[i];
+    }
+    settle_plain(b, levels);
 }
 
 /* With an imatrix the blocks of a row are fitted like sub-blocks of K-quants, and keep the codes of the search. */
@@ -93,15 +144,20 @@ INLINE void fit_plain(batch_fit *fits, const float *x, const float *imatrix, flo
     }
 }
 
+#define IN_PLAIN_BATCHES(x, y, n, make)                                                                                  \
+    for (int64_t i_ = 0, left_; (left_ = ((n) - i_) / PLAIN) > 0; i_ += PLAIN * PLAIN_BATCH, (y) += PLAIN_BATCH)          \
+    make((x) + i_, (y), (int)(left_ < PLAIN_BATCH ? left_ : PLAIN_BATCH))
+
 /* Mean squares of a few rows at a time. */
 enum { PLAIN_ROWS = 16 };
 
-/* Defines quantize_NAME from two ways to make one block: plain_NAME(x, y) and measured_NAME(x, y, fits, index). */
+/* Defines quantize_NAME from plain_NAME(x, y, count), which makes up to PLAIN_BATCH blocks, and measured_NAME(x, y, fits,
+ * index), which makes one. */
 #define QUANTIZE_PLAIN(NAME, block, q_max, with_min)                                                                     \
     static void quantize_##NAME(const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, const float *imatrix) {     \
         block *y = (block *)out;                                                                                        \
         float sums[PLAIN_ROWS];                                                                                         \
-        for (int64_t i = 0; !imatrix && i < n_rows * n_in; i += PLAIN) plain_##NAME(x + i, y++);                        \
+        if (!imatrix) IN_PLAIN_BATCHES(x, y, n_rows * n_in, plain_##NAME);                                              \
         for (int64_t row = 0; imatrix && row < n_rows; row++) {                                                         \
             if (row % PLAIN_ROWS == 0)                                                                                  \
                 sums_of_squares(sums, x + row * n_in, n_rows - row < PLAIN_ROWS ? n_rows - row : PLAIN_ROWS, n_in);     \
@@ -114,12 +170,13 @@ enum { PLAIN_ROWS = 16 };
         }                                                                                                               \
     }
 
-static inline void plain_Q4_0(const float *x, block_q4_0 *y) {
-    const float d = signed_peak(x) / -8.0f;
-    uint8_t codes[PLAIN];
-    plain_codes(codes, x, 0.0f, inverse(d), 8.5f, 15);
-    y->d = float_to_half(d);
-    pack_nibbles(y->qs, codes);
+static void plain_Q4_0(const float *x, block_q4_0 *y, int count) {
+    plain_batch b;
+    settle_peaks(&b, x, count, -8.0f);
+    for (int i = 0; i < count; i++) {
+        y[i].d = b.d[i];
+        plain_nibbles(y[i].qs, x + PLAIN * i, (plain_scale){0.0f, b.id[i], 8.5f, 15});
+    }
 }
 
 static inline void measured_Q4_0(const float *x, block_q4_0 *y, const batch_fit *fits, int j) {
@@ -130,15 +187,14 @@ static inline void measured_Q4_0(const float *x, block_q4_0 *y, const batch_fit 
 }
 QUANTIZE_PLAIN(Q4_0, block_q4_0, 8, 0)
 
-static inline void plain_Q4_1(const float *x, block_q4_1 *y) {
-    float low, high;
-    plain_range(x, &low, &high);
-    const float d = (high - low) / 15.0f;
-    uint8_t codes[PLAIN];
-    plain_codes(codes, x, low, inverse(d), 0.5f, 15);
-    y->d = float_to_half(d);
-    y->m = float_to_half(low);
-    pack_nibbles(y->qs, codes);
+static void plain_Q4_1(const float *x, block_q4_1 *y, int count) {
+    plain_batch b;
+    settle_ranges(&b, x, count, 15.0f);
+    for (int i = 0; i < count; i++) {
+        y[i].d = b.d[i];
+        y[i].m = b.m[i];
+        plain_nibbles(y[i].qs, x + PLAIN * i, (plain_scale){b.low[i], b.id[i], 0.5f, 15});
+    }
 }
 
 static inline void measured_Q4_1(const float *x, block_q4_1 *y, const batch_fit *fits, int j) {
@@ -150,13 +206,13 @@ static inline void measured_Q4_1(const float *x, block_q4_1 *y, const batch_fit 
 }
 QUANTIZE_PLAIN(Q4_1, block_q4_1, 15, 1)
 
-static inline void plain_Q5_0(const float *x, block_q5_0 *y) {
-    const float d = signed_peak(x) / -16.0f;
-    uint8_t codes[PLAIN];
-    plain_codes(codes, x, 0.0f, inverse(d), 16.5f, 31);
-    y->d = float_to_half(d);
-    pack_fifth_bits(y->qh, codes);
-    pack_nibbles(y->qs, codes);
+static void plain_Q5_0(const float *x, block_q5_0 *y, int count) {
+    plain_batch b;
+    settle_peaks(&b, x, count, -16.0f);
+    for (int i = 0; i < count; i++) {
+        y[i].d = b.d[i];
+        plain_fives(y[i].qh, y[i].qs, x + PLAIN * i, (plain_scale){0.0f, b.id[i], 16.5f, 31});
+    }
 }
 
 static inline void measured_Q5_0(const float *x, block_q5_0 *y, const batch_fit *fits, int j) {
@@ -168,16 +224,14 @@ static inline void measured_Q5_0(const float *x, block_q5_0 *y, const batch_fit 
 }
 QUANTIZE_PLAIN(Q5_0, block_q5_0, 16, 0)
 
-static inline void plain_Q5_1(const float *x, block_q5_1 *y) {
-    float low, high;
-    plain_range(x, &low, &high);
-    const float d = (high - low) / 31.0f;
-    uint8_t codes[PLAIN];
-    plain_codes(codes, x, low, inverse(d), 0.5f, 255);
-    y->d = float_to_half(d);
-    y->m = float_to_half(low);
-    pack_fifth_bits(y->qh, codes);
-    pack_nibbles(y->qs, codes);
+static void plain_Q5_1(const float *x, block_q5_1 *y, int count) {
+    plain_batch b;
+    settle_ranges(&b, x, count, 31.0f);
+    for (int i = 0; i < count; i++) {
+        y[i].d = b.d[i];
+        y[i].m = b.m[i];
+        plain_fives(y[i].qh, y[i].qs, x + PLAIN * i, (plain_scale){b.low[i], b.id[i], 0.5f, 255});
+    }
 }
 
 static inline void measured_Q5_1(const float *x, block_q5_1 *y, const batch_fit *fits, int j) {
@@ -190,21 +244,29 @@ static inline void measured_Q5_1(const float *x, block_q5_1 *y, const batch_fit 
 }
 QUANTIZE_PLAIN(Q5_1, block_q5_1, 31, 1)
 
+static void plain_Q8_0(const float *x, block_q8_0 *y, int count) {
+    const vi sign = vi_set1(INT32_MIN), below_half = vf_as_vi(vf_set1(0x1.fffffep-2f));
+    plain_batch b = {0};
+    for (int i = 0; i < count; i++) {
+        vf peak = vf_zero();
+        for (int j = 0; j < PLAIN; j += LANES) peak = vf_max(vf_abs(vf_load(x + PLAIN * i + j)), peak);
+        b.range[i] = vf_hmax(peak);
+    }
+    settle_plain(&b, 127.0f);
+    for (int i = 0; i < count; i++) {
+        y[i].d = b.d[i];
+        for (int j = 0; j < PLAIN; j += LANES) { /* halves go away from zero: add the float below 0.5, then truncate */
+            const vf v = vf_mul(vf_load(x + PLAIN * i + j), vf_set1(b.id[i]));
+            const vf bump = vi_as_vf(vi_or(vi_and(vf_as_vi(v), sign), below_half));
+            vi_store_u8(y[i].qs + j, vf_truncate(vf_add(v, bump)));
+        }
+    }
+}
+
 static void quantize_Q8_0(const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, const float *imatrix) {
     (void)imatrix;
     block_q8_0 *y = (block_q8_0 *)out;
-    const vi sign = vi_set1(INT32_MIN), below_half = vf_as_vi(vf_set1(0x1.fffffep-2f));
-    for (int64_t i = 0; i < n_rows * n_in; i += PLAIN, y++) {
-        vf peak = vf_zero();
-        for (int j = 0; j < PLAIN; j += LANES) peak = vf_max(vf_abs(vf_load(x + i + j)), peak);
-        const float d = vf_hmax(peak) / 127.0f, id = inverse(d);
-        y->d = float_to_half(d);
-        for (int j = 0; j < PLAIN; j += LANES) { /* halves go away from zero: add the float below 0.5, then truncate */
-            const vf v = vf_mul(vf_load(x + i + j), vf_set1(id));
-            const vf bump = vi_as_vf(vi_or(vi_and(vf_as_vi(v), sign), below_half));
-            vi_store_u8(y->qs + j, vf_truncate(vf_add(v, bump)));
-        }
-    }
+    IN_PLAIN_BATCHES(x, y, n_rows * n_in, plain_Q8_0);
 }
 
 /* out[0..32) = codes * d + m; codes * d alone if there is no m */

@@ -52,6 +52,16 @@ static inline float vf_hmin(vf a) {
     return _mm_cvtss_f32(_mm_min_ss(m, _mm_movehdup_ps(m)));
 }
 
+/* both at once, as two maxima in the halves of a register */
+static inline void vf_hrange(vf low, vf high, float *min, float *max) {
+    const __m256 negated = _mm256_xor_ps(_mm256_set1_ps(-0.0f), low);
+    __m256 m = _mm256_max_ps(_mm256_permute2f128_ps(high, negated, 0x20), _mm256_permute2f128_ps(high, negated, 0x31));
+    m = _mm256_max_ps(m, _mm256_permute_ps(m, 0x4e));
+    m = _mm256_max_ps(m, _mm256_permute_ps(m, 0xb1));
+    *max = _mm256_cvtss_f32(m);
+    *min = -_mm_cvtss_f32(_mm256_extractf128_ps(m, 1));
+}
+
 static inline vi vi_set1(int x) { return _mm256_set1_epi32(x); }
 static inline vi vi_load(const int32_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
 static inline void vi_store(int32_t *p, vi v) { _mm256_storeu_si256((__m256i *)p, v); }

@@ -43,6 +43,18 @@ static inline int vm_any(vm m) { return m; }
 static inline float vf_hmax(vf a) { return _mm512_reduce_max_ps(a); }
 static inline float vf_hmin(vf a) { return _mm512_reduce_min_ps(a); }
 
+/* both at once, as two maxima in the halves of a register */
+static inline void vf_hrange(vf low, vf high, float *min, float *max) {
+    const __m512 negated = _mm512_xor_ps(_mm512_set1_ps(-0.0f), low);
+    const __m256 h = _mm256_max_ps(_mm512_castps512_ps256(high), _mm512_extractf32x8_ps(high, 1));
+    const __m256 n = _mm256_max_ps(_mm512_castps512_ps256(negated), _mm512_extractf32x8_ps(negated, 1));
+    __m256 m = _mm256_max_ps(_mm256_permute2f128_ps(h, n, 0x20), _mm256_permute2f128_ps(h, n, 0x31));
+    m = _mm256_max_ps(m, _mm256_permute_ps(m, 0x4e));
+    m = _mm256_max_ps(m, _mm256_permute_ps(m, 0xb1));
+    *max = _mm256_cvtss_f32(m);
+    *min = -_mm_cvtss_f32(_mm256_extractf128_ps(m, 1));
+}
+
 static inline vi vi_set1(int x) { return _mm512_set1_epi32(x); }
 static inline vi vi_load(const int32_t *p) { return _mm512_loadu_si512(p); }
 static inline void vi_store(int32_t *p, vi v) { _mm512_storeu_si512(p, v); }

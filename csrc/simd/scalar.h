@@ -42,6 +42,7 @@ static inline vm vm_andnot(vm a, vm b) { return a & !b; } /* a and not b */
 static inline int vm_any(vm m) { return m; }
 static inline float vf_hmax(vf a) { return a; }
 static inline float vf_hmin(vf a) { return a; }
+static inline void vf_hrange(vf low, vf high, float *min, float *max) { *min = low, *max = high; }
 
 static inline vi vi_set1(int x) { return x; }
 static inline vi vi_load(const int32_t *p) { return *p; }
