@@ -3,8 +3,10 @@
 import hashlib
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import builders
 import gguf
@@ -403,6 +405,25 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     result = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
     peak = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", result.stdout)[1])
     assert peak < 300e6 + adapter.stat().st_size, f"peak memory is {peak / 1e6:.0f} MB"
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted(stop, tmp_path):
+    """The target is not there, and after anything but kill -9 nothing else is either; the base is as it was."""
+    base, adapter = big_model(tmp_path, layers=2), tmp_path / "lora.gguf"
+    big_adapter(base, adapter)
+    command = [sys.executable, "-P", "-m", "gguflora", "merge", base, "--lora", adapter, "-o", tmp_path / "out.gguf"]
+    with subprocess.Popen([*command, "--threads", "1"], stderr=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.glob(".out.gguf.*")):  # it has begun to write
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.send_signal(stop)
+        _, message = process.communicate(timeout=60)
+    assert not (tmp_path / "out.gguf").exists()
+    if stop != signal.SIGKILL:
+        assert process.returncode == 130
+        assert message == "interrupted; nothing was written\n"
+        assert {path.name for path in tmp_path.iterdir()} == {"big.gguf", "lora.gguf"}
 
 
 def big_model(directory, layers=4):
