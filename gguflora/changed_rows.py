@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora import _native
-from gguflora.deltas import Change, LowRank, Replace, Values, as_float64, sum_factors
+from gguflora.architectures import pieces_of
+from gguflora.base_model import describe
+from gguflora.deltas import Change, LowRank, Replace, Values, WeightTimes, as_float64, sum_factors
 from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, TensorEntry
 from gguflora.placement import Placed
 
@@ -57,12 +59,23 @@ class WholeWeights:
                 self._weight = pieces[0][0].weight
                 self._deltas.clear()  # free them before the next is made
             if id(change) not in self._deltas:
-                weight = np.zeros(change.shape)
-                for item, tensor in pieces:
-                    first = item.piece.first
-                    item.put(read_values(self._base, tensor, first, first + item.shape[0]), weight)
-                self._deltas[id(change)] = change.delta(weight, np.arange(change.shape[0]))
+                weight = self._read(change.shape, pieces)
+                known = change.given(self._layer_weight(change)) if isinstance(change, WeightTimes) else change
+                self._deltas[id(change)] = known.delta(weight, np.arange(change.shape[0]))
             return self._deltas[id(change)]
+
+    def _read(self, shape: tuple[int, int], pieces: Sequence[tuple[Placed, TensorEntry]]) -> Values:
+        weight = np.zeros(shape)
+        for item, tensor in pieces:
+            first = item.piece.first
+            item.put(read_values(self._base, tensor, first, first + item.shape[0]), weight)
+        return weight
+
+    def _layer_weight(self, change: WeightTimes) -> Values:
+        shape = change.shape[0], len(change.vector)
+        zero = LowRank(np.zeros((0, shape[1])), np.zeros((shape[0], 0)), 0.0)
+        pieces = [Placed(change.weight, zero, piece) for piece in pieces_of(describe(self._base), change.weight)]
+        return self._read(shape, [(item, self._base.tensors[item.piece.tensor]) for item in pieces])
 
 
 def read_values(base: GgufFile, tensor: TensorEntry, first: int, last: int) -> Values:

@@ -160,6 +160,33 @@ class Formula:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class WeightTimes:
+    """A change of a bias by any formula of it, plus its layer's weight times a vector.
+
+    Attributes:
+        shape: (n_out, 1).
+        weight: name of the layer's weight in the Hugging Face model.
+        vector: (n_in, 1).
+        formula: the rest of the change.
+    """
+
+    shape: tuple[int, int]
+    weight: str
+    vector: Values
+    formula: Formula
+    whole: bool = field(default=True, init=False)
+
+    def given(self, weight: Values) -> Formula:
+        """The change once the layer's weight (n_out, n_in) is known."""
+        added = weight @ self.vector
+        return Formula(self.shape, lambda w, rows: self.formula.delta(w, rows) + added[rows])
+
+    def delta(self, w: Values, rows: Indices) -> Values:
+        """Not to be had from the bias alone: see `given`."""
+        raise TypeError(f"needs {self.weight!r}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Unsized:
     """A change of a weight whose shape only the base tells.
 

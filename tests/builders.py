@@ -200,3 +200,36 @@ def thaw(value: Any) -> Any:
     if isinstance(value, tuple) and value and all(isinstance(item, tuple) and len(item) == 2 for item in value):
         return dict(value)
     return value
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `trained_adapter` builds: an adapter of any PEFT method, its tensors moved away from where they began.
+
+    `std` is that of the noise added to every trainable number.
+    """
+
+    config: type[peft.PeftConfig]
+    targets: tuple[str, ...]
+    options: dict[str, Any]
+    std: float = 0.1
+    seed: int = 0
+
+    def __hash__(self) -> int:
+        return hash((self.config, self.targets, repr(self.options), self.std, self.seed))
+
+
+@cache
+def trained_adapter(arch: str, spec: Trained, size: str = "small", seed: int = 0) -> Path:
+    """A directory that PEFT's save_pretrained wrote for `spec` on `hf_model(arch, size, seed)`."""
+    model_dir = hf_model(arch, size, seed)
+    path = Path(tempfile.mkdtemp(prefix="trained-", dir=model_dir.parent))
+    torch.manual_seed(spec.seed)
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = peft.get_peft_model(base, spec.config(target_modules=list(spec.targets), **spec.options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(spec.std * torch.randn_like(parameter))
+    model.save_pretrained(path)
+    return path

@@ -12,7 +12,23 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.adapters import lora
+from gguflora.adapters import (
+    beft,
+    boft,
+    c3a,
+    deft,
+    glora,
+    hira,
+    hra,
+    ia3,
+    ln_tuning,
+    lora,
+    oft,
+    osf,
+    road,
+    shira,
+    supertuning,
+)
 from gguflora.adapters.base_weights import BaseWeights
 from gguflora.adapters.config import PeftConfig, read_config
 from gguflora.adapters.gguf_lora import read_gguf_lora
@@ -26,6 +42,20 @@ ShapedReader = Callable[[PeftConfig, Mapping[str, Array], BaseWeights], Mapping[
 
 READERS: Final[dict[str, Reader]] = {
     "LORA": lora.read_lora,
+    "BEFT": beft.read_beft,
+    "BOFT": boft.read_boft,
+    "C3A": c3a.read_c3a,
+    "DEFT": deft.read_deft,
+    "GLORA": glora.read_glora,
+    "HIRA": hira.read_hira,
+    "HRA": hra.read_hra,
+    "IA3": ia3.read_ia3,
+    "LN_TUNING": ln_tuning.read_ln_tuning,
+    "OFT": oft.read_oft,
+    "OSF": osf.read_osf,
+    "ROAD": road.read_road,
+    "SHIRA": shira.read_shira,
+    "SUPERTUNING": supertuning.read_supertuning,
 }
 """The PEFT methods gguflora reads, by the ``peft_type`` of their configuration.
 

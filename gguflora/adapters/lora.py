@@ -13,23 +13,26 @@ from collections.abc import Mapping
 from typing import Final
 
 from gguflora.adapters.config import PeftConfig
+from gguflora.adapters.dora import with_magnitude
+from gguflora.adapters.kasa import with_diagonal
 from gguflora.adapters.keys import Parts, by_module
+from gguflora.adapters.residual import STARTS, without_start
 from gguflora.deltas import Change, LowRank
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.safetensors import Array, is_float
 
+_MAGNITUDE: Final = "lora_magnitude_vector"
+_DIAGONAL: Final = "lora_diag"
 _PAIRS: Final = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 
 # init_lora_weights that leave the base weight as it is; the others subtract their start from it
 _PLAIN_STARTS: Final = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 _NOT_PLAIN: Final = {
-    "use_dora": "DoRA rescales whole columns of the weight",
     "lora_bias": "lora_bias changes biases",
     "layer_replication": "layer_replication refers to a deeper model than the base",
     "alora_invocation_tokens": "an activated LoRA begins at its invocation tokens",
     "use_qalora": "QA-LoRA pools the input",
     "use_bdlora": "BD-LoRA's factors are block-diagonal",
-    "kasa_config": "KaSA changes the base weight",
     "arrow_config": "Arrow routes each token over several adapters",
     "target_parameters": "target_parameters changes stacked expert weights",
 }
@@ -42,24 +45,47 @@ def read_lora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Cha
         UnsupportedAdapterError: for options that cannot be expressed.
         AdapterError: for tensors that do not pair up or do not have the configured rank.
     """
-    _check_plain(config)
-    modules = by_module(config, tensors, [part for pair in _PAIRS for part in pair])
+    _check_options(config)
+    modules = by_module(config, tensors, [*(part for pair in _PAIRS for part in pair), _MAGNITUDE, _DIAGONAL])
     return {f"{module}.weight": _read_module(config, module, parts) for module, parts in modules.items()}
 
 
-def _check_plain(config: PeftConfig) -> None:
+def _check_options(config: PeftConfig) -> None:
     for name, reason in _NOT_PLAIN.items():
         if config.fields.get(name):
             raise UnsupportedAdapterError(f"{config.path}: {name} is set: {reason}; this version cannot read it")
     start = config.fields.get("init_lora_weights")
-    if start not in _PLAIN_STARTS:
+    if start not in _PLAIN_STARTS and start not in STARTS:
         raise UnsupportedAdapterError(
-            f"{config.path}: init_lora_weights is {start!r}: it changed the base weights when training began, so the "
-            "file does not fit the original base; save it with PEFT's path_initial_model_for_weight_conversion"
+            f"{config.path}: init_lora_weights is {start!r}: it changed the base weights when training began in a way "
+            "that cannot be repeated, so the file does not fit the original base; save it with PEFT's "
+            "path_initial_model_for_weight_conversion"
         )
 
 
-def _read_module(config: PeftConfig, module: str, parts: Parts) -> LowRank:
+def _read_module(config: PeftConfig, module: str, parts: Parts) -> Change:
+    embedding, extra = "lora_embedding_A" in parts, {name for name in (_MAGNITUDE, _DIAGONAL) if name in parts}
+    low_rank = _read_factors(config, module, {name: part for name, part in parts.items() if name not in extra})
+    wanted = {
+        name for name, option in ((_MAGNITUDE, "use_dora"), (_DIAGONAL, "kasa_config")) if config.fields.get(option)
+    }
+    if extra != wanted:
+        raise AdapterError(
+            f"{config.path.parent}: module {module!r} has {', '.join(parts)}, but {config.path.name} asks for "
+            f"{', '.join(wanted) or 'no more than a pair of factors'}"
+        )
+    start = config.fields.get("init_lora_weights")
+    change: Change = low_rank
+    if start in STARTS and not embedding:
+        change = without_start(low_rank, start)
+    if _DIAGONAL in extra:
+        return with_diagonal(config, module, low_rank, parts[_DIAGONAL])
+    if _MAGNITUDE in extra:
+        return with_magnitude(config, module, change, parts[_MAGNITUDE], embedding=embedding)
+    return change
+
+
+def _read_factors(config: PeftConfig, module: str, parts: Parts) -> LowRank:
     where = f"{config.path.parent}: module {module!r}"
     for name_a, name_b in _PAIRS:
         if parts.keys() == {name_a, name_b}:

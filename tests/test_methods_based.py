@@ -1,0 +1,120 @@
+"""PEFT methods whose merged weight depends on the base's, against PEFT's own merge and llama.cpp's converter."""
+
+import numpy as np
+import oracles
+import peft
+import pytest
+from builders import Trained, gguf_model, hf_model, trained_adapter
+
+import gguflora
+
+SOME = ("q_proj", "k_proj", "down_proj")
+
+
+def lora(*targets, **options):
+    return Trained(peft.LoraConfig, targets or SOME, {"r": 4, "lora_alpha": 8, **options})
+
+
+METHODS = {
+    "dora": lora(use_dora=True),
+    "dora_rslora": lora(use_dora=True, use_rslora=True, rank_pattern={"k_proj": 6}),
+    "dora_embedding": lora("embed_tokens", "v_proj", use_dora=True),
+    "ia3": Trained(peft.IA3Config, ("k_proj", "v_proj", "down_proj"), {"feedforward_modules": ["down_proj"]}),
+    "hra": Trained(peft.HRAConfig, SOME, {"r": 5}),
+    "hra_gs": Trained(peft.HRAConfig, SOME, {"r": 4, "apply_GS": True}),
+    "hira": Trained(peft.HiraConfig, SOME, {"r": 4, "rank_pattern": {"k_proj": 2}}),
+    "hira_embedding": Trained(peft.HiraConfig, ("embed_tokens", "o_proj"), {"r": 4}),
+    "oft": Trained(peft.OFTConfig, SOME, {"oft_block_size": 16, "use_cayley_neumann": False}, std=0.1),
+    "oft_rank": Trained(peft.OFTConfig, SOME, {"r": 4, "oft_block_size": 0}, std=0.02),
+    "oft_terms": Trained(peft.OFTConfig, SOME, {"oft_block_size": 8, "num_cayley_neumann_terms": 3}, std=0.05),
+    "oft_two_terms": Trained(peft.OFTConfig, SOME, {"oft_block_size": 8, "num_cayley_neumann_terms": 2}, std=0.05),
+    "oft_shared": Trained(peft.OFTConfig, SOME, {"oft_block_size": 16, "block_share": True}, std=0.05),
+    "oft_coft": Trained(peft.OFTConfig, SOME, {"oft_block_size": 16, "coft": True, "eps": 0.5}, std=0.1),
+    "oft_embedding": Trained(peft.OFTConfig, ("embed_tokens", "o_proj"), {"oft_block_size": 16}, std=0.05),
+    "boft": Trained(peft.BOFTConfig, SOME, {"boft_block_size": 8}),
+    "boft_blocks": Trained(peft.BOFTConfig, SOME, {"boft_block_num": 4, "boft_block_size": 0}),
+    "road_1": Trained(peft.RoadConfig, ("q_proj", "v_proj", "down_proj"), {"variant": "road_1", "group_size": 16}),
+    "road_2": Trained(peft.RoadConfig, SOME, {"variant": "road_2", "group_size": 16}),
+    "road_4": Trained(peft.RoadConfig, SOME, {"variant": "road_4", "group_size": 8}),
+    "c3a": Trained(peft.C3AConfig, SOME, {"block_size": 32, "block_size_pattern": {"k_proj": 16}}, std=1.0),
+    "shira": Trained(peft.ShiraConfig, SOME, {"r": 4, "mask_type": "random"}),
+    "supertuning": Trained(peft.SupertuningConfig, SOME, {"sparsity": 0.9}),
+    "supertuning_bottom": Trained(peft.SupertuningConfig, SOME, {"sparsity": 0.99, "select_top": False}),
+    "supra": Trained(peft.SupertuningConfig, SOME, {"sparsity": 0.9, "r": 4, "lora_alpha": 6}),
+    "supra_default_alpha": Trained(peft.SupertuningConfig, SOME, {"sparsity": 0.9, "r": 3}),
+    "glora": Trained(peft.GloraConfig, SOME, {"r": 4}),
+    "glora_vector": Trained(
+        peft.GloraConfig, SOME, {"r": 4, "config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"}
+    ),
+    "glora_constant": Trained(
+        peft.GloraConfig, SOME, {"r": 4, "config_A_B": "constant", "config_C": "none", "config_D_E": "constant"}
+    ),
+    "glora_bias": Trained(peft.GloraConfig, SOME, {"r": 4, "config_A_B": "lora", "config_D_E": "none"}),
+    "deft": Trained(peft.DeftConfig, SOME, {"r": 4}),
+    "deft_qr": Trained(peft.DeftConfig, SOME, {"r": 4, "decomposition_method": "qr", "alpha": 12}),
+    "deft_para": Trained(peft.DeftConfig, SOME, {"r": 4, "decomposition_method": "qr", "para": True}),
+    "osf": Trained(peft.OSFConfig, SOME, {"effective_rank": 40}),
+    "osf_fraction": Trained(peft.OSFConfig, SOME, {"effective_rank": 0.75, "rank_pattern": {"k_proj": 0.25}}),
+    "kasa": lora(kasa_config=peft.tuners.lora.config.KasaConfig()),
+    "pissa": lora(init_lora_weights="pissa"),
+    "olora": lora(init_lora_weights="olora", lora_alpha=4),
+    "pissa_dora": lora(init_lora_weights="pissa", use_dora=True),
+}  # fmt: skip
+"""Adapters for any base with separate projections."""
+
+BIASES = {
+    "beft": Trained(peft.BeftConfig, ("q_proj", "k_proj", "v_proj"), {}),
+    "bias_all": lora(bias="all"),
+    "bias_lora_only": lora("q_proj", "o_proj", bias="lora_only"),
+}
+"""Adapters that need a base with biases."""
+
+NORMS = ("input_layernorm", "post_attention_layernorm")
+WHOLE = {
+    "ln_tuning": Trained(peft.LNTuningConfig, NORMS, {}),
+    "ln_tuning_final": Trained(peft.LNTuningConfig, ("norm",), {}),
+    "norms_to_save": lora("q_proj", modules_to_save=list(NORMS)),
+}
+
+
+def assert_equals_peft(arch, spec, tmp_path):
+    base, adapter = gguf_model(arch), trained_adapter(arch, spec)
+    gguflora.merge(base, adapter, tmp_path / "out.gguf", threads=1)
+    worst = assert_same_change(base, tmp_path / "out.gguf", oracles.merged_gguf(hf_model(arch), adapter))
+    print(f"{arch} {worst:.1e}")
+
+
+def assert_same_change(base, found_path, expected_path, tolerance=1e-4):
+    """Every tensor's change is PEFT's; tensors PEFT leaves alone keep their bytes."""
+    before, found, expected = (oracles.tensors(path) for path in (base, found_path, expected_path))
+    assert found.keys() == expected.keys()
+    errors = {}
+    for name in before:
+        change = expected[name].astype(np.float64) - before[name]
+        size = np.linalg.norm(change) / np.linalg.norm(before[name])
+        if size < 1e-5:  # PEFT's rounding of weights that a method multiplies with 1
+            np.testing.assert_array_equal(found[name], before[name], err_msg=name)
+            continue
+        assert size > 1e-3, f"{name}: the change is {size:.1e} of the weight, too small to be seen"
+        errors[name] = np.linalg.norm(found[name].astype(np.float64) - expected[name]) / np.linalg.norm(change)
+    assert errors, "the adapter changes nothing"
+    name = max(errors, key=errors.get)
+    assert errors[name] <= tolerance, f"{name}: relative error of the change is {errors[name]:.1e}"
+    return errors[name]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_equals_pefts_merge(arch, method, tmp_path):
+    assert_equals_peft(arch, METHODS[method], tmp_path)
+
+
+@pytest.mark.parametrize("method", BIASES)
+def test_biases_equal_pefts_merge(method, tmp_path):
+    assert_equals_peft("qwen2", BIASES[method], tmp_path)
+
+
+@pytest.mark.parametrize("method", WHOLE)
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_whole_weights_equal_pefts_merge(arch, method, tmp_path):
+    assert_equals_peft(arch, WHOLE[method], tmp_path)
