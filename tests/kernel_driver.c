@@ -1,0 +1,45 @@
+/* Runs kernels on requests from stdin, for builds that Python cannot load: other processors, sanitizers.
+ * A request is eight int64 (operation, isa, type id, rows, n_in, bytes of the input, bytes of the output, rank), then the input
+ * and for operation 1 an imatrix row (n_in floats), for operation 3 a (rank, n_in) and b (rows, rank). The answer is the status
+ * as int64, then the output. Every buffer has its exact size, so that a sanitizer sees any step outside. */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "gguflora.h"
+
+enum { QUANTIZE, QUANTIZE_MEASURED, DEQUANTIZE, MERGE };
+
+static void *read_array(size_t bytes) {
+    void *p = malloc(bytes ? bytes : 1);
+    if (!p || fread(p, 1, bytes, stdin) != bytes) exit(2);
+    return p;
+}
+
+int main(void) {
+    int64_t r[8];
+    while (fread(r, sizeof r, 1, stdin) == 1) {
+        const int isa = (int)r[1], type = (int)r[2];
+        const int64_t n_rows = r[3], n_in = r[4], rank = r[7];
+        void *in = read_array((size_t)r[5]);
+        uint8_t *out = malloc((size_t)r[6]);
+        gfl_result result;
+        if (r[0] == DEQUANTIZE) {
+            result = gfl_dequantize_rows(isa, type, in, n_rows, n_in, (float *)out);
+        } else if (r[0] == MERGE) {
+            float *a = read_array((size_t)(rank * n_in) * sizeof *a), *b = read_array((size_t)(n_rows * rank) * sizeof *b);
+            result = gfl_merge_rows(isa, type, in, type, out, n_rows, n_in, a, b, rank);
+            free(a);
+            free(b);
+        } else {
+            float *imatrix = r[0] == QUANTIZE_MEASURED ? read_array((size_t)n_in * sizeof *imatrix) : NULL;
+            result = gfl_quantize_rows(isa, type, in, n_rows, n_in, imatrix, out);
+            free(imatrix);
+        }
+        const int64_t status = result.status;
+        fwrite(&status, sizeof status, 1, stdout);
+        fwrite(out, 1, (size_t)r[6], stdout);
+        free(in);
+        free(out);
+    }
+    return 0;
+}

@@ -1,0 +1,113 @@
+"""The kernels where Python cannot load them: NEON under qemu, and every instruction set under ASan and UBSan."""
+
+import shutil
+import struct
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import libggml
+import numpy as np
+import pytest
+import weights
+
+from gguflora._native import TYPES, GgmlType
+
+ROOT = Path(__file__).resolve().parent.parent
+EXTENSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"][0]
+SOURCES = [ROOT / source for source in EXTENSION["sources"] if source.startswith("csrc/")]
+ISA_NUMBERS = {"scalar": 0, "avx2": 1, "avx512": 2, "neon": 3}
+QUANTIZE, QUANTIZE_MEASURED, DEQUANTIZE, MERGE = range(4)
+CROSS_COMPILER, EMULATORS = "aarch64-linux-gnu-gcc", ("qemu-aarch64-static", "qemu-aarch64")
+
+Request = tuple[bytes, bytes]
+"""What goes to the driver, and the output that it must answer."""
+
+pytestmark = pytest.mark.slow
+
+
+def build(folder: Path, compiler: str, flags: list[str]) -> Path:
+    program = folder / "kernels"
+    driver = Path(__file__).with_name("kernel_driver.c")
+    command = [
+        compiler,
+        *EXTENSION["extra-compile-args"],
+        *flags,
+        f"-I{ROOT / 'csrc'}",
+        str(driver),
+        *map(str, SOURCES),
+    ]
+    done = subprocess.run([*command, "-lm", "-o", str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    return program
+
+
+def request(
+    operation: int, isa: str, kind: GgmlType, data: np.ndarray, expected: np.ndarray, n_in: int, *extra
+) -> Request:
+    rank = len(extra[0]) if operation == MERGE else 0
+    head = struct.pack("8q", operation, ISA_NUMBERS[isa], kind.id, len(data), n_in, data.nbytes, expected.nbytes, rank)
+    return head + data.tobytes() + b"".join(array.tobytes() for array in extra), expected.tobytes()
+
+
+def requests(kind: GgmlType, isa: str) -> Iterator[Request]:
+    rng = np.random.default_rng(7)
+    n_in = max(768, 3 * kind.block_weights)
+    imatrix = weights.importance("measured", n_in)
+    for name in weights.KINDS:
+        x = weights.rows(name, 2, n_in, seed=2)
+        packed = libggml.quantize(x, kind.id, imatrix)
+        yield request(QUANTIZE_MEASURED, isa, kind, x, packed, n_in, imatrix)
+        if kind.quantizes:
+            yield request(QUANTIZE, isa, kind, x, libggml.quantize(x, kind.id), n_in)
+        yield request(DEQUANTIZE, isa, kind, packed, libggml.dequantize(packed, kind.id, n_in), n_in)
+    if kind.quantizes:
+        packed = libggml.quantize(weights.rows("model-like", 7, n_in), kind.id)
+        a, b = (rng.standard_normal(shape).astype(np.float32) for shape in [(3, n_in), (7, 3)])
+        delta = (b[:, :1] * a[0] + b[:, 1:2] * a[1]) + b[:, 2:] * a[2]
+        merged = libggml.quantize(libggml.dequantize(packed, kind.id, n_in) + delta, kind.id)
+        yield request(MERGE, isa, kind, packed, merged, n_in, a, b)
+
+
+def assert_answers(command: list[str], made: list[Request]) -> None:
+    done = subprocess.run(command, input=b"".join(sent for sent, _ in made), capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    assert not done.stderr, done.stderr.decode()[-4000:]
+    start = 0
+    for sent, expected in made:
+        assert struct.unpack_from("q", done.stdout, start) == (0,), struct.unpack_from("8q", sent)
+        assert done.stdout[start + 8 : start + 8 + len(expected)] == expected, struct.unpack_from("8q", sent)
+        start += 8 + len(expected)
+    assert start == len(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def neon(tmp_path_factory):
+    emulator = next(filter(None, map(shutil.which, EMULATORS)), None)
+    if emulator is None or shutil.which(CROSS_COMPILER) is None:
+        pytest.skip(f"needs {CROSS_COMPILER} and {EMULATORS[0]} (Debian: gcc-aarch64-linux-gnu, qemu-user-static)")
+    return [emulator, str(build(tmp_path_factory.mktemp("neon"), CROSS_COMPILER, ["-static"]))]
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    flags = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    return [str(build(tmp_path_factory.mktemp("sanitized"), "gcc", flags))]
+
+
+@pytest.mark.parametrize("isa", ["neon", "scalar"])
+@pytest.mark.parametrize("kind", TYPES.values(), ids=lambda kind: kind.name)
+def test_aarch64_equals_ggml(neon, kind, isa):
+    assert_answers(neon, list(requests(kind, isa)))
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("kind", TYPES.values(), ids=lambda kind: kind.name)
+def test_sanitizers_see_nothing(sanitized, kind, isa):
+    from gguflora import _native
+
+    if isa not in _native.isa_names():
+        pytest.skip(f"this machine has no {isa}")
+    assert_answers(sanitized, list(requests(kind, isa)))
