@@ -13,25 +13,35 @@ from typing import Final
 import numpy as np
 
 from gguflora.adapters import (
+    adalora,
     beft,
     boft,
     c3a,
     deft,
+    delora,
     glora,
+    gralora,
     hira,
     hra,
     ia3,
     ln_tuning,
+    loha,
+    lokr,
     lora,
+    miss,
     oft,
     osf,
     road,
     shira,
     supertuning,
+    trainable_tokens,
+    vblora,
+    vera,
 )
 from gguflora.adapters.base_weights import BaseWeights
 from gguflora.adapters.config import PeftConfig, read_config
 from gguflora.adapters.gguf_lora import read_gguf_lora
+from gguflora.adapters.refused import REFUSED
 from gguflora.adapters.saved import split_saved
 from gguflora.deltas import Change, Unsized
 from gguflora.errors import AdapterError, UnsupportedAdapterError
@@ -41,21 +51,29 @@ Reader = Callable[[PeftConfig, Mapping[str, Array]], Mapping[str, Change | Unsiz
 ShapedReader = Callable[[PeftConfig, Mapping[str, Array], BaseWeights], Mapping[str, Change]]
 
 READERS: Final[dict[str, Reader]] = {
-    "LORA": lora.read_lora,
+    "ADALORA": adalora.read_adalora,
     "BEFT": beft.read_beft,
     "BOFT": boft.read_boft,
     "C3A": c3a.read_c3a,
     "DEFT": deft.read_deft,
+    "DELORA": delora.read_delora,
     "GLORA": glora.read_glora,
+    "GRALORA": gralora.read_gralora,
     "HIRA": hira.read_hira,
     "HRA": hra.read_hra,
     "IA3": ia3.read_ia3,
     "LN_TUNING": ln_tuning.read_ln_tuning,
+    "LOHA": loha.read_loha,
+    "LOKR": lokr.read_lokr,
+    "LORA": lora.read_lora,
+    "MISS": miss.read_miss,
     "OFT": oft.read_oft,
     "OSF": osf.read_osf,
     "ROAD": road.read_road,
     "SHIRA": shira.read_shira,
     "SUPERTUNING": supertuning.read_supertuning,
+    "TRAINABLE_TOKENS": trainable_tokens.read_trainable_tokens,
+    "VBLORA": vblora.read_vblora,
 }
 """The PEFT methods gguflora reads, by the ``peft_type`` of their configuration.
 
@@ -63,11 +81,11 @@ A reader gets the tensors of its own method and returns a change for every weigh
 the Hugging Face model (``model.layers.0.self_attn.q_proj.weight``). What is saved whole beside them is read in `saved`.
 """
 
-SHAPED_READERS: Final[dict[str, ShapedReader]] = {}
+SHAPED_READERS: Final[dict[str, ShapedReader]] = {
+    "PVERA": vera.read_pvera,
+    "VERA": vera.read_vera,
+}
 """The methods whose change of one weight depends on the shapes of others; their readers ask the base, too."""
-
-REFUSED: Final[dict[str, str]] = {}
-"""Methods that change no weight, or that their file does not determine: why, and what to do instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +166,11 @@ def _read_peft(folder: Path) -> Adapter:
         shaped = partial(SHAPED_READERS[config.peft_type], config, own)
     if not changes and not shaped:
         raise AdapterError(f"{weights}: holds no tensor of an adapter; save it again")
-    ties = config.flag("ensure_weight_tying") or bool(config.fields.get("trainable_token_indices"))
+    ties = (
+        config.flag("ensure_weight_tying")
+        or config.peft_type == "TRAINABLE_TOKENS"
+        or bool(config.fields.get("trainable_token_indices"))
+    )
     return Adapter(folder.resolve().name, weights, _sha256(weights), changes, ties=ties, shaped=shaped)
 
 

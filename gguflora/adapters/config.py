@@ -32,6 +32,13 @@ class PeftConfig:
         """A number, or ``default`` where the field is missing."""
         return self._number(name, self.fields.get(name, default))
 
+    def integer(self, name: str, default: int, least: int = -(1 << 63)) -> int:
+        """A whole number of at least ``least``, or ``default`` where the field is missing."""
+        value = self.fields.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 64:
+            raise self.error(name, f"a whole number from {least}" if least >= 0 else "a whole number", value)
+        return value
+
     def flag(self, name: str) -> bool:
         """A boolean, False where the field is missing or null."""
         value = self.fields.get(name)
@@ -54,6 +61,13 @@ class PeftConfig:
             if matches:
                 return self._number(f"{pattern_name}[{pattern!r}]", value)
         return self.number(name, default)
+
+    def rank(self, module: str) -> int:
+        """The rank ``r`` that holds for a module."""
+        rank = self.for_module("r", "rank_pattern", module, 8)
+        if rank != int(rank) or rank < 1:
+            raise self.error("r", "a positive whole number", rank)
+        return int(rank)
 
     def _number(self, name: str, value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:

@@ -51,6 +51,28 @@ def by_module(config: PeftConfig, tensors: Mapping[str, Array], parts: Collectio
     return modules
 
 
+def split_shared(
+    config: PeftConfig, tensors: Mapping[str, Array], names: Collection[str]
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The tensors that all modules share, ``base_model.<name>[.<adapter>]``, by name; and the others.
+
+    Raises:
+        AdapterError: if one is there twice (the file holds two adapters).
+    """
+    key_pattern = re.compile(rf"(?:{re.escape(SHARED_PREFIX)})?({'|'.join(map(re.escape, names))})(?:\.[^.]+)?")
+    shared: dict[str, Array] = {}
+    others = {}
+    for key, tensor in tensors.items():
+        found = key_pattern.fullmatch(key)
+        if found is None:
+            others[key] = tensor
+        elif found[1] in shared:
+            raise AdapterError(f"{config.path.parent}: has more than one {found[1]}")
+        else:
+            shared[found[1]] = tensor
+    return shared, others
+
+
 def take(config: PeftConfig, module: str, parts: Parts, *names: str) -> list[Array]:
     """The named parts of a module, which must be all it has.
 

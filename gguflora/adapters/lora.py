@@ -107,15 +107,13 @@ def read_pair(config: PeftConfig, module: str, a: Array, b: Array) -> LowRank:
     for name, factor in (("A", a), ("B", b)):
         if not is_float(factor):
             raise AdapterError(f"{where}: {name} holds {factor.dtype}, expected floating-point numbers")
-    rank = config.for_module("r", "rank_pattern", module, 8)
-    if rank != int(rank) or rank < 1:
-        raise config.error("r", "a positive whole number", rank)
+    rank = config.rank(module)
     if a.shape[0] != rank or b.shape[1] != rank:
         raise AdapterError(
-            f"{where}: A is {a.shape} and B is {b.shape}, expected rank {int(rank)} as {config.path.name} says: "
-            f"({int(rank)}, n_in) and (n_out, {int(rank)})"
+            f"{where}: A is {a.shape} and B is {b.shape}, expected rank {rank} as {config.path.name} says: "
+            f"({rank}, n_in) and (n_out, {rank})"
         )
-    return LowRank(a, b, lora_factor(config, module, int(rank)))
+    return LowRank(a, b, lora_factor(config, module, rank))
 
 
 def lora_factor(config: PeftConfig, module: str, rank: int) -> float:

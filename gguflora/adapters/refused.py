@@ -1,0 +1,31 @@
+"""PEFT methods that no GGUF file can hold: why, and what to do instead."""
+
+from __future__ import annotations
+
+from typing import Final
+
+_PROMPT: Final = (
+    "learns virtual tokens, not weights; llama.cpp has no place for them: write the instruction into the prompt, or "
+    "train LORA"
+)
+_KEYS_AND_VALUES: Final = (
+    "learns keys and values that precede the prompt, not weights; llama.cpp cannot be given them: train LORA"
+)
+_ROUTED: Final = "weighs its parts anew for every input, so no fixed weight is equal to it"
+
+REFUSED: Final[dict[str, str]] = {
+    "ADAMSS": "its file does not hold the clustering that says which rows it changes: merge it with PEFT",
+    "ADAPTION_PROMPT": "adds gated attention to learned prompts, not a change of weights: train LORA",
+    "CARTRIDGE": _KEYS_AND_VALUES,
+    "CPT": _PROMPT,
+    "LILY": f"{_ROUTED}: train LORA",
+    "MULTITASK_PROMPT_TUNING": _PROMPT,
+    "POLY": f"{_ROUTED}: train LORA, one adapter for each task",
+    "PREFIX_TUNING": _KEYS_AND_VALUES,
+    "PROMPT_TUNING": _PROMPT,
+    "PSOFT": "depends on the signs of singular vectors that its file does not hold: merge it with PEFT",
+    "P_TUNING": _PROMPT,
+    "SHADOW": "runs a second network beside the model, so no changed weight is equal to it: train LORA",
+    "XLORA": f"{_ROUTED}: convert or merge one of its LoRA adapters by itself",
+}
+"""The reason by ``peft_type``, in words that follow the method's name."""

@@ -1,0 +1,29 @@
+"""TRAINABLE_TOKENS: some rows of an embedding, trained (PEFT: tuners/trainable_tokens).
+
+A module has ``trainable_tokens_delta`` (n, width): in spite of its name the new rows, for the ``token_indices`` of the
+configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from gguflora.adapters.config import PeftConfig
+from gguflora.adapters.keys import by_module, expect, take
+from gguflora.adapters.saved import replaced_rows
+from gguflora.deltas import Change
+from gguflora.files.safetensors import Array
+
+_ROWS: Final = "trainable_tokens_delta"
+
+
+def read_trainable_tokens(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change]:
+    """The replaced rows of every adapted embedding."""
+    ids = config.fields.get("token_indices")
+    changes: dict[str, Change] = {}
+    for module, parts in by_module(config, tensors, [_ROWS]).items():
+        (values,) = take(config, module, parts, _ROWS)
+        expect(config, module, _ROWS, values, (None, None))
+        changes[f"{module}.weight"] = replaced_rows(config, module, ids, values)
+    return changes

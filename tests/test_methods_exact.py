@@ -1,0 +1,115 @@
+"""PEFT methods whose change is of low rank: merged and converted, against PEFT's own merge."""
+
+import tempfile
+from pathlib import Path
+
+import builders
+import gguf
+import numpy as np
+import oracles
+import peft
+import pytest
+import torch
+import transformers
+from test_convert import assert_same_changes
+
+import gguflora
+from gguflora.adapters.refused import REFUSED
+from gguflora.errors import UnsupportedAdapterError
+
+ARCHS = ("llama", "qwen2", "phi3")
+LAYERS = {arch: list(builders.ARCHITECTURES[arch].linear) for arch in ARCHS}
+SIDES = {arch: [name for name in names if not name.startswith("down")] for arch, names in LAYERS.items()}
+
+
+def methods(arch):
+    """A configuration of each method and option, for the linear layers of an architecture."""
+    layers = LAYERS[arch]
+    first, second, third = layers[0], layers[1], layers[2]
+    patterns = {"rank_pattern": {first: 6, f"layers.1.*{second}": 2}, "alpha_pattern": {third: 3, first: 20}}
+    return {
+        "adalora": peft.AdaLoraConfig(target_modules=layers, init_r=6, target_r=4, lora_alpha=16, total_step=10),
+        "adalora_without_alpha": peft.AdaLoraConfig(
+            target_modules=layers, init_r=5, target_r=4, lora_alpha=0, total_step=10
+        ),
+        "vera": peft.VeraConfig(target_modules=layers, r=16, projection_prng_key=7),
+        "vera_without_projection": peft.VeraConfig(
+            target_modules=layers, r=16, projection_prng_key=2**40 + 3, save_projection=False
+        ),
+        "pvera": peft.PveraConfig(target_modules=layers, r=16),
+        "pvera_without_projection": peft.PveraConfig(
+            target_modules=layers, r=16, projection_prng_key=11, save_projection=False
+        ),
+        "vblora": peft.VBLoRAConfig(target_modules=layers, r=4, num_vectors=12, vector_length=16, topk=2),
+        "vblora_three": peft.VBLoRAConfig(target_modules=layers, r=3, num_vectors=300, vector_length=8, topk=3),
+        "vblora_top": peft.VBLoRAConfig(
+            target_modules=layers, r=4, num_vectors=300, vector_length=16, topk=3, save_only_topk_weights=True
+        ),
+        "miss": peft.MissConfig(target_modules=layers, r=8),
+        "miss_remainder": peft.MissConfig(target_modules=layers, r=7),
+        "miss_random": peft.MissConfig(target_modules=layers, r=8, init_weights=False),
+        "miss_mini": peft.MissConfig(target_modules=layers, r=8, mini_r=4, init_weights="mini"),
+        "delora": peft.DeloraConfig(target_modules=layers, r=5),
+        "delora_pattern": peft.DeloraConfig(target_modules=layers, r=5, rank_pattern=patterns["rank_pattern"]),
+        "loha": peft.LoHaConfig(target_modules=layers, r=4, alpha=12),
+        "loha_patterns": peft.LoHaConfig(target_modules=layers, r=4, alpha=12, **patterns),
+        "lokr": peft.LoKrConfig(target_modules=layers, r=4, alpha=12),
+        "lokr_patterns": peft.LoKrConfig(target_modules=layers, r=2, alpha=12, **patterns),
+        "lokr_both": peft.LoKrConfig(target_modules=layers, r=2, decompose_both=True),
+        "lokr_factor": peft.LoKrConfig(target_modules=layers, r=3, decompose_both=True, decompose_factor=4),
+        "lokr_whole": peft.LoKrConfig(target_modules=layers, r=64),
+        "gralora": peft.GraloraConfig(target_modules=layers, r=8, gralora_k=2, alpha=16),
+        "gralora_four": peft.GraloraConfig(target_modules=layers, r=8, gralora_k=4, alpha=7),
+        "gralora_hybrid": peft.GraloraConfig(target_modules=layers, r=8, gralora_k=4, hybrid_r=3, alpha=16),
+    }
+
+
+@pytest.mark.parametrize("method", methods("llama"))
+@pytest.mark.parametrize("arch", ARCHS)
+def test_merge_and_convert_equal_pefts_merge(arch, method, tmp_path):
+    adapter = random_adapter(arch, methods(arch)[method], std=50 if "delora" in method else 0.5)
+    assert_equals_peft(arch, adapter, tmp_path)
+
+
+def random_adapter(arch, config, std=0.5):
+    """What PEFT saves for a configuration, all trainable tensors random."""
+    model_dir = builders.hf_model(arch)
+    path = Path(tempfile.mkdtemp(prefix=f"{config.peft_type.lower()}-", dir=model_dir.parent))
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = peft.get_peft_model(base, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = std * torch.randn_like(parameter)
+    model.save_pretrained(path)
+    return path
+
+
+def assert_equals_peft(arch, adapter, tmp_path, merged=1e-4, converted=1e-5):
+    """Merge and conversion change the same tensors as PEFT, equally; the others keep their bytes."""
+    base = builders.gguf_model(arch)
+    expected = changes(base, oracles.merged_gguf(builders.hf_model(arch), adapter))
+    assert expected, "the adapter must matter"
+    gguflora.merge(base, adapter, tmp_path / "merged.gguf")
+    assert_same_changes(changes(base, tmp_path / "merged.gguf"), expected, merged)
+    gguflora.convert(adapter, base, tmp_path / "lora.gguf")
+    assert_same_changes(oracles.lora_changes(tmp_path / "lora.gguf"), expected, converted)
+
+
+def changes(base, merged):
+    """What a merge did to each tensor, where it did anything."""
+    before, after = (
+        {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(path).tensors} for path in (base, merged)
+    )
+    assert before.keys() == after.keys()
+    found = {name: after[name].astype(np.float64) - before[name] for name in before}
+    return {name: change for name, change in found.items() if change.any()}
+
+
+@pytest.mark.parametrize("method", REFUSED)
+def test_methods_that_are_no_weights_are_refused(method, tmp_path):
+    """Every method says why, and what to do instead."""
+    assert method in peft.PeftType.__members__
+    (tmp_path / "adapter_config.json").write_text(f'{{"peft_type": "{method}"}}')
+    with pytest.raises(UnsupportedAdapterError, match=rf"{method}: .*(train|merge|prompt|convert)"):
+        gguflora.read_adapter(tmp_path)
