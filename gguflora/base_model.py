@@ -24,6 +24,7 @@ class BaseModel:
         n_layers: number of blocks.
         n_head: attention heads of each layer.
         n_head_kv: key and value heads of each layer.
+        n_groups: key heads of linear attention, 0 if there is none.
     """
 
     path: Path
@@ -32,6 +33,7 @@ class BaseModel:
     n_layers: int
     n_head: tuple[int, ...]
     n_head_kv: tuple[int, ...]
+    n_groups: int = 0
 
     @property
     def is_tied(self) -> bool:
@@ -66,7 +68,16 @@ def describe(file: GgufFile) -> BaseModel:
         )
     n_head = _per_layer(file, "attention.head_count", n_layers)
     n_head_kv = _per_layer(file, "attention.head_count_kv", n_layers) or n_head
-    return BaseModel(file.path, file.architecture, shapes, n_layers, n_head, n_head_kv)
+    n_groups = file.metadata.get(f"{file.architecture}.ssm.group_count")
+    return BaseModel(
+        file.path,
+        file.architecture,
+        shapes,
+        n_layers,
+        n_head,
+        n_head_kv,
+        n_groups if isinstance(n_groups, int) else 0,
+    )
 
 
 def _per_layer(file: GgufFile, key: str, n_layers: int) -> tuple[int, ...]:

@@ -449,6 +449,6 @@ def _encode_string(text: str) -> bytes:
 
 
 def layer_of(tensor_name: str) -> int | None:
-    """The layer number in a tensor's name (``blk.7.attn_q.weight``), or None."""
-    found = re.match(r"blk\.(\d{1,6})\.", tensor_name)
+    """The layer number in a tensor's name (``blk.7.attn_q.weight``, ``dec.blk.7.attn_q.weight``), or None."""
+    found = re.match(r"(?:enc\.|dec\.)?blk\.(\d{1,6})\.", tensor_name)
     return int(found[1]) if found else None

@@ -1,0 +1,82 @@
+"""Where a Hugging Face weight lies in a GGUF file, and in which order its rows lie there.
+
+Names come from gguf's ``TensorNameMap`` (`names`); what llama.cpp's converter does beyond renaming is stated in
+`rules`, a rule a line, in terms of orders of rows (`orders`) and of weights that GGUF cuts into several tensors
+(`splits`). `run_time` knows what llama.cpp does not multiply with a LoRA.
+"""
+
+from __future__ import annotations
+
+from gguflora.architectures.experts import pieces_of_expert
+from gguflora.architectures.names import canonical, check_named, layer_and_module, tensor_of
+from gguflora.architectures.piece import Piece
+from gguflora.architectures.regions import region_of
+from gguflora.architectures.rules import KNOWN, PLAIN, Rules
+from gguflora.architectures.run_time import ignored_at_run_time
+from gguflora.base_model import BaseModel
+
+__all__ = ["KNOWN", "Piece", "can_untie", "check_known", "ignored_at_run_time", "is_cut", "pieces_of", "unknown_warning"]
+
+
+def pieces_of(base: BaseModel, weight: str) -> list[Piece]:
+    """Where a Hugging Face weight lies in the base: its pieces, none if it has no place there.
+
+    Args:
+        base: the base model.
+        weight: the weight's name, for example ``model.layers.0.self_attn.q_proj.weight``; expert e of a stacked
+            parameter (n_experts, ..) is named ``<parameter>.<e>``. The weight is taken to be (n_out, n_in), also where
+            the Hugging Face model keeps it transposed (GPT-2's Conv1D, the experts of gpt-oss and Llama 4).
+
+    Raises:
+        ArchitectureError: if gguf knows no tensor names for the base's architecture.
+        MismatchError: if the base's tensors cannot hold the weight as its architecture says.
+    """
+    rules, path = KNOWN.get(base.architecture, PLAIN), canonical(weight)
+    pieces = pieces_of_expert(base, path, interleaved=rules.interleaved)
+    if pieces:
+        return pieces
+    layer, module, kind = layer_and_module(path)
+    if module in rules.splits:
+        return rules.splits[module](base, layer, kind)
+    tensor = tensor_of(base, path)
+    return [] if tensor is None else [_piece(base, rules, tensor)]
+
+
+def _piece(base: BaseModel, rules: Rules, tensor: str) -> Piece:
+    region = region_of(base, tensor)
+    if region is None:
+        return Piece(tensor)
+    layer, module, _ = layer_and_module(tensor)
+    rows, columns = rules.rows.get(module), rules.columns.get(module)
+    shape = base.shapes[region.tensor]
+    return Piece(
+        region.tensor,
+        region.first,
+        rows=rows(base, layer, region.n_rows) if rows else region.all_rows,
+        columns=columns(base, layer, shape[-1]) if columns else None,
+        transposed=module == "ffn_gate_inp_shexp" and len(shape) == 1,  # older files have this one row as a vector
+        shift=1.0 if rules.plus_one and rules.plus_one.search(tensor) else 0.0,
+    )
+
+
+def check_known(base: BaseModel) -> None:
+    """Raise ``ArchitectureError`` if neither gguflora nor gguf knows the base's architecture."""
+    if base.architecture not in KNOWN:
+        check_named(base)
+
+
+def can_untie(base: BaseModel) -> bool:
+    """Whether llama.cpp would load an output weight of its own beside the base's token embedding."""
+    return KNOWN.get(base.architecture, PLAIN).has_output
+
+
+def is_cut(base: BaseModel) -> bool:
+    """Whether GGUF leaves out the last rows of the token embedding, which stand for no token."""
+    return KNOWN.get(base.architecture, PLAIN).cuts_vocabulary
+
+
+def unknown_warning(base: BaseModel) -> str | None:
+    """What to tell the user about an architecture that gguflora has no rules for."""
+    if base.architecture in KNOWN:
+        return None
+    return f"architecture {base.architecture} is not known to gguflora: tensors were matched by name and shape only"

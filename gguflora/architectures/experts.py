@@ -1,0 +1,87 @@
+"""The weights of experts, which GGUF stacks: (n_experts, n_out, n_in).
+
+Checkpoints name each expert's module (``experts.3.gate_proj.weight``, ``experts.3.w1.weight``); transformers 5 holds all
+experts of a layer in one parameter, with gate and up fused (``experts.gate_up_proj``), whose expert 3 is named
+``experts.gate_up_proj.3``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import numpy as np
+
+from gguflora.architectures.piece import Piece
+from gguflora.architectures.regions import region_of
+from gguflora.base_model import BaseModel
+from gguflora.deltas import Indices
+
+_LAYER: Final = r"(?:.*\.)?layers\.(?P<layer>\d+)\."
+_MODULE: Final = re.compile(
+    _LAYER + r"(?:\w+\.)?experts\.(?P<expert>\d+)\.(?P<name>gate_proj|up_proj|down_proj|w1|w2|w3)(?P<kind>\.weight|\.bias)"
+)
+_STACKED: Final = re.compile(
+    _LAYER
+    + r"(?:\w+\.)?(?:experts\.(?P<name>gate_up_proj|gate_proj|up_proj|down_proj)|(?P<linear>input_linear|output_linear)\.weight)"
+    r"\.(?P<expert>\d+)"
+)
+_BIASES: Final = re.compile(_LAYER + r"(?:\w+\.)?experts\.(?P<name>gate_up_proj|down_proj)_bias")
+
+_TENSORS: Final = {
+    **{"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"},
+    **{"w1": "ffn_gate_exps", "w3": "ffn_up_exps", "w2": "ffn_down_exps"},
+    "output_linear": "ffn_down_exps",
+}
+"""GGUF's names; what is not among them is gate and up in one."""
+
+
+def pieces_of_expert(base: BaseModel, path: str, *, interleaved: bool) -> list[Piece]:
+    """The pieces of an expert's weight, or of a stack of biases; none if ``path`` names no such thing.
+
+    Args:
+        base: the base model.
+        path: canonical name of the weight.
+        interleaved: whether the rows of gate and up alternate, where they are fused.
+    """
+    found = _MODULE.fullmatch(path) or _STACKED.fullmatch(path)
+    if found:
+        parts = found.groupdict()
+        name, kind = parts["name"] or parts["linear"], parts.get("kind") or ".weight"
+        tensors = _tensors(int(found["layer"]), name, kind)
+        return _fused(base, tensors, int(found["expert"]), interleaved)
+    if biases := _BIASES.fullmatch(path):
+        return _bias_columns(base, _tensors(int(biases["layer"]), biases["name"], ".bias"), interleaved)
+    return []
+
+
+def _tensors(layer: int, name: str, kind: str) -> list[str]:
+    names = [_TENSORS[name]] if name in _TENSORS else ["ffn_gate_exps", "ffn_up_exps"]
+    return [f"blk.{layer}.{tensor}{kind}" for tensor in names]
+
+
+def _fused(base: BaseModel, tensors: list[str], expert: int, interleaved: bool) -> list[Piece]:
+    regions = [region_of(base, tensor) for tensor in tensors]
+    known = [region for region in regions if region is not None]
+    if len(known) < len(tensors):
+        return [Piece(tensor) for tensor in tensors]
+    orders = _shares([region.n_rows for region in known], interleaved)
+    return [
+        Piece(region.tensor, region.first + expert * region.stride, rows=rows)
+        for region, rows in zip(known, orders, strict=True)
+    ]
+
+
+def _bias_columns(base: BaseModel, tensors: list[str], interleaved: bool) -> list[Piece]:
+    if any(tensor not in base.shapes for tensor in tensors):
+        return [Piece(tensor) for tensor in tensors]
+    orders = _shares([base.shapes[tensor][-1] for tensor in tensors], interleaved)
+    return [Piece(tensor, columns=columns) for tensor, columns in zip(tensors, orders, strict=True)]
+
+
+def _shares(sizes: list[int], interleaved: bool) -> list[Indices]:
+    """Which rows of the fused weight each of its parts has."""
+    if interleaved and len(sizes) > 1:
+        return [np.arange(index, len(sizes) * size, len(sizes)) for index, size in enumerate(sizes)]
+    ends = np.cumsum(sizes)
+    return [np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)]

@@ -1,0 +1,80 @@
+"""From the names of Hugging Face weights to the names of GGUF tensors, by gguf's ``TensorNameMap``."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any, Final
+
+from gguflora.base_model import BaseModel
+from gguflora.errors import ArchitectureError
+
+# multimodal models hold the language model one level deeper
+_INNER: Final = re.compile(r"(?:^|(?<=\.))(?:language_model|text_model)\.")
+_OUTER: Final = re.compile(r"^(?:bert|roberta|distilbert)\.")
+
+_RENAMED: Final = {
+    "block_sparse_moe.router.weight": "block_sparse_moe.router.layer.weight",  # GraniteMoE in transformers 5
+    "linear_attn.dt_bias": "linear_attn.dt_proj.bias",
+    "self_attn.sinks": "self_attn.sinks.weight",
+    "e_score_correction_bias": "e_score_correction.bias",
+    "encoder.embed_tokens.weight": "shared.weight",  # T5 has one embedding under three names
+    "decoder.embed_tokens.weight": "shared.weight",
+}
+"""Endings of weights' names in transformers, and what the name map calls them."""
+
+_PREFIXES: Final = ("", "model.", "transformer.", "gpt_neox.", "backbone.")
+_SUFFIXES: Final = (".weight", ".bias")
+_IN_LAYER: Final = re.compile(r"(?:.*\.)?(?:layers|layer|h|block|blk)\.(\d+)\.(.+)")
+
+
+def canonical(weight: str) -> str:
+    """A weight's name without what multimodal and encoder models put before it, in the words of the name map."""
+    path = _OUTER.sub("", _INNER.sub("", weight))
+    for ending, other in _RENAMED.items():
+        if path == ending or path.endswith(f".{ending}"):
+            return path[: -len(ending)] + other
+    return path
+
+
+def layer_and_module(name: str) -> tuple[int, str, str]:
+    """Layer (-1 if none), module within it, and ``.weight``, ``.bias`` or nothing of a weight or tensor."""
+    found = _IN_LAYER.fullmatch(name)
+    layer, path = (int(found[1]), found[2]) if found else (-1, name)
+    kind = next((suffix for suffix in _SUFFIXES if path.endswith(suffix)), "")
+    return layer, path.removesuffix(kind), kind
+
+
+def tensor_of(base: BaseModel, path: str) -> str | None:
+    """The GGUF tensor of a weight by its canonical name; None if the architecture has none, or stores other values.
+
+    Bare models (``AutoModel``) lack the first part of a name that a model with a head has.
+    """
+    if path.endswith("A_log"):  # stored as -exp(A_log)
+        return None
+    names = _tensor_names(base.architecture, base.n_layers)
+    bare = [path.removeprefix(prefix) for prefix in _PREFIXES if path.startswith(prefix)]
+    for candidate in (path, *bare, *(prefix + path for prefix in _PREFIXES)):
+        name: str | None = names.get_name(candidate, _SUFFIXES)
+        if name and (name.endswith(_SUFFIXES) or name in base.shapes):
+            return name
+    return None
+
+
+def check_named(base: BaseModel) -> None:
+    """Raise ``ArchitectureError`` if gguf has no names for the tensors of the base's architecture."""
+    import gguf  # noqa: PLC0415  (slow to import)
+
+    if base.architecture not in gguf.MODEL_ARCH_NAMES.values():
+        raise ArchitectureError(
+            f"{base.path}: architecture {base.architecture!r} is not supported: neither gguflora nor the installed gguf "
+            "package knows the names of its tensors; a newer gguf may"
+        )
+
+
+@lru_cache(maxsize=4)
+def _tensor_names(architecture: str, n_layers: int) -> Any:  # noqa: ANN401  (gguf.TensorNameMap)
+    import gguf  # noqa: PLC0415  (slow to import)
+
+    known = {name: member for member, name in gguf.MODEL_ARCH_NAMES.items()}
+    return gguf.get_tensor_name_map(known[architecture], n_layers)

@@ -1,0 +1,75 @@
+"""The rows of a GGUF tensor that hold one matrix: all of it, or a part of a fused tensor."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from gguflora.base_model import BaseModel
+from gguflora.deltas import Indices
+from gguflora.errors import MismatchError
+
+_BLOCK: Final = re.compile(r"blk\.(\d+)\.(\w+)(\.weight|\.bias)")
+_QKV: Final = ("attn_q", "attn_k", "attn_v")
+_GATE_UP: Final = ("ffn_gate_exps", "ffn_up_exps")
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Rows ``first`` to ``first + n_rows`` of a tensor, and of each further expert ``stride`` rows below."""
+
+    tensor: str
+    first: int
+    n_rows: int
+    stride: int
+
+    @property
+    def all_rows(self) -> Indices | None:
+        """The rows of the matrix as they are, to be stated where it is only a part of the tensor."""
+        return None if self.n_rows == self.stride else np.arange(self.n_rows)
+
+
+def region_of(base: BaseModel, tensor: str) -> Region | None:
+    """Where the matrix lies that GGUF names ``tensor``; None if the base does not have it.
+
+    Converters may fuse q, k and v into ``attn_qkv``, and the experts' gate and up into ``ffn_gate_up_exps``.
+    """
+    if tensor in base.shapes:
+        shape = base.shapes[tensor]
+        n_rows = shape[0] if len(shape) == 1 else shape[-2]
+        return Region(tensor, 0, n_rows, n_rows)
+    found = _BLOCK.fullmatch(tensor)
+    if found and found[2] in _QKV:
+        return _in_qkv(base, int(found[1]), _QKV.index(found[2]), f"blk.{found[1]}.attn_qkv{found[3]}")
+    if found and found[2] in _GATE_UP:
+        fused = f"blk.{found[1]}.ffn_gate_up_exps{found[3]}"
+        if fused in base.shapes:
+            stride = base.shapes[fused][-2]
+            return Region(fused, stride // 2 * _GATE_UP.index(found[2]), stride // 2, stride)
+    return None
+
+
+def _in_qkv(base: BaseModel, layer: int, index: int, fused: str) -> Region | None:
+    if fused not in base.shapes or layer >= min(len(base.n_head), len(base.n_head_kv)):
+        return None
+    heads = (base.n_head[layer], base.n_head_kv[layer], base.n_head_kv[layer])
+    stride = base.shapes[fused][0]
+    if sum(heads) < 1 or stride % sum(heads):
+        raise MismatchError(f"{base.path}: {fused!r} has {stride} rows, which {sum(heads)} heads cannot share")
+    width = stride // sum(heads)
+    return Region(fused, sum(heads[:index]) * width, heads[index] * width, stride)
+
+
+def rows_of(base: BaseModel, tensor: str) -> int:
+    """Number of rows of the matrix that GGUF names ``tensor``.
+
+    Raises:
+        MismatchError: if the base does not have it.
+    """
+    region = region_of(base, tensor)
+    if region is None:
+        raise MismatchError(f"{base.path} has no tensor {tensor!r}, as {base.architecture} should; is it the right base?")
+    return region.n_rows

@@ -1,0 +1,87 @@
+"""Hugging Face weights that GGUF cuts into several tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from gguflora.architectures.orders import Order, as_they_are, qkv_of_groups, rotary_k, rotary_q
+from gguflora.architectures.piece import Piece
+from gguflora.architectures.regions import rows_of
+from gguflora.base_model import BaseModel
+from gguflora.deltas import Indices
+from gguflora.errors import MismatchError
+
+Split = Callable[[BaseModel, int, str], list[Piece]]
+"""From a base, a layer and ``.weight`` or ``.bias`` to the pieces of a weight."""
+
+ROTARY_QKV: Mapping[str, Order] = {"attn_q": rotary_q, "attn_k": rotary_k, "attn_v": as_they_are}
+
+
+def one_below_the_other(parts: Mapping[str, Order]) -> Split:
+    """The rows of one tensor after those of the other, each in its order."""
+
+    def split(base: BaseModel, layer: int, kind: str) -> list[Piece]:
+        sizes = {name: rows_of(base, f"blk.{layer}.{name}{kind}") for name in parts}
+        return _cut(base, layer, kind, parts, np.arange(sum(sizes.values())))
+
+    return split
+
+
+def grouped_qkv(base: BaseModel, layer: int, kind: str) -> list[Piece]:
+    """InternLM2's wqkv: (q.., k, v) of each group of heads."""
+    n = sum(rows_of(base, f"blk.{layer}.{name}{kind}") for name in ROTARY_QKV)
+    return _cut(base, layer, kind, ROTARY_QKV, qkv_of_groups(base, layer, n))
+
+
+def _cut(base: BaseModel, layer: int, kind: str, parts: Mapping[str, Order], rows: Indices) -> list[Piece]:
+    pieces, first = [], 0
+    for name, order in parts.items():
+        tensor = f"blk.{layer}.{name}{kind}"
+        n = rows_of(base, tensor)
+        pieces.append(Piece(tensor, rows=rows[first : first + n][order(base, layer, n)]))
+        first += n
+    return pieces
+
+
+def shared_gate_up(base: BaseModel, layer: int, kind: str) -> list[Piece]:
+    """Granite's shared MLP: that of the shared expert, or the layer's only one if it has no experts."""
+    suffix = "_shexp" if f"blk.{layer}.ffn_gate_shexp{kind}" in base.shapes else ""
+    return one_below_the_other({f"ffn_gate{suffix}": as_they_are, f"ffn_up{suffix}": as_they_are})(base, layer, kind)
+
+
+def shared_down(base: BaseModel, layer: int, kind: str) -> list[Piece]:
+    """The other half of `shared_gate_up`."""
+    suffix = "_shexp" if f"blk.{layer}.ffn_down_shexp{kind}" in base.shapes else ""
+    return [Piece(f"blk.{layer}.ffn_down{suffix}{kind}")]
+
+
+def latent_keys_and_values(base: BaseModel, layer: int, kind: str) -> list[Piece]:
+    """DeepSeek's kv_b_proj: of each head k (transposed) and v, stacked apart; older files have it as it is."""
+    whole = f"blk.{layer}.attn_kv_b{kind}"
+    if whole in base.shapes:
+        return [Piece(whole)]
+    keys, values = f"blk.{layer}.attn_k_b{kind}", f"blk.{layer}.attn_v_b{kind}"
+    shape_k, shape_v = base.shapes.get(keys, ()), base.shapes.get(values, ())
+    if len(shape_k) != 3 or len(shape_v) != 3 or shape_k[0] != shape_v[0]:
+        raise MismatchError(f"{base.path}: {keys!r} is {shape_k} and {values!r} {shape_v}, expected stacks of as many heads")
+    heads, latent, width_k = shape_k
+    rows = np.arange(heads * (width_k + shape_v[1])).reshape(heads, -1)
+    return [
+        *(Piece(keys, head * latent, rows=rows[head, :width_k], transposed=True) for head in range(heads)),
+        Piece(values, rows=rows[:, width_k:].reshape(-1)),
+    ]
+
+
+def grouped_qkvz(base: BaseModel, layer: int, kind: str) -> list[Piece]:
+    """Qwen3-Next's in_proj_qkvz: (q, k, v.., z..) of each key head."""
+    qkv, gate = f"blk.{layer}.attn_qkv{kind}", f"blk.{layer}.attn_gate{kind}"
+    n_qkv, n_values = rows_of(base, qkv), rows_of(base, gate)
+    groups, n_keys = base.n_groups, (n_qkv - n_values) // 2
+    if groups < 1 or n_keys < 1 or n_values % groups or n_keys % groups:
+        raise MismatchError(f"{base.path}: {n_qkv} rows of {qkv!r} cannot be shared out to {groups} key heads")
+    widths = np.cumsum([n_keys, n_keys, n_values]) // groups
+    parts = np.split(np.arange(n_qkv + n_values).reshape(groups, -1), widths, axis=1)
+    q, k, v, z = (part.reshape(-1) for part in parts)
+    return [Piece(qkv, rows=np.concatenate([q, k, v])), Piece(gate, rows=z)]

@@ -1,0 +1,255 @@
+"""Tiny random models of every architecture that gguflora knows, and their GGUF files by llama.cpp's converter.
+
+Unlike those of `builders.py` they need no `from_pretrained`: models are built from their configuration in memory, so
+configurations can be edited for the converter, and models without a class in transformers made by hand.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import builders
+import gguf
+import numpy as np
+import oracles
+import peft
+import safetensors.torch
+import torch
+import transformers as hf
+
+TOKENS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257}
+DECODER = {
+    "vocab_size": builders.VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": False,
+    **TOKENS,
+}  # fmt: skip
+TIED = {**DECODER, "tie_word_embeddings": True}
+EXPERTS = {**DECODER, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SHARED = {"shared_expert_intermediate_size": 48}
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"], "head_dim": 16, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+}  # fmt: skip
+LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "v_head_dim": 12, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "topk_group": 1,
+    "n_group": 1,
+}  # fmt: skip
+FALCON = {
+    "vocab_size": builders.VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "alibi": False, **TOKENS,
+}  # fmt: skip
+GPT = {"vocab_size": builders.VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, **TOKENS}
+
+
+@dataclass(frozen=True)
+class Made:
+    """How one model is made.
+
+    Attributes:
+        config: the class of its configuration; None if transformers has none, and `weights` makes them.
+        fields: the configuration.
+        weights: shapes of a model made by hand.
+        auto: the class of the model.
+        for_converter: fields that only llama.cpp's converter wants; with a model_type that transformers does not know
+            it reads them as they are.
+        flags: of the converter.
+    """
+
+    config: Callable[..., hf.PretrainedConfig] | None
+    fields: dict[str, Any]
+    weights: Callable[[], dict[str, tuple[int, ...]]] | None = None
+    auto: Any = hf.AutoModelForCausalLM
+    for_converter: tuple[tuple[str, Any], ...] = ()
+    flags: tuple[str, ...] = ()
+
+
+def _internlm2() -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"model.tok_embeddings.weight": (288, 64), "model.norm.weight": (64,)}
+    for layer in range(2):
+        at = f"model.layers.{layer}"
+        shapes |= {f"{at}.attention.wqkv.weight": (128, 64), f"{at}.attention.wo.weight": (64, 64)}
+        shapes |= {f"{at}.feed_forward.w{n}.weight": (64, 96) if n == 2 else (96, 64) for n in (1, 2, 3)}
+        shapes |= {f"{at}.attention_norm.weight": (64,), f"{at}.ffn_norm.weight": (64,)}
+    return {**shapes, "output.weight": (288, 64)}
+
+
+def _baichuan() -> dict[str, tuple[int, ...]]:
+    return _llama_like({"self_attn.W_pack": (192, 64)})
+
+
+def _minicpm() -> dict[str, tuple[int, ...]]:
+    return _llama_like({f"self_attn.{name}_proj": (64 if name == "q" else 32, 64) for name in "qkv"})
+
+
+def _llama_like(attention: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    modules = {**attention, "self_attn.o_proj": (64, 64)}
+    modules |= {"mlp.gate_proj": (96, 64), "mlp.up_proj": (96, 64), "mlp.down_proj": (64, 96)}
+    modules |= {"input_layernorm": (64,), "post_attention_layernorm": (64,)}
+    shapes = {f"model.layers.{n}.{name}.weight": shape for n in range(2) for name, shape in modules.items()}
+    return {"model.embed_tokens.weight": (288, 64), **shapes, "model.norm.weight": (64,), "lm_head.weight": (288, 64)}
+
+
+def _by_hand(architecture: str, weights: Callable[[], dict[str, tuple[int, ...]]], **fields: Any) -> Made:
+    config = {**DECODER, **fields, "architectures": [architecture], "rms_norm_eps": 1e-6, "model_type": "by-hand"}
+    return Made(None, config, weights)
+
+
+MODELS = {
+    "llama": Made(hf.LlamaConfig, DECODER),
+    "llama_biases": Made(hf.LlamaConfig, {**DECODER, "attention_bias": True, "mlp_bias": True}),
+    "mistral": Made(hf.MistralConfig, {**DECODER, "head_dim": 32}),
+    "ministral3": Made(hf.Ministral3Config, {**DECODER, "head_dim": 16}),
+    "mixtral": Made(hf.MixtralConfig, EXPERTS),
+    "qwen2": Made(hf.Qwen2Config, TIED),
+    "qwen2moe": Made(hf.Qwen2MoeConfig, {**EXPERTS, **SHARED}),
+    "qwen3": Made(hf.Qwen3Config, {**DECODER, "head_dim": 16}),
+    "qwen3moe": Made(hf.Qwen3MoeConfig, {**EXPERTS, "head_dim": 16}),
+    "qwen3next": Made(hf.Qwen3NextConfig, {**EXPERTS, **SHARED, **LINEAR}, flags=("--no-mtp",)),
+    "qwen35": Made(
+        hf.Qwen3_5TextConfig, {**DECODER, **LINEAR, "linear_value_head_dim": 8}, flags=("--no-mtp",)
+    ),
+    "qwen35moe": Made(hf.Qwen3_5MoeTextConfig, {**EXPERTS, **SHARED, **LINEAR}, flags=("--no-mtp",)),
+    "gemma": Made(hf.GemmaConfig, {**TIED, "head_dim": 16}),
+    "gemma2": Made(hf.Gemma2Config, {**TIED, "head_dim": 16}),
+    "gemma3": Made(hf.Gemma3TextConfig, {**TIED, "head_dim": 16}),
+    "phi2": Made(hf.PhiConfig, DECODER),
+    "phi3": Made(hf.Phi3Config, {**DECODER, "sliding_window": None}),
+    "gpt2": Made(hf.GPT2Config, {**GPT, "n_ctx": 128}),
+    "gptneox": Made(
+        hf.GPTNeoXConfig, {**DECODER, "rotary_pct": 0.5},
+        for_converter=(("rotary_pct", 0.5), ("use_parallel_residual", True), ("model_type", "read as it is")),
+    ),
+    "bloom": Made(hf.BloomConfig, {**GPT, "hidden_size": 64}),
+    "falcon": Made(hf.FalconConfig, {**FALCON, "num_kv_heads": 2, "new_decoder_architecture": True}),
+    "falcon_7b": Made(hf.FalconConfig, {**FALCON, "num_kv_heads": 1, "multi_query": True}),
+    "starcoder2": Made(hf.Starcoder2Config, DECODER),
+    "stablelm": Made(hf.StableLmConfig, {**DECODER, "use_qkv_bias": True}),
+    "olmo": Made(hf.OlmoConfig, DECODER),
+    "olmo2": Made(hf.Olmo2Config, DECODER),
+    "olmoe": Made(hf.OlmoeConfig, EXPERTS),
+    "cohere": Made(hf.CohereConfig, {**TIED, "use_qk_norm": True, "logit_scale": 0.5}),
+    "cohere2": Made(hf.Cohere2Config, {**TIED, "logit_scale": 0.5}, for_converter=(("rotary_pct", 1.0),)),
+    "granite": Made(hf.GraniteConfig, DECODER),
+    "granitemoe": Made(hf.GraniteMoeConfig, EXPERTS),
+    "granitemoe_shared": Made(hf.GraniteMoeSharedConfig, {**EXPERTS, "shared_intermediate_size": 48}),
+    "nemotron": Made(hf.NemotronConfig, DECODER),
+    "glm4": Made(hf.Glm4Config, {**DECODER, "head_dim": 16}),
+    "smollm3": Made(hf.SmolLM3Config, DECODER),
+    "exaone4": Made(hf.Exaone4Config, DECODER),
+    "deepseek2": Made(hf.DeepseekV2Config, {**EXPERTS, **LATENT}),
+    "deepseek3": Made(hf.DeepseekV3Config, {**EXPERTS, **LATENT, "num_nextn_predict_layers": 0}),
+    "gptoss": Made(hf.GptOssConfig, {**EXPERTS, "head_dim": 16}),
+    "llama4": Made(
+        hf.Llama4TextConfig,
+        {**EXPERTS, "intermediate_size_mlp": 96, "head_dim": 16, "num_experts_per_tok": 1,
+         "interleave_moe_layer_step": 2},
+    ),
+    "mamba": Made(hf.MambaConfig, {**TIED, "intermediate_size": 128, "state_size": 8}),
+    "jamba": Made(
+        hf.JambaConfig,
+        {**EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+         "expert_layer_offset": 1, "mamba_d_state": 8},
+    ),
+    "bert": Made(hf.BertConfig, {**DECODER, "type_vocab_size": 2}, auto=hf.BertModel),
+    "t5": Made(
+        hf.T5Config,
+        {"vocab_size": 288, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 3, "num_decoder_layers": 2,
+         "num_heads": 4, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+         "decoder_start_token_id": 0},
+        auto=hf.T5ForConditionalGeneration,
+    ),
+    "internlm2": _by_hand("InternLM2ForCausalLM", _internlm2),
+    "baichuan": _by_hand("BaichuanForCausalLM", _baichuan, num_key_value_heads=4),
+    "minicpm": _by_hand("MiniCPMForCausalLM", _minicpm, scale_emb=12.0, scale_depth=1.4, dim_model_base=32),
+}  # fmt: skip
+HAS_CLASS = [name for name, made in MODELS.items() if made.config]
+
+
+def model(name: str) -> Any:
+    """The model in memory, the same at every call, in float32."""
+    made = MODELS[name]
+    assert made.config is not None
+    torch.manual_seed(0)
+    config = made.config(**made.fields)
+    if made.auto is hf.AutoModelForCausalLM:
+        built = made.auto.from_config(config, attn_implementation="eager")
+    else:
+        built = made.auto(config)
+    built = built.float().eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return built
+
+
+@cache
+def checkpoint(name: str) -> Path:
+    """The model as `save_pretrained` writes it."""
+    path = builders.workspace() / "architectures" / name
+    if MODELS[name].config:
+        return save(name, model(name), path)
+    path.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(1)
+    assert MODELS[name].weights
+    weights = {key: torch.randn(shape, generator=generator) for key, shape in MODELS[name].weights().items()}
+    safetensors.torch.save_file(weights, path / "model.safetensors", {"format": "pt"})
+    (path / "config.json").write_text(json.dumps(MODELS[name].fields))
+    builders._tokenizer().save_pretrained(path)
+    return path
+
+
+def save(name: str, built: Any, path: Path) -> Path:
+    """Save a model for the converter."""
+    built.save_pretrained(path)
+    builders._tokenizer().save_pretrained(path)
+    config = path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | dict(MODELS[name].for_converter)))
+    return path
+
+
+def to_gguf(name: str, path: Path, *flags: str) -> Path:
+    """The checkpoint in F32 by convert_hf_to_gguf.py."""
+    out = path / f"model{''.join(flags)}.gguf"
+    oracles.run_script(
+        "convert_hf_to_gguf.py", path, "--outfile", out, "--outtype", "f32", *MODELS[name].flags, *flags
+    )
+    return out
+
+
+@cache
+def gguf_model(name: str, *flags: str) -> Path:
+    """The model in F32 by convert_hf_to_gguf.py."""
+    return to_gguf(name, checkpoint(name), *flags)
+
+
+def saved_weights(name: str) -> dict[str, np.ndarray]:
+    """The weights under the names of the checkpoint."""
+    files = sorted(checkpoint(name).glob("*.safetensors"))
+    return {key: value.float().numpy() for file in files for key, value in safetensors.torch.load_file(file).items()}
+
+
+def weights_in_memory(name: str) -> dict[str, np.ndarray]:
+    """The weights under the names of the modules, which are those that PEFT sees."""
+    return {key: value.detach().numpy() for key, value in model(name).state_dict(keep_vars=True).items()}
+
+
+def tensors(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a GGUF file by gguf-py."""
+    return {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
+
+
+def peft_model(name: str, **options: Any) -> peft.PeftModel:
+    """The model with a LoRA of random numbers on all its linear layers."""
+    built = model(name)
+    config = peft.LoraConfig(r=3, lora_alpha=6, **{"target_modules": "all-linear", **options})
+    adapted = peft.get_peft_model(built, config)
+    generator = torch.Generator().manual_seed(2)
+    for key, parameter in adapted.named_parameters():
+        if "lora_" in key:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return adapted
