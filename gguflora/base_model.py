@@ -12,6 +12,9 @@ from typing import Any, Final
 from gguflora.errors import ArchitectureError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape, layer_of
 
+_ENCODERS: Final = {"bert", "eurobert", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "nomic-bert"}
+"""Architectures without an output weight."""
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -38,7 +41,7 @@ class BaseModel:
     @property
     def is_tied(self) -> bool:
         """Whether the token embedding is also the output weight."""
-        return OUTPUT not in self.shapes
+        return OUTPUT not in self.shapes and self.architecture not in _ENCODERS
 
 
 def read_base(path: str | os.PathLike[str]) -> BaseModel:

@@ -17,7 +17,9 @@ from gguflora._native import type_named
 from gguflora._version import __version__
 from gguflora.adapters import Adapter, read_adapter
 from gguflora.adapters.gguf_lora import ALPHA_KEY
-from gguflora.base_model import read_base
+from gguflora.adapters.keys import some
+from gguflora.architectures import ignored_at_run_time, unknown_warning
+from gguflora.base_model import BaseModel, read_base
 from gguflora.deltas import as_float64
 from gguflora.errors import QuantizationError
 from gguflora.factors import Factors, factor_adapter
@@ -124,7 +126,12 @@ def convert(
         types={name: types.count(name) for name in dict.fromkeys(types)},
         size=size,
         errors={factors.tensor: factors.error for factors in factored if factors.error is not None},
-        warnings=(*source.warnings, *_cautions(factored), *_warnings(outtype, stored)),
+        warnings=(
+            *source.warnings,
+            *_cautions(factored),
+            *_about_architecture(model, factored),
+            *_warnings(outtype, stored),
+        ),
         dry_run=dry_run,
     )
 
@@ -168,6 +175,20 @@ def _exact_type(values: NDArray[np.float32]) -> str:
 
 def _cautions(factored: Sequence[Factors]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for factors in factored for text in factors.cautions))
+
+
+def _about_architecture(model: BaseModel, factored: Sequence[Factors]) -> list[str]:
+    unknown = unknown_warning(model)
+    ignored: dict[str, list[str]] = {}
+    for factors in factored:
+        reason = ignored_at_run_time(model, factors.tensor)
+        if reason:
+            ignored.setdefault(reason, []).append(factors.tensor)
+    return [f"{model.path}: {unknown}"] * (unknown is not None) + [
+        f"{len(names)} of {len(factored)} changes will be ignored at run time: {reason} ({some(names)}); "
+        "merge the adapter instead"
+        for reason, names in ignored.items()
+    ]
 
 
 def _warnings(outtype: str, stored: list[_Stored]) -> tuple[str, ...]:

@@ -20,10 +20,11 @@ from gguflora import _native
 from gguflora._native import GgmlType
 from gguflora._version import __version__
 from gguflora.adapters import Adapter, read_adapter
-from gguflora.base_model import describe
+from gguflora.architectures import can_untie, unknown_warning
+from gguflora.base_model import BaseModel, describe
 from gguflora.changed_rows import Scaled, Target, without_copies
 from gguflora.deltas import LowRank
-from gguflora.errors import AdapterError, QuantizationError
+from gguflora.errors import AdapterError, QuantizationError, UnsupportedAdapterError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, Extended, GgufFile, Shape, encode_entry
 from gguflora.files.output import atomic_output, check_target
 from gguflora.placement import Placed, cautions, place
@@ -142,7 +143,8 @@ class _Plan:
 def _make_plan(file: GgufFile, sources: Sequence[tuple[Adapter, float]]) -> _Plan:
     model = describe(file)
     changes: dict[str, list[Scaled]] = {}
-    warnings: list[str] = []
+    unknown = unknown_warning(model)
+    warnings = [] if unknown is None else [f"{file.path}: {unknown}"]
     for source, scale in sources:
         placed = without_copies(file, place(source, model))
         warnings += [f"{source.path}: {text}" for text in (*source.warnings, *cautions(file, placed))]
@@ -150,7 +152,7 @@ def _make_plan(file: GgufFile, sources: Sequence[tuple[Adapter, float]]) -> _Pla
             effective = [(item, scale) for item in items if scale and not _is_nothing(item)]
             if effective:
                 changes.setdefault(name, []).extend(effective)
-    added = _untie(file, changes) if model.is_tied else {}
+    added = _untie(file, model, changes) if model.is_tied else {}
     layout = file.extended(_record(file, sources), added)
     targets = [
         Target(file.tensors[TOKEN_EMBEDDING if name in added else name], layout.offsets.get(name), items)
@@ -165,7 +167,7 @@ def _is_nothing(item: Placed) -> bool:
     return isinstance(item.change, LowRank) and item.change.factor == 0
 
 
-def _untie(file: GgufFile, changes: dict[str, list[Scaled]]) -> dict[str, tuple[Shape, GgmlType]]:
+def _untie(file: GgufFile, model: BaseModel, changes: dict[str, list[Scaled]]) -> dict[str, tuple[Shape, GgmlType]]:
     """Where a tied embedding and output change differently, an output weight of its own.
 
     It begins as a copy of the embedding. Leaves ``changes`` with an entry for it, or without one if none is needed.
@@ -174,6 +176,11 @@ def _untie(file: GgufFile, changes: dict[str, list[Scaled]]) -> dict[str, tuple[
     if [(item.change, scale) for item, scale in embedding] == [(item.change, scale) for item, scale in output]:
         changes.pop(OUTPUT, None)
         return {}
+    if not can_untie(model):
+        raise UnsupportedAdapterError(
+            f"{file.path}: its token embedding is also the output weight, and the adapters change them differently; "
+            f"llama.cpp's {model.architecture} cannot have an output weight of its own"
+        )
     changes[OUTPUT] = output
     entry = file.tensors[TOKEN_EMBEDDING]
     return {OUTPUT: (entry.shape, entry.type)}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 
 from gguflora.adapters import Adapter
-from gguflora.architectures import Piece, check_known, pieces_of
+from gguflora.architectures import Piece, check_known, is_cut, pieces_of
 from gguflora.base_model import BaseModel
 from gguflora.deltas import Change, Formula, LowRank, Replace, ReplaceRows, Unsized, Values
 from gguflora.errors import ArchitectureError, MismatchError, UnsupportedAdapterError
@@ -119,8 +119,8 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
             continue
         sized = [_sized(f"{adapter.path}: {weight!r}", base, change, pieces) for change in changes]
         for piece in pieces:
-            items = [Placed(weight, change, piece) for change in sized]
-            _check_covers(f"{adapter.path}: {weight!r}", base, items, pieces)
+            items = [Placed(weight, change, _without_padding(base, piece, change)) for change in sized]
+            _check_covers(f"{adapter.path}: {weight!r}", base, [item for item in items if item.piece is piece], pieces)
             for item in items:
                 _check_fits(f"{adapter.path}: {weight!r}", base, item)
             placed.setdefault(piece.tensor, []).extend(items)
@@ -163,8 +163,23 @@ def _weight_shape(base: BaseModel, pieces: Sequence[Piece]) -> tuple[int, int] |
         return None
     n_out, n_in = (shape[0], 1) if len(shape) == 1 else shape[-2:]
     n_out, n_in = (n_in, n_out) if piece.transposed else (n_out, n_in)
-    rows = [len(part.rows) for part in pieces if part.rows is not None]
-    return sum(rows) or n_out, n_in if piece.columns is None else len(piece.columns)
+    return _extent(pieces, n_out, n_in)
+
+
+def _extent(pieces: Sequence[Piece], n_out: int, n_in: int) -> tuple[int, int]:
+    """Rows and columns of a weight by its pieces, of which those of no numbers are all of it."""
+    rows = sum(len(piece.rows) for piece in pieces if piece.rows is not None)
+    columns = sum(len(piece.columns) for piece in pieces if piece.columns is not None)
+    return rows or n_out, columns or n_in
+
+
+def _without_padding(base: BaseModel, piece: Piece, change: Change) -> Piece:
+    """The piece without the rows that pad a vocabulary to a multiple of 64, where GGUF leaves them out."""
+    rows = base.shapes[TOKEN_EMBEDDING][0] if piece.tensor in {TOKEN_EMBEDDING, OUTPUT} and is_cut(base) else 0
+    excess = change.shape[0] - rows
+    if not rows or change.shape[0] % 64 or not 0 < excess <= 64:
+        return piece
+    return replace(piece, rows=np.arange(rows))
 
 
 def cautions(base: GgufFile, placed: Mapping[str, Sequence[Placed]]) -> tuple[str, ...]:
@@ -183,13 +198,11 @@ def cautions(base: GgufFile, placed: Mapping[str, Sequence[Placed]]) -> tuple[st
 def _check_covers(what: str, base: BaseModel, items: list[Placed], pieces: list[Piece]) -> None:
     """The pieces of a weight hold each of its rows and columns once, so their numbers tell its shape."""
     for item in items:
-        n_out, n_in = item.change.shape
-        rows = n_out if item.piece.rows is None else sum(len(piece.rows) for piece in pieces if piece.rows is not None)
-        columns = n_in if item.piece.columns is None else len(item.piece.columns)
-        if (rows, columns) != (n_out, n_in):
+        extent = _extent(pieces, *item.change.shape)
+        if extent != item.change.shape:
             raise MismatchError(
                 f"{what} changes a weight of shape {item.change.shape}, but {item.piece.tensor!r} of {base.path} holds "
-                f"one of shape {(rows, columns)}; is it the right base?"
+                f"one of shape {extent}; is it the right base?"
             )
 
 

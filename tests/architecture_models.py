@@ -5,6 +5,7 @@ configurations can be edited for the converter, and models without a class in tr
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +27,7 @@ DECODER = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": False,
     **TOKENS,
 }  # fmt: skip
+MLP = ("gate_proj", "up_proj", "down_proj")
 TIED = {**DECODER, "tie_word_embeddings": True}
 EXPERTS = {**DECODER, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 SHARED = {"shared_expert_intermediate_size": 48}
@@ -57,6 +59,7 @@ class Made:
         for_converter: fields that only llama.cpp's converter wants; with a model_type that transformers does not know
             it reads them as they are.
         flags: of the converter.
+        without: modules that PEFT will not adapt, or GGUF does not have.
     """
 
     config: Callable[..., hf.PretrainedConfig] | None
@@ -65,6 +68,7 @@ class Made:
     auto: Any = hf.AutoModelForCausalLM
     for_converter: tuple[tuple[str, Any], ...] = ()
     flags: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
 
 def _internlm2() -> dict[str, tuple[int, ...]]:
@@ -108,7 +112,7 @@ MODELS = {
     "qwen2moe": Made(hf.Qwen2MoeConfig, {**EXPERTS, **SHARED}),
     "qwen3": Made(hf.Qwen3Config, {**DECODER, "head_dim": 16}),
     "qwen3moe": Made(hf.Qwen3MoeConfig, {**EXPERTS, "head_dim": 16}),
-    "qwen3next": Made(hf.Qwen3NextConfig, {**EXPERTS, **SHARED, **LINEAR}, flags=("--no-mtp",)),
+    "qwen3next": Made(hf.Qwen3NextConfig, {**EXPERTS, **SHARED, **LINEAR}, flags=("--no-mtp",), without=MLP),
     "qwen35": Made(
         hf.Qwen3_5TextConfig, {**DECODER, **LINEAR, "linear_value_head_dim": 8}, flags=("--no-mtp",)
     ),
@@ -140,21 +144,21 @@ MODELS = {
     "glm4": Made(hf.Glm4Config, {**DECODER, "head_dim": 16}),
     "smollm3": Made(hf.SmolLM3Config, DECODER),
     "exaone4": Made(hf.Exaone4Config, DECODER),
-    "deepseek2": Made(hf.DeepseekV2Config, {**EXPERTS, **LATENT}),
-    "deepseek3": Made(hf.DeepseekV3Config, {**EXPERTS, **LATENT, "num_nextn_predict_layers": 0}),
+    "deepseek2": Made(hf.DeepseekV2Config, {**EXPERTS, **LATENT}, without=MLP),
+    "deepseek3": Made(hf.DeepseekV3Config, {**EXPERTS, **LATENT, "num_nextn_predict_layers": 0}, without=MLP),
     "gptoss": Made(hf.GptOssConfig, {**EXPERTS, "head_dim": 16}),
     "llama4": Made(
         hf.Llama4TextConfig,
         {**EXPERTS, "intermediate_size_mlp": 96, "head_dim": 16, "num_experts_per_tok": 1,
          "interleave_moe_layer_step": 2},
     ),
-    "mamba": Made(hf.MambaConfig, {**TIED, "intermediate_size": 128, "state_size": 8}),
+    "mamba": Made(hf.MambaConfig, {**TIED, "intermediate_size": 128, "state_size": 8}, without=("out_proj",)),
     "jamba": Made(
         hf.JambaConfig,
         {**EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
          "expert_layer_offset": 1, "mamba_d_state": 8},
     ),
-    "bert": Made(hf.BertConfig, {**DECODER, "type_vocab_size": 2}, auto=hf.BertModel),
+    "bert": Made(hf.BertConfig, {**DECODER, "type_vocab_size": 2}, auto=hf.BertModel, without=("pooler.dense",)),
     "t5": Made(
         hf.T5Config,
         {"vocab_size": 288, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 3, "num_decoder_layers": 2,
@@ -182,7 +186,8 @@ def model(name: str) -> Any:
     built = built.float().eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in built.parameters():
+        biases = [buffer for key, buffer in built.named_buffers() if key.endswith("bias")]
+        for parameter in (*built.parameters(), *biases):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return built
 
@@ -215,9 +220,7 @@ def save(name: str, built: Any, path: Path) -> Path:
 def to_gguf(name: str, path: Path, *flags: str) -> Path:
     """The checkpoint in F32 by convert_hf_to_gguf.py."""
     out = path / f"model{''.join(flags)}.gguf"
-    oracles.run_script(
-        "convert_hf_to_gguf.py", path, "--outfile", out, "--outtype", "f32", *MODELS[name].flags, *flags
-    )
+    oracles.run_script("convert_hf_to_gguf.py", path, "--outfile", out, "--outtype", "f32", *MODELS[name].flags, *flags)
     return out
 
 
@@ -243,10 +246,17 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
     return {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
 
 
+def linear_modules(name: str, built: Any) -> str:
+    """A pattern of all modules that are matrix products, but the output and those that are left out."""
+    kinds = (torch.nn.Linear, hf.pytorch_utils.Conv1D)
+    modules = [key for key, module in built.named_modules() if isinstance(module, kinds) and key != "lm_head"]
+    return "|".join(re.escape(key) for key in modules if not key.endswith(MODELS[name].without or "."))
+
+
 def peft_model(name: str, **options: Any) -> peft.PeftModel:
     """The model with a LoRA of random numbers on all its linear layers."""
     built = model(name)
-    config = peft.LoraConfig(r=3, lora_alpha=6, **{"target_modules": "all-linear", **options})
+    config = peft.LoraConfig(r=3, lora_alpha=6, **{"target_modules": linear_modules(name, built), **options})
     adapted = peft.get_peft_model(built, config)
     generator = torch.Generator().manual_seed(2)
     for key, parameter in adapted.named_parameters():

@@ -19,7 +19,7 @@ ELSEWHERE = ("A_log", "pooler.dense.weight", "pooler.dense.bias")
 
 
 def as_matrices(name, weights):
-    """Matrices (n_out, n_in) by the names that `pieces_of` wants: of a stack of experts one by one, vectors as columns."""
+    """Matrices (n_out, n_in) by the names that `pieces_of` wants: experts one by one, vectors as columns."""
     for key, values in weights.items():
         is_stack = values.ndim == 3 and "conv1d" not in key
         matrices = {f"{key}.{e}": values[e] for e in range(len(values))} if is_stack else {key: values}

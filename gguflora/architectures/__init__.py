@@ -15,7 +15,16 @@ from gguflora.architectures.rules import KNOWN, PLAIN, Rules
 from gguflora.architectures.run_time import ignored_at_run_time
 from gguflora.base_model import BaseModel
 
-__all__ = ["KNOWN", "Piece", "can_untie", "check_known", "ignored_at_run_time", "is_cut", "pieces_of", "unknown_warning"]
+__all__ = [
+    "KNOWN",
+    "Piece",
+    "can_untie",
+    "check_known",
+    "ignored_at_run_time",
+    "is_cut",
+    "pieces_of",
+    "unknown_warning",
+]
 
 
 def pieces_of(base: BaseModel, weight: str) -> list[Piece]:

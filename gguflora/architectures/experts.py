@@ -1,8 +1,8 @@
 """The weights of experts, which GGUF stacks: (n_experts, n_out, n_in).
 
-Checkpoints name each expert's module (``experts.3.gate_proj.weight``, ``experts.3.w1.weight``); transformers 5 holds all
-experts of a layer in one parameter, with gate and up fused (``experts.gate_up_proj``), whose expert 3 is named
-``experts.gate_up_proj.3``.
+Checkpoints name each expert's module (``experts.3.gate_proj.weight``, ``experts.3.w1.weight``); transformers 5 holds
+all experts of a layer in one parameter, with gate and up fused (``experts.gate_up_proj``), whose expert 3 is named
+``experts.gate_up_proj.3``; GraniteMoE on disk has ``input_linear.weight`` and ``output_linear.weight`` instead.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from gguflora.architectures.regions import region_of
 from gguflora.base_model import BaseModel
 from gguflora.deltas import Indices
 
-_LAYER: Final = r"(?:.*\.)?layers\.(?P<layer>\d+)\."
-_MODULE: Final = re.compile(
-    _LAYER + r"(?:\w+\.)?experts\.(?P<expert>\d+)\.(?P<name>gate_proj|up_proj|down_proj|w1|w2|w3)(?P<kind>\.weight|\.bias)"
-)
-_STACKED: Final = re.compile(
-    _LAYER
-    + r"(?:\w+\.)?(?:experts\.(?P<name>gate_up_proj|gate_proj|up_proj|down_proj)|(?P<linear>input_linear|output_linear)\.weight)"
+_LAYER: Final = r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?:\w+\.)?"
+_ONE: Final = r"experts\.(?P<expert>\d+)\.(?P<name>gate_proj|up_proj|down_proj|w1|w2|w3)(?P<kind>\.weight|\.bias)"
+_OF_ALL: Final = (
+    r"(?:experts\.(?P<name>gate_up_proj|gate_proj|up_proj|down_proj)|(?P<linear>input_linear|output_linear)\.weight)"
     r"\.(?P<expert>\d+)"
 )
-_BIASES: Final = re.compile(_LAYER + r"(?:\w+\.)?experts\.(?P<name>gate_up_proj|down_proj)_bias")
+_MODULE: Final = re.compile(_LAYER + _ONE)
+_STACKED: Final = re.compile(_LAYER + _OF_ALL)
+_BIASES: Final = re.compile(_LAYER + r"experts\.(?P<name>gate_up_proj|down_proj)_bias")
 
 _TENSORS: Final = {
     **{"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"},

@@ -67,8 +67,8 @@ def check_named(base: BaseModel) -> None:
 
     if base.architecture not in gguf.MODEL_ARCH_NAMES.values():
         raise ArchitectureError(
-            f"{base.path}: architecture {base.architecture!r} is not supported: neither gguflora nor the installed gguf "
-            "package knows the names of its tensors; a newer gguf may"
+            f"{base.path}: architecture {base.architecture!r} is not supported: neither gguflora nor the installed "
+            "gguf package knows the names of its tensors; a newer gguf may"
         )
 
 

@@ -52,7 +52,7 @@ def qkv_of_groups(base: BaseModel, layer: int, n: int) -> Indices:
 
 
 def values_by_turns(base: BaseModel, layer: int, n: int) -> Indices:
-    """From value heads grouped by the key head they share to one of each group by turns (Qwen3.5's linear attention)."""
+    """From value heads grouped by the key head they share to one of each group by turns (Qwen3.5)."""
     return _grid(base, n, base.n_groups, _value_heads(base, layer) // max(base.n_groups, 1)).swapaxes(0, 1).reshape(n)
 
 

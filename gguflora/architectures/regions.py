@@ -71,5 +71,7 @@ def rows_of(base: BaseModel, tensor: str) -> int:
     """
     region = region_of(base, tensor)
     if region is None:
-        raise MismatchError(f"{base.path} has no tensor {tensor!r}, as {base.architecture} should; is it the right base?")
+        raise MismatchError(
+            f"{base.path} has no tensor {tensor!r}, as {base.architecture} should; is it the right base?"
+        )
     return region.n_rows

@@ -116,7 +116,7 @@ KNOWN: Final[Mapping[str, Rules]] = {
     "gpt-oss": Rules(interleaved=True),
     "mamba": PLAIN,
     "jamba": PLAIN,
-    "bert": Rules(has_output=False),
+    "bert": PLAIN,
     "t5": PLAIN,
 }
 """The architectures gguflora knows."""

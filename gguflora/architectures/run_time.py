@@ -17,8 +17,8 @@ _ANY: Final = {
     r"cls\..*": "llama.cpp applies the classifier without adapters",
 }
 _OF_LATENT_ATTENTION: Final = {
-    r"blk\.\d+\.attn_(?:q|q_a|q_b|kv_a_mqa|kv_b|k_b|v_b)\.weight": "llama.cpp computes latent attention without adapters",
-    r"output\.weight": "llama.cpp multiplies the output weight of this architecture without adapters",
+    r"blk\.\d+\.attn_(?:q|q_a|q_b|kv_a_mqa|kv_b|k_b|v_b)\.weight": "llama.cpp computes it without adapters",
+    r"output\.weight": "llama.cpp computes it without adapters",
 }
 _BY_ARCHITECTURE: Final = {
     **dict.fromkeys(("deepseek2", "deepseek2-ocr", "deepseek32", "glm-dsa", "mistral4"), _OF_LATENT_ATTENTION),

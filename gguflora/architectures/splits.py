@@ -65,13 +65,16 @@ def latent_keys_and_values(base: BaseModel, layer: int, kind: str) -> list[Piece
     keys, values = f"blk.{layer}.attn_k_b{kind}", f"blk.{layer}.attn_v_b{kind}"
     shape_k, shape_v = base.shapes.get(keys, ()), base.shapes.get(values, ())
     if len(shape_k) != 3 or len(shape_v) != 3 or shape_k[0] != shape_v[0]:
-        raise MismatchError(f"{base.path}: {keys!r} is {shape_k} and {values!r} {shape_v}, expected stacks of as many heads")
+        raise MismatchError(
+            f"{base.path}: {keys!r} is {shape_k} and {values!r} {shape_v}, expected stacks of as many heads"
+        )
     heads, latent, width_k = shape_k
     rows = np.arange(heads * (width_k + shape_v[1])).reshape(heads, -1)
-    return [
-        *(Piece(keys, head * latent, rows=rows[head, :width_k], transposed=True) for head in range(heads)),
-        Piece(values, rows=rows[:, width_k:].reshape(-1)),
-    ]
+    pieces = []
+    for head, of_head in enumerate(rows):
+        pieces.append(Piece(keys, head * latent, rows=of_head[:width_k], transposed=True))
+        pieces.append(Piece(values, head * shape_v[1], rows=of_head[width_k:]))
+    return pieces
 
 
 def grouped_qkvz(base: BaseModel, layer: int, kind: str) -> list[Piece]:
