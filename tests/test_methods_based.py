@@ -55,6 +55,28 @@ METHODS = {
     "deft_para": Trained(peft.DeftConfig, SOME, {"r": 4, "decomposition_method": "qr", "para": True}),
     "osf": Trained(peft.OSFConfig, SOME, {"effective_rank": 40}),
     "osf_fraction": Trained(peft.OSFConfig, SOME, {"effective_rank": 0.75, "rank_pattern": {"k_proj": 0.25}}),
+    "fourierft": Trained(peft.FourierFTConfig, SOME, {"n_frequency": 200, "scaling": 100.0}, std=1.0),
+    "fourierft_pattern": Trained(
+        peft.FourierFTConfig, SOME, {"n_frequency": 90, "n_frequency_pattern": {"k_proj": 300}, "random_loc_seed": 5}
+    ),
+    "waveft": Trained(peft.WaveFTConfig, SOME, {"n_frequency": 500, "scaling": 5.0}),
+    "waveft_sparse": Trained(peft.WaveFTConfig, SOME, {"n_frequency": 500, "use_idwt": False, "random_loc_seed": 1}),
+    "waveft_db3": Trained(peft.WaveFTConfig, SOME, {"n_frequency": 300, "wavelet_family": "db3"}),
+    "waveft_sym8": Trained(peft.WaveFTConfig, SOME, {"n_frequency": 300, "wavelet_family": "sym8"}),
+    "waveft_coif2": Trained(peft.WaveFTConfig, SOME, {"n_frequency": 300, "wavelet_family": "coif2"}),
+    "randlora": Trained(peft.RandLoraConfig, SOME, {"r": 10, "randlora_alpha": 40}, std=0.01),
+    "randlora_seed": Trained(peft.RandLoraConfig, SOME, {"r": 8, "save_projection": False}, std=0.01),
+    "randlora_sparse": Trained(
+        peft.RandLoraConfig, SOME, {"r": 8, "save_projection": False, "sparse": True, "projection_prng_key": 3}, 0.01
+    ),
+    "randlora_very_sparse": Trained(
+        peft.RandLoraConfig, SOME, {"r": 8, "save_projection": False, "very_sparse": True}, std=0.01
+    ),
+    "frod": Trained(peft.FrodConfig, SOME, {"sparse_rate": 0.05}),
+    "peanut": Trained(peft.PeanutConfig, SOME, {"r": 4}),
+    "peanut_deep": Trained(peft.PeanutConfig, SOME, {"r": 4, "depth": 2, "act_fn": "silu", "scaling": 0.5}, std=0.3),
+    "peanut_gelu": Trained(peft.PeanutConfig, SOME, {"r": 4, "depth": 1, "act_fn": "gelu"}, std=0.3),
+    "bat": Trained(peft.MissConfig, SOME, {"r": 16, "init_weights": "bat"}),
     "kasa": lora(kasa_config=peft.tuners.lora.config.KasaConfig()),
     "pissa": lora(init_lora_weights="pissa"),
     "olora": lora(init_lora_weights="olora", lora_alpha=4),

@@ -19,6 +19,8 @@ from gguflora.adapters import (
     c3a,
     deft,
     delora,
+    fourierft,
+    frod,
     glora,
     gralora,
     hira,
@@ -31,12 +33,15 @@ from gguflora.adapters import (
     miss,
     oft,
     osf,
+    peanut,
+    randlora,
     road,
     shira,
     supertuning,
     trainable_tokens,
     vblora,
     vera,
+    waveft,
 )
 from gguflora.adapters.base_weights import BaseWeights
 from gguflora.adapters.config import PeftConfig, read_config
@@ -57,6 +62,8 @@ READERS: Final[dict[str, Reader]] = {
     "C3A": c3a.read_c3a,
     "DEFT": deft.read_deft,
     "DELORA": delora.read_delora,
+    "FOURIERFT": fourierft.read_fourierft,
+    "FROD": frod.read_frod,
     "GLORA": glora.read_glora,
     "GRALORA": gralora.read_gralora,
     "HIRA": hira.read_hira,
@@ -69,11 +76,13 @@ READERS: Final[dict[str, Reader]] = {
     "MISS": miss.read_miss,
     "OFT": oft.read_oft,
     "OSF": osf.read_osf,
+    "PEANUT": peanut.read_peanut,
     "ROAD": road.read_road,
     "SHIRA": shira.read_shira,
     "SUPERTUNING": supertuning.read_supertuning,
     "TRAINABLE_TOKENS": trainable_tokens.read_trainable_tokens,
     "VBLORA": vblora.read_vblora,
+    "WAVEFT": waveft.read_waveft,
 }
 """The PEFT methods gguflora reads, by the ``peft_type`` of their configuration.
 
@@ -83,6 +92,7 @@ the Hugging Face model (``model.layers.0.self_attn.q_proj.weight``). What is sav
 
 SHAPED_READERS: Final[dict[str, ShapedReader]] = {
     "PVERA": vera.read_pvera,
+    "RANDLORA": randlora.read_randlora,
     "VERA": vera.read_vera,
 }
 """The methods whose change of one weight depends on the shapes of others; their readers ask the base, too."""

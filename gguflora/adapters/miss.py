@@ -10,22 +10,19 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from gguflora.adapters.bat import read_bat
 from gguflora.adapters.config import PeftConfig
 from gguflora.adapters.keys import by_module, expect, take
 from gguflora.deltas import Change, LowRank, Unsized
-from gguflora.errors import AdapterError, UnsupportedAdapterError
+from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
 
 
 def read_miss(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change | Unsized]:
-    """The change of every adapted weight.
-
-    Raises:
-        UnsupportedAdapterError: for the variant "bat", which changes the weight by itself.
-    """
+    """The change of every adapted weight."""
     kind = config.fields.get("init_weights")
     if kind == "bat":
-        raise UnsupportedAdapterError(f"{config.path}: init_weights is 'bat', which this version cannot read")
+        return read_bat(config, tensors)
     changes: dict[str, Change | Unsized] = {}
     for module, parts in by_module(config, tensors, ["miss_block"]).items():
         (block,) = take(config, module, parts, "miss_block")
