@@ -1,11 +1,11 @@
 /* Fitting many sub-blocks: stretches of weights cut into tiles whose sub-blocks fill any number of lanes. */
 
-enum { AT_ONCE = LANES * GROUPS, TILE = 1024, BATCH = 4096, MAX_FITS = BATCH / 16 };
+enum { AT_ONCE = LANES * GROUPS, TILE = 1024, BATCH = 4096, MAX_FITS = BATCH / 16, FITS_ROOM = MAX_FITS + 16 * AT_ONCE };
 
-/* Fits of the sub-blocks of up to BATCH weights; `min` is negated as the K-quants store it. Padded, so that lanes may be
- * loaded from any place. */
+/* Fits of the sub-blocks of up to BATCH weights; `min` is negated as the K-quants store it. The room behind
+ * them is for lanes without a sub-block, and for loading all lanes with 16 of them each. */
 typedef struct {
-    float scale[MAX_FITS + AT_ONCE], min[MAX_FITS + AT_ONCE], code_scale[MAX_FITS + AT_ONCE], code_min[MAX_FITS + AT_ONCE], sum_w[MAX_FITS + AT_ONCE];
+    float scale[FITS_ROOM], min[FITS_ROOM], code_scale[FITS_ROOM], code_min[FITS_ROOM], sum_w[FITS_ROOM];
 } batch_fit;
 
 /* The TILE weights from x on; if there are fewer than that, a copy followed by zeros. */
