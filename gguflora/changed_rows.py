@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from gguflora import _native
 from gguflora.architectures import pieces_of
 from gguflora.base_model import describe
 from gguflora.deltas import Change, LowRank, Replace, Values, WeightTimes, as_float64, sum_factors
-from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, TensorEntry
+from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, Shape, TensorEntry
 from gguflora.placement import Placed
 
 Scaled = tuple[Placed, float]
@@ -28,14 +29,21 @@ class Target:
     """A tensor of the output that is not just copied.
 
     Attributes:
+        name: in the output.
         source: the base's tensor it is made from.
-        added_at: where it begins in the output, if it is new there; None if it takes the place of its source.
+        shape: in the output; it may have more rows than its source, which begin as zeros.
         changes: what is added to it, each with its scale.
     """
 
+    name: str
     source: TensorEntry
-    added_at: int | None
+    shape: Shape
     changes: Sequence[Scaled]
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows, over all leading dimensions."""
+        return math.prod(self.shape[:-1])
 
 
 class WholeWeights:
@@ -83,8 +91,18 @@ def read_values(base: GgufFile, tensor: TensorEntry, first: int, last: int) -> V
     vector = len(tensor.shape) == 1
     first, last = (0, 1) if vector else (first, last)
     values = np.empty((last - first, tensor.n_in), np.float32)
-    _native.dequantize_rows(base.read_rows(tensor, first, last), tensor.type, values)
+    _native.dequantize_rows(read_or_zeros(base, tensor, first, last), tensor.type, values)
     return (values.reshape(-1, 1) if vector else values).astype(np.float64)
+
+
+def read_or_zeros(base: GgufFile, tensor: TensorEntry, first: int, last: int) -> Bytes:
+    """Bytes of a tensor's rows; of rows beyond its last one zeros, which are zeros in every type."""
+    if last <= tensor.n_rows:
+        return base.read_rows(tensor, first, last)
+    rows = np.zeros((last - first, tensor.type.row_bytes(tensor.n_in)), np.uint8)
+    if first < tensor.n_rows:
+        rows[: tensor.n_rows - first] = base.read_rows(tensor, first, tensor.n_rows)
+    return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +118,7 @@ class LowRankRows:
 
     def new(self, first: int, last: int) -> Bytes:
         """New bytes of the rows ``first`` to ``last``."""
-        rows = self.base.read_rows(self.tensor, first, last)
+        rows = read_or_zeros(self.base, self.tensor, first, last)
         kind, b = self.tensor.type, self.b[first - self.start : last - self.start]
         _native.merge_rows(rows, kind, rows, kind, self.a, b)
         return rows
@@ -119,7 +137,7 @@ class AnyRows:
 
     def new(self, first: int, last: int) -> Bytes:
         """New bytes of the rows ``first`` to ``last``."""
-        rows = self.base.read_rows(self.tensor, first, last)
+        rows = read_or_zeros(self.base, self.tensor, first, last)
         if not self.changes:
             return rows
         stored = read_values(self.base, self.tensor, first, last)
@@ -187,9 +205,9 @@ def split_rows(base: GgufFile, target: Target, whole: WholeWeights) -> Iterator[
     if len(tensor.shape) == 1:
         yield AnyRows(base, tensor, 0, 1, target.changes, whole)
         return
-    edges = {0, tensor.n_rows}
+    edges = {0, target.n_rows}
     for item, _ in target.changes:
-        edges |= {item.piece.first, min(item.piece.first + item.shape[0], tensor.n_rows)}
+        edges |= {item.piece.first, min(item.piece.first + item.shape[0], target.n_rows)}
     bounds = sorted(edges)
     for start, end in pairwise(bounds):
         changes = [

@@ -176,7 +176,7 @@ class _Maker:
 
 def _targets(file: GgufFile, placed: dict[str, list[Placed]]) -> dict[str, Target]:
     return {
-        name: Target(file.tensors[name], None, [(item, 1.0) for item in items])
+        name: Target(name, file.tensors[name], file.tensors[name].shape, [(item, 1.0) for item in items])
         for name, items in placed.items()
         if name in file.tensors
     }

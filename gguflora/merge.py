@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 
 from gguflora import _native
-from gguflora._native import GgmlType
 from gguflora._version import __version__
 from gguflora.adapters import Adapter, read_adapter
 from gguflora.architectures import can_untie, unknown_warning
 from gguflora.base_model import BaseModel, describe
 from gguflora.changed_rows import Scaled, Target, without_copies
-from gguflora.deltas import LowRank
+from gguflora.deltas import LowRank, Replace
 from gguflora.errors import AdapterError, QuantizationError, UnsupportedAdapterError
-from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, Extended, GgufFile, Shape, encode_entry
+from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Layout, encode_entry
 from gguflora.files.output import atomic_output, check_target
-from gguflora.placement import Placed, cautions, place
+from gguflora.placement import Placed, cautions, new_vocabulary, place
 from gguflora.rewrite import Progress, Rewriter
+from gguflora.vocabulary import grown_vocabulary
 
 AdapterPath = str | os.PathLike[str]
 AdapterArgument = AdapterPath | Sequence[AdapterPath | tuple[AdapterPath, float]]
@@ -135,7 +135,7 @@ def _with_scales(adapters: AdapterArgument) -> list[tuple[AdapterPath, float]]:
 class _Plan:
     """The layout of the output, what is not just copied from the base, and what the user should know."""
 
-    layout: Extended
+    layout: Layout
     targets: Sequence[Target]
     warnings: tuple[str, ...]
 
@@ -148,42 +148,70 @@ def _make_plan(file: GgufFile, sources: Sequence[tuple[Adapter, float]]) -> _Pla
     for source, scale in sources:
         placed = without_copies(file, place(source, model))
         warnings += [f"{source.path}: {text}" for text in (*source.warnings, *cautions(file, placed))]
-        for name, items in placed.items():
-            effective = [(item, scale) for item in items if scale and not _is_nothing(item)]
+        for name, placed_items in placed.items():
+            effective = [(item, scale) for item in placed_items if scale and not _is_nothing(item)]
             if effective:
                 changes.setdefault(name, []).extend(effective)
-    added = _untie(file, model, changes) if model.is_tied else {}
-    layout = file.extended(_record(file, sources), added)
-    targets = [
-        Target(file.tensors[TOKEN_EMBEDDING if name in added else name], layout.offsets.get(name), items)
-        for name, items in changes.items()
-    ]
+    untied = _untie(model, changes) if model.is_tied else set()
+    entries = _record(file, sources)
+    n_tokens = _vocabulary_of(file, changes)
+    if n_tokens:
+        for source, _ in sources:
+            entries |= grown_vocabulary(file, source.path.parent, n_tokens)
+    targets = []
+    for name, items in changes.items():
+        entry = file.tensors[TOKEN_EMBEDDING if name in untied else name]
+        grown = n_tokens and name in {TOKEN_EMBEDDING, OUTPUT}
+        targets.append(Target(name, entry, (n_tokens, entry.n_in) if grown else entry.shape, items))
     for target in targets:
         _check_target_type(file, target)
+    layout = file.layout(entries, {target.name: (target.shape, target.source.type) for target in targets})
     return _Plan(layout, targets, tuple(warnings))
+
+
+def _vocabulary_of(file: GgufFile, changes: Mapping[str, Sequence[Scaled]]) -> int:
+    """Rows of the embedding and output where an adapter has more than the base, else 0."""
+    names = [name for name in (TOKEN_EMBEDDING, OUTPUT) if name in changes or name in file.tensors]
+    rows = {name: new_vocabulary(item.change for item, _ in changes.get(name, ())) for name in names}
+    n_tokens, before = max(rows.values(), default=0), file.tensors[TOKEN_EMBEDDING].n_rows if rows else 0
+    if n_tokens <= before:
+        return 0
+    for name, count in rows.items():
+        if count < n_tokens:
+            raise UnsupportedAdapterError(
+                f"{file.path}: the adapter's vocabulary has {n_tokens} tokens, the base's {before}, but the "
+                f"adapter has no {name!r} of that size; save it with save_embedding_layers=True"
+            )
+    return n_tokens
 
 
 def _is_nothing(item: Placed) -> bool:
     return isinstance(item.change, LowRank) and item.change.factor == 0
 
 
-def _untie(file: GgufFile, model: BaseModel, changes: dict[str, list[Scaled]]) -> dict[str, tuple[Shape, GgmlType]]:
+def _untie(model: BaseModel, changes: dict[str, list[Scaled]]) -> set[str]:
     """Where a tied embedding and output change differently, an output weight of its own.
 
     It begins as a copy of the embedding. Leaves ``changes`` with an entry for it, or without one if none is needed.
     """
     embedding, output = changes.get(TOKEN_EMBEDDING, []), changes.get(OUTPUT, [])
-    if [(item.change, scale) for item, scale in embedding] == [(item.change, scale) for item, scale in output]:
+    if len(embedding) == len(output) and all(map(_same, embedding, output)):
         changes.pop(OUTPUT, None)
-        return {}
+        return set()
     if not can_untie(model):
         raise UnsupportedAdapterError(
-            f"{file.path}: its token embedding is also the output weight, and the adapters change them differently; "
+            f"{model.path}: its token embedding is also the output weight, and the adapters change them differently; "
             f"llama.cpp's {model.architecture} cannot have an output weight of its own"
         )
     changes[OUTPUT] = output
-    entry = file.tensors[TOKEN_EMBEDDING]
-    return {OUTPUT: (entry.shape, entry.type)}
+    return {OUTPUT}
+
+
+def _same(one: Scaled, other: Scaled) -> bool:
+    (a, scale_a), (b, scale_b) = (one[0].change, one[1]), (other[0].change, other[1])
+    if isinstance(a, Replace) and isinstance(b, Replace) and a.shape == b.shape:
+        return scale_a == scale_b and np.array_equal(a.values, b.values)
+    return a is b and scale_a == scale_b
 
 
 def _check_target_type(file: GgufFile, target: Target) -> None:

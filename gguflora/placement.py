@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -12,7 +12,7 @@ from gguflora.adapters import Adapter
 from gguflora.architectures import Piece, check_known, is_cut, pieces_of
 from gguflora.base_model import BaseModel
 from gguflora.deltas import Change, Formula, LowRank, Replace, ReplaceRows, Unsized, Values
-from gguflora.errors import ArchitectureError, MismatchError, UnsupportedAdapterError
+from gguflora.errors import ArchitectureError, MismatchError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
 
 FLOATS: Final = {"F32", "F16", "BF16", "F64"}
@@ -122,7 +122,7 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
             items = [Placed(weight, change, _without_padding(base, piece, change)) for change in sized]
             _check_covers(f"{adapter.path}: {weight!r}", base, [item for item in items if item.piece is piece], pieces)
             for item in items:
-                _check_fits(f"{adapter.path}: {weight!r}", base, item)
+                _check_fits(f"{adapter.path}: {weight!r}", base, item, new_vocabulary(changes))
             placed.setdefault(piece.tensor, []).extend(items)
     if strangers:
         raise ArchitectureError(
@@ -130,10 +130,15 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
             f"({base.architecture}): {', '.join(strangers[:8])}{' ...' if len(strangers) > 8 else ''}; "
             "is it the right base?"
         )
-    if adapter.ties and base.is_tied and TOKEN_EMBEDDING in placed:
-        placed[OUTPUT] = [*placed.get(OUTPUT, []), *placed[TOKEN_EMBEDDING]]
+    if base.is_tied and (tied := [item for item in placed.get(TOKEN_EMBEDDING, []) if adapter.ties or _is_copy(item)]):
+        own = [item for item in placed.get(OUTPUT, []) if not _is_copy(item)]
+        placed[OUTPUT] = [*tied, *own]
     order = {name: index for index, name in enumerate(base.shapes)}
     return dict(sorted(placed.items(), key=lambda entry: order.get(entry[0], len(order))))
+
+
+def _is_copy(item: Placed) -> bool:
+    return isinstance(item.change, Replace) and item.change.frozen
 
 
 def _are_optional(changes: Sequence[Change | Unsized]) -> bool:
@@ -206,7 +211,13 @@ def _check_covers(what: str, base: BaseModel, items: list[Placed], pieces: list[
             )
 
 
-def _check_fits(what: str, base: BaseModel, item: Placed) -> None:
+def new_vocabulary(changes: Iterable[Change | Unsized]) -> int:
+    """Rows that the embedding and output must have for these changes of them."""
+    sizes = (change.shape[0] for change in changes if isinstance(change, Replace | ReplaceRows))
+    return max(sizes, default=0)
+
+
+def _check_fits(what: str, base: BaseModel, item: Placed, vocabulary: int) -> None:
     tensor, first = item.piece.tensor, item.piece.first
     shape = base.shapes.get(TOKEN_EMBEDDING if tensor == OUTPUT and base.is_tied else tensor)
     if shape is None:
@@ -214,15 +225,11 @@ def _check_fits(what: str, base: BaseModel, item: Placed) -> None:
     rows, columns = flat_shape(shape)
     part_rows, part_columns = item.shape
     if isinstance(item.change, Replace | ReplaceRows) and tensor in {TOKEN_EMBEDDING, OUTPUT}:
-        if part_rows > rows:
-            raise UnsupportedAdapterError(
-                f"{what} has shape {item.change.shape}, but {tensor!r} of {base.path} is {shape}: its vocabulary was "
-                "resized, and the base's cannot be"
-            )
-        fits = part_columns == columns
+        fits = part_columns == columns  # a resized vocabulary has other rows
     elif first or len(shape) > 2:
         fits = part_columns == columns and first + part_rows <= rows
     else:
+        rows = max(rows, vocabulary) if tensor in {TOKEN_EMBEDDING, OUTPUT} else rows
         fits = (part_rows, part_columns) == (rows, columns)
     if not fits:
         raise MismatchError(

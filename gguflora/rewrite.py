@@ -12,7 +12,7 @@ from typing import IO, Final
 from gguflora.changed_rows import AnyRows, Bytes, LowRankRows, Target, WholeWeights, split_rows
 from gguflora.errors import NonFiniteError
 from gguflora.files.copying import copy_range
-from gguflora.files.gguf import Extended, GgufFile
+from gguflora.files.gguf import GgufFile, Layout
 
 Progress = Callable[[int, int], None]
 Task = Callable[[], int]
@@ -26,13 +26,12 @@ class Rewriter:
     """Writes the output: header, copied ranges, and the targets block by block."""
 
     def __init__(
-        self, base: GgufFile, layout: Extended, targets: Sequence[Target], threads: int, progress: Progress | None
+        self, base: GgufFile, layout: Layout, targets: Sequence[Target], threads: int, progress: Progress | None
     ) -> None:
         self._base = base
         self._layout = layout
         self._targets = targets
         self._threads = threads
-        self._shift = len(layout.header) - base.data_start
         self._whole = WholeWeights(base, targets)
         self._progress = progress
         self._done = 0
@@ -67,28 +66,23 @@ class Rewriter:
                 self._progress(self._done, self._layout.size - len(self._layout.header))
 
     def _tasks(self, handle: int) -> Iterator[Task]:
-        """Everything to do, in the order of the file; a task returns the number of bytes it wrote."""
-        at = self._base.data_start
-        replaced = [target for target in self._targets if target.added_at is None]
-        for target in sorted(replaced, key=lambda target: target.source.offset):
-            yield from self._copies(handle, at, target.source.offset)
-            yield from self._blocks(handle, target)
-            at = target.source.offset + target.source.nbytes
-        yield from self._copies(handle, at, self._layout.kept)
+        """Everything to do, in the order of the output; a task returns the number of bytes it wrote."""
+        parts = [(to, self._copies(handle, first, last, to)) for first, last, to in self._layout.copies]
         for target in self._targets:
-            if target.added_at is not None:
-                yield from self._blocks(handle, target)
+            offset = self._layout.offsets[target.name]
+            parts.append((offset, self._blocks(handle, target, offset)))
+        for _, tasks in sorted(parts, key=lambda part: part[0]):
+            yield from tasks
 
-    def _copies(self, handle: int, start: int, end: int) -> Iterator[Task]:
+    def _copies(self, handle: int, start: int, end: int, to: int) -> Iterator[Task]:
         for first in range(start, end, COPY_BYTES):
-            yield partial(self._copy, handle, first, min(first + COPY_BYTES, end))
+            yield partial(self._copy, handle, first, min(first + COPY_BYTES, end), to + first - start)
 
-    def _copy(self, handle: int, start: int, end: int) -> int:
-        copy_range(self._base.fileno(), start, handle, start + self._shift, end - start)
+    def _copy(self, handle: int, start: int, end: int, to: int) -> int:
+        copy_range(self._base.fileno(), start, handle, to, end - start)
         return end - start
 
-    def _blocks(self, handle: int, target: Target) -> Iterator[Task]:
-        offset = target.source.offset + self._shift if target.added_at is None else target.added_at
+    def _blocks(self, handle: int, target: Target, offset: int) -> Iterator[Task]:
         step = max(1, BLOCK_WEIGHTS // target.source.n_in)
         for rows in split_rows(self._base, target, self._whole):
             for first in range(rows.start, rows.end, step):

@@ -21,7 +21,7 @@ FLOORS = [
     {"architectures"},
     {"placement"},
     {"changed_rows", "lowrank"},
-    {"factors", "rewrite"},
+    {"factors", "rewrite", "vocabulary"},
     {"compare", "convert", "llama", "merge", "preflight", "reuse"},
     {"runtime"},
     {"demo", "doctor"},

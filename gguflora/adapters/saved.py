@@ -42,11 +42,17 @@ def split_saved(config: PeftConfig, tensors: Mapping[str, Array]) -> tuple[dict[
         if tokens := _TOKENS.fullmatch(key):
             saved[f"{tokens['module']}.weight"] = _read_tokens(config, tokens["module"], tensor)
         elif (whole := _WHOLE.fullmatch(key)) and not _METHOD.search(key):
-            frozen = key.endswith(".base_layer.weight")
+            frozen = whole["kind"] == "weight" and not _is_trained(config, whole["module"])
             saved[f"{whole['module']}.{whole['kind']}"] = Replace(_as_matrix(config, key, tensor), frozen)
         else:
             left[key] = tensor
     return saved, left
+
+
+def _is_trained(config: PeftConfig, module: str) -> bool:
+    """Whether a weight was saved because it was trained, and not with the embeddings (save_embedding_layers)."""
+    names = config.fields.get("modules_to_save") or []
+    return isinstance(names, list) and any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def _as_matrix(config: PeftConfig, key: str, tensor: Array) -> Array:

@@ -34,12 +34,15 @@ TOKEN_EMBEDDING: Final = "token_embd.weight"  # noqa: S105  (not a password)
 OUTPUT: Final = "output.weight"
 
 Shape = tuple[int, ...]
+_Forms = Mapping[str, tuple[Shape, GgmlType]]
+_Arrangement = tuple[bytes, dict[str, int], list[tuple[int, int, int]], int]
+"""Encoded list of tensors, offsets of the changed ones, copied ranges, end; all from the start of the data."""
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS: Final[dict[int, str]] = {
     0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
-_UINT32, _FLOAT32 = 4, 6
+_UINT32, _INT32, _FLOAT32 = 4, 5, 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +72,18 @@ class TensorEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Extended:
-    """The layout of a file that is another one with more in it.
+class Layout:
+    """Where everything lies in a file that is another one with changes.
 
     Attributes:
         header: everything before the tensor data.
-        kept: offset in the other file up to which its bytes follow the header.
-        offsets: of the added tensors, from the start of the file.
+        copies: ranges of the other file's bytes that stay: first, last (exclusive), and where they go.
+        offsets: of the changed and added tensors, from the start of the file.
         size: of the file.
     """
 
     header: bytes
-    kept: int
+    copies: tuple[tuple[int, int, int], ...]
     offsets: dict[str, int]
     size: int
 
@@ -325,7 +328,7 @@ class GgufFile:
         if offset % self.alignment:
             raise GgufError(f"{where} begins at offset {offset}, expected a multiple of the alignment {self.alignment}")
         try:
-            nbytes = math.prod(shape[:-1]) * type_.row_bytes(shape[-1])
+            nbytes = _n_bytes(shape, type_)
         except QuantizationError as error:
             raise GgufError(f"{where}: {error}") from error
         if self.data_start + offset + nbytes > self.size:
@@ -383,31 +386,59 @@ class GgufFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def extended(self, entries: Mapping[str, bytes], added: Mapping[str, tuple[Shape, GgmlType]]) -> Extended:
-        """The layout of this file with metadata replaced or added and tensors added at its end.
+    def layout(self, entries: Mapping[str, bytes], changed: Mapping[str, tuple[Shape, GgmlType]]) -> Layout:
+        """The layout of this file with metadata and tensors changed or added; new tensors come last.
 
-        All else stays byte for byte, the tensors' offsets from the start of the data too.
+        Everything else stays byte for byte; while no tensor changes its size, its place after the header too.
 
         Args:
             entries: metadata by key, see `encode_entry`.
-            added: shape and type of each new tensor.
+            changed: shape and type of each tensor whose data is not copied.
         """
+        added = {name: form for name, form in changed.items() if name not in self.tensors}
+        if all(name in added or _n_bytes(*form) == self.tensors[name].nbytes for name, form in changed.items()):
+            tensor_list, offsets, copies, end = self._in_place(changed, added)
+        else:
+            tensor_list, offsets, copies, end = self._moved(changed)
         kept = [self.metadata.raw(key) for key in self.metadata if key not in entries]
-        body = b"".join([*kept, *entries.values()])
+        counts = struct.pack("<IQQ", self.version, len({*self.tensors, *changed}), len(kept) + len(entries))
+        header = b"".join([MAGIC, counts, *kept, *entries.values(), tensor_list])
+        header += bytes(_align(len(header), self.alignment) - len(header))
+        return Layout(
+            header,
+            tuple((first, last, len(header) + to) for first, last, to in copies),
+            {name: len(header) + offset for name, offset in offsets.items()},
+            len(header) + end,
+        )
+
+    def _in_place(self, changed: _Forms, added: _Forms) -> _Arrangement:
+        """Tensors keep their offsets; what lies between the changed ones is copied, padding included."""
         tensor_list = self.metadata._cursor.buffer[self._tensors_start : self._tensors_end]
-        counts = struct.pack("<IQQ", self.version, len(self.tensors) + len(added), len(kept) + len(entries))
+        replaced = sorted((self.tensors[name] for name in changed if name in self.tensors), key=lambda t: t.offset)
+        offsets = {tensor.name: tensor.offset - self.data_start for tensor in replaced}
         used = max((tensor.offset + tensor.nbytes for tensor in self.tensors.values()), default=self.data_start)
-        copied = used if added else self.size
-        offsets, end = {}, copied - self.data_start
+        kept = used if added else self.size
+        edges = [self.data_start, *(edge for t in replaced for edge in (t.offset, t.offset + t.nbytes)), kept]
+        ranges = zip(edges[::2], edges[1::2], strict=True)
+        copies = [(first, last, first - self.data_start) for first, last in ranges if first < last]
+        end = kept - self.data_start
         for name, (shape, kind) in added.items():
             offsets[name] = _align(end, self.alignment)
-            end = offsets[name] + math.prod(shape[:-1]) * kind.row_bytes(shape[-1])
+            end = _align(offsets[name] + _n_bytes(shape, kind), self.alignment)
             tensor_list += _encode_tensor(name, shape, kind, offsets[name])
-        header = MAGIC + counts + body + tensor_list
-        header += bytes(_align(len(header), self.alignment) - len(header))
-        return Extended(
-            header, copied, {name: len(header) + offset for name, offset in offsets.items()}, len(header) + end
-        )
+        return tensor_list, offsets, copies, end
+
+    def _moved(self, changed: _Forms) -> _Arrangement:
+        """Tensors follow each other in the order of the file's list."""
+        tensor_list, offsets, copies, end = b"", {}, [], 0
+        for name, (shape, kind) in {**{t.name: (t.shape, t.type) for t in self.tensors.values()}, **changed}.items():
+            tensor_list += _encode_tensor(name, shape, kind, end)
+            if name in changed:
+                offsets[name] = end
+            else:
+                copies.append((self.tensors[name].offset, self.tensors[name].offset + self.tensors[name].nbytes, end))
+            end = _align(end + _n_bytes(shape, kind), self.alignment)
+        return tensor_list, offsets, copies, end
 
 
 def _type_numbered(kind: int) -> GgmlType | None:
@@ -423,19 +454,26 @@ def _type_numbered(kind: int) -> GgmlType | None:
     return GgmlType(kind, listed.name, *gguf.GGML_QUANT_SIZES[listed])
 
 
+def _n_bytes(shape: Shape, kind: GgmlType) -> int:
+    return math.prod(shape[:-1]) * kind.row_bytes(shape[-1])
+
+
 def _align(offset: int, alignment: int) -> int:
     return -(-offset // alignment) * alignment
 
 
-def encode_entry(key: str, value: str | list[str] | list[float]) -> bytes:
-    """A metadata entry in GGUF's encoding: a string, or an array of strings or of 32-bit floats."""
+def encode_entry(key: str, value: str | int | list[str] | list[float] | list[int]) -> bytes:
+    """A metadata entry in GGUF's encoding: a string, a uint32, or an array of strings, of int32 or of float32."""
     if isinstance(value, str):
         return _encode_string(key) + struct.pack("<I", _STRING) + _encode_string(value)
+    if isinstance(value, int):
+        return _encode_string(key) + struct.pack("<II", _UINT32, value)
     head = _encode_string(key) + struct.pack("<I", _ARRAY)
     if all(isinstance(item, str) for item in value):
         items = b"".join(_encode_string(str(item)) for item in value)
         return head + struct.pack("<IQ", _STRING, len(value)) + items
-    return head + struct.pack("<IQ", _FLOAT32, len(value)) + np.array(value, "<f4").tobytes()
+    kind, dtype = (_INT32, "<i4") if all(isinstance(item, int) for item in value) else (_FLOAT32, "<f4")
+    return head + struct.pack("<IQ", kind, len(value)) + np.array(value, dtype).tobytes()
 
 
 def _encode_tensor(name: str, shape: Shape, kind: GgmlType, offset: int) -> bytes:
