@@ -24,7 +24,7 @@ from gguflora.deltas import as_float64
 from gguflora.errors import QuantizationError
 from gguflora.factors import Factors, factor_adapter
 from gguflora.files.gguf import TOKEN_EMBEDDING
-from gguflora.files.output import atomic_output, check_target
+from gguflora.files.output import atomic_output, check_target, path_of
 from gguflora.files.safetensors import Array, as_float32
 
 OUTTYPES: Final = ("auto", "f32", "f16", "bf16", "q8_0")
@@ -113,7 +113,7 @@ def convert(
     check_target(target, [source.path, Path(base)], force=force or dry_run, size=size)
     if not dry_run:
         with atomic_output(target) as file:
-            _write(Path(file.name), source, model.architecture, alpha, stored)
+            _write(path_of(file), source, model.architecture, alpha, stored)
     ranks = [factors.rank for factors in factored]
     types = [item.type for item in stored]
     return ConvertReport(

@@ -172,7 +172,10 @@ def _make_plan(file: GgufFile, sources: Sequence[tuple[Adapter, float]]) -> _Pla
 def _vocabulary_of(file: GgufFile, changes: Mapping[str, Sequence[Scaled]]) -> int:
     """Rows of the embedding and output where an adapter has more than the base, else 0."""
     names = [name for name in (TOKEN_EMBEDDING, OUTPUT) if name in changes or name in file.tensors]
-    rows = {name: new_vocabulary(item.change for item, _ in changes.get(name, ())) for name in names}
+    rows = {
+        name: new_vocabulary(item.change for item, _ in changes.get(name, ()) if item.piece.rows is None)
+        for name in names
+    }
     n_tokens, before = max(rows.values(), default=0), file.tensors[TOKEN_EMBEDDING].n_rows if rows else 0
     if n_tokens <= before:
         return 0

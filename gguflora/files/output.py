@@ -1,12 +1,12 @@
-"""Output that is whole or absent: a temporary file beside the target, synced, then renamed over it."""
+"""Output that is whole or absent: a file without a name in the target's directory, synced, then given its name."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -42,26 +42,53 @@ def check_target(target: Path, inputs: Iterable[Path], *, force: bool, size: int
 def atomic_output(target: Path) -> Iterator[IO[bytes]]:
     """A file that becomes ``target`` when the block ends, and leaves nothing behind when it fails.
 
+    Until then it has no name (O_TMPFILE), so that not even a killed process leaves one; where the file system has no
+    such files it has a temporary one. `path_of` says how to open it again.
+
     Raises:
         OutputError: if it cannot be written.
     """
+    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=target.parent, prefix=f".{target.name}.", suffix=".partial", delete=False
-        ) as file:
-            try:
+        handle, is_named = _open_beside(beside)
+        try:
+            with os.fdopen(handle, "w+b") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
-                os.fchmod(file.fileno(), 0o666 & ~_umask())
-                Path(file.name).replace(target)
-            except BaseException:
-                with suppress(FileNotFoundError):
-                    Path(file.name).unlink()
-                raise
+                os.fsync(handle)
+                os.fchmod(handle, 0o666 & ~_umask())
+                if not is_named:
+                    _link(handle, beside)
+                beside.replace(target)
+        finally:
+            beside.unlink(missing_ok=True)
         _sync_folder(target.parent)
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+def path_of(file: IO[bytes]) -> Path:
+    """A path under which this process can open the file, named or not."""
+    return Path(f"/proc/self/fd/{file.fileno()}")
+
+
+def _open_beside(beside: Path) -> tuple[int, bool]:
+    """A new file in the same directory, and whether it has a name."""
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        return os.open(beside.parent, flags | os.O_TMPFILE, 0o600), False
+    except OSError as error:
+        if error.errno not in {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL}:
+            raise
+    return os.open(beside, flags | os.O_CREAT | os.O_EXCL, 0o600), True
+
+
+def _link(handle: int, path: Path) -> None:
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:  # with a directory given, os.link follows the symbolic link in /proc (linkat, AT_SYMLINK_FOLLOW)
+        os.link(f"/proc/self/fd/{handle}", path, src_dir_fd=folder, follow_symlinks=True)
+    finally:
+        os.close(folder)
 
 
 def _umask() -> int:
