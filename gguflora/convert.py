@@ -16,7 +16,7 @@ from gguflora import quants
 from gguflora._native import type_named
 from gguflora._version import __version__
 from gguflora.adapters import Adapter, read_adapter
-from gguflora.adapters.gguf_lora import ALPHA_KEY
+from gguflora.adapters.gguf_lora import ALPHA_KEY, INVOCATION_KEY
 from gguflora.adapters.keys import some
 from gguflora.architectures import ignored_at_run_time, unknown_warning
 from gguflora.base_model import BaseModel, read_base
@@ -208,6 +208,9 @@ def _write(path: Path, source: Adapter, architecture: str, alpha: float, stored:
     writer.add_name(source.name)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(ALPHA_KEY, alpha)
+    if source.invocation_tokens:
+        tokens = list(source.invocation_tokens)
+        writer.add_key_value(INVOCATION_KEY, tokens, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32)
     writer.add_string("gguflora.version", __version__)
     writer.add_string("gguflora.source", source.path.name)
     writer.add_string("gguflora.source.sha256", source.sha256)

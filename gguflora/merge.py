@@ -146,6 +146,11 @@ def _make_plan(file: GgufFile, sources: Sequence[tuple[Adapter, float]]) -> _Pla
     unknown = unknown_warning(model)
     warnings = [] if unknown is None else [f"{file.path}: {unknown}"]
     for source, scale in sources:
+        if source.invocation_tokens:
+            raise UnsupportedAdapterError(
+                f"{source.path}: is an activated LoRA, which leaves the base as it is up to its invocation tokens, so "
+                "it cannot be merged; convert it and load it at run time"
+            )
         placed = without_copies(file, place(source, model))
         warnings += [f"{source.path}: {text}" for text in (*source.warnings, *cautions(file, placed))]
         for name, placed_items in placed.items():

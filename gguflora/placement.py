@@ -111,7 +111,7 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
     strangers = []
     all_changes = adapter.changes_of(_Weights(base))
     for weight, changes in all_changes.items():
-        pieces = pieces_of(base, weight) if adapter.architecture is None else [Piece(weight)]
+        pieces = pieces_of(base, weight) if adapter.architecture is None else [_piece_of_tensor(base, weight)]
         if _are_optional(changes) and not any(piece.tensor in base.shapes for piece in pieces):
             continue
         if not pieces:
@@ -139,6 +139,15 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
 
 def _is_copy(item: Placed) -> bool:
     return isinstance(item.change, Replace) and item.change.frozen
+
+
+def _piece_of_tensor(base: BaseModel, name: str) -> Piece:
+    """The place of a change of a GGUF LoRA: a tensor, or ``<tensor>.<e>``, expert e of it."""
+    tensor, _, expert = name.rpartition(".")
+    shape = base.shapes.get(tensor, ())
+    if not expert.isdecimal() or len(shape) != 3:
+        return Piece(name)
+    return Piece(tensor, int(expert) * shape[1], rows=np.arange(shape[1]))
 
 
 def _are_optional(changes: Sequence[Change | Unsized]) -> bool:

@@ -111,6 +111,7 @@ class Adapter:
         architecture: of the base it was made for, where it is a GGUF LoRA; None for a PEFT directory.
         warnings: what the user should know.
         ties: whether a change of the token embedding holds for an output weight that is tied to it, too.
+        invocation_tokens: the tokens after which an activated LoRA begins; none of any other adapter.
         shaped: reads the other changes, given the shapes of the base's weights.
     """
 
@@ -121,6 +122,7 @@ class Adapter:
     architecture: str | None = None
     warnings: tuple[str, ...] = ()
     ties: bool = False
+    invocation_tokens: tuple[int, ...] = ()
     shaped: Callable[[BaseWeights], Mapping[str, Change]] | None = field(default=None, repr=False)
 
     def changes_of(self, base: BaseWeights) -> dict[str, tuple[Change | Unsized, ...]]:
@@ -152,8 +154,15 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         return _read_peft(location)
     if location.suffix in {".safetensors", ".bin", ".json"}:
         raise AdapterError(f"{location}: is one file of an adapter; give the directory it lies in")
-    architecture, changes = read_gguf_lora(location)
-    return Adapter(location.stem, location, _sha256(location), {k: (v,) for k, v in changes.items()}, architecture)
+    lora = read_gguf_lora(location)
+    return Adapter(
+        location.stem,
+        location,
+        _sha256(location),
+        {name: (change,) for name, change in lora.changes.items()},
+        lora.architecture,
+        invocation_tokens=lora.invocation_tokens,
+    )
 
 
 def _read_peft(folder: Path) -> Adapter:
@@ -181,7 +190,23 @@ def _read_peft(folder: Path) -> Adapter:
         or config.peft_type == "TRAINABLE_TOKENS"
         or bool(config.fields.get("trainable_token_indices"))
     )
-    return Adapter(folder.resolve().name, weights, _sha256(weights), changes, ties=ties, shaped=shaped)
+    return Adapter(
+        folder.resolve().name,
+        weights,
+        _sha256(weights),
+        changes,
+        ties=ties,
+        invocation_tokens=_invocation_tokens(config),
+        shaped=shaped,
+    )
+
+
+def _invocation_tokens(config: PeftConfig) -> tuple[int, ...]:
+    """Of aLoRA (https://arxiv.org/abs/2504.12397), a LoRA that leaves what precedes these tokens to the base."""
+    tokens = config.fields.get("alora_invocation_tokens") or []
+    if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < 1 << 32 for token in tokens):
+        raise config.error("alora_invocation_tokens", "a list of tokens", tokens)
+    return tuple(tokens)
 
 
 def _add(changes: dict[str, tuple[Change | Unsized, ...]], others: Mapping[str, Change | Unsized]) -> None:

@@ -1,13 +1,15 @@
 """GGUF LoRA files, as llama.cpp's ``llama_adapter_lora_init`` reads them.
 
 ``<tensor>.lora_a`` is (rank, n_in) and ``<tensor>.lora_b`` (n_out, rank) in numpy's order; of ``token_embd.weight``,
-whose product llama.cpp takes the other way round, (rows, rank) and (width, rank). The factor is alpha / rank, or 1
-where alpha is 0 or absent.
+whose product llama.cpp takes the other way round, (rows, rank) and (width, rank); of a stack of experts (n_experts,
+rank, n_in) and (n_experts, n_out, rank), and the change of expert e is named ``<tensor>.<e>``. The factor is alpha /
+rank, or 1 where alpha is 0 or absent.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -18,12 +20,28 @@ from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, TensorEntry
 from gguflora.files.safetensors import Array
 
 ALPHA_KEY: Final = "adapter.lora.alpha"
+INVOCATION_KEY: Final = "adapter.alora.invocation_tokens"
 
 _SUFFIXES: Final = (".lora_a", ".lora_b")
 
 
-def read_gguf_lora(path: Path) -> tuple[str, dict[str, LowRank]]:
-    """Read a GGUF LoRA file: the base's architecture, and the change of each tensor by its GGUF name.
+@dataclass(frozen=True, slots=True)
+class GgufLora:
+    """What a GGUF LoRA file holds.
+
+    Attributes:
+        architecture: of the base.
+        changes: of each tensor, by its GGUF name.
+        invocation_tokens: the tokens after which an activated LoRA begins; none of any other.
+    """
+
+    architecture: str
+    changes: dict[str, LowRank]
+    invocation_tokens: tuple[int, ...]
+
+
+def read_gguf_lora(path: Path) -> GgufLora:
+    """Read a GGUF LoRA file.
 
     Raises:
         GgufError: if the file is damaged.
@@ -36,15 +54,20 @@ def read_gguf_lora(path: Path) -> tuple[str, dict[str, LowRank]]:
                 f"{path}: general.type is {kind!r} and adapter.type {adapter_type!r}, expected 'adapter' and 'lora': "
                 "this GGUF file is not a LoRA adapter"
             )
-        if file.metadata.get("adapter.alora.invocation_tokens"):
-            raise UnsupportedAdapterError(
-                f"{path}: is an activated LoRA, which begins at its invocation tokens; load it at run time"
-            )
         alpha = file.metadata.get(ALPHA_KEY, 0.0)
         if not isinstance(alpha, float) or not math.isfinite(alpha):
             raise AdapterError(f"{path}: {ALPHA_KEY} is {alpha!r}, expected a finite number")
-        pairs = _pair_up(path, file.tensors)
-        return file.architecture, {name: _read_pair(file, name, a, b, alpha) for name, (a, b) in pairs.items()}
+        changes: dict[str, LowRank] = {}
+        for name, (a, b) in _pair_up(path, file.tensors).items():
+            changes |= _read_pair(file, name, a, b, alpha)
+        return GgufLora(file.architecture, changes, _invocation_tokens(file))
+
+
+def _invocation_tokens(file: GgufFile) -> tuple[int, ...]:
+    tokens = file.metadata.get(INVOCATION_KEY) or []
+    if not isinstance(tokens, list) or not all(isinstance(token, int) and 0 <= token < 1 << 32 for token in tokens):
+        raise AdapterError(f"{file.path}: {INVOCATION_KEY} is {tokens!r:.100}, expected an array of tokens")
+    return tuple(tokens)
 
 
 def _pair_up(path: Path, tensors: dict[str, TensorEntry]) -> dict[str, tuple[TensorEntry, TensorEntry]]:
@@ -56,20 +79,25 @@ def _pair_up(path: Path, tensors: dict[str, TensorEntry]) -> dict[str, tuple[Ten
         a, b = tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b")
         if a is None or b is None:
             raise AdapterError(f"{path}: {name!r} has only one of .lora_a and .lora_b; the adapter is incomplete")
-        if len(a.shape) != 2 or len(b.shape) != 2:
-            raise UnsupportedAdapterError(f"{path}: {name!r} has factors {a.shape} and {b.shape}, expected matrices")
+        if len(a.shape) != len(b.shape) or len(a.shape) not in {2, 3} or a.shape[:-2] != b.shape[:-2]:
+            raise UnsupportedAdapterError(
+                f"{path}: {name!r} has factors {a.shape} and {b.shape}, expected two matrices, or as many as experts"
+            )
         pairs[name] = (a, b)
     return pairs
 
 
-def _read_pair(file: GgufFile, name: str, a: TensorEntry, b: TensorEntry, alpha: float) -> LowRank:
+def _read_pair(file: GgufFile, name: str, a: TensorEntry, b: TensorEntry, alpha: float) -> dict[str, LowRank]:
     left, right = _values(file, b), _values(file, a)
-    rank = left.shape[1]
+    rank = left.shape[-1]
     if name == TOKEN_EMBEDDING:
         left, right = right, left.T
-    if left.shape[1] != right.shape[0]:
+    if left.shape[-1] != right.shape[-2]:
         raise AdapterError(f"{file.path}: {name!r} has factors {a.shape} and {b.shape}, which do not share a rank")
-    return LowRank(right, left, alpha / rank if alpha else 1.0)
+    factor = alpha / rank if alpha else 1.0
+    if right.ndim == 2:
+        return {name: LowRank(right, left, factor)}
+    return {f"{name}.{expert}": LowRank(right[expert], left[expert], factor) for expert in range(len(right))}
 
 
 def _values(file: GgufFile, tensor: TensorEntry) -> Array:

@@ -9,36 +9,38 @@ product, GGUF the weight.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Final
 
 from gguflora.adapters.config import PeftConfig
 from gguflora.adapters.dora import with_magnitude
 from gguflora.adapters.kasa import with_diagonal
-from gguflora.adapters.keys import Parts, by_module
+from gguflora.adapters.keys import Parts, by_module, expect
+from gguflora.adapters.narrow import with_blocks, with_pooling
+from gguflora.adapters.parameters import read_parameter, split_wrapped
 from gguflora.adapters.residual import STARTS, without_start
-from gguflora.deltas import Change, LowRank
+from gguflora.deltas import Change, Formula, Indices, LowRank, Unsized, Values, as_float64
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.safetensors import Array, is_float
 
 _MAGNITUDE: Final = "lora_magnitude_vector"
 _DIAGONAL: Final = "lora_diag"
+_BIAS: Final = "lora_B.bias"
 _PAIRS: Final = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 
 # init_lora_weights that leave the base weight as it is; the others subtract their start from it
 _PLAIN_STARTS: Final = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
-_NOT_PLAIN: Final = {
-    "lora_bias": "lora_bias changes biases",
-    "layer_replication": "layer_replication refers to a deeper model than the base",
-    "alora_invocation_tokens": "an activated LoRA begins at its invocation tokens",
-    "use_qalora": "QA-LoRA pools the input",
-    "use_bdlora": "BD-LoRA's factors are block-diagonal",
-    "arrow_config": "Arrow routes each token over several adapters",
-    "target_parameters": "target_parameters changes stacked expert weights",
+_REFUSED: Final = {
+    "layer_replication": "refers to a deeper model than the base: merge it with PEFT and convert the whole model",
+    "arrow_config": "routes each token over several adapters, so no fixed weight is equal to it: merge them one by one",
 }
 
+# what a method needs only in training
+_UNUSED: Final = re.compile(r".*\.(?:lora_velora_embed|lora_monteclora_sampler)(?:\..*)?")
 
-def read_lora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change]:
+
+def read_lora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change | Unsized]:
     """The change of every adapted weight, by its name in the Hugging Face model.
 
     Raises:
@@ -46,14 +48,23 @@ def read_lora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Cha
         AdapterError: for tensors that do not pair up or do not have the configured rank.
     """
     _check_options(config)
-    modules = by_module(config, tensors, [*(part for pair in _PAIRS for part in pair), _MAGNITUDE, _DIAGONAL])
-    return {f"{module}.weight": _read_module(config, module, parts) for module, parts in modules.items()}
+    used = {key: tensor for key, tensor in tensors.items() if not _UNUSED.fullmatch(key)}
+    modules = by_module(config, used, [*(part for pair in _PAIRS for part in pair), _BIAS, _MAGNITUDE, _DIAGONAL])
+    parameters, modules = split_wrapped(config, modules)
+    changes: dict[str, Change | Unsized] = {}
+    for parameter, parts in parameters.items():
+        changes |= read_parameter(config, parameter, parts, lora_factor(config, parameter, config.rank(parameter)))
+    for module, parts in modules.items():
+        if _BIAS in parts:
+            changes[f"{module}.bias"] = _read_bias(config, module, parts.pop(_BIAS))
+        changes[f"{module}.weight"] = _read_module(config, module, parts)
+    return changes
 
 
 def _check_options(config: PeftConfig) -> None:
-    for name, reason in _NOT_PLAIN.items():
+    for name, reason in _REFUSED.items():
         if config.fields.get(name):
-            raise UnsupportedAdapterError(f"{config.path}: {name} is set: {reason}; this version cannot read it")
+            raise UnsupportedAdapterError(f"{config.path}: {name} is set: the adapter {reason}")
     start = config.fields.get("init_lora_weights")
     if start not in _PLAIN_STARTS and start not in STARTS:
         raise UnsupportedAdapterError(
@@ -63,7 +74,18 @@ def _check_options(config: PeftConfig) -> None:
         )
 
 
-def _read_module(config: PeftConfig, module: str, parts: Parts) -> Change:
+def _read_bias(config: PeftConfig, module: str, bias: Array) -> Formula:
+    """With ``lora_bias``, B has a bias, which is added to the layer's: ``b + factor * lora_B.bias``."""
+    expect(config, module, _BIAS, bias, (None,))
+    values = lora_factor(config, module, config.rank(module)) * as_float64(bias)
+
+    def delta(w: Values, rows: Indices) -> Values:
+        return values[rows, None]
+
+    return Formula((len(values), 1), delta)
+
+
+def _read_module(config: PeftConfig, module: str, parts: Parts) -> Change | Unsized:
     embedding, extra = "lora_embedding_A" in parts, {name for name in (_MAGNITUDE, _DIAGONAL) if name in parts}
     low_rank = _read_factors(config, module, {name: part for name, part in parts.items() if name not in extra})
     wanted = {
@@ -82,6 +104,8 @@ def _read_module(config: PeftConfig, module: str, parts: Parts) -> Change:
         return with_diagonal(config, module, low_rank, parts[_DIAGONAL])
     if _MAGNITUDE in extra:
         return with_magnitude(config, module, change, parts[_MAGNITUDE], embedding=embedding)
+    if config.flag("use_qalora") and not embedding and change is low_rank:
+        return with_pooling(config, low_rank)
     return change
 
 
@@ -89,8 +113,9 @@ def _read_factors(config: PeftConfig, module: str, parts: Parts) -> LowRank:
     where = f"{config.path.parent}: module {module!r}"
     for name_a, name_b in _PAIRS:
         if parts.keys() == {name_a, name_b}:
-            change = read_pair(config, module, parts[name_a], parts[name_b])
-            return change.transposed() if name_a == "lora_embedding_A" else change
+            if name_a == "lora_embedding_A":
+                return read_pair(config, module, parts[name_a], parts[name_b]).transposed()
+            return read_pair(config, module, *with_blocks(config, module, parts[name_a], parts[name_b]))
     missing = [f"{b} (has {a})" if a in parts else f"{a} (has {b})" for a, b in _PAIRS if (a in parts) != (b in parts)]
     if missing:
         raise AdapterError(f"{where} has no {missing[0]}; the adapter is incomplete, save it again")

@@ -1,0 +1,164 @@
+"""The options of LORA whose change is of low rank, against PEFT's merge or its forward pass."""
+
+import shutil
+from pathlib import Path
+
+import builders
+import gguf
+import numpy as np
+import oracles
+import peft
+import pytest
+import torch
+import transformers
+from builders import Adapter
+from peft.tuners.lora.config import BdLoraConfig, MontecloraConfig, VeloraConfig
+from peft.tuners.lora.variants import QALoraLinearVariant
+from test_convert import assert_same_changes
+from test_methods_exact import LAYERS, assert_equals_peft, changes, random_adapter
+
+import gguflora
+from gguflora.errors import UnsupportedAdapterError
+
+
+def bdlora(arch):
+    right = [name for name in LAYERS[arch] if name.startswith(("o_", "down"))]
+    left = [name for name in LAYERS[arch] if name.startswith(("q", "up", "gate"))]
+    return BdLoraConfig(target_modules_bd_a=right, target_modules_bd_b=left, nblocks=4, match_strict=False)
+
+
+OPTIONS = {
+    "bdlora": lambda arch: {"use_bdlora": bdlora(arch), "r": 8, "lora_alpha": 12},
+    "velora": lambda arch: {"velora_config": VeloraConfig(num_groups=8)},
+    "monteclora": lambda arch: {"monteclora_config": MontecloraConfig()},
+    "eva_ranks": lambda arch: {"rank_pattern": {f"layers.0.*{LAYERS[arch][0]}": 3}, "use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "phi3"])
+def test_option_equals_pefts_merge(arch, option, tmp_path):
+    config = peft.LoraConfig(target_modules=LAYERS[arch], **OPTIONS[option](arch))
+    assert_equals_peft(arch, random_adapter(arch, config), tmp_path)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_lora_bias_is_merged_and_cannot_be_converted(rslora, tmp_path):
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_bias=True, lora_alpha=12, use_rslora=rslora)
+    adapter, base = random_adapter("qwen2", config), builders.gguf_model("qwen2")
+    expected = changes(base, oracles.merged_gguf(builders.hf_model("qwen2"), adapter))
+    assert {"blk.0.attn_q.bias", "blk.1.attn_v.bias", "blk.1.attn_v.weight"} <= expected.keys()
+    gguflora.merge(base, adapter, tmp_path / "merged.gguf")
+    assert_same_changes(changes(base, tmp_path / "merged.gguf"), expected)
+    with pytest.raises(UnsupportedAdapterError, match=r"biases.*merge"):
+        gguflora.convert(adapter, base, tmp_path / "lora.gguf")
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_converted_starts_are_plain_lora(start, rslora, tmp_path):
+    """save_pretrained(path_initial_model_for_weight_conversion=...) writes twice the rank."""
+    config = peft.LoraConfig(target_modules=LAYERS["llama"], r=4, init_lora_weights=start, use_rslora=rslora)
+    model_dir = builders.hf_model("llama")
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = peft.get_peft_model(base, config)
+    model.peft_config["default"].init_lora_weights = True  # as PEFT's guide says, or the start would be repeated
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = start
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    adapter = model_dir.parent / f"converted-{start}-{rslora}"
+    model.save_pretrained(adapter, path_initial_model_for_weight_conversion=tmp_path / "start")
+    assert_equals_peft("llama", adapter, tmp_path)
+    shutil.rmtree(adapter)
+
+
+def test_qalora_equals_pefts_forward_pass(tmp_path):
+    """PEFT makes it for GPTQ layers only, and cannot merge it: here its variant is put on plain layers."""
+    config = peft.LoraConfig(target_modules=LAYERS["qwen2"], lora_alpha=12, use_qalora=True, qalora_group_size=16)
+    model_dir, base = builders.hf_model("qwen2"), builders.gguf_model("qwen2")
+    hf = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = peft.get_peft_model(hf, config)
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.layer.Linear)
+    }
+    for layer in layers.values():
+        QALoraLinearVariant.init(layer, "default", config)
+        layer.lora_variant["default"] = QALoraLinearVariant()
+        for factor in (layer.lora_A, layer.lora_B):
+            factor["default"].weight.data.normal_(std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    expected = {}
+    for name, layer in layers.items():
+        unit = torch.eye(layer.in_features)
+        with torch.no_grad():
+            expected[gguf_name(name)] = (layer(unit) - layer.base_layer(unit)).T.numpy().astype(np.float64)
+    gguflora.convert(tmp_path / "adapter", base, tmp_path / "lora.gguf")
+    assert_same_changes(oracles.lora_changes(tmp_path / "lora.gguf"), expected)
+    gguflora.merge(base, tmp_path / "adapter", tmp_path / "merged.gguf")
+    assert_same_changes(changes(base, tmp_path / "merged.gguf"), expected, 1e-4)
+
+
+def gguf_name(module):
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, 2)
+    return names.get_name(module.removeprefix("base_model.model.")) + ".weight"
+
+
+def test_qalora_on_a_layer_that_is_not_quantized_is_plain(tmp_path):
+    config = peft.LoraConfig(target_modules=LAYERS["llama"], use_qalora=True, qalora_group_size=16)
+    assert_equals_peft("llama", random_adapter("llama", config), tmp_path)
+
+
+# -- activated LoRA --
+
+
+def activated(arch="llama"):
+    config = peft.LoraConfig(target_modules=LAYERS[arch], alora_invocation_tokens=[70, 71, 200], task_type="CAUSAL_LM")
+    return random_adapter(arch, config)
+
+
+def test_activated_lora_names_its_tokens(tmp_path):
+    adapter, base = activated(), builders.gguf_model("llama")
+    gguflora.convert(adapter, base, tmp_path / "lora.gguf")
+    field = gguf.GGUFReader(tmp_path / "lora.gguf").get_field("adapter.alora.invocation_tokens")
+    assert field.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32]
+    assert field.contents() == [70, 71, 200]
+    oracles.convert_lora(adapter, builders.hf_model("llama"), tmp_path / "theirs.gguf")
+    assert_same_changes(
+        oracles.lora_changes(tmp_path / "lora.gguf"), oracles.lora_changes(tmp_path / "theirs.gguf"), 1e-6
+    )
+
+
+def test_activated_lora_keeps_its_tokens_when_stored_again(tmp_path):
+    base = builders.gguf_model("llama")
+    gguflora.convert(activated(), base, tmp_path / "lora.gguf")
+    gguflora.convert(tmp_path / "lora.gguf", base, tmp_path / "again.gguf", outtype="q8_0")
+    assert oracles.metadata(tmp_path / "again.gguf")["adapter.alora.invocation_tokens"] == [70, 71, 200]
+
+
+@pytest.mark.parametrize("form", ["peft", "gguf"])
+def test_activated_lora_is_never_merged(form, tmp_path):
+    adapter, base = activated(), builders.gguf_model("llama")
+    if form == "gguf":
+        gguflora.convert(adapter, base, tmp_path / "lora.gguf")
+        adapter = tmp_path / "lora.gguf"
+    with pytest.raises(UnsupportedAdapterError, match="invocation tokens"):
+        gguflora.merge(base, adapter, tmp_path / "merged.gguf")
+    assert not (tmp_path / "merged.gguf").exists()
+
+
+# -- refused --
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("layer_replication", [[0, 2], [1, 2]]), ("arrow_config", {"top_k": 2}), ("init_lora_weights", "loftq")],
+)
+def test_refused_option_says_why(option, value, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(Path(builders.adapter("llama", Adapter())), adapter)
+    builders.edit_config(adapter, **{option: value})
+    with pytest.raises(UnsupportedAdapterError, match=option):
+        gguflora.convert(adapter, builders.gguf_model("llama"), tmp_path / "lora.gguf")
