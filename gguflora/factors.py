@@ -109,7 +109,7 @@ def _factor_all(
 def _not_low_rank(adapter: Adapter, base: BaseModel, failed: list[str], n_changes: int) -> UnsupportedAdapterError:
     shown = ", ".join(failed[:6]) + (" ..." if len(failed) > 6 else "")
     what = f"{adapter.path}: {len(failed)} of {n_changes} changes"
-    if any(len(base.shapes[name]) < 2 for name in failed):
+    if any(_is_vector(name, base.shapes[name]) for name in failed):
         return UnsupportedAdapterError(
             f"{what} are of norms or biases, which a GGUF LoRA cannot hold: {shown}; merge the adapter instead"
         )
@@ -118,6 +118,11 @@ def _not_low_rank(adapter: Adapter, base: BaseModel, failed: list[str], n_change
         f"{what} are not of low rank, as a GGUF LoRA must be: {shown}; merge the adapter, or approximate it with "
         f"--rank N or --energy 0.999{hint}"
     )
+
+
+def _is_vector(name: str, shape: Shape) -> bool:
+    """Whether a tensor is a norm or a bias, or a stack of the experts' biases."""
+    return len(shape) < 2 or name.endswith(".bias")
 
 
 class _Maker:
@@ -133,7 +138,7 @@ class _Maker:
 
     def make(self, name: str, items: Sequence[Placed], shape: Shape) -> Factors | None:
         """The factors of one tensor's change; None if it has none."""
-        if len(shape) < 2:
+        if _is_vector(name, shape):
             return None
         parts = [self._low_rank(item) for item in items]
         known = [part for part in parts if part is not None]

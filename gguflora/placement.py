@@ -10,6 +10,7 @@ import numpy as np
 
 from gguflora.adapters import Adapter
 from gguflora.architectures import Piece, check_known, is_cut, pieces_of
+from gguflora.architectures.modules import linear_modules
 from gguflora.base_model import BaseModel
 from gguflora.deltas import Change, Formula, LowRank, Replace, ReplaceRows, Unsized, Values
 from gguflora.errors import ArchitectureError, MismatchError
@@ -89,6 +90,14 @@ class _Weights:
         if shape is None:
             raise MismatchError(f"{self.base.path} does not have {pieces[0].tensor!r} for {weight!r}")
         return shape
+
+    def linear_modules(self) -> list[str]:
+        return [module for module in linear_modules(self.base) if self._has(f"{module}.weight")]
+
+    def _has(self, weight: str) -> bool:
+        pieces = pieces_of(self.base, weight)
+        tied = {OUTPUT} if self.base.is_tied else set()
+        return bool(pieces) and all(piece.tensor in self.base.shapes.keys() | tied for piece in pieces)
 
 
 def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:

@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+import architecture_models as zoo
 import builders
 import gguf
 import numpy as np
@@ -14,6 +15,8 @@ import transformers
 from test_convert import assert_same_changes
 
 import gguflora
+from gguflora.adapters.config import PeftConfig
+from gguflora.adapters.module_order import in_order
 from gguflora.adapters.refused import REFUSED
 from gguflora.errors import UnsupportedAdapterError
 
@@ -60,6 +63,18 @@ def methods(arch):
         "lokr_whole": peft.LoKrConfig(target_modules=layers, r=64),
         "gralora": peft.GraloraConfig(target_modules=layers, r=8, gralora_k=2, alpha=16),
         "gralora_four": peft.GraloraConfig(target_modules=layers, r=8, gralora_k=4, alpha=7),
+        "tinylora": peft.TinyLoraConfig(target_modules=layers, r=3, u=5),
+        "tinylora_tied": peft.TinyLoraConfig(target_modules=layers, r=2, u=4, weight_tying=0.6),
+        "tinylora_without_projection": peft.TinyLoraConfig(
+            target_modules=layers, r=3, u=7, weight_tying=0.3, save_projection=False, projection_seed=9
+        ),
+        "unilora": peft.UniLoraConfig(target_modules=layers, r=4, theta_d_length=100),
+        "unilora_saved": peft.UniLoraConfig(target_modules=layers, r=4, theta_d_length=64, save_indices=True),
+        "unilora_some": peft.UniLoraConfig(
+            target_modules=layers[1:3], r=3, theta_d_length=4096, proj_seed=7, layers_to_transform=[1]
+        ),
+        "unilora_pattern": peft.UniLoraConfig(target_modules=r".*\.(o|down)_proj", r=3),
+        "unilora_linear": peft.UniLoraConfig(target_modules="all-linear", r=3),
         "gralora_hybrid": peft.GraloraConfig(target_modules=layers, r=8, gralora_k=4, hybrid_r=3, alpha=16),
     }
 
@@ -104,6 +119,15 @@ def changes(base, merged):
     assert before.keys() == after.keys()
     found = {name: after[name].astype(np.float64) - before[name] for name in before}
     return {name: change for name, change in found.items() if change.any()}
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.HAS_CLASS if name not in ("bert", "t5")])
+def test_order_of_modules_is_transformers(name):
+    """No language model holds its linear modules in another order than `in_order` says."""
+    kinds = (torch.nn.Linear, torch.nn.Embedding, transformers.pytorch_utils.Conv1D)
+    modules = [key for key, module in zoo.model(name).named_modules() if isinstance(module, kinds)]
+    config = PeftConfig(Path(), "TINYLORA", {})
+    assert in_order(config, sorted(modules)) == modules
 
 
 @pytest.mark.parametrize("method", REFUSED)

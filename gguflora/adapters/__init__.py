@@ -38,7 +38,9 @@ from gguflora.adapters import (
     road,
     shira,
     supertuning,
+    tinylora,
     trainable_tokens,
+    unilora,
     vblora,
     vera,
     waveft,
@@ -80,6 +82,7 @@ READERS: Final[dict[str, Reader]] = {
     "ROAD": road.read_road,
     "SHIRA": shira.read_shira,
     "SUPERTUNING": supertuning.read_supertuning,
+    "TINYLORA": tinylora.read_tinylora,
     "TRAINABLE_TOKENS": trainable_tokens.read_trainable_tokens,
     "VBLORA": vblora.read_vblora,
     "WAVEFT": waveft.read_waveft,
@@ -93,6 +96,7 @@ the Hugging Face model (``model.layers.0.self_attn.q_proj.weight``). What is sav
 SHAPED_READERS: Final[dict[str, ShapedReader]] = {
     "PVERA": vera.read_pvera,
     "RANDLORA": randlora.read_randlora,
+    "UNILORA": unilora.read_unilora,
     "VERA": vera.read_vera,
 }
 """The methods whose change of one weight depends on the shapes of others; their readers ask the base, too."""

@@ -14,3 +14,10 @@ class BaseWeights(Protocol):
         Raises:
             MismatchError: if the base has no such weight.
         """
+
+    def linear_modules(self) -> list[str]:
+        """Names of the modules that are matrix products, in the order in which the Hugging Face model holds them.
+
+        Raises:
+            ArchitectureError: if that is not known for the base's architecture.
+        """

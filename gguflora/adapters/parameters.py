@@ -89,7 +89,6 @@ def read_parameter(config: PeftConfig, parameter: str, parts: Parts, factor: flo
 
     Raises:
         AdapterError: if the factors do not have the configured rank.
-        UnsupportedAdapterError: for the biases of experts.
     """
     a, b = take(config, parameter, parts, "lora_A", "lora_B")
     rank = config.rank(parameter)
@@ -99,8 +98,6 @@ def read_parameter(config: PeftConfig, parameter: str, parts: Parts, factor: flo
             f"{config.path.parent}: parameter {parameter!r}: A is {a.shape} and B is {b.shape}, expected floats "
             f"of shape (E * {rank}, n_in) and (n_out, E * {rank}) for E experts of rank {rank}"
         )
-    if parameter.endswith("_bias"):
-        raise UnsupportedAdapterError(f"{config.path.parent}: {parameter!r} is the experts' bias, not a matrix each")
     n_experts = terms // rank
     if n_experts == 1:
         return {parameter: LowRank(a, b, factor)}
