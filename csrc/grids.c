@@ -7,10 +7,13 @@
 
 enum { MAX_POINTS = 2048, MAX_COMBINATIONS = 6561, MAX_DISTANCE = 196 };
 
-/* Runs of neighbours of each grid; tests/test_grids.py counts them anew. */
-enum { RUNS_IQ2_XXS = 10071, RUNS_IQ2_XS = 14410, RUNS_IQ2_S = 6286, RUNS_IQ1 = 22647, RUNS_IQ3_XXS = 3902, RUNS_IQ3_S = 3706 };
+/* Runs of neighbours of each grid, all and short lists; tests/test_grids.py counts them anew. */
+enum {
+    RUNS_IQ2_XXS = 10071 + 4639, RUNS_IQ2_XS = 14410 + 5957, RUNS_IQ2_S = 6286,
+    RUNS_IQ1 = 22647, RUNS_IQ3_XXS = 3902 + 594, RUNS_IQ3_S = 3706 + 1337
+};
 
-static int32_t places[N_GRIDS][MAX_COMBINATIONS];
+static int32_t places[N_GRIDS][MAX_COMBINATIONS], short_places[N_GRIDS][MAX_COMBINATIONS];
 static uint16_t neighbours_iq2_xxs[RUNS_IQ2_XXS * GRID_RUN], neighbours_iq2_xs[RUNS_IQ2_XS * GRID_RUN],
     neighbours_iq2_s[RUNS_IQ2_S * GRID_RUN], neighbours_iq1[RUNS_IQ1 * GRID_RUN],
     neighbours_iq3_xxs[RUNS_IQ3_XXS * GRID_RUN], neighbours_iq3_s[RUNS_IQ3_S * GRID_RUN];
@@ -72,6 +75,42 @@ static int list_nearest(int which, uint16_t *list, const uint8_t *distances) {
     return count;
 }
 
+/* Bits that say how far each level of a point lies above or below that of a combination: the fewer the nearer, and one point
+ * is at least as near as another in every weight if its bits are among the other's. */
+static uint64_t remoteness(int which, unsigned point, unsigned combination) {
+    const int bits = grids[which].n_levels - 1;
+    uint64_t result = 0;
+    for (int k = 0; k < grids[which].dims; k++) {
+        const int away = level_of(which, point, k) - level_of(which, combination, k);
+        result = result << 2 * bits | (away < 0 ? (1ull << -away) - 1 : ((1ull << away) - 1) << bits);
+    }
+    return result;
+}
+
+/* Keeps the points of a list that no other point of it beats; what beats comes first, as it is nearer. */
+static int shorten(int which, uint16_t *list, int count, unsigned combination) {
+    uint64_t kept[MAX_POINTS];
+    int left = 0;
+    for (int p = 0; p < count; p++) {
+        const uint64_t bits = remoteness(which, list[p], combination);
+        int beaten = 0;
+        for (int k = 0; k < left && !beaten; k++) beaten = !(kept[k] & ~bits);
+        if (beaten) continue;
+        kept[left] = bits;
+        list[left++] = list[p];
+    }
+    return left;
+}
+
+/* Puts a list of neighbours at the end of the table, `runs` of which are taken, and returns its place. */
+static int32_t append(int which, int *runs, uint16_t *list, int count) {
+    const int eights = (count + 7) / 8, start = *runs;
+    while (count % GRID_RUN) list[count] = list[count - 1], count++;
+    memcpy(grids[which].neighbours + start * GRID_RUN, list, (size_t)count * sizeof *list);
+    *runs += count / GRID_RUN;
+    return ~(start << 8 | eights);
+}
+
 static void build(int which) {
     static int8_t levels[N_GRIDS][8][MAX_POINTS];
     const int combinations = grids[which].dims == 8 ? 6561 : 4096;
@@ -83,14 +122,16 @@ static void build(int which) {
     }
     for (int index = 0, runs = 0; index < combinations; index++) {
         uint8_t distances[MAX_POINTS];
-        uint16_t list[MAX_POINTS];
+        uint16_t list[MAX_POINTS], shorter[MAX_POINTS];
+        const unsigned combination = combination_at(which, index);
+        short_places[which][index] = place[index];
         if (place[index] >= 0) continue;
-        measure(which, distances, levels[which], combination_at(which, index));
-        int count = list_nearest(which, list, distances);
-        while (count % GRID_RUN) list[count] = list[count - 1], count++;
-        memcpy(grids[which].neighbours + runs * GRID_RUN, list, (size_t)count * sizeof *list);
-        place[index] = ~(runs << 8 | count / GRID_RUN);
-        runs += count / GRID_RUN;
+        measure(which, distances, levels[which], combination);
+        const int count = list_nearest(which, list, distances);
+        memcpy(shorter, list, (size_t)count * sizeof *list);
+        const int left = which == GRID_IQ1 ? count : shorten(which, shorter, count, combination);
+        place[index] = append(which, &runs, list, count);
+        short_places[which][index] = left < count ? append(which, &runs, shorter, left) : place[index];
     }
 }
 
@@ -113,9 +154,9 @@ const gfl_grid *gfl_grid_of(int which) {
                                            PTHREAD_ONCE_INIT, PTHREAD_ONCE_INIT, PTHREAD_ONCE_INIT};
     static void (*const builders[N_GRIDS])(void) = {build_iq2_xxs, build_iq2_xs, build_iq2_s, build_iq1, build_iq3_xxs, build_iq3_s};
     static const gfl_grid built[N_GRIDS] = {
-        {iq2_xxs_points, places[GRID_IQ2_XXS], neighbours_iq2_xxs}, {iq2_xs_points, places[GRID_IQ2_XS], neighbours_iq2_xs},
-        {iq2_s_points, places[GRID_IQ2_S], neighbours_iq2_s},       {iq1_s_points, places[GRID_IQ1], neighbours_iq1},
-        {iq3_xxs_points, places[GRID_IQ3_XXS], neighbours_iq3_xxs}, {iq3_s_points, places[GRID_IQ3_S], neighbours_iq3_s},
+        {iq2_xxs_points, places[GRID_IQ2_XXS], short_places[GRID_IQ2_XXS], neighbours_iq2_xxs}, {iq2_xs_points, places[GRID_IQ2_XS], short_places[GRID_IQ2_XS], neighbours_iq2_xs},
+        {iq2_s_points, places[GRID_IQ2_S], short_places[GRID_IQ2_S], neighbours_iq2_s},       {iq1_s_points, places[GRID_IQ1], short_places[GRID_IQ1], neighbours_iq1},
+        {iq3_xxs_points, places[GRID_IQ3_XXS], short_places[GRID_IQ3_XXS], neighbours_iq3_xxs}, {iq3_s_points, places[GRID_IQ3_S], short_places[GRID_IQ3_S], neighbours_iq3_s},
     };
     pthread_once(&once[which], builders[which]);
     return &built[which];

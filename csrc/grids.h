@@ -9,15 +9,20 @@
 
 enum { GRID_IQ2_XXS, GRID_IQ2_XS, GRID_IQ2_S, GRID_IQ1, GRID_IQ3_XXS, GRID_IQ3_S, N_GRIDS };
 
-/* Neighbours are listed in runs of this many, the last one repeated to fill them. */
+/* Lists of neighbours are filled up to a multiple of this by repeating the last one. */
 enum { GRID_RUN = 16 };
 
 typedef struct {
     const uint16_t *points; /* packed, by number */
-    /* by index of a combination: the number of that point of the grid, or ~(first run << 8 | runs) of the neighbours it has */
+    /* by index of a combination: the number of that point of the grid, or ~(start / GRID_RUN << 8 | eights) of the list of
+     * neighbours it has, where `eights` is the length in eights, rounded up */
     const int32_t *places;
-    /* runs of packed points, those of a combination from near to far, at one distance by number. ggml considers the points at
-     * the one, two or three smallest distances. */
+    /* The same with shorter lists, which leave out what cannot be the best neighbour where every weight divided by its scale is
+     * at least 4e-5 away from the middle of two levels: points that another one on the list beats or equals in every weight.
+     * Not for IQ1. */
+    const int32_t *short_places;
+    /* packed points, those of a combination from near to far, at one distance by number. ggml considers the points at the one,
+     * two or three smallest distances. */
     const uint16_t *neighbours;
 } gfl_grid;
 

@@ -89,38 +89,40 @@ INLINE int grid_index(const float *x, float id, int dims) {
     return index;
 }
 
-/* The same for all trials, if all |id * x| < 2^20. */
-INLINE void grid_indices(int32_t *index, const float *x, const float *id, int dims, int trials) {
+/* The same for all trials, if all |id * x| < 2^20. Bit t of the result: no weight is near the middle of two levels in trial t, so
+ * short lists of neighbours do. */
+INLINE uint32_t grid_indices(int32_t *index, const float *x, const float *id, int dims, int trials) {
+    uint32_t clear = 0;
     for (int t = 0; t < trials; t += LANES) {
         const vf inverse_scale = vf_load(id + t);
         if (dims == 8) { /* (y - 1) / 2 goes to 1 from above y = 2, to 2 from y = 4 on */
             vi sum = vi_set1(0);
+            vf margin = vf_set1(1.0f);
             for (int i = 0; i < 8; i++) {
                 const vf y = vf_mul(inverse_scale, vf_set1(x[i]));
                 sum = vi_count(vi_add(sum, vi_shl(sum, 1)), vf_gt(y, vf_set1(2.0f)));
                 sum = vi_count(sum, vf_le(vf_set1(4.0f), y));
+                margin = vf_min(margin, vf_abs(vf_sub(vf_abs(vf_sub(y, vf_set1(3.0f))), vf_set1(1.0f))));
             }
             vi_store(index + t, sum);
+            clear |= vm_to_bits(vf_gt(margin, vf_set1(4e-5f))) << t;
         } else {
-            vf sum = vf_zero();
+            vf sum = vf_zero(), off = vf_zero();
             for (int i = 0; i < 4; i++) {
                 const vf v = vf_mul(vf_set1(0.5f), vf_sub(vf_mul(inverse_scale, vf_set1(x[i])), vf_set1(1.0f)));
-                const vf level = vf_round(vf_max(vf_min(v, vf_set1(7.0f)), vf_zero()));
+                const vf limited = vf_max(vf_min(v, vf_set1(7.0f)), vf_zero()), level = vf_round(limited);
                 sum = vf_add(vf_mul(sum, vf_set1(8.0f)), level);
+                off = vf_max(off, vf_abs(vf_sub(limited, level)));
             }
             vi_store(index + t, vf_truncate(sum));
+            clear |= vm_to_bits(vf_lt(off, vf_set1(0.5f - 2e-5f))) << t;
         }
     }
+    return clear;
 }
 
-/* The neighbour of least sum w (scale q - x)^2, the first of equals, among `runs` runs; levels: q by level, repeated as vectors
- * want it; *failed is set if no sum is finite. A term of the sum depends on one
- * weight's level only, so each weight gets a small table of terms that the levels of many neighbours pick from. */
-INLINE unsigned nearest_neighbour(const uint16_t *list, int runs, const float *levels, const float *x, const float *w, float scale,
-                                  int dims, int *failed) {
-    float terms[8][16], least[LANES];
-    int32_t place[LANES], lanes[LANES];
-    const int bits = dims == 8 ? 2 : 3;
+/* tables of the terms of each weight: terms[i][l] for level l (mod 4 or mod 8, as `levels` is repeated) */
+INLINE void neighbour_terms(float (*terms)[16], const float *levels, const float *x, const float *w, float scale, int dims) {
     for (int j = 0; j < 8; j += LANES) {
         const vf value = vf_mul(vf_set1(scale), vf_load(levels + j));
         for (int i = 0; i < dims; i++) {
@@ -128,18 +130,38 @@ INLINE unsigned nearest_neighbour(const uint16_t *list, int runs, const float *l
             vf_store(terms[i] + j, vf_mul(vf_mul(vf_set1(w[i]), diff), diff));
         }
     }
+}
+
+INLINE vf neighbour_sums(const float (*terms)[16], vi code, int dims) {
+    vf sum = vf_pick8_twice(terms[0], code);
+    for (int i = 1; i < dims; i++) {
+        code = dims == 8 ? vi_shr(code, 2) : vi_shr(code, 3);
+        sum = vf_add(sum, vf_pick8_twice(terms[i], code));
+    }
+    return sum;
+}
+
+/* The neighbour of least sum w (scale q - x)^2, the first of equals, on a list of `eights`; levels: q by level, repeated as
+ * vectors want it; *failed is set if no sum is finite. A term of the sum depends on one weight's level only, so each weight
+ * gets a small table of terms that the levels of many neighbours pick from. */
+INLINE unsigned nearest_neighbour(const uint16_t *list, int eights, const float *levels, const float *x, const float *w, float scale,
+                                  int dims, int *failed) {
+    float terms[8][16], least[LANES];
+    int32_t place[LANES], lanes[LANES];
+    neighbour_terms(terms, levels, x, w, scale, dims);
+    if (8 * eights <= LANES) {
+        const vf sums = neighbour_sums(terms, vi_load_u16(list), dims);
+        const float minimum = vf_hmin(sums);
+        if (!(minimum < FLT_MAX)) *failed = 1;
+        else return list[__builtin_ctz(vm_to_bits(vf_eq(sums, vf_set1(minimum))))];
+    }
     for (int l = 0; l < LANES; l++) lanes[l] = l;
     vf best = vf_set1(FLT_MAX);
     vi at = vi_load(lanes), best_at = at;
-    for (int r = 0; r < runs * GRID_RUN; r += LANES, at = vi_add(at, vi_set1(LANES))) {
-        vi code = vi_load_u16(list + r);
-        vf sum = vf_pick8_twice(terms[0], code);
-        for (int i = 1; i < dims; i++) {
-            code = bits == 2 ? vi_shr(code, 2) : vi_shr(code, 3);
-            sum = vf_add(sum, vf_pick8_twice(terms[i], code));
-        }
-        const vm better = vf_lt(sum, best);
-        best = vf_select(better, sum, best);
+    for (int r = 0; r < eights * 8; r += LANES, at = vi_add(at, vi_set1(LANES))) {
+        const vf sums = neighbour_sums(terms, vi_load_u16(list + r), dims);
+        const vm better = vf_lt(sums, best);
+        best = vf_select(better, sums, best);
         best_at = vi_select(better, at, best_at);
     }
     vf_store(least, best);
@@ -153,9 +175,8 @@ INLINE unsigned nearest_neighbour(const uint16_t *list, int runs, const float *l
     return list[first];
 }
 
-/* packed combination at an index: that point of the grid, or the best neighbour for this scale */
-INLINE unsigned grid_code(const gfl_grid *grid, int index, const float *x, const float *root, float scale, int dims, int *failed) {
-    const int place = grid->places[index];
+/* packed combination at a place: that point of the grid, or the best neighbour for this scale */
+INLINE unsigned grid_code(const gfl_grid *grid, int place, const float *x, const float *root, float scale, int dims, int *failed) {
     if (place >= 0) return grid->points[place];
     return nearest_neighbour(grid->neighbours + (~place >> 8) * GRID_RUN, ~place & 255, dims == 8 ? odd_4 : odd_8, x, root, scale, dims,
                              failed);
@@ -168,12 +189,14 @@ INLINE void grid_codes(grid_run *run, const gfl_grid *grid, int n, int dims, int
     for (int g = 0; g < n / dims; g++) {
         const float *x = run->x + g * dims, *root = run->root + g * dims;
         int32_t index[MAX_TRIALS];
-        if (tame) grid_indices(index, x, run->id, dims, trials);
+        uint32_t clear = 0;
+        if (tame) clear = grid_indices(index, x, run->id, dims, trials);
         else
             for (int t = 0; t < trials; t++) index[t] = grid_index(x, run->id[t], dims);
         for (int t = 0; t < trials; t++) {
-            run->off_grid[t] |= (uint32_t)(grid->places[index[t]] < 0) << g;
-            run->codes[g][t] = (uint16_t)grid_code(grid, index[t], x, root, run->scale[t], dims, &run->failed);
+            const int place = (clear >> t & 1 ? grid->short_places : grid->places)[index[t]];
+            run->off_grid[t] |= (uint32_t)(place < 0) << g;
+            run->codes[g][t] = (uint16_t)grid_code(grid, place, x, root, run->scale[t], dims, &run->failed);
         }
         for (int t = trials; t < MAX_TRIALS; t++) run->codes[g][t] = 0;
     }
@@ -230,7 +253,7 @@ INLINE float grid_refine(grid_run *run, const gfl_grid *grid, uint16_t *codes, u
     for (int g = 0; g < n / dims; g++) {
         if (!(which >> g & 1)) continue;
         const float *x = run->x + g * dims;
-        codes[g] = (uint16_t)grid_code(grid, grid_index(x, id, dims), x, run->root + g * dims, scale, dims,
+        codes[g] = (uint16_t)grid_code(grid, grid->places[grid_index(x, id, dims)], x, run->root + g * dims, scale, dims,
                                        &run->failed);
     }
     return grid_scale(run, codes, n, dims, scale);
