@@ -14,15 +14,15 @@ enum {
 };
 
 static int32_t places[N_GRIDS][MAX_COMBINATIONS], short_places[N_GRIDS][MAX_COMBINATIONS];
-static uint16_t neighbours_iq2_xxs[RUNS_IQ2_XXS * GRID_RUN], neighbours_iq2_xs[RUNS_IQ2_XS * GRID_RUN],
+static uint32_t neighbours_iq2_xxs[RUNS_IQ2_XXS * GRID_RUN], neighbours_iq2_xs[RUNS_IQ2_XS * GRID_RUN],
     neighbours_iq2_s[RUNS_IQ2_S * GRID_RUN], neighbours_iq1[RUNS_IQ1 * GRID_RUN],
     neighbours_iq3_xxs[RUNS_IQ3_XXS * GRID_RUN], neighbours_iq3_s[RUNS_IQ3_S * GRID_RUN];
 static int8_t values[N_GRIDS][MAX_POINTS * 8];
 
 static const struct {
-    const uint16_t *points;
+    const uint16_t *raw_points; /* as in grid_points.h */
     const int8_t *levels;
-    uint16_t *neighbours;
+    uint32_t *neighbours;
     int n_points, dims, n_levels, bits, distances; /* how many of the smallest distances count */
 } grids[N_GRIDS] = {
     [GRID_IQ2_XXS] = {iq2_xxs_points, iq2_xxs_levels, neighbours_iq2_xxs, 256, 8, 3, 2, 2},
@@ -33,25 +33,36 @@ static const struct {
     [GRID_IQ3_S] = {iq3_s_points, iq3_s_levels, neighbours_iq3_s, 512, 4, 8, 3, 3},
 };
 
-static int level_of(int which, unsigned packed, int k) {
-    return (int)(packed >> grids[which].bits * k & ((1u << grids[which].bits) - 1));
+static uint32_t points[N_GRIDS][MAX_POINTS];
+
+static int level_of(int which, uint32_t packed, int k) { return (int)(packed >> 4 * k & ((1u << grids[which].bits) - 1)); }
+
+static uint32_t packed_level(int which, int k, int level) {
+    return ((unsigned)(k << grids[which].bits) & 15u) << 4 * k | (uint32_t)level << 4 * k;
 }
 
-static int index_of(int which, unsigned packed) {
+static int index_of(int which, uint32_t packed) {
     int index = 0;
     for (int k = 0; k < grids[which].dims; k++) index = index * grids[which].n_levels + level_of(which, packed, k);
     return index;
 }
 
-static unsigned combination_at(int which, int index) {
-    unsigned packed = 0;
+static uint32_t combination_at(int which, int index) {
+    uint32_t packed = 0;
     for (int k = grids[which].dims; k-- > 0; index /= grids[which].n_levels)
-        packed |= (unsigned)(index % grids[which].n_levels) << grids[which].bits * k;
+        packed |= packed_level(which, k, index % grids[which].n_levels);
+    return packed;
+}
+
+static uint32_t point_at(int which, int number) {
+    uint32_t packed = 0;
+    for (int k = 0; k < grids[which].dims; k++)
+        packed |= packed_level(which, k, grids[which].raw_points[number] >> grids[which].bits * k & ((1 << grids[which].bits) - 1));
     return packed;
 }
 
 /* distances[p] = squared distance of point p to a combination */
-static void measure(int which, uint8_t *distances, const int8_t (*levels)[MAX_POINTS], unsigned combination) {
+static void measure(int which, uint8_t *distances, const int8_t (*levels)[MAX_POINTS], uint32_t combination) {
     const int n = grids[which].n_points;
     memset(distances, 0, (size_t)n);
     for (int k = 0; k < grids[which].dims; k++) {
@@ -62,7 +73,7 @@ static void measure(int which, uint8_t *distances, const int8_t (*levels)[MAX_PO
 }
 
 /* Appends the points at the smallest distances and returns how many there are. */
-static int list_nearest(int which, uint16_t *list, const uint8_t *distances) {
+static int list_nearest(int which, uint32_t *list, const uint8_t *distances) {
     const int n = grids[which].n_points;
     int histogram[MAX_DISTANCE + 1] = {0}, count = 0;
     for (int p = 0; p < n; p++) histogram[distances[p]]++;
@@ -70,14 +81,14 @@ static int list_nearest(int which, uint16_t *list, const uint8_t *distances) {
         if (!histogram[d]) continue;
         left--;
         for (int p = 0; p < n; p++)
-            if (distances[p] == d) list[count++] = grids[which].points[p];
+            if (distances[p] == d) list[count++] = points[which][p];
     }
     return count;
 }
 
 /* Bits that say how far each level of a point lies above or below that of a combination: the fewer the nearer, and one point
  * is at least as near as another in every weight if its bits are among the other's. */
-static uint64_t remoteness(int which, unsigned point, unsigned combination) {
+static uint64_t remoteness(int which, uint32_t point, uint32_t combination) {
     const int bits = grids[which].n_levels - 1;
     uint64_t result = 0;
     for (int k = 0; k < grids[which].dims; k++) {
@@ -88,7 +99,7 @@ static uint64_t remoteness(int which, unsigned point, unsigned combination) {
 }
 
 /* Keeps the points of a list that no other point of it beats; what beats comes first, as it is nearer. */
-static int shorten(int which, uint16_t *list, int count, unsigned combination) {
+static int shorten(int which, uint32_t *list, int count, uint32_t combination) {
     uint64_t kept[MAX_POINTS];
     int left = 0;
     for (int p = 0; p < count; p++) {
@@ -103,7 +114,7 @@ static int shorten(int which, uint16_t *list, int count, unsigned combination) {
 }
 
 /* Puts a list of neighbours at the end of the table, `runs` of which are taken, and returns its place. */
-static int32_t append(int which, int *runs, uint16_t *list, int count) {
+static int32_t append(int which, int *runs, uint32_t *list, int count) {
     const int eights = (count + 7) / 8, start = *runs;
     while (count % GRID_RUN) list[count] = list[count - 1], count++;
     memcpy(grids[which].neighbours + start * GRID_RUN, list, (size_t)count * sizeof *list);
@@ -117,13 +128,14 @@ static void build(int which) {
     int32_t *place = places[which];
     memset(place, -1, sizeof places[which]);
     for (int p = 0; p < grids[which].n_points; p++) {
-        for (int k = 0; k < grids[which].dims; k++) levels[which][k][p] = (int8_t)level_of(which, grids[which].points[p], k);
-        place[index_of(which, grids[which].points[p])] = p;
+        points[which][p] = point_at(which, p);
+        for (int k = 0; k < grids[which].dims; k++) levels[which][k][p] = (int8_t)level_of(which, points[which][p], k);
+        place[index_of(which, points[which][p])] = p;
     }
     for (int index = 0, runs = 0; index < combinations; index++) {
         uint8_t distances[MAX_POINTS];
-        uint16_t list[MAX_POINTS], shorter[MAX_POINTS];
-        const unsigned combination = combination_at(which, index);
+        uint32_t list[MAX_POINTS], shorter[MAX_POINTS];
+        const uint32_t combination = combination_at(which, index);
         short_places[which][index] = place[index];
         if (place[index] >= 0) continue;
         measure(which, distances, levels[which], combination);
@@ -139,7 +151,7 @@ static void build_values(void) {
     for (int which = 0; which < N_GRIDS; which++)
         for (int p = 0; p < grids[which].n_points; p++)
             for (int k = 0; k < grids[which].dims; k++)
-                values[which][p * grids[which].dims + k] = grids[which].levels[level_of(which, grids[which].points[p], k)];
+                values[which][p * grids[which].dims + k] = grids[which].levels[level_of(which, point_at(which, p), k)];
 }
 
 static void build_iq2_xxs(void) { build(GRID_IQ2_XXS); }
@@ -154,9 +166,12 @@ const gfl_grid *gfl_grid_of(int which) {
                                            PTHREAD_ONCE_INIT, PTHREAD_ONCE_INIT, PTHREAD_ONCE_INIT};
     static void (*const builders[N_GRIDS])(void) = {build_iq2_xxs, build_iq2_xs, build_iq2_s, build_iq1, build_iq3_xxs, build_iq3_s};
     static const gfl_grid built[N_GRIDS] = {
-        {iq2_xxs_points, places[GRID_IQ2_XXS], short_places[GRID_IQ2_XXS], neighbours_iq2_xxs}, {iq2_xs_points, places[GRID_IQ2_XS], short_places[GRID_IQ2_XS], neighbours_iq2_xs},
-        {iq2_s_points, places[GRID_IQ2_S], short_places[GRID_IQ2_S], neighbours_iq2_s},       {iq1_s_points, places[GRID_IQ1], short_places[GRID_IQ1], neighbours_iq1},
-        {iq3_xxs_points, places[GRID_IQ3_XXS], short_places[GRID_IQ3_XXS], neighbours_iq3_xxs}, {iq3_s_points, places[GRID_IQ3_S], short_places[GRID_IQ3_S], neighbours_iq3_s},
+        {points[GRID_IQ2_XXS], places[GRID_IQ2_XXS], short_places[GRID_IQ2_XXS], neighbours_iq2_xxs},
+        {points[GRID_IQ2_XS], places[GRID_IQ2_XS], short_places[GRID_IQ2_XS], neighbours_iq2_xs},
+        {points[GRID_IQ2_S], places[GRID_IQ2_S], short_places[GRID_IQ2_S], neighbours_iq2_s},
+        {points[GRID_IQ1], places[GRID_IQ1], short_places[GRID_IQ1], neighbours_iq1},
+        {points[GRID_IQ3_XXS], places[GRID_IQ3_XXS], short_places[GRID_IQ3_XXS], neighbours_iq3_xxs},
+        {points[GRID_IQ3_S], places[GRID_IQ3_S], short_places[GRID_IQ3_S], neighbours_iq3_s},
     };
     pthread_once(&once[which], builders[which]);
     return &built[which];

@@ -13,7 +13,7 @@ typedef struct {
     float root[32]; /* of them: what neighbours are judged by */
     float id[MAX_TRIALS], scale[MAX_TRIALS];          /* of each trial: 1 / scale and scale */
     float sum_qx[MAX_TRIALS], sum_q2[MAX_TRIALS];     /* of w q x and w q q */
-    uint16_t codes[8][MAX_TRIALS];                    /* packed combination by group and trial */
+    uint32_t codes[8][MAX_TRIALS];                    /* packed combination by group and trial */
     uint32_t off_grid[MAX_TRIALS];                    /* bit g: rounding did not meet a point in group g */
     int failed;                                       /* no neighbour had a finite error; ggml aborts */
 } grid_run;
@@ -121,45 +121,50 @@ INLINE uint32_t grid_indices(int32_t *index, const float *x, const float *id, in
     return clear;
 }
 
-/* tables of the terms of each weight: terms[i][l] for level l (mod 4 or mod 8, as `levels` is repeated) */
-INLINE void neighbour_terms(float (*terms)[16], const float *levels, const float *x, const float *w, float scale, int dims) {
-    for (int j = 0; j < 8; j += LANES) {
-        const vf value = vf_mul(vf_set1(scale), vf_load(levels + j));
-        for (int i = 0; i < dims; i++) {
-            const vf diff = vf_sub(value, vf_set1(x[i]));
-            vf_store(terms[i] + j, vf_mul(vf_mul(vf_set1(w[i]), diff), diff));
-        }
+/* Eight (or four) values, each repeated for all levels: four (eight) times. */
+INLINE void spread_values(float *out, const float *v, int dims) {
+    for (int i = 0; i < 32; i++) out[i] = v[i / (32 / dims)];
+}
+
+/* Terms w (scale q - x)^2 of a group's sum by weight and level, four (eight) levels for each weight; x and w spread likewise.
+ * levels: q by level, repeated. */
+INLINE void neighbour_terms(float *terms, const float *levels, const float *x, const float *w, float scale) {
+    for (int j = 0; j < 32; j += LANES) {
+        const vf diff = vf_sub(vf_mul(vf_set1(scale), vf_load(levels + j % 16)), vf_load(x + j));
+        vf_store(terms + j, vf_mul(vf_mul(vf_load(w + j), diff), diff));
     }
 }
 
-INLINE vf neighbour_sums(const float (*terms)[16], vi code, int dims) {
-    vf sum = vf_pick8_twice(terms[0], code);
-    for (int i = 1; i < dims; i++) {
-        code = dims == 8 ? vi_shr(code, 2) : vi_shr(code, 3);
-        sum = vf_add(sum, vf_pick8_twice(terms[i], code));
+/* sums of the terms that packed combinations pick, first weight first */
+INLINE vf neighbour_sums(const float *terms, vi code, int dims) {
+    vf sum = vf_zero();
+    for (int i = 0; i < dims; i++) {
+        const int place = 32 / dims * i;
+        const vf term = LANES >= 16 ? vf_pick16(terms + place / 16 * 16, code) : vf_pick8(terms + place / 8 * 8, code);
+        sum = i ? vf_add(sum, term) : term;
+        code = vi_shr(code, 4);
     }
     return sum;
 }
 
-/* The neighbour of least sum w (scale q - x)^2, the first of equals, on a list of `eights`; levels: q by level, repeated as
- * vectors want it; *failed is set if no sum is finite. A term of the sum depends on one weight's level only, so each weight
- * gets a small table of terms that the levels of many neighbours pick from. */
-INLINE unsigned nearest_neighbour(const uint16_t *list, int eights, const float *levels, const float *x, const float *w, float scale,
+/* The neighbour of least sum w (scale q - x)^2, the first of equals, on a list of `eights`; x, w and levels as neighbour_terms
+ * wants them. *failed is set if no sum is finite. A term depends on one weight's level only, so a small table of terms serves
+ * many neighbours. */
+INLINE uint32_t nearest_neighbour(const uint32_t *list, int eights, const float *levels, const float *x, const float *w, float scale,
                                   int dims, int *failed) {
-    float terms[8][16], least[LANES];
+    float terms[32], least[LANES];
     int32_t place[LANES], lanes[LANES];
-    neighbour_terms(terms, levels, x, w, scale, dims);
+    neighbour_terms(terms, levels, x, w, scale);
     if (8 * eights <= LANES) {
-        const vf sums = neighbour_sums(terms, vi_load_u16(list), dims);
+        const vf sums = neighbour_sums(terms, vi_load((const int32_t *)list), dims);
         const float minimum = vf_hmin(sums);
-        if (!(minimum < FLT_MAX)) *failed = 1;
-        else return list[__builtin_ctz(vm_to_bits(vf_eq(sums, vf_set1(minimum))))];
+        if (minimum < FLT_MAX) return list[__builtin_ctz(vm_to_bits(vf_eq(sums, vf_set1(minimum))))];
     }
     for (int l = 0; l < LANES; l++) lanes[l] = l;
     vf best = vf_set1(FLT_MAX);
     vi at = vi_load(lanes), best_at = at;
     for (int r = 0; r < eights * 8; r += LANES, at = vi_add(at, vi_set1(LANES))) {
-        const vf sums = neighbour_sums(terms, vi_load_u16(list + r), dims);
+        const vf sums = neighbour_sums(terms, vi_load((const int32_t *)list + r), dims);
         const vm better = vf_lt(sums, best);
         best = vf_select(better, sums, best);
         best_at = vi_select(better, at, best_at);
@@ -175,9 +180,8 @@ INLINE unsigned nearest_neighbour(const uint16_t *list, int eights, const float 
     return list[first];
 }
 
-/* packed combination at a place: that point of the grid, or the best neighbour for this scale */
-INLINE unsigned grid_code(const gfl_grid *grid, int place, const float *x, const float *root, float scale, int dims, int *failed) {
-    if (place >= 0) return grid->points[place];
+/* the best neighbour for this scale of a combination at a place that is no point */
+INLINE uint32_t neighbour_at(const gfl_grid *grid, int place, const float *x, const float *root, float scale, int dims, int *failed) {
     return nearest_neighbour(grid->neighbours + (~place >> 8) * GRID_RUN, ~place & 255, dims == 8 ? odd_4 : odd_8, x, root, scale, dims,
                              failed);
 }
@@ -187,18 +191,26 @@ INLINE void grid_codes(grid_run *run, const gfl_grid *grid, int n, int dims, int
     memset(run->off_grid, 0, sizeof run->off_grid);
     run->failed = 0;
     for (int g = 0; g < n / dims; g++) {
-        const float *x = run->x + g * dims, *root = run->root + g * dims;
-        int32_t index[MAX_TRIALS];
+        int32_t index[MAX_TRIALS], place[MAX_TRIALS];
+        uint8_t off[MAX_TRIALS];
         uint32_t clear = 0;
-        if (tame) clear = grid_indices(index, x, run->id, dims, trials);
+        int n_off = 0;
+        float x[32], root[32];
+        if (tame) clear = grid_indices(index, run->x + g * dims, run->id, dims, trials);
         else
-            for (int t = 0; t < trials; t++) index[t] = grid_index(x, run->id[t], dims);
-        for (int t = 0; t < trials; t++) {
-            const int place = (clear >> t & 1 ? grid->short_places : grid->places)[index[t]];
-            run->off_grid[t] |= (uint32_t)(place < 0) << g;
-            run->codes[g][t] = (uint16_t)grid_code(grid, place, x, root, run->scale[t], dims, &run->failed);
+            for (int t = 0; t < trials; t++) index[t] = grid_index(run->x + g * dims, run->id[t], dims);
+        for (int t = 0; t < trials; t++) { /* no branches: what is a point is hard to foretell */
+            place[t] = (clear >> t & 1 ? grid->short_places : grid->places)[index[t]];
+            const int is_off = place[t] < 0;
+            off[n_off] = (uint8_t)t;
+            n_off += is_off;
+            run->off_grid[t] |= (uint32_t)is_off << g;
+            run->codes[g][t] = grid->points[is_off ? 0 : place[t]];
         }
-        for (int t = trials; t < MAX_TRIALS; t++) run->codes[g][t] = 0;
+        spread_values(x, run->x + g * dims, dims);
+        spread_values(root, run->root + g * dims, dims);
+        for (int k = 0; k < n_off; k++)
+            run->codes[g][off[k]] = neighbour_at(grid, place[off[k]], x, root, run->scale[off[k]], dims, &run->failed);
     }
 }
 
@@ -206,12 +218,12 @@ INLINE void grid_sums(grid_run *run, int n, int dims, int trials) {
     for (int t = 0; t < trials; t += LANES) {
         vf qx = vf_zero(), q2 = vf_zero();
         for (int g = 0; g < n / dims; g++) {
-            vi code = vi_load_u16(run->codes[g] + t);
+            vi code = vi_load((const int32_t *)run->codes[g] + t);
             for (int i = g * dims; i < (g + 1) * dims; i++) {
-                const vf q = vf_pick8_twice(dims == 8 ? odd_4 : odd_8, code), w = vf_set1(run->w[i]);
+                const vf q = vf_pick16(dims == 8 ? odd_4 : odd_8, code), w = vf_set1(run->w[i]);
                 qx = vf_add(qx, vf_mul(vf_set1(run->w[i] * run->x[i]), q));
                 q2 = vf_add(q2, vf_mul(vf_mul(w, q), q));
-                code = dims == 8 ? vi_shr(code, 2) : vi_shr(code, 3);
+                code = vi_shr(code, 4);
             }
         }
         vf_store(run->sum_qx + t, qx);
@@ -235,11 +247,11 @@ static inline int grid_best(const grid_run *run, float *scale, int trials) {
 }
 
 /* Least-squares scale of n weights for given codes; `scale` if that is not defined. */
-INLINE float grid_scale(const grid_run *run, const uint16_t *codes, int n, int dims, float scale) {
+INLINE float grid_scale(const grid_run *run, const uint32_t *codes, int n, int dims, float scale) {
     float qx = 0.0f, q2 = 0.0f;
     for (int g = 0; g < n / dims; g++)
         for (int i = 0; i < dims; i++) {
-            const float w = run->w[g * dims + i], q = odd_8[codes[g] >> i * (dims == 8 ? 2 : 3) & (dims == 8 ? 3 : 7)];
+            const float w = run->w[g * dims + i], q = (dims == 8 ? odd_4 : odd_8)[codes[g] >> 4 * i & 15];
             qx += w * run->x[g * dims + i] * q;
             q2 += w * q * q;
         }
@@ -247,14 +259,16 @@ INLINE float grid_scale(const grid_run *run, const uint16_t *codes, int n, int d
 }
 
 /* Rounds the groups of `which` (one bit each) anew for a positive scale and returns the scale that then is best. */
-INLINE float grid_refine(grid_run *run, const gfl_grid *grid, uint16_t *codes, uint32_t which, int n, int dims, float scale) {
+INLINE float grid_refine(grid_run *run, const gfl_grid *grid, uint32_t *codes, uint32_t which, int n, int dims, float scale) {
     if (!which || !(scale > 0.0f)) return scale;
     const float id = 1.0f / scale;
     for (int g = 0; g < n / dims; g++) {
         if (!(which >> g & 1)) continue;
-        const float *x = run->x + g * dims;
-        codes[g] = (uint16_t)grid_code(grid, grid->places[grid_index(x, id, dims)], x, run->root + g * dims, scale, dims,
-                                       &run->failed);
+        float x[32], root[32];
+        const int place = grid->places[grid_index(run->x + g * dims, id, dims)];
+        spread_values(x, run->x + g * dims, dims);
+        spread_values(root, run->root + g * dims, dims);
+        codes[g] = place < 0 ? neighbour_at(grid, place, x, root, scale, dims, &run->failed) : grid->points[place];
     }
     return grid_scale(run, codes, n, dims, scale);
 }
@@ -263,23 +277,23 @@ INLINE float grid_refine(grid_run *run, const gfl_grid *grid, uint16_t *codes, u
 enum { REFINE_SOME, REFINE_ALL_OR_NONE, REFINE_ALL };
 
 /* The search from given trials on: codes of all groups, and the scale. Without a trial better than nothing `scale` stays and
- * the codes are 0. NaN where ggml would abort. */
-INLINE float grid_fit(grid_run *run, const gfl_grid *grid, uint16_t *codes, int n, int dims, int trials, float scale, int refine, int tame) {
+ * the codes are those of point 0, which has the lowest levels. NaN where ggml would abort. */
+INLINE float grid_fit(grid_run *run, const gfl_grid *grid, uint32_t *codes, int n, int dims, int trials, float scale, int refine, int tame) {
     grid_codes(run, grid, n, dims, trials, tame);
     grid_sums(run, n, dims, trials);
     const int best = grid_best(run, &scale, trials);
     const uint32_t every = (uint32_t)((1ull << n / dims) - 1);
     uint32_t again = best >= 0 ? run->off_grid[best] : refine == REFINE_SOME ? 0 : every;
     if (refine == REFINE_ALL || (refine == REFINE_ALL_OR_NONE && again)) again = every;
-    for (int g = 0; g < n / dims; g++) codes[g] = best < 0 ? 0 : run->codes[g][best];
+    for (int g = 0; g < n / dims; g++) codes[g] = best < 0 ? grid->points[0] : run->codes[g][best];
     scale = grid_refine(run, grid, codes, again, n, dims, scale);
     return run->failed ? NAN : scale;
 }
 
 /* the number of a point given its packed combination */
-INLINE unsigned grid_number(const gfl_grid *grid, unsigned code, int dims) {
+INLINE unsigned grid_number(const gfl_grid *grid, uint32_t code, int dims) {
     int index = 0;
-    for (int i = 0; i < dims; i++) index = index * (dims == 8 ? 3 : 8) + (int)(code >> i * (dims == 8 ? 2 : 3) & (dims == 8 ? 3 : 7));
+    for (int i = 0; i < dims; i++) index = index * (dims == 8 ? 3 : 8) + (int)(code >> 4 * i & (dims == 8 ? 3 : 7));
     return (unsigned)grid->places[index];
 }
 

@@ -129,8 +129,17 @@ INLINE void cut_IQ1_M(best_cut *best, const sorted_runs *s) {
 typedef struct {
     float scale;
     int found, down[4];
-    uint16_t codes[4];
+    uint32_t codes[4];
 } run_IQ1;
+
+/* eight levels of two bits as a combination (grids.h) */
+static inline uint32_t pack_eight_levels(unsigned levels) {
+    uint32_t code = levels & 0xffff;
+    code = (code | code << 8) & 0x00ff00ff;
+    code = (code | code << 4) & 0x0f0f0f0f;
+    code = (code | code << 2) & 0x33333333;
+    return code | 0xc840c840;
+}
 
 /* Cuts of the runs of n weights in a tile; w: importances as they lie in memory. */
 INLINE void cut_tile_IQ1(run_IQ1 *runs, const float *x, const float *w, int n, float tiny) {
@@ -156,12 +165,12 @@ INLINE void cut_tile_IQ1(run_IQ1 *runs, const float *x, const float *w, int n, f
             const int middle = cut[l] >> 7, high = (cut[l] & 127) >> shift_bits, turn = scale[l] < 0.0f;
             run->found = cut[l] >= 0;
             run->scale = run->found ? fabsf(scale[l]) : 0.0f;
-            uint64_t codes = 0;
+            uint64_t levels = 0; /* two bits each */
             for (int i = 0; i < n; i++) {
                 const int level = (i >= middle) + (i >= high);
-                codes |= (uint64_t)(turn ? 2 - level : level) << 2 * from[i][l];
+                levels |= (uint64_t)(turn ? 2 - level : level) << 2 * from[i][l];
             }
-            memcpy(run->codes, &codes, sizeof codes);
+            for (int k = 0; k < n / 8; k++) run->codes[k] = pack_eight_levels((unsigned)(levels >> 16 * k));
             for (int k = 0; k < n / 8; k++) run->down[k] = (n == 32 ? shifts : shifts >> (1 - k) & 1) ^ turn;
         }
     }
@@ -173,22 +182,24 @@ INLINE void points_IQ1(unsigned *points, run_IQ1 *run, const gfl_grid *grid, con
     int moved = 0;
     for (int k = 0; k < n / 8; k++) {
         int index = 0;
-        for (int i = 0; i < 8; i++) index = 3 * index + (run->codes[k] >> 2 * i & 3);
+        for (int i = 0; i < 8; i++) index = 3 * index + (int)(run->codes[k] >> 4 * i & 3);
         const int place = grid->places[index];
         points[k] = (unsigned)place;
         if (place >= 0) continue;
         int failed = 0;
+        float x_spread[32], w_spread[32];
+        spread_values(x_spread, x + 8 * k, 8);
+        spread_values(w_spread, w + 8 * k, 8);
         moved = 1;
-        run->codes[k] = (uint16_t)nearest_neighbour(grid->neighbours + (~place >> 8) * GRID_RUN, ~place & 255,
-                                                    shifted_levels[run->down[k]], x + 8 * k, w + 8 * k, run->scale, 8,
-                                                    &failed);
+        run->codes[k] = nearest_neighbour(grid->neighbours + (~place >> 8) * GRID_RUN, ~place & 255,
+                                          shifted_levels[run->down[k]], x_spread, w_spread, run->scale, 8, &failed);
         if (failed) run->scale = NAN;
         points[k] = grid_number(grid, run->codes[k], 8);
     }
     if (!moved || !(run->scale >= 0.0f)) return;
     float qx = 0.0f, q2 = 0.0f;
     for (int i = 0; i < n; i++) {
-        const float q = shifted_levels[run->down[i / 8]][run->codes[i / 8] >> 2 * (i % 8) & 3];
+        const float q = shifted_levels[run->down[i / 8]][run->codes[i / 8] >> 4 * (i % 8) & 3];
         qx += w[i] * q * x[i];
         q2 += w[i] * q * q;
     }
@@ -233,7 +244,8 @@ static void super_IQ1_M(const float *x, const float *w, run_IQ1 *runs, block_iq1
     for (int s = 0; s < 16; s++) {
         unsigned points[2];
         if (!runs[s].found) {
-            memset(runs + s, 0, sizeof *runs); /* point 0, going up */
+            memset(runs + s, 0, sizeof *runs);
+            runs[s].codes[0] = runs[s].codes[1] = grid->points[0]; /* going up */
             continue;
         }
         points_IQ1(points, runs + s, grid, x + 16 * s, w + 16 * s, 16);
@@ -252,7 +264,7 @@ static void super_IQ1_M(const float *x, const float *w, run_IQ1 *runs, block_iq1
         y->qh[s] |= (uint8_t)(runs[s].down[0] << 3 | runs[s].down[1] << 7);
         for (int i = 0; i < 16; i++) {
             const int k = i / 8;
-            const float q = shifted_levels[runs[s].down[k]][runs[s].codes[k] >> 2 * (i % 8) & 3] * (float)(2 * l + 1);
+            const float q = shifted_levels[runs[s].down[k]][runs[s].codes[k] >> 4 * (i % 8) & 3] * (float)(2 * l + 1);
             qx += w[16 * s + i] * q * x[16 * s + i];
             q2 += w[16 * s + i] * q * q;
         }

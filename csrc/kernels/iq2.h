@@ -17,7 +17,7 @@ INLINE float even_scale(const grid_run *run, int n) {
 }
 
 /* One run: codes, signs and scale. Returns 0, leaving all alone, if there is nothing in it. */
-INLINE int fit_IQ2(float *scale, uint16_t *codes, uint8_t *signs, const gfl_grid *grid, const float *x, const float *imatrix,
+INLINE int fit_IQ2(float *scale, uint32_t *codes, uint8_t *signs, const gfl_grid *grid, const float *x, const float *imatrix,
                    float sigma2, int n, int even, float tiny) {
     grid_run run;
     grid_magnitudes(&run, signs, x, n);
@@ -47,7 +47,7 @@ static void super_IQ2_XXS(const float *x, const float *imatrix, block_iq2_xxs *y
     uint32_t words[16] = {0};
     memset(y, 0, sizeof *y);
     for (int s = 0; s < 8; s++) {
-        uint16_t codes[4];
+        uint32_t codes[4];
         uint8_t signs[4];
         if (!fit_IQ2(scales + s, codes, signs, grid, x + 32 * s, imatrix + 32 * s, sigma2, 32, 1, TINY)) continue;
         for (int k = 0; k < 4; k++) {
@@ -72,7 +72,7 @@ static void super_IQ2_XS(const float *x, const float *imatrix, block_iq2_xs *y, 
     float scales[16] = {0};
     memset(y, 0, sizeof *y);
     for (int s = 0; s < 16; s++) {
-        uint16_t codes[2];
+        uint32_t codes[2];
         uint8_t signs[2];
         if (!fit_IQ2(scales + s, codes, signs, grid, x + 16 * s, imatrix + 16 * s, sigma2, 16, 1, TINY)) continue;
         for (int k = 0; k < 2; k++) y->qs[2 * s + k] = (uint16_t)(grid_number(grid, codes[k], 8) | (unsigned)signs[k] << 9);
@@ -91,7 +91,7 @@ static void super_IQ2_S(const float *x, const float *imatrix, block_iq2_s *y, fl
     float scales[16] = {0};
     memset(y, 0, sizeof *y);
     for (int s = 0; s < 16; s++) {
-        uint16_t codes[2];
+        uint32_t codes[2];
         uint8_t signs[2];
         if (!fit_IQ2(scales + s, codes, signs, grid, x + 16 * s, imatrix ? imatrix + 16 * s : NULL, sigma2, 16, 0, 1e-8f)) continue;
         for (int k = 0; k < 2; k++) {

@@ -1,7 +1,7 @@
 /* IQ3_XXS IQ3_S: fours of weights on grids of eight levels, runs of 32 with a scale of four bits. */
 
 /* One run: codes, signs (seven bits if `even`, which is IQ3_XXS) and scale. Returns 0, leaving all alone, if there is nothing in it. */
-INLINE int fit_IQ3(float *scale, uint16_t *codes, uint8_t *signs, const gfl_grid *grid, const float *x, const float *imatrix,
+INLINE int fit_IQ3(float *scale, uint32_t *codes, uint8_t *signs, const gfl_grid *grid, const float *x, const float *imatrix,
                    float sigma2, int even) {
     grid_run run;
     grid_magnitudes(&run, signs, x, 32);
@@ -25,7 +25,7 @@ static void super_IQ3_XXS(const float *x, const float *imatrix, block_iq3_xxs *y
     uint32_t words[8] = {0};
     memset(y, 0, sizeof *y);
     for (int s = 0; s < 8; s++) {
-        uint16_t codes[8];
+        uint32_t codes[8];
         uint8_t signs[4];
         if (!fit_IQ3(scales + s, codes, signs, grid, x + 32 * s, imatrix ? imatrix + 32 * s : NULL, sigma2, 1)) continue;
         for (int g = 0; g < 8; g++) y->qs[8 * s + g] = (uint8_t)grid_number(grid, codes[g], 4);
@@ -47,7 +47,7 @@ static void super_IQ3_S(const float *x, const float *imatrix, block_iq3_s *y, fl
     int place = 0; /* of a run's points and signs: in ggml a run of zeros takes none, and the next one moves up */
     memset(y, 0, sizeof *y);
     for (int s = 0; s < 8; s++) {
-        uint16_t codes[8];
+        uint32_t codes[8];
         if (!fit_IQ3(scales + s, codes, y->signs + 4 * place, grid, x + 32 * s, imatrix ? imatrix + 32 * s : NULL, sigma2, 0))
             continue;
         for (int g = 0; g < 8; g++) {
