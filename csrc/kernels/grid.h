@@ -8,15 +8,18 @@
 enum { MAX_TRIALS = 32 };
 
 typedef struct {
-    float x[32];    /* magnitudes; IQ2_XXS, IQ2_XS and IQ3_XXS negate some to make signs even */
-    float w[32];    /* importances */
-    float root[32]; /* of them: what neighbours are judged by */
+    float x[40];    /* magnitudes; IQ2_XXS, IQ2_XS and IQ3_XXS negate some to make signs even. Longer than read, as vectors may */
+    float w[40];    /* importances */
+    float root[40]; /* of them: what neighbours are judged by */
     float id[MAX_TRIALS], scale[MAX_TRIALS];          /* of each trial: 1 / scale and scale */
     float sum_qx[MAX_TRIALS], sum_q2[MAX_TRIALS];     /* of w q x and w q q */
     uint32_t codes[8][MAX_TRIALS];                    /* packed combination by group and trial */
-    uint32_t off_grid[MAX_TRIALS];                    /* bit g: rounding did not meet a point in group g */
+    uint32_t off_grid[8];                             /* by group, bit t: rounding did not meet a point in trial t */
     int failed;                                       /* no neighbour had a finite error; ggml aborts */
 } grid_run;
+
+static const float count_to_32[MAX_TRIALS] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                              16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
 
 /* twice a level plus one, repeated as often as vectors may want */
 static const float odd_8[16] = {1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15};
@@ -71,9 +74,12 @@ INLINE float grid_peak(const grid_run *run, int n) {
 
 /* trials -half ... half: 1 / scale = (top + trial * step) / peak */
 INLINE void grid_trials(grid_run *run, int half, float top, float step, float peak) {
-    for (int t = 0; t <= 2 * half; t++) run->id[t] = (top + (float)(t - half) * step) / peak;
-    for (int t = 2 * half + 1; t < MAX_TRIALS; t++) run->id[t] = run->id[0];
-    for (int t = 0; t < MAX_TRIALS; t += LANES) vf_store(run->scale + t, vf_div(vf_set1(1.0f), vf_load(run->id + t)));
+    for (int t = 0; t < MAX_TRIALS; t += LANES) {
+        const vf trial = vf_sub(vf_load(count_to_32 + t), vf_set1((float)half));
+        const vf id = vf_div(vf_add(vf_set1(top), vf_mul(trial, vf_set1(step))), vf_set1(peak));
+        vf_store(run->id + t, id);
+        vf_store(run->scale + t, vf_div(vf_set1(1.0f), id));
+    }
 }
 
 /* The level of a weight divided by its scale: (y - 1) / 2 rounded and limited, ties to even. */
@@ -121,9 +127,15 @@ INLINE uint32_t grid_indices(int32_t *index, const float *x, const float *id, in
     return clear;
 }
 
-/* Eight (or four) values, each repeated for all levels: four (eight) times. */
+static const int32_t eight_each_four_times[32] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3,
+                                                  4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7};
+static const int32_t four_each_eight_times[32] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,
+                                                  2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3};
+
+/* Eight (or four) values, each repeated for all levels: four (eight) times. Eight are read in any case. */
 INLINE void spread_values(float *out, const float *v, int dims) {
-    for (int i = 0; i < 32; i++) out[i] = v[i / (32 / dims)];
+    const int32_t *places = dims == 8 ? eight_each_four_times : four_each_eight_times;
+    for (int i = 0; i < 32; i += LANES) vf_store(out + i, vf_pick8(v, vi_load(places + i)));
 }
 
 /* Terms w (scale q - x)^2 of a group's sum by weight and level, four (eight) levels for each weight; x and w spread likewise.
@@ -188,29 +200,32 @@ INLINE uint32_t neighbour_at(const gfl_grid *grid, int place, const float *x, co
 
 /* Codes of all groups in all trials. */
 INLINE void grid_codes(grid_run *run, const gfl_grid *grid, int n, int dims, int trials, int tame) {
-    memset(run->off_grid, 0, sizeof run->off_grid);
+    const uint32_t every = (uint32_t)((1ull << trials) - 1);
     run->failed = 0;
     for (int g = 0; g < n / dims; g++) {
         int32_t index[MAX_TRIALS], place[MAX_TRIALS];
         uint8_t off[MAX_TRIALS];
-        uint32_t clear = 0;
+        uint32_t clear = 0, off_grid = 0;
         int n_off = 0;
         float x[32], root[32];
         if (tame) clear = grid_indices(index, run->x + g * dims, run->id, dims, trials);
         else
             for (int t = 0; t < trials; t++) index[t] = grid_index(run->x + g * dims, run->id[t], dims);
+        const int32_t *places = (clear & every) == every ? grid->short_places : grid->places;
         for (int t = 0; t < trials; t++) { /* no branches: what is a point is hard to foretell */
-            place[t] = (clear >> t & 1 ? grid->short_places : grid->places)[index[t]];
-            const int is_off = place[t] < 0;
+            const int32_t p = places[index[t]];
+            const uint32_t is_off = (uint32_t)p >> 31;
             off[n_off] = (uint8_t)t;
-            n_off += is_off;
-            run->off_grid[t] |= (uint32_t)is_off << g;
-            run->codes[g][t] = grid->points[is_off ? 0 : place[t]];
+            place[n_off] = p;
+            n_off += (int)is_off;
+            off_grid |= is_off << t;
+            run->codes[g][t] = grid->points[p & (int32_t)(is_off - 1)];
         }
+        run->off_grid[g] = off_grid;
         spread_values(x, run->x + g * dims, dims);
         spread_values(root, run->root + g * dims, dims);
         for (int k = 0; k < n_off; k++)
-            run->codes[g][off[k]] = neighbour_at(grid, place[off[k]], x, root, run->scale[off[k]], dims, &run->failed);
+            run->codes[g][off[k]] = neighbour_at(grid, place[k], x, root, run->scale[off[k]], dims, &run->failed);
     }
 }
 
@@ -283,7 +298,8 @@ INLINE float grid_fit(grid_run *run, const gfl_grid *grid, uint32_t *codes, int 
     grid_sums(run, n, dims, trials);
     const int best = grid_best(run, &scale, trials);
     const uint32_t every = (uint32_t)((1ull << n / dims) - 1);
-    uint32_t again = best >= 0 ? run->off_grid[best] : refine == REFINE_SOME ? 0 : every;
+    uint32_t again = best < 0 && refine != REFINE_SOME ? every : 0;
+    for (int g = 0; g < n / dims && best >= 0; g++) again |= (run->off_grid[g] >> best & 1) << g;
     if (refine == REFINE_ALL || (refine == REFINE_ALL_OR_NONE && again)) again = every;
     for (int g = 0; g < n / dims; g++) codes[g] = best < 0 ? grid->points[0] : run->codes[g][best];
     scale = grid_refine(run, grid, codes, again, n, dims, scale);

@@ -1,38 +1,18 @@
 /* IQ2_XXS IQ2_XS IQ2_S: eights of weights on grids of three levels. */
 
-/* scale from which IQ2_XXS tries others: that of five levels evenly spaced from 0 */
-INLINE float even_scale(const grid_run *run, int n) {
-    float scale[LANES], x[32 * LANES], w[32 * LANES];
-    vf lanes[32], weights[32], fitted;
-    vi q[32];
-    for (int l = 0; l < LANES; l++) {
-        memcpy(x + n * l, run->x, (size_t)n * sizeof *x);
-        memcpy(w + n * l, run->w, (size_t)n * sizeof *w);
-    }
-    load_lanes(lanes, x, n);
-    load_lanes(weights, w, n);
-    fit_scales(&fitted, q, lanes, weights, n, 4);
-    vf_store(scale, fitted);
-    return scale[0];
-}
-
-/* One run: codes, signs and scale. Returns 0, leaving all alone, if there is nothing in it. */
-INLINE int fit_IQ2(float *scale, uint32_t *codes, uint8_t *signs, const gfl_grid *grid, const float *x, const float *imatrix,
-                   float sigma2, int n, int even, float tiny) {
-    grid_run run;
-    grid_magnitudes(&run, signs, x, n);
-    grid_importances(&run, x, imatrix, n, sigma2, 0.25f * sigma2);
-    if (even) grid_even_signs(&run, signs, n);
-    const float peak = grid_peak(&run, n);
-    if (peak < tiny) return 0;
+/* One run: codes, signs and scale; `even`: seven signs of eight. `start`: the scale from which IQ2_XXS tries others; for the other
+ * two, which begin with the peak, what the peak must reach to count. Returns 0, leaving all alone, if there is nothing in it. */
+INLINE int fit_IQ2(float *scale, uint32_t *codes, uint8_t *signs, const gfl_grid *grid, grid_run *run, int n, int even, float start) {
     if (n == 32) {
-        const float start = even_scale(&run, n), top = start * 3.0f;
+        const float top = start * 3.0f;
         if (!(top > 0.0f)) return 0;
-        grid_trials(&run, 6, 5.0f, 0.1f, top);
-        *scale = grid_fit(&run, grid, codes, n, 8, 13, start, REFINE_ALL, peak < 1e5f * top);
+        grid_trials(run, 6, 5.0f, 0.1f, top);
+        *scale = grid_fit(run, grid, codes, n, 8, 13, start, REFINE_ALL, grid_peak(run, n) < 1e5f * top);
     } else {
-        grid_trials(&run, 9, 5.0f, 0.1f, peak);
-        *scale = grid_fit(&run, grid, codes, n, 8, 19, peak / 5.0f, REFINE_SOME, 1);
+        const float peak = grid_peak(run, n);
+        if (peak < start) return 0;
+        grid_trials(run, 9, 5.0f, 0.1f, peak);
+        *scale = grid_fit(run, grid, codes, n, 8, 19, peak / 5.0f, REFINE_SOME, 1);
     }
     if (*scale < 0.0f) {
         *scale = -*scale;
@@ -41,18 +21,39 @@ INLINE int fit_IQ2(float *scale, uint32_t *codes, uint8_t *signs, const gfl_grid
     return 1;
 }
 
-static void super_IQ2_XXS(const float *x, const float *imatrix, block_iq2_xxs *y, float sigma2) {
+/* Magnitudes, importances and signs of the runs of two super-blocks, from which IQ2_XXS finds the scales to start from. */
+typedef struct {
+    float x[TILE], w[TILE];
+    uint8_t signs[TILE / 8];
+} tile_IQ2_XXS;
+
+static void prepare_IQ2_XXS(tile_IQ2_XXS *tile, int at, const float *x, const float *imatrix, float sigma2) {
+    for (int i = 0; i < SUPER; i += 32) {
+        grid_run run;
+        uint8_t *signs = tile->signs + (at + i) / 8;
+        grid_magnitudes(&run, signs, x + i, 32);
+        grid_importances(&run, x + i, imatrix + i, 32, sigma2, 0.0f);
+        grid_even_signs(&run, signs, 32);
+        memcpy(tile->x + at + i, run.x, 32 * sizeof *run.x);
+        memcpy(tile->w + at + i, run.w, 32 * sizeof *run.w);
+    }
+}
+
+static void super_IQ2_XXS(const float *x, const float *w, uint8_t *signs, const float *starts, block_iq2_xxs *y) {
     const gfl_grid *grid = gfl_grid_of(GRID_IQ2_XXS);
     float scales[8] = {0};
     uint32_t words[16] = {0};
     memset(y, 0, sizeof *y);
     for (int s = 0; s < 8; s++) {
+        grid_run run;
         uint32_t codes[4];
-        uint8_t signs[4];
-        if (!fit_IQ2(scales + s, codes, signs, grid, x + 32 * s, imatrix + 32 * s, sigma2, 32, 1, TINY)) continue;
+        memcpy(run.x, x + 32 * s, 32 * sizeof *run.x);
+        memcpy(run.w, w + 32 * s, 32 * sizeof *run.w);
+        for (int i = 0; i < 32; i += LANES) vf_store(run.root + i, vf_sqrt(vf_load(run.w + i)));
+        if (!fit_IQ2(scales + s, codes, signs + 4 * s, grid, &run, 32, 1, starts[s])) continue;
         for (int k = 0; k < 4; k++) {
             words[2 * s] |= (uint32_t)grid_number(grid, codes[k], 8) << 8 * k;
-            words[2 * s + 1] |= (uint32_t)signs[k] << 7 * k;
+            words[2 * s + 1] |= (uint32_t)signs[4 * s + k] << 7 * k;
         }
     }
     const float max = largest_scale(scales, 8), d = max / 31.0f;
@@ -61,6 +62,30 @@ static void super_IQ2_XXS(const float *x, const float *imatrix, block_iq2_xxs *y
     for (int s = 0; s < 8; s++) words[2 * s + 1] |= (uint32_t)grid_level(1.0f / d * scales[s], 15) << 28;
     memcpy(y->qs, words, 64);
 }
+
+static void batch_IQ2_XXS(const float *x, const float *imatrix, block_iq2_xxs *y, int count) {
+    float sigma2[BATCH_SUPERS];
+    spread_mean_squares(sigma2, x, count, SUPER, 1.0f);
+    for (int b = 0; b < count; b += 2) {
+        tile_IQ2_XXS tile;
+        float starts[TILE / 32];
+        memset(&tile, 0, sizeof tile);
+        for (int j = 0; j < 2 && b + j < count; j++)
+            prepare_IQ2_XXS(&tile, SUPER * j, x + SUPER * (b + j), imatrix + SUPER * (b + j), sigma2[b + j]);
+        for (int j = 0; j < TILE / 32; j += LANES) { /* the scale of five levels evenly spaced from 0 */
+            vf lanes[32], w[32], start;
+            vi q[32];
+            load_lanes(lanes, tile.x + 32 * j, 32);
+            load_lanes(w, tile.w + 32 * j, 32);
+            fit_scales(&start, q, lanes, w, 32, 4);
+            vf_store(starts + j, start);
+        }
+        for (int j = 0; j < 2 && b + j < count; j++)
+            super_IQ2_XXS(tile.x + SUPER * j, tile.w + SUPER * j, tile.signs + SUPER / 8 * j, starts + 8 * j, y + b + j);
+    }
+}
+
+QUANTIZE_SUPERS(IQ2_XXS, block_iq2_xxs)
 
 /* scale codes of 16 runs */
 static inline void scales_IQ2(uint8_t *codes, const float *scales, float d) {
@@ -74,7 +99,11 @@ static void super_IQ2_XS(const float *x, const float *imatrix, block_iq2_xs *y, 
     for (int s = 0; s < 16; s++) {
         uint32_t codes[2];
         uint8_t signs[2];
-        if (!fit_IQ2(scales + s, codes, signs, grid, x + 16 * s, imatrix + 16 * s, sigma2, 16, 1, TINY)) continue;
+        grid_run run;
+        grid_magnitudes(&run, signs, x + 16 * s, 16);
+        grid_importances(&run, x + 16 * s, imatrix + 16 * s, 16, sigma2, 0.0f);
+        grid_even_signs(&run, signs, 16);
+        if (!fit_IQ2(scales + s, codes, signs, grid, &run, 16, 1, TINY)) continue;
         for (int k = 0; k < 2; k++) y->qs[2 * s + k] = (uint16_t)(grid_number(grid, codes[k], 8) | (unsigned)signs[k] << 9);
     }
     const float max = largest_scale(scales, 16), d = max / 31.0f;
@@ -93,7 +122,10 @@ static void super_IQ2_S(const float *x, const float *imatrix, block_iq2_s *y, fl
     for (int s = 0; s < 16; s++) {
         uint32_t codes[2];
         uint8_t signs[2];
-        if (!fit_IQ2(scales + s, codes, signs, grid, x + 16 * s, imatrix ? imatrix + 16 * s : NULL, sigma2, 16, 0, 1e-8f)) continue;
+        grid_run run;
+        grid_magnitudes(&run, signs, x + 16 * s, 16);
+        grid_importances(&run, x + 16 * s, imatrix ? imatrix + 16 * s : NULL, 16, sigma2, 0.25f * sigma2);
+        if (!fit_IQ2(scales + s, codes, signs, grid, &run, 16, 0, 1e-8f)) continue;
         for (int k = 0; k < 2; k++) {
             const unsigned point = grid_number(grid, codes[k], 8);
             y->qs[2 * s + k] = (uint8_t)point;
@@ -107,7 +139,6 @@ static void super_IQ2_S(const float *x, const float *imatrix, block_iq2_s *y, fl
     scales_IQ2(y->scales, scales, d);
 }
 
-BATCH_OF_SUPERS(IQ2_XXS, block_iq2_xxs, 1.0f)
 BATCH_OF_SUPERS(IQ2_XS, block_iq2_xs, 1.0f)
 BATCH_OF_SUPERS(IQ2_S, block_iq2_s, 2.0f)
 
