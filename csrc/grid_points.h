@@ -1,6 +1,6 @@
 /* Written by tools/make_tables from gguf.quants; do not edit.
  *
- * The points of the grids: 8 levels of two bits each (IQ1, IQ2), 4 of three bits each (IQ3), the first in the low bits. */
+ * The points of the grids: eight levels of two bits each (IQ1, IQ2) or four of three (IQ3), first one lowest. */
 
 static const int8_t iq2_xxs_levels[] = {8, 25, 43};
 static const uint16_t iq2_xxs_points[256] = {

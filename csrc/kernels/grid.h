@@ -192,10 +192,20 @@ INLINE uint32_t nearest_neighbour(const uint32_t *list, int eights, const float 
     return list[first];
 }
 
+static uint32_t nearest_of_eights(const uint32_t *list, int eights, const float *levels, const float *x, const float *w, float scale,
+                                  int *failed) {
+    return nearest_neighbour(list, eights, levels, x, w, scale, 8, failed);
+}
+
+static uint32_t nearest_of_fours(const uint32_t *list, int eights, const float *x, const float *w, float scale, int *failed) {
+    return nearest_neighbour(list, eights, odd_8, x, w, scale, 4, failed);
+}
+
 /* the best neighbour for this scale of a combination at a place that is no point */
 INLINE uint32_t neighbour_at(const gfl_grid *grid, int place, const float *x, const float *root, float scale, int dims, int *failed) {
-    return nearest_neighbour(grid->neighbours + (~place >> 8) * GRID_RUN, ~place & 255, dims == 8 ? odd_4 : odd_8, x, root, scale, dims,
-                             failed);
+    const uint32_t *list = grid->neighbours + (~place >> 8) * GRID_RUN;
+    return dims == 8 ? nearest_of_eights(list, ~place & 255, odd_4, x, root, scale, failed)
+                     : nearest_of_fours(list, ~place & 255, x, root, scale, failed);
 }
 
 /* Codes of all groups in all trials. */

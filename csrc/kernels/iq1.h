@@ -191,8 +191,8 @@ INLINE void points_IQ1(unsigned *points, run_IQ1 *run, const gfl_grid *grid, con
         spread_values(x_spread, x + 8 * k, 8);
         spread_values(w_spread, w + 8 * k, 8);
         moved = 1;
-        run->codes[k] = nearest_neighbour(grid->neighbours + (~place >> 8) * GRID_RUN, ~place & 255,
-                                          shifted_levels[run->down[k]], x_spread, w_spread, run->scale, 8, &failed);
+        run->codes[k] = nearest_of_eights(grid->neighbours + (~place >> 8) * GRID_RUN, ~place & 255,
+                                          shifted_levels[run->down[k]], x_spread, w_spread, run->scale, &failed);
         if (failed) run->scale = NAN;
         points[k] = grid_number(grid, run->codes[k], 8);
     }

@@ -5,7 +5,7 @@
 INLINE int fit_IQ2(float *scale, uint32_t *codes, uint8_t *signs, const gfl_grid *grid, grid_run *run, int n, int even, float start) {
     if (n == 32) {
         const float top = start * 3.0f;
-        if (!(top > 0.0f)) return 0;
+        if (top <= 0.0f) return 0;
         grid_trials(run, 6, 5.0f, 0.1f, top);
         *scale = grid_fit(run, grid, codes, n, 8, 13, start, REFINE_ALL, grid_peak(run, n) < 1e5f * top);
     } else {
