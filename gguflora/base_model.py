@@ -103,11 +103,31 @@ _MODEL_TYPES: Final = {
     "gemma3": "gemma3",
     "gemma3_text": "gemma3",
     "phi3": "phi3",
+    "gemma": "gemma",
+    "phi": "phi2",
+    "olmo": "olmo",
+    "olmo2": "olmo2",
+    "granite": "granite",
+    "smollm3": "smollm3",
+    "stablelm": "stablelm",
+    "starcoder2": "starcoder2",
+    "nemotron": "nemotron",
+    "cohere": "command-r",
+    "cohere2": "cohere2",
+    "exaone4": "exaone4",
+    "glm4": "glm4",
 }
 """Architectures in GGUF of the ``model_type`` of a configuration."""
 
 _GEMMA: Final = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True}
+_TIED: Final = {"tie_word_embeddings": True}
 _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
+    "gemma": {"head_dim": 256, **_TIED},
+    "cohere": _TIED,
+    "cohere2": _TIED,
+    "starcoder2": {"num_key_value_heads": 2, **_TIED},
+    "smollm3": {"num_key_value_heads": 4, **_TIED},
+    "glm4": {"num_key_value_heads": 2, "head_dim": 128},
     "mistral": {"num_key_value_heads": 8},
     "qwen3": {"head_dim": 128},
     "gemma2": {**_GEMMA, "vocab_size": 256000},
@@ -168,7 +188,7 @@ def _read_sizes(path: Path, config: dict[str, Any]) -> dict[str, int]:
 
 
 def _shapes_of(architecture: str, sizes: Mapping[str, int], *, tied: bool) -> dict[str, Shape]:
-    """Shapes of the matrices of a decoder with gated feed-forward, as all architectures of `_MODEL_TYPES` are."""
+    """Shapes of the matrices of a decoder, as all architectures of `_MODEL_TYPES` are."""
     hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
     q, kv = (sizes[heads] * sizes["head_dim"] for heads in ("num_attention_heads", "num_key_value_heads"))
     block = {"attn_output": (hidden, q), "ffn_down": (hidden, inner)}
@@ -176,7 +196,9 @@ def _shapes_of(architecture: str, sizes: Mapping[str, int], *, tied: bool) -> di
         block |= {"attn_qkv": (q + 2 * kv, hidden), "ffn_up": (2 * inner, hidden)}
     else:
         block |= {"attn_q": (q, hidden), "attn_k": (kv, hidden), "attn_v": (kv, hidden)}
-        block |= {"ffn_gate": (inner, hidden), "ffn_up": (inner, hidden)}
+        block |= {"ffn_up": (2 * inner if architecture == "glm4" else inner, hidden)}
+        if architecture not in {"glm4", "nemotron", "phi2", "starcoder2"}:
+            block |= {"ffn_gate": (inner, hidden)}
     shapes: dict[str, Shape] = {TOKEN_EMBEDDING: (sizes["vocab_size"], hidden)}
     if not tied:
         shapes[OUTPUT] = (sizes["vocab_size"], hidden)

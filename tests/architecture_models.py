@@ -114,9 +114,9 @@ MODELS = {
     "qwen3moe": Made(hf.Qwen3MoeConfig, {**EXPERTS, "head_dim": 16}),
     "qwen3next": Made(hf.Qwen3NextConfig, {**EXPERTS, **SHARED, **LINEAR}, flags=("--no-mtp",), without=MLP),
     "qwen35": Made(
-        hf.Qwen3_5TextConfig, {**DECODER, **LINEAR, "linear_value_head_dim": 8}, flags=("--no-mtp",)
+        hf.Qwen3_5TextConfig, {**DECODER, **LINEAR, "head_dim": 32}, flags=("--no-mtp",)
     ),
-    "qwen35moe": Made(hf.Qwen3_5MoeTextConfig, {**EXPERTS, **SHARED, **LINEAR}, flags=("--no-mtp",)),
+    "qwen35moe": Made(hf.Qwen3_5MoeTextConfig, {**EXPERTS, **SHARED, **LINEAR, "head_dim": 32}, flags=("--no-mtp",)),
     "gemma": Made(hf.GemmaConfig, {**TIED, "head_dim": 16}),
     "gemma2": Made(hf.Gemma2Config, {**TIED, "head_dim": 16}),
     "gemma3": Made(hf.Gemma3TextConfig, {**TIED, "head_dim": 16}),
