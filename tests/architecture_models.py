@@ -120,7 +120,7 @@ MODELS = {
     "gemma": Made(hf.GemmaConfig, {**TIED, "head_dim": 16}),
     "gemma2": Made(hf.Gemma2Config, {**TIED, "head_dim": 16}),
     "gemma3": Made(hf.Gemma3TextConfig, {**TIED, "head_dim": 16}),
-    "phi2": Made(hf.PhiConfig, DECODER),
+    "phi2": Made(hf.PhiConfig, {**DECODER, "num_key_value_heads": 4, "intermediate_size": 256}),
     "phi3": Made(hf.Phi3Config, {**DECODER, "sliding_window": None}),
     "gpt2": Made(hf.GPT2Config, {**GPT, "n_ctx": 128}),
     "gptneox": Made(
@@ -134,7 +134,7 @@ MODELS = {
     "stablelm": Made(hf.StableLmConfig, {**DECODER, "use_qkv_bias": True}),
     "olmo": Made(hf.OlmoConfig, DECODER),
     "olmo2": Made(hf.Olmo2Config, DECODER),
-    "olmoe": Made(hf.OlmoeConfig, EXPERTS),
+    "olmoe": Made(hf.OlmoeConfig, {**EXPERTS, "num_key_value_heads": 4}),
     "cohere": Made(hf.CohereConfig, {**TIED, "use_qk_norm": True, "logit_scale": 0.5}),
     "cohere2": Made(hf.Cohere2Config, {**TIED, "logit_scale": 0.5}, for_converter=(("rotary_pct", 1.0),)),
     "granite": Made(hf.GraniteConfig, DECODER),
@@ -150,7 +150,7 @@ MODELS = {
     "llama4": Made(
         hf.Llama4TextConfig,
         {**EXPERTS, "intermediate_size_mlp": 96, "head_dim": 16, "num_experts_per_tok": 1,
-         "interleave_moe_layer_step": 2},
+         "num_hidden_layers": 4, "interleave_moe_layer_step": 2},
     ),
     "mamba": Made(hf.MambaConfig, {**TIED, "intermediate_size": 128, "state_size": 8}, without=("out_proj",)),
     "jamba": Made(
@@ -170,12 +170,22 @@ MODELS = {
     "baichuan": _by_hand("BaichuanForCausalLM", _baichuan, num_key_value_heads=4),
     "minicpm": _by_hand("MiniCPMForCausalLM", _minicpm, scale_emb=12.0, scale_depth=1.4, dim_model_base=32),
 }  # fmt: skip
+OTHERS = {
+    "seed_oss": Made(hf.SeedOssConfig, {**DECODER, "head_dim": 16}),
+    "gemma3_padded": Made(hf.Gemma3TextConfig, {**TIED, "head_dim": 16, "vocab_size": 320}),
+}
+"""An architecture that gguflora has no rules for, and a vocabulary with rows for no token."""
+
 HAS_CLASS = [name for name, made in MODELS.items() if made.config]
+
+
+def _made(name: str) -> Made:
+    return MODELS[name] if name in MODELS else OTHERS[name]
 
 
 def model(name: str) -> Any:
     """The model in memory, the same at every call, in float32."""
-    made = MODELS[name]
+    made = _made(name)
     assert made.config is not None
     torch.manual_seed(0)
     config = made.config(**made.fields)
@@ -196,7 +206,7 @@ def model(name: str) -> Any:
 def checkpoint(name: str) -> Path:
     """The model as `save_pretrained` writes it."""
     path = builders.workspace() / "architectures" / name
-    if MODELS[name].config:
+    if _made(name).config:
         return save(name, model(name), path)
     path.mkdir(parents=True)
     generator = torch.Generator().manual_seed(1)
@@ -213,14 +223,14 @@ def save(name: str, built: Any, path: Path) -> Path:
     built.save_pretrained(path)
     builders._tokenizer().save_pretrained(path)
     config = path / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | dict(MODELS[name].for_converter)))
+    config.write_text(json.dumps(json.loads(config.read_text()) | dict(_made(name).for_converter)))
     return path
 
 
 def to_gguf(name: str, path: Path, *flags: str) -> Path:
     """The checkpoint in F32 by convert_hf_to_gguf.py."""
     out = path / f"model{''.join(flags)}.gguf"
-    oracles.run_script("convert_hf_to_gguf.py", path, "--outfile", out, "--outtype", "f32", *MODELS[name].flags, *flags)
+    oracles.run_script("convert_hf_to_gguf.py", path, "--outfile", out, "--outtype", "f32", *_made(name).flags, *flags)
     return out
 
 
@@ -250,7 +260,7 @@ def linear_modules(name: str, built: Any) -> str:
     """A pattern of all modules that are matrix products, but the output and those that are left out."""
     kinds = (torch.nn.Linear, hf.pytorch_utils.Conv1D)
     modules = [key for key, module in built.named_modules() if isinstance(module, kinds) and key != "lm_head"]
-    return "|".join(re.escape(key) for key in modules if not key.endswith(MODELS[name].without or "."))
+    return "|".join(re.escape(key) for key in modules if not key.endswith(_made(name).without or "."))
 
 
 def peft_model(name: str, **options: Any) -> peft.PeftModel:

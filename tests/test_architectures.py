@@ -1,5 +1,8 @@
 """Every weight of a random model of each architecture, where llama.cpp's converter has put it; LoRAs on all of them."""
 
+import re
+from functools import cache
+
 import architecture_models as zoo
 import numpy as np
 import oracles
@@ -10,6 +13,18 @@ from gguflora.architectures import KNOWN, can_untie, pieces_of
 from gguflora.base_model import read_base
 from gguflora.deltas import Replace
 from gguflora.placement import Placed, flat_shape
+
+RUN = (
+    "mistral", "mixtral", "qwen2moe", "qwen3next", "qwen35", "qwen35moe", "gemma", "gpt2", "gptneox", "phi2", "falcon",
+    "bloom", "stablelm", "olmoe", "granite", "granitemoe_shared", "nemotron", "glm4", "exaone4", "cohere2", "gptoss",
+    "llama4", "mamba", "jamba",
+)  # fmt: skip
+"""Those that are run in llama.cpp, which wants more of a model's sizes than the converter does."""
+
+FROM_CONFIG = (
+    "llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi2", "phi3", "olmo", "olmo2", "granite", "smollm3",
+    "stablelm", "starcoder2", "nemotron", "cohere", "cohere2", "exaone4", "glm4",
+)  # fmt: skip
 
 TRANSPOSED = {"gpt2": ".c_", "gptoss": ".experts.", "llama4": ".experts."}
 """Weights that the Hugging Face model keeps as (n_in, n_out)."""
@@ -71,9 +86,11 @@ def test_every_known_architecture_has_a_model():
     assert {read_base(zoo.gguf_model(name)).architecture for name in zoo.MODELS} == set(KNOWN)
 
 
-def lora_of(name, **options):
-    """PEFT's merge of a random LoRA on all linear layers: its directory, and the merged model by the converter."""
-    path = zoo.checkpoint(name).parent / f"{name}-lora"
+@cache
+def lora_of(name, *targets):
+    """A random LoRA, by default on all linear layers: its directory, and PEFT's merged model by the converter."""
+    path = zoo.checkpoint(name).parent / "-".join([name, "lora", *targets])
+    options = {"target_modules": list(targets)} if targets else {}
     model = zoo.peft_model(name, **options)
     model.save_pretrained(path / "adapter")
     merged = zoo.save(name, model.merge_and_unload(), path / "merged")
@@ -103,3 +120,115 @@ def test_lora_on_every_linear_layer(name, tmp_path):
 def assert_close(found, expected, tolerance, what):
     error = np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected)
     assert error <= tolerance, f"{what}: relative error of the change is {error:.1e}"
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_hot_logits_equal_those_of_the_merged_model(name, tmp_path):
+    adapter, merged = lora_of(name)
+    gguflora.convert(adapter, zoo.gguf_model(name), tmp_path / "lora.gguf", outtype="f32")
+    expected = oracles.llama_logits(merged)
+    assert np.abs(oracles.llama_logits(zoo.gguf_model(name)) - expected).max() > 0.5, "the adapter must matter"
+    assert np.abs(oracles.llama_logits(zoo.gguf_model(name), tmp_path / "lora.gguf") - expected).max() < 5e-3
+
+
+@pytest.mark.parametrize(("name", "flag"), [("llama_biases", "--fuse-qkv"), ("qwen35moe", "--fuse-gate-up-exps")])
+def test_weights_that_the_converter_has_fused(name, flag):
+    fused = zoo.gguf_model(name, flag)
+    assert not {"blk.0.attn_q.weight", "blk.0.ffn_gate_exps.weight"} <= zoo.tensors(fused).keys()
+    assert_pieces_equal(name, fused, zoo.saved_weights(name))
+    assert_pieces_equal(name, fused, zoo.weights_in_memory(name))
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gemma3", "qwen35", "llama4", "gptoss"])
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", "model.text_model.", ""])
+def test_language_models_of_multimodal_and_bare_models(name, prefix):
+    base = read_base(zoo.gguf_model(name))
+    for path, _ in as_matrices(name, zoo.weights_in_memory(name)):
+        other = re.sub(r"^model\.", prefix, path)
+        assert [vars_of(piece) for piece in pieces_of(base, other)] == [
+            vars_of(piece) for piece in pieces_of(base, path)
+        ]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "falcon", "gptneox", "mamba", "phi2", "starcoder2"])
+def test_bare_models(name):
+    """``AutoModel`` has no head, and so no name for what is below it."""
+    base = read_base(zoo.gguf_model(name))
+    for path in zoo.weights_in_memory(name):
+        bare = path.split(".", 1)[1]
+        if not path.startswith(("lm_head", "embed_out")):
+            assert [vars_of(piece) for piece in pieces_of(base, bare)] == [
+                vars_of(piece) for piece in pieces_of(base, path)
+            ]
+
+
+def vars_of(piece):
+    lists = [None if order is None else order.tolist() for order in (piece.rows, piece.columns)]
+    return piece.tensor, piece.first, *lists, piece.transposed, piece.shift
+
+
+def test_vision_towers_have_no_place():
+    base = read_base(zoo.gguf_model("gemma3"))
+    for weight in ("vision_tower.encoder.layers.0.self_attn.q_proj.weight", "visual.blocks.0.attn.qkv.weight"):
+        assert pieces_of(base, f"model.{weight}") == []
+
+
+def test_vocabulary_padding_is_left_out(tmp_path):
+    """Gemma 3's converter writes no rows beyond the tokenizer's."""
+    adapter, merged = lora_of("gemma3_padded", "embed_tokens")
+    gguflora.merge(zoo.gguf_model("gemma3_padded"), adapter, tmp_path / "merged.gguf")
+    found, expected = (zoo.tensors(path)["token_embd.weight"] for path in (tmp_path / "merged.gguf", merged))
+    base = zoo.tensors(zoo.gguf_model("gemma3_padded"))["token_embd.weight"]
+    assert len(found) < 320
+    assert_close(found - base, expected - base, 1e-4, "token_embd.weight")
+
+
+@pytest.mark.parametrize("name", ["gemma2", "cohere2"])
+def test_llama_cpp_cannot_untie_some(name, tmp_path):
+    adapter, _ = lora_of(name, "embed_tokens")
+    with pytest.raises(gguflora.GgufloraError, match="cannot have an output weight of its own"):
+        gguflora.merge(zoo.gguf_model(name), adapter, tmp_path / "merged.gguf")
+
+
+def test_encoders_embedding_is_not_tied(tmp_path):
+    adapter, merged = lora_of("bert", "word_embeddings", "query")
+    gguflora.merge(zoo.gguf_model("bert"), adapter, tmp_path / "merged.gguf")
+    found, expected = zoo.tensors(tmp_path / "merged.gguf"), zoo.tensors(merged)
+    assert found.keys() == expected.keys()
+    np.testing.assert_allclose(found["token_embd.weight"], expected["token_embd.weight"], atol=1e-5)
+
+
+def test_unknown_architecture_is_matched_by_name_with_a_warning(tmp_path):
+    adapter, merged = lora_of("seed_oss")
+    base = zoo.gguf_model("seed_oss")
+    said = "architecture seed_oss is not known to gguflora: tensors were matched by name and shape only"
+    assert said in gguflora.merge(base, adapter, tmp_path / "merged.gguf").warnings[0]
+    found, expected = zoo.tensors(tmp_path / "merged.gguf"), zoo.tensors(merged)
+    for key, values in expected.items():
+        np.testing.assert_allclose(found[key], values, atol=1e-5, err_msg=key)
+    assert said in gguflora.convert(adapter, base, tmp_path / "lora.gguf").warnings[0]
+    with pytest.raises(gguflora.GgufloraError, match="is it the right base"):
+        gguflora.merge(base, lora_of("mistral")[0], tmp_path / "none.gguf")
+
+
+@pytest.mark.parametrize("name", ["deepseek2", "deepseek3"])
+def test_llama_cpp_ignores_loras_of_latent_attention(name, tmp_path):
+    """`convert` says so; what it says is what llama.cpp does."""
+    adapter, merged = lora_of(name, "q_b_proj", "kv_b_proj", "kv_a_proj_with_mqa")
+    base, out = zoo.gguf_model(name), tmp_path / "lora.gguf"
+    report = gguflora.convert(adapter, base, out)
+    assert "will be ignored at run time" in report.warnings[0]
+    assert f"{report.tensors} of {report.tensors}" in report.warnings[0]
+    before = oracles.llama_logits(base)
+    np.testing.assert_array_equal(oracles.llama_logits(base, out), before)
+    assert np.abs(oracles.llama_logits(merged) - before).max() > 0.1
+    assert gguflora.convert(lora_of(name, "o_proj")[0], base, tmp_path / "o.gguf").warnings == ()
+
+
+@pytest.mark.parametrize("name", FROM_CONFIG)
+def test_configuration_alone_tells_the_shapes(name):
+    found, expected = read_base(zoo.checkpoint(name)), read_base(zoo.gguf_model(name))
+    assert found.architecture == expected.architecture
+    assert (found.n_head, found.n_head_kv, found.is_tied) == (expected.n_head, expected.n_head_kv, expected.is_tied)
+    matrices = {key: shape for key, shape in expected.shapes.items() if len(shape) == 2 and "norm" not in key}
+    assert dict(found.shapes) == matrices
