@@ -130,8 +130,9 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
         for piece in pieces:
             items = [Placed(weight, change, _without_padding(base, piece, change)) for change in sized]
             _check_covers(f"{adapter.path}: {weight!r}", base, [item for item in items if item.piece is piece], pieces)
+            vocabulary = new_vocabulary(item.change for item in items if item.piece.rows is None)
             for item in items:
-                _check_fits(f"{adapter.path}: {weight!r}", base, item, new_vocabulary(changes))
+                _check_fits(f"{adapter.path}: {weight!r}", base, item, vocabulary)
             placed.setdefault(piece.tensor, []).extend(items)
     if strangers:
         raise ArchitectureError(
@@ -229,7 +230,7 @@ def _check_covers(what: str, base: BaseModel, items: list[Placed], pieces: list[
             )
 
 
-def new_vocabulary(changes: Iterable[Change | Unsized]) -> int:
+def new_vocabulary(changes: Iterable[Change]) -> int:
     """Rows that the embedding and output must have for these changes of them."""
     sizes = (change.shape[0] for change in changes if isinstance(change, Replace | ReplaceRows))
     return max(sizes, default=0)
