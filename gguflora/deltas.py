@@ -214,6 +214,13 @@ class Unsized:
         return cls(known, lambda shape: Formula(shape, function, whole, caution), optional)
 
 
+def equal(one: Change, other: Change) -> bool:
+    """Whether two changes are the same, as far as their attributes tell."""
+    return type(one) is type(other) and all(
+        np.array_equal(getattr(one, name), getattr(other, name)) for name in type(one).__annotations__
+    )
+
+
 def as_float64(array: Array) -> Values:
     """The values of an array as float64; uint16 is taken for bfloat16 bits."""
     return (as_float32(array) if array.dtype == np.uint16 else array).astype(np.float64, copy=False)

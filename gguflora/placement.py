@@ -12,7 +12,7 @@ from gguflora.adapters import Adapter
 from gguflora.architectures import Piece, check_known, is_cut, pieces_of
 from gguflora.architectures.modules import linear_modules
 from gguflora.base_model import BaseModel
-from gguflora.deltas import Change, Formula, LowRank, Replace, ReplaceRows, Unsized, Values
+from gguflora.deltas import Change, Formula, LowRank, Replace, ReplaceRows, Unsized, Values, equal
 from gguflora.errors import ArchitectureError, MismatchError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
 
@@ -120,7 +120,7 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
     strangers = []
     all_changes = adapter.changes_of(_Weights(base))
     for weight, changes in all_changes.items():
-        pieces = pieces_of(base, weight) if adapter.architecture is None else [_piece_of_tensor(base, weight)]
+        pieces = _pieces(base, weight) if adapter.architecture is None else [_piece_of_tensor(base, weight)]
         if _are_optional(changes) and not any(piece.tensor in base.shapes for piece in pieces):
             continue
         if not pieces:
@@ -140,9 +140,8 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
             f"({base.architecture}): {', '.join(strangers[:8])}{' ...' if len(strangers) > 8 else ''}; "
             "is it the right base?"
         )
-    if base.is_tied and (tied := [item for item in placed.get(TOKEN_EMBEDDING, []) if adapter.ties or _is_copy(item)]):
-        own = [item for item in placed.get(OUTPUT, []) if not _is_copy(item)]
-        placed[OUTPUT] = [*tied, *own]
+    if base.is_tied and TOKEN_EMBEDDING in placed:
+        _tie(adapter, placed)
     order = {name: index for index, name in enumerate(base.shapes)}
     return dict(sorted(placed.items(), key=lambda entry: order.get(entry[0], len(order))))
 
@@ -158,6 +157,31 @@ def _piece_of_tensor(base: BaseModel, name: str) -> Piece:
     if not expert.isdecimal() or len(shape) != 3:
         return Piece(name)
     return Piece(tensor, int(expert) * shape[1], rows=np.arange(shape[1]))
+
+
+def _pieces(base: BaseModel, weight: str) -> list[Piece]:
+    """`pieces_of`; of an architecture that GGUF knows only tied, the output weight has its place, too."""
+    pieces = pieces_of(base, weight)
+    is_output = weight == "lm_head.weight" or weight.endswith(".lm_head.weight")
+    return [Piece(OUTPUT)] if not pieces and base.is_tied and is_output else pieces
+
+
+def _tie(adapter: Adapter, placed: dict[str, list[Placed]]) -> None:
+    """Let a tied output share changes of the embedding, as PEFT does.
+
+    Trained tokens hold for both; other changes if the adapter was trained tied, whether or not it says them twice.
+    """
+    embedding = placed[TOKEN_EMBEDDING]
+    output = [item for item in placed.get(OUTPUT, []) if not _is_copy(item)]
+    trained = [item for item in embedding if not _is_copy(item)]
+    if len(trained) == len(output) and all(
+        equal(one.change, other.change) for one, other in zip(trained, output, strict=True)
+    ):
+        placed[OUTPUT] = embedding
+        return
+    alike = adapter.ties and not output
+    shared = [item for item in embedding if alike or _is_copy(item) or isinstance(item.change, ReplaceRows)]
+    placed[OUTPUT] = [*shared, *output]
 
 
 def _are_optional(changes: Sequence[Change | Unsized]) -> bool:

@@ -114,7 +114,7 @@ class Adapter:
             set, in GGUF; but for those that only `changes_of` knows.
         architecture: of the base it was made for, where it is a GGUF LoRA; None for a PEFT directory.
         warnings: what the user should know.
-        ties: whether a change of the token embedding holds for an output weight that is tied to it, too.
+        ties: whether any change of the token embedding holds for an output weight that is tied to it, too.
         invocation_tokens: the tokens after which an activated LoRA begins; none of any other adapter.
         shaped: reads the other changes, given the shapes of the base's weights.
     """
@@ -189,11 +189,7 @@ def _read_peft(folder: Path) -> Adapter:
         shaped = partial(SHAPED_READERS[config.peft_type], config, own)
     if not changes and not shaped:
         raise AdapterError(f"{weights}: holds no tensor of an adapter; save it again")
-    ties = (
-        config.flag("ensure_weight_tying")
-        or config.peft_type == "TRAINABLE_TOKENS"
-        or bool(config.fields.get("trainable_token_indices"))
-    )
+    ties = config.flag("ensure_weight_tying")
     return Adapter(
         folder.resolve().name,
         weights,

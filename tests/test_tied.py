@@ -1,0 +1,67 @@
+"""Adapters of a tied embedding and output, against the logits of the adapted model.
+
+Not against PEFT's merge, which adds the changes of both to the one shared weight.
+"""
+
+import builders
+import numpy as np
+import oracles
+import peft
+import pytest
+from builders import Trained
+
+import gguflora
+
+
+def lora(*targets, **options):
+    return Trained(peft.LoraConfig, targets, {"r": 4, "lora_alpha": 8, **options})
+
+
+TOKENS = [3, 40, 41, 55, 200]
+ADAPTERS = {
+    "embedding": lora("q_proj", "embed_tokens"),
+    "output": lora("q_proj", "lm_head"),
+    "both": lora("embed_tokens", "lm_head"),
+    "dora_both": lora("embed_tokens", "lm_head", use_dora=True),
+    "whole_embedding": lora("q_proj", modules_to_save=["embed_tokens"]),
+    "whole_output": lora("q_proj", modules_to_save=["lm_head"]),
+    "whole_both": lora("q_proj", modules_to_save=["embed_tokens", "lm_head"]),
+    "whole_tied": lora("q_proj", modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    "lora_tied": lora("q_proj", "embed_tokens", ensure_weight_tying=True),
+    "tokens": lora("q_proj", trainable_token_indices=TOKENS),
+    "tokens_by_name": lora("q_proj", trainable_token_indices={"embed_tokens": TOKENS}),
+    "only_tokens": Trained(peft.TrainableTokensConfig, ("embed_tokens",), {"token_indices": TOKENS}),
+    "oft_embedding": Trained(peft.OFTConfig, ("embed_tokens",), {"oft_block_size": 16}, std=0.05),
+}
+STILL_TIED = ("whole_tied", "lora_tied", "tokens", "tokens_by_name", "only_tokens")
+UNTIED = [name for name in ADAPTERS if name not in STILL_TIED]
+
+
+def assert_answers_like_the_adapted_model(arch, name, merged):
+    adapter = builders.trained_adapter(arch, ADAPTERS[name])
+    gguflora.merge(builders.gguf_model(arch), adapter, merged)
+    expected = oracles.peft_logits(builders.hf_model(arch), adapter)
+    change = expected - oracles.peft_logits(builders.hf_model(arch))
+    assert np.abs(change).max() > 0.1
+    assert np.linalg.norm(oracles.llama_logits(merged) - expected) < 1e-3 * np.linalg.norm(change)
+
+
+@pytest.mark.parametrize("name", UNTIED)
+def test_unties_where_the_two_change_differently(name, tmp_path):
+    assert_answers_like_the_adapted_model("gemma3", name, tmp_path / "out.gguf")
+    assert "output.weight" in oracles.tensors(tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize("name", STILL_TIED)
+@pytest.mark.parametrize("arch", ["gemma3", "gemma2"])
+def test_stays_tied_where_the_two_change_alike(arch, name, tmp_path):
+    assert_answers_like_the_adapted_model(arch, name, tmp_path / "out.gguf")
+    assert "output.weight" not in oracles.tensors(tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize("name", UNTIED)
+def test_says_where_llama_cpp_cannot_untie(name, tmp_path):
+    adapter = builders.trained_adapter("gemma2", ADAPTERS[name])
+    with pytest.raises(gguflora.GgufloraError, match="cannot have an output weight of its own"):
+        gguflora.merge(builders.gguf_model("gemma2"), adapter, tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
