@@ -1,10 +1,13 @@
 """PEFT methods whose merged weight depends on the base's, against PEFT's own merge and llama.cpp's converter."""
 
+import shutil
+
+import gguf
 import numpy as np
 import oracles
 import peft
 import pytest
-from builders import Trained, gguf_model, hf_model, trained_adapter
+from builders import Trained, edit_config, gguf_model, hf_model, trained_adapter
 
 import gguflora
 
@@ -140,3 +143,121 @@ def test_biases_equal_pefts_merge(method, tmp_path):
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
 def test_whole_weights_equal_pefts_merge(arch, method, tmp_path):
     assert_equals_peft(arch, WHOLE[method], tmp_path)
+
+
+FUSED = {
+    "dora": lora("qkv_proj", "gate_up_proj", use_dora=True),
+    "ia3": Trained(peft.IA3Config, ("qkv_proj", "down_proj"), {"feedforward_modules": ["down_proj"]}),
+    "oft": Trained(peft.OFTConfig, ("qkv_proj", "down_proj"), {"oft_block_size": 16}, std=0.05),
+    "road": Trained(peft.RoadConfig, ("qkv_proj", "gate_up_proj"), {"group_size": 32}),
+    "osf": Trained(peft.OSFConfig, ("qkv_proj", "o_proj"), {"effective_rank": 0.5}),
+}
+
+
+@pytest.mark.parametrize("method", FUSED)
+def test_fused_projections_equal_pefts_merge(method, tmp_path):
+    assert_equals_peft("phi3", FUSED[method], tmp_path)
+
+
+QUANTIZED = ["dora", "ia3", "oft", "hra", "road_1", "c3a", "shira", "deft", "osf", "fourierft", "glora", "pissa"]
+
+
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_quantized_base_is_changed_by_its_dequantized_weights(method, tmp_path):
+    """As the F32 file of the same values is, which equals PEFT's merge, and rounded once by ggml."""
+    base, adapter = gguf_model("qwen2", outtype="Q8_0"), trained_adapter("qwen2", METHODS[method])
+    report = gguflora.merge(base, adapter, tmp_path / "out.gguf")
+    gguflora.merge(dequantized(base, tmp_path / "f32.gguf"), adapter, tmp_path / "exact.gguf")
+    exact, found = oracles.tensors(tmp_path / "exact.gguf"), gguf.GGUFReader(tmp_path / "out.gguf").tensors
+    same = []
+    for before, after in zip(gguf.GGUFReader(base).tensors, found, strict=True):
+        assert after.tensor_type == before.tensor_type
+        if np.array_equal(exact[before.name], oracles.dequantize(before)):
+            np.testing.assert_array_equal(after.data, before.data, err_msg=before.name)
+        elif before.tensor_type == gguf.GGMLQuantizationType.Q8_0:
+            same.append(after.data == oracles.ggml_quantize(exact[before.name], before.tensor_type))
+        else:
+            np.testing.assert_allclose(after.data, exact[before.name], rtol=1e-6, atol=1e-6, err_msg=before.name)
+    assert np.concatenate([part.ravel() for part in same]).mean() > 0.9999
+    assert bool(report.warnings) == (method in {"osf", "pissa"}), report.warnings
+
+
+def dequantized(base, out):
+    """The same GGUF file with every tensor as F32."""
+    reader = gguf.GGUFReader(base)
+    writer = gguf.GGUFWriter(out, reader.get_field("general.architecture").contents())
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            sub_type = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.ascontiguousarray(oracles.dequantize(tensor), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+@pytest.mark.parametrize("names", [("dora", "oft", "ia3"), ("osf", "pissa", "deft"), ("road_1", "norms_to_save")])
+def test_several_adapters_add_their_changes(names, tmp_path):
+    """``W + sum(scale * (W' - W))``, where PEFT knows no scale for most methods; the same bytes on any threads."""
+    base, scales = gguf_model("llama"), (0.5, -1.0, 2.0)
+    adapters = [trained_adapter("llama", (METHODS | WHOLE)[name]) for name in names]
+    before = oracles.tensors(base)
+    expected = {name: values.astype(np.float64) for name, values in before.items()}
+    for adapter, scale in zip(adapters, scales, strict=False):
+        for name, values in oracles.tensors(oracles.merged_gguf(hf_model("llama"), adapter)).items():
+            expected[name] += scale * (values - before[name].astype(np.float64))
+    for threads in (1, 2):
+        pairs = list(zip(adapters, scales, strict=False))
+        gguflora.merge(base, pairs, tmp_path / f"{threads}.gguf", threads=threads)
+    for name, values in oracles.tensors(tmp_path / "1.gguf").items():
+        error = np.linalg.norm(values - expected[name])
+        assert error <= 1e-4 * max(np.linalg.norm(expected[name] - before[name]), 1e-2), name
+    assert (tmp_path / "1.gguf").read_bytes() == (tmp_path / "2.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("method", ["dora", "oft", "road_1", "fourierft", "osf"])
+def test_convert_names_both_ways_out_or_approximates(method, tmp_path):
+    base, adapter = gguf_model("llama"), trained_adapter("llama", METHODS[method])
+    with pytest.raises(gguflora.GgufloraError, match=r"merge .*--rank N or --energy"):
+        gguflora.convert(adapter, base, tmp_path / "lora.gguf")
+    report = gguflora.convert(adapter, base, tmp_path / "lora.gguf", rank=16)
+    before, after = oracles.tensors(base), oracles.tensors(oracles.merged_gguf(hf_model("llama"), adapter))
+    found = oracles.lora_changes(tmp_path / "lora.gguf")
+    assert len(found) == len(report.errors) == 6
+    for name, change in found.items():
+        exact = after[name].astype(np.float64) - before[name]
+        tail = np.linalg.svd(exact, compute_uv=False)[16:]
+        assert np.linalg.norm(change - exact) == pytest.approx(np.linalg.norm(tail), rel=1e-3)
+        assert report.errors[name] == pytest.approx(np.linalg.norm(tail) / np.linalg.norm(exact), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["ia3", "road_2", "glora"])
+def test_convert_refuses_biases(method, tmp_path):
+    adapter = trained_adapter("qwen2", METHODS[method])
+    with pytest.raises(gguflora.GgufloraError, match=r"biases.*merge"):
+        gguflora.convert(adapter, gguf_model("qwen2"), tmp_path / "lora.gguf", rank=8)
+
+
+def test_beft_needs_a_bias(tmp_path):
+    with pytest.raises(gguflora.GgufloraError, match="does not have"):
+        adapter = trained_adapter("llama", BIASES["beft"])
+        gguflora.merge(gguf_model("llama"), adapter, tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_4", "corda", "lora_ga", "loftq"])
+def test_a_start_that_cannot_be_repeated_is_refused(start, tmp_path):
+    adapter = shutil.copytree(trained_adapter("llama", lora()), tmp_path / "adapter")
+    edit_config(adapter, init_lora_weights=start)
+    with pytest.raises(gguflora.GgufloraError, match="path_initial_model_for_weight_conversion"):
+        gguflora.merge(gguf_model("llama"), adapter, tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize("method", ["oft", "boft", "shira", "road_1", "frod", "glora"])
+def test_another_base_is_refused(method, tmp_path):
+    """Adapters of the smaller model, on one whose weights are larger or otherwise shaped."""
+    with pytest.raises(gguflora.GgufloraError):
+        gguflora.merge(gguf_model("gemma3", "wide"), trained_adapter("llama", METHODS[method]), tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()

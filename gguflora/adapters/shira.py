@@ -13,7 +13,7 @@ from gguflora.adapters.config import PeftConfig
 from gguflora.adapters.keys import by_module, expect, take
 from gguflora.adapters.sparse import add_sparse
 from gguflora.deltas import Change, Unsized
-from gguflora.errors import AdapterError
+from gguflora.errors import AdapterError, MismatchError
 from gguflora.files.safetensors import Array
 
 
@@ -34,6 +34,12 @@ def read_shira(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Un
 
 def _elements(config: PeftConfig, module: str, indices: Array, values: Array) -> Unsized:
     def build(shape: tuple[int, int]) -> Change:
+        expected = int(config.number("r", 32)) * sum(shape)
+        if len(values) != expected:
+            raise MismatchError(
+                f"{config.path.parent}: module {module!r}: shira_weight has {len(values)} numbers, expected {expected} "
+                f"for a weight of shape {shape}; is it the right base?"
+            )
         rows, columns = indices.astype(np.int64)
         return add_sparse(f"{config.path.parent}: module {module!r}", shape, rows, columns, values)
 
