@@ -120,9 +120,9 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
     strangers = []
     all_changes = adapter.changes_of(_Weights(base))
     for weight, changes in all_changes.items():
-        pieces = _pieces(base, weight) if adapter.architecture is None else [_piece_of_tensor(base, weight)]
-        if _are_optional(changes) and not any(piece.tensor in base.shapes for piece in pieces):
+        if _are_optional(changes) and not _has(base, weight):
             continue
+        pieces = _pieces(base, weight) if adapter.architecture is None else [_piece_of_tensor(base, weight)]
         if not pieces:
             strangers.append(weight)
             continue
@@ -181,11 +181,19 @@ def _tie(adapter: Adapter, placed: dict[str, list[Placed]]) -> None:
         return
     alike = adapter.ties and not output
     shared = [item for item in embedding if alike or _is_copy(item) or isinstance(item.change, ReplaceRows)]
-    placed[OUTPUT] = [*shared, *output]
+    if shared:
+        placed[OUTPUT] = [*shared, *output]
 
 
 def _are_optional(changes: Sequence[Change | Unsized]) -> bool:
     return all(isinstance(change, Unsized) and change.optional for change in changes)
+
+
+def _has(base: BaseModel, weight: str) -> bool:
+    try:
+        return any(piece.tensor in base.shapes for piece in pieces_of(base, weight))
+    except MismatchError:  # where its place depends on the shape it should have
+        return False
 
 
 def _sized(what: str, base: BaseModel, change: Change | Unsized, pieces: Sequence[Piece]) -> Change:

@@ -26,7 +26,7 @@ def read_ia3(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsi
                 f"{config.path.parent}: module {module!r}: ia3_l has shape {scale.shape} and type {scale.dtype}, "
                 "expected numbers of shape (n_out, 1) or (1, n_in)"
             )
-        if scale.shape[0] == 1:
+        if scale.shape[0] == 1 != scale.shape[1]:
             changes[f"{module}.weight"] = Unsized.formula((None, scale.shape[1]), partial(_scale_columns, scale))
             continue
         changes[f"{module}.weight"] = Unsized.formula((scale.shape[0], None), partial(_scale_rows, scale))
