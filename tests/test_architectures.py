@@ -26,6 +26,14 @@ FROM_CONFIG = (
     "stablelm", "starcoder2", "nemotron", "cohere", "cohere2", "exaone4", "glm4",
 )  # fmt: skip
 
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+"""Parameters of transformers 5 that hold all experts of a layer."""
+
+WITH_EXPERTS = (
+    "mixtral", "qwen2moe", "qwen3moe", "qwen3next", "qwen35moe", "olmoe", "granitemoe", "deepseek2", "gptoss", "llama4",
+    "jamba",
+)  # fmt: skip
+
 TRANSPOSED = {"gpt2": ".c_", "gptoss": ".experts.", "llama4": ".experts."}
 """Weights that the Hugging Face model keeps as (n_in, n_out)."""
 
@@ -91,6 +99,8 @@ def lora_of(name, *targets):
     """A random LoRA, by default on all linear layers: its directory, and PEFT's merged model by the converter."""
     path = zoo.checkpoint(name).parent / "-".join([name, "lora", *targets])
     options = {"target_modules": list(targets)} if targets else {}
+    if targets == EXPERTS:
+        options = {"target_modules": [], "target_parameters": list(EXPERTS)}
     model = zoo.peft_model(name, **options)
     model.save_pretrained(path / "adapter")
     merged = zoo.save(name, model.merge_and_unload(), path / "merged")
@@ -99,7 +109,16 @@ def lora_of(name, *targets):
 
 @pytest.mark.parametrize("name", zoo.HAS_CLASS)
 def test_lora_on_every_linear_layer(name, tmp_path):
-    adapter, merged = lora_of(name)
+    assert_lora_equals_pefts_merge(name, *lora_of(name), tmp_path)
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_lora_on_experts(name, tmp_path):
+    """`target_parameters`: one pair of factors for all experts of a layer."""
+    assert_lora_equals_pefts_merge(name, *lora_of(name, *EXPERTS), tmp_path)
+
+
+def assert_lora_equals_pefts_merge(name, adapter, merged, tmp_path):
     base, expected = zoo.tensors(zoo.gguf_model(name)), zoo.tensors(merged)
     changes = {key: expected[key] - values for key, values in base.items() if (expected[key] != values).any()}
     gguflora.merge(zoo.gguf_model(name), adapter, tmp_path / "merged.gguf")
