@@ -27,7 +27,6 @@ DECODER = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": False,
     **TOKENS,
 }  # fmt: skip
-MLP = ("gate_proj", "up_proj", "down_proj")
 TIED = {**DECODER, "tie_word_embeddings": True}
 EXPERTS = {**DECODER, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 SHARED = {"shared_expert_intermediate_size": 48}
@@ -112,7 +111,7 @@ MODELS = {
     "qwen2moe": Made(hf.Qwen2MoeConfig, {**EXPERTS, **SHARED}),
     "qwen3": Made(hf.Qwen3Config, {**DECODER, "head_dim": 16}),
     "qwen3moe": Made(hf.Qwen3MoeConfig, {**EXPERTS, "head_dim": 16}),
-    "qwen3next": Made(hf.Qwen3NextConfig, {**EXPERTS, **SHARED, **LINEAR}, flags=("--no-mtp",), without=MLP),
+    "qwen3next": Made(hf.Qwen3NextConfig, {**EXPERTS, **SHARED, **LINEAR}, flags=("--no-mtp",)),
     "qwen35": Made(
         hf.Qwen3_5TextConfig, {**DECODER, **LINEAR, "head_dim": 32}, flags=("--no-mtp",)
     ),
@@ -144,8 +143,8 @@ MODELS = {
     "glm4": Made(hf.Glm4Config, {**DECODER, "head_dim": 16}),
     "smollm3": Made(hf.SmolLM3Config, DECODER),
     "exaone4": Made(hf.Exaone4Config, DECODER),
-    "deepseek2": Made(hf.DeepseekV2Config, {**EXPERTS, **LATENT}, without=MLP),
-    "deepseek3": Made(hf.DeepseekV3Config, {**EXPERTS, **LATENT, "num_nextn_predict_layers": 0}, without=MLP),
+    "deepseek2": Made(hf.DeepseekV2Config, {**EXPERTS, **LATENT}),
+    "deepseek3": Made(hf.DeepseekV3Config, {**EXPERTS, **LATENT, "num_nextn_predict_layers": 0}),
     "gptoss": Made(hf.GptOssConfig, {**EXPERTS, "head_dim": 16}),
     "llama4": Made(
         hf.Llama4TextConfig,

@@ -73,8 +73,9 @@ def _parameters_of(config: PeftConfig, owner: str) -> list[str]:
     found = set()
     for target in targets:
         parent, _, parameter = target.rpartition(".")
-        if not parent or owner == parent or owner.endswith(f".{parent}"):
-            found.add(parameter)
+        if not _ends(owner, parent) if parent else _is_target_module(config, owner):
+            continue
+        found.add(parameter)
     unknown = [name for name in found if name not in _ORDER]
     if len(found) > 1 and unknown:
         raise UnsupportedAdapterError(
@@ -82,6 +83,18 @@ def _parameters_of(config: PeftConfig, owner: str) -> list[str]:
             f"{some(unknown)} is not known"
         )
     return sorted(found, key=_ORDER.index) if len(found) > 1 else list(found)
+
+
+def _is_target_module(config: PeftConfig, owner: str) -> bool:
+    """Whether a module is adapted itself, so that a parameter's name without a module's does not mean one of its."""
+    targets = config.fields.get("target_modules") or []
+    if isinstance(targets, list):
+        return any(isinstance(target, str) and _ends(owner, target) for target in targets)
+    return False
+
+
+def _ends(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")
 
 
 def read_parameter(config: PeftConfig, parameter: str, parts: Parts, factor: float) -> dict[str, Change | Unsized]:
