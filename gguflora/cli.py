@@ -60,6 +60,13 @@ def convert(
     outtype: Annotated[
         OutType, typer.Option(help="Type of the stored factors; auto: f16 where that is exact, else f32.")
     ] = "auto",
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Approximate changes that are not of this rank by the closest that are.")
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="The same, with the lowest rank that keeps this share, for example 0.999."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the output file.")] = False,
 ) -> None:
@@ -72,8 +79,14 @@ def convert(
     gguflora convert ./my-adapter --base model-Q4_K_M.gguf -o my-adapter.gguf
 
     gguflora convert ./my-adapter --base model.gguf -o small.gguf --outtype q8_0
+
+    gguflora convert ./my-dora --base model.gguf -o my-dora.gguf --rank 64
     """
-    _print_conversion(gguflora.convert(adapter, base, out, outtype=outtype, dry_run=dry_run, force=force))
+    if rank is not None and energy is not None:
+        raise typer.BadParameter("give --rank or --energy, not both")
+    _print_conversion(
+        gguflora.convert(adapter, base, out, outtype=outtype, rank=rank, energy=energy, dry_run=dry_run, force=force)
+    )
 
 
 @app.command()
@@ -184,6 +197,11 @@ def _print_conversion(report: ConvertReport) -> None:
         f"{rank}, {scale}, factors {types}, {report.size / 1e6:.2f} MB",
         markup=False,
     )
+    if report.errors:
+        worst = max(report.errors.values())
+        _out.print(f"approximated {len(report.errors)} changes, relative error at most {worst:.2g}:", markup=False)
+        for name, error in sorted(report.errors.items(), key=lambda item: -item[1]):
+            _out.print(f"  {name}: {error:.2g}", markup=False)
 
 
 def _print_merge(report: MergeReport) -> None:

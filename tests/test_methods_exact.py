@@ -137,3 +137,20 @@ def test_methods_that_are_no_weights_are_refused(method, tmp_path):
     (tmp_path / "adapter_config.json").write_text(f'{{"peft_type": "{method}"}}')
     with pytest.raises(UnsupportedAdapterError, match=rf"{method}: .*(train|merge|prompt|convert)"):
         gguflora.read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_trainable_tokens(arch, tmp_path):
+    """New rows of the embedding; of a tied one they are the output's rows, too."""
+    config = peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[3, 17, 200])
+    adapter, base = random_adapter(arch, config), builders.gguf_model(arch)
+    expected = changes(base, oracles.merged_gguf(builders.hf_model(arch), adapter))
+    assert expected.keys() == {"token_embd.weight"}
+    gguflora.merge(base, adapter, tmp_path / "merged.gguf")
+    assert_same_changes(changes(base, tmp_path / "merged.gguf"), expected, 1e-4)
+    if arch == "gemma2":
+        with pytest.raises(UnsupportedAdapterError, match="tied"):
+            gguflora.convert(adapter, base, tmp_path / "lora.gguf")
+        return
+    gguflora.convert(adapter, base, tmp_path / "lora.gguf")
+    assert_same_changes(oracles.lora_changes(tmp_path / "lora.gguf"), expected)

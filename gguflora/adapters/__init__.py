@@ -1,4 +1,4 @@
-"""Adapters: a PEFT directory or a GGUF LoRA file, read into changes of weights."""
+"""Adapters: a PEFT or mlx-lm directory or a GGUF LoRA file, read into changes of weights."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from gguflora.adapters import (
     lokr,
     lora,
     miss,
+    mlx,
     oft,
     osf,
     peanut,
@@ -76,6 +77,7 @@ READERS: Final[dict[str, Reader]] = {
     "LOKR": lokr.read_lokr,
     "LORA": lora.read_lora,
     "MISS": miss.read_miss,
+    mlx.METHOD: mlx.read_mlx,
     "OFT": oft.read_oft,
     "OSF": osf.read_osf,
     "PEANUT": peanut.read_peanut,
@@ -178,7 +180,7 @@ def _read_peft(folder: Path) -> Adapter:
             f"{config.path}: peft_type {config.peft_type} is not supported; supported: "
             + ", ".join(sorted([*READERS, *SHAPED_READERS]))
         )
-    weights, tensors = read_weights(folder, "adapter_model")
+    weights, tensors = read_weights(folder, mlx.STEM if config.peft_type == mlx.METHOD else "adapter_model")
     _check_finite(weights, tensors)
     saved, own = split_saved(config, tensors)
     changes: dict[str, tuple[Change | Unsized, ...]] = {name: (change,) for name, change in saved.items()}
