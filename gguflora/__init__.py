@@ -4,6 +4,7 @@ from gguflora._version import __version__
 from gguflora.adapters import read_adapter
 from gguflora.convert import ConvertReport, convert
 from gguflora.errors import GgufloraError
+from gguflora.inspect import InspectReport, inspect
 from gguflora.merge import MergeReport, merge
 from gguflora.runtime import Adapters, attach
 
@@ -11,10 +12,12 @@ __all__ = [
     "Adapters",
     "ConvertReport",
     "GgufloraError",
+    "InspectReport",
     "MergeReport",
     "__version__",
     "attach",
     "convert",
+    "inspect",
     "merge",
     "read_adapter",
 ]

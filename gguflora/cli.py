@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import gguflora
 from gguflora.convert import ConvertReport
 from gguflora.doctor import describe_machine
 from gguflora.errors import GgufloraError
+from gguflora.inspect import InspectReport
 from gguflora.merge import MergeReport
 from gguflora.rewrite import Progress as ProgressCallback
 
@@ -118,6 +120,27 @@ def merge(
 
 
 @app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="PEFT or mlx-lm adapter directory, or GGUF LoRA file.")],
+    base: Annotated[Path | None, typer.Option(help="Base model: measure the changes, foresee llama.cpp's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Say what an adapter is, what it changes, and what llama.cpp could not apply at run time.
+
+    **Examples**
+
+    gguflora inspect ./my-adapter
+
+    gguflora inspect ./my-adapter --base model-Q4_K_M.gguf --json
+    """
+    report = gguflora.inspect(adapter, base)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        _print_inspection(report)
+
+
+@app.command()
 def demo(
     keep: Annotated[Path | None, typer.Option(help="Directory to keep the demo's GGUF files in.")] = None,
 ) -> None:
@@ -202,6 +225,27 @@ def _print_conversion(report: ConvertReport) -> None:
         _out.print(f"approximated {len(report.errors)} changes, relative error at most {worst:.2g}:", markup=False)
         for name, error in sorted(report.errors.items(), key=lambda item: -item[1]):
             _out.print(f"  {name}: {error:.2g}", markup=False)
+
+
+def _print_inspection(report: InspectReport) -> None:
+    _print_warnings(report.warnings)
+    _out.print(
+        f"{report.adapter}: {report.method}, {len(report.changes)} tensors changed, {report.size / 1e6:.2f} MB",
+        markup=False,
+    )
+    if report.invocation_tokens:
+        _out.print(f"activated by the tokens {', '.join(map(str, report.invocation_tokens))}", markup=False)
+    table = Table(box=box.SIMPLE_HEAD)
+    for title in ("tensor", "shape", "rank", "factor", "norm", "relative", "problem at run time"):
+        table.add_column(title)
+    for change in report.changes:
+        shape = "x".join(map(str, change.shape or ())) or "?"
+        numbers = (change.rank, change.factor, change.norm, change.relative)
+        cells = ("-" if number is None else f"{number:.4g}" for number in numbers)
+        table.add_row(escape(change.name), shape, *cells, escape(change.problem or ""))
+    _out.print(table)
+    if report.problems:
+        _out.print(f"{report.problems} of {len(report.changes)} changes cannot be applied at run time", markup=False)
 
 
 def _print_merge(report: MergeReport) -> None:

@@ -22,7 +22,7 @@ FLOORS = [
     {"placement"},
     {"changed_rows", "lowrank"},
     {"factors", "rewrite", "vocabulary"},
-    {"compare", "convert", "llama", "merge", "preflight", "reuse"},
+    {"compare", "convert", "inspect", "llama", "merge", "preflight", "reuse"},
     {"runtime"},
     {"demo", "doctor"},
     {"cli"},

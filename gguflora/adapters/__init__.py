@@ -114,6 +114,7 @@ class Adapter:
         sha256: of that file, in hexadecimal.
         changes: of each weight, to be added, by the weight's name in the Hugging Face model or, with ``architecture``
             set, in GGUF; but for those that only `changes_of` knows.
+        method: ``peft_type`` of a PEFT adapter, "MLX", or "GGUF LoRA".
         architecture: of the base it was made for, where it is a GGUF LoRA; None for a PEFT directory.
         warnings: what the user should know.
         ties: whether any change of the token embedding holds for an output weight that is tied to it, too.
@@ -125,6 +126,7 @@ class Adapter:
     path: Path
     sha256: str
     changes: Mapping[str, tuple[Change | Unsized, ...]]
+    method: str
     architecture: str | None = None
     warnings: tuple[str, ...] = ()
     ties: bool = False
@@ -166,6 +168,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         location,
         _sha256(location),
         {name: (change,) for name, change in lora.changes.items()},
+        "GGUF LoRA",
         lora.architecture,
         invocation_tokens=lora.invocation_tokens,
     )
@@ -197,6 +200,7 @@ def _read_peft(folder: Path) -> Adapter:
         weights,
         _sha256(weights),
         changes,
+        config.peft_type,
         ties=ties,
         invocation_tokens=_invocation_tokens(config),
         shaped=shaped,

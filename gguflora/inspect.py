@@ -1,0 +1,201 @@
+"""What an adapter is, what it does to each weight, and what llama.cpp would make of it: ``inspect``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from gguflora.adapters import Adapter, read_adapter
+from gguflora.architectures import ignored_at_run_time, unknown_warning
+from gguflora.base_model import BaseModel, read_base
+from gguflora.changed_rows import AnyRows, Target, WholeWeights, read_values, without_copies
+from gguflora.deltas import Change, LowRank, Unsized, as_float64
+from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile
+from gguflora.placement import Placed, place
+
+_BLOCK: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class InspectedChange:
+    """One change.
+
+    Attributes:
+        name: of the changed tensor in the base, or without a base of the weight in the Hugging Face model.
+        shape: of the tensor; None where only a base would tell.
+        rank: of the change; None if it is not known to be of low rank.
+        factor: alpha / rank, or what the method puts in its place; None for a sum of several parts.
+        norm: Frobenius norm of the change; None where only a base would tell.
+        relative: the same, divided by the norm of the base's tensor.
+        problem: why llama.cpp could not apply it at run time.
+    """
+
+    name: str
+    shape: tuple[int, ...] | None
+    rank: int | None
+    factor: float | None
+    norm: float | None
+    relative: float | None
+    problem: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class InspectReport:
+    """What `inspect` found.
+
+    Attributes:
+        adapter: its name.
+        path: of its weights.
+        method: ``peft_type`` of a PEFT adapter, "MLX", or "GGUF LoRA".
+        sha256: of its weights.
+        size: of its weights, in bytes.
+        base: the base model, if one was given.
+        architecture: of the base.
+        changes: what it changes.
+        invocation_tokens: of an activated LoRA.
+        warnings: what the user should know.
+    """
+
+    adapter: str
+    path: Path
+    method: str
+    sha256: str
+    size: int
+    base: Path | None
+    architecture: str | None
+    changes: tuple[InspectedChange, ...]
+    invocation_tokens: tuple[int, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def problems(self) -> int:
+        """Number of changes that llama.cpp could not apply at run time."""
+        return sum(change.problem is not None for change in self.changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        paths = {"path": str(self.path), "base": None if self.base is None else str(self.base)}
+        return {**asdict(self), **paths, "problems": self.problems}
+
+
+def inspect(adapter: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> InspectReport:
+    """Describe an adapter; with a base, measure its changes and say what llama.cpp cannot apply.
+
+    Args:
+        adapter: PEFT or mlx-lm directory, or GGUF LoRA file.
+        base: its base model, a GGUF file, or a directory with ``config.json``, of which no weights are read.
+
+    Raises:
+        GgufloraError: if they cannot be read or do not fit together.
+    """
+    source = read_adapter(adapter)
+    model = None if base is None else read_base(base)
+    warnings = list(source.warnings)
+    if model is None:
+        changes = tuple(_alone(name, parts) for name, parts in source.changes.items())
+        if source.shaped:
+            warnings.append(f"what {source.method} changes depends on the base: give one with --base")
+    else:
+        changes = _on_base(source, model)
+        unknown = unknown_warning(model)
+        warnings += [] if unknown is None else [unknown]
+    return InspectReport(
+        adapter=source.name,
+        path=source.path,
+        method=source.method,
+        sha256=source.sha256,
+        size=source.path.stat().st_size,
+        base=None if model is None else model.path,
+        architecture=source.architecture if model is None else model.architecture,
+        changes=changes,
+        invocation_tokens=source.invocation_tokens,
+        warnings=tuple(warnings),
+    )
+
+
+def _alone(name: str, parts: Sequence[Change | Unsized]) -> InspectedChange:
+    """A change as far as it is known without a base."""
+    part = parts[0] if len(parts) == 1 else None
+    shape = None if isinstance(parts[0], Unsized) else parts[0].shape
+    if not isinstance(part, LowRank):
+        return InspectedChange(name, shape, None, None, None, None, None)
+    return InspectedChange(name, shape, part.rank, part.factor, _norm(part), None, None)
+
+
+def _norm(change: LowRank) -> float:
+    """Frobenius norm of ``factor * b @ a``, without the product."""
+    a, b = as_float64(change.a), as_float64(change.b)
+    return abs(change.factor) * float(np.sqrt(max(((b.T @ b) * (a @ a.T)).sum(), 0.0)))
+
+
+def _on_base(source: Adapter, model: BaseModel) -> tuple[InspectedChange, ...]:
+    placed = place(source, model)
+    if model.path.is_dir():
+        return tuple(_placed(model, name, items, None) for name, items in placed.items())
+    with GgufFile(model.path) as file:
+        placed = without_copies(file, placed)
+        norms = _measure(file, placed)
+        return tuple(_placed(model, name, items, norms[name]) for name, items in placed.items())
+
+
+def _placed(model: BaseModel, name: str, items: Sequence[Placed], norms: tuple[float, float] | None) -> InspectedChange:
+    parts = [item.low_rank() for item in items]
+    low = [part for part in parts if part is not None]
+    ranks = _ranks(items, low) if len(low) == len(parts) else None
+    factors = {part.factor for part in low}
+    norm, base = norms or (None, None)
+    return InspectedChange(
+        name=name,
+        shape=model.shapes.get(name),
+        rank=ranks,
+        factor=factors.pop() if len(factors) == 1 and ranks is not None else None,
+        norm=norm,
+        relative=norm / base if norm is not None and base else None,
+        problem=_problem(model, name, is_low=ranks is not None),
+    )
+
+
+def _ranks(items: Sequence[Placed], parts: Sequence[LowRank]) -> int:
+    """The rank of a sum of parts; of parts on top of each other, the highest."""
+    by_place: dict[int, int] = {}
+    for item, part in zip(items, parts, strict=True):
+        by_place[item.piece.first] = by_place.get(item.piece.first, 0) + part.rank
+    return max(by_place.values())
+
+
+def _problem(model: BaseModel, name: str, *, is_low: bool) -> str | None:
+    if name in {TOKEN_EMBEDDING, OUTPUT} and model.is_tied:
+        return "the output weight is tied to the token embedding, and llama.cpp aborts on such a LoRA: merge it"
+    reason = ignored_at_run_time(model, name)
+    if reason:
+        return f"{reason}: merge it"
+    return None if is_low else "it is not of low rank: merge it, or convert with --rank or --energy"
+
+
+def _measure(file: GgufFile, placed: Mapping[str, Sequence[Placed]]) -> dict[str, tuple[float, float]]:
+    """Norms of the change and of the base's tensor."""
+    targets = {name: _target(file, name, items) for name, items in placed.items()}
+    whole = WholeWeights(file, list(targets.values()))
+    return {name: _norms(file, target, whole) for name, target in targets.items()}
+
+
+def _target(file: GgufFile, name: str, items: Sequence[Placed]) -> Target:
+    source = file.tensors[name if name in file.tensors else TOKEN_EMBEDDING]
+    return Target(name, source, source.shape, [(item, 1.0) for item in items])
+
+
+def _norms(file: GgufFile, target: Target, whole: WholeWeights) -> tuple[float, float]:
+    tensor, change, base = target.source, 0.0, 0.0
+    n_rows = 1 if len(tensor.shape) == 1 else tensor.n_rows
+    rows = AnyRows(file, tensor, 0, n_rows, target.changes, whole)
+    step = max(1, _BLOCK // tensor.n_in)
+    for first in range(0, n_rows, step):
+        last = min(first + step, n_rows)
+        change += float((rows.delta(first, last) ** 2).sum())
+        base += float((read_values(file, tensor, first, last) ** 2).sum())
+    return change**0.5, base**0.5
