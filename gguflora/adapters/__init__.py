@@ -8,100 +8,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 
-from gguflora.adapters import (
-    adalora,
-    beft,
-    boft,
-    c3a,
-    deft,
-    delora,
-    fourierft,
-    frod,
-    glora,
-    gralora,
-    hira,
-    hra,
-    ia3,
-    ln_tuning,
-    loha,
-    lokr,
-    lora,
-    miss,
-    mlx,
-    oft,
-    osf,
-    peanut,
-    randlora,
-    road,
-    shira,
-    supertuning,
-    tinylora,
-    trainable_tokens,
-    unilora,
-    vblora,
-    vera,
-    waveft,
-)
 from gguflora.adapters.base_weights import BaseWeights
-from gguflora.adapters.config import PeftConfig, read_config
+from gguflora.adapters.config import MLX, PeftConfig, read_config
 from gguflora.adapters.gguf_lora import read_gguf_lora
 from gguflora.adapters.refused import REFUSED
 from gguflora.adapters.saved import split_saved
 from gguflora.deltas import Change, Unsized
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.safetensors import Array, as_float32, read_weights
-
-Reader = Callable[[PeftConfig, Mapping[str, Array]], Mapping[str, Change | Unsized]]
-ShapedReader = Callable[[PeftConfig, Mapping[str, Array], BaseWeights], Mapping[str, Change]]
-
-READERS: Final[dict[str, Reader]] = {
-    "ADALORA": adalora.read_adalora,
-    "BEFT": beft.read_beft,
-    "BOFT": boft.read_boft,
-    "C3A": c3a.read_c3a,
-    "DEFT": deft.read_deft,
-    "DELORA": delora.read_delora,
-    "FOURIERFT": fourierft.read_fourierft,
-    "FROD": frod.read_frod,
-    "GLORA": glora.read_glora,
-    "GRALORA": gralora.read_gralora,
-    "HIRA": hira.read_hira,
-    "HRA": hra.read_hra,
-    "IA3": ia3.read_ia3,
-    "LN_TUNING": ln_tuning.read_ln_tuning,
-    "LOHA": loha.read_loha,
-    "LOKR": lokr.read_lokr,
-    "LORA": lora.read_lora,
-    "MISS": miss.read_miss,
-    mlx.METHOD: mlx.read_mlx,
-    "OFT": oft.read_oft,
-    "OSF": osf.read_osf,
-    "PEANUT": peanut.read_peanut,
-    "ROAD": road.read_road,
-    "SHIRA": shira.read_shira,
-    "SUPERTUNING": supertuning.read_supertuning,
-    "TINYLORA": tinylora.read_tinylora,
-    "TRAINABLE_TOKENS": trainable_tokens.read_trainable_tokens,
-    "VBLORA": vblora.read_vblora,
-    "WAVEFT": waveft.read_waveft,
-}
-"""The PEFT methods gguflora reads, by the ``peft_type`` of their configuration.
-
-A reader gets the tensors of its own method and returns a change for every weight they touch, by the weight's name in
-the Hugging Face model (``model.layers.0.self_attn.q_proj.weight``). What is saved whole beside them is read in `saved`.
-"""
-
-SHAPED_READERS: Final[dict[str, ShapedReader]] = {
-    "PVERA": vera.read_pvera,
-    "RANDLORA": randlora.read_randlora,
-    "UNILORA": unilora.read_unilora,
-    "VERA": vera.read_vera,
-}
-"""The methods whose change of one weight depends on the shapes of others; their readers ask the base, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +92,8 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
 
 
 def _read_peft(folder: Path) -> Adapter:
+    from gguflora.adapters.methods import READERS, SHAPED_READERS  # noqa: PLC0415  (some fifty modules)
+
     config = read_config(folder)
     if config.peft_type in REFUSED:
         raise UnsupportedAdapterError(f"{config.path}: {config.peft_type}: {REFUSED[config.peft_type]}")
@@ -183,7 +102,7 @@ def _read_peft(folder: Path) -> Adapter:
             f"{config.path}: peft_type {config.peft_type} is not supported; supported: "
             + ", ".join(sorted([*READERS, *SHAPED_READERS]))
         )
-    weights, tensors = read_weights(folder, mlx.STEM if config.peft_type == mlx.METHOD else "adapter_model")
+    weights, tensors = read_weights(folder, "adapters" if config.peft_type == MLX else "adapter_model")
     _check_finite(weights, tensors)
     saved, own = split_saved(config, tensors)
     changes: dict[str, tuple[Change | Unsized, ...]] = {name: (change,) for name, change in saved.items()}

@@ -8,17 +8,13 @@ a ``switch_mlp`` have (n_experts, r, n_in) and (n_experts, n_out, r). DoRA adds 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
 
-from gguflora.adapters.config import PeftConfig
+from gguflora.adapters.config import MLX, PeftConfig
 from gguflora.adapters.dora import with_magnitude
 from gguflora.adapters.keys import Parts, by_module, expect, take
 from gguflora.deltas import Change, LowRank, Unsized
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.safetensors import Array
-
-METHOD: Final = "MLX"
-STEM: Final = "adapters"
 
 
 def read_mlx(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change | Unsized]:
@@ -33,7 +29,7 @@ def read_mlx(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Chan
             f"{config.path}: fine_tune_type is {config.fields.get('fine_tune_type')!r}, expected 'lora' or 'dora' with "
             "lora_parameters; convert a model that was trained whole with llama.cpp"
         )
-    settings = PeftConfig(config.path, METHOD, parameters)
+    settings = PeftConfig(config.path, MLX, parameters)
     scale = settings.number("scale", 20.0)
     if "alpha" in parameters and settings.number("alpha", 0.0) != settings.number("rank", 8):
         raise UnsupportedAdapterError(
