@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from gguflora.adapters import Adapter
-from gguflora.architectures import Piece, check_known, is_cut, pieces_of
+from gguflora.architectures import Piece, check_known, is_conv1d, is_cut, pieces_of
 from gguflora.architectures.modules import linear_modules
 from gguflora.base_model import BaseModel
 from gguflora.deltas import Change, Formula, LowRank, Replace, ReplaceRows, Unsized, Values, equal
@@ -126,7 +126,8 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
         if not pieces:
             strangers.append(weight)
             continue
-        sized = [_sized(f"{adapter.path}: {weight!r}", base, change, pieces) for change in changes]
+        turned = [_linear(base, weight, change) for change in changes]
+        sized = [_sized(f"{adapter.path}: {weight!r}", base, change, pieces) for change in turned]
         for piece in pieces:
             items = [Placed(weight, change, _without_padding(base, piece, change)) for change in sized]
             _check_covers(f"{adapter.path}: {weight!r}", base, [item for item in items if item.piece is piece], pieces)
@@ -183,6 +184,13 @@ def _tie(adapter: Adapter, placed: dict[str, list[Placed]]) -> None:
     shared = [item for item in embedding if alike or _is_copy(item) or isinstance(item.change, ReplaceRows)]
     if shared:
         placed[OUTPUT] = [*shared, *output]
+
+
+def _linear(base: BaseModel, weight: str, change: Change | Unsized) -> Change | Unsized:
+    """The change as (n_out, n_in): weights saved whole lie as the Hugging Face model keeps them."""
+    if isinstance(change, Replace) and is_conv1d(base, weight):
+        return replace(change, values=change.values.T)
+    return change
 
 
 def _are_optional(changes: Sequence[Change | Unsized]) -> bool:

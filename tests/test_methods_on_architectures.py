@@ -16,10 +16,11 @@ METHODS = {
     "road": lambda **options: peft.RoadConfig(group_size=8, **options),
     "glora": lambda **options: peft.GloraConfig(r=3, **options),
     "osf": lambda **options: peft.OSFConfig(effective_rank=0.5, **options),
+    "saved_whole": lambda **_: peft.LoraConfig(r=3, target_modules=["c_attn"], modules_to_save=["c_proj"]),
 }
 EVERYWHERE = [(name, method) for name in zoo.HAS_CLASS for method in ("dora", "ia3")]
 SOME = [
-    *(("gpt2", method) for method in ("fourierft", "deft")),
+    *(("gpt2", method) for method in ("fourierft", "deft", "saved_whole")),
     *((name, method) for name in ("gptneox", "bloom", "starcoder2") for method in ("road", "glora", "osf")),
     *((name, method) for name in ("falcon", "deepseek2") for method in ("road", "osf", "deft")),
 ]

@@ -74,6 +74,12 @@ def check_known(base: BaseModel) -> None:
         check_named(base)
 
 
+def is_conv1d(base: BaseModel, weight: str) -> bool:
+    """Whether Hugging Face keeps this weight as (n_in, n_out), so that one saved whole must be transposed."""
+    pattern = KNOWN.get(base.architecture, PLAIN).conv1d
+    return bool(pattern and pattern.search(weight))
+
+
 def can_untie(base: BaseModel) -> bool:
     """Whether llama.cpp would load an output weight of its own beside the base's token embedding."""
     return KNOWN.get(base.architecture, PLAIN).has_output

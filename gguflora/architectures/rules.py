@@ -44,6 +44,7 @@ class Rules:
         interleaved: whether gate and up alternate in a stack of experts.
         cuts_vocabulary: whether rows of the token embedding without a token are left out.
         has_output: whether a model may have an output weight of its own.
+        conv1d: layers whose weights Hugging Face keeps as (n_in, n_out), by the end of their names.
     """
 
     rows: Mapping[str, Order] = field(default_factory=dict)
@@ -53,6 +54,7 @@ class Rules:
     interleaved: bool = False
     cuts_vocabulary: bool = False
     has_output: bool = True
+    conv1d: re.Pattern[str] | None = None
 
 
 PLAIN: Final = Rules()
@@ -98,7 +100,7 @@ KNOWN: Final[Mapping[str, Rules]] = {
     "gemma3": Rules(plus_one=_NORMS, cuts_vocabulary=True),
     "phi2": PLAIN,
     "phi3": PLAIN,
-    "gpt2": PLAIN,
+    "gpt2": Rules(conv1d=re.compile(r"\.c_\w+\.weight$")),
     "gptneox": Rules(rows={"attn_qkv": qkv_by_kind}),
     "bloom": Rules(rows={"attn_qkv": qkv_by_kind}),
     "falcon": Rules(rows={"attn_qkv": qkv_of_groups}),
