@@ -69,6 +69,7 @@ def convert(
         float | None,
         typer.Option(min=0.0, max=1.0, help="The same, with the lowest rank that keeps this share, for example 0.999."),
     ] = None,
+    scale: Annotated[float, typer.Option(help="Multiply the adapter's change.")] = 1.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the output file.")] = False,
 ) -> None:
@@ -87,7 +88,17 @@ def convert(
     if rank is not None and energy is not None:
         raise typer.BadParameter("give --rank or --energy, not both")
     _print_conversion(
-        gguflora.convert(adapter, base, out, outtype=outtype, rank=rank, energy=energy, dry_run=dry_run, force=force)
+        gguflora.convert(
+            adapter,
+            base,
+            out,
+            outtype=outtype,
+            rank=rank,
+            energy=energy,
+            scale=scale,
+            dry_run=dry_run,
+            force=force,
+        )
     )
 
 

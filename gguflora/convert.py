@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from gguflora.adapters.keys import some
 from gguflora.architectures import ignored_at_run_time, unknown_warning
 from gguflora.base_model import BaseModel, read_base
 from gguflora.deltas import as_float64
-from gguflora.errors import QuantizationError
+from gguflora.errors import AdapterError, QuantizationError
 from gguflora.factors import Factors, factor_adapter
 from gguflora.files.gguf import TOKEN_EMBEDDING
 from gguflora.files.output import atomic_output, check_target, path_of
@@ -82,6 +82,7 @@ def convert(
     outtype: str = "auto",
     rank: int | None = None,
     energy: float | None = None,
+    scale: float = 1.0,
     dry_run: bool = False,
     force: bool = False,
 ) -> ConvertReport:
@@ -96,6 +97,7 @@ def convert(
             exactly, else f32.
         rank: approximate changes that are not of this rank or lower by the closest ones that are.
         energy: the same, with the lowest rank that keeps this share of each change's squared norm.
+        scale: multiplies the adapter's change.
         dry_run: check everything, write nothing.
         force: overwrite ``out``.
 
@@ -106,7 +108,11 @@ def convert(
         raise QuantizationError(f"outtype is {outtype!r}, expected one of {', '.join(OUTTYPES)}")
     target, source = Path(out), read_adapter(adapter)
     model = read_base(base)
-    factored = factor_adapter(source, model, rank, energy)
+    if not abs(scale) <= np.finfo(np.float32).max:
+        raise AdapterError(f"scale is {scale}, expected a finite number")
+    factored = [
+        replace(factors, factor=factors.factor * scale) for factors in factor_adapter(source, model, rank, energy)
+    ]
     alpha = common_alpha(factored)
     stored = [item for factors in factored for item in _store(factors, outtype, alpha)]
     size = sum(item.content.nbytes for item in stored)

@@ -169,6 +169,18 @@ def test_float_outtypes(outtype, tolerance, tmp_path):
     assert_same_changes(oracles.lora_changes(out), merged_changes("llama", VARIANTS["rank_pattern"]), tolerance)
 
 
+@pytest.mark.parametrize("variant", ["plain", "patterns_rslora"])  # with an alpha, and with folded factors
+@pytest.mark.parametrize("scale", [0.5, -2.0, 0.0])
+def test_scaled(variant, scale, tmp_path):
+    """Also of a GGUF LoRA, stored again."""
+    first = convert("llama", VARIANTS[variant], tmp_path / "first.gguf")
+    gguflora.convert(first, builders.gguf_model("llama"), tmp_path / "scaled.gguf", scale=scale)
+    expected = {name: scale * change for name, change in oracles.lora_changes(first).items()}
+    found = oracles.lora_changes(tmp_path / "scaled.gguf")
+    assert found.keys() == expected.keys()
+    assert all(np.allclose(found[name], expected[name], rtol=1e-5, atol=1e-6) for name in expected)
+
+
 @pytest.mark.parametrize("rank", [4, 32])
 def test_q8_0_outtype(rank, tmp_path):
     """A factor whose rows are whole blocks of 32 has ggml's own Q8_0 bytes; the others stay close enough."""
