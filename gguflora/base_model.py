@@ -49,13 +49,24 @@ def read_base(path: str | os.PathLike[str]) -> BaseModel:
 
     Raises:
         GgufError: if the GGUF file is damaged.
-        ArchitectureError: if it is no language model, or its configuration cannot be used.
+        ArchitectureError: if it is no language model, one file of a split one, or its configuration cannot be used.
     """
     location = Path(path)
     if location.is_dir():
         return _read_config(location / "config.json")
     with GgufFile(location) as file:
+        check_whole(file)
         return describe(file)
+
+
+def check_whole(file: GgufFile) -> None:
+    """Raise ``ArchitectureError`` for one file of a split model, whose other weights lie elsewhere."""
+    count = file.metadata.get("split.count")
+    if isinstance(count, int) and count > 1:
+        raise ArchitectureError(
+            f"{file.path}: is one of {count} files of a split model, and this version needs it in one: join them with "
+            "llama-gguf-split --merge"
+        )
 
 
 def describe(file: GgufFile) -> BaseModel:

@@ -20,7 +20,7 @@ from gguflora import _native
 from gguflora._version import __version__
 from gguflora.adapters import Adapter, read_adapter
 from gguflora.architectures import can_untie, unknown_warning
-from gguflora.base_model import BaseModel, describe
+from gguflora.base_model import BaseModel, check_whole, describe
 from gguflora.changed_rows import Scaled, Target, without_copies
 from gguflora.deltas import LowRank, Replace
 from gguflora.errors import AdapterError, QuantizationError, UnsupportedAdapterError
@@ -99,6 +99,7 @@ def merge(
     started, target = time.perf_counter(), Path(out)
     used_threads = threads or len(os.sched_getaffinity(0))
     with GgufFile(base) as file:
+        check_whole(file)
         sources = [(read_adapter(path), scale) for path, scale in _with_scales(adapters)]
         plan = _make_plan(file, sources)
         inputs = [file.path, *(source.path for source, _ in sources)]

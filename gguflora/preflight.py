@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from gguflora.base_model import BaseModel, read_base
+from gguflora.base_model import BaseModel, describe
 from gguflora.errors import HotSwapError
 from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, Shape, TensorEntry
 
@@ -42,7 +42,8 @@ def read_whole_base(path: Path) -> BaseModel:
     Raises:
         GgufError: if a file is damaged or missing.
     """
-    base, shapes = read_base(path), {}
+    with GgufFile(path) as file:
+        base, shapes = describe(file), {}
     for part in _parts(path):
         with GgufFile(part) as file:
             shapes.update({name: tensor.shape for name, tensor in file.tensors.items()})

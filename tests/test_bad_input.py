@@ -25,6 +25,7 @@ import safetensors.numpy
 from builders import Adapter
 
 import gguflora.cli
+from gguflora.files.gguf import GgufFile, encode_entry
 
 ADAPTER = Adapter(seed=5)
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -249,6 +250,14 @@ def test_embedding_that_is_not_the_bases(change, words, base, tmp_path):
 def test_tied_embedding(arch, tmp_path):
     """llama.cpp aborts on such an adapter; a merge unties the two."""
     assert_convert_refuses(builders.adapter(arch, EMBEDDING), builders.gguf_model(arch), tmp_path, "tied")
+
+
+def test_split_base(adapter, base, tmp_path):
+    with GgufFile(base) as file:
+        layout = file.layout({"split.count": encode_entry("split.count", 3)}, {})
+        data = base.read_bytes()[file.data_start :]
+    base.write_bytes(layout.header + data)
+    assert_both_refuse(adapter, base, tmp_path, "one of 3 files", "join them")
 
 
 def test_two_adapters_name_the_one_that_is_wrong(adapter, base, tmp_path):
