@@ -108,7 +108,7 @@ def convert(
         raise QuantizationError(f"outtype is {outtype!r}, expected one of {', '.join(OUTTYPES)}")
     target, source = Path(out), read_adapter(adapter)
     model = read_base(base)
-    if not abs(scale) <= np.finfo(np.float32).max:
+    if not abs(float(scale)) <= float(np.finfo(np.float32).max):
         raise AdapterError(f"scale is {scale}, expected a finite number")
     factored = [
         replace(factors, factor=factors.factor * scale) for factors in factor_adapter(source, model, rank, energy)

@@ -127,7 +127,7 @@ def _with_scales(adapters: AdapterArgument) -> list[tuple[AdapterPath, float]]:
     given = [adapters] if isinstance(adapters, str | os.PathLike) else adapters
     pairs = [item if isinstance(item, tuple) else (item, 1.0) for item in given]
     for path, scale in pairs:
-        if not abs(scale) <= np.finfo(np.float32).max:
+        if not abs(float(scale)) <= float(np.finfo(np.float32).max):
             raise AdapterError(f"{path}: its scale is {scale}, expected a finite number")
     return [(path, float(scale)) for path, scale in pairs]
 

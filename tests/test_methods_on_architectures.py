@@ -18,7 +18,9 @@ METHODS = {
     "osf": lambda **options: peft.OSFConfig(effective_rank=0.5, **options),
     "saved_whole": lambda **_: peft.LoraConfig(r=3, target_modules=["c_attn"], modules_to_save=["c_proj"]),
 }
-EVERYWHERE = [(name, method) for name in zoo.HAS_CLASS for method in ("dora", "ia3")]
+NO_DORA = {"deepseek2", "deepseek3", "qwen3next"}  # PEFT wraps their experts, too, and then refuses to
+EVERYWHERE = [(name, "dora") for name in zoo.HAS_CLASS if name not in NO_DORA]
+EVERYWHERE += [(name, "ia3") for name in zoo.HAS_CLASS]
 SOME = [
     *(("gpt2", method) for method in ("fourierft", "deft", "saved_whole")),
     *((name, method) for name in ("gptneox", "bloom", "starcoder2") for method in ("road", "glora", "osf")),
