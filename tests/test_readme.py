@@ -29,6 +29,11 @@ def folder(tmp_path_factory):
     return path
 
 
+def outside_tables(text):
+    """Without the demo's answers, in which another processor's rounding may choose another word (see the test below)."""
+    return "\n".join(line for line in text.splitlines() if not line.startswith("  "))
+
+
 def without_numbers(text):
     """Words only: timings vary, and the table's columns with them."""
     words = [re.sub(r"[-+]?\d[\d.,e+-]*", "0", word) for word in text.split()]
@@ -51,7 +56,7 @@ def test_console_sessions(folder):
                 check=False,
             )
             assert (result.returncode, result.stderr) == (0, ""), command
-            assert without_numbers(result.stdout) == without_numbers(expected), command
+            assert without_numbers(outside_tables(result.stdout)) == without_numbers(outside_tables(expected)), command
 
 
 @pytest.mark.parametrize("program", blocks("python"))
