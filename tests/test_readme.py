@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 
 def outside_tables(text):
-    """Without the demo's answers, in which another processor's rounding may choose another word (see the test below)."""
+    """Without the demo's answers, in which another processor's rounding may choose another word (tested below)."""
     return "\n".join(line for line in text.splitlines() if not line.startswith("  "))
 
 
