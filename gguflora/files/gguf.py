@@ -13,7 +13,7 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -38,7 +38,7 @@ _Forms = Mapping[str, tuple[Shape, GgmlType]]
 _Arrangement = tuple[bytes, dict[str, int], list[tuple[int, int, int]], int]
 """Encoded list of tensors, offsets of the changed ones, copied ranges, end; all from the start of the data."""
 
-_STRING, _ARRAY, _BOOL = 8, 9, 7
+_STRING, _ARRAY = 8, 9
 _SCALARS: Final[dict[int, str]] = {
     0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
@@ -198,7 +198,7 @@ class Metadata(Mapping[str, Any]):
         reader.at = entry.value
         return self._decode(reader, entry.type)
 
-    def __iter__(self):  # type: ignore[no-untyped-def]  # noqa: ANN204
+    def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
     def __len__(self) -> int:
