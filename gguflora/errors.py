@@ -2,7 +2,7 @@
 
 ::
 
-    GgufloraError                 caught once in cli.py: message on stderr, exit code 1
+    GgufloraError                 caught once in cli/app.py: message on stderr, exit code 1
     |-- FormatError               a file is damaged or not of the expected format
     |   |-- GgufError
     |   `-- SafetensorsError

@@ -1,0 +1,10 @@
+"""The command line: options in, one function of the library called, its report printed.
+
+Each module registers its command on the application when it is imported; ``--help`` lists them in this order.
+"""
+
+from gguflora.cli.app import main
+
+from gguflora.cli import convert, merge, inspect, doctor, demo  # isort: skip
+
+__all__ = ["convert", "demo", "doctor", "inspect", "main", "merge"]

@@ -1,0 +1,61 @@
+"""``gguflora demo``."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from gguflora.cli.app import app, console
+
+if TYPE_CHECKING:
+    from gguflora.demo import DemoReport
+
+
+@app.command()
+def demo(
+    keep: Annotated[Path | None, typer.Option(help="Directory to keep the demo's GGUF files in.")] = None,
+) -> None:
+    """Convert, merge and hot-swap two small adapters on an embedded model (needs llama-cpp-python).
+
+    **Example**
+
+    gguflora demo --keep ./demo-files
+    """
+    from gguflora.demo import run_demo  # noqa: PLC0415  (nothing else needs it)
+
+    if keep:
+        keep.mkdir(parents=True, exist_ok=True)
+        _print_demo(run_demo(keep))
+        console.print(f"\nThe files are in {keep}", markup=False)
+        return
+    with tempfile.TemporaryDirectory(prefix="gguflora-demo-") as folder:
+        _print_demo(run_demo(Path(folder)))
+
+
+def _print_demo(report: DemoReport) -> None:
+    console.print(f"Prompt: {report.prompt!r}\n", markup=False)
+    table = Table(box=box.SIMPLE_HEAD, show_lines=True)
+    for title in ("weights", "answer (greedy)", "swap", "answer time"):
+        table.add_column(title, justify="right" if "time" in title or title == "swap" else "left")
+    for answer in report.answers:
+        swap = "" if answer.swap_seconds is None else f"{answer.swap_seconds * 1e3:.2f} ms"
+        table.add_row(answer.weights, escape(answer.text.strip()), swap, f"{answer.answer_seconds:.2f} s")
+    console.print(table)
+    for name, seconds in report.convert_seconds.items():
+        console.print(f"convert {name}: {seconds * 1e3:.0f} ms")
+    for name, seconds in report.load_seconds.items():
+        console.print(f"load {name}: {seconds * 1e3:.0f} ms")
+    merged = report.merge
+    console.print(
+        f"merge {merged.adapters[0][0]} into {', '.join(merged.tensors)}: {merged.seconds * 1e3:.0f} ms "
+        f"({merged.weights / 1e6:.1f} M weights)"
+    )
+    console.print(
+        f"KL divergence from the hot adapter, nats per token: merged file {report.kl:.1e}, base {report.kl_base:.1e}"
+    )

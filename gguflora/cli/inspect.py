@@ -1,0 +1,58 @@
+"""``gguflora inspect``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+import gguflora
+from gguflora.cli.app import app, console, print_warnings
+from gguflora.inspect import InspectReport
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="PEFT or mlx-lm adapter directory, or GGUF LoRA file.")],
+    base: Annotated[Path | None, typer.Option(help="Base model: measure the changes, foresee llama.cpp's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Say what an adapter is, what it changes, and what llama.cpp could not apply at run time.
+
+    **Examples**
+
+    gguflora inspect ./my-adapter
+
+    gguflora inspect ./my-adapter --base model-Q4_K_M.gguf --json
+    """
+    report = gguflora.inspect(adapter, base)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        _print_inspection(report)
+
+
+def _print_inspection(report: InspectReport) -> None:
+    print_warnings(report.warnings)
+    console.print(
+        f"{report.adapter}: {report.method}, {len(report.changes)} tensors changed, {report.size / 1e6:.2f} MB",
+        markup=False,
+    )
+    if report.invocation_tokens:
+        console.print(f"activated by the tokens {', '.join(map(str, report.invocation_tokens))}", markup=False)
+    table = Table(box=box.SIMPLE_HEAD)
+    for title in ("tensor", "shape", "rank", "factor", "norm", "relative", "problem at run time"):
+        table.add_column(title)
+    for change in report.changes:
+        shape = "x".join(map(str, change.shape or ())) or "?"
+        numbers = (change.rank, change.factor, change.norm, change.relative)
+        cells = ("-" if number is None else f"{number:.4g}" for number in numbers)
+        table.add_row(escape(change.name), shape, *cells, escape(change.problem or ""))
+    console.print(table)
+    if report.problems:
+        console.print(f"{report.problems} of {len(report.changes)} changes cannot be applied at run time", markup=False)
