@@ -17,7 +17,7 @@ FLOORS = [
     {"files"},
     {"deltas"},
     {"adapters"},
-    {"base_model"},
+    {"base_model", "imatrix"},
     {"architectures"},
     {"placement"},
     {"changed_rows", "lowrank"},
