@@ -22,6 +22,7 @@ FLOORS = [
     {"placement"},
     {"changed_rows", "lowrank"},
     {"factors", "rewrite", "vocabulary"},
+    {"lora_file"},
     {"compare", "convert", "inspect", "llama", "merge", "preflight", "reuse"},
     {"runtime"},
     {"demo", "doctor"},

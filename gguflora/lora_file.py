@@ -1,0 +1,137 @@
+"""Write GGUF LoRA files; `adapters.gguf_lora` reads them and says how they are laid out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguflora import quants
+from gguflora._native import type_named
+from gguflora._version import __version__
+from gguflora.adapters.gguf_lora import ALPHA_KEY, INVOCATION_KEY
+from gguflora.deltas import as_float64
+from gguflora.errors import QuantizationError
+from gguflora.factors import Factors
+from gguflora.files.gguf import TOKEN_EMBEDDING
+from gguflora.files.safetensors import Array, as_float32
+
+OUTTYPES: Final = ("auto", "f32", "f16", "bf16", "q8_0")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor of the file: bytes (..., row_bytes) of a quant type."""
+
+    name: str
+    type: str
+    content: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraHeader:
+    """What a file says about itself.
+
+    Attributes:
+        name: of the adapter.
+        architecture: of its base, as GGUF names it.
+        alpha: as written; 0 where the factors are folded into B.
+        source: what it was made from.
+        invocation_tokens: of an activated LoRA.
+    """
+
+    name: str
+    architecture: str
+    alpha: float
+    source: Mapping[str, str]
+    invocation_tokens: tuple[int, ...] = ()
+
+
+def check_outtype(outtype: str) -> None:
+    """Raise ``QuantizationError`` for a type that factors are not stored as."""
+    if outtype not in OUTTYPES:
+        raise QuantizationError(f"outtype is {outtype!r}, expected one of {', '.join(OUTTYPES)}")
+
+
+def common_alpha(factored: Sequence[Factors]) -> float:
+    """The alpha with ``factor = alpha / rank`` for every tensor, or 0 if there is none.
+
+    llama.cpp has one alpha for a file, a 32-bit float, and takes 0 as "factor 1".
+    """
+    alphas = [float(np.float32(factors.factor * factors.rank)) for factors in factored]
+    return alphas[0] if all(math.isclose(alpha, alphas[0], rel_tol=2**-23) for alpha in alphas) else 0.0
+
+
+def store(factors: Factors, outtype: str, alpha: float) -> list[Stored]:
+    """The two tensors of a pair of factors, in a file of this alpha.
+
+    Raises:
+        QuantizationError: if a value is too large for the type.
+    """
+    a, b = factors.a, factors.b
+    if not alpha and factors.factor != 1.0:
+        b = (as_float64(b) * factors.factor).astype(np.float32)
+    if factors.tensor == TOKEN_EMBEDDING:
+        # llama.cpp looks rows up in A and multiplies them with B: the factors change places
+        a, b = b, a.T
+    return [_encode(f"{factors.tensor}.lora_a", a, outtype), _encode(f"{factors.tensor}.lora_b", b, outtype)]
+
+
+def _encode(name: str, array: Array, outtype: str) -> Stored:
+    values = np.ascontiguousarray(as_float32(array))
+    chosen = exact_type(values) if outtype == "auto" else outtype.upper()
+    if values.shape[-1] % type_named(chosen).block_weights:
+        chosen = "F16"
+    try:
+        content = quants.quantize(values, type_named(chosen).id).view(np.uint8)
+    except QuantizationError as error:
+        raise QuantizationError(f"{name!r} cannot be stored as {chosen}: {error}; try --outtype f32") from error
+    return Stored(name, chosen, content)
+
+
+def exact_type(values: NDArray[np.float32]) -> str:
+    """F16 where it holds the values exactly, else F32."""
+    # not BF16: with such factors llama.cpp rounds the activations to eight bits, too
+    with np.errstate(over="ignore"):
+        return "F16" if (values.astype(np.float16) == values).all() else "F32"
+
+
+def write_lora(path: Path, header: LoraHeader, stored: Sequence[Stored]) -> None:
+    """Write a GGUF LoRA file.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    import gguf  # noqa: PLC0415  (slow to import)
+
+    writer = gguf.GGUFWriter(path, header.architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_name(header.name)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(ALPHA_KEY, header.alpha)
+    if header.invocation_tokens:
+        tokens = list(header.invocation_tokens)
+        writer.add_key_value(INVOCATION_KEY, tokens, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32)
+    writer.add_string("gguflora.version", __version__)
+    for key, value in header.source.items():
+        writer.add_string(f"gguflora.{key}", value)
+    if any(item.type == "Q8_0" for item in stored):
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for item in stored:
+        kind, content = gguf.GGMLQuantizationType[item.type], item.content
+        writer.add_tensor_info(item.name, content.shape, content.dtype, content.nbytes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    # GGUFWriter writes data with ndarray.tofile, which does not notice a disk that is full
+    with path.open("ab") as file:
+        file.write(bytes(-file.tell() % writer.data_alignment))
+        for item in stored:
+            file.write(item.content.data)
+            file.write(bytes(-item.content.nbytes % writer.data_alignment))
