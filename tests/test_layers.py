@@ -20,7 +20,7 @@ FLOORS = [
     {"base_model", "imatrix"},
     {"architectures"},
     {"placement"},
-    {"changed_rows", "lowrank"},
+    {"changed_rows", "hf_model", "lowrank"},
     {"factors", "rewrite", "vocabulary"},
     {"lora_file"},
     {"compare", "convert", "inspect", "llama", "merge", "preflight", "reuse"},

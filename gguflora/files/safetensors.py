@@ -32,18 +32,33 @@ def read_safetensors(path: Path) -> dict[str, Array]:
     Raises:
         SafetensorsError: if the file is missing, damaged, or holds a dtype that adapters do not use.
     """
+    header, start = read_header(path)
+    try:
+        content = np.memmap(path, np.uint8, "r")
+    except (OSError, ValueError) as error:
+        raise SafetensorsError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    return {name: _view(path, content[start:], name, entry) for name, entry in header.items()}
+
+
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """The entries of a safetensors file (dtype, shape, data_offsets), checked against its size, and where data begins.
+
+    Raises:
+        SafetensorsError: if the file is missing or damaged.
+    """
+    if not path.is_file():  # a named pipe would block
+        raise SafetensorsError(f"{path}: {'is not a file' if path.exists() else 'does not exist'}")
     try:
         with safe_open(path, framework="np"):  # checks the whole header against the file's size
             pass
         with path.open("rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            header: dict[str, dict[str, Any]] = json.loads(file.read(header_size))
-        content = np.memmap(path, np.uint8, "r")
+            size = int.from_bytes(file.read(8), "little")
+            header: dict[str, dict[str, Any]] = json.loads(file.read(size))
     except (SafetensorError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SafetensorsError(f"{path}: is not a readable safetensors file: {reason}") from error
     header.pop("__metadata__", None)
-    return {name: _view(path, content[8 + header_size :], name, entry) for name, entry in header.items()}
+    return header, 8 + size
 
 
 def _view(path: Path, data: Array, name: str, entry: dict[str, Any]) -> Array:

@@ -1,0 +1,153 @@
+"""The weights of a Hugging Face directory: safetensors in one file, or in shards with an index.
+
+Rows are read from disk when they are asked for, not mapped, so that a pass over any model takes little memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguflora.errors import SafetensorsError
+from gguflora.files.safetensors import as_float32, read_header
+
+Floats = NDArray[np.float32]
+Indices = NDArray[np.intp]
+
+_FLOATS: Final = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """A matrix of a checkpoint as it lies on disk, (n_rows, n_columns); vectors are columns, kernels are flattened.
+
+    Attributes:
+        name: in the Hugging Face model; expert e of a stack is ``<name of the stack>.<e>``.
+        file: that holds it.
+        dtype: as safetensors spells it.
+        offset: of its first byte in the file.
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    n_rows: int
+    n_columns: int
+    offset: int
+
+
+class Checkpoint:
+    """The weights of a Hugging Face directory, opened read-only.
+
+    Args:
+        folder: holds ``model.safetensors``, or its index and shards.
+
+    Attributes:
+        weights: by name, stacks of experts one by one.
+
+    Raises:
+        SafetensorsError: if files are missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
+        self.weights: dict[str, StoredWeight] = {}
+        for path in _shards(folder):
+            header, start = read_header(path)
+            for name, entry in header.items():
+                for weight in _matrices(path, name, entry, start):
+                    self.weights[weight.name] = weight
+
+    def read_rows(self, weight: StoredWeight, rows: Indices) -> Floats:
+        """Rows of a weight in any order, float32 (len(rows), n_columns).
+
+        Raises:
+            SafetensorsError: if its dtype is no float, or the file became shorter.
+        """
+        if weight.dtype not in _FLOATS:
+            raise SafetensorsError(
+                f"{weight.file}: tensor {weight.name!r} has dtype {weight.dtype}, expected {', '.join(_FLOATS)}: these "
+                "are not the weights of high precision"
+            )
+        dtype = np.dtype(_FLOATS[weight.dtype])
+        row_bytes = weight.n_columns * dtype.itemsize
+        found, inverse = np.unique(rows, return_inverse=True)
+        if len(found) and not 0 <= found[0] <= found[-1] < weight.n_rows:
+            raise SafetensorsError(
+                f"{weight.file}: {weight.name!r} has {weight.n_rows} rows, row {found[-1]} is not there"
+            )
+        values = np.empty((len(found), weight.n_columns), dtype)
+        raw = memoryview(values.view(np.uint8).reshape(-1).data)
+        for first, last in _runs(found):
+            self._read(weight, raw[first * row_bytes : last * row_bytes], weight.offset + int(found[first]) * row_bytes)
+        in_order = values if np.array_equal(inverse, np.arange(len(rows))) else values[inverse]
+        return as_float32(in_order)
+
+    def _read(self, weight: StoredWeight, target: memoryview, offset: int) -> None:
+        handle = self._open(weight.file)
+        while target:
+            count = os.preadv(handle, [target], offset)
+            if count == 0:
+                raise SafetensorsError(f"{weight.file}: ends within {weight.name!r}; was it changed while being read?")
+            target, offset = target[count:], offset + count
+
+    def _open(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return self._files[path]
+
+    def close(self) -> None:
+        """Close all files."""
+        with self._lock:
+            for handle in self._files.values():
+                os.close(handle)
+            self._files.clear()
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / _INDEX
+    if not index.is_file():
+        if (folder / _SINGLE).is_file():
+            return [folder / _SINGLE]
+        found = ", ".join(sorted(entry.name for entry in os.scandir(folder))) or "nothing"
+        raise SafetensorsError(f"{folder}: holds neither {_SINGLE} nor {_INDEX}; found: {found:.300}")
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SafetensorsError(f"{index}: cannot be read as an index of shards: {error!r:.200}") from error
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise SafetensorsError(f"{index}: names shards that are not in its directory")
+    return [folder / name for name in sorted(names)]
+
+
+def _matrices(path: Path, name: str, entry: dict[str, Any], data_start: int) -> Iterator[StoredWeight]:
+    """A tensor as matrices: each expert of a stack, the rows of a convolution's kernel, a vector as a column."""
+    shape, start = entry["shape"], data_start + entry["data_offsets"][0]
+    end = data_start + entry["data_offsets"][1]
+    if len(shape) == 3 and "conv1d" not in name:
+        for expert in range(shape[0]):
+            offset = start + expert * (end - start) // shape[0]
+            yield StoredWeight(f"{name}.{expert}", path, entry["dtype"], shape[1], shape[2], offset)
+    elif shape:
+        yield StoredWeight(name, path, entry["dtype"], shape[0], math.prod(shape[1:]), start)
+
+
+def _runs(numbers: Indices) -> Iterator[tuple[int, int]]:
+    """Where rising numbers follow each other without a gap: first and last (exclusive) positions."""
+    edges = np.flatnonzero(np.diff(numbers) != 1) + 1
+    bounds = [0, *edges.tolist(), len(numbers)]
+    return ((first, last) for first, last in pairwise(bounds) if first < last)

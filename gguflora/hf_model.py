@@ -1,0 +1,307 @@
+"""Weights of a base as they were before it was quantized, in the shapes and row order of its GGUF tensors.
+
+They come from a GGUF file of a more precise type, or from a Hugging Face directory, where `architectures` says which
+weights make up a tensor.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguflora import _native
+from gguflora.architectures import KNOWN, Piece, is_conv1d, is_cut, pieces_of
+from gguflora.architectures.names import canonical, layer_and_module
+from gguflora.architectures.rules import PLAIN
+from gguflora.base_model import BaseModel, describe
+from gguflora.errors import GgufError, MismatchError
+from gguflora.files.checkpoint import Checkpoint, Indices, StoredWeight
+from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, TensorEntry
+from gguflora.placement import flat_shape
+
+Floats = NDArray[np.float32]
+
+_STACKED_TRANSPOSED: Final = {"gpt-oss", "llama4"}
+"""Architectures whose stacks of experts Hugging Face keeps as (n_experts, n_in, n_out)."""
+
+
+_TOLERANCE: Final = {"F32": 1e-2, "F16": 1e-2, "BF16": 1e-2, "Q8_0": 2e-2}
+_QUANTIZED_TOLERANCE: Final = 0.8
+"""Relative difference that quantization makes, by type: 1-bit types lose half. Unrelated weights differ by 1.4."""
+_SAMPLES: Final = 16
+
+
+class _Source(Protocol):
+    def check(self, tensor: str) -> None: ...
+
+    def rows(self, tensor: str, first: int, last: int) -> Floats: ...
+
+    def close(self) -> None: ...
+
+
+class HighPrecisionBase:
+    """The weights of a base before it was quantized; see `open`."""
+
+    def __init__(self, path: Path, source: _Source) -> None:
+        self.path = path
+        self._source = source
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], model: BaseModel) -> HighPrecisionBase:
+        """Open a GGUF file or a Hugging Face directory that holds the weights of ``model``.
+
+        Raises:
+            FormatError: if it is damaged or holds no weights.
+            MismatchError: if it is another architecture.
+        """
+        location = Path(path)
+        source = _HfWeights(location, model) if location.is_dir() else _GgufWeights(location, model)
+        return cls(location, source)
+
+    def check(self, base: GgufFile, tensors: Iterable[str]) -> None:
+        """Raise unless these tensors of the quantized base are the quantized ones of these weights.
+
+        Raises:
+            MismatchError: if a tensor is missing, has another shape, or its values differ by more than quantization.
+        """
+        for name in tensors:
+            self._source.check(name)
+            entry = base.tensors[name]
+            difference = norm = 0.0
+            for row in sorted({int(row) for row in np.linspace(0, entry.n_rows - 1, _SAMPLES)}):
+                stored, values = _dequantized(base, entry, row, row + 1), self.rows(name, row, row + 1)
+                difference += float(np.square(stored - values, dtype=np.float64).sum())
+                norm += float(np.square(stored, dtype=np.float64).sum())
+            if not difference <= _TOLERANCE.get(entry.type.name, _QUANTIZED_TOLERANCE) ** 2 * norm:
+                raise MismatchError(
+                    f"{self.path}: {name!r} differs from the one in {base.path} by {np.sqrt(difference / norm):.0%}, "
+                    f"more than quantization to {entry.type.name} explains; is it the same model?"
+                )
+
+    def rows(self, tensor: str, first: int, last: int) -> Floats:
+        """Rows ``first`` to ``last`` (exclusive) of a tensor of the quantized base, float32 (last - first, n_in).
+
+        Leading dimensions count as rows; a vector is one row. May be called from several threads.
+
+        Raises:
+            MismatchError: if the weights of high precision lack the tensor.
+            FormatError: if they cannot be read.
+        """
+        return self._source.rows(tensor, first, last)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._source.close()
+
+    def __enter__(self) -> HighPrecisionBase:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _GgufWeights:
+    """Tensors of the same names in a GGUF file of any types."""
+
+    def __init__(self, path: Path, model: BaseModel) -> None:
+        self._model = model
+        self._file = GgufFile(path)
+        try:
+            _check_architecture(self._file, model)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def check(self, tensor: str) -> None:
+        entry, shape = self._file.tensors.get(tensor), self._model.shapes[tensor]
+        if entry is None:
+            raise MismatchError(f"{self._file.path}: has no tensor {tensor!r}, which {self._model.path} has")
+        if entry.shape != shape:
+            raise MismatchError(
+                f"{self._file.path}: tensor {tensor!r} is {entry.shape}, but {shape} in {self._model.path}"
+            )
+
+    def rows(self, tensor: str, first: int, last: int) -> Floats:
+        self.check(tensor)
+        return _dequantized(self._file, self._file.tensors[tensor], first, last)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _check_architecture(file: GgufFile, model: BaseModel) -> None:
+    found = describe(file).architecture
+    if found != model.architecture:
+        raise MismatchError(f"{file.path}: is {found!r}, but {model.path} is {model.architecture!r}")
+
+
+def _dequantized(file: GgufFile, tensor: TensorEntry, first: int, last: int) -> Floats:
+    if tensor.type.id not in _native.TYPES:
+        raise GgufError(f"{file.path}: tensor {tensor.name!r} is {tensor.type.name}, expected weights")
+    values = np.empty((last - first, tensor.n_in), np.float32)
+    _native.dequantize_rows(file.read_rows(tensor, first, last), tensor.type, values)
+    return values
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A piece of a GGUF tensor and the weight that it is taken from.
+
+    Attributes:
+        fits: whether the weight has as many rows and columns as its pieces.
+        flipped: whether the weight lies on disk as (n_in, n_out).
+        decay: whether GGUF stores -exp of the values.
+    """
+
+    weight: StoredWeight
+    piece: Piece
+    fits: bool = True
+    flipped: bool = False
+    decay: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the weight, (n_out, n_in)."""
+        return _shape(self.weight, flipped=self.flipped)
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """Rows and columns of the piece as GGUF stores it."""
+        n_rows, n_columns = self.shape
+        n_rows = n_rows if self.piece.rows is None else len(self.piece.rows)
+        n_columns = n_columns if self.piece.columns is None else len(self.piece.columns)
+        return (n_columns, n_rows) if self.piece.transposed else (n_rows, n_columns)
+
+    @property
+    def end(self) -> int:
+        """Row of the tensor after the piece's last."""
+        return self.piece.first + self.stored_shape[0]
+
+
+class _HfWeights:
+    """The weights of a Hugging Face directory at their places in GGUF tensors."""
+
+    def __init__(self, folder: Path, model: BaseModel) -> None:
+        self._model = model
+        self._checkpoint = Checkpoint(folder)
+        self._lock = threading.Lock()
+        self._flipped: tuple[str, Floats] | None = None
+        found: dict[str, list[_Part]] = {}
+        for name, weight in self._checkpoint.weights.items():
+            for part in _parts_of(model, name, weight):
+                if part.piece.tensor in model.shapes:
+                    found.setdefault(part.piece.tensor, []).append(part)
+        if OUTPUT in model.shapes and OUTPUT not in found:  # tied in the one, not in the other
+            found[OUTPUT] = found.get(TOKEN_EMBEDDING, [])
+        self._parts = {tensor: _in_order(parts) for tensor, parts in found.items()}
+
+    def check(self, tensor: str) -> None:
+        """Raise ``MismatchError`` unless the parts of a tensor hold each of its rows once."""
+        parts = self._parts.get(tensor, [])
+        at, (n_rows, n_columns) = 0, flat_shape(self._model.shapes[tensor])
+        for part in parts:
+            if not part.fits or part.piece.first != at or part.stored_shape[1] != n_columns:
+                break
+            at = part.end
+        if at != n_rows:
+            found = ", ".join(f"{part.weight.name!r} {part.shape}" for part in parts[:8]) or "no weight"
+            raise MismatchError(
+                f"{self._checkpoint.folder}: has {found} for {tensor!r} of {self._model.path}, which is "
+                f"{self._model.shapes[tensor]}; is it the same model, with its weights in safetensors?"
+            )
+
+    def rows(self, tensor: str, first: int, last: int) -> Floats:
+        self.check(tensor)
+        if len(self._model.shapes[tensor]) == 1:
+            return self._column(tensor)
+        values = np.empty((last - first, self._model.shapes[tensor][-1]), np.float32)
+        for part in self._parts[tensor]:
+            start, end = max(part.piece.first, first), min(part.end, last)
+            if start < end:
+                values[start - first : end - first] = self._read(part, start - part.piece.first, end - part.piece.first)
+        return values
+
+    def _column(self, tensor: str) -> Floats:
+        """A vector, as one row."""
+        columns = [self._read(part, 0, part.stored_shape[0]) for part in self._parts[tensor]]
+        return np.concatenate(columns).reshape(1, -1)
+
+    def _read(self, part: _Part, first: int, last: int) -> Floats:
+        """Some rows of a piece, counted from its first, with GGUF's values."""
+        piece, n_rows = part.piece, part.shape[0]
+        numbers = np.arange(n_rows) if piece.rows is None else piece.rows
+        values = self._weight_rows(part, numbers if piece.transposed else numbers[first:last])
+        values = values if piece.columns is None else values[:, piece.columns]
+        values = values.T[first:last] if piece.transposed else values
+        return -np.exp(values) if part.decay else values + np.float32(piece.shift)
+
+    def _weight_rows(self, part: _Part, rows: Indices) -> Floats:
+        if not part.flipped:
+            return self._checkpoint.read_rows(part.weight, rows)
+        with self._lock:  # rows lie across the whole weight: kept for the next block of them
+            if self._flipped is None or self._flipped[0] != part.weight.name:
+                whole = self._checkpoint.read_rows(part.weight, np.arange(part.weight.n_rows))
+                self._flipped = part.weight.name, whole.T
+            return self._flipped[1][rows]
+
+    def close(self) -> None:
+        self._checkpoint.close()
+
+
+def _in_order(parts: Sequence[_Part]) -> list[_Part]:
+    """Parts by their rows; a checkpoint may hold one weight under several names, of which the first is taken."""
+    by_place = {(part.piece.first, part.stored_shape): part for part in reversed(parts)}
+    return sorted(by_place.values(), key=lambda part: part.piece.first)
+
+
+def _parts_of(model: BaseModel, name: str, weight: StoredWeight) -> list[_Part]:
+    """The places of a weight; none if GGUF does not have it."""
+    if name.endswith("A_log"):
+        return [_Part(weight, _decay(model, name), decay=True)]
+    try:
+        pieces = pieces_of(model, name)
+    except MismatchError:  # where its place depends on tensors that the base lacks
+        return []
+    flipped = is_conv1d(model, name) or _is_flipped_expert(model, name)
+    fits = _cover(pieces, *_shape(weight, flipped=flipped))
+    return [_without_padding(model, _Part(weight, piece, fits, flipped)) for piece in pieces]
+
+
+def _shape(weight: StoredWeight, *, flipped: bool) -> tuple[int, int]:
+    return (weight.n_columns, weight.n_rows) if flipped else (weight.n_rows, weight.n_columns)
+
+
+def _cover(pieces: Sequence[Piece], n_out: int, n_in: int) -> bool:
+    """Whether pieces that name their rows or columns name all of them."""
+    rows = sum(len(piece.rows) for piece in pieces if piece.rows is not None)
+    columns = sum(len(piece.columns) for piece in pieces if piece.columns is not None)
+    return rows in {0, n_out} and columns in {0, n_in}
+
+
+def _decay(model: BaseModel, name: str) -> Piece:
+    """The place of the decay of a state space, whose heads GGUF orders as those of its time steps."""
+    layer, _, _ = layer_and_module(canonical(name))
+    tensor = f"blk.{layer}.ssm_a"
+    order = KNOWN.get(model.architecture, PLAIN).rows.get("ssm_dt")
+    rows = order(model, layer, model.shapes[tensor][0]) if order and tensor in model.shapes else None
+    return Piece(tensor, rows=rows)
+
+
+def _is_flipped_expert(model: BaseModel, name: str) -> bool:
+    stack, _, expert = name.rpartition(".")
+    return model.architecture in _STACKED_TRANSPOSED and expert.isdecimal() and ".experts." in stack
+
+
+def _without_padding(model: BaseModel, part: _Part) -> _Part:
+    """The part without the rows of a vocabulary that GGUF leaves out."""
+    rows = model.shapes.get(part.piece.tensor, (0,))[0] if is_cut(model) else 0
+    if part.piece.tensor not in {TOKEN_EMBEDDING, OUTPUT} or not 0 < rows < part.shape[0]:
+        return part
+    return replace(part, piece=replace(part.piece, rows=np.arange(rows)))
