@@ -14,6 +14,13 @@
     |   `-- NonFiniteError        NaN or infinity; carries row and column
     |-- OutputError               the target cannot be written (exists, no space, not writable)
     |-- HotSwapError              llama.cpp refused an adapter, or an adapter set is used wrongly
+    |-- EngineError               the serving engine cannot do what was asked
+    |   |-- EngineClosedError     it is closed
+    |   |-- QueueFullError        too many requests wait already
+    |   |-- GenerationError       a request failed while it was computed
+    |   `-- RequestError          a request makes no sense
+    |       |-- AdapterNameError      no adapter of this name is loaded, or the name is taken
+    |       `-- PromptTooLongError    the prompt does not fit the context
     `-- NativeError               the compiled kernels cannot do what was asked (unknown ISA)
 """
 
@@ -76,6 +83,34 @@ class OutputError(GgufloraError):
 
 class HotSwapError(GgufloraError):
     """llama.cpp refused an adapter, or an adapter set is used wrongly."""
+
+
+class EngineError(GgufloraError):
+    """The serving engine cannot do what was asked."""
+
+
+class EngineClosedError(EngineError):
+    """The engine is closed."""
+
+
+class QueueFullError(EngineError):
+    """Too many requests wait already; try again later."""
+
+
+class GenerationError(EngineError):
+    """A request failed while it was computed; the engine and other requests live on."""
+
+
+class RequestError(EngineError):
+    """A request makes no sense: a parameter out of range, a token the model does not have, a broken template."""
+
+
+class AdapterNameError(RequestError):
+    """No adapter of this name is loaded, or the name is taken or malformed."""
+
+
+class PromptTooLongError(RequestError):
+    """The prompt does not fit the context."""
 
 
 class NativeError(GgufloraError):

@@ -26,7 +26,7 @@ _WARN, _ERROR, _CONTINUED = 3, 4, 5  # enum ggml_log_level
 
 
 class _Log:
-    """Listens to llama.cpp's log: keeps warnings and errors, hands all but errors on to the listener before it.
+    """Listens to llama.cpp's log: keeps what is serious, hands all but errors on to the listener before it.
 
     llama.cpp has one listener for the whole process and reads it without a lock, so the C function must outlive every
     thread that may be about to call it: there is one of these, and it is never freed.
@@ -35,6 +35,7 @@ class _Log:
     def __init__(self) -> None:
         self.turn = threading.Lock()
         self.kept: list[str] = []
+        self._least = _WARN
         self.callback: Final = llama_cpp.llama_log_callback(self._hear)
         self._before: Any = None
         self._before_data: Any = None
@@ -42,13 +43,13 @@ class _Log:
 
     def _hear(self, level: int, text: bytes, _: Any) -> None:  # noqa: ANN401  (a void pointer)
         self._level = self._level if level == _CONTINUED else level
-        if self._level in {_WARN, _ERROR}:
+        if self._least <= self._level <= _ERROR:
             self.kept.append(text.decode("utf-8", errors="replace"))
         if self._level != _ERROR and self._before:
             self._before(level, text, self._before_data)
 
-    def start(self) -> None:
-        self.kept = []
+    def start(self, least: int) -> None:
+        self.kept, self._least = [], least
         self._before, self._before_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
         llama_cpp.llama_log_get(ctypes.byref(self._before), ctypes.byref(self._before_data))
         llama_cpp.llama_log_set(self.callback, None)
@@ -61,10 +62,10 @@ _LOG: Final = _Log()
 
 
 @contextmanager
-def captured_log() -> Iterator[list[str]]:
-    """Collect what llama.cpp says about warnings and errors; the listener before is put back afterwards."""
+def captured_log(least: int = _WARN) -> Iterator[list[str]]:
+    """Collect what llama.cpp says, warnings and errors by default; the listener before is put back afterwards."""
     with _LOG.turn:
-        _LOG.start()
+        _LOG.start(least)
         try:
             yield _LOG.kept
         finally:

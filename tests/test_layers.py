@@ -25,7 +25,7 @@ FLOORS = [
     {"lora_file"},
     {"compare", "convert", "inspect", "llama", "merge", "preflight", "reuse"},
     {"runtime"},
-    {"demo", "doctor"},
+    {"demo", "doctor", "engine"},
     {"cli"},
     {"__init__", "__main__"},
 ]

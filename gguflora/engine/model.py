@@ -1,0 +1,125 @@
+"""One set of weights in llama.cpp, its vocabulary and its chat template."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+import llama_cpp
+from llama_cpp import llama_chat_format
+from llama_cpp._logger import set_verbose
+
+from gguflora.errors import EngineError, RequestError
+from gguflora.llama import captured_log
+
+_PLAIN_TEMPLATE: Final = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] }}\n\n"
+    "{% else %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+"""For models that bring no template: they were trained on plain text."""
+
+_PIECE_BYTES: Final = 128
+
+
+class Model:
+    """A ``llama_model``. Its methods that ask the vocabulary are safe among threads.
+
+    Raises:
+        EngineError: with llama.cpp's log text, if it cannot load the file.
+    """
+
+    def __init__(self, path: Path, *, verbose: bool) -> None:
+        set_verbose(verbose)
+        llama_cpp.llama_backend_init()
+        parameters = llama_cpp.llama_model_default_params()
+        with captured_log() as log:
+            pointer = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
+        if not pointer:
+            said = " ".join("".join(log).split()) or "it gave no reason"
+            raise EngineError(f"{path}: llama.cpp could not load this model: {said}")
+        self.pointer: Any = pointer
+        self._vocab = llama_cpp.llama_model_get_vocab(pointer)
+        self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        self.n_embd = int(llama_cpp.llama_model_n_embd(pointer))
+        self.rewinds = not (llama_cpp.llama_model_is_recurrent(pointer) or llama_cpp.llama_model_is_hybrid(pointer))
+        if llama_cpp.llama_model_has_encoder(pointer) or not llama_cpp.llama_model_has_decoder(pointer):
+            self.free()
+            raise EngineError(f"{path}: has an encoder; the engine serves models that only decode")
+        self.piece = lru_cache(maxsize=1 << 16)(self._piece)
+
+    def free(self) -> None:
+        """Free the weights; contexts and adapters must be gone. Idempotent."""
+        pointer, self.pointer = self.pointer, None
+        if pointer is not None:
+            llama_cpp.llama_model_free(pointer)
+
+    def is_end(self, token: int) -> bool:
+        """Whether the model ends its answer with ``token``."""
+        return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
+
+    def tokenize(self, text: str, *, add_bos: bool, special: bool) -> list[int]:
+        """Tokens of ``text``; with ``special`` also where it spells control tokens."""
+        encoded = text.encode("utf-8", errors="replace")
+        size = len(encoded) + 2
+        while True:
+            tokens = (llama_cpp.llama_token * size)()
+            count = llama_cpp.llama_tokenize(self._vocab, encoded, len(encoded), tokens, size, add_bos, special)
+            if count >= 0:
+                return list(tokens[:count])
+            size = -count
+
+    def _piece(self, token: int, special: bool = False) -> bytes:
+        """Bytes of one token; nothing for a control token unless ``special``."""
+        size = _PIECE_BYTES
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
+            if count >= 0:
+                return buffer.raw[:count]
+            size = -count
+
+    def detokenize(self, tokens: Sequence[int]) -> bytes:
+        """The bytes of ``tokens``, without control tokens."""
+        return b"".join(self.piece(int(token)) for token in tokens)
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **template_kwargs: Any) -> list[int]:  # noqa: ANN401
+        """Tokens of a chat by the model's own template, up to where its answer begins.
+
+        Raises:
+            RequestError: if the template refuses the messages.
+        """
+        if not messages:
+            raise RequestError("a chat needs at least one message")
+        try:
+            text = self._formatter(messages=messages, **template_kwargs).prompt
+        except Exception as error:  # whatever a template of someone else's raises
+            raise RequestError(f"the model's chat template refuses these messages: {error}") from error
+        return self.tokenize(text, add_bos=not self._has_template, special=True)
+
+    @property
+    def _has_template(self) -> bool:
+        return llama_cpp.llama_model_chat_template(self.pointer, None) is not None
+
+    @property
+    def _formatter(self) -> Any:  # noqa: ANN401  (llama_cpp has no types)
+        template = llama_cpp.llama_model_chat_template(self.pointer, None)
+        return _formatter(
+            template.decode("utf-8", errors="replace") if template else _PLAIN_TEMPLATE,
+            self._special_text(llama_cpp.llama_vocab_eos(self._vocab)),
+            self._special_text(llama_cpp.llama_vocab_bos(self._vocab)),
+        )
+
+    def _special_text(self, token: int) -> str:
+        return "" if token < 0 else self.piece(token, True).decode("utf-8", errors="replace")
+
+
+@lru_cache(maxsize=8)
+def _formatter(template: str, eos: str, bos: str) -> Any:  # noqa: ANN401
+    return llama_chat_format.Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)

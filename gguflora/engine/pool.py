@@ -1,0 +1,75 @@
+"""A bounded number of contexts on one model, each with the adapter set that used it last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gguflora.engine.adapter_sets import AdapterSet, Identity
+from gguflora.engine.context import Context
+from gguflora.engine.residents import Resident, ResidentSet
+from gguflora.errors import EngineError
+
+
+class Pool:
+    """Contexts by adapter set; the one unused for longest is given to another set. For one thread.
+
+    Attributes:
+        contexts: all of them.
+        swaps: how often a context was given to another set.
+        names: of the set that each context has or last had.
+    """
+
+    def __init__(self, make: Callable[[], Context], max_contexts: int, max_kv_bytes: int | None) -> None:
+        self._make = make
+        self.names: dict[Context, AdapterSet] = {}
+        self.contexts = [make()]
+        self._most = max_contexts
+        kv_bytes = self.contexts[0].kv_bytes
+        if max_kv_bytes is not None and kv_bytes:
+            if kv_bytes > max_kv_bytes:
+                self.close()
+                raise EngineError(
+                    f"one context needs {kv_bytes} bytes of KV cache, more than the {max_kv_bytes} allowed; lower n_ctx"
+                )
+            self._most = min(max_contexts, max_kv_bytes // kv_bytes)
+        self.swaps = 0
+
+    def context_of(self, adapters: ResidentSet) -> Context | None:
+        """The context with this set in force, given to it if need be; None if all others are at work."""
+        identity = adapters.identity
+        for context in self.contexts:
+            if context.identity == identity:
+                return context
+        unused = self._unused()
+        if unused is not None:
+            self.swaps += 1
+            unused.adopt(identity, adapters.loras)
+            self.names[unused] = adapters.names
+        return unused
+
+    def _unused(self) -> Context | None:
+        fresh = [context for context in self.contexts if context.identity is None and context.is_idle]
+        if fresh:
+            return fresh[0]
+        if len(self.contexts) < self._most:
+            self.contexts.append(self._make())
+            return self.contexts[-1]
+        idle = [context for context in self.contexts if context.is_idle]
+        return min(idle, key=lambda context: context.used) if idle else None
+
+    def drop(self, resident: Resident) -> None:
+        """Take an adapter that no request uses out of all contexts."""
+        for context in self.contexts:
+            if context.identity is not None and _holds(context.identity, resident):
+                context.adopt(None, [])
+                self.names.pop(context)
+
+    def close(self) -> None:
+        """Free all contexts. Idempotent."""
+        self.names.clear()
+        while self.contexts:
+            self.contexts.pop().free()
+
+
+def _holds(identity: Identity, resident: Resident) -> bool:
+    return any(generation == resident.adapter.generation for _, generation, _ in identity)

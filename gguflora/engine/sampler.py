@@ -1,0 +1,86 @@
+"""llama.cpp's sampler chain for one request, and log probabilities of its logits."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+from gguflora.engine.requests import Sampling, TokenLogprob
+
+_PENALTY_WINDOW: Final = 64
+_COLDEST: Final = 1e-4
+"""A temperature below this takes the most likely token: dividing by it could overflow a 32-bit float."""
+
+_MAX_BIAS: Final = 1e6
+
+
+class Sampler:
+    """A sampler chain of llama.cpp. Takes logits that are finite.
+
+    Args:
+        sampling: checked already.
+        n_vocab: number of logits.
+        prompt: its last tokens count for the penalties.
+    """
+
+    def __init__(self, sampling: Sampling, n_vocab: int, prompt: Sequence[int]) -> None:
+        parameters = llama_cpp.llama_sampler_chain_default_params()
+        parameters.no_perf = True
+        self._chain: Any = llama_cpp.llama_sampler_chain_init(parameters)
+        for part in _parts(sampling, n_vocab):
+            llama_cpp.llama_sampler_chain_add(self._chain, part)
+        for token in prompt[-_PENALTY_WINDOW:]:
+            llama_cpp.llama_sampler_accept(self._chain, token)
+
+    def sample(self, context: int, index: int) -> int:
+        """Choose a token by the logits of the ``index``-th token of the last batch, and remember it."""
+        return int(llama_cpp.llama_sampler_sample(self._chain, context, index))
+
+    def close(self) -> None:
+        """Free the chain. Idempotent."""
+        chain, self._chain = self._chain, None
+        if chain is not None:
+            llama_cpp.llama_sampler_free(chain)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _parts(sampling: Sampling, n_vocab: int) -> list[Any]:
+    parts = []
+    if sampling.logit_bias:
+        biases = (llama_cpp.llama_logit_bias * len(sampling.logit_bias))()
+        for entry, (token, bias) in zip(biases, sampling.logit_bias.items(), strict=True):
+            entry.token, entry.bias = token, min(max(bias, -_MAX_BIAS), _MAX_BIAS)
+        parts.append(llama_cpp.llama_sampler_init_logit_bias(n_vocab, len(biases), biases))
+    penalties = (sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty)
+    if penalties != (1, 0, 0):
+        parts.append(llama_cpp.llama_sampler_init_penalties(n_vocab, _PENALTY_WINDOW, *penalties))
+    if sampling.temperature < _COLDEST:
+        return [*parts, llama_cpp.llama_sampler_init_greedy()]
+    seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
+    return [
+        *parts,
+        llama_cpp.llama_sampler_init_top_k(sampling.top_k),
+        llama_cpp.llama_sampler_init_top_p(sampling.top_p, 1),
+        llama_cpp.llama_sampler_init_min_p(sampling.min_p, 1),
+        llama_cpp.llama_sampler_init_temp(sampling.temperature),
+        llama_cpp.llama_sampler_init_dist(seed % llama_cpp.LLAMA_DEFAULT_SEED),  # the default seed means a random one
+    ]
+
+
+def token_logprob(logits: NDArray[np.float32], token: int, n_top: int, text_of: Callable[[int], bytes]) -> TokenLogprob:
+    """Log probability of ``token`` and of the ``n_top`` most likely ones, by a softmax in double precision."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max()
+    wide -= np.log(np.exp(wide).sum())
+    top = np.argpartition(-wide, min(n_top, len(wide) - 1))[:n_top]
+    ordered = top[np.lexsort((top, -wide[top]))]
+    return TokenLogprob(
+        token, text_of(token), float(wide[token]), tuple((int(t), text_of(int(t)), float(wide[t])) for t in ordered)
+    )

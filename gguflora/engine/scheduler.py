@@ -1,0 +1,325 @@
+"""The one thread that works in llama.cpp: which requests run, in which context, and what is decoded next.
+
+Requests of one adapter set share a context and are decoded together: every step decodes one token of each that
+generates, and a part of the prompts of those that begin. Contexts take turns by the time they have used. A set that
+finds no context waits for an idle one, or for a busy one to have had its slice.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
+
+from gguflora.engine.adapter_sets import Identity
+from gguflora.engine.context import Context
+from gguflora.engine.job import Job
+from gguflora.engine.pool import Pool
+from gguflora.engine.requests import FinishReason
+from gguflora.engine.residents import ResidentSet
+from gguflora.errors import EngineClosedError, EngineError, GenerationError, QueueFullError
+
+T = TypeVar("T")
+
+SLICE_SECONDS: Final = 0.5
+"""How long a context stays with a set while another waits for one."""
+
+_MIXED_SHARE: Final = 4
+"""While others generate, a prompt may fill a batch to this fraction only: they wait for it."""
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """All requests of one adapter set.
+
+    Attributes:
+        spent: seconds of computing, the measure of whose turn it is.
+        since: `spent` when it got its context.
+    """
+
+    adapters: ResidentSet
+    waiting: deque[Job] = field(default_factory=deque)
+    running: list[Job] = field(default_factory=list)
+    context: Context | None = None
+    spent: float = 0.0
+    since: float = 0.0
+
+
+class Scheduler:
+    """Runs jobs on a pool of contexts in a thread of its own.
+
+    Args:
+        pool: used by this thread only.
+        queue_size: how many jobs may wait before they run for the first time.
+        finished: told of every job that has ended, in the thread.
+    """
+
+    def __init__(self, pool: Pool, queue_size: int, finished: Callable[[Job], None]) -> None:
+        self.pool = pool
+        self.ended: Counter[FinishReason] = Counter()
+        self.tokens: Counter[str] = Counter()
+        self._queue_size = queue_size
+        self._finished = finished
+        self._lanes: dict[Identity, Lane] = {}
+        self._arrived: deque[Job | Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._queued = 0
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="gguflora-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def queued(self) -> int:
+        """Jobs that have not begun."""
+        return self._queued
+
+    @property
+    def running(self) -> int:
+        """Jobs that have begun and not ended. In the thread only."""
+        return sum(job.begun for lane in self._lanes.values() for job in [*lane.running, *lane.waiting])
+
+    def submit(self, job: Job) -> None:
+        """Let a job wait for its turn.
+
+        Raises:
+            QueueFullError: if too many do.
+        """
+        with self._wake:
+            if self._closing:
+                raise EngineClosedError("the engine is closed")
+            if self._queued >= self._queue_size:
+                raise QueueFullError(f"{self._queued} requests wait already; try again later")
+            self._queued += 1
+            self._arrived.append(job)
+            self._wake.notify()
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Run ``work`` in the thread between two steps, and wait for it."""
+        done: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+
+        with self._wake:
+            if self._closing:
+                raise EngineClosedError("the engine is closed")
+            self._arrived.append(run)
+            self._wake.notify()
+        return done.result()
+
+    def close(self) -> None:
+        """Cancel all jobs and end the thread. Idempotent."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while self._receive():
+            self._sweep()
+            self._admit()
+            lane = self._next_lane()
+            if lane is not None:
+                self._guarded(lane, self._step)
+        for lane in self._lanes.values():
+            for job in [*lane.running, *lane.waiting]:
+                self._end(job, "cancelled")
+
+    def _receive(self) -> bool:
+        """Take in what has arrived, waiting for it if there is nothing else to do; False once closed."""
+        while True:
+            with self._wake:
+                while not (self._arrived or self._closing or self._lanes):
+                    self._wake.wait()
+                arrived = list(self._arrived)
+                self._arrived.clear()
+                closing = self._closing
+            for item in arrived:
+                if isinstance(item, Job):
+                    self._enqueue(item)
+                else:
+                    item()
+            if closing:
+                return False
+            if self._lanes:
+                return True
+
+    def _enqueue(self, job: Job) -> None:
+        identity = job.adapters.identity
+        if identity not in self._lanes:
+            # not 0: a newcomer would have every turn until it has caught up
+            spent = min((lane.spent for lane in self._lanes.values()), default=0.0)
+            self._lanes[identity] = Lane(job.adapters, spent=spent)
+        self._lanes[identity].waiting.append(job)
+
+    def _sweep(self) -> None:
+        """End jobs that were cancelled or are out of time; forget lanes without jobs."""
+        for identity, lane in list(self._lanes.items()):
+            for job in [*lane.running, *lane.waiting]:
+                reason = job.interruption
+                if reason is not None:
+                    self._leave(lane, job)
+                    self._end(job, reason)
+            if not lane.running and not lane.waiting:
+                del self._lanes[identity]
+
+    def _admit(self) -> None:
+        """Let waiting jobs into their contexts, the lanes with the least time first."""
+        for lane in sorted(self._lanes.values(), key=lambda lane: lane.spent):
+            if lane.waiting:
+                self._guarded(lane, self._fill)
+
+    def _guarded(self, lane: Lane, work: Callable[[Lane], None]) -> None:
+        """Whatever goes wrong in one lane ends the jobs of that lane only."""
+        try:
+            work(lane)
+        except Exception as error:
+            self._fail(lane, [*lane.running, *lane.waiting], error)
+
+    def _fill(self, lane: Lane) -> None:
+        """Start jobs of ``lane`` while there is a context and room in it."""
+        if lane.context is None and not self._find_context(lane):
+            return
+        while lane.waiting and self._start(lane, lane.waiting[0]):
+            lane.running.append(lane.waiting.popleft())
+
+    def _find_context(self, lane: Lane) -> bool:
+        """Give ``lane`` a context, if need be that of a lane whose slice is over; whether it has one."""
+        context = self.pool.context_of(lane.adapters)
+        if context is None:
+            holders = [other for other in self._lanes.values() if other.context is not None]
+            over = [other for other in holders if other.spent - other.since >= SLICE_SECONDS]
+            if not over:
+                return False
+            self._suspend(max(over, key=lambda other: other.spent))
+            context = self.pool.context_of(lane.adapters)
+        lane.context, lane.since = context, lane.spent
+        return context is not None
+
+    def _suspend(self, lane: Lane) -> None:
+        """Take a lane's context away; its jobs wait for their next turn."""
+        for job in reversed(lane.running):
+            self._leave_sequence(lane, job)
+            lane.waiting.appendleft(job)
+        lane.running.clear()
+        lane.context = None
+
+    def _start(self, lane: Lane, job: Job) -> bool:
+        """Give ``job`` a sequence of its lane's context, if there is one and room for it."""
+        context = lane.context
+        assert context is not None
+        in_use = sum(len(running.tokens) for running in lane.running)
+        if lane.running and in_use + len(job.tokens) + len(lane.running) + 1 > context.n_cells:
+            return False
+        sequence = context.take(job.tokens)
+        if sequence is None:
+            return False
+        if not job.begun:
+            with self._wake:
+                self._queued -= 1
+        job.start(sequence)
+        return True
+
+    def _next_lane(self) -> Lane | None:
+        running = [lane for lane in self._lanes.values() if lane.running]
+        return min(running, key=lambda lane: lane.spent) if running else None
+
+    def _step(self, lane: Lane) -> None:
+        """Decode one batch, and choose the next token of every job whose turn has come."""
+        started = time.perf_counter()
+        jobs: list[Job] = []
+        try:
+            self._work(lane, jobs)
+        except Exception as error:
+            self._fail(lane, jobs or list(lane.running), error)
+        lane.spent += time.perf_counter() - started
+        if not lane.running:
+            lane.context = None
+
+    def _work(self, lane: Lane, jobs: list[Job]) -> None:
+        context = lane.context
+        assert context is not None
+        plan = self._plan(lane, context)
+        jobs += [job for job, _ in plan]
+        chunks = [job.chunk(count) for job, count in plan]
+        indices = iter(context.decode(chunks))
+        self.tokens["in"] += sum(len(chunk.tokens) for chunk in chunks)
+        for job, chunk in zip(list(jobs), chunks, strict=True):
+            if chunk.wants_logits:
+                self._advance(lane, job, context, next(indices))
+
+    def _advance(self, lane: Lane, job: Job, context: Context, index: int) -> None:
+        try:
+            reason = job.advance(context, index)
+        except EngineError as error:
+            self._fail(lane, [job], error)
+            return
+        if reason is not None:
+            self._leave(lane, job)
+            self._end(job, reason)
+
+    def _plan(self, lane: Lane, context: Context) -> list[tuple[Job, int]]:
+        """How many tokens of which job to decode: first those that need only one, then prompts in order of arrival."""
+        generating = any(job.remaining == 1 for other in self._lanes.values() for job in other.running)
+        budget = context.n_batch // _MIXED_SHARE if generating else context.n_batch
+        budget = max(budget, len(lane.running))
+        while True:
+            plan, left = [], budget
+            for job in sorted(lane.running, key=lambda job: job.remaining > 1):
+                count = min(job.remaining, left)
+                if count:
+                    plan.append((job, count))
+                    left -= count
+            if context.make_room(budget - left):
+                return plan
+            if len(lane.running) > 1:  # the newest waits until the others have done
+                newest = lane.running.pop()
+                self._leave_sequence(lane, newest)
+                lane.waiting.appendleft(newest)
+            else:
+                raise GenerationError("the context is full")
+
+    def _leave(self, lane: Lane, job: Job) -> None:
+        if job in lane.running:
+            lane.running.remove(job)
+            self._leave_sequence(lane, job)
+            if not lane.running:
+                lane.context = None
+        elif job in lane.waiting:
+            lane.waiting.remove(job)
+            if not job.begun:
+                with self._wake:
+                    self._queued -= 1
+
+    @staticmethod
+    def _leave_sequence(lane: Lane, job: Job) -> None:
+        if job.sequence is not None and lane.context is not None:
+            lane.context.release(job.sequence)
+        job.sequence = None
+
+    def _fail(self, lane: Lane, jobs: Sequence[Job], error: Exception) -> None:
+        context = lane.context
+        told = error if isinstance(error, EngineError) else GenerationError(f"computing the request failed: {error}")
+        for job in jobs:
+            if context is not None and job.sequence is not None:
+                context.keep(job.sequence, 0)
+            self._leave(lane, job)
+            self._end(job, "error", told)
+
+    def _end(self, job: Job, reason: FinishReason, error: EngineError | None = None) -> None:
+        if job.ended:
+            return
+        self.ended[reason] += 1
+        self.tokens["prompt"] += job.usage.prompt_tokens
+        self.tokens["out"] += job.usage.completion_tokens
+        self.tokens["reused"] += job.usage.reused_tokens
+        job.end(reason, error)
+        self._finished(job)
