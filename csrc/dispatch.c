@@ -5,7 +5,7 @@
 #include "blocks.h"
 
 static const gfl_type types[GFL_N_TYPES] = {
-#define GFL_TYPE(name, id, weights, block, needs_imatrix) [GFL_##name] = {id, weights, (int)sizeof(block), needs_imatrix, #name},
+#define GFL_TYPE(name, id, weights, block, needs_imatrix) [GFL_##name] = {id, weights, (int)sizeof(block), needs_imatrix, 0, #name},
 #include "types.def"
 #undef GFL_TYPE
 };
@@ -35,7 +35,10 @@ enum { N_ISAS = sizeof isas / sizeof *isas };
 int gfl_type_count(void) { return GFL_N_TYPES; }
 
 gfl_type gfl_type_at(int index) {
-    return index >= 0 && index < GFL_N_TYPES ? types[index] : (gfl_type){-1, 0, 0, 0, NULL};
+    if (index < 0 || index >= GFL_N_TYPES) return (gfl_type){-1, 0, 0, 0, 0, NULL};
+    gfl_type type = types[index];
+    type.dithers = gfl_scalar.views[index].pack != NULL;
+    return type;
 }
 
 int gfl_isa_count(void) { return N_ISAS; }

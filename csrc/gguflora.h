@@ -14,6 +14,7 @@ typedef struct {
     int block_weights;
     int block_bytes;
     int needs_imatrix; /* ggml refuses to quantize to this type without an importance matrix */
+    int dithers;       /* gfl_fit_grids and gfl_dither_rows know it */
     const char *name;
 } gfl_type;
 
@@ -39,10 +40,34 @@ gfl_result gfl_quantize_rows(int isa, int type_id, const float *x, int64_t n_row
 /* blocks -> float (n_rows, n_in). */
 gfl_result gfl_dequantize_rows(int isa, int type_id, const uint8_t *src, int64_t n_rows, int64_t n_in, float *out);
 
-/* dst = quantize(dequantize(src) + b @ a): a is (rank, n_in), b is (n_rows, rank).
- * The product is summed over rank in ascending order, one multiplication and one addition at a time, and then added to the
- * weight; the result depends neither on the instruction set nor on how rows are grouped. */
+/* A change of rows: b @ a of a (rank, n_in) and b (n_rows, rank), or `dense` (n_rows, n_in) unless that is NULL.
+ * The product is summed over rank in ascending order, one multiplication and one addition at a time; neither it nor anything made
+ * from it depends on the instruction set or on how rows are grouped. */
+typedef struct {
+    const float *a;
+    const float *b;
+    int64_t rank;
+    const float *dense;
+} gfl_delta;
+
+/* Below, W = dequantize(src), W' = dequantize(dst), and sums are one row's in double, summed in a fixed order. */
+
+/* dst = quantize(W + delta), ggml's bytes; dst may be src. sums (n_rows, 5): |W|^2, |delta|^2, <W' - W, delta>,
+ * |W' - (W + delta)|^2, and how many weights of W + delta lie outside of what the written grids can hold (0 for types without
+ * grids: floats, and those that store vectors of weights by number). */
 gfl_result gfl_merge_rows(int isa, int src_type_id, const uint8_t *src, int dst_type_id, uint8_t *dst, int64_t n_rows,
-                          int64_t n_in, const float *a, const float *b, int64_t rank);
+                          int64_t n_in, const gfl_delta *delta, const float *imatrix, double *sums);
+
+/* Adaptive dither, for types with `dithers`. First pass: dst = src, but for blocks that get a new header (and meaningless codes)
+ * because W + delta can be expected to lose less on the new grid. sums (n_rows, 2): <delta, X - W> and |delta|^2, X being
+ * W + delta limited to the range of its grid; n_new: blocks with a new header. */
+gfl_result gfl_fit_grids(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
+                         const gfl_delta *delta, const float *imatrix, double *sums, int64_t *n_new);
+
+/* Second pass: dst has its headers and gets its codes, such that the expectation of W' over all keys is W + gain * delta where the
+ * grid reaches it. Rows are numbered from first_row: with the key and the column that number makes a weight's random bits.
+ * sums (n_rows, 5) as above. */
+gfl_result gfl_dither_rows(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
+                           const gfl_delta *delta, float gain, uint64_t key, int64_t first_row, double *sums);
 
 #endif

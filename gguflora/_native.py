@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +24,23 @@ _NOT_FINITE, _OVERFLOWS, _UNKNOWN, _NO_MEMORY = 1, 2, 3, 4
 
 @dataclass(frozen=True)
 class GgmlType:
-    """A quant type: ggml's number and name for it, and the size of its blocks."""
+    """A quant type: ggml's number and name for it, the size of its blocks, and what kernels need or can do.
+
+    Attributes:
+        id: ggml's number.
+        name: ggml's name.
+        block_weights: weights per block.
+        block_bytes: bytes per block.
+        needs_imatrix: whether ggml refuses to quantize without an importance matrix.
+        dithers: whether `fit_grids` and `dither_rows` know the type.
+    """
 
     id: int
     name: str
     block_weights: int
     block_bytes: int
     needs_imatrix: bool = False
+    dithers: bool = False
 
     @property
     def quantizes(self) -> bool:
@@ -53,7 +63,9 @@ class GgmlType:
 def _read_types() -> dict[int, GgmlType]:
     rows = (lib.gfl_type_at(index) for index in range(lib.gfl_type_count()))
     return {
-        t.id: GgmlType(t.id, ffi.string(t.name).decode(), t.block_weights, t.block_bytes, bool(t.needs_imatrix))
+        t.id: GgmlType(
+            t.id, ffi.string(t.name).decode(), t.block_weights, t.block_bytes, bool(t.needs_imatrix), bool(t.dithers)
+        )
         for t in rows
     }
 
@@ -122,13 +134,7 @@ def quantize_rows(
     """
     n_rows, n_in = _rows(x, np.float32, "weights")
     _expect_rows(out, n_rows, type.row_bytes(n_in), "output")
-    if imatrix is None:
-        if type.needs_imatrix:
-            raise QuantizationError(f"{type.name} cannot be quantized without an importance matrix (imatrix)")
-        importance = ffi.NULL
-    else:
-        _check_imatrix(imatrix, n_in)
-        importance = _floats(imatrix)
+    importance = _importance(type, imatrix, n_in)
     _raise_for(
         lib.gfl_quantize_rows(_choose(isa), type.id, _floats(x), n_rows, n_in, importance, _bytes_out(out)), type
     )
@@ -151,42 +157,65 @@ def dequantize_rows(src: Bytes, type: GgmlType, out: Floats, *, isa: str | None 
     _raise_for(lib.gfl_dequantize_rows(_choose(isa), type.id, _bytes(src), n_rows, n_in, _floats_out(out)), type)
 
 
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A change of rows as a product, ``b @ a``.
+
+    It is summed over rank in ascending order without fused operations, so the bytes depend neither on the instruction
+    set nor on how rows are split over calls.
+
+    Attributes:
+        a: (rank, n_in).
+        b: (n_rows, rank), factors folded in.
+    """
+
+    a: Floats
+    b: Floats
+
+
+Delta = Product | Floats
+"""A change of rows: a product, or itself, (n_rows, n_in)."""
+
+SUMS: Final = ("weight2", "delta2", "moved", "error2", "clipped")
+"""Columns of what `merge_rows` and `dither_rows` return, with W the weights before, W' the weights written: ``|W|**2``,
+``|delta|**2``, ``<W' - W, delta>``, ``|W' - (W + delta)|**2``, and how many weights of W + delta (`dither_rows`: of
+``W + gain * delta``) lie outside of what the written grid can hold (0 for types without grids: floats, IQ1, IQ2, IQ3).
+"""
+
+
 def merge_rows(
     src: Bytes,
     src_type: GgmlType,
     dst: Bytes,
     dst_type: GgmlType,
-    a: Floats,
-    b: Floats,
+    delta: Delta,
     *,
+    imatrix: Floats | None = None,
     isa: str | None = None,
-) -> None:
-    """``dst = quantize(dequantize(src) + b @ a)`` in groups of rows that stay in the cache.
-
-    The product is summed over rank in ascending order without fused operations, so the bytes depend neither on the
-    instruction set nor on how rows are split over calls.
+) -> NDArray[np.float64]:
+    """``dst = quantize(dequantize(src) + delta)`` in groups of rows that stay in the cache, as ggml rounds.
 
     Args:
         src: (n_rows, row bytes of ``src_type``).
         src_type: type of ``src``.
         dst: (n_rows, row bytes of ``dst_type``), overwritten; may be ``src`` itself if the types are the same.
         dst_type: type to write.
-        a: (rank, n_in).
-        b: (n_rows, rank), factors already folded in.
+        delta: what is added.
+        imatrix: importance of each column, (n_in,), or None.
         isa: instruction set; default is `current_isa`.
+
+    Returns:
+        `SUMS` of each row, (n_rows, 5).
 
     Raises:
         NonFiniteError: a merged weight is NaN, infinite or too large for the type.
         QuantizationError: shapes do not fit, or the type needs an imatrix.
     """
-    rank, n_in = _rows(a, np.float32, "a")
-    n_rows, b_rank = _rows(b, np.float32, "b")
-    if b_rank != rank:
-        raise QuantizationError(f"a has rank {rank}, b has rank {b_rank}")
-    if dst_type.needs_imatrix:
-        raise QuantizationError(f"{dst_type.name} cannot be quantized without an importance matrix (imatrix)")
+    n_rows, n_in = _delta_shape(delta)
+    importance = _importance(dst_type, imatrix, n_in)
     _expect_rows(src, n_rows, src_type.row_bytes(n_in), "quantized rows")
     _expect_rows(dst, n_rows, dst_type.row_bytes(n_in), "output")
+    sums = np.empty((n_rows, len(SUMS)))
     _raise_for(
         lib.gfl_merge_rows(
             _choose(isa),
@@ -196,12 +225,119 @@ def merge_rows(
             _bytes_out(dst),
             n_rows,
             n_in,
-            _floats(a),
-            _floats(b),
-            rank,
+            _delta(delta),
+            importance,
+            _doubles_out(sums),
         ),
         dst_type,
     )
+    return sums
+
+
+def fit_grids(
+    src: Bytes,
+    type: GgmlType,
+    dst: Bytes,
+    delta: Delta,
+    *,
+    imatrix: Floats | None = None,
+    isa: str | None = None,
+) -> tuple[NDArray[np.float64], int]:
+    """First pass of adaptive dither: choose the grid of each block.
+
+    A block keeps the base's header unless the header of ``quantize(W + delta)`` can be expected to lose less.
+
+    Args:
+        src: (n_rows, row bytes).
+        type: type of ``src`` and ``dst``, one that ``dithers``.
+        dst: as ``src``, but not the same memory; overwritten: ``src`` with new headers, whose blocks hold no codes yet.
+        delta: what is added.
+        imatrix: importance of each column, (n_in,), or None.
+        isa: instruction set; default is `current_isa`.
+
+    Returns:
+        Of each row ``<delta, X - W>`` and ``|delta|**2``, (n_rows, 2), X being ``W + delta`` limited to the range of
+        the chosen grid; and the number of blocks with a new header.
+
+    Raises:
+        NonFiniteError: a changed weight is NaN or infinite.
+        QuantizationError: shapes do not fit, or the type does not dither.
+    """
+    n_rows, n_in = _delta_shape(delta)
+    importance = _importance(type, imatrix, n_in)
+    _expect_dither(src, type, dst, n_rows, n_in)
+    sums, n_new = np.empty((n_rows, 2)), ffi.new("int64_t *")
+    _raise_for(
+        lib.gfl_fit_grids(
+            _choose(isa),
+            type.id,
+            _bytes(src),
+            _bytes_out(dst),
+            n_rows,
+            n_in,
+            _delta(delta),
+            importance,
+            _doubles_out(sums),
+            n_new,
+        ),
+        type,
+    )
+    return sums, n_new[0]
+
+
+def dither_rows(
+    src: Bytes,
+    type: GgmlType,
+    dst: Bytes,
+    delta: Delta,
+    *,
+    gain: float,
+    key: int,
+    first_row: int,
+    isa: str | None = None,
+) -> NDArray[np.float64]:
+    """Second pass of adaptive dither: write the codes, whose expectation over all keys is ``W + gain * delta``.
+
+    Groups of weights whose delta is half a step or more (root mean square) are rounded to nearest. Blocks with a delta
+    of zero are copied.
+
+    Args:
+        src: (n_rows, row bytes).
+        type: type of ``src`` and ``dst``, one that ``dithers``.
+        dst: (n_rows, row bytes), with the headers to write (from `fit_grids`, or a copy of ``src``); gets its codes.
+        delta: what is added.
+        gain: factor of delta.
+        key: 64 bits that, with the number of the row and the column, make the random bits of a weight.
+        first_row: number of the first row, so that bytes do not depend on how rows are split over calls.
+        isa: instruction set; default is `current_isa`.
+
+    Returns:
+        `SUMS` of each row, (n_rows, 5).
+
+    Raises:
+        NonFiniteError: a changed weight is NaN or infinite.
+        QuantizationError: shapes do not fit, or the type does not dither.
+    """
+    n_rows, n_in = _delta_shape(delta)
+    _expect_dither(src, type, dst, n_rows, n_in)
+    sums = np.empty((n_rows, len(SUMS)))
+    _raise_for(
+        lib.gfl_dither_rows(
+            _choose(isa),
+            type.id,
+            _bytes(src),
+            _bytes_out(dst),
+            n_rows,
+            n_in,
+            _delta(delta),
+            gain,
+            key,
+            first_row,
+            _doubles_out(sums),
+        ),
+        type,
+    )
+    return sums
 
 
 def run_rows(n_rows: int, block_rows: int, work: Callable[[int, int], None], threads: int | None) -> None:
@@ -265,7 +401,30 @@ def _expect_rows(array: Bytes, n_rows: int, row_bytes: int, what: str) -> None:
         raise QuantizationError(f"{what}: expected shape ({n_rows}, {row_bytes}), found {array.shape}")
 
 
-def _check_imatrix(imatrix: Floats, n_in: int) -> None:
+def _expect_dither(src: Bytes, type: GgmlType, dst: Bytes, n_rows: int, n_in: int) -> None:
+    if not type.dithers:
+        raise QuantizationError(f"{type.name} cannot be rounded with dither; only to nearest")
+    _expect_rows(src, n_rows, type.row_bytes(n_in), "quantized rows")
+    _expect_rows(dst, n_rows, type.row_bytes(n_in), "output")
+    if np.may_share_memory(src, dst):
+        raise QuantizationError("output: must not overlap the quantized rows it is made from")
+
+
+def _delta_shape(delta: Delta) -> tuple[int, int]:
+    if not isinstance(delta, Product):
+        return _rows(delta, np.float32, "delta")
+    rank, n_in = _rows(delta.a, np.float32, "a")
+    n_rows, b_rank = _rows(delta.b, np.float32, "b")
+    if b_rank != rank:
+        raise QuantizationError(f"a has rank {rank}, b has rank {b_rank}")
+    return n_rows, n_in
+
+
+def _importance(type: GgmlType, imatrix: Floats | None, n_in: int) -> Any:  # noqa: ANN401  (cffi pointers)
+    if imatrix is None:
+        if type.needs_imatrix:
+            raise QuantizationError(f"{type.name} cannot be quantized without an importance matrix (imatrix)")
+        return ffi.NULL
     if imatrix.shape != (n_in,) or imatrix.dtype != np.float32 or not imatrix.flags.c_contiguous:
         raise QuantizationError(
             f"imatrix: expected a C-contiguous float32 array of shape ({n_in},), found {imatrix.dtype} {imatrix.shape}"
@@ -273,6 +432,14 @@ def _check_imatrix(imatrix: Floats, n_in: int) -> None:
     if not np.isfinite(imatrix).all():
         column = int(np.flatnonzero(~np.isfinite(imatrix))[0])
         raise NonFiniteError(f"NaN or infinite importance at column {column}", 0, column)
+    return _floats(imatrix)
+
+
+def _delta(delta: Delta) -> Any:  # noqa: ANN401
+    """A gfl_delta, valid as long as ``delta`` lives."""
+    if isinstance(delta, Product):
+        return ffi.new("gfl_delta *", (_floats(delta.a), _floats(delta.b), len(delta.a), ffi.NULL))
+    return ffi.new("gfl_delta *", (ffi.NULL, ffi.NULL, 0, _floats(delta)))
 
 
 def _floats(array: Floats) -> Any:  # noqa: ANN401  (cffi pointers)
@@ -289,3 +456,7 @@ def _bytes(array: Bytes) -> Any:  # noqa: ANN401
 
 def _bytes_out(array: Bytes) -> Any:  # noqa: ANN401
     return ffi.from_buffer("uint8_t[]", array, require_writable=True)
+
+
+def _doubles_out(array: NDArray[np.float64]) -> Any:  # noqa: ANN401
+    return ffi.from_buffer("double[]", array, require_writable=True)

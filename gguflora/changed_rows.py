@@ -120,7 +120,7 @@ class LowRankRows:
         """New bytes of the rows ``first`` to ``last``."""
         rows = read_or_zeros(self.base, self.tensor, first, last)
         kind, b = self.tensor.type, self.b[first - self.start : last - self.start]
-        _native.merge_rows(rows, kind, rows, kind, self.a, b)
+        _native.merge_rows(rows, kind, rows, kind, _native.Product(self.a, b))
         return rows
 
 

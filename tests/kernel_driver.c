@@ -1,18 +1,34 @@
 /* Runs kernels on requests from stdin, for builds that Python cannot load: other processors, sanitizers.
  * A request is eight int64 (operation, isa, type id, rows, n_in, bytes of the input, bytes of the output, rank), then the input
- * and for operation 1 an imatrix row (n_in floats), for operation 3 a (rank, n_in) and b (rows, rank). The answer is the status
- * as int64, then the output. Every buffer has its exact size, so that a sanitizer sees any step outside. */
+ * and for operation 1 an imatrix row (n_in floats), for operations 3 and 4 a (rank, n_in) and b (rows, rank). The answer is the
+ * status as int64, then the output. Every buffer has its exact size, so that a sanitizer sees any step outside. */
 #include <stdio.h>
 #include <stdlib.h>
 
 #include "gguflora.h"
 
-enum { QUANTIZE, QUANTIZE_MEASURED, DEQUANTIZE, MERGE };
+enum { QUANTIZE, QUANTIZE_MEASURED, DEQUANTIZE, MERGE, DITHER };
 
 static void *read_array(size_t bytes) {
     void *p = malloc(bytes ? bytes : 1);
     if (!p || fread(p, 1, bytes, stdin) != bytes) exit(2);
     return p;
+}
+
+/* Rounded to nearest, or with both passes of the dither (gain, key and row as in test_kernel_builds.py). */
+static gfl_result change(int64_t operation, int isa, int type, const uint8_t *in, uint8_t *out, int64_t n_rows, int64_t n_in,
+                         const gfl_delta *delta) {
+    double *sums = malloc((size_t)(5 * n_rows) * sizeof *sums);
+    int64_t n_new;
+    gfl_result result;
+    if (operation == MERGE) {
+        result = gfl_merge_rows(isa, type, in, type, out, n_rows, n_in, delta, NULL, sums);
+    } else {
+        result = gfl_fit_grids(isa, type, in, out, n_rows, n_in, delta, NULL, sums, &n_new);
+        if (!result.status) result = gfl_dither_rows(isa, type, in, out, n_rows, n_in, delta, 1.25f, 99, 7, sums);
+    }
+    free(sums);
+    return result;
 }
 
 int main(void) {
@@ -25,9 +41,9 @@ int main(void) {
         gfl_result result;
         if (r[0] == DEQUANTIZE) {
             result = gfl_dequantize_rows(isa, type, in, n_rows, n_in, (float *)out);
-        } else if (r[0] == MERGE) {
+        } else if (r[0] == MERGE || r[0] == DITHER) {
             float *a = read_array((size_t)(rank * n_in) * sizeof *a), *b = read_array((size_t)(n_rows * rank) * sizeof *b);
-            result = gfl_merge_rows(isa, type, in, type, out, n_rows, n_in, a, b, rank);
+            result = change(r[0], isa, type, in, out, n_rows, n_in, &(gfl_delta){a, b, rank, NULL});
             free(a);
             free(b);
         } else {

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import dither_reference as reference
 import libggml
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXTENSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"][0]
 SOURCES = [ROOT / source for source in EXTENSION["sources"] if source.startswith("csrc/")]
 ISA_NUMBERS = {"scalar": 0, "avx2": 1, "avx512": 2, "neon": 3}
-QUANTIZE, QUANTIZE_MEASURED, DEQUANTIZE, MERGE = range(4)
+QUANTIZE, QUANTIZE_MEASURED, DEQUANTIZE, MERGE, DITHER = range(5)
 CROSS_COMPILER, EMULATORS = "aarch64-linux-gnu-gcc", ("qemu-aarch64-static", "qemu-aarch64")
 
 Request = tuple[bytes, bytes]
@@ -52,7 +53,7 @@ def build(folder: Path, compiler: str, flags: list[str]) -> Path:
 def request(
     operation: int, isa: str, kind: GgmlType, data: np.ndarray, expected: np.ndarray, n_in: int, *extra
 ) -> Request:
-    rank = len(extra[0]) if operation == MERGE else 0
+    rank = len(extra[0]) if operation in {MERGE, DITHER} else 0
     head = struct.pack("8q", operation, ISA_NUMBERS[isa], kind.id, len(data), n_in, data.nbytes, expected.nbytes, rank)
     return head + data.tobytes() + b"".join(array.tobytes() for array in extra), expected.tobytes()
 
@@ -74,6 +75,13 @@ def requests(kind: GgmlType, isa: str) -> Iterator[Request]:
         delta = (b[:, :1] * a[0] + b[:, 1:2] * a[1]) + b[:, 2:] * a[2]
         merged = libggml.quantize(libggml.dequantize(packed, kind.id, n_in) + delta, kind.id)
         yield request(MERGE, isa, kind, packed, merged, n_in, a, b)
+    if kind.dithers:
+        for size in (0.003, 0.1, 1.0):
+            scaled = b * np.float32(size * 0.02)
+            delta = (scaled[:, :1] * a[0] + scaled[:, 1:2] * a[1]) + scaled[:, 2:] * a[2]
+            headers = reference.fit_grids(packed, kind, delta)[0]
+            written = reference.dither_rows(packed, kind, headers, delta, 1.25, 99, 7)[0]
+            yield request(DITHER, isa, kind, packed, written, n_in, a, scaled)
 
 
 def assert_answers(command: list[str], made: list[Request]) -> None:

@@ -20,7 +20,7 @@ ISAS = _native.isa_names()
 def merged(src, kind, a, b, isa, to=None):
     to = to or kind
     out = np.full((len(src), to.row_bytes(a.shape[1])), 0xAA, np.uint8)
-    _native.merge_rows(src, kind, out, to, a, b, isa=isa)
+    _native.merge_rows(src, kind, out, to, _native.Product(a, b), isa=isa)
     return out
 
 
@@ -98,7 +98,7 @@ def test_merge_in_place():
     src = libggml.quantize(weights.rows("model-like", 90, 1024), kind.id)
     a, b = factors(90, 1024, 8)
     expected = merged(src, kind, a, b, None)
-    _native.merge_rows(src, kind, src, kind, a, b)
+    _native.merge_rows(src, kind, src, kind, _native.Product(a, b))
     assert np.array_equal(src, expected)
 
 

@@ -18,10 +18,21 @@
 #include "iq3.h"
 #include "iq2.h"
 #include "iq1.h"
+#include "views.h"
+#include "dither.h"
 
 const gfl_table GFL_TABLE = {
     .largest = largest,
-    .add_product = add_product,
+    .product = product,
+    .add = add,
+    .measure = measure_chunk,
+    .cost = cost_chunk,
+    .move = move_chunk,
+    .dither = dither_chunk,
+    .clipped = count_clipped,
+    .two_dots = two_dots,
+    .four_dots = four_dots,
+    .views = views,
     .types = {
 #define GFL_TYPE(name, id, weights, block, needs_imatrix) [GFL_##name] = {quantize_##name, dequantize_##name},
 #include "../types.def"

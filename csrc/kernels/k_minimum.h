@@ -91,6 +91,15 @@ static void batch_Q4_K(const float *x, const float *imatrix, block_q4_K *y, int 
 }
 QUANTIZE_SUPERS(Q4_K, block_q4_K)
 
+static void pack_codes_Q5_K(block_q5_K *y, const uint8_t *codes) {
+    pack_nibble_rows(y->qs, codes);
+    for (int j = 0; j < 32; j++) {
+        unsigned high = 0;
+        for (int i = 0; i < 8; i++) high |= (unsigned)(codes[32 * i + j] >> 4) << i;
+        y->qh[j] = (uint8_t)high;
+    }
+}
+
 static void batch_Q5_K(const float *x, const float *imatrix, block_q5_K *y, int count) {
     batch_fit fits;
     batch_scales scales;
@@ -102,12 +111,7 @@ static void batch_Q5_K(const float *x, const float *imatrix, block_q5_K *y, int 
         y[b].dmin = float_to_half(scales.dmin[b]);
         pack_scales_6(y[b].scales, scales.s[b], scales.m[b]);
         codes_minimum(codes, x + SUPER * b, y[b].d, y[b].dmin, scales.s[b], scales.m[b], &fits, 8 * b, 32, 31);
-        pack_nibble_rows(y[b].qs, codes);
-        for (int j = 0; j < 32; j++) {
-            unsigned high = 0;
-            for (int i = 0; i < 8; i++) high |= (unsigned)(codes[32 * i + j] >> 4) << i;
-            y[b].qh[j] = (uint8_t)high;
-        }
+        pack_codes_Q5_K(y + b, codes);
     }
 }
 QUANTIZE_SUPERS(Q5_K, block_q5_K)

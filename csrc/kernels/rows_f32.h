@@ -21,7 +21,7 @@ static uint32_t largest(const float *x, int64_t n) {
 /* Register block of the product: PRODUCT_ROWS rows by PRODUCT_VECTORS vectors of columns. */
 enum { PRODUCT_ROWS = 4, PRODUCT_VECTORS = 4, PRODUCT_COLUMNS = PRODUCT_VECTORS * LANES };
 
-static inline __attribute__((always_inline)) void product_block(float *w, const float *a, const float *b, int n_rows,
+static inline __attribute__((always_inline)) void product_block(float *out, const float *a, const float *b, int n_rows,
                                                                 int n_vectors, int64_t n_in, int64_t rank) {
     vf sum[PRODUCT_ROWS][PRODUCT_VECTORS];
     for (int r = 0; r < n_rows; r++)
@@ -32,41 +32,41 @@ static inline __attribute__((always_inline)) void product_block(float *w, const 
             for (int r = 0; r < n_rows; r++) sum[r][v] = vf_add(sum[r][v], vf_mul(vf_set1(b[r * rank + k]), column));
         }
     for (int r = 0; r < n_rows; r++)
-        for (int v = 0; v < n_vectors; v++) {
-            float *p = w + r * n_in + v * LANES;
-            vf_store(p, vf_add(vf_load(p), sum[r][v]));
-        }
+        for (int v = 0; v < n_vectors; v++) vf_store(out + r * n_in + v * LANES, sum[r][v]);
 }
 
-static void product_rows(float *w, const float *a, const float *b, int64_t n_rows, int64_t columns, int64_t n_in, int64_t rank) {
+static void product_rows(float *out, const float *a, const float *b, int64_t n_rows, int64_t columns, int64_t n_in, int64_t rank) {
     int64_t r = 0;
     for (; r + PRODUCT_ROWS <= n_rows; r += PRODUCT_ROWS) {
-        float *wr = w + r * n_in;
+        float *row = out + r * n_in;
         const float *br = b + r * rank;
         int64_t c = 0;
         for (; c + PRODUCT_COLUMNS <= columns; c += PRODUCT_COLUMNS)
-            product_block(wr + c, a + c, br, PRODUCT_ROWS, PRODUCT_VECTORS, n_in, rank);
-        for (; c + LANES <= columns; c += LANES) product_block(wr + c, a + c, br, PRODUCT_ROWS, 1, n_in, rank);
+            product_block(row + c, a + c, br, PRODUCT_ROWS, PRODUCT_VECTORS, n_in, rank);
+        for (; c + LANES <= columns; c += LANES) product_block(row + c, a + c, br, PRODUCT_ROWS, 1, n_in, rank);
     }
     for (; r < n_rows; r++) {
         int64_t c = 0;
         for (; c + PRODUCT_COLUMNS <= columns; c += PRODUCT_COLUMNS)
-            product_block(w + r * n_in + c, a + c, b + r * rank, 1, PRODUCT_VECTORS, n_in, rank);
-        for (; c + LANES <= columns; c += LANES) product_block(w + r * n_in + c, a + c, b + r * rank, 1, 1, n_in, rank);
+            product_block(out + r * n_in + c, a + c, b + r * rank, 1, PRODUCT_VECTORS, n_in, rank);
+        for (; c + LANES <= columns; c += LANES) product_block(out + r * n_in + c, a + c, b + r * rank, 1, 1, n_in, rank);
     }
     for (int64_t c = columns / LANES * LANES; c < columns; c++)
         for (r = 0; r < n_rows; r++) {
             float sum = 0.0f;
             for (int64_t k = 0; k < rank; k++) sum += b[r * rank + k] * a[k * n_in + c];
-            w[r * n_in + c] += sum;
+            out[r * n_in + c] = sum;
         }
 }
 
 /* Goes over panels of columns whose part of `a` stays in the first-level cache while all rows use it. */
-static void add_product(float *w, const float *a, const float *b, int64_t n_rows, int64_t n_in, int64_t rank) {
-    if (rank == 0) return;
-    int64_t panel = 6144 / rank / PRODUCT_COLUMNS * PRODUCT_COLUMNS;
+static void product(float *out, const float *a, const float *b, int64_t n_rows, int64_t n_in, int64_t rank) {
+    int64_t panel = 6144 / (rank ? rank : 1) / PRODUCT_COLUMNS * PRODUCT_COLUMNS;
     if (panel < PRODUCT_COLUMNS) panel = PRODUCT_COLUMNS;
     for (int64_t c = 0; c < n_in; c += panel)
-        product_rows(w + c, a + c, b, n_rows, n_in - c < panel ? n_in - c : panel, n_in, rank);
+        product_rows(out + c, a + c, b, n_rows, n_in - c < panel ? n_in - c : panel, n_in, rank);
+}
+
+static void add(float *out, const float *x, const float *y, int64_t n) {
+    for (int64_t i = 0; i < n; i++) out[i] = x[i] + y[i];
 }

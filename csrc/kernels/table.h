@@ -20,12 +20,55 @@ enum {
     GFL_N_TYPES
 };
 
+/* A type's blocks as codes on grids, see views.h. Types that cannot be rounded with dither have no functions. */
+typedef struct {
+    void (*scales)(const uint8_t *src, int n, float *s, float *o);
+    void (*codes)(const uint8_t *src, int n, int8_t *q);
+    void (*pack)(uint8_t *dst, int n, const int8_t *q);
+    int group, low, high; /* weights under one s and o; the lowest and the highest code */
+    struct {
+        uint8_t at, bytes;
+    } header[2];
+} gfl_view;
+
+/* What dither.h finds out about up to 256 weights; per group of them the sum of delta^2, the expected cost of rounding on the
+ * base's grid, the part of it that lies beyond that grid, and whether dither is the way there (or there is no delta). */
+typedef struct {
+    float target[256], moved[256]; /* dq + delta; s * t - o - dq with t within the limits */
+    float squares[16], cost[16], clip[16];
+    uint8_t weak[16];
+    int finite; /* all targets are */
+} gfl_measure;
+
+typedef struct {
+    float gain;
+    uint64_t row; /* the row's key */
+} gfl_dither_key;
+
+typedef struct {
+    float dq[256], target[256], written[256];
+    int64_t clipped;
+    int finite;
+} gfl_dithered;
+
 typedef struct {
     /* largest absolute value of x[0..n) as the bits of a float; >= 0x7f800000 if any is NaN or infinite */
     uint32_t (*largest)(const float *x, int64_t n);
-    /* w (n_rows, n_in) += b (n_rows, rank) @ a (rank, n_in) */
-    void (*add_product)(float *w, const float *a, const float *b, int64_t n_rows, int64_t n_in, int64_t rank);
+    /* out (n_rows, n_in) = b (n_rows, rank) @ a (rank, n_in) */
+    void (*product)(float *out, const float *a, const float *b, int64_t n_rows, int64_t n_in, int64_t rank);
+    void (*add)(float *out, const float *x, const float *y, int64_t n);
+    /* the functions of dither.h that end in these names */
+    void (*measure)(gfl_measure *m, const gfl_view *view, const uint8_t *src, const float *delta, int n);
+    void (*cost)(float *cost, const gfl_view *view, const uint8_t *header, const float *target, const float *squares, int n);
+    void (*move)(float *moved, const gfl_view *view, const uint8_t *src, const uint8_t *dst, const uint8_t *own,
+                 const float *delta, int n);
+    void (*dither)(gfl_dithered *d, const gfl_view *view, const uint8_t *src, uint8_t *dst, const float *delta,
+                   const uint8_t *own, const gfl_dither_key *key, int64_t column, int n);
+    int64_t (*clipped)(const gfl_view *view, const uint8_t *dst, const float *target, int n);
+    void (*two_dots)(double *sums, const float *x, const float *y, int n);
+    void (*four_dots)(double *sums, const float *dq, const float *delta, const float *target, const float *written, int64_t n);
     gfl_pair types[GFL_N_TYPES];
+    const gfl_view *views;
 } gfl_table;
 
 extern const gfl_table gfl_scalar, gfl_avx2, gfl_avx512, gfl_neon;

@@ -52,6 +52,8 @@ static inline vi vi_add(vi a, vi b) { return vaddq_s32(a, b); }
 static inline vi vi_sub(vi a, vi b) { return vsubq_s32(a, b); }
 static inline vi vi_and(vi a, vi b) { return vandq_s32(a, b); }
 static inline vi vi_or(vi a, vi b) { return vorrq_s32(a, b); }
+static inline vi vi_xor(vi a, vi b) { return veorq_s32(a, b); }
+static inline vi vi_mul(vi a, vi b) { return vmulq_s32(a, b); }
 static inline vi vi_min(vi a, vi b) { return vminq_s32(a, b); }
 static inline vi vi_max(vi a, vi b) { return vmaxq_s32(a, b); }
 static inline vm vi_gt(vi a, vi b) { return vcgtq_s32(a, b); }
@@ -66,6 +68,7 @@ static inline vi vf_truncate(vf a) {
     return vbslq_s32(fits, vcvtq_s32_f32(a), vdupq_n_s32(INT32_MIN));
 }
 static inline vf vf_round(vf a) { return vrndnq_f32(a); }
+static inline vf vf_floor(vf a) { return vrndmq_f32(a); }
 static inline vi vi_count(vi a, vm m) { return vsubq_s32(a, vreinterpretq_s32_u32(m)); }
 /* table bytes 4 i ... 4 i + 3 */
 static inline uint8x16_t bytes_of_index(vi i, int mask) {

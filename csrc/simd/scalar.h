@@ -51,6 +51,8 @@ static inline vi vi_add(vi a, vi b) { return (vi)((uint32_t)a + (uint32_t)b); }
 static inline vi vi_sub(vi a, vi b) { return (vi)((uint32_t)a - (uint32_t)b); }
 static inline vi vi_and(vi a, vi b) { return a & b; }
 static inline vi vi_or(vi a, vi b) { return a | b; }
+static inline vi vi_xor(vi a, vi b) { return a ^ b; }
+static inline vi vi_mul(vi a, vi b) { return (vi)((uint32_t)a * (uint32_t)b); } /* low 32 bits */
 static inline vi vi_min(vi a, vi b) { return a < b ? a : b; }
 static inline vi vi_max(vi a, vi b) { return a > b ? a : b; }
 static inline vm vi_gt(vi a, vi b) { return a > b; }
@@ -62,6 +64,8 @@ static inline vf vi_to_vf(vi a) { return (float)a; }
 static inline vi vf_truncate(vf a) { return a > -2147483648.0f && a < 2147483648.0f ? (vi)a : INT32_MIN; }
 /* to nearest, ties to even, for |a| < 2^22 */
 static inline vf vf_round(vf a) { return (a + 12582912.0f) - 12582912.0f; }
+/* for |a| < 2^31 */
+static inline vf vf_floor(vf a) { const float whole = (float)(int32_t)a; return whole > a ? whole - 1.0f : whole; }
 /* a + 1 where m */
 static inline vi vi_count(vi a, vm m) { return a + m; }
 /* table[i % 8], table[i % 16] */

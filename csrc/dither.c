@@ -1,0 +1,279 @@
+/* Adaptive dither over rows: which grid each block gets, and its codes. The arithmetic is in kernels/dither.h. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "rows.h"
+
+enum { GROUP_FLOATS = 64 * 1024, CHUNK = 256, CHUNK_GROUPS = 16 };
+
+/* A block keeps its grid without a search if in all of its groups delta is below half a step, and no more than this share of
+ * the cost of rounding lies beyond the grid. */
+static const double CLIPPED_SHARE = 0.03;
+
+static const gfl_result done = {0, 0, GFL_DONE}, no_memory = {0, 0, GFL_NO_MEMORY}, unknown = {0, 0, GFL_UNKNOWN};
+
+/* What a call works on. */
+typedef struct {
+    const gfl_table *table;
+    const gfl_view *view;
+    quantize_fn *quantize;
+    int64_t n_in, row_bytes;
+    int weights, bytes; /* of a block */
+} job;
+
+static int begin(job *j, int isa, int type_id, int64_t n_in) {
+    const int type = gfl_index_of(type_id);
+    const gfl_table *table = gfl_table_of(isa);
+    if (!table || type < 0 || !table->views[type].pack) return 0;
+    const gfl_type t = gfl_type_at(type);
+    *j = (job){table, &table->views[type], table->types[type].quantize, n_in, n_in / t.block_weights * t.block_bytes,
+               t.block_weights, t.block_bytes};
+    return 1;
+}
+
+static int chunk_at(const job *j, int64_t column) { return (int)(j->n_in - column < CHUNK ? j->n_in - column : CHUNK); }
+
+static const float *delta_rows(const job *j, const gfl_delta *delta, float *room, int64_t row, int64_t n_rows) {
+    if (delta->dense) return delta->dense + row * j->n_in;
+    j->table->product(room, delta->a, delta->b + row * delta->rank, n_rows, j->n_in, delta->rank);
+    return room;
+}
+
+static gfl_result not_finite(const float *target, int n, int64_t row, int64_t column) {
+    gfl_result result = gfl_first_not_finite(target, 1, n, row, GFL_NOT_FINITE);
+    result.column += column;
+    return result;
+}
+
+static int same_header(const gfl_view *view, const uint8_t *x, const uint8_t *y) {
+    for (int i = 0; i < 2; i++)
+        if (memcmp(x + view->header[i].at, y + view->header[i].at, view->header[i].bytes)) return 0;
+    return 1;
+}
+
+/* own[g] = whether the block of group g has src's header; returns how many blocks do not */
+static int find_own(uint8_t *own, const job *j, const uint8_t *src, const uint8_t *dst, int n) {
+    const int groups = j->weights / j->view->group;
+    int foreign = 0;
+    for (int b = 0; b < n / j->weights; b++) {
+        const int same = same_header(j->view, src + b * j->bytes, dst + b * j->bytes);
+        memset(own + b * groups, same, (size_t)groups);
+        foreign += !same;
+    }
+    return foreign;
+}
+
+/* Blocks that may get a new header, gathered so that the search for it fills its vectors. */
+enum { GATHERED = 4096 };
+
+typedef struct {
+    uint8_t *dst[GATHERED / 32], *dirty[GATHERED / 32]; /* of each block: where it goes, and the mark of its chunk */
+    double cost[GATHERED / 32];                         /* on the base's grid */
+    float target[GATHERED], imatrix[GATHERED], squares[GATHERED / 16];
+    uint8_t found[GATHERED / 32 * 64];
+    int n, n_blocks;
+} gathered;
+
+static double sum_groups(const float *x, int n) {
+    double sum = 0.0;
+    for (int g = 0; g < n; g++) sum += (double)x[g];
+    return sum;
+}
+
+/* Gives the gathered blocks the header of their quantized target where that costs less; returns how many. */
+static int64_t settle(gathered *all, const job *j, const float *imatrix) {
+    const int groups = j->weights / j->view->group;
+    int64_t n_new = 0;
+    if (!all->n) return 0;
+    j->quantize(all->target, all->found, 1, all->n, imatrix ? all->imatrix : NULL);
+    for (int i = 0; i < all->n; i += CHUNK) {
+        const int n = all->n - i < CHUNK ? all->n - i : CHUNK;
+        const uint8_t *found = all->found + i / j->weights * j->bytes;
+        float cost[CHUNK_GROUPS];
+        j->table->cost(cost, j->view, found, all->target + i, all->squares + i / j->view->group, n);
+        for (int b = 0; b < n / j->weights; b++) {
+            const int block = i / j->weights + b;
+            if (!(sum_groups(cost + b * groups, groups) < all->cost[block])) continue;
+            if (same_header(j->view, found + b * j->bytes, all->dst[block])) continue;
+            memcpy(all->dst[block], found + b * j->bytes, (size_t)j->bytes);
+            *all->dirty[block] = 1;
+            n_new++;
+        }
+    }
+    all->n = all->n_blocks = 0;
+    return n_new;
+}
+
+/* Whether the block whose first group is g may gain by a new grid. */
+static int may_gain(const gfl_measure *m, int g, int groups, double cost) {
+    int weak = 1;
+    for (int i = g; i < g + groups; i++) weak &= m->weak[i];
+    return cost > 0.0 && (!weak || sum_groups(m->clip + g, groups) > CLIPPED_SHARE * cost);
+}
+
+static void gather(gathered *all, const job *j, const gfl_measure *m, const float *imatrix, int block, double cost, uint8_t *dst,
+                   uint8_t *dirty) {
+    const int groups = j->weights / j->view->group, at = block * j->weights;
+    memcpy(all->target + all->n, m->target + at, (size_t)j->weights * sizeof *all->target);
+    if (imatrix) memcpy(all->imatrix + all->n, imatrix + at, (size_t)j->weights * sizeof *imatrix);
+    memcpy(all->squares + all->n / j->view->group, m->squares + block * groups, (size_t)groups * sizeof *all->squares);
+    all->cost[all->n_blocks] = cost;
+    all->dst[all->n_blocks] = dst;
+    all->dirty[all->n_blocks++] = dirty;
+    all->n += j->weights;
+}
+
+/* One chunk as its own grids have it; returns how many blocks got a new header because the gathered ones were full. */
+static int64_t measure_chunk(gfl_measure *m, gathered *all, const job *j, const uint8_t *src, uint8_t *dst, const float *delta,
+                             const float *imatrix, int n, double *sums, uint8_t *dirty) {
+    const int groups = j->weights / j->view->group;
+    int64_t n_new = 0;
+    j->table->measure(m, j->view, src, delta, n);
+    if (!m->finite) return 0;
+    j->table->two_dots(sums, m->moved, delta, n);
+    for (int b = 0; b < n / j->weights; b++) {
+        const double cost = sum_groups(m->cost + b * groups, groups);
+        if (!may_gain(m, b * groups, groups, cost)) continue;
+        if (all->n + j->weights > GATHERED) n_new += settle(all, j, imatrix);
+        gather(all, j, m, imatrix, b, cost, dst + b * j->bytes, dirty);
+    }
+    return n_new;
+}
+
+/* The sums of a chunk some of whose blocks have a new header. */
+static void sum_changed(gfl_measure *m, const job *j, const uint8_t *src, const uint8_t *dst, const float *delta, int n, double *sums) {
+    uint8_t own[CHUNK_GROUPS];
+    find_own(own, j, src, dst, n);
+    j->table->measure(m, j->view, src, delta, n);
+    j->table->move(m->moved, j->view, src, dst, own, delta, n);
+    j->table->two_dots(sums, m->moved, delta, n);
+}
+
+typedef struct {
+    float *delta;
+    double *sums;   /* (chunks of a group of rows, 2) */
+    uint8_t *dirty; /* of each chunk: a block of it has a new header */
+    gathered all;
+    gfl_measure m;
+} fit_room;
+
+static gfl_result fit_group(const job *j, fit_room *room, const uint8_t *src, uint8_t *dst, int64_t n_rows, const float *delta,
+                            const float *imatrix, int64_t row, double *sums, int64_t *n_new) {
+    const int64_t chunks = (j->n_in + CHUNK - 1) / CHUNK;
+    memcpy(dst, src, (size_t)(n_rows * j->row_bytes));
+    memset(room->dirty, 0, (size_t)(n_rows * chunks));
+    for (int64_t r = 0; r < n_rows; r++) {
+        for (int64_t c = 0; c < chunks; c++) {
+            const int64_t column = c * CHUNK, at = r * j->row_bytes + column / j->weights * j->bytes, k = r * chunks + c;
+            *n_new += measure_chunk(&room->m, &room->all, j, src + at, dst + at, delta + r * j->n_in + column,
+                                    imatrix ? imatrix + column : NULL, chunk_at(j, column), room->sums + 2 * k, room->dirty + k);
+            if (!room->m.finite) return not_finite(room->m.target, chunk_at(j, column), row + r, column);
+        }
+        if (imatrix) *n_new += settle(&room->all, j, imatrix); /* some searches weigh by means over the row they are given */
+    }
+    *n_new += settle(&room->all, j, imatrix);
+    for (int64_t r = 0; r < n_rows; r++) {
+        sums[2 * r] = sums[2 * r + 1] = 0.0;
+        for (int64_t c = 0; c < chunks; c++) {
+            const int64_t column = c * CHUNK, at = r * j->row_bytes + column / j->weights * j->bytes, k = r * chunks + c;
+            if (room->dirty[k])
+                sum_changed(&room->m, j, src + at, dst + at, delta + r * j->n_in + column, chunk_at(j, column), room->sums + 2 * k);
+            sums[2 * r] += room->sums[2 * k];
+            sums[2 * r + 1] += room->sums[2 * k + 1];
+        }
+    }
+    return done;
+}
+
+gfl_result gfl_fit_grids(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
+                         const gfl_delta *delta, const float *imatrix, double *sums, int64_t *n_new) {
+    job j;
+    *n_new = 0;
+    if (!begin(&j, isa, type_id, n_in)) return unknown;
+    if (n_rows <= 0 || n_in <= 0) return done;
+    const int64_t group = gfl_rows_per_group(n_in, n_rows, GROUP_FLOATS), chunks = group * ((n_in + CHUNK - 1) / CHUNK);
+    fit_room *room = malloc(sizeof *room);
+    float *floats = malloc((size_t)(group * n_in) * sizeof *floats);
+    double *doubles = malloc((size_t)(2 * chunks) * sizeof *doubles);
+    uint8_t *dirty = malloc((size_t)chunks);
+    gfl_result result = room && floats && doubles && dirty ? done : no_memory;
+    if (!result.status) {
+        room->delta = floats;
+        room->sums = doubles;
+        room->dirty = dirty;
+        room->all.n = room->all.n_blocks = 0;
+    }
+    for (int64_t row = 0; row < n_rows && !result.status; row += group) {
+        const int64_t rows = n_rows - row < group ? n_rows - row : group;
+        const float *change = delta_rows(&j, delta, floats, row, rows);
+        result = fit_group(&j, room, src + row * j.row_bytes, dst + row * j.row_bytes, rows, change, imatrix, row, sums + 2 * row,
+                           n_new);
+    }
+    free(dirty);
+    free(doubles);
+    free(floats);
+    free(room);
+    return result;
+}
+
+static int is_zero(const float *x, int n) {
+    for (int i = 0; i < n; i++)
+        if (x[i] != 0.0f) return 0;
+    return 1;
+}
+
+/* Blocks without a change are the base's own. */
+static void restore_unchanged(const job *j, const uint8_t *src, uint8_t *dst, const float *delta, int n) {
+    for (int b = 0; b < n / j->weights; b++)
+        if (is_zero(delta + b * j->weights, j->weights)) memcpy(dst + b * j->bytes, src + b * j->bytes, (size_t)j->bytes);
+}
+
+static gfl_result dither_row(const job *j, const uint8_t *src, uint8_t *dst, const float *delta, const gfl_dither_key *key,
+                             int64_t row, double *sums) {
+    gfl_dithered d;
+    memset(sums, 0, 5 * sizeof *sums);
+    for (int64_t column = 0; column < j->n_in; column += CHUNK) {
+        const int n = chunk_at(j, column);
+        const int64_t at = column / j->weights * j->bytes;
+        uint8_t own[CHUNK_GROUPS];
+        restore_unchanged(j, src + at, dst + at, delta + column, n);
+        find_own(own, j, src + at, dst + at, n);
+        j->table->dither(&d, j->view, src + at, dst + at, delta + column, own, key, column, n);
+        if (!d.finite) return not_finite(d.target, n, row, column);
+        restore_unchanged(j, src + at, dst + at, delta + column, n);
+        j->table->four_dots(sums, d.dq, delta + column, d.target, d.written, n);
+        sums[4] += (double)d.clipped;
+    }
+    return done;
+}
+
+/* The next number of the generator splitmix64 from state `x` on. */
+static uint64_t splitmix64(uint64_t x) {
+    x += 0x9e3779b97f4a7c15u;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return x ^ x >> 31;
+}
+
+gfl_result gfl_dither_rows(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
+                           const gfl_delta *delta, float gain, uint64_t key, int64_t first_row, double *sums) {
+    job j;
+    if (!begin(&j, isa, type_id, n_in)) return unknown;
+    if (n_rows <= 0 || n_in <= 0) return done;
+    const int64_t group = gfl_rows_per_group(n_in, n_rows, GROUP_FLOATS);
+    float *room = malloc((size_t)(group * n_in) * sizeof *room);
+    if (!room) return no_memory;
+    gfl_result result = done;
+    for (int64_t first = 0; first < n_rows && !result.status; first += group) {
+        const int64_t last = n_rows - first < group ? n_rows : first + group;
+        const float *change = delta_rows(&j, delta, room, first, last - first);
+        for (int64_t row = first; row < last && !result.status; row++) {
+            const uint64_t counter = (uint64_t)(first_row + row) * 0x9e3779b97f4a7c15u;
+            const gfl_dither_key row_key = {gain, splitmix64(key + counter)};
+            result = dither_row(&j, src + row * j.row_bytes, dst + row * j.row_bytes, change + (row - first) * n_in, &row_key, row,
+                                sums + 5 * row);
+        }
+    }
+    free(room);
+    return result;
+}

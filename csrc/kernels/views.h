@@ -1,0 +1,293 @@
+/* Blocks as codes on a grid, w = s * q - o with one s and o per group of weights, for the rounding in dither.h: of every type
+ * `scales` (s and o of n weights' groups), `codes` (q of n weights) and `pack` (q into blocks whose headers stand). All of them
+ * work on n <= 256 weights, whole blocks. Codes count from where the type's grid has its zero. */
+
+/* out[0..n) = (src >> shift) & mask for n = 8 k bytes */
+INLINE void take_bits(int8_t *out, const uint8_t *src, int n, int shift, uint8_t mask) {
+    for (int i = 0; i < n; i += 8) {
+        uint64_t w;
+        memcpy(&w, src + i, 8);
+        w = w >> shift & mask * 0x0101010101010101ull;
+        memcpy(out + i, &w, 8);
+    }
+}
+
+/* out[0..n) |= bit `from` of src, as bit `to` */
+INLINE void add_bit(int8_t *out, const uint8_t *src, int n, int from, int to) {
+    for (int i = 0; i < n; i += 8) {
+        uint64_t w, q;
+        memcpy(&w, src + i, 8);
+        memcpy(&q, out + i, 8);
+        q |= (w >> from & 0x0101010101010101ull) << to;
+        memcpy(out + i, &q, 8);
+    }
+}
+
+INLINE void shift_codes(int8_t *q, int n, int by) {
+    for (int i = 0; i < n; i++) q[i] = (int8_t)(q[i] + by);
+}
+
+/* q - low, as a file holds them */
+INLINE void stored_codes(uint8_t *out, const int8_t *q, int n, int low) {
+    for (int i = 0; i < n; i++) out[i] = (uint8_t)(q[i] - low);
+}
+
+/* Blocks of 32 with a scale d, and a minimum m or nothing: NAME, block, code of the lowest level, o, fifth bits. */
+#define VIEW_PLAIN(NAME, block, low, offset, fifth)                                                                     \
+    static void scales_##NAME(const uint8_t *src, int n, float *s, float *o) {                                          \
+        const block *x = (const block *)src;                                                                            \
+        for (int b = 0; b < n / PLAIN; b++, x++) {                                                                      \
+            s[b] = half_to_float(x->d);                                                                                 \
+            o[b] = offset;                                                                                              \
+        }                                                                                                               \
+    }                                                                                                                   \
+    static void codes_##NAME(const uint8_t *src, int n, int8_t *q) {                                                    \
+        const block *x = (const block *)src;                                                                            \
+        for (int i = 0; i < n; i += PLAIN, x++) {                                                                       \
+            unpack_nibbles((uint8_t *)q + i, x->qs);                                                                    \
+            if (fifth) unpack_fifth_bits((uint8_t *)q + i, (const uint8_t *)x + sizeof *x - 20);                        \
+        }                                                                                                               \
+        shift_codes(q, n, low);                                                                                         \
+    }                                                                                                                   \
+    static void pack_##NAME(uint8_t *dst, int n, const int8_t *q) {                                                     \
+        block *y = (block *)dst;                                                                                        \
+        uint8_t codes[SUPER];                                                                                           \
+        stored_codes(codes, q, n, low);                                                                                 \
+        for (int i = 0; i < n; i += PLAIN, y++) {                                                                       \
+            pack_nibbles(y->qs, codes + i);                                                                             \
+            if (fifth) pack_fifth_bits((uint8_t *)y + sizeof *y - 20, codes + i);                                       \
+        }                                                                                                               \
+    }
+VIEW_PLAIN(Q4_0, block_q4_0, -8, 0.0f, 0)
+VIEW_PLAIN(Q4_1, block_q4_1, 0, -half_to_float(x->m), 0)
+VIEW_PLAIN(Q5_0, block_q5_0, -16, 0.0f, 1)
+VIEW_PLAIN(Q5_1, block_q5_1, 0, -half_to_float(x->m), 1)
+
+static void scales_Q8_0(const uint8_t *src, int n, float *s, float *o) {
+    for (int b = 0; b < n / PLAIN; b++) {
+        s[b] = half_to_float(((const block_q8_0 *)src)[b].d);
+        o[b] = 0.0f;
+    }
+}
+static void codes_Q8_0(const uint8_t *src, int n, int8_t *q) {
+    for (int i = 0; i < n; i += PLAIN) memcpy(q + i, ((const block_q8_0 *)src)[i / PLAIN].qs, PLAIN);
+}
+static void pack_Q8_0(uint8_t *dst, int n, const int8_t *q) {
+    for (int i = 0; i < n; i += PLAIN) memcpy(((block_q8_0 *)dst)[i / PLAIN].qs, q + i, PLAIN);
+}
+
+/* Super-blocks: n is 256. */
+
+INLINE void minimum_scales(float *s, float *o, f16 d, f16 dmin, const uint8_t *scales, const uint8_t *mins, int n) {
+    const float scale = half_to_float(d), min = half_to_float(dmin);
+    for (int j = 0; j < n; j++) {
+        s[j] = scale * (float)scales[j];
+        o[j] = min * (float)mins[j];
+    }
+}
+
+static void scales_Q2_K(const uint8_t *src, int n, float *s, float *o) {
+    const block_q2_K *x = (const block_q2_K *)src;
+    uint8_t scales[16], mins[16];
+    (void)n;
+    for (int j = 0; j < 16; j++) {
+        scales[j] = x->scales[j] & 15;
+        mins[j] = x->scales[j] >> 4;
+    }
+    minimum_scales(s, o, x->d, x->dmin, scales, mins, 16);
+}
+INLINE void unpack_pairs(int8_t *q, const uint8_t *qs) {
+    for (int h = 0; h < 2; h++)
+        for (int p = 0; p < 4; p++) take_bits(q + 128 * h + 32 * p, qs + 32 * h, 32, 2 * p, 3);
+}
+static void codes_Q2_K(const uint8_t *src, int n, int8_t *q) {
+    (void)n;
+    unpack_pairs(q, ((const block_q2_K *)src)->qs);
+}
+static void repack_Q2_K(uint8_t *dst, int n, const int8_t *q) {
+    (void)n;
+    pack_pairs(((block_q2_K *)dst)->qs, (const uint8_t *)q);
+}
+
+static void scales_Q3_K(const uint8_t *src, int n, float *s, float *o) {
+    const block_q3_K *x = (const block_q3_K *)src;
+    const float d = half_to_float(x->d);
+    uint8_t scales[16];
+    (void)n;
+    unpack_scales_3(scales, x->scales);
+    for (int j = 0; j < 16; j++) {
+        s[j] = d * (float)(scales[j] - 32);
+        o[j] = 0.0f;
+    }
+}
+static void codes_Q3_K(const uint8_t *src, int n, int8_t *q) {
+    const block_q3_K *x = (const block_q3_K *)src;
+    unpack_pairs(q, x->qs);
+    for (int i = 0; i < 8; i++) add_bit(q + 32 * i, x->hmask, 32, i, 2);
+    shift_codes(q, n, -4);
+}
+static void repack_Q3_K(uint8_t *dst, int n, const int8_t *q) {
+    uint8_t codes[SUPER];
+    stored_codes(codes, q, n, -4);
+    pack_Q3_K((block_q3_K *)dst, codes);
+}
+
+static void scales_Q4_K(const uint8_t *src, int n, float *s, float *o) {
+    const block_q4_K *x = (const block_q4_K *)src;
+    uint8_t scales[8], mins[8];
+    (void)n;
+    unpack_scales_6(scales, mins, x->scales);
+    minimum_scales(s, o, x->d, x->dmin, scales, mins, 8);
+}
+INLINE void unpack_nibble_rows(int8_t *q, const uint8_t *qs) {
+    for (int p = 0; p < 4; p++) {
+        take_bits(q + 64 * p, qs + 32 * p, 32, 0, 15);
+        take_bits(q + 64 * p + 32, qs + 32 * p, 32, 4, 15);
+    }
+}
+static void codes_Q4_K(const uint8_t *src, int n, int8_t *q) {
+    (void)n;
+    unpack_nibble_rows(q, ((const block_q4_K *)src)->qs);
+}
+static void repack_Q4_K(uint8_t *dst, int n, const int8_t *q) {
+    (void)n;
+    pack_nibble_rows(((block_q4_K *)dst)->qs, (const uint8_t *)q);
+}
+
+static void scales_Q5_K(const uint8_t *src, int n, float *s, float *o) { scales_Q4_K(src, n, s, o); }
+static void codes_Q5_K(const uint8_t *src, int n, int8_t *q) {
+    const block_q5_K *x = (const block_q5_K *)src;
+    (void)n;
+    unpack_nibble_rows(q, x->qs);
+    for (int i = 0; i < 8; i++) add_bit(q + 32 * i, x->qh, 32, i, 4);
+}
+static void repack_Q5_K(uint8_t *dst, int n, const int8_t *q) {
+    (void)n;
+    pack_codes_Q5_K((block_q5_K *)dst, (const uint8_t *)q);
+}
+
+static void scales_Q6_K(const uint8_t *src, int n, float *s, float *o) {
+    const block_q6_K *x = (const block_q6_K *)src;
+    const float d = half_to_float(x->d);
+    (void)n;
+    for (int j = 0; j < 16; j++) {
+        s[j] = d * (float)x->scales[j];
+        o[j] = 0.0f;
+    }
+}
+static void codes_Q6_K(const uint8_t *src, int n, int8_t *q) {
+    const block_q6_K *x = (const block_q6_K *)src;
+    for (int h = 0; h < 2; h++)
+        for (int p = 0; p < 4; p++) {
+            int8_t *qp = q + 128 * h + 32 * p;
+            take_bits(qp, x->ql + 64 * h + 32 * (p % 2), 32, 4 * (p / 2), 15);
+            add_bit(qp, x->qh + 32 * h, 32, 2 * p, 4);
+            add_bit(qp, x->qh + 32 * h, 32, 2 * p + 1, 5);
+        }
+    shift_codes(q, n, -32);
+}
+static void repack_Q6_K(uint8_t *dst, int n, const int8_t *q) {
+    uint8_t codes[SUPER];
+    stored_codes(codes, q, n, -32);
+    pack_Q6_K((block_q6_K *)dst, codes);
+}
+
+/* One scale for many weights: every 32 of them are a group here. */
+#define VIEW_SCALES(NAME, block, weights, scale, offset)                                                                \
+    static void scales_##NAME(const uint8_t *src, int n, float *s, float *o) {                                          \
+        for (int j = 0; j < n / 32; j++) {                                                                              \
+            const float d = half_to_float(((const block *)src)[32 * j / weights].d);                                    \
+            s[j] = scale;                                                                                               \
+            o[j] = offset;                                                                                              \
+        }                                                                                                               \
+    }
+VIEW_SCALES(TQ1_0, block_tq1_0, 256, d, 0.0f)
+VIEW_SCALES(TQ2_0, block_tq2_0, 256, d, 0.0f)
+VIEW_SCALES(Q2_0, block_q2_0, 64, d, 0.0f)
+VIEW_SCALES(Q1_0, block_q1_0, 128, d + d, d) /* the codes 0 and 1 */
+
+static void codes_TQ2_0(const uint8_t *src, int n, int8_t *q) {
+    unpack_pairs(q, ((const block_tq2_0 *)src)->qs);
+    shift_codes(q, n, -1);
+}
+static void repack_TQ2_0(uint8_t *dst, int n, const int8_t *q) {
+    uint8_t codes[SUPER];
+    stored_codes(codes, q, n, -1);
+    pack_pairs(((block_tq2_0 *)dst)->qs, codes);
+}
+
+/* the digits of n bytes, as values_of_trits has them */
+INLINE void unpack_trits(int8_t *q, const uint8_t *src, int n, int digits) {
+    for (int j = 0; j < n; j++)
+        for (unsigned k = 0, v = src[j]; k < (unsigned)digits; k++) {
+            q[(int)k * n + j] = (int8_t)((int)(v * 3 >> 8) - 1);
+            v = v * 3 & 255;
+        }
+}
+INLINE void pack_trits(uint8_t *dst, const int8_t *q, int n, int digits) {
+    for (int j = 0; j < n; j++) {
+        int sum = 0;
+        for (int k = 0; k < 5; k++) sum = 3 * sum + (k < digits ? q[k * n + j] + 1 : 0);
+        dst[j] = (uint8_t)((sum * 256 + 242) / 243);
+    }
+}
+static void codes_TQ1_0(const uint8_t *src, int n, int8_t *q) {
+    const block_tq1_0 *x = (const block_tq1_0 *)src;
+    (void)n;
+    unpack_trits(q, x->qs, 32, 5);
+    unpack_trits(q + 160, x->qs + 32, 16, 5);
+    unpack_trits(q + 240, x->qh, 4, 4);
+}
+static void repack_TQ1_0(uint8_t *dst, int n, const int8_t *q) {
+    block_tq1_0 *y = (block_tq1_0 *)dst;
+    (void)n;
+    pack_trits(y->qs, q, 32, 5);
+    pack_trits(y->qs + 32, q + 160, 16, 5);
+    pack_trits(y->qh, q + 240, 4, 4);
+}
+
+static void codes_Q2_0(const uint8_t *src, int n, int8_t *q) {
+    const block_q2_0 *x = (const block_q2_0 *)src;
+    for (int i = 0; i < n; i++) q[i] = (int8_t)((x[i / 64].qs[i % 64 / 4] >> 2 * (i % 4) & 3) - 1);
+}
+static void repack_Q2_0(uint8_t *dst, int n, const int8_t *q) {
+    block_q2_0 *y = (block_q2_0 *)dst;
+    for (int i = 0; i < n; i += 4) {
+        const int low = (q[i] + 1) | (q[i + 1] + 1) << 2, high = (q[i + 2] + 1) | (q[i + 3] + 1) << 2;
+        y[i / 64].qs[i % 64 / 4] = (uint8_t)(low | high << 4);
+    }
+}
+
+static void codes_Q1_0(const uint8_t *src, int n, int8_t *q) {
+    const block_q1_0 *x = (const block_q1_0 *)src;
+    for (int i = 0; i < n; i++) q[i] = x[i / 128].qs[i % 128 / 8] >> i % 8 & 1;
+}
+static void repack_Q1_0(uint8_t *dst, int n, const int8_t *q) {
+    block_q1_0 *y = (block_q1_0 *)dst;
+    for (int i = 0; i < n; i += 8) {
+        int byte = 0;
+        for (int k = 0; k < 8; k++) byte |= q[i + k] << k;
+        y[i / 128].qs[i % 128 / 8] = (uint8_t)byte;
+    }
+}
+
+/* .scales .codes .pack | weights per group, lowest and highest code | where the header lies: two runs of bytes */
+#define VIEW(NAME, pack, group, low, high, at0, bytes0, at1, bytes1)                                                    \
+    [GFL_##NAME] = {scales_##NAME, codes_##NAME, pack, group, low, high, {{at0, bytes0}, {at1, bytes1}}}
+
+static const gfl_view views[GFL_N_TYPES] = {
+    VIEW(Q4_0, pack_Q4_0, 32, -8, 7, 0, 2, 0, 0),
+    VIEW(Q4_1, pack_Q4_1, 32, 0, 15, 0, 4, 0, 0),
+    VIEW(Q5_0, pack_Q5_0, 32, -16, 15, 0, 2, 0, 0),
+    VIEW(Q5_1, pack_Q5_1, 32, 0, 31, 0, 4, 0, 0),
+    VIEW(Q8_0, pack_Q8_0, 32, -127, 127, 0, 2, 0, 0),
+    VIEW(Q2_K, repack_Q2_K, 16, 0, 3, 0, 16, 80, 4),
+    VIEW(Q3_K, repack_Q3_K, 16, -4, 3, 96, 14, 0, 0),
+    VIEW(Q4_K, repack_Q4_K, 32, 0, 15, 0, 16, 0, 0),
+    VIEW(Q5_K, repack_Q5_K, 32, 0, 31, 0, 16, 0, 0),
+    VIEW(Q6_K, repack_Q6_K, 16, -32, 31, 192, 18, 0, 0),
+    VIEW(TQ1_0, repack_TQ1_0, 32, -1, 1, 52, 2, 0, 0),
+    VIEW(TQ2_0, repack_TQ2_0, 32, -1, 1, 64, 2, 0, 0),
+    VIEW(Q2_0, repack_Q2_0, 32, -1, 2, 0, 2, 0, 0),
+    VIEW(Q1_0, repack_Q1_0, 32, 0, 1, 0, 2, 0, 0),
+};

@@ -1,0 +1,20 @@
+#ifndef GFL_ROWS_H
+#define GFL_ROWS_H
+#include "dispatch.h"
+
+enum { GFL_DONE, GFL_NOT_FINITE, GFL_OVERFLOWS, GFL_UNKNOWN, GFL_NO_MEMORY };
+
+/* The bits of a magnitude above which a scale may leave half precision's range (65504): what was written is then read back and
+ * checked. With unusual importances any magnitude may. */
+uint32_t gfl_suspicious(const float *imatrix, int64_t n_in);
+
+/* Rows that make up about `floats` weights, a multiple of four or all of them. */
+int64_t gfl_rows_per_group(int64_t n_in, int64_t n_rows, int64_t floats);
+
+gfl_result gfl_first_not_finite(const float *x, int64_t n_rows, int64_t n_in, int64_t row, int status);
+
+/* Quantizes one group of rows; `row` is its first row's number in the call. */
+gfl_result gfl_quantize_group(const gfl_table *table, int type, const float *x, int64_t n_rows, int64_t n_in,
+                              const float *imatrix, uint8_t *out, int64_t row, uint32_t suspicious);
+
+#endif

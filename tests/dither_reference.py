@@ -1,0 +1,404 @@
+"""Adaptive dither in numpy, operation by operation in float32: what the kernels must write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import libggml
+import numpy as np
+
+from gguflora._native import GgmlType
+
+F = np.float32
+CLIPPED_SHARE = 0.03
+
+
+def half(blocks: np.ndarray, at: int) -> np.ndarray:
+    return blocks[:, at : at + 2].copy().view(np.float16).astype(F)
+
+
+def fields(data: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """(n, count * bytes): first the lowest fields of all bytes, then the next."""
+    return np.concatenate([data >> bits * i & (1 << bits) - 1 for i in range(count)], axis=1)
+
+
+def join(codes: np.ndarray, bits: int, count: int) -> np.ndarray:
+    parts = np.split(codes & (1 << bits) - 1, count, axis=1)
+    return np.bitwise_or.reduce([part << bits * i for i, part in enumerate(parts)]).astype(np.uint8)
+
+
+def by_halves(function: Callable[..., np.ndarray], data: np.ndarray, bits: int, count: int) -> np.ndarray:
+    return np.concatenate([function(part, bits, count) for part in np.split(data, 2, axis=1)], axis=1)
+
+
+def by_quarters(function: Callable[..., np.ndarray], data: np.ndarray) -> np.ndarray:
+    return np.concatenate([function(part, 4, 2) for part in np.split(data, 4, axis=1)], axis=1)
+
+
+def bytes_to_bits(data: np.ndarray) -> np.ndarray:
+    return np.unpackbits(data, axis=1, bitorder="little")
+
+
+def bits_to_bytes(bits: np.ndarray) -> np.ndarray:
+    return np.packbits(bits.astype(np.uint8), axis=1, bitorder="little")
+
+
+@dataclass(frozen=True)
+class View:
+    """How one type stores w = s * q - o: all functions on blocks (n, bytes)."""
+
+    group: int
+    low: int
+    high: int
+    header: list[slice]
+    scales: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    codes: Callable[[np.ndarray], np.ndarray]
+    store: Callable[[np.ndarray, np.ndarray], None]
+
+
+def only_d(at: int, groups: int = 1):
+    def scales(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        d = np.repeat(half(blocks, at), groups, axis=1)
+        return d, np.zeros_like(d)
+
+    return scales
+
+
+def plain(low: int, high: int, size: int, with_min: bool, fifth: bool) -> View:
+    qs, qh = slice(size - 16, size), slice(size - 20, size - 16)
+
+    def codes(blocks: np.ndarray) -> np.ndarray:
+        q = fields(blocks[:, qs], 4, 2).astype(int)
+        return (q | (bytes_to_bits(blocks[:, qh]).astype(int) << 4 if fifth else 0)) + low
+
+    def store(blocks: np.ndarray, q: np.ndarray) -> None:
+        blocks[:, qs] = join(q - low, 4, 2)
+        if fifth:
+            blocks[:, qh] = bits_to_bytes(q - low >> 4)
+
+    scales = (lambda blocks: (half(blocks, 0), -half(blocks, 2))) if with_min else only_d(0)
+    return View(32, low, high, [slice(0, 4 if with_min else 2)], scales, codes, store)
+
+
+def eight_bits() -> View:
+    def store(blocks: np.ndarray, q: np.ndarray) -> None:
+        blocks[:, 2:] = q.astype(np.int8).view(np.uint8)
+
+    return View(32, -127, 127, [slice(0, 2)], only_d(0), lambda b: b[:, 2:].copy().view(np.int8).astype(int), store)
+
+
+def scales_2(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    codes = blocks[:, :16]
+    return half(blocks, 80) * (codes & 15).astype(F), half(blocks, 82) * (codes >> 4).astype(F)
+
+
+def scales_3(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    low, high = fields(blocks[:, 96:104], 4, 2).astype(int), fields(blocks[:, 104:108], 2, 4).astype(int)
+    s = half(blocks, 108) * ((low | high << 4) - 32).astype(F)
+    return s, np.zeros_like(s)
+
+
+def scales_45(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    a, b, c = (blocks[:, 4 + 4 * i : 8 + 4 * i].astype(int) for i in range(3))
+    s = np.concatenate([a & 63, c & 15 | a >> 6 << 4], axis=1)
+    m = np.concatenate([b & 63, c >> 4 | b >> 6 << 4], axis=1)
+    return half(blocks, 0) * s.astype(F), half(blocks, 2) * m.astype(F)
+
+
+def scales_6(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    s = half(blocks, 208) * blocks[:, 192:208].copy().view(np.int8).astype(F)
+    return s, np.zeros_like(s)
+
+
+def pairs(at: int, low: int, high: int, group: int, header: list[slice], scales) -> View:
+    where = slice(at, at + 64)
+
+    def store(blocks: np.ndarray, q: np.ndarray) -> None:
+        blocks[:, where] = by_halves(join, q - low, 2, 4)
+
+    return View(
+        group, low, high, header, scales, lambda b: by_halves(fields, b[:, where], 2, 4).astype(int) + low, store
+    )
+
+
+def columns_of_bits(data: np.ndarray) -> np.ndarray:
+    """Bit i of byte j belongs to weight 32 i + j."""
+    return fields(data, 1, 8).astype(int)
+
+
+def q3_k() -> View:
+    two = pairs(32, 0, 3, 16, [], scales_3)
+
+    def store(blocks: np.ndarray, q: np.ndarray) -> None:
+        two.store(blocks, q + 4 & 3)
+        blocks[:, :32] = join(q + 4 >> 2, 1, 8)
+
+    def codes(blocks: np.ndarray) -> np.ndarray:
+        return (two.codes(blocks) | columns_of_bits(blocks[:, :32]) << 2) - 4
+
+    return View(16, -4, 3, [slice(96, 110)], scales_3, codes, store)
+
+
+def q45_k(at: int, fifth: bool) -> View:
+    def codes(blocks: np.ndarray) -> np.ndarray:
+        q = by_quarters(fields, blocks[:, at:]).astype(int)
+        return q | columns_of_bits(blocks[:, 16:48]) << 4 if fifth else q
+
+    def store(blocks: np.ndarray, q: np.ndarray) -> None:
+        blocks[:, at:] = by_quarters(join, q)
+        if fifth:
+            blocks[:, 16:48] = join(q >> 4, 1, 8)
+
+    return View(32, 0, 31 if fifth else 15, [slice(0, 16)], scales_45, codes, store)
+
+
+def q6_k() -> View:
+    def codes(blocks: np.ndarray) -> np.ndarray:
+        low = by_halves(fields, blocks[:, :128], 4, 2).astype(int)
+        return (low | by_halves(fields, blocks[:, 128:192], 2, 4).astype(int) << 4) - 32
+
+    def store(blocks: np.ndarray, q: np.ndarray) -> None:
+        blocks[:, :128] = by_halves(join, q + 32, 4, 2)
+        blocks[:, 128:192] = by_halves(join, q + 32 >> 4, 2, 4)
+
+    return View(16, -32, 31, [slice(192, 210)], scales_6, codes, store)
+
+
+def trits() -> View:
+    parts = [(0, 32, 5), (32, 48, 5), (48, 52, 4)]
+
+    def codes(blocks: np.ndarray) -> np.ndarray:
+        out = []
+        for start, stop, digits in parts:
+            v = blocks[:, start:stop].astype(int)
+            for _ in range(digits):
+                out.append((v * 3 >> 8) - 1)
+                v = v * 3 & 255
+        return np.concatenate(out, axis=1)
+
+    def store(blocks: np.ndarray, q: np.ndarray) -> None:
+        at = 0
+        for start, stop, digits in parts:
+            rows = (q[:, at : at + digits * (stop - start)] + 1).reshape(len(q), digits, stop - start)
+            value = sum(rows[:, k] * 3 ** (4 - k) for k in range(digits))
+            blocks[:, start:stop] = (value * 256 + 242) // 243
+            at += digits * (stop - start)
+
+    return View(32, -1, 1, [slice(52, 54)], only_d(52, 8), codes, store)
+
+
+def q2_0() -> View:
+    def codes(blocks: np.ndarray) -> np.ndarray:
+        return np.stack([blocks[:, 2:] >> 2 * i & 3 for i in range(4)], axis=2).reshape(len(blocks), 64).astype(int) - 1
+
+    def store(blocks: np.ndarray, q: np.ndarray) -> None:
+        fours = (q + 1).reshape(len(q), 16, 4)
+        blocks[:, 2:] = sum(fours[:, :, i] << 2 * i for i in range(4))
+
+    return View(32, -1, 2, [slice(0, 2)], only_d(0, 2), codes, store)
+
+
+def q1_0() -> View:
+    def scales(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        d = np.repeat(half(blocks, 0), 4, axis=1)
+        return d + d, d
+
+    def store(blocks: np.ndarray, q: np.ndarray) -> None:
+        blocks[:, 2:] = bits_to_bytes(q)
+
+    return View(32, 0, 1, [slice(0, 2)], scales, lambda blocks: bytes_to_bits(blocks[:, 2:]).astype(int), store)
+
+
+VIEWS: dict[str, View] = {
+    "Q4_0": plain(-8, 7, 18, False, False),
+    "Q4_1": plain(0, 15, 20, True, False),
+    "Q5_0": plain(-16, 15, 22, False, True),
+    "Q5_1": plain(0, 31, 24, True, True),
+    "Q8_0": eight_bits(),
+    "Q2_K": pairs(16, 0, 3, 16, [slice(0, 16), slice(80, 84)], scales_2),
+    "Q3_K": q3_k(),
+    "Q4_K": q45_k(16, False),
+    "Q5_K": q45_k(48, True),
+    "Q6_K": q6_k(),
+    "TQ1_0": trits(),
+    "TQ2_0": pairs(0, -1, 1, 32, [slice(64, 66)], only_d(64, 8)),
+    "Q2_0": q2_0(),
+    "Q1_0": q1_0(),
+}
+
+
+def sum_of_groups(x: np.ndarray) -> np.ndarray:
+    """Sums over the last axis (a group): 16 lanes, then lanes 8, 4, 2, 1 apart."""
+    lanes = x[..., :16] if x.shape[-1] == 16 else x[..., :16] + x[..., 16:]
+    for n in (8, 4, 2, 1):
+        lanes = lanes[..., :n] + lanes[..., n : 2 * n]
+    return lanes[..., 0]
+
+
+def dot(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Of rows: products in double, eight lanes."""
+    products = (x.astype(np.float64) * y.astype(np.float64)).reshape(len(x), -1, 8)
+    lanes = np.zeros((len(x), 8))
+    for i in range(products.shape[1]):
+        lanes = lanes + products[:, i]
+    a, b, c, d, e, f, g, h = lanes.T
+    return ((a + e) + (c + g)) + ((b + f) + (d + h))
+
+
+def dot_in_chunks(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    total = np.zeros(len(x))
+    for i in range(0, x.shape[1], 256):
+        total = total + dot(x[:, i : i + 256], y[:, i : i + 256])
+    return total
+
+
+@dataclass
+class Rows:
+    """Rows of one type, by blocks and groups."""
+
+    view: View
+    blocks: np.ndarray
+    per_row: int
+
+    @classmethod
+    def of(cls, data: np.ndarray, kind: GgmlType) -> Rows:
+        return cls(VIEWS[kind.name], data.reshape(-1, kind.block_bytes).copy(), data.shape[1] // kind.block_bytes)
+
+    def grid(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """S, o and 1 / s per group, with a last axis of one: (blocks, groups, 1)."""
+        s, o = (array[..., None] for array in self.view.scales(self.blocks))
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            inverse = np.where(np.abs(s) >= np.finfo(F).tiny, F(1) / s, F(0))
+        return s, o, inverse
+
+    def codes(self) -> np.ndarray:
+        return self.grouped(self.view.codes(self.blocks).astype(F))
+
+    def grouped(self, x: np.ndarray) -> np.ndarray:
+        return x.reshape(len(self.blocks), -1, self.view.group)
+
+    def ungrouped(self, x: np.ndarray) -> np.ndarray:
+        return x.reshape(len(self.blocks) // self.per_row, -1)
+
+    def values(self) -> np.ndarray:
+        s, o, _ = self.grid()
+        return s * self.codes() - o
+
+    def limited(self, t: np.ndarray) -> np.ndarray:
+        return np.maximum(np.minimum(t, F(self.view.high)), F(self.view.low))
+
+    def has_header_of(self, other: Rows) -> np.ndarray:
+        same = [(self.blocks[:, part] == other.blocks[:, part]).all(axis=1) for part in self.view.header]
+        return np.logical_and.reduce(same)
+
+
+def strong(squares: np.ndarray, s: np.ndarray, group: int) -> np.ndarray:
+    return squares >= F(0.25) * F(group) * (s * s)
+
+
+def costs(rows: Rows, t: np.ndarray, above: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    s, _, inverse = rows.grid()
+    inside = rows.limited(t)
+    p = inside - np.floor(inside)
+    rest = F(1) - p
+    least = np.minimum(p, rest)
+    rounding = np.where(strong(squares, s, rows.view.group), least * least, p * rest)
+    outside = np.where(inverse != 0, t - inside, above)
+    clip = sum_of_groups(outside * outside)
+    s, inverse = s[..., 0], inverse[..., 0]
+    clip = np.where(inverse != 0, s * s * clip, clip)
+    return np.where(inverse != 0, s * s * sum_of_groups(rounding) + clip, clip), clip
+
+
+def fit_grids(src: np.ndarray, kind: GgmlType, delta: np.ndarray, imatrix: np.ndarray | None = None):
+    base, best = Rows.of(src, kind), Rows.of(src, kind)
+    s, o, inverse = base.grid()
+    q, x = base.codes(), base.grouped(delta)
+    dq = s * q - o
+    target = dq + x
+    squares = sum_of_groups(x * x)[..., None]
+    with np.errstate(over="ignore"):
+        t = q + x * inverse
+        cost, clip = costs(base, t, target + o, squares)
+    weak = ~strong(squares, s, base.view.group)[..., 0] | (squares[..., 0] == 0)
+    cost, clip = cost.astype(float).sum(axis=1), clip.astype(float).sum(axis=1)
+    wanted = (cost > 0) & (~weak.all(axis=1) | (clip > CLIPPED_SHARE * cost))
+    found = Rows(base.view, requantized(target, wanted, kind, base.per_row, imatrix, base.blocks), base.per_row)
+    with np.errstate(all="ignore"):
+        s1, o1, inverse1 = found.grid()
+        above = target + o1
+        new_cost = costs(found, above * inverse1, above, squares)[0].astype(float).sum(axis=1)
+        new = wanted & (new_cost < cost) & ~found.has_header_of(base)
+        best.blocks[new] = found.blocks[new]
+        moved = s * base.limited(t) - o - dq
+        elsewhere = s1 * base.limited(above * inverse1) - o1 - dq
+    moved = base.ungrouped(np.where(new[:, None, None], elsewhere, moved))
+    return best.blocks.reshape(src.shape), dot_in_chunks(moved, delta), dot_in_chunks(delta, delta), int(new.sum())
+
+
+def requantized(target, wanted, kind, per_row, imatrix, blocks):
+    """ggml's blocks of the wanted ones; an imatrix row goes with the wanted blocks of each row by themselves."""
+    found = blocks.copy()
+    wide = target.reshape(len(blocks), -1)
+    if imatrix is None:
+        if wanted.any():
+            x = np.ascontiguousarray(wide[wanted].reshape(1, -1))
+            found[wanted] = libggml.quantize(x, kind.id).reshape(-1, kind.block_bytes)
+        return found
+    for row in range(0, len(blocks), per_row):
+        some = wanted[row : row + per_row]
+        if some.any():
+            x = np.ascontiguousarray(wide[row : row + per_row][some].reshape(1, -1))
+            w = np.ascontiguousarray(imatrix.reshape(per_row, -1)[some].reshape(-1))
+            found[row : row + per_row][some] = libggml.quantize(x, kind.id, w).reshape(-1, kind.block_bytes)
+    return found
+
+
+def splitmix64(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
+
+
+def uniform(key: int, first_row: int, n_rows: int, n_in: int) -> np.ndarray:
+    """float32 (n_rows, n_in) in [0, 1)."""
+    with np.errstate(over="ignore"):
+        rows = np.arange(first_row, first_row + n_rows, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        keys = splitmix64(np.uint64(key) + rows)[:, None]
+    low, high = (keys & np.uint64(0xFFFFFFFF)).astype(np.uint32), (keys >> np.uint64(32)).astype(np.uint32)
+    x = np.arange(n_in, dtype=np.uint32) ^ low
+    x = (x ^ x >> np.uint32(16)) * np.uint32(0x7FEB352D)
+    x = (x ^ x >> np.uint32(15) ^ high) * np.uint32(0x846CA68B)
+    return (x >> np.uint32(8)).astype(F) * F(2.0**-24)
+
+
+def dither_rows(src, kind, headers, delta, gain, key, first_row):
+    """Written rows, and the sums of each row."""
+    base, new = Rows.of(src, kind), Rows.of(headers, kind)
+    x = base.grouped(delta)
+    unchanged = (delta.reshape(len(base.blocks), -1) == 0).all(axis=1)
+    new.blocks[unchanged] = base.blocks[unchanged]
+    own = new.has_header_of(base)[:, None, None]
+    s, o, inverse = new.grid()
+    q, dq, target = base.codes(), base.values(), base.values() + x
+    change = F(gain) * x
+    above = dq + change + o
+    with np.errstate(over="ignore"):
+        t = np.where(own, q + change * inverse, above * inverse)
+        inside = new.limited(t)
+        floor = np.floor(inside)
+        u = base.grouped(uniform(key, first_row, len(src), delta.shape[1]))
+        to_nearest = strong(sum_of_groups(x * x)[..., None], s, base.view.group)
+        level = np.where(to_nearest, np.rint(inside), floor + (u < inside - floor))
+    level = np.where(own & (x == 0), q, level).astype(F)
+    new.view.store(new.blocks, level.reshape(len(new.blocks), -1).astype(int))
+    new.blocks[unchanged] = base.blocks[unchanged]
+    written = s * level - o
+    outside = np.where(inverse != 0, t != inside, np.where(own, change, above) != 0)
+    dq, target, written = (base.ungrouped(array) for array in (dq, target, written))
+    sums = [(dq, dq), (delta, delta), (written - dq, delta), (written - target, written - target)]
+    totals = [dot_in_chunks(a, b) for a, b in sums]
+    clipped = base.ungrouped(outside).sum(axis=1)
+    return new.blocks.reshape(src.shape), np.stack([*totals, clipped], axis=1)
