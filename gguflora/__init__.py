@@ -2,6 +2,7 @@
 
 from gguflora._version import __version__
 from gguflora.adapters import read_adapter
+from gguflora.algebra.export import ExportReport, export
 from gguflora.convert import ConvertReport, convert
 from gguflora.errors import GgufloraError
 from gguflora.inspect import InspectReport, inspect
@@ -11,12 +12,14 @@ from gguflora.runtime import Adapters, attach
 __all__ = [
     "Adapters",
     "ConvertReport",
+    "ExportReport",
     "GgufloraError",
     "InspectReport",
     "MergeReport",
     "__version__",
     "attach",
     "convert",
+    "export",
     "inspect",
     "merge",
     "read_adapter",

@@ -23,7 +23,7 @@ FLOORS = [
     {"changed_rows", "hf_model", "lowrank"},
     {"factors", "rewrite", "vocabulary"},
     {"lora_file"},
-    {"compare", "convert", "inspect", "llama", "merge", "preflight", "reuse"},
+    {"algebra", "compare", "convert", "inspect", "llama", "merge", "preflight", "reuse"},
     {"runtime"},
     {"demo", "doctor", "engine"},
     {"cli"},

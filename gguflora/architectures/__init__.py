@@ -8,16 +8,19 @@ Names come from gguf's ``TensorNameMap`` (`names`); what llama.cpp's converter d
 from __future__ import annotations
 
 from gguflora.architectures.experts import pieces_of_expert
+from gguflora.architectures.inverse import candidates
 from gguflora.architectures.names import canonical, check_named, layer_and_module, tensor_of
 from gguflora.architectures.piece import Piece
 from gguflora.architectures.regions import region_of
 from gguflora.architectures.rules import KNOWN, PLAIN, Rules
 from gguflora.architectures.run_time import ignored_at_run_time
 from gguflora.base_model import BaseModel
+from gguflora.errors import MismatchError
 
 __all__ = [
     "KNOWN",
     "Piece",
+    "adaptable_weights",
     "can_untie",
     "check_known",
     "ignored_at_run_time",
@@ -49,6 +52,25 @@ def pieces_of(base: BaseModel, weight: str) -> list[Piece]:
         return rules.splits[module](base, layer, kind)
     tensor = tensor_of(base, path)
     return [] if tensor is None else [_piece(base, rules, tensor)]
+
+
+def adaptable_weights(base: BaseModel) -> dict[str, list[Piece]]:
+    """The base's weights that a LoRA may change, with their pieces, by their names in the Hugging Face model.
+
+    Raises:
+        ArchitectureError: if the names of the architecture's modules are not known.
+    """
+    placed = {weight: _pieces_if_any(base, weight) for weight in candidates(base)}
+    return {weight: pieces for weight, pieces in placed.items() if pieces}
+
+
+def _pieces_if_any(base: BaseModel, weight: str) -> list[Piece]:
+    """`pieces_of` a weight that the base may have; none if it does not (a linear layer's in one of attention)."""
+    try:
+        pieces = pieces_of(base, weight)
+    except MismatchError:
+        return []
+    return pieces if all(piece.tensor in base.shapes for piece in pieces) else []
 
 
 def _piece(base: BaseModel, rules: Rules, tensor: str) -> Piece:

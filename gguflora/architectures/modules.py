@@ -12,7 +12,7 @@ from gguflora.errors import ArchitectureError
 
 _QKV: Final = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _ATTENTION: Final = (*_QKV, "self_attn.o_proj")
-_LLAMA: Final = ("model.layers", (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"))
+LLAMA: Final = ("model.layers", (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"))
 _LLAMA_LIKE: Final = (
     *("llama", "qwen2", "qwen3", "qwen3moe", "gemma", "gemma2", "gemma3", "stablelm", "olmo2", "olmoe", "command-r"),
     *("cohere2", "granite", "smollm3", "exaone4", "minicpm"),
@@ -20,8 +20,8 @@ _LLAMA_LIKE: Final = (
 _DENSE: Final = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 _GATE_UP: Final = ("mlp.gate_up_proj", "mlp.down_proj")
 
-_BLOCKS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
-    **dict.fromkeys(_LLAMA_LIKE, _LLAMA),
+BLOCKS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
+    **dict.fromkeys(_LLAMA_LIKE, LLAMA),
     "bloom": ("transformer.h", ("self_attention.query_key_value", "self_attention.dense", *_DENSE)),
     "falcon": ("transformer.h", ("self_attention.query_key_value", "self_attention.dense", *_DENSE)),
     "glm4": ("model.layers", (*_ATTENTION, *_GATE_UP)),
@@ -41,11 +41,11 @@ def linear_modules(base: BaseModel) -> list[str]:
     Raises:
         ArchitectureError: if they are not known for the base's architecture.
     """
-    if base.architecture not in _BLOCKS:
+    if base.architecture not in BLOCKS:
         raise ArchitectureError(
             f"{base.path}: the modules of architecture {base.architecture!r} are not known, and the adapter does not "
             "name those that it adapts; save it with save_indices=True"
         )
-    blocks, modules = _BLOCKS[base.architecture]
+    blocks, modules = BLOCKS[base.architecture]
     head = "embed_out" if base.architecture == "gptneox" else "lm_head"
     return [f"{blocks}.{number}.{module}" for number in range(base.n_layers) for module in modules] + [head]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Final, NoReturn
+from typing import Annotated, Any, Final, NoReturn, Protocol
 
 import typer
 from rich.console import Console
@@ -56,6 +57,18 @@ def progress_bar(title: str) -> Iterator[ProgressCallback | None]:
     with Progress(*columns, console=stderr, transient=True) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class Report(Protocol):
+    """What every command's result can do."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+
+
+def print_json(report: Report) -> None:
+    """The report on stdout, for scripts."""
+    print(json.dumps(report.to_dict(), indent=2))
 
 
 def print_warnings(warnings: tuple[str, ...]) -> None:

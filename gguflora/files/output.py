@@ -67,6 +67,67 @@ def atomic_output(target: Path) -> Iterator[IO[bytes]]:
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
 
 
+def check_folder_target(target: Path, inputs: Iterable[Path], *, marker: str, force: bool) -> None:
+    """Check, before any work, that a directory can be written at ``target``.
+
+    Args:
+        target: the directory.
+        inputs: what must not be overwritten.
+        marker: name of a file that every directory of this kind holds: others are never overwritten.
+        force: whether one of this kind may be.
+
+    Raises:
+        OutputError: if it cannot.
+    """
+    parent = target.absolute().parent
+    if not parent.is_dir():
+        raise OutputError(f"{target}: the directory {parent} does not exist; create it first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{target}: the directory {parent} is not writable")
+    if not target.exists() and not target.is_symlink():
+        return
+    if target.is_symlink() or not target.is_dir() or (any(target.iterdir()) and not (target / marker).is_file()):
+        raise OutputError(f"{target}: exists and is no directory with {marker}; choose another name")
+    for source in inputs:
+        if source.exists() and (source.samefile(target) or source.parent.samefile(target)):
+            raise OutputError(f"{target}: is also an input; choose another name for the output")
+    if any(target.iterdir()) and not force:
+        raise OutputError(f"{target}: already exists; choose another name, or overwrite it with --force")
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A directory that becomes ``target`` when the block ends, and leaves nothing behind when it fails.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    target = target.absolute()
+    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
+    try:
+        beside.mkdir()
+        try:
+            yield beside
+            for path in beside.iterdir():
+                _sync_file(path)
+            _sync_folder(beside)
+            if target.exists():
+                target.replace(replaced)
+            beside.replace(target)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def path_of(file: IO[bytes]) -> Path:
     """A path under which this process can open the file, named or not."""
     return Path(f"/proc/self/fd/{file.fileno()}")

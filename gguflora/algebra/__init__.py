@@ -1,0 +1,1 @@
+"""Computing with adapters: combine, resize, extract, export, compare; in numpy, without torch."""

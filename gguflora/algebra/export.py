@@ -1,0 +1,81 @@
+"""GGUF LoRA back to a PEFT directory: ``export``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gguflora.algebra.output import check_output, is_gguf, write_adapter
+from gguflora.algebra.pairs import read_factored
+from gguflora.base_model import read_base
+from gguflora.errors import OutputError
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What `export` did.
+
+    Attributes:
+        output: the PEFT directory.
+        adapter: name of the adapter.
+        architecture: of the base, as GGUF names it.
+        modules: number of adapted modules and parameters.
+        ranks: smallest and largest rank.
+        size: of the factors, in bytes.
+        warnings: what the user should know.
+    """
+
+    output: Path
+    adapter: str
+    architecture: str
+    modules: int
+    ranks: tuple[int, int]
+    size: int
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return {**asdict(self), "output": str(self.output)}
+
+
+def export(
+    lora: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    base_model_name: str | None = None,
+    force: bool = False,
+) -> ExportReport:
+    """Write a GGUF LoRA as a PEFT directory, which PEFT loads on the Hugging Face model.
+
+    Args:
+        lora: GGUF LoRA file (or any adapter that is of low rank, to be written as plain LoRA).
+        base: its base, a GGUF file or a directory with ``config.json``; only its description is read.
+        out: the directory to write.
+        base_model_name: what the configuration should name as the base: a hub id or a path.
+        force: overwrite a PEFT directory at ``out``.
+
+    Raises:
+        GgufloraError: if something cannot be read, does not fit together or cannot be written.
+    """
+    target, model = Path(out), read_base(base)
+    if is_gguf(target):
+        raise OutputError(f"{target}: export writes a PEFT directory; for a GGUF LoRA use convert")
+    check_output(target, [Path(lora), Path(base)], outtype="auto", force=force)
+    adapter = read_factored(lora, model)
+    if base_model_name is not None:
+        adapter = replace(adapter, fields={**adapter.fields, "base_model_name_or_path": base_model_name})
+    if model.architecture == "gpt2":  # whose layers hold their weights transposed
+        adapter = replace(adapter, fields={"fan_in_fan_out": True, **adapter.fields})
+    written = write_adapter(adapter, target, model, "auto", {})
+    return ExportReport(
+        output=target,
+        adapter=adapter.name,
+        architecture=model.architecture,
+        modules=written.tensors,
+        ranks=written.ranks,
+        size=written.size,
+        warnings=written.warnings,
+    )

@@ -1,0 +1,114 @@
+"""Write a factored adapter: a GGUF LoRA file where the name ends with ``.gguf``, else a PEFT directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from gguflora.adapters.config import FILE_NAME
+from gguflora.algebra.pairs import FactoredAdapter, for_base, stacked
+from gguflora.algebra.peft_directory import peft_tensors, write_peft_directory
+from gguflora.algebra.unplace import for_model
+from gguflora.base_model import BaseModel
+from gguflora.convert import about_architecture, about_types
+from gguflora.errors import AdapterError
+from gguflora.factors import Factors
+from gguflora.files.output import atomic_folder, atomic_output, check_folder_target, check_target, path_of
+from gguflora.lora_file import LoraHeader, check_outtype, common_alpha, store, write_lora
+
+GGUF_SUFFIX: Final = ".gguf"
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        output: the GGUF LoRA file or the PEFT directory.
+        tensors: number of changed tensors or modules.
+        ranks: smallest and largest rank.
+        size: of the factors, in bytes.
+        warnings: what the user should know.
+    """
+
+    output: Path
+    tensors: int
+    ranks: tuple[int, int]
+    size: int
+    warnings: tuple[str, ...]
+
+
+def is_gguf(out: Path) -> bool:
+    """Whether the output is to be a GGUF LoRA file."""
+    return out.suffix == GGUF_SUFFIX
+
+
+def check_output(out: Path, inputs: Sequence[Path], *, outtype: str, force: bool) -> None:
+    """Check, before any work, that ``out`` can be written.
+
+    Raises:
+        OutputError: if it cannot.
+        QuantizationError: for an unknown type.
+    """
+    check_outtype(outtype)
+    if is_gguf(out):
+        check_target(out, inputs, force=force, size=0)
+    else:
+        check_folder_target(out, inputs, marker=FILE_NAME, force=force)
+
+
+def write_adapter(
+    adapter: FactoredAdapter, out: Path, base: BaseModel | None, outtype: str, source: Mapping[str, str]
+) -> Written:
+    """Write an adapter in the form that the name asks for.
+
+    Args:
+        adapter: what to write.
+        out: the file or directory; `check_output` has looked at it.
+        base: needed where the adapter's names are not those of the form.
+        outtype: of the factors in a GGUF file.
+        source: what it was made from, for its metadata.
+
+    Raises:
+        AdapterError: if a base is needed and not given.
+        GgufloraError: if adapter and base do not fit, or ``out`` cannot be written.
+    """
+    if base is None and is_gguf(out) == (adapter.architecture is None):
+        what = "GGUF LoRA from weights of a Hugging Face model" if is_gguf(out) else "PEFT directory from GGUF tensors"
+        raise AdapterError(f"{out}: to make a {what}, give the base model with --base")
+    if not is_gguf(out):
+        return _write_peft(adapter if base is None else for_model(adapter, base), out)
+    placed = adapter if base is None else for_base(adapter, base)
+    factored = stacked(placed.pairs)
+    notes = [] if base is None else about_architecture(base, factored)
+    return _write_gguf(replace(placed, warnings=(*placed.warnings, *notes)), out, factored, outtype, source)
+
+
+def _write_peft(adapter: FactoredAdapter, out: Path) -> Written:
+    tensors, config = peft_tensors(adapter)
+    with atomic_folder(out) as folder:
+        write_peft_directory(folder, tensors, config)
+    ranks = [change.rank for change in adapter.pairs.values()]
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    return Written(out, len(ranks), (min(ranks), max(ranks)), size, adapter.warnings)
+
+
+def _write_gguf(
+    adapter: FactoredAdapter,
+    out: Path,
+    factored: Sequence[Factors],
+    outtype: str,
+    source: Mapping[str, str],
+) -> Written:
+    alpha = common_alpha(factored)
+    contents = [item for factors in factored for item in store(factors, outtype, alpha)]
+    header = LoraHeader(adapter.name, str(adapter.architecture), alpha, source, adapter.invocation_tokens)
+    with atomic_output(out) as file:
+        write_lora(path_of(file), header, contents)
+    ranks = [factors.rank for factors in factored]
+    size = sum(item.content.nbytes for item in contents)
+    return Written(
+        out, len(ranks), (min(ranks), max(ranks)), size, (*adapter.warnings, *about_types(outtype, contents))
+    )
