@@ -3,6 +3,7 @@
 from gguflora._version import __version__
 from gguflora.adapters import read_adapter
 from gguflora.algebra.export import ExportReport, export
+from gguflora.algebra.resize import ResizeReport, resize
 from gguflora.convert import ConvertReport, convert
 from gguflora.errors import GgufloraError
 from gguflora.inspect import InspectReport, inspect
@@ -16,6 +17,7 @@ __all__ = [
     "GgufloraError",
     "InspectReport",
     "MergeReport",
+    "ResizeReport",
     "__version__",
     "attach",
     "convert",
@@ -23,4 +25,5 @@ __all__ = [
     "inspect",
     "merge",
     "read_adapter",
+    "resize",
 ]

@@ -207,20 +207,24 @@ def _stack(name: str, items: Sequence[Placed], parts: Sequence[LowRank], shape: 
     n_out, n_in = shape[-2:]
     if len(parts) == 1 and parts[0].shape == shape:
         return Factors(name, parts[0].a, parts[0].b, parts[0].factor)
+    factors = {part.factor for part in parts}
+    common = factors.pop() if len(factors) == 1 else None  # taken out, it leaves B as it was stored
     experts: dict[int, list[LowRank]] = {}
     for item, part in zip(items, parts, strict=True):
         expert, row = divmod(item.piece.first, n_out)
-        experts.setdefault(expert, []).append(_with_zero_rows(part, row, n_out))
+        plain = part if common is None else replace(part, factor=1.0)
+        experts.setdefault(expert, []).append(_with_zero_rows(plain, row, n_out))
+    factor = 1.0 if common is None else common
     if len(shape) == 2:
         a, b = sum_factors((part, 1.0) for part in experts[0])
-        return Factors(name, a, b, 1.0)
+        return Factors(name, a, b, factor)
     rank = max(sum(part.rank for part in group) for group in experts.values())
     a = np.zeros((shape[0], rank, n_in), np.float32)
     b = np.zeros((shape[0], n_out, rank), np.float32)
     for expert, group in experts.items():
         some_a, some_b = sum_factors((part, 1.0) for part in group)
         a[expert, : len(some_a)], b[expert, :, : len(some_a)] = some_a, some_b
-    return Factors(name, a, b, 1.0)
+    return Factors(name, a, b, factor)
 
 
 def _with_zero_rows(part: LowRank, first: int, n_out: int) -> LowRank:

@@ -285,7 +285,7 @@ def _check_fits(what: str, base: BaseModel, item: Placed, vocabulary: int) -> No
     part_rows, part_columns = item.shape
     if isinstance(item.change, Replace | ReplaceRows) and tensor in {TOKEN_EMBEDDING, OUTPUT}:
         fits = part_columns == columns  # a resized vocabulary has other rows
-    elif first or len(shape) > 2:
+    elif first or len(shape) > 2 or item.piece.rows is not None:
         fits = part_columns == columns and first + part_rows <= rows
     else:
         rows = max(rows, vocabulary) if tensor in {TOKEN_EMBEDDING, OUTPUT} else rows

@@ -67,8 +67,6 @@ def export(
     adapter = read_factored(lora, model)
     if base_model_name is not None:
         adapter = replace(adapter, fields={**adapter.fields, "base_model_name_or_path": base_model_name})
-    if model.architecture == "gpt2":  # whose layers hold their weights transposed
-        adapter = replace(adapter, fields={"fan_in_fan_out": True, **adapter.fields})
     written = write_adapter(adapter, target, model, "auto", {})
     return ExportReport(
         output=target,

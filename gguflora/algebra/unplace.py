@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 
@@ -14,6 +15,12 @@ from gguflora.base_model import BaseModel
 from gguflora.deltas import LowRank, as_float64
 from gguflora.errors import ArchitectureError
 from gguflora.files.safetensors import Array, as_float32
+
+_TRANSPOSED: Final = {"llama4"}
+"""Where PEFT takes the experts' parameters (n_experts, n_in, n_out) for (n_experts, n_out, n_in)."""
+
+_TASKS: Final = {"bert": "FEATURE_EXTRACTION", "t5": "SEQ_2_SEQ_LM"}
+"""PEFT's names for what models do that do not generate text after a prompt."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +51,12 @@ def for_model(adapter: FactoredAdapter, base: BaseModel) -> FactoredAdapter:
         )
     found = {name: _gather(pairs, pieces, base) for name, pieces in weights.items()}
     changes = {name: change for name, change in found.items() if change is not None}
-    return replace(adapter, pairs=changes, architecture=None)
+    if base.architecture in _TRANSPOSED:
+        changes = {name: change.transposed() if ".experts." in name else change for name, change in changes.items()}
+    fields = {"task_type": _TASKS.get(base.architecture, "CAUSAL_LM"), **adapter.fields}
+    if base.architecture == "gpt2":  # whose layers hold their weights transposed
+        fields["fan_in_fan_out"] = True
+    return replace(adapter, pairs=changes, architecture=None, fields=fields)
 
 
 def _key(piece: Piece, base: BaseModel) -> str:

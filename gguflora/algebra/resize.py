@@ -1,0 +1,110 @@
+"""Adapters of another rank: ``resize``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gguflora.algebra.output import check_output, write_adapter
+from gguflora.algebra.pairs import read_factored
+from gguflora.base_model import read_base
+from gguflora.deltas import LowRank
+from gguflora.errors import AdapterError
+from gguflora.lowrank import shrink
+
+
+@dataclass(frozen=True, slots=True)
+class ResizeReport:
+    """What `resize` did.
+
+    Attributes:
+        output: the GGUF LoRA file or the PEFT directory.
+        adapter: name of the adapter.
+        tensors: number of changes.
+        old_ranks: smallest and largest rank before.
+        ranks: the same, afterwards.
+        old_size: of the adapter's weights before, in bytes.
+        size: of the factors now.
+        errors: relative error (Frobenius norm) of each change whose rank became lower.
+        warnings: what the user should know.
+    """
+
+    output: Path
+    adapter: str
+    tensors: int
+    old_ranks: tuple[int, int]
+    ranks: tuple[int, int]
+    old_size: int
+    size: int
+    errors: dict[str, float]
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return {**asdict(self), "output": str(self.output)}
+
+
+def resize(
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    base: str | os.PathLike[str] | None = None,
+    outtype: str = "auto",
+    force: bool = False,
+) -> ResizeReport:
+    """Write the closest adapter of a lower rank (Eckart and Young), found from the factors alone.
+
+    Args:
+        adapter: PEFT directory or GGUF LoRA file.
+        out: what to write: a GGUF LoRA file if the name ends with ``.gguf``, else a PEFT directory.
+        rank: which no change shall exceed; changes of this rank or lower stay as they are.
+        energy: instead, for each change, the lowest rank that keeps this share of its squared norm.
+        base: its base model, needed between the two forms and for changes that are not of low rank.
+        outtype: type of the factors in a GGUF file.
+        force: overwrite ``out``.
+
+    Raises:
+        GgufloraError: if something cannot be read, does not fit together or cannot be written.
+    """
+    if (rank is None) == (energy is None):
+        raise AdapterError("resize needs either a rank or an energy, for example rank=8 or energy=0.99")
+    target, model = Path(out), None if base is None else read_base(base)
+    inputs = [Path(adapter), *([] if base is None else [Path(base)])]
+    check_output(target, inputs, outtype=outtype, force=force)
+    source = read_factored(adapter, model, rank, energy)
+    resized, errors = {}, {}
+    for name, change in source.pairs.items():
+        resized[name], error = _resized(change, rank, energy)
+        if error is not None:
+            errors[name] = error
+    new = replace(source, pairs=resized)
+    made_from = {"source": source.path.name, "source.sha256": source.sha256, "resized": _asked(rank, energy)}
+    written = write_adapter(new, target, model, outtype, made_from)
+    ranks = [change.rank for change in source.pairs.values()]
+    return ResizeReport(
+        output=target,
+        adapter=source.name,
+        tensors=written.tensors,
+        old_ranks=(min(ranks), max(ranks)),
+        ranks=written.ranks,
+        old_size=source.path.stat().st_size,
+        size=written.size,
+        errors=errors,
+        warnings=written.warnings,
+    )
+
+
+def _asked(rank: int | None, energy: float | None) -> str:
+    return f"rank {rank}" if rank is not None else f"energy {energy}"
+
+
+def _resized(change: LowRank, rank: int | None, energy: float | None) -> tuple[LowRank, float | None]:
+    """The change with its new rank, and the error if that is lower than before."""
+    if rank is not None and change.rank <= rank:
+        return change, None
+    smaller, error = shrink(change, rank, energy)
+    return (smaller, error) if smaller.rank < change.rank else (change, None)

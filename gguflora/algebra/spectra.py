@@ -1,0 +1,102 @@
+"""Singular values of the changes of an adapter, and what a lower rank would keep of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from gguflora.architectures.names import layer_and_module
+from gguflora.deltas import LowRank, Values, as_float64
+
+WHOLE: Final = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """The singular values of one change.
+
+    Attributes:
+        name: of the weight or tensor.
+        kind: of module, such as ``q_proj`` or ``attn_q``.
+        rank: of the stored factors.
+        values: the singular values, largest first, as many as the rank.
+        bytes_a_rank: bytes of its factors for each rank.
+    """
+
+    name: str
+    kind: str
+    rank: int
+    values: tuple[float, ...]
+    bytes_a_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankChoice:
+    """What a rank would keep.
+
+    Attributes:
+        kind: of module, or "all".
+        rank: which no change would exceed.
+        size: of the factors then, in bytes.
+        energy: share of the changes' squared norms that is kept.
+        saving: share of the bytes that is saved.
+    """
+
+    kind: str
+    rank: int
+    size: int
+    energy: float
+    saving: float
+
+
+def singular_values(change: LowRank) -> Values:
+    """The singular values of ``factor * b @ a``, largest first, without the product."""
+    _, r_b = np.linalg.qr(change.factor * as_float64(change.b))
+    _, r_a = np.linalg.qr(as_float64(change.a).T)
+    values: Values = np.linalg.svd(r_b @ r_a.T, compute_uv=False)
+    return values
+
+
+def spectra_of(pairs: Mapping[str, LowRank]) -> tuple[Spectrum, ...]:
+    """The spectrum of each change."""
+    return tuple(_spectrum(name, change) for name, change in pairs.items())
+
+
+def _spectrum(name: str, change: LowRank) -> Spectrum:
+    n_out, n_in = change.shape
+    size = n_out * change.b.dtype.itemsize + n_in * change.a.dtype.itemsize
+    return Spectrum(name, kind_of(name), change.rank, tuple(singular_values(change).tolist()), size)
+
+
+def kind_of(name: str) -> str:
+    """The kind of module that a weight or tensor belongs to: its name's last part but ``weight`` and an expert."""
+    parts = layer_and_module(name)[1].split(".")
+    words = [part for part in parts if not part.isdecimal() and part != "weight"]
+    return words[-1] if words else name
+
+
+def rank_choices(spectra: Sequence[Spectrum]) -> tuple[RankChoice, ...]:
+    """What each power of two below the highest rank would keep, and that rank: of all changes, and of each kind."""
+    kinds = [WHOLE, *dict.fromkeys(spectrum.kind for spectrum in spectra)]
+    return tuple(choice for kind in kinds for choice in _choices(kind, spectra))
+
+
+def _choices(kind: str, spectra: Sequence[Spectrum]) -> list[RankChoice]:
+    chosen = [spectrum for spectrum in spectra if kind in {WHOLE, spectrum.kind}]
+    highest = max(spectrum.rank for spectrum in chosen)
+    ranks = [1 << power for power in range(highest.bit_length()) if 1 << power < highest] + [highest]
+    now = sum(spectrum.rank * spectrum.bytes_a_rank for spectrum in chosen)
+    total = sum(_energy(spectrum, spectrum.rank) for spectrum in chosen)
+    choices = []
+    for rank in ranks:
+        size = sum(min(rank, spectrum.rank) * spectrum.bytes_a_rank for spectrum in chosen)
+        kept = sum(_energy(spectrum, rank) for spectrum in chosen)
+        choices.append(RankChoice(kind, rank, size, kept / total if total else 1.0, 1 - size / now))
+    return choices
+
+
+def _energy(spectrum: Spectrum, rank: int) -> float:
+    return float(sum(value * value for value in spectrum.values[:rank]))

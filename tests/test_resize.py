@@ -1,0 +1,115 @@
+"""`gguflora.resize` and ``inspect --ranks`` against numpy's SVD of PEFT's deltas."""
+
+import json
+
+import builders
+import llama_cpp  # noqa: F401  (before torch, as everywhere)
+import numpy as np
+import oracles
+import peft
+import pytest
+from builders import Adapter, Trained
+from test_bad_input import run
+from test_convert import VARIANTS, merged_changes
+
+import gguflora
+from gguflora.errors import AdapterError, UnsupportedAdapterError
+
+SPEC = VARIANTS["patterns_rslora"]
+
+
+def deltas(arch, folder):
+    """What PEFT's layers with an adapter add to each module's weight."""
+    model = oracles.peft_model(builders.hf_model(arch), folder)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+    return {name: layer.get_delta_weight("default").detach().double().numpy() for name, layer in layers.items()}
+
+
+def best(delta, rank):
+    u, s, v = np.linalg.svd(delta)
+    return u[:, :rank] * s[:rank] @ v[:rank], float(np.sqrt((s[rank:] ** 2).sum() / (s**2).sum()))
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_peft_directory_becomes_the_best_of_its_rank(rank, tmp_path):
+    adapter = builders.adapter("llama", SPEC)
+    report = gguflora.resize(adapter, tmp_path / "out", rank=rank)
+    old, new = deltas("llama", adapter), deltas("llama", tmp_path / "out")
+    assert new.keys() == old.keys()
+    for name, delta in old.items():
+        expected, error = best(delta, rank)
+        np.testing.assert_allclose(new[name], expected, atol=1e-6 * np.abs(delta).max(), err_msg=name)
+        weight = name.removeprefix("base_model.model.") + ".weight"
+        assert report.errors.get(weight, 0.0) == pytest.approx(error, abs=1e-6)
+    assert report.ranks[1] == rank
+
+
+def test_gguf_lora_needs_no_base(tmp_path):
+    gguflora.convert(builders.adapter("qwen2", SPEC), builders.gguf_model("qwen2"), tmp_path / "lora.gguf")
+    report = gguflora.resize(tmp_path / "lora.gguf", tmp_path / "out.gguf", rank=2, outtype="f32")
+    found = oracles.lora_changes(tmp_path / "out.gguf")
+    for name, delta in merged_changes("qwen2", SPEC).items():
+        expected, error = best(delta, 2)
+        assert np.linalg.norm(found[name] - expected) <= 1e-4 * np.linalg.norm(delta)
+        assert report.errors.get(name, 0.0) == pytest.approx(error, abs=1e-4)
+    assert report.ranks == (2, 2)
+    assert oracles.metadata(tmp_path / "out.gguf")["adapter.lora.alpha"] == 2
+
+
+def test_energy_chooses_the_rank_of_each_change(tmp_path):
+    adapter = builders.adapter("llama", Adapter(rank=8))
+    gguflora.resize(adapter, tmp_path / "out", energy=0.9)
+    ranks = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    for name, delta in deltas("llama", adapter).items():
+        squares = np.linalg.svd(delta, compute_uv=False) ** 2
+        wanted = int(np.searchsorted(np.cumsum(squares), 0.9 * squares.sum())) + 1
+        module = name.removeprefix("base_model.model.")
+        assert ranks["rank_pattern"].get(module, ranks["r"]) == wanted
+        assert ranks["alpha_pattern"].get(module, ranks["lora_alpha"]) == wanted
+
+
+def test_lower_rank_is_kept_bit_for_bit(tmp_path):
+    adapter = builders.adapter("llama", Adapter(rank=4))
+    assert gguflora.resize(adapter, tmp_path / "out", rank=16).errors == {}
+    for name, delta in deltas("llama", tmp_path / "out").items():
+        np.testing.assert_array_equal(delta, deltas("llama", adapter)[name])
+
+
+@pytest.mark.parametrize("suffix", ["", ".gguf"])
+def test_from_one_form_to_the_other(suffix, tmp_path):
+    adapter, base = builders.adapter("llama", Adapter(rank=6)), builders.gguf_model("llama")
+    gguflora.convert(adapter, base, tmp_path / "lora.gguf")
+    source = adapter if suffix else tmp_path / "lora.gguf"
+    gguflora.resize(source, tmp_path / f"out{suffix}", rank=3, base=base)
+    out = tmp_path / f"out{suffix}"
+    gguflora.convert(out, base, tmp_path / "again.gguf", outtype="f32")
+    found = oracles.lora_changes(tmp_path / "again.gguf")
+    for name, delta in merged_changes("llama", Adapter(rank=6)).items():
+        assert np.linalg.norm(found[name] - best(delta, 3)[0]) <= 1e-4 * np.linalg.norm(delta), name
+
+
+def test_dora_is_approximated_on_its_base(tmp_path):
+    adapter = builders.trained_adapter("llama", Trained(peft.LoraConfig, ("q_proj",), {"use_dora": True}))
+    with pytest.raises(UnsupportedAdapterError, match="give it with --base"):
+        gguflora.resize(adapter, tmp_path / "out.gguf", rank=8)
+    report = gguflora.resize(adapter, tmp_path / "out.gguf", rank=8, base=builders.gguf_model("llama"))
+    assert any("approximated" in warning for warning in report.warnings)
+    expected = oracles.tensors(oracles.merged_gguf(builders.hf_model("llama"), adapter))["blk.0.attn_q.weight"]
+    change = expected - oracles.tensors(builders.gguf_model("llama"))["blk.0.attn_q.weight"]
+    found = oracles.lora_changes(tmp_path / "out.gguf")["blk.0.attn_q.weight"]
+    assert np.linalg.norm(found - best(change, 8)[0]) <= 1e-3 * np.linalg.norm(change)
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 2, "energy": 0.5}, {"rank": 0}, {"energy": 1.5}])
+def test_bad_options(options, tmp_path):
+    with pytest.raises(AdapterError):
+        gguflora.resize(builders.adapter("llama", Adapter()), tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_line(tmp_path):
+    result = run("resize", builders.adapter("llama", Adapter()), "--rank", 2, "-o", tmp_path / "out", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["ranks"] == [2, 2]
+    text = run("resize", builders.adapter("llama", Adapter()), "--energy", 0.5, "-o", tmp_path / "out", "--force")
+    assert "model.layers.1.mlp.down_proj.weight: relative error 0." in text.stdout
