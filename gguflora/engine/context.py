@@ -1,6 +1,6 @@
-"""One llama.cpp context: an adapter set, and sequences of tokens computed under it that later requests may continue.
+"""One llama.cpp context: an adapter set, and slots of tokens computed under it that later requests may continue.
 
-The KV cells are one pool for all sequences (``kv_unified``): a prefix that two of them share is stored once.
+The KV cells are one pool for all slots (``kv_unified``): a prefix that two of them share is stored once.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import ctypes
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import llama_cpp
 import numpy as np
@@ -18,8 +18,13 @@ from numpy.typing import NDArray
 
 from gguflora.engine.adapter_sets import Identity
 from gguflora.engine.model import Model
+from gguflora.engine.residents import NO_ADAPTERS, Embeddings, Phase
 from gguflora.errors import EngineError, GenerationError
-from gguflora.llama import Pointer, captured_log, set_loras
+from gguflora.llama import captured_log, set_loras
+
+Key: TypeAlias = Hashable
+"""What is decoded at one position: a token; or (token, identity) where other adapters compute than from the first token
+on; or -1 - row of the embeddings put before the tokens. Equal keys after equal keys have equal KV cells."""
 
 KV_TYPES: Final = {
     "F16": llama_cpp.GGML_TYPE_F16,
@@ -44,8 +49,8 @@ class ContextOptions:
 
 
 @dataclass(slots=True, eq=False)
-class Sequence_:  # noqa: N801  (a sequence of llama.cpp, not of Python)
-    """Tokens in the KV cells under one sequence id.
+class Slot:
+    """Tokens in the KV cells under one sequence id of llama.cpp.
 
     Attributes:
         held: what was decoded, by position.
@@ -54,26 +59,54 @@ class Sequence_:  # noqa: N801  (a sequence of llama.cpp, not of Python)
     """
 
     id: int
-    held: list[int] = field(default_factory=list)
+    held: list[Key] = field(default_factory=list)
     busy: bool = False
     used: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens to decode at the end of one sequence; with ``wants_logits`` those of the last are computed."""
+    """Tokens to decode at the end of one slot.
 
-    sequence: Sequence_
-    tokens: Sequence[int]
+    Attributes:
+        keys: what the slot holds of them afterwards.
+        inputs: the tokens, or embeddings (n, n_embd) in their place.
+        phase: what computes them.
+        wants_logits: whether those of the last one are computed.
+    """
+
+    slot: Slot
+    keys: Sequence[Key]
+    inputs: Sequence[int] | Embeddings
+    phase: Phase
     wants_logits: bool
+
+    @property
+    def group(self) -> tuple[bool, Identity]:
+        """Chunks with the same can be decoded in one batch."""
+        return isinstance(self.inputs, np.ndarray), self.phase.identity
+
+
+@dataclass(frozen=True, slots=True)
+class SavedSlot:
+    """What a slot held, outside of any context.
+
+    Attributes:
+        identity: of the context's adapters.
+        data: its KV cells in llama.cpp's form.
+    """
+
+    identity: Identity | None
+    held: list[Key]
+    data: Any
 
 
 class Context:
     """A ``llama_context`` and what it holds. For one thread.
 
     Attributes:
-        identity: of the adapter set in force; None if nothing may be reused.
-        n_cells: tokens that all sequences together can hold.
+        identity: of the adapters that compute from the first token on; None before the first.
+        n_cells: tokens that all slots together can hold.
         kv_bytes: of the KV cache (and recurrent states).
         used: when a request last worked in it.
 
@@ -92,12 +125,13 @@ class Context:
         self.kv_bytes = sum(round(float(size) * 2**20) for size in _CACHE_SIZE.findall("".join(log)))
         self.n_cells = int(llama_cpp.llama_n_ctx(pointer))
         self.n_batch = int(llama_cpp.llama_n_batch(pointer))
-        self.sequences = [Sequence_(number) for number in range(options.n_parallel)]
+        self.slots = [Slot(number) for number in range(options.n_parallel)]
         self.identity: Identity | None = None
         self.used = 0.0
+        self._applied = NO_ADAPTERS
         self._batch = _Batch(self.n_batch)
-        self._outputs: dict[int, Sequence_] = {}
-        self._unproven: set[int] = set()  # ids of sequences whose last logits nobody has seen to be finite
+        self._outputs: dict[int, Slot] = {}
+        self._unproven: set[int] = set()  # ids of slots whose last logits nobody has seen to be finite
         self._poisoned = False
 
     def free(self) -> None:
@@ -109,22 +143,21 @@ class Context:
     @property
     def is_idle(self) -> bool:
         """Whether no request works in it."""
-        return not any(sequence.busy for sequence in self.sequences)
+        return not any(slot.busy for slot in self.slots)
 
     @property
     def n_held(self) -> int:
-        """Tokens held by all sequences; shared prefixes count for each."""
-        return sum(len(sequence.held) for sequence in self.sequences)
+        """Tokens held by all slots; shared prefixes count for each."""
+        return sum(len(slot.held) for slot in self.slots)
 
-    def adopt(self, identity: Identity | None, loras: Sequence[tuple[Pointer, float]]) -> None:
-        """Put another adapter set in force and forget everything computed under the one before."""
+    def adopt(self, identity: Identity | None) -> None:
+        """Forget everything computed under the adapters before; ``identity`` is that of those to come."""
         self.forget()
-        self.identity = None
-        set_loras(self.pointer, loras)
+        self._apply(NO_ADAPTERS)
         self.identity = identity
 
     def forget(self) -> None:
-        """Forget all sequences.
+        """Forget all slots.
 
         Only the bookkeeping is cleared, unless numbers that are not finite may lie in the cells: a masked cell counts 0
         times its value, and 0 * NaN would reach the next ones.
@@ -133,49 +166,81 @@ class Context:
         llama_cpp.llama_memory_clear(self._memory, wipe)
         self._poisoned = False
         self._unproven.clear()
-        for sequence in self.sequences:
-            sequence.held.clear()
+        for slot in self.slots:
+            slot.held.clear()
 
-    def take(self, keys: Sequence[int]) -> Sequence_ | None:
-        """A sequence for a request on ``keys``, its beginning held already as far as possible; None if all are busy.
+    def take(self, keys: Sequence[Key]) -> Slot | None:
+        """A slot for a request on ``keys``, its beginning held already as far as possible; None if all are busy.
 
         The last key is never held: its logits are wanted.
         """
-        free = [sequence for sequence in self.sequences if not sequence.busy]
+        free = [slot for slot in self.slots if not slot.busy]
         if not free:
             return None
         wanted = keys[:-1]
-        source = max(self.sequences, key=lambda sequence: _common(sequence.held, wanted))
+        source = max(self.slots, key=lambda slot: _common(slot.held, wanted))
         common = _common(source.held, wanted)
         if source in free and common * 2 >= len(source.held):  # it goes on from there
             target = source
         else:
-            target = min(free, key=lambda sequence: (sequence is source, len(sequence.held) > 0, sequence.used))
+            target = min(free, key=lambda slot: (slot is source, len(slot.held) > 0, slot.used))
         if target is not source:
             self._copy(source, target, common)
         self.keep(target, common)
         target.busy, target.used = True, time.monotonic()
         return target
 
-    def release(self, sequence: Sequence_) -> None:
-        """The request that worked on ``sequence`` has ended; what it holds stays for others."""
-        sequence.busy, sequence.used = False, time.monotonic()
+    def release(self, slot: Slot) -> None:
+        """The request that worked in ``slot`` has ended; what it holds stays for others."""
+        slot.busy, slot.used = False, time.monotonic()
         if self._poisoned and self.is_idle:
             self.forget()
 
-    def keep(self, sequence: Sequence_, count: int) -> None:
-        """Forget all but the first ``count`` tokens of a sequence, or all where the model's state cannot go back."""
-        if count == len(sequence.held):
+    def keep(self, slot: Slot, count: int) -> None:
+        """Forget all but the first ``count`` tokens of a slot, or all where the model's state cannot go back."""
+        if count == len(slot.held):
             return
-        cut = count and self._model.rewinds and llama_cpp.llama_memory_seq_rm(self._memory, sequence.id, count, -1)
+        cut = count and self._model.rewinds and llama_cpp.llama_memory_seq_rm(self._memory, slot.id, count, -1)
         if not cut:
             count = 0
-            llama_cpp.llama_memory_seq_rm(self._memory, sequence.id, -1, -1)
-        del sequence.held[count:]
+            llama_cpp.llama_memory_seq_rm(self._memory, slot.id, -1, -1)
+        del slot.held[count:]
+
+    def save(self, slot: Slot) -> SavedSlot:
+        """A copy of what ``slot`` holds."""
+        size = llama_cpp.llama_state_seq_get_size(self.pointer, slot.id)
+        data = (ctypes.c_uint8 * size)()
+        written = llama_cpp.llama_state_seq_get_data(self.pointer, data, size, slot.id)
+        return SavedSlot(self.identity, list(slot.held[:]) if written == size else [], data)
+
+    def state_bytes(self, slot: Slot) -> int:
+        """Bytes of a copy of what ``slot`` holds."""
+        return int(llama_cpp.llama_state_seq_get_size(self.pointer, slot.id))
+
+    def restore(self, saved: SavedSlot) -> Slot | None:
+        """A free slot that holds again what was saved; None if there is none, or it cannot be."""
+        free = [slot for slot in self.slots if not slot.busy]
+        if not free or saved.identity != self.identity or not saved.held:
+            return None
+        slot = min(free, key=lambda slot: (len(slot.held) > 0, slot.used))
+        self.keep(slot, 0)
+        if not self.make_room(len(saved.held)):
+            return None
+        if not llama_cpp.llama_state_seq_set_data(self.pointer, saved.data, len(saved.data), slot.id):
+            llama_cpp.llama_memory_seq_rm(self._memory, slot.id, -1, -1)
+            return None
+        slot.held.extend(saved.held)
+        slot.busy, slot.used = True, time.monotonic()
+        return slot
+
+    def knows(self, generation: int) -> bool:
+        """Whether the adapter of this load is in force, or will be for the next tokens."""
+        identities = self._applied.identity | (self.identity or frozenset())
+        return any(generation == other for _, other, _ in identities)
 
     def make_room(self, count: int) -> bool:
-        """Forget idle sequences, longest unused first, until ``count`` cells are free; whether they are."""
-        idle = sorted((s for s in self.sequences if not s.busy and s.held), key=lambda s: s.used, reverse=True)
+        """Forget idle slots, longest unused first, until ``count`` cells are free; whether they are."""
+        idle = sorted((s for s in self.slots if not s.busy and s.held), key=lambda s: s.used, reverse=True)
         while self.n_held + count > self.n_cells:
             if not idle:
                 return False
@@ -183,13 +248,14 @@ class Context:
         return True
 
     def decode(self, chunks: Sequence[Chunk]) -> list[int]:
-        """Decode all chunks in one batch; for each that wants logits, in order, its index in the batch.
+        """Decode chunks of one group in one batch; for each that wants logits, in order, its index in the batch.
 
         Raises:
             GenerationError: if llama.cpp fails; the context must then `forget`.
         """
+        self._apply(chunks[0].phase)
         self._outputs = self._batch.fill(chunks)
-        self._unproven.update(chunk.sequence.id for chunk in chunks)
+        self._unproven.update(chunk.slot.id for chunk in chunks)
         status = llama_cpp.llama_decode(self.pointer, self._batch.struct)
         if status:
             self._poisoned = True
@@ -198,7 +264,7 @@ class Context:
             )
         self.used = time.monotonic()
         for chunk in chunks:
-            chunk.sequence.held.extend(chunk.tokens)
+            chunk.slot.held.extend(chunk.keys)
         return list(self._outputs)
 
     def logits(self, index: int) -> NDArray[np.float32]:
@@ -217,7 +283,12 @@ class Context:
         self._unproven.discard(self._outputs[index].id)
         return logits
 
-    def _copy(self, source: Sequence_, target: Sequence_, count: int) -> None:
+    def _apply(self, phase: Phase) -> None:
+        if phase.identity != self._applied.identity:
+            set_loras(self.pointer, phase.loras)
+            self._applied = phase
+
+    def _copy(self, source: Slot, target: Slot, count: int) -> None:
         self.keep(target, 0)
         if count and self._model.rewinds:
             llama_cpp.llama_memory_seq_cp(self._memory, source.id, target.id, 0, count)
@@ -234,34 +305,37 @@ class _Batch:
         self._ids = np.zeros(size, np.int32)
         self._id_pointers = self._ids.ctypes.data + np.arange(size, dtype=np.uintp) * self._ids.itemsize
         self._wanted = np.zeros(size, np.int8)
-        fields = dict(llama_cpp.llama_batch._fields_)
+        self._embeddings: Embeddings | None = None
         self.struct = llama_cpp.llama_batch()
-        self.struct.embd = None
-        arrays: dict[str, NDArray[Any]] = {
-            "token": self._tokens,
-            "pos": self._positions,
-            "n_seq_id": self._counts,
-            "seq_id": self._id_pointers,
-            "logits": self._wanted,
-        }
-        for name, array in arrays.items():
-            setattr(self.struct, name, ctypes.cast(array.ctypes.data, fields[name]))
+        self._point("pos", self._positions)
+        self._point("n_seq_id", self._counts)
+        self._point("seq_id", self._id_pointers)
+        self._point("logits", self._wanted)
 
-    def fill(self, chunks: Sequence[Chunk]) -> dict[int, Sequence_]:
-        """Write the chunks into the arrays; the sequences whose logits are wanted, by index in the batch."""
+    def fill(self, chunks: Sequence[Chunk]) -> dict[int, Slot]:
+        """Write the chunks into the arrays; the slots whose logits are wanted, by index in the batch."""
         at, outputs = 0, {}
         self._wanted[:] = 0
         for chunk in chunks:
-            end, first = at + len(chunk.tokens), len(chunk.sequence.held)
-            self._tokens[at:end] = chunk.tokens
+            end, first = at + len(chunk.keys), len(chunk.slot.held)
+            if not isinstance(chunk.inputs, np.ndarray):
+                self._tokens[at:end] = chunk.inputs
             self._positions[at:end] = np.arange(first, first + end - at)
-            self._ids[at:end] = chunk.sequence.id
+            self._ids[at:end] = chunk.slot.id
             if chunk.wants_logits:
                 self._wanted[end - 1] = 1
-                outputs[end - 1] = chunk.sequence
+                outputs[end - 1] = chunk.slot
             at = end
         self.struct.n_tokens = at
+        rows = [chunk.inputs for chunk in chunks if isinstance(chunk.inputs, np.ndarray)]
+        self._embeddings = np.ascontiguousarray(np.concatenate(rows), np.float32) if rows else None
+        self._point("embd", self._embeddings)
+        self._point("token", None if rows else self._tokens)
         return outputs
+
+    def _point(self, name: str, array: NDArray[Any] | None) -> None:
+        kind = dict(llama_cpp.llama_batch._fields_)[name]
+        setattr(self.struct, name, None if array is None else ctypes.cast(array.ctypes.data, kind))
 
 
 def _parameters(options: ContextOptions) -> Any:  # noqa: ANN401  (llama_cpp has no types)
@@ -278,7 +352,7 @@ def _parameters(options: ContextOptions) -> Any:  # noqa: ANN401  (llama_cpp has
     return parameters
 
 
-def _common(held: Sequence[int], wanted: Sequence[int]) -> int:
+def _common(held: Sequence[Key], wanted: Sequence[Key]) -> int:
     """Length of the common beginning."""
     most = min(len(held), len(wanted))
     return next((at for at in range(most) if held[at] != wanted[at]), most)

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from gguflora.engine.adapter_sets import AdapterSet, canonical_set, parse_set
 from gguflora.engine.context import KV_TYPES, Context, ContextOptions
 from gguflora.engine.job import Job
@@ -19,9 +21,9 @@ from gguflora.engine.loading import open_adapter
 from gguflora.engine.model import Model
 from gguflora.engine.pool import Pool
 from gguflora.engine.requests import FinishReason, Generation, Request, Sink
-from gguflora.engine.residents import LoadedAdapter, Resident, Residents, ResidentSet
+from gguflora.engine.residents import Embeddings, LoadedAdapter, Resident, Residents, ResidentSet
 from gguflora.engine.scheduler import Scheduler
-from gguflora.errors import EngineClosedError, EngineError, PromptTooLongError
+from gguflora.errors import EngineClosedError, EngineError, PromptTooLongError, RequestError
 from gguflora.llama import free_lora, load_lora
 from gguflora.preflight import read_whole_base
 
@@ -222,14 +224,12 @@ class Engine:
         """
         self._check_open()
         request.check(self.n_vocab)
-        if len(request.tokens) >= self.n_ctx:
-            raise PromptTooLongError(
-                f"the prompt has {len(request.tokens)} tokens, but the context holds {self.n_ctx} with the answer"
-            )
+        prefix = self._checked_prefix(request)
         names = canonical_set(request.adapters, self._residents.scales())
-        taken = self._residents.take(names)
+        taken = self._residents.take(names, prefix)
         generation = Generation()
         try:
+            self._check_length(len(request.tokens) + (0 if taken.prefix is None else len(taken.prefix)))
             with self._open():
                 job = Job(request, taken, Sink.of(generation), self._model, self.n_ctx)
                 self._scheduler.submit(job)
@@ -275,6 +275,22 @@ class Engine:
             self._check_open()
             yield
 
+    def _check_length(self, n_prompt: int) -> None:
+        if n_prompt >= self.n_ctx:
+            raise PromptTooLongError(
+                f"the prompt has {n_prompt} tokens, but the context holds {self.n_ctx} with the answer"
+            )
+
+    def _checked_prefix(self, request: Request) -> Embeddings | None:
+        if request.prefix is None:
+            return None
+        rows = np.ascontiguousarray(request.prefix, np.float32)
+        if rows.ndim != 2 or rows.shape[1] != self._model.n_embd or not len(rows) or not np.isfinite(rows).all():
+            raise RequestError(
+                f"prefix has shape {rows.shape}, expected finite embeddings (n, {self._model.n_embd}) of this model"
+            )
+        return rows
+
     def _finished(self, job: Job) -> None:
         self._release(job.adapters)
 
@@ -299,7 +315,7 @@ class Engine:
                 scheduler.pool.names.get(context),
                 context.kv_bytes,
                 context.n_held,
-                sum(s.busy for s in context.sequences),
+                sum(s.busy for s in context.slots),
             )
             for context in scheduler.pool.contexts
         )
@@ -312,7 +328,7 @@ class Engine:
             prompt_tokens=scheduler.tokens["prompt"],
             completion_tokens=scheduler.tokens["out"],
             reused_tokens=scheduler.tokens["reused"],
-            decoded_tokens=scheduler.tokens["in"],
+            decoded_tokens=scheduler.tokens["decoded"],
             swaps=scheduler.pool.swaps,
             adapters=len(self._residents.all()),
         )

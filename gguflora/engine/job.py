@@ -3,14 +3,70 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
-from gguflora.engine.context import Chunk, Context, Sequence_
+from gguflora.engine.context import Chunk, Context, Key, SavedSlot, Slot
 from gguflora.engine.model import Model
 from gguflora.engine.requests import Ending, FinishReason, Piece, Request, Sink, Timings, TokenLogprob, Usage
-from gguflora.engine.residents import ResidentSet
+from gguflora.engine.residents import Embeddings, Phase, ResidentSet
 from gguflora.engine.sampler import Sampler, token_logprob
 from gguflora.engine.text import AnswerText
 from gguflora.errors import EngineError
+
+
+@dataclass(slots=True)
+class Course:
+    """What is decoded at each position of a request: embeddings, then tokens, the last perhaps by other adapters.
+
+    Attributes:
+        keys: by position; see `Key`.
+        tokens: those of them that are tokens.
+        rows: of the embeddings before the tokens.
+        activation: position from which on the activated LoRA computes too; None if it never does.
+    """
+
+    adapters: ResidentSet
+    keys: list[Key]
+    tokens: list[int]
+    rows: Embeddings | None
+    activation: int | None
+
+    @classmethod
+    def of(cls, adapters: ResidentSet, prompt: list[int]) -> Course:
+        """That of a prompt."""
+        rows = adapters.prefix
+        n_rows = 0 if rows is None else len(rows)
+        invoked = adapters.activation(prompt)
+        course = cls(
+            adapters, [-1 - row for row in range(n_rows)], [], rows, None if invoked is None else n_rows + invoked
+        )
+        for token in prompt:
+            course.append(token)
+        return course
+
+    def append(self, token: int) -> None:
+        """A token more."""
+        phase = self._phase(len(self.keys))
+        self.keys.append(token if phase is self.adapters.ground else (token, phase.identity))
+        self.tokens.append(token)
+
+    def chunk(self, slot: Slot, most: int) -> Chunk:
+        """What ``slot`` lacks, at most so many positions of one kind."""
+        first = len(slot.held)
+        n_rows = len(self.keys) - len(self.tokens)
+        borders = [border for border in (n_rows, self.activation or 0, len(self.keys)) if border > first]
+        end = min(first + most, *borders)
+        inputs = self.tokens[first - n_rows : end - n_rows] if first >= n_rows else self._rows(first, end)
+        return Chunk(slot, self.keys[first:end], inputs, self._phase(first), end == len(self.keys))
+
+    def _rows(self, first: int, end: int) -> Embeddings:
+        assert self.rows is not None
+        return self.rows[first:end]
+
+    def _phase(self, position: int) -> Phase:
+        activated = self.adapters.activated
+        begun = self.activation is not None and position >= self.activation
+        return activated if begun and activated is not None else self.adapters.ground
 
 
 class Job:
@@ -18,20 +74,22 @@ class Job:
 
     Attributes:
         adapters: its set, resolved.
-        tokens: the prompt and what was generated.
-        sequence: where it is computed; None while it waits.
+        slot: where it is computed; None while it waits.
+        saved: what its slot held when it was suspended.
     """
 
     def __init__(self, request: Request, adapters: ResidentSet, sink: Sink, model: Model, n_ctx: int) -> None:
+        prompt = [int(token) for token in request.tokens]
         self.request = request
         self.adapters = adapters
-        self.tokens: list[int] = [int(token) for token in request.tokens]
-        self.sequence: Sequence_ | None = None
-        self.n_prompt = len(self.tokens)
-        self._last = min(self.n_prompt + request.max_tokens, n_ctx)  # tokens at most
+        self.slot: Slot | None = None
+        self.saved: SavedSlot | None = None
+        self._course = Course.of(adapters, prompt)
+        self._n_prompt = len(self._course.keys)
+        self._last = min(self._n_prompt + request.max_tokens, n_ctx)  # positions at most
         self._sink = sink
         self._model = model
-        self._sampler = Sampler(request.sampling, model.n_vocab, [int(token) for token in request.tokens])
+        self._sampler = Sampler(request.sampling, model.n_vocab, prompt)
         self._text = AnswerText(request.stop)
         self._reused: int | None = None
         self._submitted = time.monotonic()
@@ -44,9 +102,14 @@ class Job:
         return self._reused is not None
 
     @property
+    def keys(self) -> list[Key]:
+        """Of all positions so far."""
+        return self._course.keys
+
+    @property
     def remaining(self) -> int:
-        """Tokens that are still to be decoded before the next one can be chosen."""
-        return len(self.tokens) - (0 if self.sequence is None else len(self.sequence.held))
+        """Positions that are still to be decoded before the next token can be chosen."""
+        return len(self.keys) - (0 if self.slot is None else len(self.slot.held))
 
     @property
     def interruption(self) -> FinishReason | None:
@@ -58,19 +121,17 @@ class Job:
             return "timeout"
         return None
 
-    def start(self, sequence: Sequence_) -> None:
-        """Go on in ``sequence``."""
-        self.sequence = sequence
+    def start(self, slot: Slot) -> None:
+        """Go on in ``slot``."""
+        self.slot, self.saved = slot, None
         if self._reused is None:
-            self._reused = len(sequence.held)
+            self._reused = len(slot.held)
             self._started = time.monotonic()
 
     def chunk(self, most: int) -> Chunk:
-        """What to decode next, at most so many tokens."""
-        assert self.sequence is not None
-        first = len(self.sequence.held)
-        tokens = self.tokens[first : first + most]
-        return Chunk(self.sequence, tokens, wants_logits=first + len(tokens) == len(self.tokens))
+        """What to decode next, at most so many positions."""
+        assert self.slot is not None
+        return self._course.chunk(self.slot, most)
 
     def advance(self, context: Context, index: int) -> FinishReason | None:
         """Choose the next token by the logits at ``index``; why the request ends with it, or None.
@@ -81,18 +142,18 @@ class Job:
         logits = context.logits(index)
         if self._first == 0:
             self._first = time.monotonic()
-        if len(self.tokens) >= self._last:
+        if len(self.keys) >= self._last:
             return "length"
         token = self._sampler.sample(context.pointer, index)
         wanted = self.request.logprobs
         logprob = None if wanted is None else token_logprob(logits, token, wanted, self._model.piece)
-        self.tokens.append(token)
+        self._course.append(token)
         if self._model.is_end(token):
             return "stop"
         self._give(token, logprob)
         if self._text.stopped:
             return "stop"
-        return "length" if len(self.tokens) >= self._last else None
+        return "length" if len(self.keys) >= self._last else None
 
     def _give(self, token: int, logprob: TokenLogprob | None) -> None:
         self._send(self._text.push(token, self._model.piece(token), logprob))
@@ -112,8 +173,8 @@ class Job:
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far."""
-        return Usage(self.n_prompt, len(self.tokens) - self.n_prompt, self._reused or 0)
+        """Tokens so far; embeddings before the prompt count as its tokens."""
+        return Usage(self._n_prompt, len(self.keys) - self._n_prompt, self._reused or 0)
 
     def _timings(self) -> Timings:
         now = time.monotonic()

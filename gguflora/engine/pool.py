@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gguflora.engine.adapter_sets import AdapterSet, Identity
+from gguflora.engine.adapter_sets import AdapterSet
 from gguflora.engine.context import Context
 from gguflora.engine.residents import Resident, ResidentSet
 from gguflora.errors import EngineError
@@ -15,6 +15,7 @@ class Pool:
 
     Attributes:
         contexts: all of them.
+        saved_bytes: memory that KV cells of suspended requests may take outside of the contexts.
         swaps: how often a context was given to another set.
         names: of the set that each context has or last had.
     """
@@ -25,6 +26,7 @@ class Pool:
         self.contexts = [make()]
         self._most = max_contexts
         kv_bytes = self.contexts[0].kv_bytes
+        self.saved_bytes = kv_bytes
         if max_kv_bytes is not None and kv_bytes:
             if kv_bytes > max_kv_bytes:
                 self.close()
@@ -32,18 +34,19 @@ class Pool:
                     f"one context needs {kv_bytes} bytes of KV cache, more than the {max_kv_bytes} allowed; lower n_ctx"
                 )
             self._most = min(max_contexts, max_kv_bytes // kv_bytes)
+            self.saved_bytes = min(kv_bytes, max_kv_bytes - self._most * kv_bytes)
         self.swaps = 0
 
     def context_of(self, adapters: ResidentSet) -> Context | None:
-        """The context with this set in force, given to it if need be; None if all others are at work."""
-        identity = adapters.identity
+        """The context with this set's ground, given to it if need be; None if all others are at work."""
+        identity = adapters.ground.identity
         for context in self.contexts:
             if context.identity == identity:
                 return context
         unused = self._unused()
         if unused is not None:
             self.swaps += 1
-            unused.adopt(identity, adapters.loras)
+            unused.adopt(identity)
             self.names[unused] = adapters.names
         return unused
 
@@ -60,16 +63,12 @@ class Pool:
     def drop(self, resident: Resident) -> None:
         """Take an adapter that no request uses out of all contexts."""
         for context in self.contexts:
-            if context.identity is not None and _holds(context.identity, resident):
-                context.adopt(None, [])
-                self.names.pop(context)
+            if context.knows(resident.adapter.generation):
+                context.adopt(None)
+                self.names.pop(context, None)
 
     def close(self) -> None:
         """Free all contexts. Idempotent."""
         self.names.clear()
         while self.contexts:
             self.contexts.pop().free()
-
-
-def _holds(identity: Identity, resident: Resident) -> bool:
-    return any(generation == resident.adapter.generation for _, generation, _ in identity)

@@ -9,6 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gguflora.engine.adapter_sets import AdapterSet
 from gguflora.errors import EngineError, RequestError
 
@@ -64,7 +67,7 @@ class Sampling:
             _check_number("logit_bias", bias, -math.inf, math.inf)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """One text to continue.
 
@@ -75,6 +78,7 @@ class Request:
         stop: texts that end the answer and are not part of it.
         logprobs: how many of the most likely tokens to report beside each generated one; None reports nothing.
         timeout: seconds from `Engine.submit` on, waiting included.
+        prefix: embeddings (n, n_embd) decoded before the tokens.
     """
 
     tokens: Sequence[int]
@@ -84,6 +88,7 @@ class Request:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     timeout: float | None = None
+    prefix: NDArray[np.float32] | None = None
 
     def check(self, n_vocab: int) -> None:
         """Raise unless the model can work on this.

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gguflora.engine.adapter_sets import AdapterSet, Identity, check_name
 from gguflora.errors import AdapterNameError
 from gguflora.llama import Pointer
+
+Embeddings: TypeAlias = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,32 +47,85 @@ class LoadedAdapter:
 
 @dataclass(slots=True, eq=False)
 class Resident:
-    """A loaded adapter with its ``llama_adapter_lora *`` and the number of requests that use it."""
+    """A loaded adapter in memory.
+
+    Attributes:
+        pointer: its ``llama_adapter_lora *``; None for a soft prompt.
+        prefix: of a soft prompt: its embeddings (n, n_embd), decoded before the tokens.
+        invocation: of an activated LoRA: the tokens that it begins to work at.
+        users: number of requests that use it.
+        removed: whether its name is gone.
+    """
 
     adapter: LoadedAdapter
     pointer: Pointer
+    prefix: Embeddings | None = None
+    invocation: tuple[int, ...] = ()
     users: int = 0
     removed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
+class Phase:
+    """The adapters that compute a stretch of a request's tokens.
+
+    Attributes:
+        identity: what KV cells computed by them depend on.
+        loras: those of llama.cpp.
+    """
+
+    identity: Identity
+    loras: tuple[tuple[Pointer, float], ...]
+
+
+NO_ADAPTERS: Final = Phase(frozenset(), ())
+
+
+@dataclass(frozen=True)
 class ResidentSet:
-    """An adapter set of one request, resolved: what its names meant when it was submitted."""
+    """An adapter set of one request, resolved: what its names meant when it was submitted.
+
+    Attributes:
+        members: with their scales.
+        request_prefix: embeddings that the request itself puts before its tokens.
+    """
 
     names: AdapterSet
     members: tuple[tuple[Resident, float], ...]
+    request_prefix: Embeddings | None = None
 
-    @property
-    def identity(self) -> Identity:
-        """What KV cells computed under this set depend on."""
-        return frozenset(
-            (resident.adapter.sha256, resident.adapter.generation, scale) for resident, scale in self.members
-        )
+    @cached_property
+    def ground(self) -> Phase:
+        """What computes from the first token on: all but activated LoRAs. Requests that share it share a context."""
+        return self._phase([(resident, scale) for resident, scale in self.members if not resident.invocation])
 
-    @property
-    def loras(self) -> list[tuple[Pointer, float]]:
-        """For llama.cpp."""
-        return [(resident.pointer, scale) for resident, scale in self.members]
+    @cached_property
+    def activated(self) -> Phase | None:
+        """What computes from the invocation tokens on, if there is an activated LoRA."""
+        return self._phase(self.members) if any(resident.invocation for resident, _ in self.members) else None
+
+    @cached_property
+    def prefix(self) -> Embeddings | None:
+        """Embeddings (n, n_embd) decoded before the tokens: those of the soft prompts, then the request's own."""
+        parts = [resident.prefix for resident, _ in self.members if resident.prefix is not None]
+        parts += [] if self.request_prefix is None else [self.request_prefix]
+        return np.concatenate(parts, dtype=np.float32) if parts else None
+
+    def activation(self, tokens: Sequence[int]) -> int | None:
+        """Where in the prompt the activated LoRA begins: the last time it is invoked; None if it never is."""
+        for resident, _ in self.members:
+            wanted = resident.invocation
+            for at in range(len(tokens) - len(wanted), -1, -1) if wanted else ():
+                if tuple(tokens[at : at + len(wanted)]) == wanted:
+                    return at
+        return None
+
+    def _phase(self, members: Sequence[tuple[Resident, float]]) -> Phase:
+        of = {(resident.adapter.sha256, resident.adapter.generation, scale) for resident, scale in members}
+        if self.request_prefix is not None:
+            of.add((hashlib.sha256(self.request_prefix.tobytes()).hexdigest(), -1, 1.0))
+        loras = [(resident.pointer, scale) for resident, scale in members if resident.pointer is not None]
+        return Phase(frozenset(of), tuple(loras))
 
 
 class Residents:
@@ -118,8 +179,8 @@ class Residents:
             resident.removed = True
             return resident
 
-    def take(self, names: AdapterSet) -> ResidentSet:
-        """Resolve a set, and count its user until `give_back`.
+    def take(self, names: AdapterSet, prefix: Embeddings | None = None) -> ResidentSet:
+        """Resolve a set (with what the request puts before its tokens), and count its user until `give_back`.
 
         Raises:
             AdapterNameError: if a name is gone.
@@ -131,7 +192,7 @@ class Residents:
             members = tuple((self._by_name[name], scale) for name, scale in names)
             for resident, _ in members:
                 resident.users += 1
-            return ResidentSet(names, members)
+            return ResidentSet(names, members, prefix)
 
     def give_back(self, taken: ResidentSet) -> list[Resident]:
         """A user has ended; the adapters that nobody can reach any more."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from gguflora.engine.adapter_sets import Identity
-from gguflora.engine.context import Context
+from gguflora.engine.context import Chunk, Context
 from gguflora.engine.job import Job
 from gguflora.engine.pool import Pool
 from gguflora.engine.requests import FinishReason
@@ -153,7 +153,7 @@ class Scheduler:
                 return True
 
     def _enqueue(self, job: Job) -> None:
-        identity = job.adapters.identity
+        identity = job.adapters.ground.identity
         if identity not in self._lanes:
             # not 0: a newcomer would have every turn until it has caught up
             spent = min((lane.spent for lane in self._lanes.values()), default=0.0)
@@ -207,25 +207,36 @@ class Scheduler:
     def _suspend(self, lane: Lane) -> None:
         """Take a lane's context away; its jobs wait for their next turn."""
         for job in reversed(lane.running):
-            self._leave_sequence(lane, job)
+            self._save(lane, job)
+            self._leave_slot(lane, job)
             lane.waiting.appendleft(job)
         lane.running.clear()
         lane.context = None
 
+    def _save(self, lane: Lane, job: Job) -> None:
+        """Keep what a job's slot holds, if there is memory for it; else it is computed again."""
+        context, slot = lane.context, job.slot
+        assert context is not None
+        assert slot is not None
+        kept = sum(len(job.saved.data) for other in self._lanes.values() for job in other.waiting if job.saved)
+        if slot.held and kept + context.state_bytes(slot) <= self.pool.saved_bytes:
+            job.saved = context.save(slot)
+
     def _start(self, lane: Lane, job: Job) -> bool:
-        """Give ``job`` a sequence of its lane's context, if there is one and room for it."""
+        """Give ``job`` a slot of its lane's context, if there is one and room for it."""
         context = lane.context
         assert context is not None
-        in_use = sum(len(running.tokens) for running in lane.running)
-        if lane.running and in_use + len(job.tokens) + len(lane.running) + 1 > context.n_cells:
+        in_use = sum(len(running.keys) for running in lane.running)
+        if lane.running and in_use + len(job.keys) + len(lane.running) + 1 > context.n_cells:
             return False
-        sequence = context.take(job.tokens)
-        if sequence is None:
+        slot = context.restore(job.saved) if job.saved else None
+        slot = slot or context.take(job.keys)
+        if slot is None:
             return False
         if not job.begun:
             with self._wake:
                 self._queued -= 1
-        job.start(sequence)
+        job.start(slot)
         return True
 
     def _next_lane(self) -> Lane | None:
@@ -233,26 +244,23 @@ class Scheduler:
         return min(running, key=lambda lane: lane.spent) if running else None
 
     def _step(self, lane: Lane) -> None:
-        """Decode one batch, and choose the next token of every job whose turn has come."""
+        """Decode what is next of every job, and choose the next token of those whose turn has come."""
         started = time.perf_counter()
-        jobs: list[Job] = []
-        try:
-            self._work(lane, jobs)
-        except Exception as error:
-            self._fail(lane, jobs or list(lane.running), error)
+        for group in self._plan(lane):
+            self._decode(lane, group)
         lane.spent += time.perf_counter() - started
-        if not lane.running:
-            lane.context = None
 
-    def _work(self, lane: Lane, jobs: list[Job]) -> None:
+    def _decode(self, lane: Lane, group: Sequence[tuple[Job, Chunk]]) -> None:
         context = lane.context
         assert context is not None
-        plan = self._plan(lane, context)
-        jobs += [job for job, _ in plan]
-        chunks = [job.chunk(count) for job, count in plan]
-        indices = iter(context.decode(chunks))
-        self.tokens["in"] += sum(len(chunk.tokens) for chunk in chunks)
-        for job, chunk in zip(list(jobs), chunks, strict=True):
+        chunks = [chunk for _, chunk in group]
+        try:
+            indices = iter(context.decode(chunks))
+        except EngineError as error:
+            self._fail(lane, [job for job, _ in group], error)
+            return
+        self.tokens["decoded"] += sum(len(chunk.keys) for chunk in chunks)
+        for job, chunk in group:
             if chunk.wants_logits:
                 self._advance(lane, job, context, next(indices))
 
@@ -266,31 +274,32 @@ class Scheduler:
             self._leave(lane, job)
             self._end(job, reason)
 
-    def _plan(self, lane: Lane, context: Context) -> list[tuple[Job, int]]:
-        """How many tokens of which job to decode: first those that need only one, then prompts in order of arrival."""
+    def _plan(self, lane: Lane) -> list[list[tuple[Job, Chunk]]]:
+        """What to decode, by group: one token of each job that generates, then prompts in order of arrival."""
+        context = lane.context
+        assert context is not None
         generating = any(job.remaining == 1 for other in self._lanes.values() for job in other.running)
         budget = context.n_batch // _MIXED_SHARE if generating else context.n_batch
         budget = max(budget, len(lane.running))
         while True:
             plan, left = [], budget
             for job in sorted(lane.running, key=lambda job: job.remaining > 1):
-                count = min(job.remaining, left)
-                if count:
-                    plan.append((job, count))
-                    left -= count
+                if left:
+                    chunk = job.chunk(left)
+                    plan.append((job, chunk))
+                    left -= len(chunk.keys)
             if context.make_room(budget - left):
-                return plan
-            if len(lane.running) > 1:  # the newest waits until the others have done
-                newest = lane.running.pop()
-                self._leave_sequence(lane, newest)
-                lane.waiting.appendleft(newest)
-            else:
+                return _grouped(plan)
+            if len(lane.running) == 1:
                 raise GenerationError("the context is full")
+            newest = lane.running.pop()  # it waits until the others have done
+            self._leave_slot(lane, newest)
+            lane.waiting.appendleft(newest)
 
     def _leave(self, lane: Lane, job: Job) -> None:
         if job in lane.running:
             lane.running.remove(job)
-            self._leave_sequence(lane, job)
+            self._leave_slot(lane, job)
             if not lane.running:
                 lane.context = None
         elif job in lane.waiting:
@@ -300,17 +309,17 @@ class Scheduler:
                     self._queued -= 1
 
     @staticmethod
-    def _leave_sequence(lane: Lane, job: Job) -> None:
-        if job.sequence is not None and lane.context is not None:
-            lane.context.release(job.sequence)
-        job.sequence = None
+    def _leave_slot(lane: Lane, job: Job) -> None:
+        if job.slot is not None and lane.context is not None:
+            lane.context.release(job.slot)
+        job.slot = None
 
     def _fail(self, lane: Lane, jobs: Sequence[Job], error: Exception) -> None:
         context = lane.context
         told = error if isinstance(error, EngineError) else GenerationError(f"computing the request failed: {error}")
         for job in jobs:
-            if context is not None and job.sequence is not None:
-                context.keep(job.sequence, 0)
+            if context is not None and job.slot is not None:
+                context.keep(job.slot, 0)
             self._leave(lane, job)
             self._end(job, "error", told)
 
@@ -323,3 +332,11 @@ class Scheduler:
         self.tokens["reused"] += job.usage.reused_tokens
         job.end(reason, error)
         self._finished(job)
+
+
+def _grouped(plan: Sequence[tuple[Job, Chunk]]) -> list[list[tuple[Job, Chunk]]]:
+    """Parts of the plan that can each be decoded in one batch."""
+    groups: dict[tuple[bool, Identity], list[tuple[Job, Chunk]]] = {}
+    for job, chunk in plan:
+        groups.setdefault(chunk.group, []).append((job, chunk))
+    return list(groups.values())
