@@ -1,71 +1,265 @@
-"""The engine answers with exactly the adapters asked for, whatever it did before."""
+"""The engine answers with exactly the adapters asked for, whatever it did before and beside."""
 
+import random
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import builders
+import gguf
 import hotswap
+import llama_cpp
 import numpy as np
 import pytest
-from hotswap import PROMPT, A, B, C
+from hotswap import OTHER, PROMPT, A, B, C
 
 from gguflora.engine import Engine, Generation, Piece, Request, Sampling
+from gguflora.engine import scheduler as scheduler_module
+from gguflora.llama import free_lora, load_lora, set_loras
 
 GREEDY = Sampling(temperature=0)
 OPTIONS: dict[str, Any] = {"n_ctx": 256, "threads": 1, "kv_type": "F32"}
+SETS: dict[str, list[tuple[builders.Adapter, float]]] = {
+    "base": [], "a": [(A, 1.0)], "b@-0.5": [(B, -0.5)], "a@0.5+c": [(A, 0.5), (C, 1.0)],
+}  # fmt: skip
+SPECS = {"a": A, "b": B, "c": C}
 
 
 def files() -> dict[str, Path]:
-    return {"a": hotswap.gguf_lora(A), "b": hotswap.gguf_lora(B), "c": hotswap.gguf_lora(C)}
+    return {name: hotswap.gguf_lora(spec) for name, spec in SPECS.items()}
+
+
+def open_engine(**options: Any) -> Engine:
+    return Engine(builders.gguf_model("llama"), adapters=files(), **OPTIONS | options)
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    with Engine(builders.gguf_model("llama"), adapters=files(), **OPTIONS) as opened:
+    with open_engine() as opened:
         yield opened
 
 
 def ask(engine: Engine, adapters: str = "base", prompt: Sequence[int] = PROMPT, **options: Any) -> Generation:
-    options = {"max_tokens": 12, "sampling": GREEDY, "logprobs": 0} | options
+    options = {"max_tokens": 12, "sampling": GREEDY, "logprobs": 100} | options
     return engine.submit(Request(list(prompt), engine.adapter_set(adapters), **options))
 
 
-def finish(generation: Generation) -> list[Piece]:
-    return list(generation)
-
-
-def tokens_of(pieces: list[Piece]) -> list[int]:
+def tokens_of(pieces: Sequence[Piece]) -> list[int]:
     return [token for piece in pieces for token in piece.tokens]
 
 
-def logprobs_of(pieces: list[Piece]) -> np.ndarray:
-    return np.array([entry.logprob for piece in pieces for entry in piece.logprobs])
+def assert_fresh(adapters: dict[str, float], prompt: Sequence[int], pieces: Sequence[Piece]) -> None:
+    """The log probabilities of all generated tokens are those of a context that never saw anything else."""
+    entries = [entry for piece in pieces for entry in piece.logprobs]
+    tokens = [entry.token for entry in entries]
+    wanted = fresh_logprobs(tuple(sorted(adapters.items())), tuple(prompt) + tuple(tokens))[len(prompt) - 1 : -1]
+    for entry, row in zip(entries, wanted, strict=True):
+        np.testing.assert_allclose(
+            [logprob for _, _, logprob in entry.top], row[[token for token, _, _ in entry.top]], atol=1e-5, rtol=0
+        )
+        assert entry.logprob == pytest.approx(row[entry.token], abs=1e-5)
 
 
-def greedy_by_peft(adapters: Sequence[tuple[builders.Adapter, float]], prompt: Sequence[int], count: int) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(int(hotswap.expected(*adapters, prompt=tokens)[-1].argmax()))
-    return tokens[len(prompt) :]
+@cache
+def fresh_logprobs(adapters: tuple[tuple[str, float], ...], tokens: tuple[int, ...]) -> np.ndarray:
+    llm = hotswap.open_llama(n_ctx=256, n_batch=256, n_threads=1, n_threads_batch=1)
+    loras = [(load_lora(llm.model, files()[name]), scale) for name, scale in adapters]
+    set_loras(llm.ctx, loras)
+    logits = hotswap.logits(llm, tokens).astype(np.float64)
+    set_loras(llm.ctx, [])
+    for pointer, _ in loras:
+        free_lora(pointer)
+    llm.close()
+    logits -= logits.max(axis=1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
-SETS: dict[str, list[tuple[builders.Adapter, float]]] = {
-    "base": [], "a": [(A, 1.0)], "b@-0.5": [(B, -0.5)], "a@0.5+c": [(A, 0.5), (C, 1.0)],
-}  # fmt: skip
+def named(text: str) -> dict[str, float]:
+    return {spec: scale for name, scale in SETS[text] for spec, other in SPECS.items() if other == name}
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_tokens_are_those_of_peft(engine: Engine, name: str) -> None:
-    pieces = finish(ask(engine, name, max_tokens=6))
-    assert tokens_of(pieces) == greedy_by_peft(SETS[name], PROMPT, 6)
+    tokens = list(PROMPT)
+    for _ in range(6):
+        tokens.append(int(hotswap.expected(*SETS[name], prompt=tokens)[-1].argmax()))
+    assert tokens_of(list(ask(engine, name, max_tokens=6))) == tokens[len(PROMPT) :]
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_first_logprobs_are_those_of_peft(engine: Engine, name: str) -> None:
-    logits = hotswap.expected(*SETS[name])[-1].astype(np.float64)
-    wanted = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
-    pieces = finish(ask(engine, name, max_tokens=1, logprobs=20))
-    top = pieces[0].logprobs[0].top
-    assert [token for token, _, _ in top[:3]] == list(np.argsort(-wanted)[:3])
-    np.testing.assert_allclose([logprob for _, _, logprob in top], np.sort(wanted)[::-1][:20], atol=hotswap.TOLERANCE)
+def test_logprobs_are_those_of_a_fresh_context(engine: Engine, name: str) -> None:
+    assert_fresh(named(name), PROMPT, list(ask(engine, name)))
+
+
+def test_requests_of_one_set_are_decoded_together(engine: Engine) -> None:
+    prompts = [PROMPT, OTHER, PROMPT[:9], (*PROMPT[:30], 99, 98)]
+    alone = [list(ask(engine, "a", prompt)) for prompt in prompts]
+    before = engine.stats().decoded_tokens
+    together = [list(generation) for generation in [ask(engine, "a", prompt) for prompt in prompts]]
+    assert engine.stats().decoded_tokens > before
+    for prompt, one, all_ in zip(prompts, alone, together, strict=True):
+        assert tokens_of(one) == tokens_of(all_)
+        assert_fresh({"a": 1.0}, prompt, all_)
+
+
+def test_batches_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    decode = llama_cpp.llama_decode
+
+    def counted(context: Any, batch: Any) -> int:
+        sizes.append((batch.n_tokens, {batch.seq_id[i][0] for i in range(batch.n_tokens)}))
+        return int(decode(context, batch))
+
+    with open_engine() as engine:
+        monkeypatch.setattr(llama_cpp, "llama_decode", counted)
+        generations = [ask(engine, "a", (*PROMPT[:5], number), max_tokens=20) for number in range(4)]
+        assert all(len(tokens_of(list(generation))) == 20 for generation in generations)
+    full = [size for size in sizes if size == (4, {0, 1, 2, 3})]
+    assert len(full) >= 15
+    assert len(sizes) <= 30
+
+
+def test_a_long_prompt_joins_while_others_generate() -> None:
+    with open_engine(n_batch=16) as engine:
+        first = ask(engine, "a", max_tokens=40)
+        next(first)
+        second = ask(engine, "a", OTHER * 3)
+        third = ask(engine, "b", OTHER * 3)
+        assert_fresh({"a": 1.0}, OTHER * 3, list(second))
+        assert_fresh({"b": 1.0}, OTHER * 3, list(third))
+        first.cancel()
+
+
+def test_going_back_costs_no_prefill() -> None:
+    with open_engine(max_contexts=2) as engine:
+        for name in ("a", "base", "a", "base"):
+            generation = ask(engine, name)
+            list(generation)
+        assert generation.usage.reused_tokens == len(PROMPT) - 1
+        assert engine.stats().swaps == 2
+
+
+def test_a_shared_beginning_is_computed_once() -> None:
+    with open_engine() as engine:
+        generations = [ask(engine, "a", (*PROMPT, number)) for number in range(3)]
+        pieces = [list(generation) for generation in generations]
+        later = ask(engine, "a", (*PROMPT, 7))
+        pieces.append(list(later))
+        assert later.usage.reused_tokens == len(PROMPT)
+        for number, part in zip((0, 1, 2, 7), pieces, strict=True):
+            assert_fresh({"a": 1.0}, (*PROMPT, number), part)
+
+
+def test_a_conversation_goes_on_from_its_cache(engine: Engine) -> None:
+    first = tokens_of(list(ask(engine, "b", OTHER)))
+    second = ask(engine, "b", [*OTHER, *first, 5, 6])
+    assert_fresh({"b": 1.0}, [*OTHER, *first, 5, 6], list(second))
+    assert second.usage.reused_tokens >= len(OTHER) + len(first) - 1
+
+
+def test_sets_take_turns_in_one_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_module, "SLICE_SECONDS", 0.005)
+    with open_engine(max_contexts=1) as engine:
+        generations = {name: ask(engine, name, max_tokens=60) for name in SETS}
+        for name, generation in generations.items():
+            pieces = list(generation)
+            assert len(tokens_of(pieces)) == 60
+            assert_fresh(named(name), PROMPT, pieces)
+        assert engine.stats().swaps > len(SETS)
+        assert len(engine.stats().contexts) == 1
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["saved", "dropped"])
+def test_a_suspended_request_is_saved_or_computed_again(monkeypatch: pytest.MonkeyPatch, *, kept: bool) -> None:
+    monkeypatch.setattr(scheduler_module, "SLICE_SECONDS", 0.0)
+    with open_engine(max_contexts=1) as engine:
+        if not kept:
+            engine._scheduler.pool.saved_bytes = 0
+        generations = [ask(engine, name, max_tokens=10) for name in ("a", "b")]
+        for name, generation in zip("ab", generations, strict=True):
+            assert_fresh({name: 1.0}, PROMPT, list(generation))
+        stats = engine.stats()
+        decoded = len(PROMPT) * 2 + 9 * 2
+        assert (stats.decoded_tokens == decoded) if kept else (stats.decoded_tokens > decoded)
+
+
+def test_nobody_starves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_module, "SLICE_SECONDS", 0.01)
+    with open_engine(max_contexts=1, n_parallel=1, n_ctx=4096) as engine:
+        endless = [ask(engine, name, max_tokens=4000, logprobs=None) for name in ("a", "b")]
+        list(ask(engine, "c", max_tokens=30))
+        assert all(generation.finish_reason is None for generation in endless)
+        for generation in endless:
+            next(generation)
+            generation.cancel()
+
+
+def test_a_full_context_makes_the_newest_wait() -> None:
+    with open_engine(n_parallel=3) as engine:
+        generations = [ask(engine, "a", (*PROMPT, number), max_tokens=200) for number in range(3)]
+        for number, generation in enumerate(generations):
+            pieces = list(generation)
+            assert generation.finish_reason == "length"
+            assert len(tokens_of(pieces)) == 200
+            assert_fresh({"a": 1.0}, (*PROMPT, number), pieces)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_history_leaves_the_answers_of_a_fresh_context(seed: int) -> None:
+    """Load, rescale, unload and load again under names that change hands, two requests at a time."""
+    rng = random.Random(seed)
+    with Engine(builders.gguf_model("llama"), **OPTIONS, max_contexts=rng.choice([1, 2, 3])) as engine:
+        loaded: dict[str, str] = {}  # names, and which file is behind them
+        for _ in range(30):
+            action = rng.random()
+            if action < 0.25 and len(loaded) < 3:
+                name = rng.choice(sorted({"x", "y", "z"} - loaded.keys()))
+                loaded[name] = rng.choice("abc")
+                engine.load(files()[loaded[name]], name)
+            elif action < 0.35 and loaded:
+                name = rng.choice(sorted(loaded))
+                engine.unload(name)
+                del loaded[name]
+            else:
+                asked = []
+                for _ in range(rng.choice([1, 1, 2])):
+                    names = rng.sample(sorted(loaded), rng.randint(0, len(loaded)))
+                    scales = {name: rng.choice([1.0, 0.5, -0.75]) for name in names}
+                    prompt = rng.choice([PROMPT, OTHER, PROMPT[:11], OTHER + PROMPT])
+                    text = "+".join(f"{name}@{scale}" for name, scale in scales.items()) or "base"
+                    asked.append((scales, prompt, ask(engine, text, prompt, max_tokens=3)))
+                for scales, prompt, generation in asked:
+                    merged: dict[str, float] = {}
+                    for name, scale in scales.items():
+                        merged[loaded[name]] = merged.get(loaded[name], 0) + scale
+                    assert_fresh(merged, prompt, list(generation))
+
+
+def test_removal_gives_the_base_back_bit_for_bit() -> None:
+    def exact(engine: Engine) -> list[tuple[int, float]]:
+        return [(entry.token, entry.logprob) for piece in ask(engine) for entry in piece.logprobs]
+
+    with open_engine(max_contexts=1) as engine:
+        before = exact(engine)
+        list(ask(engine, "a+b"))
+        assert exact(engine) == before
+        list(ask(engine, "c"))  # now the base's cache is gone again
+        engine.unload("a")
+        engine.unload("b")
+        assert exact(engine) == before
+
+
+def test_embeddings_before_the_prompt() -> None:
+    reader = gguf.GGUFReader(builders.gguf_model("llama"))
+    table = next(tensor.data for tensor in reader.tensors if tensor.name == "token_embd.weight")
+    with open_engine(n_batch=8) as engine:
+        for name in ("base", "a"):
+            generation = ask(engine, name, PROMPT[10:], prefix=table[list(PROMPT[:10])])
+            assert_fresh(dict.fromkeys({"a"} & {name}, 1.0), PROMPT, list(generation))
+            again = ask(engine, name, PROMPT[10:], prefix=table[list(PROMPT[:10])])
+            list(again)
+            assert again.usage.reused_tokens == len(PROMPT) - 1
+            other = ask(engine, name, PROMPT[10:], prefix=table[list(OTHER[-10:])])
+            assert_fresh(dict.fromkeys({"a"} & {name}, 1.0), (*OTHER[-10:], *PROMPT[10:]), list(other))
+            assert other.usage.reused_tokens == 0

@@ -346,6 +346,9 @@ def _parameters(options: ContextOptions) -> Any:  # noqa: ANN401  (llama_cpp has
     parameters.n_outputs_max = options.n_parallel
     parameters.n_threads = parameters.n_threads_batch = options.threads
     parameters.type_k = parameters.type_v = KV_TYPES[options.kv_type]
+    # llama.cpp's flash attention on a processor rounds to 16 bits: logits are off by 1e-3 instead of 1e-6, and change
+    # with the batch. Only a quantized cache needs it.
+    parameters.flash_attn_type = int(options.kv_type == "Q8_0")
     parameters.kv_unified = True
     parameters.swa_full = True  # else a sequence could not go back to a common prefix
     parameters.no_perf = True

@@ -84,7 +84,8 @@ class Engine:
         max_kv_bytes: bytes of KV cache, at most: lowers `max_contexts` if need be.
         queue_size: requests that may wait to begin.
         n_batch: tokens decoded in one step, at most.
-        threads: of the processor; None for all.
+        threads: that compute; None for all processors but one: threads of llama.cpp that wait for each other must not
+            share a processor with anything else.
         kv_type: of the numbers in the KV cache: F16, F32, BF16 or Q8_0.
         verbose: let llama.cpp write its log.
 
@@ -342,7 +343,8 @@ def _options(n_ctx: int, n_parallel: int, n_batch: int, threads: int | None, kv_
         _expect("threads", threads, 1, 1024)
     if kv_type not in KV_TYPES:
         raise EngineError(f"kv_type is {kv_type!r:.80}, expected one of {', '.join(KV_TYPES)}")
-    return ContextOptions(n_ctx, n_parallel, max(n_batch, n_parallel), threads or len(os.sched_getaffinity(0)), kv_type)
+    spare_one = max(len(os.sched_getaffinity(0)) - 1, 1)
+    return ContextOptions(n_ctx, n_parallel, max(n_batch, n_parallel), threads or spare_one, kv_type)
 
 
 def _expect(name: str, value: int, low: int, high: int) -> None:
