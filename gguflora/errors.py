@@ -21,6 +21,7 @@
     |   `-- RequestError          a request makes no sense
     |       |-- AdapterNameError      no adapter of this name is loaded, or the name is taken
     |       `-- PromptTooLongError    the prompt does not fit the context
+    |-- ServerError               the server cannot start
     `-- NativeError               the compiled kernels cannot do what was asked (unknown ISA)
 """
 
@@ -111,6 +112,10 @@ class AdapterNameError(RequestError):
 
 class PromptTooLongError(RequestError):
     """The prompt does not fit the context."""
+
+
+class ServerError(GgufloraError):
+    """The server cannot start."""
 
 
 class NativeError(GgufloraError):

@@ -26,6 +26,7 @@ FLOORS = [
     {"algebra", "compare", "convert", "inspect", "llama", "merge", "preflight", "reuse"},
     {"runtime"},
     {"demo", "doctor", "engine"},
+    {"chat", "server"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -1,0 +1,196 @@
+"""A conversation in the terminal: prompts are answered, lines that begin with ``/`` are commands."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from gguflora.engine import AdapterSet, Engine, Generation, Request, Sampling, describe_set
+from gguflora.errors import AdapterNameError, GgufloraError, RequestError
+
+HELP: Final = """\
+/lora               list the adapters
+/lora NAME SCALE    set an adapter's scale, for example: /lora legal 0.5
+/load NAME PATH     load an adapter and switch it on
+/off                switch all adapters off
+/compare PROMPT     the base and each adapter side by side
+/new                forget the conversation
+/help               this list
+/quit               end"""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer and what it took.
+
+    Attributes:
+        adapters: the set that gave it, as text.
+        text: of the answer.
+        tokens: of the answer.
+        ttft: seconds to the first token.
+        seconds: to the last one.
+        tokens_per_second: while it was generated.
+    """
+
+    adapters: str
+    text: str
+    tokens: int
+    ttft: float
+    seconds: float
+    tokens_per_second: float
+
+
+@dataclass(slots=True)
+class Chat:
+    """A conversation with one engine.
+
+    Attributes:
+        engine: whose adapters are used.
+        write: takes the answer's text as it comes.
+        tell: takes lines about it.
+        show: takes the answers of ``/compare``.
+        raw: whether prompts are continued as they are, each alone, instead of by the chat template.
+        max_tokens: of one answer.
+        sampling: of all answers.
+        scales: by name, of the adapters that are on.
+        messages: the conversation so far.
+    """
+
+    engine: Engine
+    write: Callable[[str], None]
+    tell: Callable[[str], None]
+    show: Callable[[list[Answer]], None]
+    raw: bool = False
+    max_tokens: int = 256
+    sampling: Sampling = field(default_factory=Sampling)
+    scales: dict[str, float] = field(default_factory=dict)
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def handle(self, line: str) -> bool:
+        """Do what a line says; False if it ends the conversation. Errors are told, not raised."""
+        line = line.strip()
+        word, _, rest = line.partition(" ")
+        try:
+            if line.startswith("/"):
+                return self._command(word, rest.strip())
+            if line:
+                self.say(line)
+        except GgufloraError as error:
+            self.tell(f"error: {error}")
+        return True
+
+    def say(self, text: str) -> Answer:
+        """Answer a prompt; in a chat, both join the conversation.
+
+        Raises:
+            GgufloraError: if it cannot be answered; then the conversation is as before.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        answer = self._answer(self._tokens(text, messages), self.adapters, self.write)
+        if not self.raw:
+            self.messages = [*messages, {"role": "assistant", "content": answer.text}]
+        self.tell(f"[{answer.adapters}: {describe(answer)}]")
+        return answer
+
+    def compare(self, prompt: str) -> list[Answer]:
+        """Answers of the base, of each adapter alone, and of the set that is on, in turn; not remembered."""
+        tokens = self._tokens(prompt, [{"role": "user", "content": prompt}])
+        names = [adapter.name for adapter in self.engine.adapters()]
+        alone = [self.engine.adapter_set([(name, self.scales.get(name) or 1.0)]) for name in names]
+        sets = dict.fromkeys([(), *alone, self.adapters])
+        return [self._answer(tokens, adapters) for adapters in sets]
+
+    @property
+    def adapters(self) -> AdapterSet:
+        """The set that is on."""
+        return self.engine.adapter_set(list(self.scales.items()))
+
+    def _tokens(self, text: str, messages: list[dict[str, str]]) -> list[int]:
+        return self.engine.tokenize(text) if self.raw else self.engine.render_chat(messages)
+
+    def _answer(self, tokens: list[int], adapters: AdapterSet, write: Callable[[str], None] = lambda _: None) -> Answer:
+        started = time.perf_counter()
+        request = Request(tokens, adapters, max_tokens=self.max_tokens, sampling=self.sampling)
+        generation, text = self.engine.submit(request), ""
+        try:
+            for piece in generation:
+                text += piece.text
+                write(piece.text)
+        except KeyboardInterrupt:  # ends the answer, not the conversation
+            generation.cancel()
+            for _ in generation:  # what was on its way
+                pass
+        finally:
+            write("\n")
+        return _measured(generation, describe_set(adapters), text, time.perf_counter() - started)
+
+    def _command(self, word: str, rest: str) -> bool:
+        commands: Mapping[str, Callable[[str], None]] = {
+            "/lora": self._lora,
+            "/load": self._load,
+            "/off": self._off,
+            "/compare": self._compare,
+            "/new": self._new,
+            "/help": lambda _: self.tell(HELP),
+        }
+        if word == "/quit":
+            return False
+        if word not in commands:
+            raise RequestError(f"{word} is no command; /help lists them")
+        commands[word](rest)
+        return True
+
+    def _lora(self, rest: str) -> None:
+        name, _, scale = rest.rpartition(" ")
+        if rest and not name:
+            raise RequestError(f"/lora needs a name and a scale, for example: /lora {rest} 1")
+        if rest:
+            self._set(name.strip(), scale)
+        for adapter in self.engine.adapters():
+            self.tell(f"{adapter.name}: {self.scales.get(adapter.name, 0):g}  ({adapter.method}, {adapter.path.name})")
+        if not self.engine.adapters():
+            self.tell("no adapter is loaded; /load NAME PATH loads one")
+
+    def _set(self, name: str, text: str) -> None:
+        try:
+            scale = float(text)
+        except ValueError:
+            raise RequestError(f"the scale of {name!r} is {text!r}, expected a number") from None
+        self.engine.adapter_set([(name, scale)])
+        self.scales[name] = scale
+
+    def _load(self, rest: str) -> None:
+        name, _, path = rest.partition(" ")
+        if not path.strip():
+            raise AdapterNameError("/load needs a name and a path, for example: /load legal legal.gguf")
+        started = time.perf_counter()
+        adapter = self.engine.load(Path(path.strip()).expanduser(), name)
+        self.scales[adapter.name] = 1.0
+        self.tell(f"loaded {adapter.name} in {time.perf_counter() - started:.2f} s; it is on at 1")
+
+    def _off(self, _: str) -> None:
+        self.scales.clear()
+        self.tell("all adapters are off")
+
+    def _compare(self, prompt: str) -> None:
+        if not prompt:
+            raise RequestError("/compare needs a prompt")
+        self.show(self.compare(prompt))
+
+    def _new(self, _: str) -> None:
+        self.messages = []
+        self.tell("the conversation begins anew")
+
+
+def _measured(generation: Generation, adapters: str, text: str, seconds: float) -> Answer:
+    tokens, timings = generation.usage.completion_tokens, generation.timings
+    rate = (tokens - 1) / timings.decode if tokens > 1 and timings.decode else 0.0
+    return Answer(adapters, text, tokens, timings.ttft, seconds, rate)
+
+
+def describe(answer: Answer) -> str:
+    """What an answer took, in words."""
+    return f"{answer.tokens} tokens, {answer.tokens_per_second:.1f} tokens/s, first after {answer.ttft * 1e3:.0f} ms"

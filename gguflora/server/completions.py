@@ -1,0 +1,170 @@
+"""Endpoints that answer: OpenAI's /v1/models, /v1/completions, /v1/chat/completions."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, Response
+
+from gguflora import engine
+from gguflora.server.answers import ChatForm, Choice, Form, TextForm, timings, usage
+from gguflora.server.failures import as_event, failure_of
+from gguflora.server.prompts import chat_requests, text_requests
+from gguflora.server.schemas import ChatBody, CompletionBody, GenerationBody
+from gguflora.server.service import BASE_MODEL, Service, service_of
+from gguflora.server.streams import Answers, EventStream, while_connected
+
+_LOG: Final = logging.getLogger(__name__)
+router = APIRouter()
+Offered = Annotated[Service, Depends(service_of)]
+
+
+@router.get("/v1/models")
+def list_models(service: Offered) -> dict[str, Any]:
+    """The base and each adapter; a request may also name a set of them, such as ``legal@0.5+tone@0.3``."""
+    names = [BASE_MODEL, *(adapter.name for adapter in service.engine.adapters())]
+    return {"object": "list", "data": [_model(service, name) for name in names]}
+
+
+@router.get("/v1/models/{model:path}")
+def show_model(model: str, service: Offered) -> dict[str, Any]:
+    """One model, or one adapter set."""
+    service.adapter_set(model, None)
+    return _model(service, model)
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "gguflora",
+        "root": service.engine.model_name,
+        "parent": None if name == BASE_MODEL else BASE_MODEL,
+        "max_model_len": service.engine.n_ctx,
+    }
+
+
+@router.post("/v1/completions")
+async def complete(body: CompletionBody, request: Request, service: Offered) -> Response:
+    """Continue one or several texts."""
+    adapters = service.adapter_set(body.model, body.lora)
+    answers = Answers(await run_in_threadpool(lambda: submit(service, text_requests(service, body, adapters))))
+    return await _Job(service, TextForm(), body, answers, body.logprobs is not None).respond(request)
+
+
+@router.post("/v1/chat/completions")
+async def chat(body: ChatBody, request: Request, service: Offered) -> Response:
+    """Answer the last message of a chat."""
+    adapters = service.adapter_set(body.model, body.lora)
+    answers = Answers(await run_in_threadpool(lambda: submit(service, chat_requests(service, body, adapters))))
+    return await _Job(service, ChatForm(), body, answers, bool(body.logprobs)).respond(request)
+
+
+def submit(service: Service, requests: Sequence[engine.Request]) -> list[engine.Generation]:
+    """Put all of them into the queue, or none.
+
+    Raises:
+        QueueFullError: if they do not fit.
+    """
+    generations: list[engine.Generation] = []
+    try:
+        for request in requests:
+            generations.append(service.engine.submit(request))
+    except Exception:
+        for generation in generations:
+            generation.cancel()
+        raise
+    return generations
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One request that is being answered."""
+
+    service: Service
+    form: Form
+    body: GenerationBody
+    answers: Answers
+    with_logprobs: bool
+
+    async def respond(self, request: Request) -> Response:
+        if self.body.stream:
+            return EventStream(self.answers, self._events())
+        return JSONResponse(await while_connected(request, self.answers, self._whole()))
+
+    def _choices(self) -> list[Choice]:
+        return [Choice(self.form, index, self.with_logprobs) for index in range(len(self.answers.generations))]
+
+    async def _whole(self) -> dict[str, Any]:
+        choices = self._choices()
+        async for index, piece in self.answers.pieces():
+            if piece is not None:
+                choices[index].add(piece)
+        generations = self.answers.generations
+        self.service.metrics.finished(generations)
+        return {
+            **self._head(self.form.whole),
+            "choices": [
+                choice.whole(answer.finish_reason) for choice, answer in zip(choices, generations, strict=True)
+            ],
+            "usage": self._usage(),
+            **timings(generations),
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        return usage(self.answers.generations, self.body.n or 1)
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": f"{self.form.prefix}-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.body.model or BASE_MODEL,
+        }
+
+    async def _events(self) -> AsyncIterator[str]:
+        """Server-sent events: chunks, then usage if asked for, then ``[DONE]``; or an error, and the end."""
+        head = self._head(self.form.chunk)
+        counts = bool(self.body.stream_options and self.body.stream_options.include_usage)
+        no_usage = {"usage": None} if counts else {}
+        try:
+            async for choice, more in self._chunks():
+                yield _event({**head, "choices": [choice], **no_usage, **more})
+        except Exception as error:
+            failure = failure_of(error)
+            if failure.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+                _LOG.error("an answer failed", exc_info=error)
+            yield as_event(failure)
+            return
+        if counts:
+            yield _event({**head, "choices": [], "usage": self._usage()})
+        yield "data: [DONE]\n\n"
+
+    async def _chunks(self) -> AsyncIterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """A choice's next chunk, and what stands beside it."""
+        choices = self._choices()
+        for choice in choices:
+            opening = choice.opening()
+            if opening is not None:
+                yield opening, {}
+        generations = self.answers.generations
+        async for index, piece in self.answers.pieces():
+            if piece is not None:
+                yield choices[index].add(piece), {}
+            else:
+                yield choices[index].closing(generations[index].finish_reason), timings(generations)
+        self.service.metrics.finished(generations)
+
+
+def _event(chunk: dict[str, Any]) -> str:
+    return f"data: {json.dumps(chunk)}\n\n"

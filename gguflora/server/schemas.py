@@ -1,0 +1,149 @@
+"""Bodies of requests: OpenAI's fields, llama-server's ``lora``, vLLM's ``lora_name`` and ``lora_path``.
+
+Fields that would change the answer and cannot be honoured are refused; others that are unknown are ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+_REFUSED: Final[dict[str, object]] = {
+    "audio": None,
+    "best_of": 1,
+    "echo": False,
+    "function_call": "none",
+    "functions": [],
+    "grammar": "",
+    "json_schema": None,
+    "suffix": "",
+    "tools": [],
+}
+"""Fields that are not supported, and the value (beside null) that means nothing."""
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(allow_inf_nan=False, extra="ignore")
+
+
+class LoraScale(_Body):
+    """One item of llama-server's ``lora``."""
+
+    id: int
+    scale: float = 0.0
+
+
+class StreamOptions(_Body):
+    """OpenAI's ``stream_options``."""
+
+    include_usage: bool = False
+
+
+class ResponseFormat(_Body):
+    """OpenAI's ``response_format``; text only."""
+
+    type: Literal["text"]
+
+
+def _as_list(value: Any) -> Any:  # noqa: ANN401  (whatever the client sent)
+    return [value] if isinstance(value, str) else value
+
+
+StopTexts = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=256)]], BeforeValidator(_as_list), Field(max_length=16)
+]
+
+
+class GenerationBody(_Body):
+    """What completions and chat completions have in common."""
+
+    model: str | None = Field(None, max_length=1024)
+    lora: list[LoraScale] | None = Field(None, max_length=256)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(None, ge=1, le=128)
+    max_tokens: int | None = Field(None, ge=1)
+    stop: StopTexts | None = None
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
+    temperature: float | None = Field(None, ge=0, le=10)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=1 << 30)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repeat_penalty: float | None = Field(None, gt=0, le=10)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, body: Any) -> Any:  # noqa: ANN401
+        if isinstance(body, dict):
+            for name, nothing in _REFUSED.items():
+                if body.get(name) not in (None, nothing):
+                    raise ValueError(f"{name!r} is not supported by this server")
+        return body
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    logprobs: int | None = Field(None, ge=0, le=20)
+
+    def prompts(self) -> list[str | list[int]]:
+        """All prompts, texts or tokens."""
+        prompt: Any = self.prompt
+        several = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int))
+        return list(prompt) if several else [prompt]
+
+
+class TextPart(_Body):
+    """A part of a message's content; text only."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Body):
+    """One message of a chat."""
+
+    role: str = Field(min_length=1, max_length=64)
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+
+    def for_template(self) -> dict[str, str]:
+        """What chat templates expect."""
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=1024)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _check_top_logprobs(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("'top_logprobs' needs 'logprobs': true")
+        return self
+
+
+class LoadBody(_Body):
+    """POST /v1/load_lora_adapter."""
+
+    lora_name: str = Field(min_length=1, max_length=256)
+    lora_path: str = Field(min_length=1, max_length=4096)
+    load_inplace: bool = False
+
+
+class UnloadBody(_Body):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: str = Field(min_length=1, max_length=256)

@@ -1,0 +1,229 @@
+"""The page in headless Chromium: it loads, follows the sliders, streams both answers, shows errors, fits a phone."""
+
+import os
+import shutil
+
+import pytest
+import serving
+from serving import expected_text, wait_until
+
+from gguflora.server import Settings
+
+playwright = pytest.importorskip("playwright.sync_api", reason="the page's test needs playwright: pip install playwright")
+CHROMIUM = os.environ.get("GGUFLORA_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="the page's test needs Chromium: apt-get install chromium, or set GGUFLORA_CHROMIUM"
+)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def http():
+    with serving.serving(n_ctx=2048) as client:
+        yield client
+
+
+@pytest.fixture
+def page(browser, http):
+    yield from opened(browser, http)
+
+
+def opened(browser, http, **options):
+    """The page, loaded; at the end it must have complained of nothing and asked nobody else."""
+    context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
+    page = context.new_page()
+    page.set_default_timeout(30_000)
+    said, asked = [], []
+    page.on("console", lambda message: said.append(message.text) if message.type in {"error", "warning"} else None)
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(str(http.base_url))
+    yield page
+    context.close()
+    assert [text for text in said if "the server responded with a status of" not in text] == []
+    assert all(url.startswith(str(http.base_url)) for url in asked)
+
+
+def text_of(page, column):
+    return page.locator(f"#{column} .text").inner_text()
+
+
+def ask(page, prompt=serving.QUESTION):
+    page.get_by_label("Prompt").fill(prompt)
+    page.get_by_role("button", name="Ask both").click()
+
+
+def until_answered(page):
+    playwright.expect(page.get_by_role("button", name="Stop")).to_be_disabled(timeout=30_000)
+
+
+def move(page, name, scale):
+    """With the keyboard: Home, then steps of 0.05."""
+    slider = page.get_by_role("slider", name=name)
+    slider.press("Home")
+    for _ in range(round(scale / 0.05)):
+        slider.press("ArrowRight")
+
+
+def test_it_shows_the_model_and_its_adapters(page):
+    playwright.expect(page.locator("#model")).to_have_text("base")
+    playwright.expect(page.get_by_role("slider")).to_have_count(2)
+    slider = page.get_by_role("slider", name="shout")
+    assert [slider.get_attribute(name) for name in ("min", "max")] == ["0", "2"]
+    playwright.expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_both_columns_stream(page):
+    page.add_init_script("""
+        window.seen = {base: new Set(), adapted: new Set()};
+        new MutationObserver(() => {
+            for (const column of ["base", "adapted"])
+                window.seen[column].add(document.querySelector(`#${column} .text`)?.innerText);
+        }).observe(document, {subtree: true, childList: true, characterData: true});
+    """)
+    page.reload()
+    ask(page)
+    playwright.expect(page.locator("#base .numbers")).to_contain_text("tokens/s")
+    until_answered(page)
+    assert text_of(page, "base").strip() == expected_text().strip()
+    assert text_of(page, "adapted").strip() == expected_text("shout").strip()
+    for column in ("base", "adapted"):
+        assert page.evaluate(f"window.seen.{column}.size") >= 3  # nothing, a part, and the whole
+        assert "first after" in page.locator(f"#{column} .numbers").inner_text()
+
+
+def test_a_moved_slider_changes_the_answer(page):
+    ask(page)
+    until_answered(page)
+    move(page, "shout", 0.4)
+    assert page.locator("#adapted .set").inner_text() == "shout at 0.4"
+    wait_until(lambda: text_of(page, "adapted").strip() == expected_text("shout", 0.4).strip())
+    move(page, "shout", 0)
+    move(page, "verse", 0.5)
+    wait_until(lambda: text_of(page, "adapted").strip() == expected_text("verse", 0.5).strip())
+    assert page.locator("output").all_inner_texts() == ["0.00", "0.50"]
+    assert text_of(page, "base").strip() == expected_text().strip()
+    until_answered(page)
+
+
+def test_heat_maps(page):
+    playwright.expect(page.locator("figure")).to_have_count(2)
+    cells = page.locator("figure").first.locator("td.cell")
+    assert cells.count() == 28
+    assert page.locator("figure").first.locator("tbody th").all_inner_texts()[:2] == ["attn_q", "attn_k"]
+    page.locator("table").first.focus()
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown"):
+        page.keyboard.press(key)
+    change = serving.httpx.get(f"{page.url}lora-adapters/0/changes").json()["changes"]
+    wanted = next(row for row in change if row["name"] == "blk.1.attn_k.weight")
+    readout = page.locator("figure figcaption span").first.inner_text()
+    assert readout.startswith("blk.1.attn_k.weight: ")
+    assert float(readout.split()[1]) == pytest.approx(100 * wanted["relative"], rel=0.06)
+    hot = cells.nth(0).evaluate("cell => getComputedStyle(cell).backgroundColor")
+    move(page, "shout", 0)
+    cold = cells.nth(0).evaluate("cell => getComputedStyle(cell).backgroundColor")
+    assert hot != cold
+
+
+def test_stop(page):
+    page.get_by_label("Tokens").fill("1500")
+    page.get_by_label("Temperature").fill("2")
+    page.evaluate("document.querySelector('#chat').checked = false")
+    ask(page, "The")
+    page.get_by_role("button", name="Stop").click()
+    until_answered(page)
+    playwright.expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_keyboard_only(page):
+    playwright.expect(page.get_by_role("slider")).to_have_count(2)
+    for _ in range(10):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "prompt":
+            break
+    page.keyboard.type(serving.QUESTION)
+    page.keyboard.press("Control+Enter")
+    wait_until(lambda: text_of(page, "adapted").strip() == expected_text("shout").strip())
+    until_answered(page)
+
+
+def test_a_full_queue_is_shown(browser):
+    with serving.serving(Settings(max_tokens=4000), n_parallel=1, queue_size=1, n_ctx=4096) as http:
+        endless = {**serving.LONG, "max_tokens": 3500, "stream": True}
+        with http.stream("POST", "/v1/completions", json=endless) as running:
+            next(running.iter_lines())
+            with http.stream("POST", "/v1/completions", json=endless):
+                for page in opened(browser, http):
+                    playwright.expect(page.get_by_role("slider")).to_have_count(2)
+                    ask(page)
+                    alert = page.get_by_role("alert")
+                    playwright.expect(alert).to_contain_text("429")
+                    playwright.expect(alert).to_contain_text("try again")
+                    assert "429" in text_of(page, "base")
+        for page in opened(browser, http):
+            ask(page)
+            until_answered(page)
+            assert text_of(page, "base").strip() == expected_text().strip()
+
+
+def test_a_key_is_asked_for(browser):
+    with serving.serving(Settings(api_key="secret")) as http:
+        for page in opened(browser, http):
+            playwright.expect(page.get_by_role("alert")).to_contain_text("401")
+            page.get_by_label("API key").fill("secret")
+            page.get_by_role("button", name="Use key").click()
+            playwright.expect(page.get_by_role("slider")).to_have_count(2)
+            playwright.expect(page.get_by_role("alert")).to_be_hidden()
+            ask(page)
+            until_answered(page)
+            assert text_of(page, "base").strip() == expected_text().strip()
+
+
+def test_a_server_that_is_gone_is_shown(browser):
+    with serving.serving() as http:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(str(http.base_url))
+        playwright.expect(page.get_by_role("slider")).to_have_count(2)
+    ask(page)
+    playwright.expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
+    context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone(browser, http, scheme):
+    phone = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True, "color_scheme": scheme}
+    for page in opened(browser, http, **phone):
+        playwright.expect(page.locator("figure")).to_have_count(2)
+        ask(page)
+        until_answered(page)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        base, adapted = (page.locator(f"#{column}").bounding_box() for column in ("base", "adapted"))
+        assert adapted["y"] >= base["y"] + base["height"]  # below each other
+        for button in page.get_by_role("button").all():
+            assert not button.is_visible() or button.bounding_box()["height"] >= 44
+        back = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, back[4:-1].split(","))) > 380) == (scheme == "light")
+        if folder := os.environ.get("GGUFLORA_SCREENSHOTS"):
+            page.screenshot(path=f"{folder}/phone-{scheme}.png", full_page=True)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_desktop(browser, http, scheme):
+    for page in opened(browser, http, color_scheme=scheme):
+        playwright.expect(page.locator("figure")).to_have_count(2)
+        move(page, "verse", 1)
+        ask(page)
+        until_answered(page)
+        base, adapted = (page.locator(f"#{column}").bounding_box() for column in ("base", "adapted"))
+        assert adapted["x"] >= base["x"] + base["width"]  # beside each other
+        assert page.evaluate("document.documentElement.scrollWidth") <= 1200
+        if folder := os.environ.get("GGUFLORA_SCREENSHOTS"):
+            page.screenshot(path=f"{folder}/desktop-{scheme}.png", full_page=True)
