@@ -9,7 +9,9 @@ from serving import expected_text, wait_until
 
 from gguflora.server import Settings
 
-playwright = pytest.importorskip("playwright.sync_api", reason="the page's test needs playwright: pip install playwright")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="the page's test needs playwright: pip install playwright"
+)
 CHROMIUM = os.environ.get("GGUFLORA_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="the page's test needs Chromium: apt-get install chromium, or set GGUFLORA_CHROMIUM"
@@ -166,7 +168,8 @@ def test_a_full_queue_is_shown(browser):
                     alert = page.get_by_role("alert")
                     playwright.expect(alert).to_contain_text("429")
                     playwright.expect(alert).to_contain_text("try again")
-                    assert "429" in text_of(page, "base")
+                    for column in ("base", "adapted"):
+                        playwright.expect(page.locator(f"#{column} .text")).to_contain_text("429: ")
         for page in opened(browser, http):
             ask(page)
             until_answered(page)

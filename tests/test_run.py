@@ -60,7 +60,9 @@ def test_the_conversation_is_remembered():
 
 def test_compare_side_by_side():
     adapters = ("--lora", lora_file("shout"), "--lora-scaled", f"{lora_file('verse')}:0")
-    code, out, _ = run(*adapters, "--raw", "--temperature", "0", "--max-tokens", "12", lines=[f"/compare {PROMPT[:-3]}"])
+    code, out, _ = run(
+        *adapters, "--raw", "--temperature", "0", "--max-tokens", "12", lines=[f"/compare {PROMPT[:-3]}"]
+    )
     assert code == 0
     title, *rest = [line.split() for line in out.splitlines() if line.strip()]
     assert title == ["base", "shout@1", "verse@1"]

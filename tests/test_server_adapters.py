@@ -64,7 +64,9 @@ def test_changes_are_inspects(http):
     reply = http.get("/lora-adapters/1/changes").json()
     report = gguflora.inspect(lora_file("verse"), demo.BASE)
     assert reply["name"] == "verse"
-    assert [(row["name"], row["relative"]) for row in reply["changes"]] == [(c.name, c.relative) for c in report.changes]
+    assert [(row["name"], row["relative"]) for row in reply["changes"]] == [
+        (c.name, c.relative) for c in report.changes
+    ]
     assert {(row["layer"], row["module"]) for row in reply["changes"]} >= {(0, "attn_q"), (3, "ffn_down")}
     assert np.ptp([row["relative"] for row in reply["changes"]]) > 0
     assert http.get("/lora-adapters/9/changes").status_code == 404

@@ -39,18 +39,21 @@ def stats(http):
 
 
 def test_full_queue_is_429():
-    with serving.serving(Settings(max_tokens=4000), **CROWDED) as http, answering(http):
-        with http.stream("POST", "/v1/completions", json={**ENDLESS, "stream": True}) as waiting:
-            assert waiting.status_code == 200
-            assert stats(http).queued == 1
-            for stream in (False, True):
-                refused = http.post("/v1/completions", json={**GREEDY, "stream": stream})
-                assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
-                assert refused.json()["error"]["type"] == "rate_limit_error"
-            with pytest.raises(openai.RateLimitError):
-                serving.openai_client(http).completions.create(**GREEDY)
-            assert http.get("/health").status_code == 200
-            assert "gguflora_queued 1.0" in http.get("/metrics").text
+    with (
+        serving.serving(Settings(max_tokens=4000), **CROWDED) as http,
+        answering(http),
+        http.stream("POST", "/v1/completions", json={**ENDLESS, "stream": True}) as waiting,
+    ):
+        assert waiting.status_code == 200
+        assert stats(http).queued == 1
+        for stream in (False, True):
+            refused = http.post("/v1/completions", json={**GREEDY, "stream": stream})
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            assert refused.json()["error"]["type"] == "rate_limit_error"
+        with pytest.raises(openai.RateLimitError):
+            serving.openai_client(http).completions.create(**GREEDY)
+        assert http.get("/health").status_code == 200
+        assert "gguflora_queued 1.0" in http.get("/metrics").text
 
 
 def test_more_answers_than_the_queue_holds_take_no_place():

@@ -10,7 +10,6 @@ import typer
 
 from gguflora.files.gguf import GgufFile
 
-
 _DEFAULT_CONTEXT: Final = 4096
 
 

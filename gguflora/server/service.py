@@ -48,10 +48,7 @@ class Service:
             AdapterNameError: if ``model`` names an adapter that is not loaded.
             Failure: if ``lora`` has an unknown id.
         """
-        if model is None or model == DEFAULT_MODEL:
-            named = self._default_set()
-        else:
-            named = self.engine.adapter_set(model)
+        named = self._default_set() if model in {None, DEFAULT_MODEL} else self.engine.adapter_set(str(model))
         return named if lora is None else self.engine.adapter_set(list(self.by_id(lora).items()))
 
     def by_id(self, lora: Sequence[LoraScale]) -> dict[str, float]:
