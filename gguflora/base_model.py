@@ -49,13 +49,12 @@ def read_base(path: str | os.PathLike[str]) -> BaseModel:
 
     Raises:
         GgufError: if the GGUF file is damaged.
-        ArchitectureError: if it is no language model, one file of a split one, or its configuration cannot be used.
+        ArchitectureError: if it is no language model, or its configuration cannot be used.
     """
     location = Path(path)
     if location.is_dir():
         return _read_config(location / "config.json")
     with GgufFile(location) as file:
-        check_whole(file)
         return describe(file)
 
 

@@ -8,10 +8,8 @@ decide here; of the data it is only asked whether the numbers are finite.
 from __future__ import annotations
 
 import math
-import re
 import struct
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -43,19 +41,7 @@ def read_whole_base(path: Path) -> BaseModel:
         GgufError: if a file is damaged or missing.
     """
     with GgufFile(path) as file:
-        base, shapes = describe(file), {}
-    for part in _parts(path):
-        with GgufFile(part) as file:
-            shapes.update({name: tensor.shape for name, tensor in file.tensors.items()})
-    return replace(base, shapes=shapes)
-
-
-def _parts(path: Path) -> list[Path]:
-    """All files of a model split by llama.cpp (``name-00001-of-00003.gguf``), or the one."""
-    found = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", path.name)
-    if found is None:
-        return [path]
-    return [path.with_name(f"{found[1]}-{number:05}-of-{found[2]}.gguf") for number in range(1, int(found[2]) + 1)]
+        return describe(file)
 
 
 def check_loadable(path: Path, base: BaseModel) -> None:

@@ -25,7 +25,7 @@ import safetensors.numpy
 from builders import Adapter
 
 import gguflora.cli
-from gguflora.files.gguf import GgufFile, encode_entry
+from gguflora.files.gguf import encode_entry
 
 ADAPTER = Adapter(seed=5)
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -253,11 +253,14 @@ def test_tied_embedding(arch, tmp_path):
 
 
 def test_split_base(adapter, base, tmp_path):
-    with GgufFile(base) as file:
-        layout = file.layout({"split.count": encode_entry("split.count", 3)}, {})
-        data = base.read_bytes()[file.data_start :]
-    base.write_bytes(layout.header + data)
-    assert_both_refuse(adapter, base, tmp_path, "one of 3 files", "join them")
+    """One of three files, under a name that does not say so."""
+    data = base.read_bytes()
+    entry = encode_entry("split.count", 3)
+    shift = -(-len(entry) // 32) * 32  # what is not the entry must still be aligned
+    filler = encode_entry("split.fill", "x" * (2 * shift - len(entry) - len(encode_entry("split.fill", ""))))
+    (n_kv,) = struct.unpack_from("<Q", data, 16)
+    base.write_bytes(data[:16] + struct.pack("<Q", n_kv + 2) + entry + filler + data[24:])
+    assert_both_refuse(adapter, base, tmp_path, "base.gguf", "split", "3 files")
 
 
 def test_two_adapters_name_the_one_that_is_wrong(adapter, base, tmp_path):

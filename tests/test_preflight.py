@@ -181,6 +181,9 @@ def test_a_split_base(tmp_path):
     whole = gguf.GGUFReader(builders.gguf_model("llama"))
     for number in (1, 2):
         writer = gguf.GGUFWriter(tmp_path / f"base-{number:05}-of-00002.gguf", "llama")
+        writer.add_uint16("split.no", number - 1)
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", len(whole.tensors))
         for tensor in whole.tensors[number - 1 :: 2]:
             writer.add_tensor(tensor.name, tensor.data)
         writer.write_header_to_file()

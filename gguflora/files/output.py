@@ -1,36 +1,40 @@
-"""Output that is whole or absent: a file without a name in the target's directory, synced, then given its name."""
+"""Output that is whole or absent: files without names in the target's directory, synced, then given their names."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import secrets
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from gguflora.errors import OutputError
 
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
+"""What file systems say that have no hard links."""
+
 
 def check_target(target: Path, inputs: Iterable[Path], *, force: bool, size: int) -> None:
-    """Check, before any work, that ``size`` bytes can be written to ``target``.
+    """Check, before any work, that ``size`` bytes can be written to ``target``; see `check_targets`."""
+    check_targets([target], inputs, force=force, size=size)
+
+
+def check_targets(targets: Sequence[Path], inputs: Iterable[Path], *, force: bool, size: int) -> None:
+    """Check, before any work, that ``size`` bytes in all can be written to files of one directory.
 
     Raises:
-        OutputError: if it exists and ``force`` is not set, is one of the inputs, or its directory is missing, not
+        OutputError: if one exists and ``force`` is not set, is one of the inputs, or their directory is missing, not
             writable or too full.
     """
-    folder = target.parent
-    if not folder.is_dir():
-        raise OutputError(f"{target}: the directory {folder} does not exist; create it first")
-    if target.is_dir():
-        raise OutputError(f"{target}: is a directory, expected the name of a file")
-    if target.exists():
-        for source in inputs:
-            if source.exists() and source.samefile(target):
-                raise OutputError(f"{target}: is also an input; choose another name for the output")
-        if not force:
-            raise OutputError(f"{target}: already exists; choose another name, or overwrite it with --force")
+    sources = list(inputs)
+    for target in targets:
+        _check_name(target, sources, force=force)
+    target, folder = targets[0], targets[0].parent
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"{target}: the directory {folder} is not writable")
     free = shutil.disk_usage(folder).free
@@ -38,33 +42,143 @@ def check_target(target: Path, inputs: Iterable[Path], *, force: bool, size: int
         raise OutputError(f"{target}: needs {size:,} bytes, but only {free:,} are free on its disk")
 
 
+def _check_name(target: Path, inputs: Iterable[Path], *, force: bool) -> None:
+    if not target.parent.is_dir():
+        raise OutputError(f"{target}: the directory {target.parent} does not exist; create it first")
+    if target.is_dir():
+        raise OutputError(f"{target}: is a directory, expected the name of a file")
+    if not target.exists():
+        return
+    for source in inputs:
+        if source.exists() and source.samefile(target):
+            raise OutputError(f"{target}: is also an input; choose another name for the output")
+    if not force:
+        raise OutputError(f"{target}: already exists; choose another name, or overwrite it with --force")
+
+
 @contextmanager
-def atomic_output(target: Path) -> Iterator[IO[bytes]]:
+def atomic_output(target: Path, *, force: bool = True) -> Iterator[IO[bytes]]:
     """A file that becomes ``target`` when the block ends, and leaves nothing behind when it fails.
 
-    Until then it has no name (O_TMPFILE), so that not even a killed process leaves one; where the file system has no
-    such files it has a temporary one. `path_of` says how to open it again.
+    `path_of` says how to open it again.
+
+    Args:
+        target: name of the file.
+        force: whether a file that has this name by then is replaced; else it is an error.
 
     Raises:
         OutputError: if it cannot be written.
     """
-    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    with atomic_outputs([target], force=force) as (file,):
+        yield file
+
+
+@contextmanager
+def atomic_outputs(targets: Sequence[Path], *, force: bool = True) -> Iterator[list[IO[bytes]]]:
+    """Files that become ``targets``, all of one directory, when the block ends: all of them or none.
+
+    Until then they have no names (O_TMPFILE), so that not even a killed process leaves one; where the file system has
+    no such files they have temporary ones, which the next output of the same name removes. The first target gets its
+    name last: a split model without its first file cannot be loaded.
+
+    Raises:
+        OutputError: if they cannot be written.
+    """
+    target = targets[0]
     try:
-        handle, is_named = _open_beside(beside)
-        try:
-            with os.fdopen(handle, "w+b") as file:
-                yield file
-                file.flush()
-                os.fsync(handle)
-                os.fchmod(handle, 0o666 & ~_umask())
-                if not is_named:
-                    _link(handle, beside)
-                beside.replace(target)
-        finally:
-            beside.unlink(missing_ok=True)
+        for path in targets:
+            _remove_litter(path)
+        with ExitStack() as stack:
+            drafts = [stack.enter_context(_draft(path)) for path in targets]
+            yield [draft.file for draft in drafts]
+            for draft in drafts:
+                draft.finish()
+            _publish(drafts, force=force)
         _sync_folder(target.parent)
+    except FileExistsError as error:
+        raise OutputError(
+            f"{error.filename2 or target}: was made by someone else in the meantime; see to it"
+        ) from error
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A file of the output before it has its name; ``beside`` is its temporary one, if it needs one."""
+
+    target: Path
+    file: IO[bytes]
+    beside: Path
+    is_named: bool
+
+    def finish(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        os.fchmod(self.file.fileno(), 0o666 & ~_umask())
+
+    def link(self, path: Path) -> None:
+        """Give it a name that is free."""
+        if not self.is_named:
+            _link(self.file.fileno(), path)
+            return
+        try:
+            os.link(self.beside, path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            if path.exists():
+                raise FileExistsError(errno.EEXIST, "exists", str(self.beside), None, str(path)) from error
+            self.beside.replace(path)
+
+
+@contextmanager
+def _draft(target: Path) -> Iterator[_Draft]:
+    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    handle, is_named = _open_beside(beside)
+    try:
+        with os.fdopen(handle, "w+b") as file:
+            with suppress(OSError):  # not all file systems have locks
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield _Draft(target, file, beside, is_named)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _publish(drafts: Sequence[_Draft], *, force: bool) -> None:
+    named: list[Path] = []
+    try:
+        if force:
+            for draft in drafts:
+                if not draft.is_named:
+                    draft.link(draft.beside)
+            if len(drafts) > 1:  # the old first file with new others would be no model
+                drafts[0].target.unlink(missing_ok=True)
+        for draft in reversed(drafts):
+            if force:
+                draft.beside.replace(draft.target)
+            else:
+                draft.link(draft.target)
+            named.append(draft.target)
+    except BaseException:
+        for path in named:
+            path.unlink()
+        raise
+
+
+def _remove_litter(target: Path) -> None:
+    """Remove temporary files of the target whose processes were killed: nobody holds their locks."""
+    start = f".{target.name}."
+    with os.scandir(target.parent) as entries:
+        litter = [Path(e.path) for e in entries if e.name.startswith(start) and e.name.endswith(".partial")]
+    for path in litter:
+        with suppress(OSError):
+            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(handle)
 
 
 def check_folder_target(target: Path, inputs: Iterable[Path], *, marker: str, force: bool) -> None:

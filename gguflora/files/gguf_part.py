@@ -1,0 +1,115 @@
+"""One GGUF file, opened read-only and checked; a split model has several."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+from gguflora.errors import GgufError
+from gguflora.files.gguf_header import Cursor, Header, Metadata
+from gguflora.files.gguf_tensors import align, place_tensors, read_listed
+
+MAGIC: Final = b"GGUF"
+DEFAULT_ALIGNMENT: Final = 32
+MAX_ALIGNMENT: Final = 1 << 20
+
+
+class GgufPart:
+    """One file.
+
+    Attributes:
+        path: of the file.
+        version: of the format, 2 or 3.
+        metadata: the key-value pairs.
+        tensors: the tensors by name, in the order of the file's tensor list.
+        tensor_list: the list as it lies in the file.
+        data_start: offset of the tensor data from the start of the file.
+        alignment: of tensor data, in bytes.
+        size: of the file, in bytes.
+
+    Raises:
+        GgufError: if the file is missing, damaged, big-endian or of an unknown version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe must not block
+        except (OSError, ValueError) as error:
+            raise GgufError(f"{path}: cannot be opened: {getattr(error, 'strerror', error)}") from error
+        try:
+            self._stat = os.fstat(self._handle)
+            self.size = self._stat.st_size
+            self._parse(Cursor(Header(path, self._handle, self.size)))
+        except BaseException:
+            self.close()
+            raise
+
+    def _parse(self, cursor: Cursor) -> None:
+        cursor.header.fill(min(4, self.size), "the magic")
+        magic = bytes(cursor.header.content[:4])
+        if magic != MAGIC:
+            raise GgufError(f"{self.path}: not a GGUF file (expected it to begin with {MAGIC!r}, found {magic!r})")
+        cursor.skip(4, "the magic")
+        self.version = cursor.number("<I", "the version")
+        self._check_version()
+        n_tensors = cursor.number("<Q", "the number of tensors")
+        n_metadata = cursor.number("<Q", "the number of metadata entries")
+        # a tensor takes at least 32 bytes of header, a metadata entry 13
+        if n_tensors * 32 + n_metadata * 13 > self.size:
+            raise cursor.fail(f"claims {n_tensors} tensors and {n_metadata} metadata entries, more than fit into it")
+        self.metadata = Metadata(cursor, n_metadata)
+        self.alignment = self._read_alignment()
+        start = cursor.at
+        listed = [read_listed(cursor) for _ in range(n_tensors)]
+        self.tensor_list = bytes(cursor.header.content[start : cursor.at])
+        del cursor.header.content[cursor.at :]
+        self.data_start = align(cursor.at, self.alignment)
+        self.tensors = place_tensors(self.path, listed, self.data_start, self.alignment, self.size)
+
+    def _check_version(self) -> None:
+        if self.version in {2, 3}:
+            return
+        if self.version and self.version & 0xFFFF == 0:
+            raise GgufError(f"{self.path}: is big-endian; convert it with gguf-convert-endian first")
+        raise GgufError(f"{self.path}: has GGUF version {self.version}; versions 2 and 3 can be read")
+
+    def _read_alignment(self) -> int:
+        alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        is_number = isinstance(alignment, int) and not isinstance(alignment, bool)
+        if not is_number or not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
+            raise GgufError(
+                f"{self.path}: general.alignment is {alignment!r:.80}, expected a power of two up to {MAX_ALIGNMENT}"
+            )
+        return int(alignment)
+
+    def fileno(self) -> int:
+        """The file descriptor, for reading only."""
+        return self._handle
+
+    def read_into(self, target: memoryview, offset: int, what: str) -> None:
+        """Fill ``target`` with the bytes at ``offset``.
+
+        Read with ``pread``, not through a mapping, so that a merge of any model runs in little resident memory.
+        """
+        while target:
+            try:
+                count = os.preadv(self._handle, [target], offset)
+            except OSError as error:
+                raise GgufError(f"{self.path}: {what} cannot be read: {error.strerror}") from error
+            if count == 0:
+                raise GgufError(f"{self.path}: ends within {what}; was it changed while being read?")
+            target, offset = target[count:], offset + count
+
+    def check_unchanged(self) -> None:
+        """Raise ``GgufError`` if the file was written to since it was opened (by size and time)."""
+        now = os.fstat(self._handle)
+        if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
+            raise GgufError(f"{self.path}: was changed while being read; try again when nothing writes to it")
+
+    def close(self) -> None:
+        """Close the file; the entries stay readable, the rows do not."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
