@@ -4,6 +4,7 @@ from gguflora._version import __version__
 from gguflora.adapters import read_adapter
 from gguflora.algebra.export import ExportReport, export
 from gguflora.algebra.resize import ResizeReport, resize
+from gguflora.compare import CompareReport, compare
 from gguflora.convert import ConvertReport, convert
 from gguflora.errors import GgufloraError
 from gguflora.inspect import InspectReport, inspect
@@ -12,6 +13,7 @@ from gguflora.runtime import Adapters, attach
 
 __all__ = [
     "Adapters",
+    "CompareReport",
     "ConvertReport",
     "ExportReport",
     "GgufloraError",
@@ -20,6 +22,7 @@ __all__ = [
     "ResizeReport",
     "__version__",
     "attach",
+    "compare",
     "convert",
     "export",
     "inspect",

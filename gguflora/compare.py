@@ -1,9 +1,62 @@
-"""How far apart two models answer."""
+"""How far a merged file's answers are from those of the adapters it was made of: ``compare``.
+
+The truth is the base with the adapters applied at run time ("hot"): no weight of it was rounded again. llama.cpp
+evaluates a text with the base, the hot adapters and the merged file side by side, a few positions at a time.
+"""
 
 from __future__ import annotations
 
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
 import numpy as np
 from numpy.typing import NDArray
+
+from gguflora.convert import convert
+from gguflora.errors import FormatError, HotSwapError, MismatchError, UnsupportedAdapterError
+from gguflora.merge import AdapterArgument, _with_scales, merge
+from gguflora.preflight import check_loadable, read_whole_base
+
+if TYPE_CHECKING:
+    from gguflora.evaluation import Context, Model
+
+BUILT_IN_TEXT: Final = """\
+The ferry leaves the harbour at seven in the morning and comes back before dark. On the way it stops at two islands:
+the larger one has a school, a bakery and a lighthouse, the smaller one nothing but sheep. Last winter the engine failed
+half way across, and the captain let the wind carry the boat to the beach, where everybody climbed out laughing.
+
+To cook rice, wash it twice in cold water, cover it with one and a half times its volume of water, and bring it to the
+boil. Then turn the heat down, put the lid on, and wait for twelve minutes. Do not stir. Why not? Because the grains
+break and the pot sticks.
+
+def mean(values):
+    total = 0.0
+    for value in values:
+        total += value
+    return total / len(values)
+
+Water boils at 100 degrees Celsius at sea level, but at only 90 degrees on a mountain 3,000 metres high. The reason is
+the pressure of the air: the less of it there is, the sooner the bubbles can grow. That is why tea tastes weak up there,
+and why beans take hours.
+
+"Have you seen my glasses?" asked the old man. "They are on your nose," said the girl, and she was right. He thanked
+her, sat down by the window, and read the letter from his brother for the third time.
+"""
+"""What is evaluated where no text is given: a story, a recipe, a program, an explanation, a conversation."""
+
+POSITIONS_AT_ONCE: Final = 16
+"""Positions whose distributions are compared together; a row of them is as long as the vocabulary."""
+MIN_CTX: Final = 16
+SPEED_PROMPT, SPEED_ANSWER, SPEED_TURNS = 128, 16, 3
 
 
 def kl_divergence(reference: NDArray[np.float32], other: NDArray[np.float32]) -> float:
@@ -13,11 +66,269 @@ def kl_divergence(reference: NDArray[np.float32], other: NDArray[np.float32]) ->
         reference: logits (n_positions, n_vocab).
         other: logits of the same shape.
     """
-    log_p, log_q = _log_softmax(reference), _log_softmax(other)
-    return float((np.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean())
+    return float(_divergences(_log_softmax(reference), _log_softmax(other)).mean())
+
+
+def _divergences(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDArray[np.float64]:
+    divergences: NDArray[np.float64] = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    return divergences
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     log_softmax: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return log_softmax
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """How far a model's predictions are from those of the hot adapters.
+
+    Attributes:
+        kl: mean Kullback-Leibler divergence, in nats per token.
+        error: standard error of that mean.
+        top_agreement: share of the positions where both find the same token most likely.
+    """
+
+    kl: float
+    error: float
+    top_agreement: float
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Tokens a second: of a prompt that is read, and of an answer that is generated."""
+
+    prompt: float
+    generation: float
+
+
+@dataclass(frozen=True, slots=True)
+class CompareReport:
+    """What `compare` found. The models are called "base", "hot", "merged" and "naive".
+
+    Attributes:
+        base: the base file.
+        merged: the merged file.
+        adapters: path and scale of each adapter.
+        text: the file that was evaluated, or "built-in text".
+        positions: number of tokens predicted.
+        n_ctx: length of the windows the text was cut into.
+        divergences: from the hot adapters, by model.
+        perplexities: on the text, by model.
+        speeds: of the hot adapters and of the merged file.
+    """
+
+    base: Path
+    merged: Path
+    adapters: tuple[tuple[str, float], ...]
+    text: str
+    positions: int
+    n_ctx: int
+    divergences: dict[str, Divergence]
+    perplexities: dict[str, float]
+    speeds: dict[str, Speed]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return {**asdict(self), "base": str(self.base), "merged": str(self.merged)}
+
+
+def compare(
+    base: str | os.PathLike[str],
+    merged: str | os.PathLike[str],
+    adapters: AdapterArgument,
+    *,
+    text: str | os.PathLike[str] | None = None,
+    naive: bool = False,
+    n_ctx: int = 512,
+    threads: int | None = None,
+) -> CompareReport:
+    """Measure how well ``merged`` answers for ``base`` with ``adapters`` applied at run time.
+
+    Needs llama-cpp-python, and memory for two of the models at once.
+
+    Args:
+        base: the GGUF file that was merged into.
+        merged: the result.
+        adapters: as `gguflora.merge` takes them.
+        text: a UTF-8 file to evaluate, best of the kind the adapters were trained for; by default a short one of
+            common English.
+        naive: also measure a merge that rounds each weight to the nearest, made in a temporary file.
+        n_ctx: tokens of a window; each one begins a new text.
+        threads: by default one for each core this process may use.
+
+    Raises:
+        HotSwapError: if an adapter cannot be applied at run time, llama.cpp refuses a file, or it is not installed.
+        MismatchError: if the models have different vocabularies.
+        GgufloraError: if a file cannot be read.
+    """
+    if n_ctx < MIN_CTX:
+        raise HotSwapError(f"n_ctx is {n_ctx}, expected at least {MIN_CTX} tokens")
+    base_path, merged_path, pairs = Path(base), Path(merged), _with_scales(adapters)
+    used_threads = threads or len(os.sched_getaffinity(0))
+    with _loras(base_path, pairs) as loras, _open(base_path, used_threads) as base_model:
+        tokens, window = _tokens(base_model, text), min(n_ctx, base_model.n_ctx_train)
+        windows = list(_windows(tokens, base_model.first_tokens, window))
+        hot = base_model.context(window, loras)
+        with _open(merged_path, used_threads, base_model) as model:
+            others = {"base": base_model.context(window), "merged": model.context(window)}
+            tallies = _measure(windows, hot, others)
+            speeds = _speeds({"hot": hot, "merged": others["merged"]}, tokens, window)
+        if naive:
+            with _naive_merge(base_path, pairs, used_threads) as file, _open(file, used_threads, base_model) as model:
+                tallies |= _measure(windows, hot, {"naive": model.context(window)})
+    return CompareReport(
+        base=base_path,
+        merged=merged_path,
+        adapters=tuple((str(path), scale) for path, scale in pairs),
+        text="built-in text" if text is None else str(text),
+        positions=tallies["hot"].count,
+        n_ctx=window,
+        divergences={name: tally.divergence() for name, tally in tallies.items() if name != "hot"},
+        perplexities={name: tally.perplexity() for name, tally in tallies.items()},
+        speeds=speeds,
+    )
+
+
+@contextmanager
+def _loras(base: Path, pairs: Sequence[tuple[str | os.PathLike[str], float]]) -> Iterator[list[tuple[Path, float]]]:
+    """The adapters as GGUF LoRA files that llama.cpp can apply to the base."""
+    model = read_whole_base(base)
+    with tempfile.TemporaryDirectory(prefix="gguflora-") as folder:
+        loras = []
+        for number, (path, scale) in enumerate(pairs):
+            file = Path(path)
+            try:
+                if file.is_dir():
+                    file = Path(folder) / f"{number}.gguf"
+                    convert(path, base, file)
+                check_loadable(file, model)
+            except (HotSwapError, UnsupportedAdapterError) as error:
+                raise HotSwapError(
+                    f"{path}: cannot be applied at run time, and only with that can a merged file be compared: {error}. "
+                    "What 'gguflora convert --rank N' makes of it can: an approximation, with the error it reports"
+                ) from error
+            loras.append((file, scale))
+        yield loras
+
+
+@contextmanager
+def _open(path: Path, threads: int, like: Model | None = None) -> Iterator[Model]:
+    """A model, which must have the vocabulary of ``like``."""
+    try:
+        from gguflora.evaluation import Model  # noqa: PLC0415  (import gguflora does not load llama_cpp)
+    except ImportError as error:
+        raise HotSwapError(f"comparing needs llama-cpp-python: pip install 'gguflora[runtime]' ({error})") from error
+    with Model(path, threads) as model:
+        if like is not None and model.n_vocab != like.n_vocab:
+            raise MismatchError(
+                f"{path}: has a vocabulary of {model.n_vocab} tokens, but {like.path} has {like.n_vocab}; "
+                "they cannot be compared token by token"
+            )
+        yield model
+
+
+def _tokens(model: Model, text: str | os.PathLike[str] | None) -> list[int]:
+    content = BUILT_IN_TEXT.encode() if text is None else Path(text).read_bytes()
+    tokens = model.tokenize(content)
+    if len(tokens) < 2:
+        raise FormatError(f"{text}: has {len(tokens)} tokens, expected a text of some length")
+    return tokens
+
+
+def _windows(tokens: Sequence[int], first: list[int], n_ctx: int) -> Iterator[list[int]]:
+    """The text in pieces of up to ``n_ctx`` tokens, each beginning as a text does."""
+    step = n_ctx - len(first)
+    for start in range(0, len(tokens), step):
+        window = [*first, *tokens[start : start + step]]
+        if len(window) > 1:
+            yield window
+
+
+class _Tally:
+    """Sums over the positions."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._kl = self._kl_squared = self._agreements = self._loss = 0.0
+
+    def add(self, log_p: NDArray[np.float64], log_q: NDArray[np.float64], targets: Sequence[int]) -> None:
+        """Positions' log-probabilities by the hot adapters and by this model, and the tokens that follow."""
+        divergences = _divergences(log_p, log_q)
+        self.count += len(targets)
+        self._kl += float(divergences.sum())
+        self._kl_squared += float((divergences**2).sum())
+        self._agreements += float((log_p.argmax(axis=-1) == log_q.argmax(axis=-1)).sum())
+        self._loss -= float(log_q[np.arange(len(targets)), targets].sum())
+
+    def divergence(self) -> Divergence:
+        mean = self._kl / self.count
+        variance = max(0.0, self._kl_squared / self.count - mean**2)
+        return Divergence(mean, math.sqrt(variance / self.count), self._agreements / self.count)
+
+    def perplexity(self) -> float:
+        return math.exp(self._loss / self.count)
+
+
+def _measure(windows: Sequence[list[int]], hot: Context, others: Mapping[str, Context]) -> dict[str, _Tally]:
+    """All models over the text, side by side."""
+    from gguflora.evaluation import POSITIONS  # noqa: PLC0415
+
+    contexts = {"hot": hot, **others}
+    tallies = {name: _Tally() for name in contexts}
+    for window in windows:
+        for context in contexts.values():
+            context.clear()
+        for start in range(0, len(window) - 1, POSITIONS):
+            targets = window[start + 1 : start + 1 + POSITIONS]
+            logits = {name: context.decode(window[start : start + len(targets)]) for name, context in contexts.items()}
+            _add(tallies, logits, targets)
+    return tallies
+
+
+def _add(tallies: Mapping[str, _Tally], logits: Mapping[str, NDArray[np.float32]], targets: Sequence[int]) -> None:
+    for start in range(0, len(targets), POSITIONS_AT_ONCE):
+        some = slice(start, start + POSITIONS_AT_ONCE)
+        log_p = _log_softmax(logits["hot"][some])
+        for name, tally in tallies.items():
+            log_q = log_p if name == "hot" else _log_softmax(logits[name][some])
+            tally.add(log_p, log_q, targets[some])
+
+
+@contextmanager
+def _naive_merge(base: Path, pairs: AdapterArgument, threads: int) -> Iterator[Path]:
+    """A merge that rounds to the nearest, gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="gguflora-") as folder:
+        file = Path(folder) / "naive.gguf"
+        merge(base, pairs, file, threads=threads)
+        yield file
+
+
+def _speeds(contexts: Mapping[str, Context], tokens: Sequence[int], n_ctx: int) -> dict[str, Speed]:
+    """Medians over some turns: read a prompt, then go on token by token (of the text, so that all do the same)."""
+    answer = min(SPEED_ANSWER, n_ctx // 2)
+    prompt = min(SPEED_PROMPT, n_ctx - answer)
+    needed = prompt + answer
+    run = (list(tokens) * (needed // len(tokens) + 1))[:needed]
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in contexts}
+    for _ in range(SPEED_TURNS):
+        for name, context in contexts.items():
+            taken[name].append(_time(context, run, prompt))
+    medians = {
+        name: [statistics.median(column) for column in zip(*turns, strict=True)] for name, turns in taken.items()
+    }
+    return {name: Speed(prompt / seconds[0], answer / seconds[1]) for name, seconds in medians.items()}
+
+
+def _time(context: Context, tokens: Sequence[int], prompt: int) -> tuple[float, float]:
+    """Seconds for the prompt and for the rest."""
+    context.clear()
+    moments = [time.perf_counter()]
+    context.decode(tokens[:prompt], only_last=True)
+    moments.append(time.perf_counter())
+    for token in tokens[prompt:]:
+        context.decode([token])
+    moments.append(time.perf_counter())
+    first, second = (after - before for before, after in pairwise(moments))
+    return first, second

@@ -1,0 +1,168 @@
+"""Logits of many tokens from llama.cpp: a model, contexts on it, a few positions at a time.
+
+``llama_cpp.Llama`` holds one context, and room for the logits of all its positions; a comparison needs several contexts
+on one model, and the logits only until they are compared. Imports llama_cpp, so nothing that ``import gguflora``
+reaches may import this module at its top.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+from gguflora.errors import HotSwapError
+from gguflora.llama import Pointer, captured_log, free_lora, load_lora, set_loras
+
+POSITIONS: Final = 128
+"""Tokens evaluated at once: enough to be as quick as more, and the logits stay small."""
+
+
+class Model:
+    """A GGUF model in llama.cpp's memory; a context manager that frees it, and what was made of it.
+
+    Raises:
+        HotSwapError: if llama.cpp cannot load it.
+    """
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self.path = path
+        self._threads = threads
+        with ExitStack() as made:
+            made.enter_context(_without_log())
+            self._load_model(made)
+            self._resources = made.pop_all()
+
+    def _load_model(self, resources: ExitStack) -> None:
+        llama_cpp.llama_backend_init()
+        parameters = llama_cpp.llama_model_default_params()
+        parameters.n_gpu_layers = 0
+        with captured_log() as log:
+            self.pointer = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), parameters)
+        if not self.pointer:
+            raise HotSwapError(f"{self.path}: llama.cpp could not load this model: {_said(log)}")
+        resources.callback(llama_cpp.llama_model_free, self.pointer)
+        self._vocabulary = llama_cpp.llama_model_get_vocab(self.pointer)
+        self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocabulary)
+        self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(self.pointer)
+
+    def tokenize(self, text: bytes) -> list[int]:
+        """Tokens of a text, without a token for its beginning."""
+        room = len(text) + 8
+        tokens = (llama_cpp.llama_token * room)()
+        count = llama_cpp.llama_tokenize(self._vocabulary, text, len(text), tokens, room, False, False)
+        if count < 0:
+            raise HotSwapError(f"{self.path}: llama.cpp could not tokenize the text")
+        return list(tokens[:count])
+
+    @property
+    def first_tokens(self) -> list[int]:
+        """What every text begins with: the token for the beginning, or nothing."""
+        adds = llama_cpp.llama_vocab_get_add_bos(self._vocabulary)
+        return [llama_cpp.llama_vocab_bos(self._vocabulary)] if adds else []
+
+    def context(self, n_ctx: int, loras: Sequence[tuple[Path, float]] = ()) -> Context:
+        """A context of its own, with adapters (GGUF file, scale) applied.
+
+        Raises:
+            HotSwapError: if llama.cpp refuses, or there is not enough memory.
+        """
+        applied = [(self._load(path), scale) for path, scale in loras]
+        parameters = llama_cpp.llama_context_default_params()
+        parameters.n_ctx = n_ctx
+        parameters.n_batch = parameters.n_ubatch = min(n_ctx, POSITIONS)
+        parameters.n_threads = parameters.n_threads_batch = self._threads
+        with captured_log() as log:
+            pointer = llama_cpp.llama_init_from_model(self.pointer, parameters)
+        if not pointer:
+            raise HotSwapError(f"{self.path}: llama.cpp could not make a context of {n_ctx} tokens: {_said(log)}")
+        self._resources.callback(llama_cpp.llama_free, pointer)
+        set_loras(pointer, applied)
+        return Context(self, pointer)
+
+    def _load(self, path: Path) -> Pointer:
+        lora = load_lora(self.pointer, path)
+        self._resources.callback(free_lora, lora)
+        return lora
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._resources.close()
+
+
+class Context:
+    """Evaluates one text after another. It lives as long as its `Model`."""
+
+    def __init__(self, model: Model, pointer: Any) -> None:  # noqa: ANN401  (llama_cpp has no types)
+        self._model = model
+        self._pointer = pointer
+        self._count = 0
+
+    def clear(self) -> None:
+        """Begin a new text."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._pointer), True)
+        self._count = 0
+
+    def decode(self, tokens: Sequence[int], *, only_last: bool = False) -> NDArray[np.float32]:
+        """Evaluate up to `POSITIONS` more tokens of the text.
+
+        Returns:
+            logits (n_tokens, n_vocab), or those of the last token alone; valid until the next call.
+
+        Raises:
+            HotSwapError: if llama.cpp cannot, or the model gives no logits.
+        """
+        batch = _batch_of(tokens, self._count, only_last=only_last)
+        status = llama_cpp.llama_decode(self._pointer, batch)
+        logits = llama_cpp.llama_get_logits(self._pointer) if status == 0 else None
+        if not logits:
+            raise HotSwapError(
+                f"{self._model.path}: llama.cpp gave no logits (status {status}); is it a text generator?"
+            )
+        self._count += len(tokens)
+        rows = 1 if only_last else len(tokens)
+        return np.ctypeslib.as_array(logits, (rows, self._model.n_vocab))
+
+
+def _batch_of(tokens: Sequence[int], start: int, *, only_last: bool) -> Any:  # noqa: ANN401
+    """A ``llama_batch`` of the tokens at the positions from ``start`` on; its arrays live as long as itself."""
+    count = len(tokens)
+    batch = llama_cpp.llama_batch()
+    batch.n_tokens = count
+    arrays = (
+        ("token", (llama_cpp.llama_token * count)(*tokens)),
+        ("pos", (llama_cpp.llama_pos * count)(*range(start, start + count))),
+        ("logits", (ctypes.c_int8 * count)(*[not only_last] * (count - 1), True)),
+    )
+    for name, array in arrays:  # a pointer made by cast keeps what it points to
+        setattr(batch, name, ctypes.cast(array, ctypes.POINTER(array._type_)))
+    return batch
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Keep llama-cpp-python from printing what llama.cpp logs."""
+    logger = logging.getLogger("llama-cpp-python")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _said(log: Sequence[str]) -> str:
+    return " ".join("".join(log).split()) or "it gave no reason"
