@@ -206,7 +206,7 @@ def _loras(base: Path, pairs: Sequence[tuple[str | os.PathLike[str], float]]) ->
                 check_loadable(file, model)
             except (HotSwapError, UnsupportedAdapterError) as error:
                 raise HotSwapError(
-                    f"{path}: cannot be applied at run time, and only with that can a merged file be compared: {error}. "
+                    f"{path}: cannot be applied at run time, and only with that can a merge be compared: {error}. "
                     "What 'gguflora convert --rank N' makes of it can: an approximation, with the error it reports"
                 ) from error
             loras.append((file, scale))

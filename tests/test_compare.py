@@ -1,0 +1,174 @@
+"""`gguflora compare` against torch and PEFT: the same divergences and perplexities on float weights."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import builders
+import hotswap
+import llama_cpp
+import numpy as np
+import pytest
+import torch
+
+import gguflora
+from gguflora.compare import BUILT_IN_TEXT, kl_divergence
+from gguflora.errors import FormatError, HotSwapError, MismatchError
+
+DEMO = Path(gguflora.__file__).parent / "demo"
+N_CTX = 24
+TEXT = "the cat and the other animals are in the garden under another tree, thinner than ever"
+WEAK = builders.Adapter(seed=1, alpha=1)
+
+
+def compare_on_one_thread(*arguments, **options):
+    """On one thread: llama.cpp's threads spin, which takes minutes where other tests run at the same time."""
+    return gguflora.compare(*arguments, **options, threads=1)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    """The small F32 llama with the adapter merged in; F32 rounds next to nothing."""
+    path = tmp_path_factory.mktemp("compare") / "merged.gguf"
+    gguflora.merge(builders.gguf_model("llama"), builders.adapter("llama", WEAK), path)
+    return path
+
+
+def windows():
+    tokens = builders._tokenizer()(TEXT, add_special_tokens=False)["input_ids"]
+    return [tokens[start : start + N_CTX] for start in range(0, len(tokens), N_CTX)]
+
+
+def expected(scale):
+    """Log-probabilities by PEFT at every position but the last of its window, and the loss."""
+    log_p, loss = [], []
+    for window in windows():
+        logits = hotswap.expected((hotswap.A, scale), prompt=window) if scale else hotswap.expected(prompt=window)
+        rows = torch.log_softmax(torch.tensor(logits[:-1], dtype=torch.float64), -1).numpy()
+        log_p.append(rows)
+        loss += [-row[target] for row, target in zip(rows, window[1:], strict=True)]
+    return np.concatenate(log_p), np.mean(loss)
+
+
+def test_divergences_and_perplexities_are_those_of_peft(tmp_path, text):
+    merged = tmp_path / "merged.gguf"
+    adapter, base = builders.adapter("llama", hotswap.A), builders.gguf_model("llama")
+    gguflora.merge(base, [(adapter, 0.5)], merged)
+    report = compare_on_one_thread(base, merged, adapter, text=text, n_ctx=N_CTX)
+    (hot, hot_loss), (plain, base_loss), (half, half_loss) = expected(1.0), expected(0), expected(0.5)
+    assert report.positions == len(hot) > 2 * N_CTX
+    assert report.perplexities == pytest.approx(
+        {"hot": np.exp(hot_loss), "base": np.exp(base_loss), "merged": np.exp(half_loss)}, rel=2e-3
+    )
+    for name, other in (("base", plain), ("merged", half)):
+        kl = (np.exp(hot) * (hot - other)).sum(-1)
+        divergence = report.divergences[name]
+        assert divergence.kl == pytest.approx(kl.mean(), rel=5e-3)
+        assert divergence.error == pytest.approx(kl.std() / len(kl) ** 0.5, rel=5e-3)
+        assert divergence.top_agreement == pytest.approx((hot.argmax(-1) == other.argmax(-1)).mean(), abs=0.02)
+    assert report.divergences["base"].kl > 2 * report.divergences["merged"].kl > 0.01
+
+
+def test_a_merge_into_floats_is_the_hot_adapter(merged, text):
+    base, adapter = builders.gguf_model("llama"), builders.adapter("llama", WEAK)
+    report = compare_on_one_thread(base, merged, [adapter], text=text, n_ctx=N_CTX, naive=True)
+    for name in ("merged", "naive"):
+        assert abs(report.divergences[name].kl) < 1e-6 < 1e-3 < report.divergences["base"].kl
+        assert report.divergences[name].top_agreement == 1
+        assert report.perplexities[name] == pytest.approx(report.perplexities["hot"], rel=1e-4)
+    assert all(speed.prompt > 0 < speed.generation for speed in report.speeds.values())
+    assert report.speeds.keys() == {"hot", "merged"}
+
+
+def test_several_adapters_a_gguf_lora_and_the_built_in_text(tmp_path):
+    base, merged = DEMO / "base.gguf", tmp_path / "merged.gguf"
+    verse = tmp_path / "verse.gguf"
+    gguflora.convert(DEMO / "verse", base, verse)
+    adapters = [DEMO / "shout", (verse, 0.5)]
+    gguflora.merge(base, adapters, merged)
+    report = compare_on_one_thread(base, merged, adapters)
+    assert report.text == "built-in text"
+    assert report.positions > 500
+    assert report.divergences["merged"].kl < 1e-2 * report.divergences["base"].kl
+    other = compare_on_one_thread(base, merged, DEMO / "shout")
+    assert other.divergences["merged"].kl > 10 * report.divergences["merged"].kl
+    assert len(BUILT_IN_TEXT.split()) > 200
+
+
+def test_a_window_begins_as_a_text_does(tmp_path, text):
+    """The demo's model begins every text with a token of its own, as llama_cpp.Llama's tokenizer does."""
+    merged = tmp_path / "merged.gguf"
+    gguflora.merge(DEMO / "base.gguf", DEMO / "shout", merged)
+    report = compare_on_one_thread(DEMO / "base.gguf", merged, DEMO / "shout", text=text)
+    llm = llama_cpp.Llama(str(merged), n_ctx=256, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
+    tokens = llm.tokenize(TEXT.encode())
+    llm.eval(tokens)
+    log_p = torch.log_softmax(torch.tensor(llm.scores[: len(tokens) - 1], dtype=torch.float64), -1)
+    llm.close()
+    loss = -log_p[torch.arange(len(tokens) - 1), torch.tensor(tokens[1:])].mean()
+    assert report.positions == len(tokens) - 1
+    assert report.perplexities["merged"] == pytest.approx(float(loss.exp()), rel=1e-2)
+
+
+def test_text_longer_than_the_training_context_is_cut(merged, tmp_path):
+    text = tmp_path / "long.txt"
+    text.write_text(TEXT * 20)
+    base, adapter = builders.gguf_model("llama"), builders.adapter("llama", WEAK)
+    report = compare_on_one_thread(base, merged, adapter, text=text, n_ctx=4096)
+    assert report.n_ctx == 128
+
+
+def test_an_adapter_that_cannot_be_hot_is_refused(merged, text):
+    dora = builders.adapter("llama", builders.Adapter(options=(("use_dora", True),)))
+    with pytest.raises(HotSwapError, match=r"cannot be applied at run time.*convert --rank N"):
+        compare_on_one_thread(builders.gguf_model("llama"), merged, dora, text=text)
+
+
+def test_another_vocabulary_is_refused(text):
+    adapter = builders.adapter("llama", WEAK)
+    with pytest.raises(MismatchError, match=r"vocabulary of 1024 tokens, but .* has 288"):
+        compare_on_one_thread(builders.gguf_model("llama"), DEMO / "base.gguf", adapter, text=text)
+
+
+def test_no_text_no_model_no_context(merged, tmp_path):
+    base, adapter, empty = builders.gguf_model("llama"), builders.adapter("llama", WEAK), tmp_path / "empty.txt"
+    empty.write_text("")
+    with pytest.raises(FormatError, match="has 0 tokens"):
+        compare_on_one_thread(base, merged, adapter, text=empty)
+    with pytest.raises(HotSwapError, match="could not load this model"):
+        compare_on_one_thread(base, empty, adapter)
+    with pytest.raises(HotSwapError, match="expected at least 16"):
+        compare_on_one_thread(base, merged, adapter, n_ctx=2)
+
+
+def test_kl_divergence_of_known_distributions():
+    p, q = np.array([[0.5, 0.5], [0.9, 0.1]]), np.array([[0.25, 0.75], [0.9, 0.1]])
+    by_hand = (0.5 * np.log(2) + 0.5 * np.log(2 / 3)) / 2
+    assert kl_divergence(np.log(p).astype(np.float32), np.log(q).astype(np.float32) + 7) == pytest.approx(by_hand)
+
+
+def test_command_line(merged, text):
+    adapter = builders.adapter("llama", WEAK)
+    command = [sys.executable, "-P", "-m", "gguflora", "compare", builders.gguf_model("llama"), merged]
+    command += ["--lora-scaled", f"{adapter}:0.5", "--text", text, "--n-ctx", str(N_CTX), "--threads", "1"]
+    shown = subprocess.run([*map(str, command), "--naive"], capture_output=True, text=True, check=True)
+    assert shown.stderr == ""
+    assert [line.split()[0] for line in shown.stdout.splitlines()[4:] if line.strip()] == [
+        "base",
+        "hot",
+        "merged",
+        "naive",
+    ]
+    report = json.loads(subprocess.run([*map(str, command), "--json"], capture_output=True, check=True).stdout)
+    assert report["adapters"] == [[str(adapter), 0.5]]
+    assert report["divergences"]["merged"]["kl"] > 1e-4
+    wrong = subprocess.run(list(map(str, command[:7])), capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
