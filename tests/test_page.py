@@ -157,19 +157,19 @@ def test_keyboard_only(page):
 
 
 def test_a_full_queue_is_shown(browser):
-    with serving.serving(Settings(max_tokens=4000), n_parallel=1, queue_size=1, n_ctx=4096) as http:
-        endless = {**serving.LONG, "max_tokens": 3500, "stream": True}
-        with http.stream("POST", "/v1/completions", json=endless) as running:
-            next(running.iter_lines())
-            with http.stream("POST", "/v1/completions", json=endless):
-                for page in opened(browser, http):
-                    playwright.expect(page.get_by_role("slider")).to_have_count(2)
-                    ask(page)
-                    alert = page.get_by_role("alert")
-                    playwright.expect(alert).to_contain_text("429")
-                    playwright.expect(alert).to_contain_text("try again")
-                    for column in ("base", "adapted"):
-                        playwright.expect(page.locator(f"#{column} .text")).to_contain_text("429: ")
+    with serving.serving(Settings(max_tokens=30_000), n_parallel=1, queue_size=1, n_ctx=32_768) as http:
+        endless = {**serving.LONG, "max_tokens": 30_000, "stream": True}
+        with (
+            http.stream("POST", "/v1/completions", json=endless),
+            http.stream("POST", "/v1/completions", json=endless),
+        ):
+            wait_until(lambda: http.engine.stats().running == http.engine.stats().queued == 1)
+            for page in opened(browser, http):
+                playwright.expect(page.get_by_role("slider")).to_have_count(2)
+                ask(page)
+                playwright.expect(page.get_by_role("alert")).to_contain_text("429: ")
+                for column in ("base", "adapted"):
+                    playwright.expect(page.locator(f"#{column} .text")).to_contain_text("try again")
         for page in opened(browser, http):
             ask(page)
             until_answered(page)

@@ -20,9 +20,9 @@ from gguflora.errors import GgufloraError
 from gguflora.server import Settings, create_app
 from gguflora.server.failures import failure_of
 
-ENDLESS = {**LONG, "max_tokens": 3000}
+ENDLESS = {**LONG, "max_tokens": 30_000}
 GREEDY = {"model": "base", "prompt": PROMPT, "max_tokens": 60, "temperature": 0}
-CROWDED = {"n_parallel": 1, "queue_size": 1, "n_ctx": 4096}
+CROWDED = {"n_parallel": 1, "queue_size": 1, "n_ctx": 32_768}
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def stats(http):
 
 def test_full_queue_is_429():
     with (
-        serving.serving(Settings(max_tokens=4000), **CROWDED) as http,
+        serving.serving(Settings(max_tokens=30_000), **CROWDED) as http,
         answering(http),
         http.stream("POST", "/v1/completions", json={**ENDLESS, "stream": True}) as waiting,
     ):
@@ -57,7 +57,7 @@ def test_full_queue_is_429():
 
 
 def test_more_answers_than_the_queue_holds_take_no_place():
-    with serving.serving(Settings(max_tokens=4000), **CROWDED) as http:
+    with serving.serving(Settings(max_tokens=30_000), **CROWDED) as http:
         with answering(http):
             assert http.post("/v1/completions", json={**GREEDY, "n": 2}).status_code == 429
             wait_until(lambda: stats(http).queued == 0)
@@ -66,7 +66,7 @@ def test_more_answers_than_the_queue_holds_take_no_place():
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_ends_its_answer(stream):
-    with serving.serving(Settings(max_tokens=4000), n_ctx=4096) as http:
+    with serving.serving(Settings(max_tokens=30_000), n_ctx=32_768) as http:
         if stream:
             with answering(http, n=2):
                 assert stats(http).running == 2
@@ -75,12 +75,12 @@ def test_a_client_that_goes_ends_its_answer(stream):
                 http.post("/v1/completions", json={**ENDLESS, "n": 2}, timeout=0.4)
         wait_until(lambda: stats(http).running == stats(http).queued == 0)
         assert stats(http).requests["cancelled"] == 2
-        assert stats(http).completion_tokens < 3000
+        assert stats(http).completion_tokens < 30_000
         assert http.post("/v1/completions", json=GREEDY).json()["choices"][0]["text"] == expected_text()
 
 
 def test_timeouts():
-    with serving.serving(Settings(timeout=0.3, max_tokens=4000), n_ctx=4096) as http:
+    with serving.serving(Settings(timeout=0.3, max_tokens=30_000), n_ctx=32_768) as http:
         late = http.post("/v1/completions", json=ENDLESS)
         assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
         client = serving.openai_client(http)
