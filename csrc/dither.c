@@ -17,6 +17,7 @@ typedef struct {
     const gfl_table *table;
     const gfl_view *view;
     quantize_fn *quantize;
+    dequantize_fn *dequantize;
     int64_t n_in, row_bytes;
     int weights, bytes; /* of a block */
 } job;
@@ -26,7 +27,7 @@ static int begin(job *j, int isa, int type_id, int64_t n_in) {
     const gfl_table *table = gfl_table_of(isa);
     if (!table || type < 0 || !table->views[type].pack) return 0;
     const gfl_type t = gfl_type_at(type);
-    *j = (job){table, &table->views[type], table->types[type].quantize, n_in, n_in / t.block_weights * t.block_bytes,
+    *j = (job){table, &table->views[type], table->types[type].quantize, table->types[type].dequantize, n_in, n_in / t.block_weights * t.block_bytes,
                t.block_weights, t.block_bytes};
     return 1;
 }
@@ -39,9 +40,17 @@ static const float *delta_rows(const job *j, const gfl_delta *delta, float *room
     return room;
 }
 
-static gfl_result not_finite(const float *target, int n, int64_t row, int64_t column) {
+/* The targets dq + delta of a chunk. */
+static void find_target(float *target, const job *j, const uint8_t *src, const float *delta, int n) {
+    j->dequantize(src, target, n);
+    j->table->add(target, target, delta, n);
+}
+
+static gfl_result first_not_finite(const job *j, const uint8_t *src, const float *delta, int n, int64_t row, int64_t column) {
+    float target[CHUNK];
+    find_target(target, j, src, delta, n);
     gfl_result result = gfl_first_not_finite(target, 1, n, row, GFL_NOT_FINITE);
-    result.column += column;
+    if (result.status) result.column += column;
     return result;
 }
 
@@ -69,7 +78,7 @@ enum { GATHERED = 4096 };
 typedef struct {
     uint8_t *dst[GATHERED / 32], *dirty[GATHERED / 32]; /* of each block: where it goes, and the mark of its chunk */
     double cost[GATHERED / 32];                         /* on the base's grid */
-    float target[GATHERED], imatrix[GATHERED], squares[GATHERED / 16];
+    float target[GATHERED], delta[GATHERED], imatrix[GATHERED], squares[GATHERED / 16];
     uint8_t found[GATHERED / 32 * 64];
     int n, n_blocks;
 } gathered;
@@ -89,11 +98,12 @@ static int64_t settle(gathered *all, const job *j, const float *imatrix) {
     for (int i = 0; i < all->n; i += CHUNK) {
         const int n = all->n - i < CHUNK ? all->n - i : CHUNK;
         const uint8_t *found = all->found + i / j->weights * j->bytes;
-        float cost[CHUNK_GROUPS];
-        j->table->cost(cost, j->view, found, all->target + i, all->squares + i / j->view->group, n);
+        gfl_measure m;
+        memcpy(m.squares, all->squares + i / j->view->group, (size_t)(n / j->view->group) * sizeof *m.squares);
+        j->table->measure_target(&m, j->view, found, all->target + i, all->delta + i, n);
         for (int b = 0; b < n / j->weights; b++) {
             const int block = i / j->weights + b;
-            if (!(sum_groups(cost + b * groups, groups) < all->cost[block])) continue;
+            if (!(sum_groups(m.cost + b * groups, groups) < all->cost[block])) continue;
             if (same_header(j->view, found + b * j->bytes, all->dst[block])) continue;
             memcpy(all->dst[block], found + b * j->bytes, (size_t)j->bytes);
             *all->dirty[block] = 1;
@@ -111,10 +121,11 @@ static int may_gain(const gfl_measure *m, int g, int groups, double cost) {
     return cost > 0.0 && (!weak || sum_groups(m->clip + g, groups) > CLIPPED_SHARE * cost);
 }
 
-static void gather(gathered *all, const job *j, const gfl_measure *m, const float *imatrix, int block, double cost, uint8_t *dst,
-                   uint8_t *dirty) {
+static void gather(gathered *all, const job *j, const gfl_measure *m, const float *target, const float *delta,
+                   const float *imatrix, int block, double cost, uint8_t *dst, uint8_t *dirty) {
     const int groups = j->weights / j->view->group, at = block * j->weights;
-    memcpy(all->target + all->n, m->target + at, (size_t)j->weights * sizeof *all->target);
+    memcpy(all->target + all->n, target + at, (size_t)j->weights * sizeof *all->target);
+    memcpy(all->delta + all->n, delta + at, (size_t)j->weights * sizeof *all->delta);
     if (imatrix) memcpy(all->imatrix + all->n, imatrix + at, (size_t)j->weights * sizeof *imatrix);
     memcpy(all->squares + all->n / j->view->group, m->squares + block * groups, (size_t)groups * sizeof *all->squares);
     all->cost[all->n_blocks] = cost;
@@ -123,30 +134,46 @@ static void gather(gathered *all, const job *j, const gfl_measure *m, const floa
     all->n += j->weights;
 }
 
-/* One chunk as its own grids have it; returns how many blocks got a new header because the gathered ones were full. */
-static int64_t measure_chunk(gfl_measure *m, gathered *all, const job *j, const uint8_t *src, uint8_t *dst, const float *delta,
-                             const float *imatrix, int n, double *sums, uint8_t *dirty) {
+/* sums[0] = <delta, X - W>, sums[1] = |delta|^2 */
+static void sum_measure(double *sums, const gfl_measure *m, int n_groups) {
+    sums[0] = sums[1] = 0.0;
+    for (int g = 0; g < n_groups; g++) {
+        sums[0] += (double)m->squares[g] - (double)m->lost[g];
+        sums[1] += (double)m->squares[g];
+    }
+}
+
+/* Gathers the measured blocks of a chunk that may gain; returns how many got a new header because the gathered ones were full. */
+static int64_t gather_chunk(gathered *all, const job *j, const gfl_measure *m, const uint8_t *src, uint8_t *dst, const float *delta,
+                            const float *imatrix, int n, uint8_t *dirty) {
     const int groups = j->weights / j->view->group;
+    float target[CHUNK];
     int64_t n_new = 0;
-    j->table->measure(m, j->view, src, delta, n);
-    if (!m->finite) return 0;
-    j->table->two_dots(sums, m->moved, delta, n);
+    int known = 0;
     for (int b = 0; b < n / j->weights; b++) {
         const double cost = sum_groups(m->cost + b * groups, groups);
         if (!may_gain(m, b * groups, groups, cost)) continue;
+        if (!known) find_target(target, j, src, delta, n);
+        known = 1;
         if (all->n + j->weights > GATHERED) n_new += settle(all, j, imatrix);
-        gather(all, j, m, imatrix, b, cost, dst + b * j->bytes, dirty);
+        gather(all, j, m, target, delta, imatrix, b, cost, dst + b * j->bytes, dirty);
     }
     return n_new;
 }
 
 /* The sums of a chunk some of whose blocks have a new header. */
-static void sum_changed(gfl_measure *m, const job *j, const uint8_t *src, const uint8_t *dst, const float *delta, int n, double *sums) {
+static void sum_changed(double *sums, const job *j, const uint8_t *src, const uint8_t *dst, const float *delta, int n) {
     uint8_t own[CHUNK_GROUPS];
+    float target[CHUNK];
+    gfl_measure old, new;
     find_own(own, j, src, dst, n);
-    j->table->measure(m, j->view, src, delta, n);
-    j->table->move(m->moved, j->view, src, dst, own, delta, n);
-    j->table->two_dots(sums, m->moved, delta, n);
+    find_target(target, j, src, delta, n);
+    j->table->measure(&old, j->view, src, delta, n);
+    memcpy(new.squares, old.squares, sizeof new.squares);
+    j->table->measure_target(&new, j->view, dst, target, delta, n);
+    for (int g = 0; g < n / j->view->group; g++)
+        if (!own[g]) old.lost[g] = new.lost[g];
+    sum_measure(sums, &old, n / j->view->group);
 }
 
 typedef struct {
@@ -154,7 +181,6 @@ typedef struct {
     double *sums;   /* (chunks of a group of rows, 2) */
     uint8_t *dirty; /* of each chunk: a block of it has a new header */
     gathered all;
-    gfl_measure m;
 } fit_room;
 
 static gfl_result fit_group(const job *j, fit_room *room, const uint8_t *src, uint8_t *dst, int64_t n_rows, const float *delta,
@@ -165,9 +191,16 @@ static gfl_result fit_group(const job *j, fit_room *room, const uint8_t *src, ui
     for (int64_t r = 0; r < n_rows; r++) {
         for (int64_t c = 0; c < chunks; c++) {
             const int64_t column = c * CHUNK, at = r * j->row_bytes + column / j->weights * j->bytes, k = r * chunks + c;
-            *n_new += measure_chunk(&room->m, &room->all, j, src + at, dst + at, delta + r * j->n_in + column,
-                                    imatrix ? imatrix + column : NULL, chunk_at(j, column), room->sums + 2 * k, room->dirty + k);
-            if (!room->m.finite) return not_finite(room->m.target, chunk_at(j, column), row + r, column);
+            const float *x = delta + r * j->n_in + column;
+            const int n = chunk_at(j, column);
+            gfl_measure m;
+            j->table->measure(&m, j->view, src + at, x, n);
+            if (!m.safe) {
+                const gfl_result result = first_not_finite(j, src + at, x, n, row + r, column);
+                if (result.status) return result;
+            }
+            sum_measure(room->sums + 2 * k, &m, n / j->view->group);
+            *n_new += gather_chunk(&room->all, j, &m, src + at, dst + at, x, imatrix ? imatrix + column : NULL, n, room->dirty + k);
         }
         if (imatrix) *n_new += settle(&room->all, j, imatrix); /* some searches weigh by means over the row they are given */
     }
@@ -177,7 +210,7 @@ static gfl_result fit_group(const job *j, fit_room *room, const uint8_t *src, ui
         for (int64_t c = 0; c < chunks; c++) {
             const int64_t column = c * CHUNK, at = r * j->row_bytes + column / j->weights * j->bytes, k = r * chunks + c;
             if (room->dirty[k])
-                sum_changed(&room->m, j, src + at, dst + at, delta + r * j->n_in + column, chunk_at(j, column), room->sums + 2 * k);
+                sum_changed(room->sums + 2 * k, j, src + at, dst + at, delta + r * j->n_in + column, chunk_at(j, column));
             sums[2 * r] += room->sums[2 * k];
             sums[2 * r + 1] += room->sums[2 * k + 1];
         }
@@ -230,19 +263,19 @@ static void restore_unchanged(const job *j, const uint8_t *src, uint8_t *dst, co
 
 static gfl_result dither_row(const job *j, const uint8_t *src, uint8_t *dst, const float *delta, const gfl_dither_key *key,
                              int64_t row, double *sums) {
-    gfl_dithered d;
     memset(sums, 0, 5 * sizeof *sums);
     for (int64_t column = 0; column < j->n_in; column += CHUNK) {
         const int n = chunk_at(j, column);
         const int64_t at = column / j->weights * j->bytes;
+        const float *x = delta + column;
         uint8_t own[CHUNK_GROUPS];
-        restore_unchanged(j, src + at, dst + at, delta + column, n);
+        restore_unchanged(j, src + at, dst + at, x, n);
         find_own(own, j, src + at, dst + at, n);
-        j->table->dither(&d, j->view, src + at, dst + at, delta + column, own, key, column, n);
-        if (!d.finite) return not_finite(d.target, n, row, column);
-        restore_unchanged(j, src + at, dst + at, delta + column, n);
-        j->table->four_dots(sums, d.dq, delta + column, d.target, d.written, n);
-        sums[4] += (double)d.clipped;
+        if (!j->table->dither(sums, j->view, src + at, dst + at, x, own, key, column, n)) {
+            const gfl_result result = first_not_finite(j, src + at, x, n, row, column);
+            if (result.status) return result;
+        }
+        restore_unchanged(j, src + at, dst + at, x, n);
     }
     return done;
 }

@@ -236,21 +236,9 @@ def sum_of_groups(x: np.ndarray) -> np.ndarray:
     return lanes[..., 0]
 
 
-def dot(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Of rows: products in double, eight lanes."""
-    products = (x.astype(np.float64) * y.astype(np.float64)).reshape(len(x), -1, 8)
-    lanes = np.zeros((len(x), 8))
-    for i in range(products.shape[1]):
-        lanes = lanes + products[:, i]
-    a, b, c, d, e, f, g, h = lanes.T
-    return ((a + e) + (c + g)) + ((b + f) + (d + h))
-
-
-def dot_in_chunks(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    total = np.zeros(len(x))
-    for i in range(0, x.shape[1], 256):
-        total = total + dot(x[:, i : i + 256], y[:, i : i + 256])
-    return total
+def in_turn(x: np.ndarray) -> np.ndarray:
+    """Sums over the last axis in double, one after the other."""
+    return np.cumsum(x.astype(np.float64), axis=-1)[..., -1]
 
 
 @dataclass
@@ -288,53 +276,58 @@ class Rows:
     def limited(self, t: np.ndarray) -> np.ndarray:
         return np.maximum(np.minimum(t, F(self.view.high)), F(self.view.low))
 
+    def strong(self, x: np.ndarray) -> np.ndarray:
+        """Per group, whether it is rounded to nearest: (blocks, groups, 1)."""
+        s = self.grid()[0]
+        with np.errstate(over="ignore"):
+            return sum_of_groups(x * x)[..., None] >= F(0.25) * F(self.view.group) * (s * s)
+
+    def row_sums(self, of_groups: np.ndarray) -> np.ndarray:
+        """Sums over the groups of chunks of 256 weights, then over the chunks of a row."""
+        wide, size = of_groups.reshape(len(self.blocks) // self.per_row, -1), 256 // self.view.group
+        return in_turn(np.stack([in_turn(wide[:, i : i + size]) for i in range(0, wide.shape[1], size)], axis=1))
+
     def has_header_of(self, other: Rows) -> np.ndarray:
         same = [(self.blocks[:, part] == other.blocks[:, part]).all(axis=1) for part in self.view.header]
         return np.logical_and.reduce(same)
 
 
-def strong(squares: np.ndarray, s: np.ndarray, group: int) -> np.ndarray:
-    return squares >= F(0.25) * F(group) * (s * s)
-
-
-def costs(rows: Rows, t: np.ndarray, above: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def costs(rows: Rows, t: np.ndarray, above: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of blocks the expected cost and the part of it beyond the grid; of groups delta times what lies beyond."""
     s, _, inverse = rows.grid()
     inside = rows.limited(t)
     p = inside - np.floor(inside)
     rest = F(1) - p
     least = np.minimum(p, rest)
-    rounding = np.where(strong(squares, s, rows.view.group), least * least, p * rest)
+    rounding = np.where(rows.strong(x), least * least, p * rest)
     outside = np.where(inverse != 0, t - inside, above)
-    clip = sum_of_groups(outside * outside)
     s, inverse = s[..., 0], inverse[..., 0]
-    clip = np.where(inverse != 0, s * s * clip, clip)
-    return np.where(inverse != 0, s * s * sum_of_groups(rounding) + clip, clip), clip
+    unit = np.where(inverse != 0, s, F(1))
+    clip = unit * unit * sum_of_groups(outside * outside)
+    cost = np.where(inverse != 0, s * s * sum_of_groups(rounding), F(0)) + clip
+    return in_turn(cost), in_turn(clip), unit * sum_of_groups(outside * x)
 
 
 def fit_grids(src: np.ndarray, kind: GgmlType, delta: np.ndarray, imatrix: np.ndarray | None = None):
+    """New headers; of rows <delta, X - W> and |delta|**2; number of new headers."""
     base, best = Rows.of(src, kind), Rows.of(src, kind)
-    s, o, inverse = base.grid()
+    _, o, inverse = base.grid()
     q, x = base.codes(), base.grouped(delta)
-    dq = s * q - o
-    target = dq + x
-    squares = sum_of_groups(x * x)[..., None]
-    with np.errstate(over="ignore"):
-        t = q + x * inverse
-        cost, clip = costs(base, t, target + o, squares)
-    weak = ~strong(squares, s, base.view.group)[..., 0] | (squares[..., 0] == 0)
-    cost, clip = cost.astype(float).sum(axis=1), clip.astype(float).sum(axis=1)
-    wanted = (cost > 0) & (~weak.all(axis=1) | (clip > CLIPPED_SHARE * cost))
+    target = base.values() + x
+    with np.errstate(over="ignore", invalid="ignore"):
+        cost, clip, lost = costs(base, q + x * inverse, target + o, x)
+        squares = sum_of_groups(x * x)
+    weak = (~base.strong(x)[..., 0] | (squares == 0)).all(axis=1)
+    wanted = (cost > 0) & (~weak | (clip > CLIPPED_SHARE * cost))
     found = Rows(base.view, requantized(target, wanted, kind, base.per_row, imatrix, base.blocks), base.per_row)
     with np.errstate(all="ignore"):
-        s1, o1, inverse1 = found.grid()
-        above = target + o1
-        new_cost = costs(found, above * inverse1, above, squares)[0].astype(float).sum(axis=1)
+        _, o1, inverse1 = found.grid()
+        new_cost, _, new_lost = costs(found, (target + o1) * inverse1, target + o1, x)
         new = wanted & (new_cost < cost) & ~found.has_header_of(base)
-        best.blocks[new] = found.blocks[new]
-        moved = s * base.limited(t) - o - dq
-        elsewhere = s1 * base.limited(above * inverse1) - o1 - dq
-    moved = base.ungrouped(np.where(new[:, None, None], elsewhere, moved))
-    return best.blocks.reshape(src.shape), dot_in_chunks(moved, delta), dot_in_chunks(delta, delta), int(new.sum())
+    best.blocks[new] = found.blocks[new]
+    lost = np.where(new[:, None], new_lost, lost)
+    moved = base.row_sums(squares.astype(np.float64) - lost)
+    return best.blocks.reshape(src.shape), moved, base.row_sums(squares), int(new.sum())
 
 
 def requantized(target, wanted, kind, per_row, imatrix, blocks):
@@ -386,19 +379,15 @@ def dither_rows(src, kind, headers, delta, gain, key, first_row):
     change = F(gain) * x
     above = dq + change + o
     with np.errstate(over="ignore"):
-        t = np.where(own, q + change * inverse, above * inverse)
+        t = np.where(own, q + x * (F(gain) * inverse), above * inverse)
         inside = new.limited(t)
         floor = np.floor(inside)
         u = base.grouped(uniform(key, first_row, len(src), delta.shape[1]))
-        to_nearest = strong(sum_of_groups(x * x)[..., None], s, base.view.group)
-        level = np.where(to_nearest, np.rint(inside), floor + (u < inside - floor))
-    level = np.where(own & (x == 0), q, level).astype(F)
+        level = np.where(new.strong(x), np.rint(inside), floor + (u < inside - floor)).astype(F)
     new.view.store(new.blocks, level.reshape(len(new.blocks), -1).astype(int))
     new.blocks[unchanged] = base.blocks[unchanged]
-    written = s * level - o
     outside = np.where(inverse != 0, t != inside, np.where(own, change, above) != 0)
-    dq, target, written = (base.ungrouped(array) for array in (dq, target, written))
-    sums = [(dq, dq), (delta, delta), (written - dq, delta), (written - target, written - target)]
-    totals = [dot_in_chunks(a, b) for a, b in sums]
-    clipped = base.ungrouped(outside).sum(axis=1)
-    return new.blocks.reshape(src.shape), np.stack([*totals, clipped], axis=1)
+    dq, target, written = (base.ungrouped(array).astype(float) for array in (dq, target, s * level - o))
+    sums = [dq**2, delta.astype(float) ** 2, (written - dq) * delta, (written - target) ** 2]
+    sums = [array.sum(axis=1) for array in [*sums, base.ungrouped(outside)]]
+    return new.blocks.reshape(src.shape), np.stack(sums, axis=1)

@@ -31,25 +31,18 @@ typedef struct {
     } header[2];
 } gfl_view;
 
-/* What dither.h finds out about up to 256 weights; per group of them the sum of delta^2, the expected cost of rounding on the
- * base's grid, the part of it that lies beyond that grid, and whether dither is the way there (or there is no delta). */
+/* What dither.h finds out about up to 256 weights: per group of them the sum of delta^2; the expected cost of rounding; the part of
+ * it that lies beyond the grid; the sum of delta times what lies beyond; and whether dither is the way there (or delta is 0). */
 typedef struct {
-    float target[256], moved[256]; /* dq + delta; s * t - o - dq with t within the limits */
-    float squares[16], cost[16], clip[16];
+    float squares[16], cost[16], clip[16], lost[16];
     uint8_t weak[16];
-    int finite; /* all targets are */
+    int safe; /* no target can be infinite or NaN */
 } gfl_measure;
 
 typedef struct {
     float gain;
-    uint64_t row; /* the row's key */
+    uint64_t key; /* of the row */
 } gfl_dither_key;
-
-typedef struct {
-    float dq[256], target[256], written[256];
-    int64_t clipped;
-    int finite;
-} gfl_dithered;
 
 typedef struct {
     /* largest absolute value of x[0..n) as the bits of a float; >= 0x7f800000 if any is NaN or infinite */
@@ -57,15 +50,15 @@ typedef struct {
     /* out (n_rows, n_in) = b (n_rows, rank) @ a (rank, n_in) */
     void (*product)(float *out, const float *a, const float *b, int64_t n_rows, int64_t n_in, int64_t rank);
     void (*add)(float *out, const float *x, const float *y, int64_t n);
-    /* the functions of dither.h that end in these names */
+    /* Functions of dither.h on n <= 256 weights. Of blocks on their own grids, and on those of new headers (given their targets
+     * and m's squares): */
     void (*measure)(gfl_measure *m, const gfl_view *view, const uint8_t *src, const float *delta, int n);
-    void (*cost)(float *cost, const gfl_view *view, const uint8_t *header, const float *target, const float *squares, int n);
-    void (*move)(float *moved, const gfl_view *view, const uint8_t *src, const uint8_t *dst, const uint8_t *own,
-                 const float *delta, int n);
-    void (*dither)(gfl_dithered *d, const gfl_view *view, const uint8_t *src, uint8_t *dst, const float *delta,
-                   const uint8_t *own, const gfl_dither_key *key, int64_t column, int n);
+    void (*measure_target)(gfl_measure *m, const gfl_view *view, const uint8_t *header, const float *target, const float *delta,
+                           int n);
+    /* writes dst's codes and adds to a row's five sums; returns whether no target can be infinite or NaN */
+    int (*dither)(double *sums, const gfl_view *view, const uint8_t *src, uint8_t *dst, const float *delta, const uint8_t *own,
+                  const gfl_dither_key *row, int64_t column, int n);
     int64_t (*clipped)(const gfl_view *view, const uint8_t *dst, const float *target, int n);
-    void (*two_dots)(double *sums, const float *x, const float *y, int n);
     void (*four_dots)(double *sums, const float *dq, const float *delta, const float *target, const float *written, int64_t n);
     gfl_pair types[GFL_N_TYPES];
     const gfl_view *views;

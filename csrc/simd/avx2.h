@@ -34,8 +34,10 @@ static inline vm vf_lt(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 static inline vm vf_le(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
 static inline vm vf_gt(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
 static inline vm vf_eq(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+static inline vm vf_ne(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_NEQ_UQ); }
 static inline vm vf_not_lt(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_NLT_UQ); }
 static inline vf vf_select(vm m, vf a, vf b) { return _mm256_blendv_ps(b, a, m); }
+static inline vf vf_add_1(vf a, vm m) { return _mm256_add_ps(a, _mm256_and_ps(m, _mm256_set1_ps(1.0f))); }
 static inline vm vm_and(vm a, vm b) { return _mm256_and_ps(a, b); }
 static inline vm vm_or(vm a, vm b) { return _mm256_or_ps(a, b); }
 static inline vm vm_andnot(vm a, vm b) { return _mm256_andnot_ps(b, a); }
@@ -129,6 +131,32 @@ static inline void vf_transpose(vf *out, const float *src, int64_t stride) {
         out[i + 2] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0x44);
         out[i + 3] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0xee);
     }
+}
+
+typedef struct { __m256d low, high; } vd;
+static inline vd vd_zero(void) { return (vd){_mm256_setzero_pd(), _mm256_setzero_pd()}; }
+static inline vd vd_load(const float *p) { return (vd){_mm256_cvtps_pd(_mm_loadu_ps(p)), _mm256_cvtps_pd(_mm_loadu_ps(p + 4))}; }
+static inline vd vd_load_difference(const float *p, const float *q) {
+    const __m256 d = _mm256_sub_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(q));
+    return (vd){_mm256_cvtps_pd(_mm256_castps256_ps128(d)), _mm256_cvtps_pd(_mm256_extractf128_ps(d, 1))};
+}
+static inline vd vd_add_product(vd sum, vd a, vd b) {
+    return (vd){_mm256_add_pd(sum.low, _mm256_mul_pd(a.low, b.low)), _mm256_add_pd(sum.high, _mm256_mul_pd(a.high, b.high))};
+}
+static inline void vd_store(double *p, vd v) {
+    _mm256_storeu_pd(p, v.low);
+    _mm256_storeu_pd(p + 4, v.high);
+}
+
+static inline vf vf_row_sums(const float *rows) {
+    static const int order[8] = {0, 2, 1, 3, 4, 6, 5, 7}; /* where a row must be for its sum to come out in place */
+    __m256 r[8], s[4];
+    for (int i = 0; i < 8; i++) r[order[i]] = _mm256_loadu_ps(rows + 8 * i);
+    for (int i = 0; i < 4; i++)
+        s[i] = _mm256_add_ps(_mm256_permute2f128_ps(r[i], r[i + 4], 0x20), _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    for (int i = 0; i < 2; i++)
+        r[i] = _mm256_add_ps(_mm256_shuffle_ps(s[i], s[i + 2], 0x44), _mm256_shuffle_ps(s[i], s[i + 2], 0xee));
+    return _mm256_add_ps(_mm256_shuffle_ps(r[0], r[1], 0x88), _mm256_shuffle_ps(r[0], r[1], 0xdd));
 }
 
 #endif

@@ -34,8 +34,10 @@ static inline vm vf_lt(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ)
 static inline vm vf_le(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
 static inline vm vf_gt(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 static inline vm vf_eq(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+static inline vm vf_ne(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ); }
 static inline vm vf_not_lt(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
 static inline vf vf_select(vm m, vf a, vf b) { return _mm512_mask_blend_ps(m, b, a); }
+static inline vf vf_add_1(vf a, vm m) { return _mm512_mask_add_ps(a, m, a, _mm512_set1_ps(1.0f)); }
 static inline vm vm_and(vm a, vm b) { return _kand_mask16(a, b); }
 static inline vm vm_or(vm a, vm b) { return _kor_mask16(a, b); }
 static inline vm vm_andnot(vm a, vm b) { return _kandn_mask16(b, a); }
@@ -119,6 +121,29 @@ static inline void vf_transpose(vf *out, const float *src, int64_t stride) {
         out[4 + i] = _mm512_shuffle_f32x4(s[4 + i], s[12 + i], 0x88);
         out[12 + i] = _mm512_shuffle_f32x4(s[4 + i], s[12 + i], 0xdd);
     }
+}
+
+typedef __m512d vd;
+static inline vd vd_zero(void) { return _mm512_setzero_pd(); }
+static inline vd vd_load(const float *p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+static inline vd vd_load_difference(const float *p, const float *q) {
+    return _mm512_cvtps_pd(_mm256_sub_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(q)));
+}
+static inline vd vd_add_product(vd sum, vd a, vd b) { return _mm512_add_pd(sum, _mm512_mul_pd(a, b)); }
+static inline void vd_store(double *p, vd v) { _mm512_storeu_pd(p, v); }
+
+static inline vf vf_row_sums(const float *rows) {
+    /* where a row must be for its sum to come out in place */
+    static const int order[16] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};
+    __m512 r[16], s[8];
+    for (int i = 0; i < 16; i++) r[order[i]] = _mm512_loadu_ps(rows + 16 * i);
+    for (int i = 0; i < 8; i++)
+        s[i] = _mm512_add_ps(_mm512_shuffle_f32x4(r[i], r[i + 8], 0x44), _mm512_shuffle_f32x4(r[i], r[i + 8], 0xee));
+    for (int i = 0; i < 4; i++)
+        r[i] = _mm512_add_ps(_mm512_shuffle_f32x4(s[i], s[i + 4], 0x88), _mm512_shuffle_f32x4(s[i], s[i + 4], 0xdd));
+    for (int i = 0; i < 2; i++)
+        s[i] = _mm512_add_ps(_mm512_shuffle_ps(r[i], r[i + 2], 0x44), _mm512_shuffle_ps(r[i], r[i + 2], 0xee));
+    return _mm512_add_ps(_mm512_shuffle_ps(s[0], s[1], 0x88), _mm512_shuffle_ps(s[0], s[1], 0xdd));
 }
 
 #endif

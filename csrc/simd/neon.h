@@ -35,8 +35,12 @@ static inline vm vf_lt(vf a, vf b) { return vcltq_f32(a, b); }
 static inline vm vf_le(vf a, vf b) { return vcleq_f32(a, b); }
 static inline vm vf_gt(vf a, vf b) { return vcgtq_f32(a, b); }
 static inline vm vf_eq(vf a, vf b) { return vceqq_f32(a, b); }
+static inline vm vf_ne(vf a, vf b) { return vmvnq_u32(vceqq_f32(a, b)); }
 static inline vm vf_not_lt(vf a, vf b) { return vmvnq_u32(vcltq_f32(a, b)); }
 static inline vf vf_select(vm m, vf a, vf b) { return vbslq_f32(m, a, b); }
+static inline vf vf_add_1(vf a, vm m) {
+    return vaddq_f32(a, vreinterpretq_f32_u32(vandq_u32(m, vreinterpretq_u32_f32(vdupq_n_f32(1.0f)))));
+}
 static inline vm vm_and(vm a, vm b) { return vandq_u32(a, b); }
 static inline vm vm_or(vm a, vm b) { return vorrq_u32(a, b); }
 static inline vm vm_andnot(vm a, vm b) { return vbicq_u32(a, b); }
@@ -134,6 +138,30 @@ static inline void vf_transpose(vf *out, const float *src, int64_t stride) {
     out[1] = vreinterpretq_f32_f64(vzip1q_f64(b, d));
     out[2] = vreinterpretq_f32_f64(vzip2q_f64(a, c));
     out[3] = vreinterpretq_f32_f64(vzip2q_f64(b, d));
+}
+
+typedef struct { float64x2_t part[4]; } vd;
+static inline vd vd_of(float32x4_t low, float32x4_t high) {
+    return (vd){{vcvt_f64_f32(vget_low_f32(low)), vcvt_high_f64_f32(low), vcvt_f64_f32(vget_low_f32(high)), vcvt_high_f64_f32(high)}};
+}
+static inline vd vd_zero(void) { return (vd){{vdupq_n_f64(0), vdupq_n_f64(0), vdupq_n_f64(0), vdupq_n_f64(0)}}; }
+static inline vd vd_load(const float *p) { return vd_of(vld1q_f32(p), vld1q_f32(p + 4)); }
+static inline vd vd_load_difference(const float *p, const float *q) {
+    return vd_of(vsubq_f32(vld1q_f32(p), vld1q_f32(q)), vsubq_f32(vld1q_f32(p + 4), vld1q_f32(q + 4)));
+}
+static inline vd vd_add_product(vd sum, vd a, vd b) {
+    for (int i = 0; i < 4; i++) sum.part[i] = vaddq_f64(sum.part[i], vmulq_f64(a.part[i], b.part[i]));
+    return sum;
+}
+static inline void vd_store(double *p, vd v) {
+    for (int i = 0; i < 4; i++) vst1q_f64(p + 2 * i, v.part[i]);
+}
+
+static inline vf vf_row_sums(const float *rows) {
+    const vf r0 = vld1q_f32(rows), r1 = vld1q_f32(rows + 4), r2 = vld1q_f32(rows + 8), r3 = vld1q_f32(rows + 12);
+    const vf a = vaddq_f32(vcombine_f32(vget_low_f32(r0), vget_low_f32(r1)), vcombine_f32(vget_high_f32(r0), vget_high_f32(r1)));
+    const vf b = vaddq_f32(vcombine_f32(vget_low_f32(r2), vget_low_f32(r3)), vcombine_f32(vget_high_f32(r2), vget_high_f32(r3)));
+    return vaddq_f32(vuzp1q_f32(a, b), vuzp2q_f32(a, b));
 }
 
 #endif

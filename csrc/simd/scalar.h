@@ -34,8 +34,10 @@ static inline vm vf_lt(vf a, vf b) { return a < b; }
 static inline vm vf_le(vf a, vf b) { return a <= b; }
 static inline vm vf_gt(vf a, vf b) { return a > b; }
 static inline vm vf_eq(vf a, vf b) { return a == b; }
+static inline vm vf_ne(vf a, vf b) { return a != b; } /* true if either is NaN */
 static inline vm vf_not_lt(vf a, vf b) { return !(a < b); } /* true if either is NaN */
 static inline vf vf_select(vm m, vf a, vf b) { return m ? a : b; }
+static inline vf vf_add_1(vf a, vm m) { return m ? a + 1.0f : a; } /* a + 1 where m */
 static inline vm vm_and(vm a, vm b) { return a & b; }
 static inline vm vm_or(vm a, vm b) { return a | b; }
 static inline vm vm_andnot(vm a, vm b) { return a & !b; } /* a and not b */
@@ -91,5 +93,22 @@ static inline uint32_t vm_to_bits(vm m) { return (uint32_t)m; }
 
 /* out[i] lane l = src[l * stride + i] for i in [0, LANES) */
 static inline void vf_transpose(vf *out, const float *src, int64_t stride) { (void)stride; out[0] = src[0]; }
+/* lane i = the sum of rows[i * LANES .. (i + 1) * LANES): halves of a row added, halves of that, ... */
+static inline vf vf_row_sums(const float *rows) { return rows[0]; }
+
+/* eight doubles, made from eight floats (or from their differences as floats) */
+typedef struct { double lane[8]; } vd;
+static inline vd vd_zero(void) { return (vd){{0}}; }
+static inline vd vd_load(const float *p) { vd v; for (int i = 0; i < 8; i++) v.lane[i] = (double)p[i]; return v; }
+static inline vd vd_load_difference(const float *p, const float *q) {
+    vd v;
+    for (int i = 0; i < 8; i++) v.lane[i] = (double)(p[i] - q[i]);
+    return v;
+}
+static inline vd vd_add_product(vd sum, vd a, vd b) {
+    for (int i = 0; i < 8; i++) sum.lane[i] += a.lane[i] * b.lane[i];
+    return sum;
+}
+static inline void vd_store(double *p, vd v) { memcpy(p, v.lane, sizeof v.lane); }
 
 #endif
