@@ -8,7 +8,8 @@ from gguflora.compare import CompareReport, compare
 from gguflora.convert import ConvertReport, convert
 from gguflora.errors import GgufloraError
 from gguflora.inspect import InspectReport, inspect
-from gguflora.merge import MergeReport, merge
+from gguflora.merge import merge, plan_merge
+from gguflora.merge_report import MergeReport, TensorReport
 from gguflora.runtime import Adapters, attach
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "InspectReport",
     "MergeReport",
     "ResizeReport",
+    "TensorReport",
     "__version__",
     "attach",
     "compare",
@@ -27,6 +29,7 @@ __all__ = [
     "export",
     "inspect",
     "merge",
+    "plan_merge",
     "read_adapter",
     "resize",
 ]

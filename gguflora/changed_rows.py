@@ -1,4 +1,4 @@
-"""New rows of a changed tensor: dequantized, changed, quantized again."""
+"""What is added to the rows of a tensor: the changes of all adapters that touch them, summed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguflora import _native
+from gguflora._native import GgmlType
 from gguflora.architectures import pieces_of
 from gguflora.base_model import describe
 from gguflora.deltas import Change, LowRank, Replace, Values, WeightTimes, as_float64, sum_factors
@@ -32,12 +33,14 @@ class Target:
         name: in the output.
         source: the base's tensor it is made from.
         shape: in the output; it may have more rows than its source, which begin as zeros.
+        type: in the output.
         changes: what is added to it, each with its scale.
     """
 
     name: str
     source: TensorEntry
     shape: Shape
+    type: GgmlType
     changes: Sequence[Scaled]
 
     @property
@@ -46,11 +49,56 @@ class Target:
         return math.prod(self.shape[:-1])
 
 
+def target_of(file: GgufFile, name: str, items: Sequence[Placed]) -> Target:
+    """The target of changes at scale 1; an output weight that the base does not have is made from the embedding."""
+    source = file.tensors[name if name in file.tensors else TOKEN_EMBEDDING]
+    return Target(name, source, source.shape, source.type, [(item, 1.0) for item in items])
+
+
+class PreciseWeights(Protocol):
+    """The base's weights before they were quantized."""
+
+    def rows(self, tensor: str, first: int, last: int) -> Floats:
+        """Values of a GGUF tensor's rows, leading dimensions flattened: (last - first, n_in)."""
+
+
+class Weights:
+    """Values that changes are added to: the base's own, dequantized, or better ones if those are at hand."""
+
+    def __init__(self, base: GgufFile, precise: PreciseWeights | None = None) -> None:
+        self.base = base
+        self.is_precise = precise is not None
+        self._precise = precise
+
+    def values(self, tensor: TensorEntry, first: int, last: int) -> Values:
+        """Rows of a tensor in float64; of a vector all of it, as one column."""
+        if self._precise is None:
+            return read_values(self.base, tensor, first, last)
+        vector = len(tensor.shape) == 1
+        values = self._precise_rows(tensor, *((0, 1) if vector else (first, last)))
+        return (values.reshape(-1, 1) if vector else values).astype(np.float64)
+
+    def stored(self, tensor: TensorEntry, rows: Bytes, first: int, last: int) -> tuple[Bytes, GgmlType]:
+        """Rows of a tensor as bytes of some type, given the base's bytes of them."""
+        if self._precise is None:
+            return rows, tensor.type
+        return np.ascontiguousarray(self._precise_rows(tensor, first, last)).view(np.uint8), _native.type_named("F32")
+
+    def _precise_rows(self, tensor: TensorEntry, first: int, last: int) -> Floats:
+        assert self._precise is not None
+        values = np.zeros((last - first, tensor.n_in), np.float32)
+        known = min(last, tensor.n_rows)
+        if first < known:
+            values[: known - first] = self._precise.rows(tensor.name, first, known)
+        return values
+
+
 class WholeWeights:
     """Changes that need a whole Hugging Face weight at once, whose rows lie in any order and in several tensors."""
 
-    def __init__(self, base: GgufFile, targets: Sequence[Target]) -> None:
-        self._base = base
+    def __init__(self, weights: Weights, targets: Sequence[Target]) -> None:
+        self.weights = weights
+        self._base = weights.base
         self._pieces: dict[int, list[tuple[Placed, TensorEntry]]] = {}
         for target in targets:
             for item, _ in target.changes:
@@ -76,7 +124,7 @@ class WholeWeights:
         weight = np.zeros(shape)
         for item, tensor in pieces:
             first = item.piece.first
-            item.put(read_values(self._base, tensor, first, first + item.shape[0]), weight)
+            item.put(self.weights.values(tensor, first, first + item.shape[0]), weight)
         return weight
 
     def _layer_weight(self, change: WeightTimes) -> Values:
@@ -107,51 +155,31 @@ def read_or_zeros(base: GgufFile, tensor: TensorEntry, first: int, last: int) ->
 
 @dataclass(frozen=True, slots=True)
 class LowRankRows:
-    """Rows ``start`` to ``end`` of a tensor, to which ``b @ a`` is added in one pass through the cache."""
+    """Rows ``start`` to ``end`` of a tensor, to which ``b @ a`` is added."""
 
-    base: GgufFile
-    tensor: TensorEntry
     start: int
     end: int
     a: Floats
     b: Floats
 
-    def new(self, first: int, last: int) -> Bytes:
-        """New bytes of the rows ``first`` to ``last``."""
-        rows = read_or_zeros(self.base, self.tensor, first, last)
-        kind, b = self.tensor.type, self.b[first - self.start : last - self.start]
-        _native.merge_rows(rows, kind, rows, kind, _native.Product(self.a, b))
-        return rows
+    def change(self, first: int, last: int) -> _native.Product:
+        """What is added to the rows ``first`` to ``last``."""
+        return _native.Product(self.a, self.b[first - self.start : last - self.start])
 
 
 @dataclass(frozen=True, slots=True)
 class AnyRows:
-    """Rows ``start`` to ``end`` of a tensor, changed by any formulas; rows that nothing changes keep their bytes."""
+    """Rows ``start`` to ``end`` of a tensor, changed by any formulas, or by none."""
 
-    base: GgufFile
     tensor: TensorEntry
     start: int
     end: int
     changes: Sequence[Scaled]
     whole: WholeWeights
 
-    def new(self, first: int, last: int) -> Bytes:
-        """New bytes of the rows ``first`` to ``last``."""
-        rows = read_or_zeros(self.base, self.tensor, first, last)
-        if not self.changes:
-            return rows
-        stored = read_values(self.base, self.tensor, first, last)
-        delta = self._sum(stored, first)
-        changed, delta = (array.reshape(len(rows), self.tensor.n_in) for array in (stored + delta, delta))
-        changed, touched = changed.astype(np.float32), delta.any(axis=1)
-        new = np.empty((int(touched.sum()), rows.shape[1]), np.uint8)
-        _native.quantize_rows(np.ascontiguousarray(changed[touched]), self.tensor.type, new)
-        rows[touched] = new
-        return rows
-
-    def delta(self, first: int, last: int) -> Values:
-        """The change of the rows ``first`` to ``last``, before rounding."""
-        return self._sum(read_values(self.base, self.tensor, first, last), first)
+    def change(self, first: int, last: int) -> Values:
+        """What is added to the rows ``first`` to ``last``; to a vector, as one column."""
+        return self._sum(self.whole.weights.values(self.tensor, first, last), first)
 
     def _sum(self, stored: Values, first: int) -> Values:
         total = np.zeros_like(stored)
@@ -199,13 +227,16 @@ _COPY_TOLERANCE: Final = {"F32": 1e-2, "F16": 1e-2, "BF16": 1e-2, "Q8_0": 2e-2}
 _QUANTIZED_TOLERANCE: Final = 0.4
 
 
-def split_rows(base: GgufFile, target: Target, whole: WholeWeights) -> Iterator[LowRankRows | AnyRows]:
-    """The rows of a target in ranges with the same changes throughout (the experts of a stack, for example)."""
+def split_rows(target: Target, whole: WholeWeights, period: int | None = None) -> Iterator[LowRankRows | AnyRows]:
+    """The rows of a target in ranges with the same changes throughout (the experts of a stack, for example).
+
+    With a period, no range reaches over a multiple of so many rows.
+    """
     tensor = target.source
     if len(tensor.shape) == 1:
-        yield AnyRows(base, tensor, 0, 1, target.changes, whole)
+        yield AnyRows(tensor, 0, 1, target.changes, whole)
         return
-    edges = {0, target.n_rows}
+    edges = {0, target.n_rows, *(range(0, target.n_rows, period) if period else ())}
     for item, _ in target.changes:
         edges |= {item.piece.first, min(item.piece.first + item.shape[0], target.n_rows)}
     bounds = sorted(edges)
@@ -217,9 +248,9 @@ def split_rows(base: GgufFile, target: Target, whole: WholeWeights) -> Iterator[
         ]
         factors = _low_rank_of(changes, start, end)
         if factors:
-            yield LowRankRows(base, tensor, start, end, *factors)
+            yield LowRankRows(start, end, *factors)
         else:
-            yield AnyRows(base, tensor, start, end, changes, whole)
+            yield AnyRows(tensor, start, end, changes, whole)
 
 
 def _low_rank_of(changes: Sequence[Scaled], start: int, end: int) -> tuple[Floats, Floats] | None:

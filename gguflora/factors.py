@@ -9,7 +9,7 @@ import numpy as np
 
 from gguflora.adapters import Adapter
 from gguflora.base_model import BaseModel
-from gguflora.changed_rows import AnyRows, Target, WholeWeights, read_values, without_copies
+from gguflora.changed_rows import AnyRows, Weights, WholeWeights, read_values, target_of, without_copies
 from gguflora.deltas import LowRank, Replace, ReplaceRows, Values, as_float64, sum_factors
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
@@ -133,8 +133,9 @@ class _Maker:
     ) -> None:
         self._file, self._rank, self._energy = file, rank, energy
         self._approximate = rank is not None or energy is not None
-        self._targets = {} if file is None else _targets(file, placed)
-        self._whole = None if file is None else WholeWeights(file, list(self._targets.values()))
+        known = {} if file is None else {name: items for name, items in placed.items() if name in file.tensors}
+        self._targets = {} if file is None else {name: target_of(file, name, items) for name, items in known.items()}
+        self._whole = None if file is None else WholeWeights(Weights(file), list(self._targets.values()))
 
     def make(self, name: str, items: Sequence[Placed], shape: Shape) -> Factors | None:
         """The factors of one tensor's change; None if it has none."""
@@ -167,8 +168,8 @@ class _Maker:
         target, n_out = self._targets[name], shape[-2]
         pairs = []
         for first in range(0, target.source.n_rows, n_out):
-            rows = AnyRows(self._file, target.source, first, first + n_out, target.changes, self._whole)
-            pairs.append(truncate(rows.delta(first, first + n_out), self._rank, self._energy))
+            rows = AnyRows(target.source, first, first + n_out, target.changes, self._whole)
+            pairs.append(truncate(rows.change(first, first + n_out), self._rank, self._energy))
         placed = {name: [item for item, _ in target.changes]}
         return replace(_joined(name, pairs, shape), cautions=cautions(self._file, placed))
 
@@ -177,14 +178,6 @@ class _Maker:
         a, b = (factors.a, factors.b) if stacked else (factors.a[None], factors.b[None])
         pairs = [shrink(LowRank(x, y, factors.factor), self._rank, self._energy) for x, y in zip(a, b, strict=True)]
         return _joined(factors.tensor, pairs, (0,) * (3 if stacked else 2))
-
-
-def _targets(file: GgufFile, placed: dict[str, list[Placed]]) -> dict[str, Target]:
-    return {
-        name: Target(name, file.tensors[name], file.tensors[name].shape, [(item, 1.0) for item in items])
-        for name, items in placed.items()
-        if name in file.tensors
-    }
 
 
 def _joined(name: str, pairs: Sequence[tuple[LowRank, float]], shape: Shape) -> Factors:

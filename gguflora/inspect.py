@@ -13,7 +13,7 @@ import numpy as np
 from gguflora.adapters import Adapter, read_adapter
 from gguflora.architectures import ignored_at_run_time, unknown_warning
 from gguflora.base_model import BaseModel, read_base
-from gguflora.changed_rows import AnyRows, Target, WholeWeights, read_values, without_copies
+from gguflora.changed_rows import AnyRows, Target, Weights, WholeWeights, read_values, target_of, without_copies
 from gguflora.deltas import Change, LowRank, Unsized, as_float64
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile
 from gguflora.placement import Placed, place
@@ -179,23 +179,18 @@ def _problem(model: BaseModel, name: str, *, is_low: bool) -> str | None:
 
 def _measure(file: GgufFile, placed: Mapping[str, Sequence[Placed]]) -> dict[str, tuple[float, float]]:
     """Norms of the change and of the base's tensor."""
-    targets = {name: _target(file, name, items) for name, items in placed.items()}
-    whole = WholeWeights(file, list(targets.values()))
+    targets = {name: target_of(file, name, items) for name, items in placed.items()}
+    whole = WholeWeights(Weights(file), list(targets.values()))
     return {name: _norms(file, target, whole) for name, target in targets.items()}
-
-
-def _target(file: GgufFile, name: str, items: Sequence[Placed]) -> Target:
-    source = file.tensors[name if name in file.tensors else TOKEN_EMBEDDING]
-    return Target(name, source, source.shape, [(item, 1.0) for item in items])
 
 
 def _norms(file: GgufFile, target: Target, whole: WholeWeights) -> tuple[float, float]:
     tensor, change, base = target.source, 0.0, 0.0
     n_rows = 1 if len(tensor.shape) == 1 else tensor.n_rows
-    rows = AnyRows(file, tensor, 0, n_rows, target.changes, whole)
+    rows = AnyRows(tensor, 0, n_rows, target.changes, whole)
     step = max(1, _BLOCK // tensor.n_in)
     for first in range(0, n_rows, step):
         last = min(first + step, n_rows)
-        change += float((rows.delta(first, last) ** 2).sum())
+        change += float((rows.change(first, last) ** 2).sum())
         base += float((read_values(file, tensor, first, last) ** 2).sum())
     return change**0.5, base**0.5

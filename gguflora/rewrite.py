@@ -1,4 +1,4 @@
-"""A GGUF file written again with changes in some of its tensors: block by block, on several threads."""
+"""Changed tensors made anew block by block on several threads, and a GGUF file written again with them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import IO, Final
+from pathlib import Path
+from typing import IO, Final, Protocol
 
-from gguflora.changed_rows import AnyRows, Bytes, LowRankRows, Target, WholeWeights, split_rows
+import numpy as np
+
+from gguflora._native import SUMS
+from gguflora.changed_rows import AnyRows, Bytes, Target, Weights, WholeWeights, split_rows
 from gguflora.errors import NonFiniteError
 from gguflora.files.copying import copy_range
 from gguflora.files.gguf import GgufFile, Layout
+from gguflora.rounding import Rounding, RowsRounder, Sums
 
 Progress = Callable[[int, int], None]
 Task = Callable[[], int]
@@ -22,31 +29,99 @@ BLOCK_WEIGHTS: Final = 1 << 20
 COPY_BYTES: Final = 64 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some rows of a changed tensor.
+
+    Attributes:
+        target: the tensor.
+        first: number of the first row.
+        old: the base's bytes of the rows, as far as it has them.
+        new: bytes of the output.
+    """
+
+    target: Target
+    first: int
+    old: Bytes
+    new: Bytes
+
+
+class Sink(Protocol):
+    """Where the output goes; called from several threads."""
+
+    def put(self, block: Block) -> None:
+        """Take new rows of a changed tensor."""
+
+    def copy(self, first: int, last: int, to: int) -> None:
+        """Take a range of the base's bytes."""
+
+
+class FileSink:
+    """A whole GGUF file."""
+
+    def __init__(self, output: IO[bytes], base: GgufFile, layout: Layout) -> None:
+        self._handle, self._base, self._layout = output.fileno(), base, layout
+        os.truncate(self._handle, layout.size)
+        os.pwrite(self._handle, layout.header, 0)
+
+    def put(self, block: Block) -> None:
+        """Write rows to their place."""
+        offset = self._layout.offsets[block.target.name] + block.first * block.new.shape[1]
+        view = memoryview(block.new.data).cast("B")
+        while view:
+            count = os.pwrite(self._handle, view, offset)
+            view, offset = view[count:], offset + count
+
+    def copy(self, first: int, last: int, to: int) -> None:
+        """Copy bytes of the base, in the kernel."""
+        copy_range(self._base.fileno(), first, self._handle, to, last - first)
+
+
 class Rewriter:
-    """Writes the output: header, copied ranges, and the targets block by block."""
+    """Makes the targets anew, block by block, and hands them and the rest of the base to a sink.
+
+    Args:
+        weights: of the base.
+        layout: of the output.
+        targets: the tensors that change.
+        rounding: how their weights are rounded.
+        threads: number of threads.
+        folder: where temporary files may be made.
+        progress: called with (bytes done, bytes in all), from several threads but never at once.
+
+    """
 
     def __init__(
-        self, base: GgufFile, layout: Layout, targets: Sequence[Target], threads: int, progress: Progress | None
+        self,
+        weights: Weights,
+        layout: Layout,
+        targets: Sequence[Target],
+        rounding: Rounding,
+        *,
+        threads: int,
+        folder: Path,
+        progress: Progress | None,
     ) -> None:
-        self._base = base
-        self._layout = layout
-        self._targets = targets
-        self._threads = threads
-        self._whole = WholeWeights(base, targets)
+        self._totals: dict[str, list[Sums]] = {}
+        self._weights, self._layout, self._targets = weights, layout, targets
+        self._rounding, self._threads, self._folder = rounding, threads, folder
+        self._whole = WholeWeights(weights, targets)
         self._progress = progress
         self._done = 0
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
 
-    def write(self, output: IO[bytes]) -> None:
-        """Write everything; the first error stops all threads and is raised."""
-        handle = output.fileno()
-        os.truncate(handle, self._layout.size)
-        os.pwrite(handle, self._layout.header, 0)
+    def sums(self, target: str) -> Sums:
+        """What `_native.SUMS` names, over all rows of a target; known when `write` has returned."""
+        total: Sums = np.sum(self._totals[target], axis=0)
+        return total
+
+    def write(self, sink: Sink) -> None:
+        """Hand everything over; the first error stops all threads and is raised."""
         pending: set[Future[None]] = set()
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="gguflora")
         try:
-            for task in self._tasks(handle):
+            for task in self._tasks(sink):
                 while len(pending) >= 2 * self._threads:
                     pending = _collect(pending)
                 pending.add(pool.submit(self._run, task))
@@ -57,49 +132,90 @@ class Rewriter:
             pool.shutdown(cancel_futures=True)
 
     def _run(self, task: Task) -> None:
-        if self._cancelled.is_set():
-            return
         done = task()
         with self._lock:
             self._done += done
-            if self._progress:
+            if self._progress and done:
                 self._progress(self._done, self._layout.size - len(self._layout.header))
 
-    def _tasks(self, handle: int) -> Iterator[Task]:
-        """Everything to do, in the order of the output; a task returns the number of bytes it wrote."""
-        parts = [(to, self._copies(handle, first, last, to)) for first, last, to in self._layout.copies]
-        for target in self._targets:
-            offset = self._layout.offsets[target.name]
-            parts.append((offset, self._blocks(handle, target, offset)))
-        for _, tasks in sorted(parts, key=lambda part: part[0]):
-            yield from tasks
+    def _tasks(self, sink: Sink) -> Iterator[Task]:
+        """Everything to do, about in the order of the output; a task returns the number of bytes it has handed over.
 
-    def _copies(self, handle: int, start: int, end: int, to: int) -> Iterator[Task]:
-        for first in range(start, end, COPY_BYTES):
-            yield partial(self._copy, handle, first, min(first + COPY_BYTES, end), to + first - start)
+        What is to be measured before rows can be written is begun before the rows in front of them are written, so that
+        no thread waits for another for long. Formulas are taken in turn, for they may need a whole weight, of which
+        one is held at a time.
+        """
+        behind: Sequence[Task] = ()
+        for job in self._jobs(sink):
+            if job.in_turn:
+                yield from behind
+                behind = ()
+            yield from job.measure
+            yield from behind
+            behind = job.write
+        yield from behind
 
-    def _copy(self, handle: int, start: int, end: int, to: int) -> int:
-        copy_range(self._base.fileno(), start, handle, to, end - start)
-        return end - start
+    def _jobs(self, sink: Sink) -> Iterator[_Job]:
+        places = [(to, self._copies(sink, first, last, to)) for first, last, to in self._layout.copies]
+        places += [(self._layout.offsets[target.name], self._changes(sink, target)) for target in self._targets]
+        for _, jobs in sorted(places, key=lambda place: place[0]):
+            yield from jobs
 
-    def _blocks(self, handle: int, target: Target, offset: int) -> Iterator[Task]:
+    def _copies(self, sink: Sink, start: int, end: int, to: int) -> Iterator[_Job]:
+        firsts = range(start, end, COPY_BYTES)
+        tasks = [partial(self._copy, sink, first, min(first + COPY_BYTES, end), to + first - start) for first in firsts]
+        yield _Job((), tasks, in_turn=False)
+
+    def _copy(self, sink: Sink, first: int, last: int, to: int) -> int:
+        if not self._cancelled.is_set():
+            sink.copy(first, last, to)
+        return last - first
+
+    def _changes(self, sink: Sink, target: Target) -> Iterator[_Job]:
+        totals = self._totals[target.name] = []
         step = max(1, BLOCK_WEIGHTS // target.source.n_in)
-        for rows in split_rows(self._base, target, self._whole):
-            for first in range(rows.start, rows.end, step):
-                yield partial(self._write_rows, handle, offset, rows, first, min(first + step, rows.end))
+        for rows in split_rows(target, self._whole, self._rounding.period(target)):
+            totals.append(np.zeros(len(SUMS)))
+            rounder = RowsRounder(self._weights, target, rows, self._rounding, self._folder, totals[-1])
+            blocks = [(first, min(first + step, rows.end)) for first in range(rows.start, rows.end, step)]
+            measure = [partial(self._measure, rounder, target, *block) for block in blocks if rounder.two_passes]
+            write = [partial(self._write, sink, rounder, target, *block) for block in blocks]
+            yield _Job(measure, write, in_turn=isinstance(rows, AnyRows))
 
-    def _write_rows(self, handle: int, offset: int, rows: LowRankRows | AnyRows, first: int, last: int) -> int:
+    def _measure(self, rounder: RowsRounder, target: Target, first: int, last: int) -> int:
+        with self._naming(target, first):
+            rounder.measure(first, last)  # even when cancelled, for another thread may wait for it
+        return 0
+
+    def _write(self, sink: Sink, rounder: RowsRounder, target: Target, first: int, last: int) -> int:
+        if self._cancelled.is_set():
+            return 0
+        with self._naming(target, first):
+            old, new = rounder.new(first, last)
+        sink.put(Block(target, first, old, new))
+        return new.nbytes
+
+    @contextmanager
+    def _naming(self, target: Target, first: int) -> Iterator[None]:
         try:
-            new = rows.new(first, last)
+            yield
         except NonFiniteError as error:
+            row = first + error.row
             raise NonFiniteError(
-                f"{self._base.path}: tensor {rows.tensor.name!r}, row {first + error.row}, column {error.column}: "
-                f"{error}; the base, an adapter, or their sum at this scale is out of range",
-                first + error.row,
+                f"{self._weights.base.path}: tensor {target.name!r}, row {row}, column {error.column}: {error}; the "
+                "base, an adapter, or their sum at this scale is out of range",
+                row,
                 error.column,
             ) from error
-        _write_at(handle, new, offset + first * new.shape[1])
-        return new.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Tasks that belong together: all of ``measure`` must be begun before any of ``write`` is."""
+
+    measure: Sequence[Task]
+    write: Sequence[Task]
+    in_turn: bool
 
 
 def _collect(pending: set[Future[None]]) -> set[Future[None]]:
@@ -108,10 +224,3 @@ def _collect(pending: set[Future[None]]) -> set[Future[None]]:
     for future in done:
         future.result()
     return left
-
-
-def _write_at(handle: int, rows: Bytes, offset: int) -> None:
-    view = memoryview(rows.data).cast("B")
-    while view:
-        count = os.pwrite(handle, view, offset)
-        view, offset = view[count:], offset + count

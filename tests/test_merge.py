@@ -113,7 +113,7 @@ def test_embedding_of_a_quantized_base(outtype, tmp_path):
     """PEFT's copy of the embedding is not exactly the quantized one; that is no reason to refuse."""
     spec = Adapter(targets=("embed_tokens", "lm_head"), exact=True)
     base, changes = builders.gguf_model("qwen2", "wide", outtype), changes_of("qwen2", spec, "wide")
-    gguflora.merge(base, builders.adapter("qwen2", spec, "wide"), tmp_path / "out.gguf")
+    gguflora.merge(base, builders.adapter("qwen2", spec, "wide"), tmp_path / "out.gguf", rounding="nearest")
     found = data_of(tmp_path / "out.gguf")
     assert changes.keys() == {"token_embd.weight", "output.weight"}
     for tensor in reader_of(base).tensors:
@@ -126,7 +126,7 @@ def test_embedding_of_a_quantized_base(outtype, tmp_path):
 def test_quantized_bytes_are_ggmls(arch, outtype, tmp_path):
     """B@A is exact in float32 here, so every byte must be the one ggml_quantize_chunk writes."""
     base, changes = builders.gguf_model(arch, "wide", outtype), changes_of(arch, EXACT, "wide")
-    gguflora.merge(base, builders.adapter(arch, EXACT, "wide"), tmp_path / "out.gguf")
+    gguflora.merge(base, builders.adapter(arch, EXACT, "wide"), tmp_path / "out.gguf", rounding="nearest")
     found = data_of(tmp_path / "out.gguf")
     tensors = {tensor.name: tensor for tensor in reader_of(base).tensors}
     for name, change in changes.items():
@@ -152,7 +152,7 @@ def test_random_adapter_differs_in_hardly_a_code(outtype, tmp_path):
     Where it does, the result must be as close to the merged weights.
     """
     base, changes = builders.gguf_model("llama", "wide", outtype), changes_of("llama", RANDOM, "wide")
-    gguflora.merge(base, builders.adapter("llama", RANDOM, "wide"), tmp_path / "out.gguf")
+    gguflora.merge(base, builders.adapter("llama", RANDOM, "wide"), tmp_path / "out.gguf", rounding="nearest")
     found, same = data_of(tmp_path / "out.gguf"), []
     for tensor in reader_of(base).tensors:
         if tensor.name not in changes:
@@ -172,7 +172,7 @@ def test_random_adapter_differs_in_hardly_a_code(outtype, tmp_path):
 def test_narrow_rows(outtype, tmp_path):
     """Rows that are multiples of 32 only."""
     base, changes = builders.gguf_model("qwen3", "small", outtype), changes_of("qwen3", EXACT, "small")
-    gguflora.merge(base, builders.adapter("qwen3", EXACT), tmp_path / "out.gguf")
+    gguflora.merge(base, builders.adapter("qwen3", EXACT), tmp_path / "out.gguf", rounding="nearest")
     found = data_of(tmp_path / "out.gguf")
     for tensor in reader_of(base).tensors:
         if tensor.name in changes:
@@ -183,7 +183,7 @@ def test_narrow_rows(outtype, tmp_path):
 def test_several_adapters_are_summed_and_rounded_once(outtype, tmp_path):
     base, other = builders.gguf_model("llama", "wide", outtype), Adapter(exact=True, seed=9, rank=3, alpha=6)
     pairs = [(builders.adapter("llama", EXACT, "wide"), 0.5), (builders.adapter("llama", other, "wide"), -1.0)]
-    gguflora.merge(base, pairs, tmp_path / "out.gguf")
+    gguflora.merge(base, pairs, tmp_path / "out.gguf", rounding="nearest")
     one, two = changes_of("llama", EXACT, "wide"), changes_of("llama", other, "wide")
     found = data_of(tmp_path / "out.gguf")
     for tensor in reader_of(base).tensors:
@@ -290,7 +290,7 @@ def test_dry_run_writes_nothing(tmp_path):
     report = gguflora.merge(base, adapter, tmp_path / "out.gguf", dry_run=True)
     assert list(tmp_path.iterdir()) == []
     assert report.dry_run
-    assert sum(report.tensors.values()) == 14
+    assert len(report.tensors) == 14
 
 
 def test_overwrites_only_with_force(tmp_path):

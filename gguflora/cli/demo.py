@@ -53,7 +53,7 @@ def _print_demo(report: DemoReport) -> None:
         console.print(f"load {name}: {seconds * 1e3:.0f} ms")
     merged = report.merge
     console.print(
-        f"merge {merged.adapters[0][0]} into {', '.join(merged.tensors)}: {merged.seconds * 1e3:.0f} ms "
+        f"merge {merged.adapters[0][0]} into {', '.join(merged.types)}: {merged.seconds * 1e3:.0f} ms "
         f"({merged.weights / 1e6:.1f} M weights)"
     )
     console.print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -9,7 +10,10 @@ import typer
 
 import gguflora
 from gguflora.cli.app import app, console, print_warnings, progress_bar
-from gguflora.merge import MergeReport
+from gguflora.files.output import atomic_output
+from gguflora.merge import MAX_SEED
+from gguflora.merge_report import MergeReport
+from gguflora.rounding import Mode as RoundingMode
 
 
 @app.command()
@@ -20,24 +24,80 @@ def merge(
     lora_scaled: Annotated[
         list[str] | None, typer.Option(metavar="PATH:SCALE", help="Adapter with a scale of its own. Repeatable.")
     ] = None,
+    rounding: Annotated[
+        RoundingMode,
+        typer.Option(help="adaptive keeps changes below a quantization step; nearest is ggml's own."),
+    ] = "adaptive",
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the adaptive rounding.")] = 0,
+    base_f16: Annotated[
+        Path | None,
+        typer.Option(help="The base before quantization (GGUF file or Hugging Face directory), to quantize W + delta."),
+    ] = None,
+    outtype: Annotated[str, typer.Option(help="Type of changed matrices (f16, q8_0, ...), or keep.")] = "keep",
+    type: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN=TYPE", help="Type of changed tensors that match a glob or regex. Repeatable."),
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="Importance matrix (GGUF or .dat), used as llama-quantize does.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write what each tensor kept of its change, as JSON.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the same as heat maps, layers by modules (PNG; needs matplotlib).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; by default one for each core.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the output file.")] = False,
 ) -> None:
     """Merge adapters into a quantized GGUF file; every tensor keeps its type, untouched ones keep their bytes.
 
+    Weights are rounded such that the adapter survives: ggml's own rounding would put most of a small change back.
+
     **Examples**
 
     gguflora merge model-Q4_K_M.gguf --lora ./my-adapter -o merged-Q4_K_M.gguf
 
     gguflora merge model-Q8_0.gguf --lora legal.gguf --lora-scaled tone.gguf:0.5 -o merged.gguf
+
+    gguflora merge model-Q4_K_M.gguf --lora ./my-adapter --base-f16 ./hf-model --imatrix model.imatrix -o merged.gguf
+
+    gguflora merge model-Q4_K_M.gguf --lora ./my-adapter --type 'blk.*.ffn_down.weight=q6_k' -o out.gguf --report r.json
     """
     adapters = [(path, 1.0) for path in lora or ()] + [_split_scale(text) for text in lora_scaled or ()]
     if not adapters:
         raise typer.BadParameter("give at least one adapter with --lora or --lora-scaled")
     with progress_bar("merging") as progress:
-        report = gguflora.merge(base, adapters, out, threads=threads, dry_run=dry_run, force=force, progress=progress)
-    _print_merge(report)
+        result = gguflora.merge(
+            base,
+            adapters,
+            out,
+            rounding=rounding,
+            seed=seed,
+            base_f16=base_f16,
+            outtype=outtype,
+            type=_split_types(type or []),
+            imatrix=imatrix,
+            threads=threads,
+            dry_run=dry_run,
+            force=force,
+            progress=progress,
+        )
+    if report:
+        with atomic_output(report) as file:
+            file.write(json.dumps(result.to_dict(), indent=2).encode())
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        _print_merge(result)
+
+
+def _split_types(texts: list[str]) -> dict[str, str]:
+    pairs = [text.rpartition("=") for text in texts]
+    for text, (pattern, _, name) in zip(texts, pairs, strict=True):
+        if not pattern or not name:
+            raise typer.BadParameter(f"--type is {text!r}, expected PATTERN=TYPE, for example '*.attn_v.weight=q8_0'")
+    return {pattern: name for pattern, _, name in pairs}
 
 
 def _split_scale(text: str) -> tuple[str, float]:
@@ -55,13 +115,19 @@ def _refuse_scale(text: str) -> NoReturn:
 def _print_merge(report: MergeReport) -> None:
     print_warnings(report.warnings)
     merged = ", ".join(f"{name} x {scale:g}" for name, _, scale in report.adapters)
-    types = ", ".join(f"{count} {name}" for name, count in report.tensors.items()) or "none"
+    types = ", ".join(f"{count} {name}" for name, count in report.types.items()) or "none"
     verb = "would write" if report.dry_run else "wrote"
     console.print(
-        f"{verb} {report.output}: {merged}; {sum(report.tensors.values())} tensors changed ({types}), "
+        f"{verb} {report.output}: {merged}; {len(report.tensors)} tensors changed ({types}), "
         f"{report.weights / 1e6:.1f} M weights, {report.size / 1e6:.1f} MB",
         markup=False,
     )
+    if report.total.sv is not None:
+        console.print(
+            f"{report.rounding} rounding: {report.total.sv:.1%} of the change survives, "
+            f"{report.total.relative_change:.2%} of the weights' norm, SNR {report.total.snr_db:.1f} dB",
+            markup=False,
+        )
     if not report.dry_run:
         rate = report.weights_per_second / 1e6
         console.print(f"took {report.seconds:.2f} s on {report.threads} threads, {rate:.0f} M weights/s", markup=False)

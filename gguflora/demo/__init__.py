@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from gguflora.compare import kl_divergence
 from gguflora.convert import convert
 from gguflora.errors import HotSwapError
-from gguflora.merge import MergeReport, merge
+from gguflora.merge import merge
+from gguflora.merge_report import MergeReport
 from gguflora.runtime import Adapters, attach
 
 HERE: Final = Path(__file__).parent

@@ -1,0 +1,221 @@
+"""What a merge will do: which tensors change how, in which type they are written, and the file that comes of it."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from gguflora import _native
+from gguflora._native import GgmlType
+from gguflora._version import __version__
+from gguflora.adapters import Adapter
+from gguflora.architectures import can_untie, unknown_warning
+from gguflora.base_model import BaseModel, describe
+from gguflora.changed_rows import Scaled, Target, without_copies
+from gguflora.deltas import LowRank, Replace
+from gguflora.errors import QuantizationError, UnsupportedAdapterError
+from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Layout, TensorEntry, encode_entry
+from gguflora.placement import Placed, cautions, new_vocabulary, place
+from gguflora.rounding import Rounding
+from gguflora.vocabulary import grown_vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTypes:
+    """In which types changed tensors are written.
+
+    Attributes:
+        general: for all matrices; None keeps each tensor's own.
+        patterns: for tensors whose name matches, a glob of the whole name or a regular expression found in it; the
+            first that matches counts.
+    """
+
+    general: GgmlType | None = None
+    patterns: tuple[tuple[str, GgmlType], ...] = ()
+
+    @classmethod
+    def named(cls, outtype: str, patterns: Mapping[str, str]) -> OutputTypes:
+        """From the names that a user gives.
+
+        Raises:
+            QuantizationError: for an unknown type.
+        """
+        general = None if outtype == "keep" else _native.type_named(outtype)
+        return cls(general, tuple((pattern, _native.type_named(name)) for pattern, name in patterns.items()))
+
+    def of(self, name: str, source: TensorEntry, *, only_floats: bool) -> GgmlType:
+        """The type of a changed tensor; what a quantized file holds in F32, it holds so for a reason."""
+        for pattern, kind in self.patterns:
+            if _matches(pattern, name):
+                return kind
+        stays = len(source.shape) < 2 or (source.type.name == "F32" and not only_floats) or name.endswith(_PRECISE)
+        return source.type if self.general is None or stays else self.general
+
+    def unused(self, names: Sequence[str]) -> list[str]:
+        """Patterns that match none of the names."""
+        return [pattern for pattern, _ in self.patterns if not any(_matches(pattern, name) for name in names)]
+
+
+MERGED_NAMES: Final = "gguflora.merged.names"
+_PRECISE: Final = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d.weight")
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if fnmatch.fnmatchcase(name, pattern):
+        return True
+    try:
+        return re.search(pattern, name) is not None
+    except re.error:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The layout of the output, what is not just copied from the base, and what the user should know."""
+
+    layout: Layout
+    targets: Sequence[Target]
+    warnings: tuple[str, ...]
+
+
+def make_plan(
+    file: GgufFile, sources: Sequence[tuple[Adapter, float]], rounding: Rounding, types: OutputTypes = OutputTypes()
+) -> Plan:
+    """Plan a merge.
+
+    Args:
+        file: the base.
+        sources: adapters and their scales.
+        rounding: how weights will be rounded; it is recorded in the metadata.
+        types: of the changed tensors.
+
+    Raises:
+        GgufloraError: if adapters and base do not fit together, or a tensor cannot be written as asked.
+    """
+    model = describe(file)
+    changes: dict[str, list[Scaled]] = {}
+    unknown = unknown_warning(model)
+    warnings = [] if unknown is None else [f"{file.path}: {unknown}"]
+    for source, scale in sources:
+        if source.invocation_tokens:
+            raise UnsupportedAdapterError(
+                f"{source.path}: is an activated LoRA, which leaves the base as it is up to its invocation tokens, so "
+                "it cannot be merged; convert it and load it at run time"
+            )
+        placed = without_copies(file, place(source, model))
+        warnings += [f"{source.path}: {text}" for text in (*source.warnings, *cautions(file, placed))]
+        for name, placed_items in placed.items():
+            effective = [(item, scale) for item in placed_items if scale and not _is_nothing(item)]
+            if effective:
+                changes.setdefault(name, []).extend(effective)
+    untied = _untie(model, changes) if model.is_tied else set()
+    entries = _record(file, sources, rounding)
+    n_tokens = _vocabulary_of(file, changes)
+    if n_tokens:
+        for source, _ in sources:
+            entries |= grown_vocabulary(file, source.path.parent, n_tokens)
+    targets, only_floats = [], not any(tensor.type.block_weights > 1 for tensor in file.tensors.values())
+    for name, items in changes.items():
+        entry = file.tensors[TOKEN_EMBEDDING if name in untied else name]
+        grown = n_tokens and name in {TOKEN_EMBEDDING, OUTPUT}
+        shape = (n_tokens, entry.n_in) if grown else entry.shape
+        targets.append(Target(name, entry, shape, types.of(name, entry, only_floats=only_floats), items))
+    for target in targets:
+        _check_type(file, target, rounding)
+    warnings += [f"--type {pattern}: matches no changed tensor" for pattern in types.unused(list(changes))]
+    layout = file.layout(entries, {target.name: (target.shape, target.type) for target in targets})
+    return Plan(layout, targets, tuple(warnings))
+
+
+def _vocabulary_of(file: GgufFile, changes: Mapping[str, Sequence[Scaled]]) -> int:
+    """Rows of the embedding and output where an adapter has more than the base, else 0."""
+    names = [name for name in (TOKEN_EMBEDDING, OUTPUT) if name in changes or name in file.tensors]
+    rows = {
+        name: new_vocabulary(item.change for item, _ in changes.get(name, ()) if item.piece.rows is None)
+        for name in names
+    }
+    n_tokens, before = max(rows.values(), default=0), file.tensors[TOKEN_EMBEDDING].n_rows if rows else 0
+    if n_tokens <= before:
+        return 0
+    for name, count in rows.items():
+        if count < n_tokens:
+            raise UnsupportedAdapterError(
+                f"{file.path}: the adapter's vocabulary has {n_tokens} tokens, the base's {before}, but the "
+                f"adapter has no {name!r} of that size; save it with save_embedding_layers=True"
+            )
+    return n_tokens
+
+
+def _is_nothing(item: Placed) -> bool:
+    return isinstance(item.change, LowRank) and item.change.factor == 0
+
+
+def _untie(model: BaseModel, changes: dict[str, list[Scaled]]) -> set[str]:
+    """Where a tied embedding and output change differently, an output weight of its own.
+
+    It begins as a copy of the embedding. Leaves ``changes`` with an entry for it, or without one if none is needed.
+    """
+    embedding, output = changes.get(TOKEN_EMBEDDING, []), changes.get(OUTPUT, [])
+    if len(embedding) == len(output) and all(map(_same, embedding, output)):
+        changes.pop(OUTPUT, None)
+        return set()
+    if not can_untie(model):
+        raise UnsupportedAdapterError(
+            f"{model.path}: its token embedding is also the output weight, and the adapters change them differently; "
+            f"llama.cpp's {model.architecture} cannot have an output weight of its own"
+        )
+    changes[OUTPUT] = output
+    return {OUTPUT}
+
+
+def _same(one: Scaled, other: Scaled) -> bool:
+    (a, scale_a), (b, scale_b) = (one[0].change, one[1]), (other[0].change, other[1])
+    if isinstance(a, Replace) and isinstance(b, Replace) and a.shape == b.shape:
+        return scale_a == scale_b and np.array_equal(a.values, b.values)
+    return a is b and scale_a == scale_b
+
+
+def _check_type(file: GgufFile, target: Target, rounding: Rounding) -> None:
+    source, kind = target.source, target.type
+    where = f"{file.path}: tensor {source.name!r}"
+    if source.type.id not in _native.TYPES:
+        raise QuantizationError(f"{where} is {source.type.name}, which cannot be quantized again")
+    if source.n_in % kind.block_weights:
+        raise QuantizationError(
+            f"{where} has rows of {source.n_in} weights, which cannot be stored as {kind.name} (a multiple of "
+            f"{kind.block_weights} is needed); give it another type with --type {source.name}=Q8_0, for example"
+        )
+    dithered = kind == source.type and kind.dithers and rounding.mode == "adaptive"
+    importance = rounding.importance(target, 0) if len(target.shape) > 1 else None
+    if kind.needs_imatrix and importance is None and not dithered:
+        raise QuantizationError(
+            f"{where} would be {kind.name}, which cannot be quantized without an importance matrix; give one "
+            "that names it with --imatrix, or another type with --outtype"
+        )
+
+
+def _record(file: GgufFile, sources: Sequence[tuple[Adapter, float]], rounding: Rounding) -> dict[str, bytes]:
+    """Metadata that says what was merged, after what an earlier merge has said."""
+    earlier = len(file.metadata.get(MERGED_NAMES) or [])
+    lists: dict[str, tuple[Any, list[Any]]] = {
+        MERGED_NAMES: ("", [source.name for source, _ in sources]),
+        "gguflora.merged.sha256": ("", [source.sha256 for source, _ in sources]),
+        "gguflora.merged.scales": (1.0, [scale for _, scale in sources]),
+        "gguflora.merged.rounding": ("nearest", [rounding.mode] * len(sources)),
+        "gguflora.merged.seeds": (0, [rounding.seed] * len(sources)),
+    }
+    record = {
+        key: encode_entry(key, [*(file.metadata.get(key) or [missing] * earlier), *values])
+        for key, (missing, values) in lists.items()
+    }
+    return {"gguflora.version": encode_entry("gguflora.version", __version__), **record}
+
+
+def merges_of(file: GgufFile) -> int:
+    """How many adapters the base has taken in already."""
+    return len(file.metadata.get(MERGED_NAMES) or [])

@@ -1,0 +1,134 @@
+"""What a merge did: how much of each tensor's change has survived the rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from gguflora._native import SUMS
+from gguflora.rounding import Mode, Sums
+
+TOLERANCE: Final = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class TensorReport:
+    """One changed tensor; measures are None in a dry run, and where nothing changes.
+
+    Attributes:
+        name: of the tensor.
+        type: of the output.
+        weights: number of them.
+        sv: survival, ``<W' - W, delta> / <delta, delta>``: the share of the wanted change that the written weights
+            have; 1 is right, 0 means the adapter is gone.
+        relative_change: ``|delta| / |W|``.
+        snr_db: signal to noise, ``|delta|^2 / |W' - (W + delta)|^2``, in decibels.
+        clipped: share of the weights that lie outside of their block's grid.
+        sv_error: standard error that independent rounding gives ``sv``.
+    """
+
+    name: str
+    type: str
+    weights: int
+    sv: float | None = None
+    relative_change: float | None = None
+    snr_db: float | None = None
+    clipped: float | None = None
+    sv_error: float | None = None
+
+    @classmethod
+    def of(cls, name: str, type: str, weights: int, sums: Sums) -> TensorReport:
+        """From the sums that the kernels make, see `gguflora._native.SUMS`."""
+        weight2, delta2, moved, error2, clipped = (float(sums[SUMS.index(key)]) for key in SUMS)
+        if not delta2:
+            return cls(name, type, weights, clipped=clipped / weights)
+        return cls(
+            name,
+            type,
+            weights,
+            sv=moved / delta2,
+            relative_change=math.sqrt(delta2 / weight2) if weight2 else math.inf,
+            snr_db=10 * math.log10(delta2 / error2) if error2 else math.inf,
+            clipped=clipped / weights,
+            sv_error=math.sqrt(error2 / weights / delta2),
+        )
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the survival is not 1, beyond what chance explains."""
+        return self.sv is not None and abs(1 - self.sv) > TOLERANCE + 2 * (self.sv_error or 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What `merge` did, or with ``dry_run`` would do.
+
+    Attributes:
+        output: the merged GGUF file.
+        adapters: name, SHA-256 and scale of each adapter.
+        tensors: the changed tensors.
+        total: all of them together.
+        rounding: ``adaptive`` or ``nearest``.
+        seed: of the adaptive rounding.
+        size: of the output, in bytes.
+        seconds: wall time.
+        threads: used.
+        warnings: what the user should know.
+        dry_run: True if nothing was written.
+    """
+
+    output: Path
+    adapters: tuple[tuple[str, str, float], ...]
+    tensors: tuple[TensorReport, ...]
+    total: TensorReport
+    rounding: Mode
+    seed: int
+    size: int
+    seconds: float
+    threads: int
+    warnings: tuple[str, ...]
+    dry_run: bool
+
+    @property
+    def types(self) -> dict[str, int]:
+        """Number of changed tensors by the type they were written in."""
+        names = [tensor.type for tensor in self.tensors]
+        return {name: names.count(name) for name in sorted(set(names))}
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in the changed tensors."""
+        return self.total.weights
+
+    @property
+    def weights_per_second(self) -> float:
+        """Changed weights for each second of wall time."""
+        return self.weights / self.seconds if self.seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        adapters = [{"name": name, "sha256": sha256, "scale": scale} for name, sha256, scale in self.adapters]
+        return {
+            **asdict(self),
+            "output": str(self.output),
+            "adapters": adapters,
+            "types": self.types,
+            "weights": self.weights,
+            "weights_per_second": self.weights_per_second,
+        }
+
+
+def survival_warning(tensors: Sequence[TensorReport], total: TensorReport, rounding: Mode) -> str | None:
+    """What to say if tensors keep too little or too much of their change."""
+    off = [tensor for tensor in tensors if tensor.is_off]
+    if not off or total.sv is None:
+        return None
+    worst = max(off, key=lambda tensor: abs(1 - (tensor.sv or 0.0)))
+    hint = "; --rounding adaptive keeps it" if rounding == "nearest" else ""
+    return (
+        f"{len(off)} of {len(tensors)} tensors do not keep their change: the worst, {worst.name} ({worst.type}), has "
+        f"{worst.sv:.0%} of it, all together have {total.sv:.0%}{hint}"
+    )

@@ -1,0 +1,253 @@
+"""What rounding keeps of an adapter, measured on the files themselves; types, imatrix and base_f16 against ggml."""
+
+import json
+import os
+import subprocess
+import sys
+
+import builders
+import gguf
+import libggml
+import numpy as np
+import oracles
+import pytest
+from builders import Adapter
+from gguf import GGMLQuantizationType as Type
+from test_imatrix import write_gguf
+
+import gguflora
+
+SMALL, EXACT = Adapter(seed=4), Adapter(exact=True, seed=3)
+SCALE = 0.02
+DITHERED = ["Q4_0", "Q8_0", "Q4_K_M", "Q5_K_M", "Q6_K"]
+
+
+def base_of(outtype):
+    return builders.gguf_model("llama", "wide", outtype)
+
+
+def adapter_of(spec=SMALL):
+    return builders.adapter("llama", spec, "wide")
+
+
+def merged(base, out, scale=SCALE, **options):
+    report = gguflora.merge(base, [(adapter_of(), scale)], out, **options)
+    return report, {tensor.name: oracles.dequantize(tensor) for tensor in gguf.GGUFReader(out).tensors}
+
+
+def changes_at(scale, spec=SMALL):
+    found = oracles.lora_changes(
+        oracles.convert_lora(adapter_of(spec), builders.hf_model("llama", "wide"), path_of(spec))
+    )
+    return {name: change * scale for name, change in found.items()}
+
+
+def path_of(spec):
+    return builders.workspace() / f"oracle-{spec.seed}-{spec.exact}.gguf"
+
+
+def survival(before, after, changes):
+    """Of all tensors together, from dequantized files and PEFT's change."""
+    moved = sum(((after[name] - before[name].astype(np.float64)) * change).sum() for name, change in changes.items())
+    return moved / sum((change**2).sum() for change in changes.values())
+
+
+def values_of(path):
+    return {tensor.name: oracles.dequantize(tensor) for tensor in gguf.GGUFReader(path).tensors}
+
+
+# -- fidelity --
+
+
+@pytest.mark.parametrize("outtype", DITHERED)
+def test_small_changes_survive(outtype, tmp_path):
+    """A change of a few hundredths of a step: nearest rounding takes it back, dither keeps it on average."""
+    base, changes = base_of(outtype), changes_at(SCALE)
+    before = values_of(base)
+    _, adaptive = merged(base, tmp_path / "adaptive.gguf")
+    _, nearest = merged(base, tmp_path / "nearest.gguf", rounding="nearest")
+    assert survival(before, adaptive, changes) == pytest.approx(1, abs=0.1)
+    if outtype != "Q8_0":
+        assert survival(before, nearest, changes) < 0.5
+
+
+@pytest.mark.parametrize("rounding", ["adaptive", "nearest"])
+def test_report_is_what_the_file_holds(rounding, tmp_path):
+    base, changes = base_of("Q4_K_M"), changes_at(SCALE)
+    report, after = merged(base, tmp_path / "out.gguf", rounding=rounding)
+    before = values_of(base)
+    assert {tensor.name for tensor in report.tensors} == set(changes)
+    for tensor in report.tensors:
+        change, old, new = (values[tensor.name].astype(np.float64) for values in (changes, before, after))
+        assert tensor.sv == pytest.approx(((new - old) * change).sum() / (change**2).sum(), rel=1e-3)
+        assert tensor.relative_change == pytest.approx(np.linalg.norm(change) / np.linalg.norm(old), rel=1e-3)
+        noise = ((new - old - change) ** 2).sum()
+        assert tensor.snr_db == pytest.approx(10 * np.log10((change**2).sum() / noise), abs=0.01)
+        assert tensor.weights == change.size
+    assert report.total.sv == pytest.approx(survival(before, after, changes), rel=1e-3)
+
+
+def test_warns_where_the_adapter_is_lost(tmp_path):
+    lost, _ = merged(base_of("Q4_K_M"), tmp_path / "nearest.gguf", rounding="nearest")
+    kept, _ = merged(base_of("Q4_K_M"), tmp_path / "adaptive.gguf")
+    assert any("--rounding adaptive" in warning for warning in lost.warnings)
+    assert kept.warnings == ()
+
+
+def test_kept_logits(tmp_path):
+    """The merged file answers as the hot adapter does, several times nearer than with nearest rounding."""
+    base = base_of("Q4_0")
+    gguflora.convert(adapter_of(), base, tmp_path / "lora.gguf", scale=SCALE * 3)
+    for rounding in ("adaptive", "nearest"):
+        merged(base, tmp_path / f"{rounding}.gguf", SCALE * 3, rounding=rounding)
+    cold, hot = oracles.llama_logits(base), oracles.llama_logits(base, tmp_path / "lora.gguf")
+    along = {
+        rounding: ((oracles.llama_logits(tmp_path / f"{rounding}.gguf") - cold) * (hot - cold)).sum()
+        / ((hot - cold) ** 2).sum()
+        for rounding in ("adaptive", "nearest")
+    }
+    assert along["nearest"] < 0.5
+    assert along["adaptive"] == pytest.approx(1, abs=0.4)
+
+
+# -- the same bytes --
+
+
+def test_seed_decides(tmp_path):
+    base, bytes_of = base_of("Q4_K_M"), {}
+    for name, seed in {"one": 0, "again": 0, "other": 7}.items():
+        merged(base, tmp_path / f"{name}.gguf", seed=seed)
+        bytes_of[name] = (tmp_path / f"{name}.gguf").read_bytes()
+    assert bytes_of["one"] == bytes_of["again"]
+    assert bytes_of["one"] != bytes_of["other"]
+    added = {key: value for key, value in oracles.metadata(tmp_path / "other.gguf").items() if "merged" in key}
+    assert [7] in added.values()
+    assert ["adaptive"] in added.values()
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2"])
+def test_every_isa_and_number_of_threads(isa, tmp_path):
+    merged(base_of("Q5_K_M"), tmp_path / "here.gguf", threads=2)
+    program = f"import gguflora; gguflora.merge({str(base_of('Q5_K_M'))!r}, [({str(adapter_of())!r}, {SCALE})], "
+    program += f"{str(tmp_path / 'there.gguf')!r}, threads=3)"
+    command, environment = [sys.executable, "-P", "-c", program], {**os.environ, "GGUFLORA_ISA": isa}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if "not available" in result.stderr:
+        pytest.skip(f"no {isa} here")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "here.gguf").read_bytes() == (tmp_path / "there.gguf").read_bytes()
+
+
+def test_second_merge_draws_other_numbers(tmp_path):
+    """With the numbers of the first one, the same weights would be moved again."""
+    base, changes = base_of("Q4_0"), changes_at(SCALE)
+    merged(base, tmp_path / "one.gguf")
+    _, twice = merged(tmp_path / "one.gguf", tmp_path / "two.gguf")
+    assert survival(values_of(base), twice, changes) == pytest.approx(2, abs=0.2)
+
+
+# -- types, imatrix, base_f16 --
+
+
+@pytest.mark.parametrize("outtype", ["f16", "bf16", "f32", "q8_0", "q5_0", "q6_k"])
+def test_outtype_of_changed_tensors(outtype, tmp_path):
+    base, changes = base_of("Q4_K_M"), changes_at(1.0, EXACT)
+    gguflora.merge(base, adapter_of(EXACT), tmp_path / "out.gguf", outtype=outtype)
+    for old, new in zip(gguf.GGUFReader(base).tensors, gguf.GGUFReader(tmp_path / "out.gguf").tensors, strict=True):
+        if old.name not in changes:
+            assert new.tensor_type == old.tensor_type
+            np.testing.assert_array_equal(new.data, old.data)
+            continue
+        assert new.tensor_type.name == outtype.upper()
+        if new.tensor_type == old.tensor_type:
+            continue  # rounded with dither
+        wanted = oracles.dequantize(old) + changes[old.name].astype(np.float32)
+        expected = wanted if outtype == "f32" else oracles.ggml_quantize(wanted, new.tensor_type)
+        np.testing.assert_array_equal(
+            new.data.view(np.uint8), expected.view(np.uint8).reshape(new.data.view(np.uint8).shape)
+        )
+    assert np.isfinite(oracles.llama_logits(tmp_path / "out.gguf")).all()
+
+
+def test_types_by_pattern(tmp_path):
+    base = base_of("Q4_K_M")
+    types = {"blk.0.*_q.weight": "q8_0", r"ffn_(up|down)": "F16", "nothing*": "f32"}
+    report = gguflora.merge(base, adapter_of(), tmp_path / "out.gguf", outtype="q5_k", type=types)
+    kinds = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    assert kinds["blk.0.attn_q.weight"] == Type.Q8_0
+    assert kinds["blk.1.attn_q.weight"] == Type.Q5_K
+    assert kinds["blk.1.ffn_down.weight"] == Type.F16
+    assert any("nothing*" in warning for warning in report.warnings)
+    assert report.types == {"F16": 4, "Q5_K": 9, "Q8_0": 1}
+
+
+def test_type_whose_blocks_do_not_fit(tmp_path):
+    with pytest.raises(gguflora.GgufloraError, match="multiple of 256"):
+        gguflora.merge(
+            builders.gguf_model("llama"), builders.adapter("llama", SMALL), tmp_path / "o.gguf", outtype="q4_k"
+        )
+    with pytest.raises(gguflora.GgufloraError, match="unknown quant type"):
+        gguflora.merge(
+            builders.gguf_model("llama"), builders.adapter("llama", SMALL), tmp_path / "o.gguf", outtype="q4"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_imatrix_weighs_the_search(tmp_path):
+    base, changes = base_of("Q4_K_M"), changes_at(1.0, EXACT)
+    random = np.random.default_rng(5)
+    sums = {name: random.chisquare(1, (1, change.shape[1])).astype(np.float32) for name, change in changes.items()}
+    write_gguf(tmp_path / "imatrix.gguf", {name: (values, [1]) for name, values in sums.items()})
+    options = {"imatrix": tmp_path / "imatrix.gguf", "rounding": "nearest"}
+    gguflora.merge(base, adapter_of(EXACT), tmp_path / "out.gguf", **options)
+    for old, new in zip(gguf.GGUFReader(base).tensors, gguf.GGUFReader(tmp_path / "out.gguf").tensors, strict=True):
+        if old.name in changes:
+            wanted = oracles.dequantize(old) + changes[old.name].astype(np.float32)
+            expected = libggml.quantize(wanted, int(old.tensor_type), sums[old.name][0])
+            np.testing.assert_array_equal(new.data, expected.reshape(new.data.shape), err_msg=old.name)
+
+
+@pytest.mark.parametrize("source", ["gguf", "directory"])
+def test_base_f16_is_the_gold_standard(source, tmp_path):
+    base, changes = base_of("Q4_K_M"), changes_at(1.0, EXACT)
+    precise = base_of("F32") if source == "gguf" else builders.hf_model("llama", "wide")
+    gguflora.merge(base, adapter_of(EXACT), tmp_path / "out.gguf", base_f16=precise)
+    weights = values_of(base_of("F32"))
+    for old, new in zip(gguf.GGUFReader(base).tensors, gguf.GGUFReader(tmp_path / "out.gguf").tensors, strict=True):
+        if old.name in changes:
+            wanted = weights[old.name] + changes[old.name].astype(np.float32)
+            np.testing.assert_array_equal(new.data, oracles.ggml_quantize(wanted, old.tensor_type), err_msg=old.name)
+        else:
+            np.testing.assert_array_equal(new.data, old.data)
+
+
+# -- command line --
+
+
+def test_command_line(tmp_path):
+    arguments = ["merge", base_of("Q4_K_M"), "--lora-scaled", f"{adapter_of()}:{SCALE}", "-o", tmp_path / "out.gguf"]
+    options = ["--type", "*attn_v.weight=q8_0", "--seed", "3", "--report", tmp_path / "report.json", "--json"]
+    command = [sys.executable, "-P", "-m", "gguflora", *map(str, (*arguments, *options))]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert printed == json.loads((tmp_path / "report.json").read_text())
+    assert printed["seed"] == 3
+    assert {tensor["name"]: tensor["type"] for tensor in printed["tensors"]}["blk.0.attn_v.weight"] == "Q8_0"
+    assert printed["total"]["sv"] == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("options", [{"rounding": "up"}, {"seed": -1}, {"imatrix": "none.dat"}, {"base_f16": "none"}])
+def test_wrong_options(options, tmp_path):
+    with pytest.raises(gguflora.GgufloraError):
+        gguflora.merge(base_of("Q8_0"), adapter_of(), tmp_path / "out.gguf", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_is_a_dry_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = gguflora.plan_merge(base_of("Q4_K_M"), adapter_of(), outtype="q8_0")
+    report = gguflora.merge(base_of("Q4_K_M"), adapter_of(), "out.gguf", outtype="q8_0")
+    assert plan.dry_run
+    assert [(t.name, t.type, t.weights) for t in plan.tensors] == [(t.name, t.type, t.weights) for t in report.tensors]
+    assert plan.size == report.size == (tmp_path / "out.gguf").stat().st_size
