@@ -2,6 +2,7 @@
 
 from gguflora._version import __version__
 from gguflora.adapters import read_adapter
+from gguflora.algebra.combine import CombineReport, combine
 from gguflora.algebra.export import ExportReport, export
 from gguflora.algebra.resize import ResizeReport, resize
 from gguflora.compare import CompareReport, compare
@@ -14,6 +15,7 @@ from gguflora.runtime import Adapters, attach
 
 __all__ = [
     "Adapters",
+    "CombineReport",
     "CompareReport",
     "ConvertReport",
     "ExportReport",
@@ -24,6 +26,7 @@ __all__ = [
     "TensorReport",
     "__version__",
     "attach",
+    "combine",
     "compare",
     "convert",
     "export",

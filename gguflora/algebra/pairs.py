@@ -19,7 +19,7 @@ from gguflora.adapters import Adapter, read_adapter
 from gguflora.adapters.config import read_config
 from gguflora.adapters.keys import some
 from gguflora.base_model import BaseModel
-from gguflora.deltas import LowRank, Replace, fold
+from gguflora.deltas import Change, LowRank, Replace, Unsized, fold
 from gguflora.errors import UnsupportedAdapterError
 from gguflora.factors import Factors, factor_adapter
 from gguflora.files.gguf import TOKEN_EMBEDDING
@@ -107,18 +107,19 @@ def _plain_pairs(adapter: Adapter) -> Pairs | None:
     """The changes where each is one pair of factors; copies of the base's weights saved beside them are left out."""
     if adapter.shaped:
         return None
-    trained = {
-        name: changes
-        for name, changes in adapter.changes.items()
-        if not all(isinstance(change, Replace) and change.frozen for change in changes)
-    }
-    pairs = {name: changes[0] for name, changes in trained.items() if _is_plain(changes)}
+    trained = {name: _trained(changes) for name, changes in adapter.changes.items()}
+    left = {name: changes for name, changes in trained.items() if changes}
+    pairs = {name: changes[0] for name, changes in left.items() if len(changes) == 1}
     low = {name: change for name, change in pairs.items() if isinstance(change, LowRank)}
-    return low if low and len(low) == len(trained) else None
+    return low if low and len(low) == len(left) else None
 
 
-def _is_plain(changes: Sequence[object]) -> bool:
-    return len(changes) == 1 and isinstance(changes[0], LowRank)
+def _trained(changes: Sequence[Change | Unsized]) -> list[Change | Unsized]:
+    return [change for change in changes if not (isinstance(change, Replace) and change.frozen)]
+
+
+def _is_plain(changes: Sequence[Change | Unsized]) -> bool:
+    return [isinstance(change, LowRank) for change in _trained(changes)] in ([], [True])
 
 
 def _fields(folder: Path) -> dict[str, Any]:

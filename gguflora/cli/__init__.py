@@ -5,6 +5,31 @@ Each module registers its command on the application when it is imported; ``--he
 
 from gguflora.cli.app import main
 
-from gguflora.cli import convert, merge, compare, inspect, resize, export, run, serve, doctor, demo  # isort: skip
+from gguflora.cli import (  # isort: skip
+    convert,
+    merge,
+    compare,
+    inspect,
+    combine,
+    resize,
+    export,
+    run,
+    serve,
+    doctor,
+    demo,
+)
 
-__all__ = ["compare", "convert", "demo", "doctor", "export", "inspect", "main", "merge", "resize", "run", "serve"]
+__all__ = [
+    "combine",
+    "compare",
+    "convert",
+    "demo",
+    "doctor",
+    "export",
+    "inspect",
+    "main",
+    "merge",
+    "resize",
+    "run",
+    "serve",
+]

@@ -1,0 +1,281 @@
+"""One adapter of several: ``combine``, with the methods and the semantics of PEFT's ``add_weighted_adapter``."""
+
+from __future__ import annotations
+
+import math
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguflora.adapters.keys import some
+from gguflora.algebra.output import check_output, write_adapter
+from gguflora.algebra.pairs import FactoredAdapter, for_base, is_embedding, read_factored
+from gguflora.algebra.task_arithmetic import METHODS, PRUNING, SIGNS, combine_arrays
+from gguflora.base_model import BaseModel, read_base
+from gguflora.deltas import LowRank, as_float64
+from gguflora.errors import AdapterError, MismatchError
+from gguflora.files.safetensors import Array, as_float32
+from gguflora.lowrank import shrink, truncate
+
+COMBINATIONS: Final = (*METHODS, "cat", "svd", *(f"{method}_svd" for method in METHODS[1:]))
+
+AdapterPath = str | os.PathLike[str]
+Masks = Callable[[int, str, str, tuple[int, ...]], NDArray[np.bool_]]
+"""Which values DARE keeps, from the adapter's number, the name of the weight, "a", "b" or "delta", and a shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class CombineReport:
+    """What `combine` did.
+
+    Attributes:
+        output: the GGUF LoRA file or the PEFT directory.
+        adapters: name, SHA-256 and weight of each adapter.
+        method: how they were combined.
+        tensors: number of changes.
+        ranks: smallest and largest rank.
+        size: of the factors, in bytes.
+        errors: of the methods that end with an SVD, the relative error of each change by its lower rank.
+        warnings: what the user should know.
+    """
+
+    output: Path
+    adapters: tuple[tuple[str, str, float], ...]
+    method: str
+    tensors: int
+    ranks: tuple[int, int]
+    size: int
+    errors: dict[str, float]
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return {**asdict(self), "output": str(self.output)}
+
+
+def combine(
+    adapters: Sequence[AdapterPath | tuple[AdapterPath, float]],
+    out: str | os.PathLike[str],
+    *,
+    method: str = "linear",
+    rank: int | None = None,
+    density: float | None = None,
+    sign: str = "total",
+    seed: int = 0,
+    base: str | os.PathLike[str] | None = None,
+    outtype: str = "auto",
+    masks: Masks | None = None,
+    force: bool = False,
+) -> CombineReport:
+    """Combine adapters into one.
+
+    A change that only some of the adapters make is combined from those. Methods without "svd" compute with the factors
+    (each weighted by the square root of weight times alpha / rank, the sign on A) and want one rank; "cat" puts the
+    factors side by side and is exact; "svd" is the best approximation of the sum, found from the factors; the others
+    that end with "_svd" hold one dense matrix of each adapter at a time in memory.
+
+    Args:
+        adapters: PEFT directories and GGUF LoRA files, each alone (weight 1) or with its weight, which may be negative.
+        out: what to write: a GGUF LoRA file if the name ends with ``.gguf``, else a PEFT directory.
+        method: one of ``linear``, ``cat``, ``svd``, ``ties``, ``dare_linear``, ``dare_ties``, ``magnitude_prune``, or
+            of the latter four with ``_svd``.
+        rank: of the result, for methods that end with an SVD; by default the highest rank of the adapters.
+        density: share of the values that ``ties``, ``dare_*`` and ``magnitude_prune`` keep, above 0 and up to 1.
+        sign: how ``ties`` and ``dare_ties`` elect a sign: by ``total`` or by ``frequency``.
+        seed: of the values that DARE drops.
+        base: base model of all of them; needed to mix PEFT and GGUF, from one to the other, and for changes that are
+            not of low rank.
+        outtype: type of the factors in a GGUF file.
+        masks: for DARE in place of the seed: which values to keep.
+        force: overwrite ``out``.
+
+    Raises:
+        GgufloraError: if something cannot be read, does not fit together or cannot be written.
+    """
+    _check_options(method, rank, density, sign)
+    target, model = Path(out), None if base is None else read_base(base)
+    weighted = [item if isinstance(item, tuple) else (item, 1.0) for item in adapters]
+    weights = _checked_weights(weighted)
+    inputs = [Path(path) for path, _ in weighted] + ([] if base is None else [Path(base)])
+    check_output(target, inputs, outtype=outtype, force=force)
+    sources = _same_names([read_factored(path, model, rank) for path, _ in weighted], model)
+    # of one adapter PEFT only scales the factors, whatever the method
+    effective, kept = method if len(sources) > 1 else "linear", 1.0 if density is None else density
+    job = _Job(effective, rank, kept, sign, masks or partial(_mask, seed, kept))
+    pairs, errors = job.run(sources, weights)
+    combined = replace(sources[0], name=target.stem, pairs=pairs, warnings=_warnings(sources))
+    combined = replace(combined, invocation_tokens=_invocation_tokens(sources))
+    written = write_adapter(combined, target, model, outtype, _made_from(sources, weights, method))
+    return CombineReport(
+        output=target,
+        adapters=tuple((item.name, item.sha256, weight) for item, weight in zip(sources, weights, strict=True)),
+        method=method,
+        tensors=written.tensors,
+        ranks=written.ranks,
+        size=written.size,
+        errors=errors,
+        warnings=written.warnings,
+    )
+
+
+def _check_options(method: str, rank: int | None, density: float | None, sign: str) -> None:
+    if method not in COMBINATIONS:
+        raise AdapterError(f"method is {method!r}, expected one of {', '.join(COMBINATIONS)}")
+    if sign not in SIGNS:
+        raise AdapterError(f"sign is {sign!r}, expected one of {', '.join(SIGNS)}")
+    if rank is not None and (rank < 1 or not method.endswith("svd")):
+        raise AdapterError(f"rank is {rank} and method {method}; expected a positive rank and a method with svd")
+    prunes = method.removesuffix("_svd") in PRUNING
+    if prunes and (density is None or not 0 < density <= 1):
+        raise AdapterError(f"density is {density}; {method} needs one above 0 and up to 1, for example 0.5")
+    if not prunes and density is not None:
+        raise AdapterError(f"density is {density}, but {method} does not prune: leave it out")
+
+
+def _checked_weights(weighted: Sequence[tuple[AdapterPath, float]]) -> list[float]:
+    if not weighted:
+        raise AdapterError("there is no adapter to combine")
+    for path, weight in weighted:
+        if not abs(float(weight)) <= float(np.finfo(np.float32).max):
+            raise AdapterError(f"{os.fspath(path)}: its weight is {weight}, expected a finite number")
+    return [float(weight) for _, weight in weighted]
+
+
+def _same_names(sources: list[FactoredAdapter], base: BaseModel | None) -> list[FactoredAdapter]:
+    """The adapters in the names of one world: Hugging Face's if all are, else those of GGUF tensors."""
+    kinds = {source.architecture for source in sources}
+    if len(kinds) == 1 and base is None:
+        return sources
+    if kinds == {None}:
+        return sources
+    if base is None:
+        raise MismatchError(
+            "the adapters are of different bases or forms ("
+            + ", ".join(f"{source.path}: {source.architecture or 'PEFT'}" for source in sources)
+            + "): give the base model with --base"
+        )
+    return [for_base(source, base) for source in sources]
+
+
+def _invocation_tokens(sources: Sequence[FactoredAdapter]) -> tuple[int, ...]:
+    tokens = {source.invocation_tokens for source in sources}
+    if len(tokens) > 1:
+        raise MismatchError(
+            "the adapters are activated by different tokens, so no one adapter is equal to them: "
+            + ", ".join(f"{source.path}: {list(source.invocation_tokens) or 'always'}" for source in sources)
+        )
+    return tokens.pop()
+
+
+def _warnings(sources: Sequence[FactoredAdapter]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(warning for source in sources for warning in source.warnings))
+
+
+def _made_from(sources: Sequence[FactoredAdapter], weights: Sequence[float], method: str) -> dict[str, str]:
+    names = ", ".join(f"{source.name} x {weight:g}" for source, weight in zip(sources, weights, strict=True))
+    return {"source": names, "source.sha256": ", ".join(source.sha256 for source in sources), "combined": method}
+
+
+def _mask(seed: int, density: float, adapter: int, name: str, part: str, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Values to keep, of each factor of each adapter independently, whatever is done in which order."""
+    rng = np.random.default_rng([seed, adapter, zlib.crc32(f"{name} {part}".encode())])
+    return rng.random(shape, np.float32) < density
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """How to combine."""
+
+    method: str
+    rank: int | None
+    density: float
+    sign: str
+    masks: Masks
+
+    def run(
+        self, sources: Sequence[FactoredAdapter], weights: Sequence[float]
+    ) -> tuple[dict[str, LowRank], dict[str, float]]:
+        """The combined changes by name; and the errors of those that were approximated."""
+        names = dict.fromkeys(name for source in sources for name in source.pairs)
+        ranks = [change.rank for source in sources for change in source.pairs.values()]
+        pairs, errors = {}, {}
+        for name in names:
+            terms = [
+                _Term(number, source.pairs[name], weight)
+                for number, (source, weight) in enumerate(zip(sources, weights, strict=True))
+                if name in source.pairs
+            ]
+            _check_shapes(name, terms, sources)
+            if self.method.endswith("svd"):
+                pairs[name], errors[name] = self._by_svd(name, terms, self.rank or max(ranks))
+            else:
+                pairs[name] = _side_by_side(terms) if self.method == "cat" else self._by_factors(name, terms)
+        return pairs, errors
+
+    def _by_factors(self, name: str, terms: Sequence[_Term]) -> LowRank:
+        ranks = {term.change.rank for term in terms}
+        if len(ranks) > 1:
+            raise MismatchError(
+                f"{name}: the adapters have ranks {some([str(rank) for rank in ranks])}; {self.method} adds factors of "
+                "one rank: use cat or svd, or resize the adapters first"
+            )
+        # an embedding's factors have changed places, and the sign is on the one that PEFT calls A
+        flip = is_embedding(name)
+        changes = [term.change.transposed() if flip else term.change for term in terms]
+        sizes = [term.weight * term.change.factor for term in terms]
+        roots = [math.sqrt(abs(size)) for size in sizes]
+        signed = [math.copysign(root, size) if size else 0.0 for root, size in zip(roots, sizes, strict=True)]
+        a = self._arrays(name, "a", terms, [change.a for change in changes], signed)
+        b = self._arrays(name, "b", terms, [change.b for change in changes], roots)
+        combined = LowRank(a, b, 1.0)
+        return combined.transposed() if flip else combined
+
+    def _arrays(
+        self, name: str, part: str, terms: Sequence[_Term], arrays: Sequence[Array], weights: Sequence[float]
+    ) -> Array:
+        def mask(index: int, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+            return self.masks(terms[index].adapter, name, part, shape)
+
+        method = self.method.removesuffix("_svd")
+        return combine_arrays([as_float32(array) for array in arrays], weights, method, self.density, self.sign, mask)
+
+    def _by_svd(self, name: str, terms: Sequence[_Term], rank: int) -> tuple[LowRank, float]:
+        if self.method == "svd":
+            return shrink(_side_by_side(terms), rank, None)
+        deltas = [_dense(term.change) for term in terms]
+        whole = self._arrays(name, "delta", terms, deltas, [term.weight for term in terms])
+        return truncate(as_float64(whole), rank, None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Term:
+    """One adapter's share of a change."""
+
+    adapter: int
+    change: LowRank
+    weight: float
+
+
+def _check_shapes(name: str, terms: Sequence[_Term], sources: Sequence[FactoredAdapter]) -> None:
+    shapes = {term.change.shape for term in terms}
+    if len(shapes) > 1:
+        listed = ", ".join(f"{sources[term.adapter].path}: {term.change.shape}" for term in terms)
+        raise MismatchError(f"{name}: the adapters change weights of different shapes, so of different bases: {listed}")
+
+
+def _side_by_side(terms: Sequence[_Term]) -> LowRank:
+    """The exact sum, of the sum of the ranks."""
+    a = [as_float64(term.change.a) * (term.weight * term.change.factor) for term in terms]
+    b = [as_float32(term.change.b) for term in terms]
+    return LowRank(np.concatenate(a, axis=0).astype(np.float32), np.concatenate(b, axis=1), 1.0)
+
+
+def _dense(change: LowRank) -> NDArray[np.float32]:
+    return np.float32(change.factor) * (as_float32(change.b) @ as_float32(change.a))

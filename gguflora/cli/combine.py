@@ -1,0 +1,91 @@
+"""``gguflora combine``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+import gguflora
+from gguflora.cli.app import app, console, print_json, print_warnings
+from gguflora.cli.convert import OutType
+
+Method = Literal[
+    "linear",
+    "cat",
+    "svd",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_ties",
+    "dare_linear_svd",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
+
+
+@app.command()
+def combine(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER[:WEIGHT]...", help="PEFT directories and GGUF LoRA files.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="GGUF LoRA file (.gguf) or PEFT directory to write.")],
+    method: Annotated[Method, typer.Option(help="As PEFT's add_weighted_adapter names them.")] = "linear",
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the result, for methods with svd.")] = None,
+    density: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Share of the values that ties, dare and prune keep.")
+    ] = None,
+    sign: Annotated[Literal["total", "frequency"], typer.Option(help="How ties elects a sign.")] = "total",
+    seed: Annotated[int, typer.Option(min=0, help="Of the values that dare drops.")] = 0,
+    base: Annotated[Path | None, typer.Option(help="Base model: needed between PEFT and GGUF.")] = None,
+    outtype: Annotated[OutType, typer.Option(help="Type of the factors in a GGUF file.")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Combine adapters into one. Weights may be negative; ranks may differ with cat and svd.
+
+    **Examples**
+
+    gguflora combine legal.gguf tone.gguf:0.5 -o both.gguf --method cat
+
+    gguflora combine ./legal ./tone:-0.3 -o ./both --method ties_svd --density 0.5 --rank 16
+    """
+    report = gguflora.combine(
+        [_split_weight(text) for text in adapters],
+        out,
+        method=method,
+        rank=rank,
+        density=density,
+        sign=sign,
+        seed=seed,
+        base=base,
+        outtype=outtype,
+        force=force,
+    )
+    print_warnings(report.warnings)
+    if as_json:
+        print_json(report)
+        return
+    combined = " + ".join(f"{name} x {weight:g}" for name, _, weight in report.adapters)
+    low, high = report.ranks
+    rank_text = f"rank {low}" if low == high else f"ranks {low} to {high}"
+    console.print(
+        f"wrote {report.output}: {report.method} of {combined}; {report.tensors} changes, {rank_text}, "
+        f"{report.size / 1e6:.2f} MB",
+        markup=False,
+    )
+    if report.errors:
+        console.print(f"relative error by the lower rank at most {max(report.errors.values()):.2g}", markup=False)
+
+
+def _split_weight(text: str) -> tuple[str, float]:
+    """A path and its weight, 1 where none is given; a path may hold colons of its own."""
+    path, _, weight = text.rpartition(":")
+    if not path or Path(text).exists():
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        return text, 1.0

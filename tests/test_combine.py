@@ -1,0 +1,238 @@
+"""`gguflora.combine` against PEFT's ``add_weighted_adapter``: the same weights and masks give the same changes."""
+
+import json
+import re
+from unittest import mock
+
+import builders
+import llama_cpp  # noqa: F401  (before torch, as everywhere)
+import numpy as np
+import oracles
+import peft
+import pytest
+import torch
+from builders import Adapter, Trained
+from test_bad_input import run
+from test_convert import assert_same_changes
+
+import gguflora
+from gguflora.errors import AdapterError, MismatchError, UnsupportedAdapterError
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "embed_tokens")
+SPECS = (
+    Adapter(targets=(*ATTENTION, "gate_proj"), rank=4, alpha=8, seed=1),
+    Adapter(targets=(*ATTENTION, "up_proj"), rank=4, alpha=3, seed=2),
+    Adapter(targets=("q_proj", "o_proj"), rank=4, alpha=4, seed=3),
+)
+OTHER_RANKS = (SPECS[0], Adapter(targets=("v_proj", "up_proj"), rank=7, alpha=3, seed=4))
+WEIGHTS = (1.3, 0.4, 0.7)
+NEGATIVE = (1.3, -0.4, 0.7)
+BY_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+BY_SVD = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
+
+
+def paths(specs, arch="llama"):
+    return [builders.adapter(arch, spec) for spec in specs]
+
+
+def layers(model, name):
+    """Module names and layers that have an adapter of this name."""
+    return {
+        key.removeprefix("base_model.model."): module
+        for key, module in model.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer) and name in {**module.lora_A, **module.lora_embedding_A}
+    }
+
+
+def peft_deltas(adapters, weights, method, arch="llama", masks=None, **options):
+    """What `add_weighted_adapter` adds to each module's weight."""
+    model = oracles.peft_model(builders.hf_model(arch), adapters[0])
+    names = ["default"]
+    for number, adapter in enumerate(adapters[1:], 1):
+        names.append(model.load_adapter(adapter, f"a{number}") and f"a{number}")
+    wanted = iter(_draws(model, names, method, masks)) if masks else None
+    with mock.patch.object(torch, "bernoulli", lambda _: torch.from_numpy(next(wanted).astype(np.float32))):
+        model.base_model.add_weighted_adapter(names, list(weights), "combined", combination_type=method, **options)
+    assert wanted is None or next(wanted, None) is None
+    with torch.no_grad():
+        return {key: module.get_delta_weight("combined").numpy() for key, module in layers(model, "combined").items()}
+
+
+def _draws(model, names, method, masks):
+    """The masks in the order in which PEFT draws them."""
+    every = [key for key, _ in model.named_modules()]
+    found = {n: layers(model, n) for n in names}
+    for key in (key.removeprefix("base_model.model.") for key in every):
+        having = [number for number, n in enumerate(names) if key in found[n]]
+        for part in ("delta",) if method.endswith("svd") else ("a", "b"):
+            for number in having:
+                module = found[names[number]][key]
+                yield masks(number, f"{key}.weight", part, _shape(module, names[number], part))
+
+
+def _shape(module, name, part):
+    if part == "delta":
+        return tuple(module.get_delta_weight(name).shape)
+    if name in module.lora_embedding_A:
+        return tuple((module.lora_embedding_A if part == "a" else module.lora_embedding_B)[name].shape)
+    return tuple((module.lora_A if part == "a" else module.lora_B)[name].weight.shape)
+
+
+def our_deltas(out, arch="llama"):
+    model = oracles.peft_model(builders.hf_model(arch), out)
+    with torch.no_grad():
+        return {key: module.get_delta_weight("default").numpy() for key, module in layers(model, "default").items()}
+
+
+def mask(adapter, name, part, shape):
+    rng = np.random.default_rng([adapter, *f"{name}{part}".encode()])
+    return rng.random(shape) < 0.6
+
+
+def assert_same(found, expected, tolerance=2e-6):
+    assert found.keys() == expected.keys()
+    for key, delta in expected.items():
+        assert np.linalg.norm(found[key] - delta) <= tolerance * np.linalg.norm(delta), key
+
+
+def options_of(method, sign):
+    prunes = method not in {"linear", "cat", "svd"}
+    ours = {"density": 0.6, "sign": sign} if prunes else {}
+    theirs = {"density": 0.6, "majority_sign_method": sign} if prunes else {}
+    return ours, theirs, {"masks": mask} if method.startswith("dare") else {}
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, NEGATIVE], ids=["positive", "negative"])
+@pytest.mark.parametrize("sign", ["total", "frequency"])
+@pytest.mark.parametrize("method", [*BY_FACTORS, "cat"])
+def test_methods_on_factors_equal_pefts(method, sign, weights, tmp_path):
+    adapters, (ours, theirs, masks) = paths(SPECS), options_of(method, sign)
+    gguflora.combine(list(zip(adapters, weights, strict=True)), tmp_path / "out", method=method, **ours, **masks)
+    assert_same(our_deltas(tmp_path / "out"), peft_deltas(adapters, weights, method, **theirs, **masks))
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("method", BY_SVD)
+def test_methods_with_svd_equal_pefts(method, rank, tmp_path):
+    """Adapters of different rank and alpha, with a negative weight."""
+    adapters, (ours, theirs, masks) = paths(OTHER_RANKS), options_of(method, "total")
+    weighted = list(zip(adapters, NEGATIVE, strict=False))
+    report = gguflora.combine(weighted, tmp_path / "out", method=method, rank=rank, **ours, **masks)
+    expected = peft_deltas(adapters, NEGATIVE[:2], method, svd_rank=rank, **theirs, **masks)
+    assert_same(our_deltas(tmp_path / "out"), expected, 2e-5)
+    assert report.ranks[1] == (rank or 7)
+    assert set(report.errors) == {f"{name}.weight" for name in expected}
+
+
+def test_cat_of_different_ranks_is_the_exact_sum(tmp_path):
+    adapters = paths(OTHER_RANKS)
+    gguflora.combine(list(zip(adapters, NEGATIVE, strict=False)), tmp_path / "out", method="cat")
+    found, parts = our_deltas(tmp_path / "out"), [our_deltas(adapter) for adapter in adapters]
+    for name, delta in found.items():
+        expected = sum(weight * part[name] for weight, part in zip(NEGATIVE, parts, strict=False) if name in part)
+        np.testing.assert_allclose(delta, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties_svd", "cat"])
+def test_one_adapter_is_only_scaled(method, tmp_path):
+    ours, theirs, masks = options_of(method, "total")
+    adapters = paths(SPECS[:1])
+    gguflora.combine([(adapters[0], -0.5)], tmp_path / "out", method=method, **ours, **masks)
+    assert_same(our_deltas(tmp_path / "out"), peft_deltas(adapters, [-0.5], method, **theirs))
+
+
+@pytest.mark.parametrize("method", ["linear", "svd", "ties"])
+@pytest.mark.parametrize("forms", ["gguf", "mixed", "peft"])
+def test_gguf_in_and_out(method, forms, tmp_path):
+    """The same change, whichever form the adapters come in, and through llama.cpp's eyes."""
+    specs = [Adapter(targets=builders.ATTENTION, alpha=8, seed=seed) for seed in (1, 2)]
+    adapters, model = paths(specs), builders.gguf_model("llama")
+    files = [gguflora.convert(adapter, model, tmp_path / f"{n}.gguf").output for n, adapter in enumerate(adapters)]
+    given = {"gguf": files, "mixed": [adapters[0], files[1]], "peft": adapters}[forms]
+    options = {"density": 0.6} if method == "ties" else {}
+    weighted = list(zip(given, NEGATIVE, strict=False))
+    needs_base = {} if forms == "gguf" else {"base": model}
+    gguflora.combine(weighted, tmp_path / "out.gguf", method=method, outtype="f32", **options, **needs_base)
+    gguflora.combine(list(zip(adapters, NEGATIVE, strict=False)), tmp_path / "wanted", method=method, **options)
+    gguflora.convert(tmp_path / "wanted", model, tmp_path / "wanted.gguf", outtype="f32")
+    wanted = oracles.lora_changes(tmp_path / "wanted.gguf")
+    assert_same_changes(oracles.lora_changes(tmp_path / "out.gguf"), wanted, 1e-5)
+    assert oracles.metadata(tmp_path / "out.gguf")["adapter.lora.alpha"] == 4
+    logits = oracles.llama_logits(model, tmp_path / "out.gguf")
+    expected = oracles.peft_logits(builders.hf_model("llama"), tmp_path / "wanted")
+    np.testing.assert_allclose(logits, expected, atol=2e-3)
+
+
+def test_other_methods_of_peft(tmp_path):
+    """LoHa and LoKr as their exact factors; DoRA approximated on its base."""
+    loha = builders.trained_adapter("llama", Trained(peft.LoHaConfig, ("q_proj",), {"r": 2, "alpha": 4}))
+    lokr = builders.trained_adapter("llama", Trained(peft.LoKrConfig, ("q_proj",), {"r": 2, "alpha": 4}))
+    dora = builders.trained_adapter("llama", Trained(peft.LoraConfig, ("q_proj",), {"use_dora": True}))
+    model, wanted = builders.gguf_model("llama"), {}
+    for number, adapter in enumerate((loha, lokr)):
+        merged = oracles.tensors(oracles.merged_gguf(builders.hf_model("llama"), adapter))
+        weights = oracles.tensors(model)
+        for name in ("blk.0.attn_q.weight", "blk.1.attn_q.weight"):
+            change = merged[name].astype(np.float64) - weights[name]
+            wanted[name] = wanted.get(name, 0) + (1.0, -2.0)[number] * change
+    gguflora.combine([loha, (lokr, -2.0)], tmp_path / "out.gguf", method="cat", base=model, outtype="f32")
+    assert_same_changes(oracles.lora_changes(tmp_path / "out.gguf"), wanted)
+    with pytest.raises(UnsupportedAdapterError, match="give it with --base"):
+        gguflora.combine([loha, dora], tmp_path / "dora", method="svd")
+    report = gguflora.combine([loha, dora], tmp_path / "dora.gguf", method="svd", rank=16, base=model)
+    assert sum("approximated" in warning for warning in report.warnings) == 2
+
+
+def test_dares_own_masks_have_the_density_and_the_seed(tmp_path):
+    adapters, options = paths(SPECS[:2]), {"method": "dare_linear", "density": 0.25}
+    for name, seed in (("one", 1), ("same", 1), ("two", 2)):
+        gguflora.combine(adapters, tmp_path / name, seed=seed, **options)
+    one, same, two = (our_deltas(tmp_path / name) for name in ("one", "same", "two"))
+    for name, delta in one.items():
+        np.testing.assert_array_equal(delta, same[name])
+        assert not np.array_equal(delta, two[name])
+    only = one["model.layers.0.mlp.up_proj"]  # of one adapter: a value is there if its factors were kept
+    assert 0 < np.count_nonzero(only) < only.size
+
+
+@pytest.mark.parametrize(
+    ("specs", "options", "error", "message"),
+    [
+        (OTHER_RANKS, {"method": "linear"}, MismatchError, "use cat or svd"),
+        (SPECS, {"method": "ties"}, AdapterError, "density is None"),
+        (SPECS, {"method": "ties", "density": 1.5}, AdapterError, "density is 1.5"),
+        (SPECS, {"method": "cat", "density": 0.5}, AdapterError, "does not prune"),
+        (SPECS, {"method": "cat", "rank": 4}, AdapterError, "method with svd"),
+        (SPECS, {"method": "slerp"}, AdapterError, "expected one of linear"),
+        (SPECS, {"method": "ties", "density": 0.5, "sign": "odd"}, AdapterError, "sign is 'odd'"),
+        ((), {}, AdapterError, "no adapter"),
+    ],
+)
+def test_bad_options(specs, options, error, message, tmp_path):
+    with pytest.raises(error, match=re.escape(message)):
+        gguflora.combine(paths(specs), tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_adapters(tmp_path):
+    adapter, model = builders.adapter("llama", Adapter()), builders.gguf_model("llama")
+    gguflora.convert(adapter, model, tmp_path / "lora.gguf")
+    with pytest.raises(MismatchError, match="give the base model with --base"):
+        gguflora.combine([adapter, tmp_path / "lora.gguf"], tmp_path / "out.gguf")
+    with pytest.raises(AdapterError, match="give the base model with --base"):
+        gguflora.combine([adapter], tmp_path / "out.gguf")
+    with pytest.raises(AdapterError, match="its weight is nan"):
+        gguflora.combine([(adapter, float("nan"))], tmp_path / "out")
+    with pytest.raises(MismatchError, match="different shapes"):
+        gguflora.combine([adapter, builders.adapter("qwen2", Adapter())], tmp_path / "out")
+
+
+def test_command_line(tmp_path):
+    one, two = paths(SPECS[:2])
+    arguments = ("combine", one, f"{two}:-0.4", "-o", tmp_path / "out", "--method", "ties", "--density", 0.6)
+    result = run(*arguments, "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert [weight for _, _, weight in report["adapters"]] == [1.0, -0.4]
+    assert_same(our_deltas(tmp_path / "out"), peft_deltas([one, two], [1.0, -0.4], "ties", density=0.6))
+    assert "ties of" in run(*arguments, "--force").stdout
