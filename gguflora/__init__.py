@@ -3,7 +3,9 @@
 from gguflora._version import __version__
 from gguflora.adapters import read_adapter
 from gguflora.algebra.combine import CombineReport, combine
+from gguflora.algebra.diff import DiffReport, diff
 from gguflora.algebra.export import ExportReport, export
+from gguflora.algebra.extract import ExtractReport, extract
 from gguflora.algebra.resize import ResizeReport, resize
 from gguflora.compare import CompareReport, compare
 from gguflora.convert import ConvertReport, convert
@@ -18,7 +20,9 @@ __all__ = [
     "CombineReport",
     "CompareReport",
     "ConvertReport",
+    "DiffReport",
     "ExportReport",
+    "ExtractReport",
     "GgufloraError",
     "InspectReport",
     "MergeReport",
@@ -29,7 +33,9 @@ __all__ = [
     "combine",
     "compare",
     "convert",
+    "diff",
     "export",
+    "extract",
     "inspect",
     "merge",
     "plan_merge",

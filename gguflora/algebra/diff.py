@@ -1,0 +1,172 @@
+"""How two adapters compare: ``diff``."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from gguflora.algebra.pairs import FactoredAdapter, for_base, read_factored
+from gguflora.base_model import BaseModel, read_base
+from gguflora.deltas import LowRank, Values, as_float64
+from gguflora.errors import MismatchError
+
+_ENERGY: Final = 0.9999
+"""Share that is kept of changes that are not of low rank."""
+
+_NEGLIGIBLE: Final = 1e-6
+"""Singular values below this share of the largest span no direction."""
+
+
+@dataclass(frozen=True, slots=True)
+class DifferentChange:
+    """A weight that both adapters change.
+
+    Attributes:
+        name: of the weight or tensor.
+        cosine: of the angle between the changes, as vectors of all their values.
+        norms: Frobenius norms of the changes of A and B.
+        overlap_in: share of the smaller space of input directions that lies in the other: 0 apart, 1 inside.
+        overlap_out: the same of the output directions.
+        difference: norm of B - A, divided by that of A.
+    """
+
+    name: str
+    cosine: float
+    norms: tuple[float, float]
+    overlap_in: float
+    overlap_out: float
+    difference: float
+
+
+@dataclass(frozen=True, slots=True)
+class DiffReport:
+    """What `diff` found.
+
+    Attributes:
+        a: path of the first adapter.
+        b: path of the second.
+        cosine: of all changes together.
+        norms: of all changes together.
+        changes: of the weights that both change.
+        only_a: the others that A changes, and the norms of these changes.
+        only_b: the same of B.
+        warnings: what the user should know.
+    """
+
+    a: Path
+    b: Path
+    cosine: float
+    norms: tuple[float, float]
+    changes: tuple[DifferentChange, ...]
+    only_a: dict[str, float]
+    only_b: dict[str, float]
+    warnings: tuple[str, ...]
+
+    @property
+    def norm_ratio(self) -> float:
+        """Norm of B's changes divided by that of A's."""
+        return self.norms[1] / self.norms[0] if self.norms[0] else math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        ratio = self.norm_ratio if math.isfinite(self.norm_ratio) else None
+        return {**asdict(self), "a": str(self.a), "b": str(self.b), "norm_ratio": ratio}
+
+
+def diff(
+    a: str | os.PathLike[str], b: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None
+) -> DiffReport:
+    """Compare two adapters of one base by their factors; no change is ever written out as a matrix.
+
+    Args:
+        a: PEFT directory or GGUF LoRA file.
+        b: the other one.
+        base: their base model, needed to compare PEFT with GGUF, and for changes that are not of low rank.
+
+    Raises:
+        MismatchError: if they are of different bases, or of different forms and no base is given.
+        GgufloraError: if something cannot be read.
+    """
+    model = None if base is None else read_base(base)
+    one, other = (read_factored(path, model, energy=_ENERGY) for path in (a, b))
+    if one.architecture != other.architecture:
+        one, other = _on_base(one, other, model)
+    changes = tuple(
+        _compare(name, change, other.pairs[name]) for name, change in one.pairs.items() if name in other.pairs
+    )
+    only_a = {name: _norm(change) for name, change in one.pairs.items() if name not in other.pairs}
+    only_b = {name: _norm(change) for name, change in other.pairs.items() if name not in one.pairs}
+    norm_a = math.hypot(*(change.norms[0] for change in changes), *only_a.values())
+    norm_b = math.hypot(*(change.norms[1] for change in changes), *only_b.values())
+    product = sum(change.cosine * change.norms[0] * change.norms[1] for change in changes)
+    return DiffReport(
+        a=Path(a),
+        b=Path(b),
+        cosine=_ratio(product, norm_a * norm_b),
+        norms=(norm_a, norm_b),
+        changes=changes,
+        only_a=only_a,
+        only_b=only_b,
+        warnings=tuple(dict.fromkeys([*one.warnings, *other.warnings])),
+    )
+
+
+def _on_base(
+    one: FactoredAdapter, other: FactoredAdapter, base: BaseModel | None
+) -> tuple[FactoredAdapter, FactoredAdapter]:
+    if base is None:
+        raise MismatchError(
+            f"{one.path} is for {one.architecture or 'a Hugging Face model'}, {other.path} for "
+            f"{other.architecture or 'a Hugging Face model'}: give their base model with --base"
+        )
+    return for_base(one, base), for_base(other, base)
+
+
+def _compare(name: str, one: LowRank, other: LowRank) -> DifferentChange:
+    if one.shape != other.shape:
+        raise MismatchError(f"{name}: the changes are of shapes {one.shape} and {other.shape}, so of different bases")
+    norm_a, norm_b, product = _norm(one), _norm(other), _inner(one, other)
+    gap = math.sqrt(max(norm_a**2 + norm_b**2 - 2 * product, 0.0))
+    (out_a, in_a), (out_b, in_b) = _directions(one), _directions(other)
+    return DifferentChange(
+        name=name,
+        cosine=_ratio(product, norm_a * norm_b),
+        norms=(norm_a, norm_b),
+        overlap_in=_overlap(in_a, in_b),
+        overlap_out=_overlap(out_a, out_b),
+        difference=_ratio(gap, norm_a),
+    )
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _inner(one: LowRank, other: LowRank) -> float:
+    """Sum of the products of all values: ``tr((b1 a1)^T b2 a2) = sum((b1^T b2) * (a1 a2^T))``."""
+    left = as_float64(one.b).T @ as_float64(other.b)
+    right = as_float64(one.a) @ as_float64(other.a).T
+    return one.factor * other.factor * float((left * right).sum())
+
+
+def _norm(change: LowRank) -> float:
+    return math.sqrt(max(_inner(change, change), 0.0))
+
+
+def _directions(change: LowRank) -> tuple[Values, Values]:
+    """Orthonormal bases of the change's output and input directions, (n_out, r) and (n_in, r)."""
+    q_b, r_b = np.linalg.qr(as_float64(change.b))
+    q_a, r_a = np.linalg.qr(as_float64(change.a).T)
+    u, sizes, vt = np.linalg.svd(r_b @ r_a.T)
+    rank = int((sizes > _NEGLIGIBLE * sizes[0]).sum()) if sizes[0] else 0
+    return q_b @ u[:, :rank], q_a @ vt[:rank].T
+
+
+def _overlap(one: Values, other: Values) -> float:
+    smaller = min(one.shape[1], other.shape[1])
+    return float((np.square(one.T @ other)).sum()) / smaller if smaller else 0.0

@@ -1,0 +1,199 @@
+"""The difference of two models, a matrix at a time and a block of rows at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguflora import _native
+from gguflora.architectures import KNOWN
+from gguflora.base_model import check_whole
+from gguflora.errors import MismatchError
+from gguflora.files.checkpoint import Checkpoint
+from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, TensorEntry
+
+Floats = NDArray[np.float32]
+
+_CONVOLUTION: Final = re.compile(r"conv1d\.")
+_STACKED: Final = re.compile(r"\.experts\.\w+\.\d+$")
+_TRANSPOSED_EXPERTS: Final = {"gpt_oss", "llama4", "llama4_text"}
+_BLOCK: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A weight that both models have.
+
+    Attributes:
+        name: of the weight or tensor; expert e of a stack is ``<name>.<e>``.
+        n_rows: of its stored form.
+        n_columns: of it.
+        transposed: whether the Hugging Face model keeps it as (n_in, n_out).
+        problem: why a LoRA could not hold its change.
+        rows: reads the values of some rows of the tuned model and of the base, float32.
+    """
+
+    name: str
+    n_rows: int
+    n_columns: int
+    transposed: bool
+    problem: str | None
+    rows: Callable[[int, int], tuple[Floats, Floats]]
+
+    def blocks(self) -> Iterator[tuple[int, Floats]]:
+        """The difference in blocks of rows, each with the number of its first row."""
+        for first, tuned, base in self._both():
+            yield first, tuned - base
+
+    def relative_norm(self) -> float:
+        """Norm of the difference, divided by that of the base's values."""
+        change = base_norm = 0.0
+        for _, tuned, base in self._both():
+            change += float(((tuned - base).astype(np.float64) ** 2).sum())
+            base_norm += float((base.astype(np.float64) ** 2).sum())
+        return float(np.sqrt(change / base_norm)) if base_norm else float(np.sqrt(change))
+
+    def _both(self) -> Iterator[tuple[int, Floats, Floats]]:
+        step = max(1, _BLOCK // self.n_columns)
+        for first in range(0, self.n_rows, step):
+            yield first, *self.rows(first, min(first + step, self.n_rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Differences:
+    """What two models have in common.
+
+    Attributes:
+        architecture: of both, as GGUF names it, if they are GGUF files.
+        found: the weights.
+        left_out: reasons by name for weights that only one has, or in another shape.
+        fields: what a PEFT configuration should say of the model.
+    """
+
+    architecture: str | None
+    found: tuple[Difference, ...]
+    left_out: dict[str, str]
+    fields: dict[str, Any]
+
+
+def open_differences(tuned: Path, base: Path) -> AbstractContextManager[Differences]:
+    """The difference of two GGUF files or of two Hugging Face directories.
+
+    Raises:
+        MismatchError: if one is a file and the other a directory, or their architectures differ.
+        FormatError: if one cannot be read.
+    """
+    if tuned.is_dir() != base.is_dir():
+        raise MismatchError(f"{tuned} and {base}: give two GGUF files or two Hugging Face directories")
+    return _of_directories(tuned, base) if tuned.is_dir() else _of_files(tuned, base)
+
+
+@contextmanager
+def _of_files(tuned_path: Path, base_path: Path) -> Iterator[Differences]:
+    with GgufFile(tuned_path) as tuned, GgufFile(base_path) as base:
+        check_whole(tuned)
+        check_whole(base)
+        if tuned.architecture != base.architecture:
+            raise MismatchError(f"{tuned_path} is {tuned.architecture!r}, but {base_path} is {base.architecture!r}")
+        left_out = _unmatched(
+            {name: tensor.shape for name, tensor in tuned.tensors.items()},
+            {name: tensor.shape for name, tensor in base.tensors.items()},
+        )
+        is_tied = OUTPUT not in base.tensors
+        found = [
+            difference
+            for name in base.tensors
+            if name not in left_out
+            for difference in _of_tensor(tuned, base, name, is_tied=is_tied)
+        ]
+        yield Differences(base.architecture, tuple(found), left_out, {})
+
+
+def _of_tensor(tuned: GgufFile, base: GgufFile, name: str, *, is_tied: bool) -> Iterator[Difference]:
+    ours, theirs = tuned.tensors[name], base.tensors[name]
+    problem = None
+    if len(ours.shape) == 1:
+        problem = "a norm or bias, which a LoRA cannot change"
+    elif name == TOKEN_EMBEDDING and is_tied:
+        problem = "the token embedding, to which the output weight is tied: llama.cpp would abort on a LoRA of it"
+    n_rows = ours.shape[-2] if len(ours.shape) > 1 else 1
+    for start in range(0, ours.n_rows, n_rows):
+        expert = f".{start // n_rows}" if len(ours.shape) > 2 else ""
+
+        def rows(first: int, last: int, start: int = start) -> tuple[Floats, Floats]:
+            return (
+                _read(tuned, ours, start + first, start + last),
+                _read(base, theirs, start + first, start + last),
+            )
+
+        yield Difference(f"{name}{expert}", n_rows, ours.n_in, False, problem, rows)
+
+
+def _read(file: GgufFile, tensor: TensorEntry, first: int, last: int) -> Floats:
+    values = np.empty((last - first, tensor.n_in), np.float32)
+    _native.dequantize_rows(file.read_rows(tensor, first, last), tensor.type, values)
+    return values
+
+
+@contextmanager
+def _of_directories(tuned_path: Path, base_path: Path) -> Iterator[Differences]:
+    config = _read_config(base_path)
+    with closing(Checkpoint(tuned_path)) as tuned, closing(Checkpoint(base_path)) as base:
+        left_out = _unmatched(
+            {name: (weight.n_rows, weight.n_columns) for name, weight in tuned.weights.items()},
+            {name: (weight.n_rows, weight.n_columns) for name, weight in base.weights.items()},
+        )
+        found = [_of_weight(tuned, base, name, config) for name in base.weights if name not in left_out]
+        fields = {"fan_in_fan_out": True} if any(item.transposed and _is_layer(item.name) for item in found) else {}
+        yield Differences(None, tuple(found), left_out, fields)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MismatchError(f"{folder}/config.json: cannot be read as a model's configuration: {error}") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _is_layer(name: str) -> bool:
+    return name.endswith(".weight")
+
+
+def _of_weight(tuned: Checkpoint, base: Checkpoint, name: str, config: dict[str, Any]) -> Difference:
+    ours, theirs = tuned.weights[name], base.weights[name]
+    problem = None
+    if ours.n_columns == 1 or name.endswith("bias"):
+        problem = "a norm or bias, which a LoRA cannot change"
+    elif _CONVOLUTION.search(name):
+        problem = "a convolution, which a LoRA of linear layers cannot change"
+    elif not (_is_layer(name) or _STACKED.search(name)):
+        problem = "no weight of a linear layer"
+    elif name.endswith(("embed_tokens.weight", "wte.weight")) and config.get("tie_word_embeddings"):
+        problem = "the token embedding, to which the output weight is tied"
+    kind = str(config.get("model_type"))
+    conv1d = KNOWN["gpt2"].conv1d if kind == "gpt2" else None
+    transposed = bool(conv1d and conv1d.search(name)) or (kind in _TRANSPOSED_EXPERTS and bool(_STACKED.search(name)))
+
+    def rows(first: int, last: int) -> tuple[Floats, Floats]:
+        numbers = np.arange(first, last)
+        return tuned.read_rows(ours, numbers), base.read_rows(theirs, numbers)
+
+    return Difference(name, ours.n_rows, ours.n_columns, transposed, problem, rows)
+
+
+def _unmatched(tuned: dict[str, Any], base: dict[str, Any]) -> dict[str, str]:
+    reasons = dict.fromkeys(tuned.keys() - base.keys(), "only the tuned model has it")
+    reasons |= dict.fromkeys(base.keys() - tuned.keys(), "only the base has it")
+    for name in tuned.keys() & base.keys():
+        if tuned[name] != base[name]:
+            reasons[name] = f"its shape is {tuned[name]} in the tuned model and {base[name]} in the base"
+    return dict(sorted(reasons.items()))

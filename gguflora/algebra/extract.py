@@ -1,0 +1,255 @@
+"""A LoRA from two models: ``extract``.
+
+Each matrix of the difference D is approximated by a randomised SVD (Halko, Martinsson and Tropp 2011, algorithms 4.4
+and 5.1): a random subspace is multiplied by ``D^T D`` and made orthonormal a few times, and D is projected on it. D is
+never held: every pass reads both models in blocks of rows.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from gguflora._native import run_rows
+from gguflora.algebra.differences import Difference, Differences, Floats, open_differences
+from gguflora.algebra.output import check_output, is_gguf, write_adapter
+from gguflora.algebra.pairs import FactoredAdapter
+from gguflora.base_model import read_base
+from gguflora.deltas import LowRank, Values
+from gguflora.errors import AdapterError
+
+Progress = Callable[[int, int], None]
+
+_OVERSAMPLING: Final = 8
+"""Columns of the random subspace beyond the rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractReport:
+    """What `extract` did.
+
+    Attributes:
+        output: the GGUF LoRA file or the PEFT directory.
+        tensors: number of changes.
+        ranks: smallest and largest rank.
+        size: of the factors, in bytes.
+        unchanged: number of weights that are equal in both models.
+        errors: relative error (Frobenius norm) of each change.
+        left_out: why other differences are not in the LoRA, by name.
+        seconds: wall time.
+        warnings: what the user should know.
+    """
+
+    output: Path
+    tensors: int
+    ranks: tuple[int, int]
+    size: int
+    unchanged: int
+    errors: dict[str, float]
+    left_out: dict[str, str]
+    seconds: float
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return {**asdict(self), "output": str(self.output)}
+
+
+def extract(
+    finetuned: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    rank: int,
+    energy: float | None = None,
+    iterations: int = 2,
+    seed: int = 0,
+    threads: int | None = None,
+    outtype: str = "auto",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ExtractReport:
+    """Write the LoRA that comes closest to what fine-tuning has done to a model.
+
+    Args:
+        finetuned: GGUF file of any quant types, or Hugging Face directory.
+        base: the same of the model before.
+        out: what to write: a GGUF LoRA file if the name ends with ``.gguf``, else a PEFT directory.
+        rank: the highest rank of a change.
+        energy: if given, the lowest rank up to this one that keeps such a share of a change's squared norm.
+        iterations: power iterations; each reads both models once more.
+        seed: of the random subspace; results do not depend on ``threads``.
+        threads: number of threads; by default one for each core this process may use.
+        outtype: type of the factors in a GGUF file.
+        force: overwrite ``out``.
+        progress: called with (weights done, weights in all), from several threads but never at once.
+
+    Raises:
+        AdapterError: if the models do not differ, or hold NaN or infinity.
+        GgufloraError: if something cannot be read, does not fit together or cannot be written.
+    """
+    _check_options(rank, energy, iterations)
+    started, target, tuned, before = time.perf_counter(), Path(out), Path(finetuned), Path(base)
+    check_output(target, [tuned, before], outtype=outtype, force=force)
+    with open_differences(tuned, before) as differences:
+        work = _Work(differences, rank, energy, iterations, seed, progress)
+        run_rows(len(differences.found), 1, work.do, threads)
+    if not work.pairs:
+        raise AdapterError(f"{tuned}: no weight that a LoRA could change differs from {before}")
+    architecture = differences.architecture
+    adapter = FactoredAdapter(
+        target.stem, tuned, "", work.ordered_pairs(), architecture, fields=differences.fields, warnings=work.warnings()
+    )
+    needs_base = is_gguf(target) == (architecture is None)
+    model = read_base(before) if needs_base or architecture is not None else None
+    made_from = {"source": f"{tuned.name} - {before.name}", "extracted": f"rank {rank}"}
+    written = write_adapter(adapter, target, model, outtype, made_from)
+    return ExtractReport(
+        output=target,
+        tensors=written.tensors,
+        ranks=written.ranks,
+        size=written.size,
+        unchanged=work.unchanged,
+        errors={name: work.errors[name] for name in adapter.pairs if name in work.errors},
+        left_out=work.left_out,
+        seconds=time.perf_counter() - started,
+        warnings=written.warnings,
+    )
+
+
+def _check_options(rank: int, energy: float | None, iterations: int) -> None:
+    if rank < 1:
+        raise AdapterError(f"rank is {rank}, expected a positive whole number")
+    if energy is not None and not 0 < energy <= 1:
+        raise AdapterError(f"energy is {energy}, expected a share from 0 to 1, for example 0.99")
+    if iterations < 0:
+        raise AdapterError(f"iterations is {iterations}, expected a whole number from 0")
+
+
+class _Work:
+    """The changes found so far; `do` is called from several threads."""
+
+    def __init__(
+        self,
+        differences: Differences,
+        rank: int,
+        energy: float | None,
+        iterations: int,
+        seed: int,
+        progress: Progress | None,
+    ) -> None:
+        self._found, self._rank, self._energy = differences.found, rank, energy
+        self._iterations, self._seed, self._progress = iterations, seed, progress
+        self._lock, self._done = threading.Lock(), 0
+        self._total = sum(item.n_rows * item.n_columns for item in self._found)
+        self.pairs: dict[str, LowRank] = {}
+        self.errors: dict[str, float] = {}
+        self.left_out = dict(differences.left_out)
+        self.unchanged = 0
+
+    def do(self, first: int, last: int) -> None:
+        """Find the changes of some weights."""
+        for item in self._found[first:last]:
+            found = (
+                _approximate(item, self._rank, self._energy, self._iterations, self._seed) if not item.problem else None
+            )
+            norm = item.relative_norm() if item.problem else 0.0
+            with self._lock:
+                if found is not None:
+                    self.pairs[item.name], self.errors[item.name] = found
+                elif norm:
+                    self.left_out[item.name] = f"{item.problem}; it differs by {norm:.2g} of its norm"
+                else:
+                    self.unchanged += 1
+                self._done += item.n_rows * item.n_columns
+                if self._progress:
+                    self._progress(self._done, self._total)
+
+    def ordered_pairs(self) -> dict[str, LowRank]:
+        """The changes in the order of the models' weights; unchanged experts of a changed stack as zeros."""
+        changed_stacks = {_stack_of(name) for name in self.pairs} - {None}
+        pairs = {}
+        for item in self._found:
+            if item.name in self.pairs:
+                pairs[item.name] = self.pairs[item.name]
+            elif _stack_of(item.name) in changed_stacks:
+                a, b = np.zeros((1, item.n_columns), np.float32), np.zeros((item.n_rows, 1), np.float32)
+                zero = LowRank(a, b, 1.0)
+                pairs[item.name] = zero.transposed() if item.transposed else zero
+        return pairs
+
+    def warnings(self) -> tuple[str, ...]:
+        """What the LoRA leaves out."""
+        return tuple(f"{name} is left out: {reason}" for name, reason in self.left_out.items())
+
+
+def _stack_of(name: str) -> str | None:
+    """The name of the stack, if the name is that of an expert in it."""
+    stack, _, expert = name.rpartition(".")
+    return stack if expert.isdecimal() else None
+
+
+def _approximate(
+    item: Difference, rank: int, energy: float | None, iterations: int, seed: int
+) -> tuple[LowRank, float] | None:
+    """The change of low rank and its relative error; None if there is no difference."""
+    width = min(rank + _OVERSAMPLING, item.n_rows, item.n_columns)
+    rng = np.random.default_rng([seed, zlib.crc32(item.name.encode())])
+    v, total = np.linalg.qr(rng.standard_normal((item.n_columns, width)))[0], 0.0
+    for number in range(iterations):
+        v, norm = _power(item, v)
+        total = norm if number == 0 else total
+        if not total:
+            return None
+    y, norm = _project(item, v)
+    if not norm:
+        return None
+    return _cut(item, y, v, norm, rank, energy)
+
+
+def _power(item: Difference, v: Values) -> tuple[Values, float]:
+    """An orthonormal basis of ``D^T D v``, and the squared norm of D."""
+    z, norm, narrow = np.zeros(v.shape), 0.0, v.astype(np.float32)
+    for _, block in item.blocks():
+        z += block.T @ (block @ narrow)
+        norm += _square(item, block)
+    return (np.linalg.qr(z)[0] if norm else v), norm
+
+
+def _project(item: Difference, v: Values) -> tuple[Values, float]:
+    """``D v``, and the squared norm of D."""
+    y, norm = np.empty((item.n_rows, v.shape[1])), 0.0
+    for first, block in item.blocks():
+        y[first : first + len(block)] = block.astype(np.float64) @ v  # in float32 its error would hide small ones
+        norm += _square(item, block)
+    return y, norm
+
+
+def _square(item: Difference, block: Floats) -> float:
+    norm = float((block.astype(np.float64) ** 2).sum())
+    if not np.isfinite(norm):
+        raise AdapterError(f"{item.name}: one of the models holds NaN or infinity")
+    return norm
+
+
+def _cut(item: Difference, y: Values, v: Values, norm: float, rank: int, energy: float | None) -> tuple[LowRank, float]:
+    """``y v^T`` as factors of the rank asked for, its singular values shared evenly between them."""
+    q, r = np.linalg.qr(y)
+    u, sizes, w = np.linalg.svd(r)
+    kept = min(rank, int((sizes > 0).sum()))
+    sums = np.cumsum(sizes**2)
+    if energy is not None:
+        kept = min(kept, int(np.searchsorted(sums, energy * norm)) + 1)
+    roots = np.sqrt(sizes[:kept])
+    b, a = (q @ u[:, :kept]) * roots, (w[:kept] * roots[:, None]) @ v.T
+    change = LowRank(a.astype(np.float32), b.astype(np.float32), 1.0)
+    error = float(np.sqrt(max(norm - float(sums[kept - 1]), 0.0) / norm))
+    return (change.transposed() if item.transposed else change), error

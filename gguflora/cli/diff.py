@@ -1,0 +1,54 @@
+"""``gguflora diff``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+import gguflora
+from gguflora.algebra.diff import DiffReport
+from gguflora.cli.app import app, console, print_json, print_warnings
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="PEFT adapter directory or GGUF LoRA file.")],
+    b: Annotated[Path, typer.Argument(help="The one to compare it with.")],
+    base: Annotated[Path | None, typer.Option(help="Their base model: needed to compare PEFT with GGUF.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Compare two adapters: cosine of their changes, overlap of their spaces, what only one of them touches.
+
+    **Example**
+
+    gguflora diff ./monday ./tuesday
+    """
+    report = gguflora.diff(a, b, base=base)
+    print_warnings(report.warnings)
+    if as_json:
+        print_json(report)
+    else:
+        _print_difference(report)
+
+
+def _print_difference(report: DiffReport) -> None:
+    console.print(
+        f"cosine {report.cosine:.4f}, norm of B / norm of A {report.norm_ratio:.4g}, {len(report.changes)} changes in "
+        f"both, {len(report.only_a)} only in A, {len(report.only_b)} only in B",
+        markup=False,
+    )
+    table = Table(box=box.SIMPLE_HEAD)
+    for title in ("tensor", "cosine", "norm A", "norm B", "overlap in", "overlap out", "difference"):
+        table.add_column(title)
+    for change in report.changes:
+        numbers = (change.cosine, *change.norms, change.overlap_in, change.overlap_out, change.difference)
+        table.add_row(escape(change.name), *(f"{number:.4g}" for number in numbers))
+    console.print(table)
+    for which, only in (("A", report.only_a), ("B", report.only_b)):
+        for name, norm in only.items():
+            console.print(f"only in {which}: {name} (norm {norm:.4g})", markup=False)

@@ -1,0 +1,163 @@
+"""`gguflora.extract`: a known adapter comes back from a merged model; else the result is as good as numpy's SVD."""
+
+import json
+import shutil
+
+import architecture_models as zoo
+import builders
+import llama_cpp  # noqa: F401  (before torch, as everywhere)
+import numpy as np
+import oracles
+import pytest
+import safetensors.numpy
+from builders import Adapter
+from test_bad_input import run
+from test_combine import assert_same, our_deltas
+from test_convert import assert_same_changes, merged_changes
+
+import gguflora
+from gguflora.errors import AdapterError, MismatchError
+
+SPEC = Adapter(rank=4, alpha=8)
+
+
+def merged(arch, base, spec, path, size="small"):
+    gguflora.merge(base, builders.adapter(arch, spec, size), path)
+    return path
+
+
+@pytest.mark.parametrize("arch", ["llama", "phi3", "gemma2"])
+def test_known_adapter_comes_back_from_f32(arch, tmp_path):
+    base = builders.gguf_model(arch)
+    tuned = merged(arch, base, SPEC, tmp_path / "tuned.gguf")
+    report = gguflora.extract(tuned, base, tmp_path / "lora.gguf", rank=4, outtype="f32")
+    assert_same_changes(oracles.lora_changes(tmp_path / "lora.gguf"), merged_changes(arch, SPEC), 1e-5)
+    assert max(report.errors.values()) < 1e-6
+    assert report.left_out == {}
+    assert report.unchanged == len(oracles.tensors(base)) - report.tensors
+
+
+def test_known_adapter_comes_back_from_f16(tmp_path):
+    """What F16 rounds away is noise of all ranks, of which a low rank has little."""
+    base = builders.gguf_model("llama", "wide", "F16")
+    tuned = merged("llama", base, SPEC, tmp_path / "tuned.gguf", "wide")
+    gguflora.extract(tuned, base, tmp_path / "lora.gguf", rank=4, outtype="f32")
+    gguflora.convert(builders.adapter("llama", SPEC, "wide"), base, tmp_path / "known.gguf", outtype="f32")
+    known = oracles.lora_changes(tmp_path / "known.gguf")
+    assert_same_changes(oracles.lora_changes(tmp_path / "lora.gguf"), known, 1e-3)
+
+
+@pytest.mark.parametrize("outtype", ["Q8_0", "Q4_K_M"])
+def test_of_quantized_models_it_is_as_good_as_an_svd(outtype, tmp_path):
+    base = builders.gguf_model("llama", "wide", outtype)
+    tuned = merged("llama", base, SPEC, tmp_path / "tuned.gguf", "wide")
+    report = gguflora.extract(tuned, base, tmp_path / "lora.gguf", rank=6, iterations=4, outtype="f32")
+    before, after = oracles.tensors(base), oracles.tensors(tuned)
+    found = oracles.lora_changes(tmp_path / "lora.gguf")
+    for name, change in found.items():
+        difference = after[name].astype(np.float64) - before[name]
+        sizes = np.linalg.svd(difference, compute_uv=False)
+        best = np.sqrt((sizes[6:] ** 2).sum() / (sizes**2).sum())
+        error = np.linalg.norm(change - difference) / np.linalg.norm(difference)
+        assert error == pytest.approx(report.errors[name], rel=1e-3)
+        assert best * (1 - 1e-6) <= error <= best * 1.01, name
+
+
+def test_directories(tmp_path):
+    spec, model = Adapter(rank=4, targets=("q_proj", "down_proj", "lm_head")), builders.hf_model("llama")
+    adapter = builders.adapter("llama", spec)
+    tuned = oracles.merged_gguf(model, adapter).parent / "hf"
+    report = gguflora.extract(tuned, model, tmp_path / "lora", rank=4)
+    assert_same(our_deltas(tmp_path / "lora"), our_deltas(adapter), 1e-5)
+    assert report.tensors == 5
+    gguflora.extract(tuned, model, tmp_path / "lora.gguf", rank=4, outtype="f32")
+    assert_same_changes(oracles.lora_changes(tmp_path / "lora.gguf"), merged_changes("llama", spec), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_file_to_peft_directory(name, tmp_path):
+    """Of two GGUF files as a PEFT directory: transposed layers; stacks of experts of which only some differ."""
+    base = zoo.gguf_model(name)
+    weights = zoo.tensors(base)
+    target = "blk.1.ffn_down_exps.weight" if name == "mixtral" else "blk.1.ffn_down.weight"
+    rng, change = np.random.default_rng(5), np.zeros(weights[target].shape, np.float32)
+    low = rng.standard_normal((change.shape[-2], 2)) @ rng.standard_normal((2, change.shape[-1]))
+    change[(2,) if name == "mixtral" else ...] = low
+    edited(base, tmp_path / "tuned.gguf", {target: weights[target] + change})
+    gguflora.extract(tmp_path / "tuned.gguf", base, tmp_path / "lora", rank=3)
+    gguflora.convert(tmp_path / "lora", base, tmp_path / "lora.gguf", outtype="f32")
+    found = zoo.tensors(tmp_path / "lora.gguf")
+    product = found[f"{target}.lora_b"].astype(np.float64) @ found[f"{target}.lora_a"]
+    np.testing.assert_allclose(product, change, atol=1e-5)
+
+
+def edited(source, target, values):
+    """A copy of a GGUF file with other values in some F32 tensors."""
+    from gguflora.files.gguf import GgufFile
+
+    shutil.copyfile(source, target)
+    with GgufFile(source) as file, target.open("r+b") as out:
+        for name, array in values.items():
+            out.seek(file.tensors[name].offset)
+            out.write(array.astype(np.float32).tobytes())
+
+
+def test_what_a_lora_cannot_hold_is_named(tmp_path):
+    base = builders.gguf_model("gemma2")
+    weights = oracles.tensors(base)
+    names = ("blk.0.attn_norm.weight", "token_embd.weight", "blk.0.attn_q.weight")
+    edited(base, tmp_path / "tuned.gguf", {name: weights[name] * 1.5 for name in names})
+    report = gguflora.extract(tmp_path / "tuned.gguf", base, tmp_path / "lora.gguf", rank=4)
+    assert report.left_out.keys() == set(names[:2])
+    assert "norm or bias" in report.left_out[names[0]]
+    assert "differs by 0.5 of its norm" in report.left_out[names[0]]
+    assert "tied" in report.left_out[names[1]]
+    assert len([warning for warning in report.warnings if "left out" in warning]) == 2
+    assert report.errors.keys() == {names[2]}
+
+
+def test_norms_of_directories_are_named(tmp_path):
+    model = builders.hf_model("llama")
+    shutil.copytree(model, tmp_path / "tuned")
+    weights = safetensors.numpy.load_file(model / "model.safetensors")
+    names = ["model.norm.weight", "model.layers.0.self_attn.q_proj.weight"]
+    changed = weights | {name: weights[name] * 2 for name in names}
+    safetensors.numpy.save_file(changed, tmp_path / "tuned/model.safetensors", {"format": "pt"})
+    report = gguflora.extract(tmp_path / "tuned", model, tmp_path / "lora", rank=64)
+    assert report.left_out.keys() == {names[0]}
+    assert report.errors.keys() == {names[1]}
+
+
+def test_energy_threads_and_seed(tmp_path):
+    base = builders.gguf_model("llama")
+    tuned = merged("llama", base, Adapter(rank=8), tmp_path / "tuned.gguf")
+    for name, threads in (("one", 1), ("three", 3)):
+        (tmp_path / name).mkdir()
+        gguflora.extract(tuned, base, tmp_path / name / "lora.gguf", rank=8, threads=threads)
+    assert (tmp_path / "one/lora.gguf").read_bytes() == (tmp_path / "three/lora.gguf").read_bytes()
+    report = gguflora.extract(tuned, base, tmp_path / "some.gguf", rank=8, energy=0.8)
+    assert report.ranks[1] < 8
+    assert all(error <= np.sqrt(0.2) + 1e-6 for error in report.errors.values())
+
+
+def test_bad_input(tmp_path):
+    base = builders.gguf_model("llama")
+    with pytest.raises(AdapterError, match="no weight that a LoRA could change differs"):
+        gguflora.extract(base, base, tmp_path / "lora.gguf", rank=4)
+    with pytest.raises(MismatchError, match=r"but .* is 'llama'"):
+        gguflora.extract(builders.gguf_model("qwen2"), base, tmp_path / "lora.gguf", rank=4)
+    with pytest.raises(MismatchError, match="two GGUF files or two"):
+        gguflora.extract(builders.hf_model("llama"), base, tmp_path / "lora.gguf", rank=4)
+    weights = oracles.tensors(base)
+    edited(base, tmp_path / "tuned.gguf", {"blk.0.attn_q.weight": weights["blk.0.attn_q.weight"] * np.nan})
+    with pytest.raises(AdapterError, match=r"blk\.0\.attn_q\.weight: one of the models holds NaN"):
+        gguflora.extract(tmp_path / "tuned.gguf", base, tmp_path / "lora.gguf", rank=4)
+    assert not (tmp_path / "lora.gguf").exists()
+
+
+def test_command_line(tmp_path):
+    base = builders.gguf_model("llama")
+    tuned = merged("llama", base, SPEC, tmp_path / "tuned.gguf")
+    result = run("extract", tuned, "--base", base, "--rank", 4, "-o", tmp_path / "lora.gguf", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["tensors"] == 14
