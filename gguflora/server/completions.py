@@ -107,7 +107,7 @@ class _Job:
 
     async def _whole(self) -> dict[str, Any]:
         choices = self._choices()
-        async for index, piece in self.answers.pieces():
+        async for index, piece in self.answers.pieces(at_once=False):
             if piece is not None:
                 choices[index].add(piece)
         generations = self.answers.generations

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from fastapi import Request
@@ -24,43 +26,53 @@ class Answers:
     def __init__(self, generations: Sequence[Generation]) -> None:
         self.generations = generations
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
+        self._arrived: deque[tuple[int, Piece | Exception | None]] = deque()
+        self._wake = asyncio.Event()
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece | None]]:
+    async def pieces(self, *, at_once: bool = True) -> AsyncIterator[tuple[int, Piece | None]]:
         """The number of a generation with its next piece, or with None when it has ended well.
+
+        Args:
+            at_once: give out every piece when it comes, not all of a generation at its end.
 
         Raises:
             Failure: if one has not ended well.
         """
         for index in range(len(self.generations)):
-            threading.Thread(target=self._read, args=(index,), name=f"answer {index}", daemon=True).start()
+            threading.Thread(target=self._read, args=(index, at_once), name=f"answer {index}", daemon=True).start()
         running = len(self.generations)
         while running:
-            index, item = await self._queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                _check_ended_well(self.generations[index])
-                running -= 1
-            yield index, item
+            await self._wake.wait()
+            self._wake.clear()
+            while self._arrived:
+                index, item = self._arrived.popleft()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    _check_ended_well(self.generations[index])
+                    running -= 1
+                yield index, item
 
     def cancel(self) -> None:
         """End them all. Idempotent."""
         for generation in self.generations:
             generation.cancel()
 
-    def _read(self, index: int) -> None:
+    def _read(self, index: int, at_once: bool) -> None:
         try:
             for piece in self.generations[index]:
-                self._put(index, piece)
+                self._arrived.append((index, piece))
+                if at_once:
+                    self._notify()
         except Exception as error:
-            self._put(index, error)
+            self._arrived.append((index, error))  # raised again where it is awaited
         else:
-            self._put(index, None)
+            self._arrived.append((index, None))
+        self._notify()
 
-    def _put(self, index: int, item: Piece | Exception | None) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, item))
+    def _notify(self) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._wake.set)
 
 
 def _check_ended_well(generation: Generation) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.scripts import load_script
@@ -14,35 +15,36 @@ from benchmarks.scripts import load_script
 TOOLS = ("llama-export-lora", "llama-quantize")
 OFF = (
     *("BUILD_SHARED_LIBS", "LLAMA_OPENSSL", "LLAMA_CURL", "LLAMA_USE_PREBUILT_UI"),
-    *(f"LLAMA_BUILD_{part}" for part in ("TESTS", "EXAMPLES", "SERVER", "APP", "UI")),
+    *(f"LLAMA_BUILD_{part}" for part in ("TESTS", "EXAMPLES", "APP", "UI")),
 )
 
 
-def llama_cpp_tools() -> Path:
-    """The directory with the tools; the first time they are built, for this processor, with its every instruction."""
+def llama_cpp_tools(*tools: str) -> Path:
+    """The directory with ``tools``; the first time they are built, for this processor, with its every instruction."""
+    tools = tools or TOOLS
     fetcher = load_script("fetch_oracles")
     home: Path = fetcher.cache_dir().with_name(f"llama.cpp-tools-{fetcher.version('llama-cpp-python')}")
-    if all((home / tool).exists() for tool in TOOLS):
+    if all((home / tool).exists() for tool in tools):
         return home
-    print(f"building {' and '.join(TOOLS)}, ten minutes or more; kept in {home}", flush=True)
+    print(f"building {' and '.join(tools)}, ten minutes or more; kept in {home}", flush=True)
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home) as scratch:
         named = os.environ.get("GGUFLORA_LLAMA_CPP_SDIST")
         sdist = Path(named) if named else Path(scratch, "sdist")
         if not named:
             fetcher.fetch(sdist, tarfile.TarInfo.isfile)
-        _build(sdist / fetcher.SCRIPTS, Path(scratch, "build"))
-        for tool in TOOLS:
+        _build(sdist / fetcher.SCRIPTS, Path(scratch, "build"), tools)
+        for tool in tools:
             shutil.move(Path(scratch, "build", "bin", tool), home / tool)
     return home
 
 
-def _build(source: Path, build: Path) -> None:
+def _build(source: Path, build: Path, tools: Sequence[str]) -> None:
     switches = ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", *(f"-D{name}=OFF" for name in OFF)]
     log = build.with_suffix(".log")
     commands = (
         ["cmake", "-S", source, "-B", build, *switches],
-        ["cmake", "--build", build, "--parallel", str(len(os.sched_getaffinity(0))), "--target", *TOOLS],
+        ["cmake", "--build", build, "--parallel", str(len(os.sched_getaffinity(0))), "--target", *tools],
     )
     for command in commands:
         with log.open("ab") as out:

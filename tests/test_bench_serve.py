@@ -1,0 +1,44 @@
+"""The benchmark of servers, in its smallest setting."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import serving
+
+TOOLS = Path(__file__).parent.parent / "tools"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    sys.path.insert(0, str(TOOLS))
+    try:
+        from benchmarks import serve
+    finally:
+        sys.path.remove(str(TOOLS))
+    return serve
+
+
+@pytest.mark.parametrize(("clients", "adapters"), [(1, 1), (4, 2)])
+def test_measure(bench, clients, adapters):
+    with serving.serving() as http:
+        load = bench.Load(clients, adapters, requests=2, tokens=8)
+        rates = bench.measure(bench.OURS, str(http.base_url), load, seed=1)
+        assert http.engine.stats().requests == {"length": 2 * clients}
+        assert http.engine.stats().swaps == adapters
+    assert rates.tokens == pytest.approx(8 * rates.requests)
+    assert 0 < rates.first <= rates.first_worst
+
+
+def test_an_answer_that_is_too_short_is_no_measurement(bench):
+    with serving.serving() as http, pytest.raises(SystemExit, match="ended by 'stop'"):
+        bench.ask(http, {"prompt": serving.PROMPT, "max_tokens": 200, "temperature": 0})
+
+
+def test_medians(bench):
+    turns = [bench.Rates(1, 2, 3, 9), bench.Rates(5, 6, 7, 8), bench.Rates(3, 1, 5, 7)]
+    assert bench._medians(turns) == bench.Rates(3, 2, 5, 8)
+
+
+def test_loads_leave_no_adapter_without_a_client(bench):
+    assert [(load.clients, load.adapters) for load in bench._loads([1, 4], [1, 4], 1, 1)] == [(1, 1), (4, 1), (4, 4)]
