@@ -1,12 +1,10 @@
 """LoRA for GGUF: convert PEFT adapters, merge them into quantized models, hot-swap them at run time."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from gguflora._version import __version__
 from gguflora.adapters import read_adapter
-from gguflora.algebra.combine import CombineReport, combine
-from gguflora.algebra.diff import DiffReport, diff
-from gguflora.algebra.export import ExportReport, export
-from gguflora.algebra.extract import ExtractReport, extract
-from gguflora.algebra.resize import ResizeReport, resize
 from gguflora.compare import CompareReport, compare
 from gguflora.convert import ConvertReport, convert
 from gguflora.errors import GgufloraError
@@ -14,6 +12,13 @@ from gguflora.inspect import InspectReport, inspect
 from gguflora.merge import merge, plan_merge
 from gguflora.merge_report import MergeReport, TensorReport
 from gguflora.runtime import Adapters, attach
+
+if TYPE_CHECKING:
+    from gguflora.algebra.combine import CombineReport, combine
+    from gguflora.algebra.diff import DiffReport, diff
+    from gguflora.algebra.export import ExportReport, export
+    from gguflora.algebra.extract import ExtractReport, extract
+    from gguflora.algebra.resize import ResizeReport, resize
 
 __all__ = [
     "Adapters",
@@ -42,3 +47,23 @@ __all__ = [
     "read_adapter",
     "resize",
 ]
+
+_LATER = {
+    "CombineReport": "gguflora.algebra.combine",
+    "DiffReport": "gguflora.algebra.diff",
+    "ExportReport": "gguflora.algebra.export",
+    "ExtractReport": "gguflora.algebra.extract",
+    "ResizeReport": "gguflora.algebra.resize",
+    "combine": "gguflora.algebra.combine",
+    "diff": "gguflora.algebra.diff",
+    "export": "gguflora.algebra.export",
+    "extract": "gguflora.algebra.extract",
+    "resize": "gguflora.algebra.resize",
+}
+"""Names whose modules are loaded when they are first used, so that ``import gguflora`` stays quick."""
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401  (a function or a class)
+    if name not in _LATER:
+        raise AttributeError(f"module 'gguflora' has no attribute {name!r}")
+    return getattr(import_module(_LATER[name]), name)

@@ -11,6 +11,9 @@ from typing import Any, Final
 import numpy as np
 
 from gguflora.adapters import Adapter, read_adapter
+from gguflora.algebra.pairs import NEARLY_ALL, read_factored
+from gguflora.algebra.plots import plot_spectra
+from gguflora.algebra.spectra import RankChoice, Spectrum, rank_choices, spectra_of
 from gguflora.architectures import ignored_at_run_time, unknown_warning
 from gguflora.base_model import BaseModel, read_base
 from gguflora.changed_rows import AnyRows, Target, Weights, WholeWeights, read_values, target_of, without_copies
@@ -59,6 +62,8 @@ class InspectReport:
         changes: what it changes.
         invocation_tokens: of an activated LoRA.
         warnings: what the user should know.
+        spectra: singular values of each change, if they were asked for.
+        ranks: what lower ranks would keep, of all changes and of each kind of module, if that was asked for.
     """
 
     adapter: str
@@ -71,6 +76,8 @@ class InspectReport:
     changes: tuple[InspectedChange, ...]
     invocation_tokens: tuple[int, ...]
     warnings: tuple[str, ...]
+    spectra: tuple[Spectrum, ...] = ()
+    ranks: tuple[RankChoice, ...] = ()
 
     @property
     def problems(self) -> int:
@@ -83,18 +90,29 @@ class InspectReport:
         return {**asdict(self), **paths, "problems": self.problems}
 
 
-def inspect(adapter: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> InspectReport:
+def inspect(
+    adapter: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    *,
+    ranks: bool = False,
+    plot: str | os.PathLike[str] | None = None,
+) -> InspectReport:
     """Describe an adapter; with a base, measure its changes and say what llama.cpp cannot apply.
 
     Args:
         adapter: PEFT or mlx-lm directory, or GGUF LoRA file.
         base: its base model, a GGUF file, or a directory with ``config.json``, of which no weights are read.
+        ranks: find the singular values of each change, and what lower ranks would keep.
+        plot: draw the singular values into this picture (PNG, SVG or PDF); needs matplotlib.
 
     Raises:
-        GgufloraError: if they cannot be read or do not fit together.
+        GgufloraError: if they cannot be read or do not fit together, or the picture cannot be written.
     """
     source = read_adapter(adapter)
     model = None if base is None else read_base(base)
+    spectra = _spectra(adapter, model) if ranks or plot is not None else ()
+    if plot is not None:
+        plot_spectra(spectra, source.name, Path(plot))
     warnings = list(source.warnings)
     if model is None:
         changes = tuple(_alone(name, parts) for name, parts in source.changes.items())
@@ -115,7 +133,13 @@ def inspect(adapter: str | os.PathLike[str], base: str | os.PathLike[str] | None
         changes=changes,
         invocation_tokens=source.invocation_tokens,
         warnings=tuple(warnings),
+        spectra=spectra,
+        ranks=rank_choices(spectra) if spectra else (),
     )
+
+
+def _spectra(adapter: str | os.PathLike[str], model: BaseModel | None) -> tuple[Spectrum, ...]:
+    return spectra_of(read_factored(adapter, model, energy=NEARLY_ALL).pairs)
 
 
 def _alone(name: str, parts: Sequence[Change | Unsized]) -> InspectedChange:

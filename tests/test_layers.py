@@ -51,7 +51,9 @@ def test_imports_go_downwards(path: Path) -> None:
             assert FLOOR_OF[other] <= FLOOR_OF[own], f"{path} imports {imported}, which is above it"
 
 
-@pytest.mark.parametrize("module", ["torch", "llama_cpp", "transformers", "fastapi", "gguf", "rich", "typer"])
+@pytest.mark.parametrize(
+    "module", ["torch", "llama_cpp", "transformers", "fastapi", "gguf", "matplotlib", "rich", "typer"]
+)
 def test_import_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, gguflora; sys.exit({module!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0

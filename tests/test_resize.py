@@ -113,3 +113,34 @@ def test_command_line(tmp_path):
     assert json.loads(result.stdout)["ranks"] == [2, 2]
     text = run("resize", builders.adapter("llama", Adapter()), "--energy", 0.5, "-o", tmp_path / "out", "--force")
     assert "model.layers.1.mlp.down_proj.weight: relative error 0." in text.stdout
+
+
+def test_ranks_and_what_they_keep(tmp_path):
+    adapter = builders.adapter("llama", SPEC)
+    report = gguflora.inspect(adapter, ranks=True)
+    expected = deltas("llama", adapter)
+    for spectrum in report.spectra:
+        values = np.linalg.svd(expected["base_model.model." + spectrum.name.removesuffix(".weight")], compute_uv=False)
+        np.testing.assert_allclose(spectrum.values, values[: spectrum.rank], rtol=1e-4)
+        assert spectrum.kind == spectrum.name.split(".")[-2]
+    squares = [np.array(spectrum.values) ** 2 for spectrum in report.spectra]
+    for choice in (choice for choice in report.ranks if choice.kind == "all"):
+        kept = sum(values[: choice.rank].sum() for values in squares) / sum(values.sum() for values in squares)
+        assert choice.energy == pytest.approx(kept)
+        resized = gguflora.resize(adapter, tmp_path / "out", rank=choice.rank, force=True)
+        assert resized.size == choice.size
+    assert [choice.rank for choice in report.ranks if choice.kind == "down_proj"] == [1, 2, 4, 8]
+    assert (report.ranks[-1].energy, report.ranks[-1].saving) == (1.0, 0.0)
+    assert gguflora.inspect(adapter).spectra == ()
+
+
+def test_ranks_of_a_gguf_lora_and_the_picture(tmp_path):
+    gguflora.convert(builders.adapter("llama", SPEC), builders.gguf_model("llama"), tmp_path / "lora.gguf")
+    result = run("inspect", tmp_path / "lora.gguf", "--ranks", "--plot", tmp_path / "spectra.png", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert {choice["kind"] for choice in report["ranks"]} >= {"all", "attn_q", "ffn_down"}
+    assert (tmp_path / "spectra.png").read_bytes().startswith(b"\x89PNG")
+    assert "attn_q " in run("inspect", tmp_path / "lora.gguf", "--ranks").stdout
+    missing = run("inspect", tmp_path / "lora.gguf", "--plot", tmp_path / "nowhere/spectra.png")
+    assert (missing.returncode, "cannot be written" in missing.stderr) == (1, True)

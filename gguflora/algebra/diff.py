@@ -10,13 +10,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from gguflora.algebra.pairs import FactoredAdapter, for_base, read_factored
+from gguflora.algebra.pairs import NEARLY_ALL, FactoredAdapter, for_base, read_factored
 from gguflora.base_model import BaseModel, read_base
 from gguflora.deltas import LowRank, Values, as_float64
 from gguflora.errors import MismatchError
-
-_ENERGY: Final = 0.9999
-"""Share that is kept of changes that are not of low rank."""
 
 _NEGLIGIBLE: Final = 1e-6
 """Singular values below this share of the largest span no direction."""
@@ -93,7 +90,7 @@ def diff(
         GgufloraError: if something cannot be read.
     """
     model = None if base is None else read_base(base)
-    one, other = (read_factored(path, model, energy=_ENERGY) for path in (a, b))
+    one, other = (read_factored(path, model, energy=NEARLY_ALL) for path in (a, b))
     if one.architecture != other.architecture:
         one, other = _on_base(one, other, model)
     changes = tuple(

@@ -34,6 +34,9 @@ _KEPT_FIELDS: Final = ("base_model_name_or_path", "revision", "task_type", "fan_
 
 Pairs = Mapping[str, LowRank]
 
+NEARLY_ALL: Final = 0.9999
+"""Share of the squared norm that is kept of changes that are not of low rank, where they are only looked at."""
+
 
 @dataclass(frozen=True, slots=True)
 class FactoredAdapter:

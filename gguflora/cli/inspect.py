@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import gguflora
-from gguflora.cli.app import app, console, print_warnings
+from gguflora.cli.app import app, console, print_json, print_warnings
 from gguflora.inspect import InspectReport
 
 
@@ -20,6 +19,8 @@ from gguflora.inspect import InspectReport
 def inspect(
     adapter: Annotated[Path, typer.Argument(help="PEFT or mlx-lm adapter directory, or GGUF LoRA file.")],
     base: Annotated[Path | None, typer.Option(help="Base model: measure the changes, foresee llama.cpp's.")] = None,
+    ranks: Annotated[bool, typer.Option("--ranks", help="Say what lower ranks would keep and save.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the singular values into this PNG, SVG or PDF.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """Say what an adapter is, what it changes, and what llama.cpp could not apply at run time.
@@ -29,12 +30,16 @@ def inspect(
     gguflora inspect ./my-adapter
 
     gguflora inspect ./my-adapter --base model-Q4_K_M.gguf --json
+
+    gguflora inspect my-adapter.gguf --ranks --plot spectra.png
     """
-    report = gguflora.inspect(adapter, base)
+    report = gguflora.inspect(adapter, base, ranks=ranks, plot=plot)
     if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
-    else:
-        _print_inspection(report)
+        print_json(report)
+        return
+    _print_inspection(report)
+    if ranks:
+        _print_ranks(report)
 
 
 def _print_inspection(report: InspectReport) -> None:
@@ -56,3 +61,13 @@ def _print_inspection(report: InspectReport) -> None:
     console.print(table)
     if report.problems:
         console.print(f"{report.problems} of {len(report.changes)} changes cannot be applied at run time", markup=False)
+
+
+def _print_ranks(report: InspectReport) -> None:
+    table = Table(box=box.SIMPLE_HEAD)
+    for title in ("modules", "rank", "size", "kept energy", "saving"):
+        table.add_column(title, justify="left" if title == "modules" else "right")
+    for choice in report.ranks:
+        size = f"{choice.size / 1e6:.3f} MB"
+        table.add_row(escape(choice.kind), str(choice.rank), size, f"{choice.energy:.4%}", f"{choice.saving:.0%}")
+    console.print(table)

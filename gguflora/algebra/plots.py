@@ -1,0 +1,42 @@
+"""Pictures of an adapter's singular values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gguflora.algebra.spectra import Spectrum
+from gguflora.errors import OutputError
+
+
+def plot_spectra(spectra: Sequence[Spectrum], title: str, out: Path) -> None:
+    """Draw the singular values of each change, a panel for each kind of module.
+
+    Raises:
+        OutputError: if matplotlib is not installed, or the picture cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415  (heavy, and only for pictures)
+    except ImportError as error:
+        raise OutputError(f"{out}: drawing needs matplotlib: pip install 'gguflora[plot]'") from error
+    kinds = list(dict.fromkeys(spectrum.kind for spectrum in spectra))
+    columns = min(3, len(kinds))
+    rows = -(-len(kinds) // columns)
+    figure = Figure(figsize=(4.5 * columns, 3.2 * rows), layout="constrained")
+    figure.suptitle(f"Singular values of {title}")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
+    for kind, axis in zip(kinds, axes, strict=False):
+        for spectrum in spectra:
+            shown = [value for value in spectrum.values if value > 0]
+            if spectrum.kind == kind and shown:
+                axis.semilogy(range(1, len(shown) + 1), shown, color="tab:blue", alpha=0.4, linewidth=1)
+        axis.set_title(kind)
+        axis.grid(alpha=0.3)
+    for axis in list(axes)[len(kinds) :]:
+        axis.remove()
+    figure.supxlabel("number")
+    figure.supylabel("singular value")
+    try:
+        figure.savefig(out)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{out}: cannot be written: {error}") from error
