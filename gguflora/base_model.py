@@ -28,6 +28,7 @@ class BaseModel:
         n_head: attention heads of each layer.
         n_head_kv: key and value heads of each layer.
         n_groups: key heads of linear attention, 0 if there is none.
+        absent: those of ``shapes`` that the file does not have, but could: they count as zeros.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class BaseModel:
     n_head: tuple[int, ...]
     n_head_kv: tuple[int, ...]
     n_groups: int = 0
+    absent: frozenset[str] = frozenset()
 
     @property
     def is_tied(self) -> bool:

@@ -145,10 +145,10 @@ def read_values(base: GgufFile, tensor: TensorEntry, first: int, last: int) -> V
 
 def read_or_zeros(base: GgufFile, tensor: TensorEntry, first: int, last: int) -> Bytes:
     """Bytes of a tensor's rows; of rows beyond its last one zeros, which are zeros in every type."""
-    if last <= tensor.n_rows:
+    if 0 < last <= tensor.n_rows and tensor.nbytes:
         return base.read_rows(tensor, first, last)
     rows = np.zeros((last - first, tensor.type.row_bytes(tensor.n_in)), np.uint8)
-    if first < tensor.n_rows:
+    if first < tensor.n_rows and tensor.nbytes:
         rows[: tensor.n_rows - first] = base.read_rows(tensor, first, tensor.n_rows)
     return rows
 

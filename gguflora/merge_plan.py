@@ -14,12 +14,12 @@ from gguflora import _native
 from gguflora._native import GgmlType
 from gguflora._version import __version__
 from gguflora.adapters import Adapter
-from gguflora.architectures import can_untie, unknown_warning
+from gguflora.architectures import can_untie, unknown_warning, with_biases
 from gguflora.base_model import BaseModel, describe
 from gguflora.changed_rows import Scaled, Target, without_copies
 from gguflora.deltas import LowRank, Replace
 from gguflora.errors import QuantizationError, UnsupportedAdapterError
-from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Layout, TensorEntry, encode_entry
+from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Layout, Shape, TensorEntry, encode_entry
 from gguflora.placement import Placed, cautions, new_vocabulary, place
 from gguflora.rounding import Rounding
 from gguflora.vocabulary import grown_vocabulary
@@ -97,7 +97,7 @@ def make_plan(
     Raises:
         GgufloraError: if adapters and base do not fit together, or a tensor cannot be written as asked.
     """
-    model = describe(file)
+    model = with_biases(describe(file))
     changes: dict[str, list[Scaled]] = {}
     unknown = unknown_warning(model)
     warnings = [] if unknown is None else [f"{file.path}: {unknown}"]
@@ -121,7 +121,7 @@ def make_plan(
             entries |= grown_vocabulary(file, source.path.parent, n_tokens)
     targets, only_floats = [], not any(tensor.type.block_weights > 1 for tensor in file.tensors.values())
     for name, items in changes.items():
-        entry = file.tensors[TOKEN_EMBEDDING if name in untied else name]
+        entry = file.tensors.get(TOKEN_EMBEDDING if name in untied else name) or _absent(name, model.shapes[name])
         grown = n_tokens and name in {TOKEN_EMBEDDING, OUTPUT}
         shape = (n_tokens, entry.n_in) if grown else entry.shape
         targets.append(Target(name, entry, shape, types.of(name, entry, only_floats=only_floats), items))
@@ -149,6 +149,11 @@ def _vocabulary_of(file: GgufFile, changes: Mapping[str, Sequence[Scaled]]) -> i
                 f"adapter has no {name!r} of that size; save it with save_embedding_layers=True"
             )
     return n_tokens
+
+
+def _absent(name: str, shape: Shape) -> TensorEntry:
+    """A bias that the base does not have: zeros that take no room."""
+    return TensorEntry(name, shape, _native.type_named("F32"), 0, 0)
 
 
 def _is_nothing(item: Placed) -> bool:

@@ -199,7 +199,7 @@ def _are_optional(changes: Sequence[Change | Unsized]) -> bool:
 
 def _has(base: BaseModel, weight: str) -> bool:
     try:
-        return any(piece.tensor in base.shapes for piece in pieces_of(base, weight))
+        return any(piece.tensor in base.shapes.keys() - base.absent for piece in pieces_of(base, weight))
     except MismatchError:  # where its place depends on the shape it should have
         return False
 

@@ -162,3 +162,26 @@ def test_refused_option_says_why(option, value, tmp_path):
     builders.edit_config(adapter, **{option: value})
     with pytest.raises(UnsupportedAdapterError, match=option):
         gguflora.convert(adapter, builders.gguf_model("llama"), tmp_path / "lora.gguf")
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma2", "gemma3", "phi3"])
+def test_lora_bias_where_the_base_has_none(arch, tmp_path):
+    """llama.cpp reads biases that the file brings; PEFT's forward pass adds them, though it refuses to merge."""
+    layers = [name for name in builders.ARCHITECTURES[arch].linear if name.split("_")[0] in {"q", "k", "v", "qkv"}]
+    layers += ["o_proj", "down_proj"] if arch == "llama" else []
+    config = peft.LoraConfig(target_modules=layers, lora_bias=True, lora_alpha=12)
+    adapter, base = random_adapter(arch, config), builders.gguf_model(arch)
+    gguflora.merge(base, adapter, tmp_path / "merged.gguf")
+    added = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "merged.gguf").tensors}
+    added -= {tensor.name for tensor in gguf.GGUFReader(base).tensors}
+    assert len(added) == 2 * len(layers)
+    assert all(name.endswith(".bias") for name in added)
+    expected, cold = oracles.peft_logits(builders.hf_model(arch), adapter), oracles.llama_logits(base)
+    assert np.abs(cold - expected).max() > 0.1
+    assert np.abs(oracles.llama_logits(tmp_path / "merged.gguf") - expected).max() < 1e-2
+
+
+def test_lora_bias_that_llama_cpp_would_not_read(tmp_path):
+    config = peft.LoraConfig(target_modules=["o_proj"], lora_bias=True)
+    with pytest.raises(gguflora.GgufloraError, match=r"attn_output\.bias"):
+        gguflora.merge(builders.gguf_model("qwen3"), random_adapter("qwen3", config), tmp_path / "merged.gguf")

@@ -7,6 +7,7 @@ Names come from gguf's ``TensorNameMap`` (`names`); what llama.cpp's converter d
 
 from __future__ import annotations
 
+from gguflora.architectures.biases import with_biases
 from gguflora.architectures.experts import pieces_of_expert
 from gguflora.architectures.inverse import candidates
 from gguflora.architectures.names import canonical, check_named, layer_and_module, tensor_of
@@ -27,6 +28,7 @@ __all__ = [
     "is_cut",
     "pieces_of",
     "unknown_warning",
+    "with_biases",
 ]
 
 
