@@ -95,8 +95,8 @@ class Model:
         Raises:
             RequestError: if the template refuses the messages.
         """
-        if not messages:
-            raise RequestError("a chat needs at least one message")
+        if not messages or not all(isinstance(message, Mapping) and "role" in message for message in messages):
+            raise RequestError("a chat is one message or more, each with a role and content")
         try:
             text = self._formatter(messages=messages, **template_kwargs).prompt
         except Exception as error:  # whatever a template of someone else's raises

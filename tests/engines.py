@@ -1,0 +1,69 @@
+"""An engine on a small model, and what a context that never saw anything else says of its answers."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import builders
+import hotswap
+import numpy as np
+import pytest
+from hotswap import PROMPT, A, B, C
+
+from gguflora.engine import Engine, Generation, Piece, Request, Sampling
+from gguflora.llama import free_lora, load_lora, set_loras
+
+GREEDY = Sampling(temperature=0)
+OPTIONS: dict[str, Any] = {"n_ctx": 256, "threads": 1, "kv_type": "F32"}
+SETS: dict[str, list[tuple[builders.Adapter, float]]] = {
+    "base": [], "a": [(A, 1.0)], "b@-0.5": [(B, -0.5)], "a@0.5+c": [(A, 0.5), (C, 1.0)],
+}  # fmt: skip
+SPECS = {"a": A, "b": B, "c": C}
+
+
+def files() -> dict[str, Path]:
+    return {name: hotswap.gguf_lora(spec) for name, spec in SPECS.items()}
+
+
+def open_engine(**options: Any) -> Engine:
+    return Engine(builders.gguf_model("llama"), adapters=files(), **OPTIONS | options)
+
+
+def ask(engine: Engine, adapters: str = "base", prompt: Sequence[int] = PROMPT, **options: Any) -> Generation:
+    options = {"max_tokens": 12, "sampling": GREEDY, "logprobs": 100} | options
+    return engine.submit(Request(list(prompt), engine.adapter_set(adapters), **options))
+
+
+def tokens_of(pieces: Sequence[Piece]) -> list[int]:
+    return [token for piece in pieces for token in piece.tokens]
+
+
+def assert_fresh(adapters: dict[str, float], prompt: Sequence[int], pieces: Sequence[Piece]) -> None:
+    """The log probabilities of all generated tokens are those of a context that never saw anything else."""
+    entries = [entry for piece in pieces for entry in piece.logprobs]
+    tokens = [entry.token for entry in entries]
+    wanted = fresh_logprobs(tuple(sorted(adapters.items())), tuple(prompt) + tuple(tokens))[len(prompt) - 1 : -1]
+    for entry, row in zip(entries, wanted, strict=True):
+        np.testing.assert_allclose(
+            [logprob for _, _, logprob in entry.top], row[[token for token, _, _ in entry.top]], atol=1e-5, rtol=0
+        )
+        assert entry.logprob == pytest.approx(row[entry.token], abs=1e-5)
+
+
+@cache
+def fresh_logprobs(adapters: tuple[tuple[str, float], ...], tokens: tuple[int, ...]) -> np.ndarray:
+    llm = hotswap.open_llama(n_ctx=256, n_batch=256, n_threads=1, n_threads_batch=1)
+    loras = [(load_lora(llm.model, files()[name]), scale) for name, scale in adapters]
+    set_loras(llm.ctx, loras)
+    logits = hotswap.logits(llm, tokens).astype(np.float64)
+    set_loras(llm.ctx, [])
+    for pointer, _ in loras:
+        free_lora(pointer)
+    llm.close()
+    logits -= logits.max(axis=1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+def named(text: str) -> dict[str, float]:
+    return {spec: scale for name, scale in SETS[text] for spec, other in SPECS.items() if other == name}
