@@ -55,7 +55,7 @@ class Scheduler:
     Args:
         pool: used by this thread only.
         queue_size: how many jobs may wait before they run for the first time.
-        finished: told of every job that has ended, in the thread.
+        finished: told of every job that has ended, in the thread, before its caller is.
     """
 
     def __init__(self, pool: Pool, queue_size: int, finished: Callable[[Job], None]) -> None:
@@ -330,8 +330,10 @@ class Scheduler:
         self.tokens["prompt"] += job.usage.prompt_tokens
         self.tokens["out"] += job.usage.completion_tokens
         self.tokens["reused"] += job.usage.reused_tokens
-        job.end(reason, error)
-        self._finished(job)
+        try:
+            self._finished(job)
+        finally:
+            job.end(reason, error)
 
 
 def _grouped(plan: Sequence[tuple[Job, Chunk]]) -> list[list[tuple[Job, Chunk]]]:
