@@ -26,7 +26,7 @@ _WARN, _ERROR, _CONTINUED = 3, 4, 5  # enum ggml_log_level
 
 
 class _Log:
-    """Listens to llama.cpp's log: keeps what is serious, hands all but errors on to the listener before it.
+    """Listens to llama.cpp's log: keeps what is serious, hands the rest on to the listener before it.
 
     llama.cpp has one listener for the whole process and reads it without a lock, so the C function must outlive every
     thread that may be about to call it: there is one of these, and it is never freed.
