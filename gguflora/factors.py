@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from gguflora.adapters import Adapter
+from gguflora.architectures import can_untie
 from gguflora.base_model import BaseModel
 from gguflora.changed_rows import AnyRows, Weights, WholeWeights, read_values, target_of, without_copies
 from gguflora.deltas import LowRank, Replace, ReplaceRows, Values, as_float64, sum_factors
@@ -84,9 +85,14 @@ def _refuse_tied(adapter: Adapter, base: BaseModel, placed: dict[str, list[Place
     changed = [name for name in (TOKEN_EMBEDDING, OUTPUT) if name in placed]
     if base.is_tied and changed:
         what = " and ".join(item.weight for name in changed for item in placed[name][:1])
+        way = (
+            "merge the adapter instead, which unties them"
+            if can_untie(base)
+            else f"it can be merged only if it changes both alike, for {base.architecture} has no output weight of its own"
+        )
         raise UnsupportedAdapterError(
             f"{adapter.path}: changes {what}, but the output weight of {base.path} is tied to its token embedding: "
-            "llama.cpp aborts on such a LoRA; merge the adapter instead, which unties them"
+            f"llama.cpp aborts on such a LoRA; {way}"
         )
 
 

@@ -65,3 +65,10 @@ def test_says_where_llama_cpp_cannot_untie(name, tmp_path):
     with pytest.raises(gguflora.GgufloraError, match="cannot have an output weight of its own"):
         gguflora.merge(builders.gguf_model("gemma2"), adapter, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize(("arch", "said"), [("gemma2", "merged only if"), ("gemma3", "unties them")])
+def test_convert_says_what_a_merge_can_do(arch, said, tmp_path):
+    adapter = builders.trained_adapter(arch, ADAPTERS[UNTIED[0]])
+    with pytest.raises(gguflora.GgufloraError, match=said):
+        gguflora.convert(adapter, builders.gguf_model(arch), tmp_path / "lora.gguf")
