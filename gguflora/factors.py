@@ -88,7 +88,7 @@ def _refuse_tied(adapter: Adapter, base: BaseModel, placed: dict[str, list[Place
         way = (
             "merge the adapter instead, which unties them"
             if can_untie(base)
-            else f"it can be merged only if it changes both alike, for {base.architecture} has no output weight of its own"
+            else f"it can be merged only if it changes both alike: {base.architecture} has no output weight of its own"
         )
         raise UnsupportedAdapterError(
             f"{adapter.path}: changes {what}, but the output weight of {base.path} is tied to its token embedding: "
