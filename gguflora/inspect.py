@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from gguflora.adapters import Adapter, read_adapter
+from gguflora.adapters.soft_prompt import first_task, is_soft_prompt, read_soft_prompt
 from gguflora.algebra.pairs import NEARLY_ALL, read_factored
 from gguflora.algebra.plots import plot_spectra
 from gguflora.algebra.spectra import RankChoice, Spectrum, rank_choices, spectra_of
@@ -18,8 +19,10 @@ from gguflora.architectures import ignored_at_run_time, unknown_warning
 from gguflora.base_model import BaseModel, read_base
 from gguflora.changed_rows import AnyRows, Target, Weights, WholeWeights, read_values, target_of, without_copies
 from gguflora.deltas import Change, LowRank, Unsized, as_float64
+from gguflora.errors import MismatchError, UnsupportedAdapterError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile
 from gguflora.placement import Placed, place
+from gguflora.prefix import fit_prefix
 
 _BLOCK: Final = 1 << 20
 
@@ -61,6 +64,7 @@ class InspectReport:
         architecture: of the base.
         changes: what it changes.
         invocation_tokens: of an activated LoRA.
+        virtual_tokens: of a soft prompt, how many precede the first token.
         warnings: what the user should know.
         spectra: singular values of each change, if they were asked for.
         ranks: what lower ranks would keep, of all changes and of each kind of module, if that was asked for.
@@ -78,6 +82,7 @@ class InspectReport:
     warnings: tuple[str, ...]
     spectra: tuple[Spectrum, ...] = ()
     ranks: tuple[RankChoice, ...] = ()
+    virtual_tokens: int = 0
 
     @property
     def problems(self) -> int:
@@ -108,6 +113,8 @@ def inspect(
     Raises:
         GgufloraError: if they cannot be read or do not fit together, or the picture cannot be written.
     """
+    if is_soft_prompt(adapter) and not ranks and plot is None:
+        return _inspect_soft_prompt(Path(adapter), base)
     source = read_adapter(adapter)
     model = None if base is None else read_base(base)
     spectra = _spectra(adapter, model) if ranks or plot is not None else ()
@@ -140,6 +147,30 @@ def inspect(
 
 def _spectra(adapter: str | os.PathLike[str], model: BaseModel | None) -> tuple[Spectrum, ...]:
     return spectra_of(read_factored(adapter, model, energy=NEARLY_ALL).pairs)
+
+
+def _inspect_soft_prompt(folder: Path, base: str | os.PathLike[str] | None) -> InspectReport:
+    prompt = read_soft_prompt(folder, first_task(folder))
+    model = None if base is None else read_base(base)
+    warnings = []
+    if model is not None:
+        try:
+            fit_prefix(prompt, model)
+        except (MismatchError, UnsupportedAdapterError) as error:
+            warnings.append(str(error))
+    return InspectReport(
+        adapter=prompt.name,
+        path=prompt.path,
+        method=prompt.method,
+        sha256=prompt.sha256,
+        size=prompt.path.stat().st_size,
+        base=None if model is None else model.path,
+        architecture=None if model is None else model.architecture,
+        changes=(),
+        invocation_tokens=(),
+        warnings=tuple(warnings),
+        virtual_tokens=prompt.n_virtual,
+    )
 
 
 def _alone(name: str, parts: Sequence[Change | Unsized]) -> InspectedChange:

@@ -19,7 +19,7 @@ from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, Shape, TensorEntry
 
 _ALPHA: Final = "adapter.lora.alpha"
 _INVOCATION: Final = "adapter.alora.invocation_tokens"
-_FLOAT32: Final = 6  # of GGUF's value types
+_UINT32, _FLOAT32, _ARRAY = 4, 6, 9  # of GGUF's value types
 _SUFFIXES: Final = (".lora_a", ".lora_b")
 _NOT_MULTIPLIED: Final = frozenset({"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"})
 """Types that ggml stores but has no matrix product for: it would call a null pointer."""
@@ -78,10 +78,9 @@ def _check_metadata(file: GgufFile, base: BaseModel) -> None:
         raise HotSwapError(f"{file.path}: has a metadata entry without a key; write the file again")
     if _ALPHA in metadata and not _is_finite_float32(metadata.raw(_ALPHA), _ALPHA):
         raise HotSwapError(f"{file.path}: {_ALPHA} is {metadata[_ALPHA]!r}, expected a finite number stored as FLOAT32")
-    if _INVOCATION in metadata:
+    if _INVOCATION in metadata and not _is_tokens(metadata.raw(_INVOCATION), _INVOCATION):
         raise HotSwapError(
-            f"{file.path}: is an activated LoRA, which begins at its invocation tokens; "
-            "llama.cpp's library would apply it to the whole prompt, so it cannot be hot-swapped"
+            f"{file.path}: {_INVOCATION} is {metadata[_INVOCATION]!r:.100}, expected tokens in an array of UINT32"
         )
 
 
@@ -90,6 +89,16 @@ def _is_finite_float32(entry: bytes, key: str) -> bool:
     kind_at = 8 + len(key.encode())
     kind, *rest = struct.unpack_from("<I", entry, kind_at)
     return kind == _FLOAT32 and not rest and math.isfinite(struct.unpack_from("<f", entry, kind_at + 4)[0])
+
+
+def _is_tokens(entry: bytes, key: str) -> bool:
+    """Whether a raw metadata entry (length, key, type, values) is an array of UINT32 that is not empty."""
+    kind_at = 8 + len(key.encode())
+    (kind,) = struct.unpack_from("<I", entry, kind_at)
+    if kind != _ARRAY:
+        return False
+    element, count = struct.unpack_from("<IQ", entry, kind_at + 4)
+    return bool(element == _UINT32 and count > 0)
 
 
 def _pair_up(file: GgufFile) -> Mapping[str, tuple[TensorEntry, TensorEntry]]:

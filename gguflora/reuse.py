@@ -1,22 +1,25 @@
 """What a ``llama_cpp.Llama`` may reuse of earlier work: only what was computed under the adapters now in force.
 
 llama-cpp-python reuses tokens in four ways: the KV cache of its context, ``generate``'s prefix match on it, the caches
-of ``set_cache``, and saved states. None of them knows of adapters. `guard` gives one Llama a class that does.
+of ``set_cache``, and saved states. None of them knows of adapters. `guard` gives one Llama a class that does, and that
+puts a soft prompt in front of the first token and lets activated LoRAs begin where they should.
 """
 
 from __future__ import annotations
 
 import copyreg
 import hashlib
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 import llama_cpp
 import numpy as np
 
+from gguflora.activation import Starts, n_in_common, segments, starts_of
 from gguflora.errors import HotSwapError
-from gguflora.llama import LoadedAdapter, free_lora, set_loras
+from gguflora.llama import LoadedAdapter, begins_with, clear_memory, free_lora, is_stateful, put_prefix, set_loras
+from gguflora.prefix import Prefix
+from gguflora.turn import Turn
 
 BASE: Final = ""
 """Identity of the empty adapter set."""
@@ -26,7 +29,10 @@ _Untyped: TypeAlias = Any
 
 _ATTRIBUTE: Final = "_gguflora"
 _TAG: Final = "adapter_set"
+_STARTS: Final = "adapter_starts"
 _TOKEN_BITS: Final = 32
+_RESET: Final = 6
+"""Place of ``reset`` among the arguments of `llama_cpp.Llama.generate` after the tokens."""
 
 
 def identity_of(adapters: Sequence[tuple[str, float]]) -> str:
@@ -39,39 +45,65 @@ class AdapterSet:
     """The adapters one Llama has loaded and applied. Belongs to the Llama and does not refer to it.
 
     Attributes:
-        lock: held around every change.
+        turn: who may use the Llama.
+        lock: held around every change, and while the Llama computes.
         loaded: by name.
         active: scale by name, of those applied; none is 0.
         origin: identity of the set found when gguflora was attached.
         identity: of the set in force.
         changes: how often the identity has changed.
         closed: whether everything is unset and freed.
+        starts: where the activated LoRAs begin in the tokens evaluated so far.
+        planned: whether `starts` holds for what is evaluated next, too: while tokens are being generated.
     """
 
     def __init__(self, context: _Untyped, model: _Untyped) -> None:
         self._context = context
         self._model = model
-        self.lock: Final = threading.RLock()
+        self.turn: Final = Turn()
+        self.lock: Final = self.turn.lock
         self.loaded: dict[str, LoadedAdapter] = {}
         self.active: dict[str, float] = {}
         self.origin = self.identity = BASE
         self.changes = 0
         self.closed = False
+        self.starts: Starts = {}
+        self.planned = False
+
+    @property
+    def invocations(self) -> dict[str, tuple[int, ...]]:
+        """Invocation tokens of the activated LoRAs that are applied."""
+        return {name: self.loaded[name].invocation for name in self.active if self.loaded[name].invocation}
+
+    @property
+    def prefix(self) -> Prefix | None:
+        """The soft prompt that is applied."""
+        return next((self.loaded[name].prefix for name in self.active if self.loaded[name].prefix), None)
 
     def set_active(self, active: Mapping[str, float]) -> bool:
         """Put ``active`` in force; returns whether that changes what the model computes."""
-        set_loras(self._context.ctx, [(self.loaded[name].pointer, scale) for name, scale in active.items()])
-        self.active = dict(active)
+        self._set(active)
+        self.active, self.starts = dict(active), {}
         identity = identity_of([(self.loaded[name].sha256, scale) for name, scale in active.items()])
         changed = identity != self.identity
         self.identity = identity
         self.changes += changed
+        self._context.__dict__["shift"] = self.prefix.n_tokens if self.prefix else 0
         return changed
+
+    def begin(self, begun: frozenset[str]) -> None:
+        """Let the context compute with the applied adapters, of the activated LoRAs only with those that have begun."""
+        waiting = self.invocations.keys() - begun
+        self._set({name: scale for name, scale in self.active.items() if name not in waiting})
+
+    def _set(self, active: Mapping[str, float]) -> None:
+        pointers = {name: self.loaded[name].pointer for name in active}
+        set_loras(self._context.ctx, [(pointers[name], scale) for name, scale in active.items() if pointers[name]])
 
     def free(self, name: str) -> None:
         """Forget an adapter that is not active, and free it if it is gguflora's."""
         adapter = self.loaded.pop(name)
-        if adapter.owned:
+        if adapter.owned and adapter.pointer:
             free_lora(adapter.pointer)
 
     def release(self) -> None:
@@ -125,6 +157,8 @@ def _namespace(identity: str) -> int:
 class GuardedLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp has no types
     """A Llama that reuses nothing across adapter sets. An existing Llama becomes one by `guard`."""
 
+    n_tokens: int
+
     @property
     def cache(self) -> CachePartition | None:
         """The part of the cache that belongs to the adapter set in force."""
@@ -137,8 +171,11 @@ class GuardedLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp has no t
 
     def save_state(self) -> _Untyped:
         """As `llama_cpp.Llama.save_state`; the state remembers its adapter set."""
-        state = super().save_state()
-        setattr(state, _TAG, _set_of(self).identity)
+        adapters = _set_of(self)
+        with adapters.lock:
+            state = super().save_state()
+            setattr(state, _TAG, adapters.identity)
+            setattr(state, _STARTS, dict(adapters.starts))
         return state
 
     def load_state(self, state: _Untyped) -> None:
@@ -148,36 +185,139 @@ class GuardedLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp has no t
             HotSwapError: if the state was saved under another adapter set.
         """
         adapters = _set_of(self)
-        if getattr(state, _TAG, adapters.origin) != adapters.identity:
-            raise HotSwapError(
-                f"this state was saved under another adapter set than the one in force ({describe(adapters.active)}); "
-                "apply the set it was saved under first, or evaluate the prompt again"
-            )
-        super().load_state(state)
+        with adapters.turn.call():
+            if getattr(state, _TAG, adapters.origin) != adapters.identity:
+                raise HotSwapError(
+                    "this state was saved under another adapter set than the one in force "
+                    f"({describe(adapters.active)}); apply that set first, or evaluate the prompt again"
+                )
+            super().load_state(state)
+            adapters.starts = getattr(state, _STARTS, {})
 
-    def generate(self, *args: _Untyped, **kwargs: _Untyped) -> Iterator[int]:
+    def eval(self, tokens: Sequence[int]) -> None:
+        """As `llama_cpp.Llama.eval`.
+
+        Raises:
+            HotSwapError: if the tokens do not fit into the context.
+        """
+        adapters = _set_of(self)
+        with adapters.turn.call():
+            tokens = list(tokens)
+            if adapters.invocations and not adapters.planned:
+                tokens = self._plan([*self.input_ids[: self.n_tokens].tolist(), *tokens])
+            self._check_room(len(tokens))
+            if not self.n_tokens and adapters.prefix:
+                _ensure_prefix(self, adapters.prefix)
+            if not adapters.invocations:
+                super().eval(tokens)
+                return
+            first = self.n_tokens
+            for begin, end, begun in segments(first, first + len(tokens), adapters.starts):
+                adapters.begin(begun)
+                super().eval(tokens[begin - first : end - first])
+
+    def _plan(self, tokens: list[int]) -> list[int]:
+        """Decide where activated LoRAs begin in ``tokens``, the whole sequence; forget what was computed otherwise.
+
+        Returns:
+            Those of the tokens that are not evaluated yet, or no more.
+        """
+        adapters = _set_of(self)
+        starts = starts_of(tokens, adapters.invocations)
+        kept = n_in_common(adapters.starts, starts, self.n_tokens)
+        adapters.starts = starts
+        if kept < self.n_tokens:
+            if is_stateful(self._model.model):  # cannot go back by a few tokens
+                self.reset()
+                kept = 0
+            self.n_tokens, self._requires_eval = kept, True
+        return tokens[kept:]
+
+    def _check_room(self, n_tokens: int) -> None:
+        prefix = _set_of(self).prefix
+        n_virtual = prefix.n_tokens if prefix else 0
+        needed = n_virtual + self.n_tokens + n_tokens
+        room = min(self.n_ctx(), n_virtual + len(self.input_ids))
+        if needed > room:
+            raise HotSwapError(
+                f"{needed} tokens ({n_virtual} of them virtual) do not fit into the context of {room}; "
+                "shorten the prompt, or open the model with a larger n_ctx"
+            )
+
+    def embed(self, *args: _Untyped, **kwargs: _Untyped) -> _Untyped:
+        """As `llama_cpp.Llama.embed`.
+
+        Raises:
+            HotSwapError: if a soft prompt or an activated LoRA is applied, with which no texts can be embedded.
+        """
+        adapters = _set_of(self)
+        with adapters.turn.call():
+            if adapters.prefix or adapters.invocations:
+                raise HotSwapError("embeddings of texts cannot be had with a soft prompt or an activated LoRA applied")
+            return super().embed(*args, **kwargs)
+
+    def generate(self, tokens: Sequence[int], *args: _Untyped, **kwargs: _Untyped) -> Iterator[int]:
         """As `llama_cpp.Llama.generate`.
 
         Raises:
             HotSwapError: if the adapter set changes while tokens are still being taken.
         """
+        return _set_of(self).turn.generate(self._tokens(list(tokens), *args, **kwargs))
+
+    def _tokens(self, tokens: list[int], *args: _Untyped, **kwargs: _Untyped) -> Generator[int, Any, None]:
         adapters = _set_of(self)
-        changes, tokens, sent = adapters.changes, super().generate(*args, **kwargs), None
+        changes, sent = adapters.changes, None
+        resets = kwargs.get("reset", args[_RESET] if len(args) > _RESET else True)
+        if adapters.invocations:
+            whole = tokens if resets else [*self.input_ids[: self.n_tokens].tolist(), *tokens]
+            rest = self._plan(whole)
+            tokens = whole if resets else rest
+        steps = super().generate(tokens, *args, **kwargs)
         while True:
             if adapters.changes != changes:
                 raise HotSwapError(
                     "the adapter set was changed while tokens were being generated; "
                     "take the tokens first, or generate again under the new set"
                 )
+            adapters.planned = True
             try:
-                token = tokens.send(sent)
+                token = steps.send(sent)
             except StopIteration:
                 return
+            finally:
+                adapters.planned = False
             sent = yield token
+
+    def _create_completion(self, *args: _Untyped, **kwargs: _Untyped) -> Iterator[_Untyped]:
+        return _set_of(self).turn.generate(super()._create_completion(*args, **kwargs))
 
     def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., Any], tuple[type], Any]:
         # Llama pickles as its constructor's arguments: the copy has no adapters and is a plain Llama
         return copyreg.__newobj__, (_class_before(self),), self.__getstate__()  # type: ignore[attr-defined]
+
+
+class _ShiftedContext(llama_cpp.internals.LlamaContext):  # type: ignore[misc]  # llama_cpp has no types
+    """A context whose tokens stand ``shift`` positions further on, behind a soft prompt."""
+
+    shift = 0
+
+    def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
+        begin, end = (place if place < 0 else place + self.shift for place in (p0, p1))
+        removed: bool = super().kv_cache_seq_rm(seq_id, begin, end)
+        return removed
+
+    def decode(self, batch: _Untyped) -> None:
+        if self.shift:
+            positions = np.ctypeslib.as_array(batch.batch.pos, (batch.n_tokens(),))
+            positions += self.shift
+        super().decode(batch)
+
+
+def _ensure_prefix(llm: _Untyped, prefix: Prefix) -> None:
+    """Let the context begin with a soft prompt; what else it holds is not valid."""
+    if not begins_with(llm.ctx, prefix):
+        clear_memory(llm.ctx, llm.n_vocab())
+        put_prefix(llm.ctx, prefix)
 
 
 def _set_of(llm: _Untyped) -> AdapterSet:
@@ -215,6 +355,8 @@ def guard(llm: _Untyped, adapters: AdapterSet) -> None:
     """
     llm.__dict__[_ATTRIBUTE] = adapters
     llm.__class__ = _guarded(type(llm))
+    if type(llm._ctx) is llama_cpp.internals.LlamaContext:
+        llm._ctx.__class__ = _ShiftedContext
     llm._stack.callback(adapters.release)  # last in, first out: before context and model
 
 

@@ -26,8 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gguflora.adapters.soft_prompt import is_soft_prompt
 from gguflora.base_model import BaseModel
-from gguflora.errors import HotSwapError
+from gguflora.errors import GgufloraError, HotSwapError
+from gguflora.prefix import read_prefix
 from gguflora.preflight import check_loadable, read_whole_base
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ def attach(llm: Any) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only w
 
 def _adopt(llm: Any, adapters: AdapterSet, *, active: bool) -> None:  # noqa: ANN401
     """Take over the adapter of ``Llama(lora_path=...)``, which the Llama frees itself."""
-    from gguflora.llama import LoadedAdapter  # noqa: PLC0415
+    from gguflora.llama import LoadedAdapter, clear_memory, invocation_of  # noqa: PLC0415
 
     pointer = llm._lora_adapter
     if not pointer:
@@ -76,10 +78,14 @@ def _adopt(llm: Any, adapters: AdapterSet, *, active: bool) -> None:  # noqa: AN
         sha256 = _sha256(path)
     except OSError:  # the file has gone since: like no other
         sha256 = uuid.uuid4().hex
-    adapters.loaded[path.stem] = LoadedAdapter(path.stem, sha256, pointer, owned=False)
+    invocation = invocation_of(pointer)
+    adapters.loaded[path.stem] = LoadedAdapter(path.stem, sha256, pointer, path, owned=False, invocation=invocation)
     if active and _is_on(llm.lora_scale):
         adapters.set_active({path.stem: float(llm.lora_scale)})
-        adapters.origin = adapters.identity
+        adapters.origin = f"whole {sha256}" if invocation else adapters.identity
+        if invocation:  # llama-cpp-python let it begin at the first token
+            clear_memory(llm.ctx, llm.n_vocab())
+            llm.reset()
 
 
 class Adapters:
@@ -111,12 +117,13 @@ class Adapters:
         """Names of the loaded adapters, in the order of loading."""
         return list(self._set.loaded)
 
-    def load(self, name: str, path: str | os.PathLike[str]) -> None:
+    def load(self, name: str, path: str | os.PathLike[str], *, task: int | None = None) -> None:
         """Load an adapter without applying it.
 
         Args:
             name: what to call it from now on.
-            path: a GGUF LoRA file, or a PEFT directory, which is converted first.
+            path: a GGUF LoRA file, or a PEFT directory: a soft prompt is read, anything else is converted first.
+            task: which task of a MULTITASK_PROMPT_TUNING adapter; may be left out where there is one.
 
         Raises:
             HotSwapError: if the name is taken, or the adapter does not fit the base, or llama.cpp refuses it or would
@@ -131,28 +138,37 @@ class Adapters:
                 raise HotSwapError(
                     f"{location}: no such file or directory; expected a GGUF LoRA file or a PEFT directory"
                 )
-            with _as_gguf(location, self._llm.model_path) as file:
-                adapters.loaded[name] = self._load_file(name, file)
+            adapters.loaded[name] = self._load(name, location, task)
 
-    def _load_file(self, name: str, file: Path) -> LoadedAdapter:
-        from gguflora.llama import LoadedAdapter, load_lora  # noqa: PLC0415
+    def _load(self, name: str, location: Path, task: int | None) -> LoadedAdapter:
+        from gguflora.llama import LoadedAdapter, invocation_of, load_lora  # noqa: PLC0415
 
         if self._base is None:
             self._base = read_whole_base(Path(self._llm.model_path))
-        check_loadable(file, self._base)
-        sha256 = _sha256(file)
-        return LoadedAdapter(name, sha256, load_lora(self._llm.model, file))
+        if location.is_dir() and is_soft_prompt(location):
+            prefix = read_prefix(location, self._base, task)
+            _check_prefix_fits(location, prefix.n_tokens, self._llm.n_ctx())
+            return LoadedAdapter(name, prefix.sha256, None, location, prefix=prefix)
+        if task is not None:
+            raise HotSwapError(f"{location}: is no soft prompt, so it has no task {task}")
+        with _as_gguf(location, self._llm.model_path) as file:
+            check_loadable(file, self._base)
+            pointer = load_lora(self._llm.model, file)
+            return LoadedAdapter(name, _sha256(file), pointer, location, invocation=invocation_of(pointer))
 
     def apply(self, scales: Mapping[str, float] | None = None, /, **more: float) -> None:
         """Make these adapters, each at its scale, the complete set; without arguments the base model answers.
 
-        Negative scales are allowed, 0 means off. If this raises, the set before stays in force.
+        Negative scales are allowed, 0 means off. A soft prompt is on (1) or off (0), and only one can be on. If this
+        raises, the set before stays in force.
 
         Raises:
             HotSwapError: if a name is unknown or given twice, or a scale is no finite number.
         """
         with self._open() as adapters:
-            self._change(_checked_scales(scales, more, adapters))
+            active = _checked_scales(scales, more, adapters)
+            _check_soft_prompts({name: scale for name, scale in active.items() if adapters.loaded[name].prefix})
+            self._change(active)
 
     def remove(self, name: str) -> None:
         """Take an adapter out of the set; it stays loaded.
@@ -232,8 +248,21 @@ class Adapters:
             yield self._set
 
     def _change(self, active: Mapping[str, float]) -> None:
-        if self._set.set_active(active):
+        from gguflora import llama  # noqa: PLC0415
+
+        before = self._set.active
+        if not self._set.set_active(active):
+            return
+        self._forget()
+        prefix = self._set.prefix
+        if prefix is None:
+            return
+        try:
+            llama.put_prefix(self._llm.ctx, prefix)
+        except GgufloraError:
+            self._set.set_active(before)
             self._forget()
+            raise
 
     def _forget(self) -> None:
         """Forget the tokens evaluated so far."""
@@ -241,6 +270,8 @@ class Adapters:
 
         clear_memory(self._llm.ctx, self._llm.n_vocab())
         self._llm.reset()
+        prefix = self._set.prefix
+        self._llm._n_ctx = self._llm.n_ctx() - (prefix.n_tokens if prefix else 0)
 
 
 def _check_new_name(name: str, adapters: AdapterSet) -> None:
@@ -273,6 +304,22 @@ def _checked_scales(
         _find(name, adapters)
         _check_scale(name, scale)
     return {name: float(scale) for name, scale in wanted.items() if _is_on(scale)}
+
+
+def _check_soft_prompts(scales: Mapping[str, float]) -> None:
+    for name, scale in scales.items():
+        if scale != 1:
+            raise HotSwapError(f"{name!r} is a soft prompt, which is on (1) or off (0); found the scale {scale:g}")
+    if len(scales) > 1:
+        raise HotSwapError(f"only one soft prompt can precede the prompt, found {', '.join(map(repr, scales))}")
+
+
+def _check_prefix_fits(location: Path, n_tokens: int, n_ctx: int) -> None:
+    if n_tokens >= n_ctx:
+        raise HotSwapError(
+            f"{location}: a soft prompt of {n_tokens} tokens does not fit into the context of {n_ctx}; open the model "
+            "with a larger n_ctx"
+        )
 
 
 def _check_scale(name: str, scale: float) -> None:

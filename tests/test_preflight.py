@@ -62,7 +62,8 @@ METADATA = [
     ({"adapter__lora__alpha": "8"}, "expected a finite number stored as FLOAT32", True),
     ({"adapter__lora__alpha": np.float32("nan")}, "adapter.lora.alpha is nan", False),
     ({"adapter__lora__alpha": np.float32("inf")}, "adapter.lora.alpha is inf", False),
-    ({"adapter__alora__invocation_tokens": [1, 2]}, "activated LoRA", False),
+    ({"adapter__alora__invocation_tokens": [1, 2]}, "expected tokens in an array of UINT32", False),
+    ({"adapter__alora__invocation_tokens": 3}, "expected tokens in an array of UINT32", False),
 ]
 
 

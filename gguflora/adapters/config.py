@@ -41,6 +41,10 @@ class PeftConfig:
             raise self.error(name, f"a whole number from {least}" if least >= 0 else "a whole number", value)
         return value
 
+    def integer_or_none(self, name: str) -> int | None:
+        """A whole number, or None where the field is missing or null."""
+        return None if self.fields.get(name) is None else self.integer(name, 0)
+
     def flag(self, name: str) -> bool:
         """A boolean, False where the field is missing or null."""
         value = self.fields.get(name)

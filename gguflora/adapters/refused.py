@@ -1,15 +1,13 @@
-"""PEFT methods that no GGUF file can hold: why, and what to do instead."""
+"""PEFT methods that are no fixed change of weights: why, and what to do instead."""
 
 from __future__ import annotations
 
 from typing import Final
 
-_PROMPT: Final = (
-    "learns virtual tokens, not weights; llama.cpp has no place for them: write the instruction into the prompt, or "
-    "train LORA"
-)
+_RUN: Final = "run it: gguflora.attach, gguflora run or gguflora serve put it in front of the prompt"
+_PROMPT: Final = f"learns virtual tokens, not weights, so no GGUF file can hold it; {_RUN}"
 _KEYS_AND_VALUES: Final = (
-    "learns keys and values that precede the prompt, not weights; llama.cpp cannot be given them: train LORA"
+    f"learns keys and values that precede the prompt, not weights, so no GGUF file can hold it; {_RUN}"
 )
 _ROUTED: Final = "weighs its parts anew for every input, so no fixed weight is equal to it"
 

@@ -11,11 +11,13 @@ from gguflora.architectures.biases import with_biases
 from gguflora.architectures.experts import pieces_of_expert
 from gguflora.architectures.inverse import candidates
 from gguflora.architectures.names import canonical, check_named, layer_and_module, tensor_of
+from gguflora.architectures.orders import as_they_are
 from gguflora.architectures.piece import Piece
 from gguflora.architectures.regions import region_of
 from gguflora.architectures.rules import KNOWN, PLAIN, Rules
 from gguflora.architectures.run_time import ignored_at_run_time
 from gguflora.base_model import BaseModel
+from gguflora.deltas import Indices
 from gguflora.errors import MismatchError
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "check_known",
     "ignored_at_run_time",
     "is_cut",
+    "key_order",
     "pieces_of",
     "unknown_warning",
     "with_biases",
@@ -90,6 +93,11 @@ def _piece(base: BaseModel, rules: Rules, tensor: str) -> Piece:
         transposed=module == "ffn_gate_inp_shexp" and len(shape) == 1,  # older files have this one row as a vector
         shift=1.0 if rules.plus_one and rules.plus_one.search(tensor) else 0.0,
     )
+
+
+def key_order(base: BaseModel, layer: int, n_kv: int) -> Indices:
+    """The order in which llama.cpp keeps the ``n_kv`` numbers of a layer's keys, of all heads, of the Hugging Face."""
+    return KNOWN.get(base.architecture, PLAIN).rows.get("attn_k", as_they_are)(base, layer, n_kv)
 
 
 def check_known(base: BaseModel) -> None:

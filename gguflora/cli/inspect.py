@@ -44,10 +44,12 @@ def inspect(
 
 def _print_inspection(report: InspectReport) -> None:
     print_warnings(report.warnings)
-    console.print(
-        f"{report.adapter}: {report.method}, {len(report.changes)} tensors changed, {report.size / 1e6:.2f} MB",
-        markup=False,
-    )
+    does = f"{len(report.changes)} tensors changed"
+    if report.virtual_tokens:
+        does = f"{report.virtual_tokens} virtual tokens in front of the prompt (run it: attach, run or serve)"
+    console.print(f"{report.adapter}: {report.method}, {does}, {report.size / 1e6:.2f} MB", markup=False)
+    if not report.changes:
+        return
     if report.invocation_tokens:
         console.print(f"activated by the tokens {', '.join(map(str, report.invocation_tokens))}", markup=False)
     table = Table(box=box.SIMPLE_HEAD)

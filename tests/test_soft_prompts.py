@@ -1,0 +1,426 @@
+"""Soft prompts of PEFT in llama.cpp, held against PEFT in torch: logits, reuse, and what must be refused."""
+
+import json
+from contextlib import closing
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import architecture_models as zoo
+import builders
+import gguf
+import hotswap
+import llama_cpp
+import numpy as np
+import oracles
+import peft
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+from hotswap import A, gguf_lora, last_logits
+from typer.testing import CliRunner
+
+import gguflora
+from gguflora import llama, reuse, runtime
+from gguflora.cli.app import app
+from gguflora.errors import AdapterError, GgufloraError, HotSwapError, MismatchError, UnsupportedAdapterError
+from gguflora.kv_state import fill_state
+
+PROMPT = list(oracles.PROMPT)
+N_VIRTUAL = 7
+CAUSAL = {"task_type": "CAUSAL_LM", "num_virtual_tokens": N_VIRTUAL}
+
+METHODS = {
+    "PROMPT_TUNING": lambda: peft.PromptTuningConfig(**CAUSAL),
+    "P_TUNING": lambda: peft.PromptEncoderConfig(**CAUSAL, encoder_hidden_size=48),
+    "P_TUNING_LSTM": lambda: peft.PromptEncoderConfig(
+        **CAUSAL, encoder_hidden_size=48, encoder_reparameterization_type="LSTM"
+    ),
+    "MULTITASK_PROMPT_TUNING": lambda: peft.MultitaskPromptTuningConfig(**CAUSAL, num_tasks=3, num_ranks=2),
+    "CPT": lambda: peft.CPTConfig(
+        task_type="CAUSAL_LM", cpt_token_ids=[5, 9, 70, 81, 90], cpt_mask=[1] * 5, cpt_tokens_type_mask=[1, 2, 3, 4, 2],
+        opt_projection_epsilon=2.0, opt_projection_format_epsilon=2.0,
+    ),
+    "PREFIX_TUNING": lambda: peft.PrefixTuningConfig(**CAUSAL),
+    "PREFIX_TUNING_PROJECTED": lambda: peft.PrefixTuningConfig(
+        **CAUSAL, prefix_projection=True, encoder_hidden_size=48
+    ),
+    "CARTRIDGE": lambda: peft.CartridgeConfig(**CAUSAL, num_frozen_tokens=2),
+}  # fmt: skip
+TASK = {"MULTITASK_PROMPT_TUNING": 2}
+
+EMBEDDED = (
+    "qwen3", "gemma", "gpt2", "granite", "falcon", "bloom", "olmo", "cohere2", "starcoder2", "gptneox", "mixtral",
+    "llama4", "qwen35", "mamba", "jamba", "deepseek2",
+)  # fmt: skip
+"""Architectures whose graphs treat embeddings each in their own way: scales, positions, recurrent states."""
+
+WITH_KEYS = ("qwen3", "gemma", "gpt2", "granite", "bloom", "olmo", "cohere2", "llama4", "exaone4", "glm4", "stablelm")
+"""Architectures with another order of keys, caches with windows, or no rotary embedding."""
+
+
+@cache
+def torch_model(arch: str) -> Any:
+    """The base; PEFT leaves its layers as they are where it learns a prompt."""
+    if arch not in builders.ARCHITECTURES:
+        return zoo.model(arch)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        builders.hf_model(arch), dtype=torch.float32, attn_implementation="eager"
+    )
+
+
+def gguf_of(arch: str) -> Path:
+    return builders.gguf_model(arch) if arch in builders.ARCHITECTURES else zoo.gguf_model(arch)
+
+
+@cache
+def trained(arch: str, method: str, seed: int = 0) -> tuple[Path, np.ndarray, np.ndarray]:
+    """The directory of a random soft prompt, PEFT's logits of the prompt with it, and without."""
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(torch_model(arch), METHODS[method]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.5 * torch.randn_like(parameter))
+    folder = builders.workspace() / "soft" / f"{arch}-{method}-{seed}"
+    model.save_pretrained(folder)
+    return folder, expected(arch, folder, TASK.get(method)), torch_logits(torch_model(arch))
+
+
+def expected(arch: str, folder: Path, task: int | None = None, prompt: list[int] = PROMPT) -> np.ndarray:
+    """PEFT's logits with the adapter read from its files."""
+    options = {} if task is None else {"task_ids": torch.tensor([task])}
+    return torch_logits(read_by_peft(arch, folder), prompt, **options)
+
+
+@cache
+def read_by_peft(arch: str, folder: Path) -> Any:
+    return peft.PeftModel.from_pretrained(torch_model(arch), folder)
+
+
+def torch_logits(model: Any, prompt: list[int] = PROMPT, **options: Any) -> np.ndarray:
+    with torch.inference_mode():
+        logits = model.eval()(input_ids=torch.tensor([prompt]), **options).logits[0]
+    return logits.float().numpy()[-len(prompt) :]
+
+
+def open_llama(arch: str, **options: Any) -> llama_cpp.Llama:
+    settings = {
+        "n_ctx": 128, "n_batch": 128, "n_threads": 2, "n_threads_batch": 2, "logits_all": True, "verbose": False,
+        "type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32,
+    }  # fmt: skip
+    with oracles.quiet_llama_cpp():
+        return llama_cpp.Llama(str(gguf_of(arch)), **settings | options)
+
+
+def logits(llm: llama_cpp.Llama, prompt: list[int] = PROMPT) -> np.ndarray:
+    llm.reset()
+    llm.eval(prompt)
+    return llm.scores[: len(prompt)].copy()
+
+
+def assert_is_pefts(arch: str, method: str, tolerance: float = 5e-3, **options: Any) -> None:
+    folder, wanted, base = trained(arch, method)
+    assert np.abs(wanted - base).max() > 0.5
+    with closing(open_llama(arch, **options)) as llm, runtime.attach(llm) as adapters:
+        without = logits(llm)
+        adapters.load("soft", folder, task=TASK.get(method))
+        adapters.apply(soft=1)
+        np.testing.assert_allclose(logits(llm), wanted, atol=tolerance, rtol=0)
+        adapters.apply()
+        np.testing.assert_array_equal(logits(llm), without)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "gemma3"])
+@pytest.mark.parametrize("method", METHODS)
+def test_logits_are_those_of_peft(arch, method):
+    assert_is_pefts(arch, method)
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "phi3", *EMBEDDED])
+def test_virtual_tokens_on_every_kind_of_architecture(arch):
+    assert_is_pefts(arch, "PROMPT_TUNING")
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "phi3", *WITH_KEYS])
+def test_keys_and_values_on_every_kind_of_architecture(arch):
+    assert_is_pefts(arch, "PREFIX_TUNING")
+
+
+@pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16])
+@pytest.mark.parametrize("flash_attn", [False, True])  # without it the values lie transposed
+def test_keys_and_values_in_other_caches(kind, flash_attn):
+    assert_is_pefts("llama", "PREFIX_TUNING", 0.05, type_k=int(kind), type_v=int(kind), flash_attn=flash_attn)
+
+
+@pytest.mark.parametrize("method", ["PROMPT_TUNING", "PREFIX_TUNING"])
+def test_prompts_and_soft_prompts_of_several_batches(method):
+    assert_is_pefts("llama", method, n_batch=4)
+
+
+def test_each_task_has_a_prompt_of_its_own():
+    folder, _, _ = trained("llama", "MULTITASK_PROMPT_TUNING")
+    with closing(open_llama("llama")) as llm, runtime.attach(llm) as adapters:
+        for task in range(3):
+            adapters.load(f"t{task}", folder, task=task)
+            adapters.apply({f"t{task}": 1.0})
+            np.testing.assert_allclose(logits(llm), expected("llama", folder, task), atol=1e-3)
+        for task in (None, 3, -1):
+            with pytest.raises(AdapterError, match="tasks 0 to 2"):
+                adapters.load("other", folder, task=task)
+
+
+def test_greedy_text_is_pefts():
+    folder, _, _ = trained("llama", "PROMPT_TUNING")
+    model = read_by_peft("llama", folder)
+    wanted = list(PROMPT)
+    for _ in range(12):
+        wanted.append(int(torch_logits(model, wanted)[-1].argmax()))
+    with closing(open_llama("llama", logits_all=False)) as llm, runtime.attach(llm) as adapters:
+        adapters.load("soft", folder)
+        adapters.apply(soft=1)
+        tokens = llm.generate(list(PROMPT), temp=0.0)
+        assert [next(tokens) for _ in range(12)] == wanted[len(PROMPT) :]
+
+
+@pytest.mark.parametrize("method", ["PROMPT_TUNING", "PREFIX_TUNING"])
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_nothing_is_stale(arch, method):
+    """Whatever was evaluated before: the soft prompt and what it shares with another prompt are reused, no more."""
+    soft, _, _ = trained(arch, method)
+    other, _, _ = trained(arch, method, seed=1)
+    prompts = [PROMPT, [*PROMPT[:20], 70, 71], PROMPT[:5], PROMPT]
+    with closing(open_llama(arch)) as llm, runtime.attach(llm) as adapters:
+        adapters.load("soft", soft)
+        adapters.load("other", other)
+        for name, folder in (("soft", soft), (None, None), ("other", other), ("soft", soft)):
+            adapters.apply({name: 1.0} if name else {})
+            for prompt in prompts:
+                wanted = expected(arch, folder, None, prompt) if folder else torch_logits(torch_model(arch), prompt)
+                np.testing.assert_allclose(last_logits(llm, prompt), wanted[-1], atol=5e-3)
+
+
+def test_the_soft_prompt_is_decoded_once(monkeypatch):
+    folder, _, _ = trained("llama", "PROMPT_TUNING")
+    decoded = []
+    put = llama.put_prefix
+    for module in (llama, reuse):
+        monkeypatch.setattr(module, "put_prefix", lambda *args: (decoded.append(args), put(*args)))
+    with closing(open_llama("llama")) as llm, runtime.attach(llm) as adapters:
+        adapters.load("soft", folder)
+        adapters.apply(soft=1)
+        first = logits(llm)
+        for _ in range(3):
+            np.testing.assert_array_equal(logits(llm), first)
+        assert len(decoded) == 1
+        adapters.apply()
+        logits(llm)
+        adapters.apply(soft=1)
+        np.testing.assert_array_equal(logits(llm), first)
+        assert len(decoded) == 2
+
+
+def test_a_window_that_has_moved_past_the_soft_prompt():
+    """gemma3's window is 64 tokens here, and a small cache forgets what has left it."""
+    folder, wanted, _ = trained("gemma3", "PROMPT_TUNING")
+    with closing(open_llama("gemma3", swa_full=False, n_batch=16)) as llm, runtime.attach(llm) as adapters:
+        adapters.load("soft", folder)
+        adapters.apply(soft=1)
+        long = [50 + n % 40 for n in range(100)]
+        np.testing.assert_allclose(logits(llm, long), expected("gemma3", folder, None, long), atol=5e-3)
+        np.testing.assert_allclose(logits(llm), wanted, atol=5e-3)
+
+
+def test_states_and_caches_know_the_soft_prompt():
+    soft, wanted, _ = trained("llama", "PROMPT_TUNING")
+    other, _, _ = trained("llama", "PROMPT_TUNING", seed=1)
+    with closing(open_llama("llama")) as llm, runtime.attach(llm) as adapters:
+        adapters.load("soft", soft)
+        adapters.load("other", other)
+        adapters.apply(soft=1)
+        logits(llm, PROMPT[:-1])
+        state = llm.save_state()
+        adapters.apply(other=1)
+        with pytest.raises(HotSwapError, match="another adapter set"):
+            llm.load_state(state)
+        adapters.apply(soft=1)
+        llm.load_state(state)
+        llm.eval(PROMPT[-1:])
+        np.testing.assert_allclose(llm.scores[len(PROMPT) - 1], wanted[-1], atol=1e-3)
+
+
+def test_with_a_lora_beside_it():
+    """PEFT applies one or the other; together they are the soft prompt in front of the changed model."""
+    folder, _, _ = trained("llama", "PROMPT_TUNING")
+    merged = oracles.peft_model(builders.hf_model("llama"), builders.adapter("llama", A)).merge_and_unload()
+    wanted = torch_logits(peft.PeftModel.from_pretrained(merged, folder))
+    with closing(open_llama("llama")) as llm, runtime.attach(llm) as adapters:
+        adapters.load("soft", folder)
+        adapters.load("a", gguf_lora(A))
+        adapters.apply(soft=1, a=1)
+        np.testing.assert_allclose(logits(llm), wanted, atol=5e-3)
+
+
+def test_a_soft_prompt_is_on_or_off():
+    soft, _, _ = trained("llama", "PROMPT_TUNING")
+    with closing(open_llama("llama")) as llm, runtime.attach(llm) as adapters:
+        adapters.load("soft", soft)
+        adapters.load("more", soft)
+        with pytest.raises(HotSwapError, match=r"on \(1\) or off \(0\); found the scale 0\.5"):
+            adapters.apply(soft=0.5)
+        with pytest.raises(HotSwapError, match="only one soft prompt"):
+            adapters.apply(soft=1, more=1)
+        assert adapters.active == {}
+        adapters.apply(soft=1, more=0)
+        assert adapters.active == {"soft": 1.0}
+
+
+def test_it_takes_room_in_the_context():
+    folder, _, _ = trained("llama", "PROMPT_TUNING")
+    with closing(open_llama("llama", n_ctx=256, n_batch=256)) as llm, runtime.attach(llm) as adapters:
+        size = llm.n_ctx()
+        adapters.load("soft", folder)
+        adapters.apply(soft=1)
+        with pytest.raises(ValueError, match="exceed context window"):
+            llm.create_completion([60] * (size - N_VIRTUAL), max_tokens=1)
+        with pytest.raises(HotSwapError, match=rf"{size + 1} tokens \(7 of them virtual\) do not fit"):
+            llm.eval([60] * (size - N_VIRTUAL + 1))
+        llm.reset()
+        llm.eval([60] * (size - N_VIRTUAL))
+        adapters.apply()
+        llm.eval([60] * size)
+
+
+def test_one_that_is_longer_than_the_context(tmp_path):
+    folder = edited(tmp_path, values=np.zeros((256, 96), np.float32), num_virtual_tokens=256)
+    refusal = pytest.raises(HotSwapError, match="256 tokens does not fit into the context of 256")
+    with closing(open_llama("llama", n_ctx=256)) as llm, runtime.attach(llm) as adapters, refusal:
+        adapters.load("long", folder)
+
+
+def test_texts_cannot_be_embedded_with_it():
+    folder, _, _ = trained("llama", "PROMPT_TUNING")
+    with closing(open_llama("llama", embedding=True, logits_all=False)) as llm, runtime.attach(llm) as adapters:
+        adapters.load("soft", folder)
+        adapters.apply(soft=1)
+        with pytest.raises(HotSwapError, match="soft prompt"):
+            llm.embed("a")
+        adapters.apply()
+        llm.embed("a")
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def edited(folder: Path, values: np.ndarray | None = None, method: str = "PROMPT_TUNING", **fields: Any) -> Path:
+    """A copy of a soft prompt with other numbers or fields."""
+    source, _, _ = trained("llama", method)
+    config = json.loads((source / "adapter_config.json").read_text()) | fields
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = safetensors.numpy.load_file(source / "adapter_model.safetensors")
+    if values is not None:
+        tensors["prompt_embeddings"] = values
+    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+BAD = {
+    "width": ({"values": np.zeros((7, 64), np.float32)}, MismatchError, "64 numbers, but embeddings of .* have 96"),
+    "rows": ({"values": np.zeros((6, 96), np.float32)}, AdapterError, "expected 7 rows"),
+    "dimensions": ({"values": np.zeros((7, 8, 12), np.float32)}, AdapterError, "expected floats of 2 dimensions"),
+    "integers": ({"values": np.zeros((7, 96), np.int32)}, AdapterError, "expected floats"),
+    "NaN": ({"values": np.full((7, 96), np.nan, np.float32)}, AdapterError, "NaN or infinity"),
+    "seq2seq": ({"task_type": "SEQ_2_SEQ_LM"}, UnsupportedAdapterError, "only decoders"),
+    "submodules": ({"num_transformer_submodules": 2}, UnsupportedAdapterError, "only decoders"),
+    "number": ({"num_virtual_tokens": "many"}, AdapterError, "expected a whole number"),
+    "layers": ({"method": "PREFIX_TUNING", "values": np.zeros((7, 130), np.float32)}, MismatchError, "2 layers"),
+    "kv": (
+        {"method": "PREFIX_TUNING", "values": np.zeros((7, 512), np.float32)}, UnsupportedAdapterError,
+        "rows of 256 bytes, expected 128 numbers",
+    ),
+    "tensors": ({"peft_type": "MULTITASK_PROMPT_TUNING"}, AdapterError, "expected .*prefix_task_cols"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_ones_are_refused(case, tmp_path):
+    changes, error, said = BAD[case]
+    folder = edited(tmp_path, **changes)
+    with closing(open_llama("llama")) as llm, runtime.attach(llm) as adapters:
+        base = logits(llm)
+        with pytest.raises(error, match=said):
+            adapters.load("soft", folder)
+            adapters.apply(soft=1)
+            logits(llm)
+        adapters.apply()
+        np.testing.assert_array_equal(logits(llm), base)
+
+
+@pytest.mark.parametrize(("arch", "method"), [("glm4", "PROMPT_TUNING"), ("falcon", "PREFIX_TUNING")])
+def test_architectures_that_cannot_are_refused(arch, method):
+    folder, _, _ = trained(arch, method)
+    refusal = pytest.raises(UnsupportedAdapterError, match=f"{method} cannot be run on .*: {arch} ")
+    with closing(open_llama(arch)) as llm, runtime.attach(llm) as adapters, refusal:
+        adapters.load("soft", folder)
+
+
+def test_llama_cpp_aborts_on_embeddings_of_glm4(tmp_path):
+    """Why it is refused."""
+    code = """
+import sys, llama_cpp, numpy as np
+from gguflora import llama
+from gguflora.prefix import Prefix
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=64, n_threads=1, verbose=False)
+llama.put_prefix(llm.ctx, Prefix("", 3, np.zeros((3, 64), np.float32)))
+"""
+    hotswap.kill_python(code, zoo.gguf_model("glm4"))
+
+
+def test_caches_that_cannot_be_written_are_refused_before_anything_is_asked(tmp_path):
+    recurrent = edited(tmp_path, method="PREFIX_TUNING", values=np.zeros((7, 256), np.float32))
+    quantized = {"type_k": llama_cpp.GGML_TYPE_Q8_0, "type_v": llama_cpp.GGML_TYPE_Q8_0, "flash_attn": True}
+    for arch, options, folder, said in (
+        ("mamba", {}, recurrent, "recurrent"),
+        ("llama", quantized, trained("llama", "PREFIX_TUNING")[0], r"quantized.*type_k"),
+    ):
+        with closing(open_llama(arch, **options)) as llm, runtime.attach(llm) as adapters:
+            base = logits(llm)
+            adapters.load("soft", folder)
+            with pytest.raises(UnsupportedAdapterError, match=said):
+                adapters.apply(soft=1)
+            assert adapters.active == {}
+            np.testing.assert_array_equal(logits(llm), base)
+
+
+@pytest.mark.parametrize("cut", range(0, 60, 7))
+def test_states_that_are_not_as_expected(cut):
+    """A llama.cpp with another layout must end in an error, never in garbage in the cache."""
+    prefix = gguflora.prefix.read_prefix(
+        trained("llama", "PREFIX_TUNING")[0], gguflora.base_model.read_base(builders.gguf_model("llama"))
+    )
+    state = np.random.default_rng(cut).bytes(4 * cut)
+    with pytest.raises(UnsupportedAdapterError, match="attention cache"):
+        fill_state(state, prefix, [[[0, 1]], [[0], [1]]])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_convert_and_merge_name_the_way(method, tmp_path):
+    folder, _, _ = trained("llama", method)
+    for action in (gguflora.convert, gguflora.merge):
+        with pytest.raises(GgufloraError, match=r"gguflora\.attach, gguflora run or gguflora serve"):
+            action(*((folder, builders.gguf_model("llama")) if action is gguflora.convert else (
+                builders.gguf_model("llama"), folder)), tmp_path / "out.gguf")  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inspect_describes_it(method):
+    folder, _, _ = trained("llama", method)
+    report = gguflora.inspect(folder, builders.gguf_model("llama"))
+    assert (report.method, report.warnings) == (method.removesuffix("_LSTM").removesuffix("_PROJECTED"), ())
+    assert report.virtual_tokens == (5 if method == "CPT" else N_VIRTUAL)
+    assert gguflora.inspect(folder).to_dict()["virtual_tokens"] == report.virtual_tokens
+    other = gguflora.inspect(folder, zoo.gguf_model("t5"))
+    assert any("no decoder" in text for text in other.warnings)
+    said = CliRunner().invoke(app, ["inspect", str(folder)]).output
+    assert f"{report.virtual_tokens} virtual tokens in front of the prompt" in " ".join(said.split())
