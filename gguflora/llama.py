@@ -117,9 +117,10 @@ def load_lora(model: int, path: Path) -> Pointer:
     return pointer
 
 
-def free_lora(pointer: Pointer) -> None:
-    """Free an adapter. It must be in no context's set: llama.cpp does not look."""
-    llama_cpp.llama_adapter_lora_free(pointer)
+def free_lora(pointer: Pointer | None) -> None:
+    """Free an adapter, if it is one. It must be in no context's set: llama.cpp does not look."""
+    if pointer:
+        llama_cpp.llama_adapter_lora_free(pointer)
 
 
 def set_loras(context: int, loras: Sequence[tuple[Pointer, float]]) -> None:
@@ -202,11 +203,15 @@ def put_prefix(context: int, prefix: Prefix, sequence: int = 0) -> None:
         raise HotSwapError(f"llama.cpp refused the keys and values of a soft prompt: {' '.join(''.join(log).split())}")
 
 
+def axes_of_embeddings(model: int) -> tuple[int, ...]:
+    """By what to multiply an embedding's place for each of the positions that ``model`` wants of it."""
+    return (1, 1, 1, 0) if llama_cpp.llama_model_rope_type(model) in _SPATIAL else (1,)
+
+
 def _decode(context: int, sequence: int, inputs: NDArray[Any]) -> None:
     """Decode tokens (n,) or embeddings (n, n_embd) from position 0 on, without logits."""
     step = llama_cpp.llama_n_batch(context)
-    is_spatial = llama_cpp.llama_model_rope_type(llama_cpp.llama_get_model(context)) in _SPATIAL
-    axes = (1, 1, 1, 0) if is_spatial and inputs.ndim == 2 else (1,)
+    axes = axes_of_embeddings(llama_cpp.llama_get_model(context)) if inputs.ndim == 2 else (1,)
     for first in range(0, len(inputs), step):
         part = np.ascontiguousarray(inputs[first : first + step])
         count = len(part)

@@ -103,7 +103,7 @@ class AdapterSet:
     def free(self, name: str) -> None:
         """Forget an adapter that is not active, and free it if it is gguflora's."""
         adapter = self.loaded.pop(name)
-        if adapter.owned and adapter.pointer:
+        if adapter.owned:
             free_lora(adapter.pointer)
 
     def release(self) -> None:

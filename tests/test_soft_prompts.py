@@ -24,7 +24,16 @@ from typer.testing import CliRunner
 import gguflora
 from gguflora import llama, reuse, runtime
 from gguflora.cli.app import app
-from gguflora.errors import AdapterError, GgufloraError, HotSwapError, MismatchError, UnsupportedAdapterError
+from gguflora.engine import Engine, Generation, Request, Sampling
+from gguflora.errors import (
+    AdapterError,
+    GgufloraError,
+    HotSwapError,
+    MismatchError,
+    PromptTooLongError,
+    RequestError,
+    UnsupportedAdapterError,
+)
 from gguflora.kv_state import fill_state
 
 PROMPT = list(oracles.PROMPT)
@@ -308,6 +317,72 @@ def test_texts_cannot_be_embedded_with_it():
             llm.embed("a")
         adapters.apply()
         llm.embed("a")
+
+
+# -- the engine ------------------------------------------------------------------------------------
+
+
+def assert_engine_answers(engine: Engine, name: str, prompt: list[int], wanted: np.ndarray) -> Generation:
+    """The log probabilities of the first token are those of PEFT's logits."""
+    request = Request(prompt, engine.adapter_set(name), max_tokens=1, sampling=Sampling(temperature=0), logprobs=100)
+    generation = engine.submit(request)
+    (piece, *_) = list(generation)
+    logprobs = torch.log_softmax(torch.tensor(wanted, dtype=torch.float64), 0)
+    for token, _, logprob in piece.logprobs[0].top:
+        assert logprob == pytest.approx(float(logprobs[token]), abs=5e-3)
+    return generation
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "qwen35"])
+def test_the_engine_answers_as_peft(arch):
+    methods = ["PROMPT_TUNING"] if arch == "qwen35" else ["PROMPT_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING"]
+    with Engine(gguf_of(arch), n_ctx=256, threads=1, kv_type="F32", n_batch=8) as engine:
+        for method in methods:
+            loaded = engine.load(trained(arch, method)[0], method, task=TASK.get(method))
+            assert loaded.method == method
+        for method in [*methods, "base", *methods]:
+            for prompt in (PROMPT, [*PROMPT[:20], 70, 71], PROMPT):
+                wanted = (
+                    torch_logits(torch_model(arch), prompt) if method == "base"
+                    else expected(arch, trained(arch, method)[0], TASK.get(method), prompt)
+                )  # fmt: skip
+                answer = assert_engine_answers(engine, method, prompt, wanted[-1])
+        assert answer.usage.prompt_tokens == len(PROMPT) + N_VIRTUAL
+        assert answer.usage.reused_tokens >= N_VIRTUAL or arch == "qwen35"
+
+
+def test_the_engine_decodes_requests_with_soft_prompts_together():
+    prompts = [PROMPT, PROMPT[:9], [*PROMPT[:20], 70], [77, 78]]
+    with Engine(gguf_of("llama"), n_ctx=512, threads=1, kv_type="F32", n_parallel=4) as engine:
+        for method in ("PROMPT_TUNING", "PREFIX_TUNING"):
+            folder, _, _ = trained("llama", method)
+            engine.load(folder, method)
+            adapters = engine.adapter_set(method)
+            request = [Request(prompt, adapters, max_tokens=5, sampling=Sampling(temperature=0)) for prompt in prompts]
+            generations = [engine.submit(each) for each in request]
+            for prompt, generation in zip(prompts, generations, strict=True):
+                tokens = [token for piece in generation for token in piece.tokens]
+                for number, token in enumerate(tokens):
+                    assert token == expected("llama", folder, None, [*prompt, *tokens[:number]])[-1].argmax()
+
+
+def test_the_engine_refuses_what_attach_refuses(tmp_path):
+    soft, _, _ = trained("llama", "PROMPT_TUNING")
+    with Engine(gguf_of("llama"), n_ctx=64, threads=1, kv_type="Q8_0") as engine:
+        engine.load(soft, "soft")
+        engine.load(soft, "more")
+        for name, said in (("soft@0.5", r"on \(1\) or off \(0\)"), ("soft+more", "only one soft prompt")):
+            with pytest.raises(RequestError, match=said):
+                engine.submit(Request(PROMPT, engine.adapter_set(name)))
+        with pytest.raises(UnsupportedAdapterError, match=r"quantized.*type_k"):
+            engine.load(trained("llama", "PREFIX_TUNING")[0], "prefix")
+        with pytest.raises(AdapterError, match="tasks 0 to 2"):
+            engine.load(trained("llama", "MULTITASK_PROMPT_TUNING")[0], "tasks")
+        with pytest.raises(MismatchError):
+            engine.load(edited(tmp_path, values=np.zeros((7, 64), np.float32)), "narrow")
+        with pytest.raises(PromptTooLongError):
+            engine.submit(Request([60] * (64 - N_VIRTUAL), engine.adapter_set("soft")))
+        assert len(engine.submit(Request([60] * 8, engine.adapter_set("soft"), max_tokens=2)).text()) >= 0
 
 
 # -- what is refused -------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from gguflora.engine.adapter_sets import Identity
 from gguflora.engine.model import Model
 from gguflora.engine.residents import NO_ADAPTERS, Embeddings, Phase
 from gguflora.errors import EngineError, GenerationError
-from gguflora.llama import captured_log, set_loras
+from gguflora.llama import axes_of_embeddings, captured_log, put_prefix, set_loras
+from gguflora.prefix import Prefix
 
 Key: TypeAlias = Hashable
 """What is decoded at one position: a token; or (token, identity) where other adapters compute than from the first token
@@ -70,21 +71,21 @@ class Chunk:
 
     Attributes:
         keys: what the slot holds of them afterwards.
-        inputs: the tokens, or embeddings (n, n_embd) in their place.
+        inputs: the tokens, or embeddings (n, n_embd) in their place, or keys and values for an empty slot.
         phase: what computes them.
         wants_logits: whether those of the last one are computed.
     """
 
     slot: Slot
     keys: Sequence[Key]
-    inputs: Sequence[int] | Embeddings
+    inputs: Sequence[int] | Embeddings | Prefix
     phase: Phase
     wants_logits: bool
 
     @property
-    def group(self) -> tuple[bool, Identity]:
+    def group(self) -> tuple[bool, bool, Identity]:
         """Chunks with the same can be decoded in one batch."""
-        return isinstance(self.inputs, np.ndarray), self.phase.identity
+        return isinstance(self.inputs, Prefix), isinstance(self.inputs, np.ndarray), self.phase.identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ class Context:
         self.identity: Identity | None = None
         self.used = 0.0
         self._applied = NO_ADAPTERS
-        self._batch = _Batch(self.n_batch)
+        self._batch = _Batch(self.n_batch, axes_of_embeddings(model.pointer))
         self._outputs: dict[int, Slot] = {}
         self._unproven: set[int] = set()  # ids of slots whose last logits nobody has seen to be finite
         self._poisoned = False
@@ -254,8 +255,10 @@ class Context:
             GenerationError: if llama.cpp fails; the context must then `forget`.
         """
         self._apply(chunks[0].phase)
-        self._outputs = self._batch.fill(chunks)
         self._unproven.update(chunk.slot.id for chunk in chunks)
+        if isinstance(chunks[0].inputs, Prefix):
+            return self._write(chunks)
+        self._outputs = self._batch.fill(chunks)
         status = llama_cpp.llama_decode(self.pointer, self._batch.struct)
         if status:
             self._poisoned = True
@@ -266,6 +269,15 @@ class Context:
         for chunk in chunks:
             chunk.slot.held.extend(chunk.keys)
         return list(self._outputs)
+
+    def _write(self, chunks: Sequence[Chunk]) -> list[int]:
+        """Write the keys and values of soft prompts to empty slots."""
+        for chunk in chunks:
+            assert isinstance(chunk.inputs, Prefix)
+            put_prefix(self.pointer, chunk.inputs, chunk.slot.id)
+            chunk.slot.held.extend(chunk.keys)
+        self.used = time.monotonic()
+        return []
 
     def logits(self, index: int) -> NDArray[np.float32]:
         """A view of the logits of one token of the last batch, valid until the next.
@@ -298,9 +310,10 @@ class Context:
 class _Batch:
     """The arrays of a ``llama_batch`` with one sequence per token."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, axes: tuple[int, ...]) -> None:
+        self._axes = np.array(axes, np.int32)[:, None]
         self._tokens = np.zeros(size, np.int32)
-        self._positions = np.zeros(size, np.int32)
+        self._positions = np.zeros(size * len(axes), np.int32)
         self._counts = np.ones(size, np.int32)
         self._ids = np.zeros(size, np.int32)
         self._id_pointers = self._ids.ctypes.data + np.arange(size, dtype=np.uintp) * self._ids.itemsize
@@ -318,7 +331,7 @@ class _Batch:
         self._wanted[:] = 0
         for chunk in chunks:
             end, first = at + len(chunk.keys), len(chunk.slot.held)
-            if not isinstance(chunk.inputs, np.ndarray):
+            if not isinstance(chunk.inputs, np.ndarray | Prefix):
                 self._tokens[at:end] = chunk.inputs
             self._positions[at:end] = np.arange(first, first + end - at)
             self._ids[at:end] = chunk.slot.id
@@ -329,6 +342,8 @@ class _Batch:
         self.struct.n_tokens = at
         rows = [chunk.inputs for chunk in chunks if isinstance(chunk.inputs, np.ndarray)]
         self._embeddings = np.ascontiguousarray(np.concatenate(rows), np.float32) if rows else None
+        if rows:
+            self._positions[: at * len(self._axes)] = (self._axes * self._positions[:at]).reshape(-1)
         self._point("embd", self._embeddings)
         self._point("token", None if rows else self._tokens)
         return outputs

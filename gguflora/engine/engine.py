@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gguflora.adapters.soft_prompt import is_soft_prompt, read_soft_prompt
 from gguflora.engine.adapter_sets import AdapterSet, canonical_set, parse_set
 from gguflora.engine.context import KV_TYPES, Context, ContextOptions
 from gguflora.engine.job import Job
@@ -23,8 +24,9 @@ from gguflora.engine.pool import Pool
 from gguflora.engine.requests import FinishReason, Generation, Request, Sink
 from gguflora.engine.residents import Embeddings, LoadedAdapter, Resident, Residents, ResidentSet
 from gguflora.engine.scheduler import Scheduler
-from gguflora.errors import EngineClosedError, EngineError, PromptTooLongError, RequestError
-from gguflora.llama import free_lora, load_lora
+from gguflora.errors import EngineClosedError, EngineError, HotSwapError, PromptTooLongError, RequestError
+from gguflora.llama import free_lora, invocation_of, load_lora
+from gguflora.prefix import fit_prefix
 from gguflora.preflight import read_whole_base
 
 
@@ -136,13 +138,16 @@ class Engine:
             self.close()
             raise
 
-    def load(self, path: str | os.PathLike[str], name: str | None = None, *, scale: float = 1.0) -> LoadedAdapter:
+    def load(
+        self, path: str | os.PathLike[str], name: str | None = None, *, scale: float = 1.0, task: int | None = None
+    ) -> LoadedAdapter:
         """Load an adapter; requests can name it from then on.
 
         Args:
-            path: a GGUF LoRA file, or a PEFT directory, which is converted first.
+            path: a GGUF LoRA file, or a PEFT directory: a soft prompt is read, anything else is converted first.
             name: by default the file's stem.
             scale: of sets that give none.
+            task: which task of a MULTITASK_PROMPT_TUNING adapter; may be left out where there is one.
 
         Raises:
             AdapterNameError: if the name is taken or malformed.
@@ -154,16 +159,37 @@ class Engine:
         self._check_open()
         number, generation = self._residents.reserve(name)
         try:
-            with open_adapter(location, self._description) as source:
-                pointer = self._scheduler.call(lambda: load_lora(self._model.pointer, source.file))
-            adapter = LoadedAdapter(
-                number, name, location, source.sha256, source.size, source.method, generation, scale
-            )
-            self._residents.add(Resident(adapter, pointer))
+            if location.is_dir() and is_soft_prompt(location):
+                resident = self._soft_prompt(location, (number, name, generation, scale), task)
+            else:
+                resident = self._lora(location, (number, name, generation, scale), task)
+            self._residents.add(resident)
         except BaseException:
             self._residents.give_up(name)
             raise
-        return adapter
+        return resident.adapter
+
+    def _lora(self, location: Path, call: tuple[int, str, int, float], task: int | None) -> Resident:
+        """A LoRA in llama.cpp's memory; ``call`` is its id, name, generation and scale."""
+        if task is not None:
+            raise HotSwapError(f"{location}: is no soft prompt, so it has no task {task}")
+        number, name, generation, scale = call
+        with open_adapter(location, self._description) as source:
+            pointer = self._scheduler.call(lambda: load_lora(self._model.pointer, source.file))
+        adapter = LoadedAdapter(number, name, location, source.sha256, source.size, source.method, generation, scale)
+        return Resident(adapter, pointer, invocation=invocation_of(pointer))
+
+    def _soft_prompt(self, location: Path, call: tuple[int, str, int, float], task: int | None) -> Resident:
+        """A soft prompt that fits the base and a context; ``call`` as of `_lora`."""
+        number, name, generation, scale = call
+        prompt = read_soft_prompt(location, task)
+        prefix = fit_prefix(prompt, self._description)
+        self._check_length(prefix.n_tokens)
+        if prefix.embeddings is None:
+            self._scheduler.call(lambda: self._scheduler.pool.try_prefix(prefix))
+        size = prompt.path.stat().st_size
+        adapter = LoadedAdapter(number, name, location, prompt.sha256, size, prompt.method, generation, scale)
+        return Resident(adapter, None, prefix)
 
     def unload(self, name: str) -> None:
         """Forget an adapter. Requests that use it go on; its memory is freed with the last of them.
@@ -230,7 +256,7 @@ class Engine:
         taken = self._residents.take(names, prefix)
         generation = Generation()
         try:
-            self._check_length(len(request.tokens) + (0 if taken.prefix is None else len(taken.prefix)))
+            self._check_length(len(request.tokens) + taken.n_before)
             with self._open():
                 job = Job(request, taken, Sink.of(generation), self._model, self.n_ctx)
                 self._scheduler.submit(job)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from gguflora.activation import starts_of
 from gguflora.engine.context import Chunk, Context, Key, SavedSlot, Slot
 from gguflora.engine.model import Model
 from gguflora.engine.requests import Ending, FinishReason, Piece, Request, Sink, Timings, TokenLogprob, Usage
@@ -12,34 +13,33 @@ from gguflora.engine.residents import Embeddings, Phase, ResidentSet
 from gguflora.engine.sampler import Sampler, token_logprob
 from gguflora.engine.text import AnswerText
 from gguflora.errors import EngineError
+from gguflora.prefix import Prefix
 
 
 @dataclass(slots=True)
 class Course:
-    """What is decoded at each position of a request: embeddings, then tokens, the last perhaps by other adapters.
+    """What is decoded at each position of a request: a soft prompt, then tokens, the last perhaps by more adapters.
 
     Attributes:
         keys: by position; see `Key`.
         tokens: those of them that are tokens.
-        rows: of the embeddings before the tokens.
-        activation: position from which on the activated LoRA computes too; None if it never does.
+        starts: positions from which on activated LoRAs compute, too; None for those that never do.
     """
 
     adapters: ResidentSet
     keys: list[Key]
     tokens: list[int]
-    rows: Embeddings | None
-    activation: int | None
+    starts: dict[str, int | None]
 
     @classmethod
     def of(cls, adapters: ResidentSet, prompt: list[int]) -> Course:
         """That of a prompt."""
-        rows = adapters.prefix
-        n_rows = 0 if rows is None else len(rows)
-        invoked = adapters.activation(prompt)
-        course = cls(
-            adapters, [-1 - row for row in range(n_rows)], [], rows, None if invoked is None else n_rows + invoked
-        )
+        n_before = adapters.n_before
+        starts = {
+            name: None if start is None else n_before + start
+            for name, start in starts_of(prompt, adapters.invocations).items()
+        }
+        course = cls(adapters, [-1 - row for row in range(n_before)], [], starts)
         for token in prompt:
             course.append(token)
         return course
@@ -51,22 +51,26 @@ class Course:
         self.tokens.append(token)
 
     def chunk(self, slot: Slot, most: int) -> Chunk:
-        """What ``slot`` lacks, at most so many positions of one kind."""
-        first = len(slot.held)
-        n_rows = len(self.keys) - len(self.tokens)
-        borders = [border for border in (n_rows, self.activation or 0, len(self.keys)) if border > first]
-        end = min(first + most, *borders)
-        inputs = self.tokens[first - n_rows : end - n_rows] if first >= n_rows else self._rows(first, end)
+        """What ``slot`` lacks, at most so many positions of one kind; keys and values all at once."""
+        first, n_before, written = len(slot.held), self.adapters.n_before, self.adapters.keys_and_values
+        n_written = written.n_tokens if written else 0
+        borders = [n_written, n_before, len(self.keys), *(start for start in self.starts.values() if start)]
+        end = min(border for border in borders if border > first)
+        inputs: list[int] | Embeddings | Prefix
+        if written and first < n_written:
+            inputs = written
+        elif first < n_before:
+            end = min(end, first + most)
+            assert self.adapters.embeddings is not None
+            inputs = self.adapters.embeddings[first - n_written : end - n_written]
+        else:
+            end = min(end, first + most)
+            inputs = self.tokens[first - n_before : end - n_before]
         return Chunk(slot, self.keys[first:end], inputs, self._phase(first), end == len(self.keys))
 
-    def _rows(self, first: int, end: int) -> Embeddings:
-        assert self.rows is not None
-        return self.rows[first:end]
-
     def _phase(self, position: int) -> Phase:
-        activated = self.adapters.activated
-        begun = self.activation is not None and position >= self.activation
-        return activated if begun and activated is not None else self.adapters.ground
+        begun = (name for name, start in self.starts.items() if start is not None and position >= start)
+        return self.adapters.phase(frozenset(begun))
 
 
 class Job:

@@ -8,6 +8,8 @@ from gguflora.engine.adapter_sets import AdapterSet
 from gguflora.engine.context import Context
 from gguflora.engine.residents import Resident, ResidentSet
 from gguflora.errors import EngineError
+from gguflora.llama import put_prefix
+from gguflora.prefix import Prefix
 
 
 class Pool:
@@ -59,6 +61,18 @@ class Pool:
             return self.contexts[-1]
         idle = [context for context in self.contexts if context.is_idle]
         return min(idle, key=lambda context: context.used) if idle else None
+
+    def try_prefix(self, prefix: Prefix) -> None:
+        """Raise unless a context's cache can be given the keys and values of a soft prompt.
+
+        Raises:
+            UnsupportedAdapterError: if not.
+        """
+        context = self._make()
+        try:
+            put_prefix(context.pointer, prefix)
+        finally:
+            context.free()
 
     def drop(self, resident: Resident) -> None:
         """Take an adapter that no request uses out of all contexts."""

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.engine.adapter_sets import AdapterSet, Identity, check_name
-from gguflora.errors import AdapterNameError
+from gguflora.errors import AdapterNameError, RequestError
 from gguflora.llama import Pointer
+from gguflora.prefix import Prefix
 
 Embeddings: TypeAlias = NDArray[np.float32]
 
@@ -51,15 +52,15 @@ class Resident:
 
     Attributes:
         pointer: its ``llama_adapter_lora *``; None for a soft prompt.
-        prefix: of a soft prompt: its embeddings (n, n_embd), decoded before the tokens.
+        prefix: of a soft prompt: what precedes the tokens.
         invocation: of an activated LoRA: the tokens that it begins to work at.
         users: number of requests that use it.
         removed: whether its name is gone.
     """
 
     adapter: LoadedAdapter
-    pointer: Pointer
-    prefix: Embeddings | None = None
+    pointer: Pointer | None
+    prefix: Prefix | None = None
     invocation: tuple[int, ...] = ()
     users: int = 0
     removed: bool = False
@@ -93,32 +94,42 @@ class ResidentSet:
     names: AdapterSet
     members: tuple[tuple[Resident, float], ...]
     request_prefix: Embeddings | None = None
+    _phases: dict[frozenset[str], Phase] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def ground(self) -> Phase:
         """What computes from the first token on: all but activated LoRAs. Requests that share it share a context."""
-        return self._phase([(resident, scale) for resident, scale in self.members if not resident.invocation])
+        return self.phase(frozenset())
 
     @cached_property
-    def activated(self) -> Phase | None:
-        """What computes from the invocation tokens on, if there is an activated LoRA."""
-        return self._phase(self.members) if any(resident.invocation for resident, _ in self.members) else None
+    def invocations(self) -> dict[str, tuple[int, ...]]:
+        """Invocation tokens of the activated LoRAs, by name."""
+        return {resident.adapter.name: resident.invocation for resident, _ in self.members if resident.invocation}
+
+    def phase(self, begun: frozenset[str]) -> Phase:
+        """What computes where these of the activated LoRAs have begun."""
+        if begun not in self._phases:
+            waiting = self.invocations.keys() - begun
+            self._phases[begun] = self._phase([m for m in self.members if m[0].adapter.name not in waiting])
+        return self._phases[begun]
 
     @cached_property
-    def prefix(self) -> Embeddings | None:
-        """Embeddings (n, n_embd) decoded before the tokens: those of the soft prompts, then the request's own."""
-        parts = [resident.prefix for resident, _ in self.members if resident.prefix is not None]
+    def keys_and_values(self) -> Prefix | None:
+        """The soft prompt that is written to the cache before anything is decoded."""
+        return next((r.prefix for r, _ in self.members if r.prefix and r.prefix.embeddings is None), None)
+
+    @cached_property
+    def embeddings(self) -> Embeddings | None:
+        """Embeddings (n, n_embd) decoded before the tokens: those of a soft prompt, then the request's own."""
+        parts = [r.prefix.embeddings for r, _ in self.members if r.prefix and r.prefix.embeddings is not None]
         parts += [] if self.request_prefix is None else [self.request_prefix]
         return np.concatenate(parts, dtype=np.float32) if parts else None
 
-    def activation(self, tokens: Sequence[int]) -> int | None:
-        """Where in the prompt the activated LoRA begins: the last time it is invoked; None if it never is."""
-        for resident, _ in self.members:
-            wanted = resident.invocation
-            for at in range(len(tokens) - len(wanted), -1, -1) if wanted else ():
-                if tuple(tokens[at : at + len(wanted)]) == wanted:
-                    return at
-        return None
+    @property
+    def n_before(self) -> int:
+        """Positions before the first token."""
+        written = self.keys_and_values.n_tokens if self.keys_and_values else 0
+        return written + (0 if self.embeddings is None else len(self.embeddings))
 
     def _phase(self, members: Sequence[tuple[Resident, float]]) -> Phase:
         of = {(resident.adapter.sha256, resident.adapter.generation, scale) for resident, scale in members}
@@ -126,6 +137,15 @@ class ResidentSet:
             of.add((hashlib.sha256(self.request_prefix.tobytes()).hexdigest(), -1, 1.0))
         loras = [(resident.pointer, scale) for resident, scale in members if resident.pointer is not None]
         return Phase(frozenset(of), tuple(loras))
+
+
+def _check_soft_prompts(members: Sequence[tuple[Resident, float]]) -> None:
+    soft = [(resident.adapter.name, scale) for resident, scale in members if resident.prefix]
+    for name, scale in soft:
+        if scale != 1:
+            raise RequestError(f"{name!r} is a soft prompt, which is on (1) or off (0); found the scale {scale:g}")
+    if len(soft) > 1:
+        raise RequestError(f"only one soft prompt can precede the prompt, found {', '.join(name for name, _ in soft)}")
 
 
 class Residents:
@@ -184,12 +204,14 @@ class Residents:
 
         Raises:
             AdapterNameError: if a name is gone.
+            RequestError: if there are several soft prompts, or one with another scale than 1.
         """
         with self._lock:
             gone = [name for name, _ in names if name not in self._by_name]
             if gone:
                 raise AdapterNameError(f"no adapter named {gone[0]!r:.80} is loaded any more")
             members = tuple((self._by_name[name], scale) for name, scale in names)
+            _check_soft_prompts(members)
             for resident, _ in members:
                 resident.users += 1
             return ResidentSet(names, members, prefix)

@@ -287,8 +287,8 @@ class Scheduler:
                 if left:
                     chunk = job.chunk(left)
                     plan.append((job, chunk))
-                    left -= len(chunk.keys)
-            if context.make_room(budget - left):
+                    left = max(left - len(chunk.keys), 0)
+            if context.make_room(sum(len(chunk.keys) for _, chunk in plan)):
                 return _grouped(plan)
             if len(lane.running) == 1:
                 raise GenerationError("the context is full")
@@ -338,7 +338,7 @@ class Scheduler:
 
 def _grouped(plan: Sequence[tuple[Job, Chunk]]) -> list[list[tuple[Job, Chunk]]]:
     """Parts of the plan that can each be decoded in one batch."""
-    groups: dict[tuple[bool, Identity], list[tuple[Job, Chunk]]] = {}
+    groups: dict[tuple[bool, bool, Identity], list[tuple[Job, Chunk]]] = {}
     for job, chunk in plan:
         groups.setdefault(chunk.group, []).append((job, chunk))
     return list(groups.values())
