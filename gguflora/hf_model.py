@@ -23,7 +23,7 @@ from gguflora.architectures.rules import PLAIN
 from gguflora.base_model import BaseModel, describe
 from gguflora.errors import GgufError, MismatchError
 from gguflora.files.checkpoint import Checkpoint, Indices, StoredWeight
-from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, TensorEntry
+from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape, TensorEntry
 from gguflora.placement import flat_shape
 
 Floats = NDArray[np.float32]
@@ -120,7 +120,7 @@ class _GgufWeights:
             raise
 
     def check(self, tensor: str) -> None:
-        entry, shape = self._file.tensors.get(tensor), self._model.shapes[tensor]
+        entry, shape = self._file.tensors.get(tensor), _shape_in(self._model, tensor)
         if entry is None:
             raise MismatchError(f"{self._file.path}: has no tensor {tensor!r}, which {self._model.path} has")
         if entry.shape != shape:
@@ -134,6 +134,12 @@ class _GgufWeights:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _shape_in(model: BaseModel, tensor: str) -> Shape:
+    if tensor not in model.shapes:
+        raise MismatchError(f"{model.path}: has no tensor {tensor!r}")
+    return model.shapes[tensor]
 
 
 def _check_architecture(file: GgufFile, model: BaseModel) -> None:
@@ -205,7 +211,7 @@ class _HfWeights:
     def check(self, tensor: str) -> None:
         """Raise ``MismatchError`` unless the parts of a tensor hold each of its rows once."""
         parts = self._parts.get(tensor, [])
-        at, (n_rows, n_columns) = 0, flat_shape(self._model.shapes[tensor])
+        at, (n_rows, n_columns) = 0, flat_shape(_shape_in(self._model, tensor))
         for part in parts:
             if not part.fits or part.piece.first != at or part.stored_shape[1] != n_columns:
                 break

@@ -132,7 +132,8 @@ def _read_dat(path: Path, content: mmap.mmap | bytes) -> dict[str, Floats]:
         if n_values < 1:
             raise FormatError(f"{path}: {name!r:.80} claims {n_values} values, expected at least 1")
         values: Floats = np.frombuffer(reader.take(4 * n_values, f"the values of {name!r:.80}"), "<f4")
-        entries[name] = np.divide(values, np.float32(max(calls, 1)), dtype=np.float32)
+        with np.errstate(invalid="ignore"):  # what is no number is refused later
+            entries[name] = np.divide(values, np.float32(max(calls, 1)), dtype=np.float32)
     return entries
 
 

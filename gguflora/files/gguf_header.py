@@ -18,8 +18,10 @@ import numpy as np
 from gguflora.errors import GgufError
 
 MAX_NESTING: Final = 4
-MAX_BYTES: Final = 1 << 28
-"""Longest header that is read: a million tokens take a tenth of it; a sparse file may claim any size."""
+MAX_BYTES: Final = 1 << 27
+"""Longest header that is read: a million tokens and merges take half of it; a sparse file may claim any size."""
+MAX_ARRAYS: Final = 1 << 20
+"""Most arrays in one array."""
 
 _CHUNK: Final = 1 << 20
 _STRING, _ARRAY = 8, 9
@@ -120,7 +122,7 @@ class Cursor:
             self.skip(length * _SIZES[kind], f"the array {key!r:.100}")
             return
         smallest = 8 if kind == _STRING else 12
-        if length * smallest > self.header.size - self.at:
+        if length * smallest > self.header.size - self.at or (kind == _ARRAY and length > MAX_ARRAYS):
             raise self.fail(f"the array {key!r:.100} claims {length} elements, more than the file has room for")
         if kind == _STRING:
             self._skip_strings(length, key)
