@@ -60,16 +60,6 @@ def read_base(path: str | os.PathLike[str]) -> BaseModel:
         return describe(file)
 
 
-def check_whole(file: GgufFile) -> None:
-    """Raise ``ArchitectureError`` for one file of a split model, whose other weights lie elsewhere."""
-    count = file.metadata.get("split.count")
-    if isinstance(count, int) and count > 1:
-        raise ArchitectureError(
-            f"{file.path}: is one of {count} files of a split model, and this version needs it in one: join them with "
-            "llama-gguf-split --merge"
-        )
-
-
 def describe(file: GgufFile) -> BaseModel:
     """What an open GGUF file says about itself as a base model."""
     kind = file.metadata.get("general.type", "model")

@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, get_args
 
@@ -18,11 +19,11 @@ import numpy as np
 
 from gguflora._native import SUMS
 from gguflora.adapters import read_adapter
-from gguflora.base_model import check_whole, describe
+from gguflora.base_model import describe
 from gguflora.changed_rows import Weights
 from gguflora.errors import AdapterError, QuantizationError
-from gguflora.files.gguf import GgufFile
-from gguflora.files.output import atomic_output, check_target
+from gguflora.files.gguf import GgufFile, part_paths
+from gguflora.files.output import atomic_outputs, check_targets
 from gguflora.hf_model import HighPrecisionBase
 from gguflora.imatrix import read_imatrix
 from gguflora.merge_plan import OutputTypes, Plan, make_plan, merges_of
@@ -54,10 +55,10 @@ def merge(
     """Write ``base`` with adapters merged in.
 
     Args:
-        base: GGUF file of any quant types; opened read-only.
+        base: GGUF file of any quant types, or any file of a split model; opened read-only.
         adapters: a PEFT directory or GGUF LoRA file, or a sequence of them or of (path, scale); summed, then
             rounded once.
-        out: the file to write.
+        out: the file to write; of a split base as many files, named like it (``out-00001-of-00003.gguf``).
         rounding: ``adaptive`` keeps changes that are smaller than a quantization step (see `gguflora.rounding`);
             ``nearest`` makes exactly the bytes ggml would.
         seed: of the adaptive rounding; the same seed gives the same bytes.
@@ -75,17 +76,21 @@ def merge(
         GgufloraError: if something cannot be read, does not fit together or cannot be written; ``out`` is then as
             it was.
     """
-    started, target = time.perf_counter(), Path(out)
+    started = time.perf_counter()
     used_threads = threads or len(os.sched_getaffinity(0))
     types = OutputTypes.named(outtype, type or {})
-    with GgufFile(base) as file:
-        check_whole(file)
+    with ExitStack() as opened:
+        file = opened.enter_context(GgufFile(base))
+        outputs = part_paths(Path(out), len(file.paths))
         sources = [(read_adapter(path), scale) for path, scale in _with_scales(adapters)]
         how = _rounding(file, rounding, seed, imatrix)
-        precise = None if base_f16 is None else HighPrecisionBase.open(base_f16, describe(file))
         plan = make_plan(file, sources, how, types)
-        inputs = [file.path, *(source.path for source, _ in sources)]
-        check_target(target, inputs, force=force or dry_run, size=plan.layout.size)
+        precise = None
+        if base_f16 is not None:
+            precise = opened.enter_context(HighPrecisionBase.open(base_f16, describe(file)))
+            precise.check(file, (changed.source.name for changed in plan.targets if changed.changes))
+        inputs = [*file.paths, *(source.path for source, _ in sources)]
+        check_targets(outputs, inputs, force=force or dry_run, size=plan.layout.size)
         sums: dict[str, Sums] = {}
         if not dry_run:
             rewriter = Rewriter(
@@ -94,17 +99,17 @@ def merge(
                 plan.targets,
                 how,
                 threads=used_threads,
-                folder=target.parent,
+                folder=outputs[0].parent,
                 progress=progress,
             )
-            with atomic_output(target) as output:
-                rewriter.write(FileSink(output, file, plan.layout))
+            with atomic_outputs(outputs, force=force) as drafts:
+                rewriter.write(FileSink(drafts, file, plan.layout))
                 file.check_unchanged()
             sums = {changed.name: rewriter.sums(changed.name) for changed in plan.targets}
     tensors, total = _reports(plan, sums)
     warning = survival_warning(tensors, total, rounding)
     return MergeReport(
-        output=target,
+        output=outputs[0],
         adapters=tuple((source.name, source.sha256, scale) for source, scale in sources),
         tensors=tensors,
         total=total,

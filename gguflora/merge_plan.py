@@ -139,7 +139,8 @@ def _vocabulary_of(file: GgufFile, changes: Mapping[str, Sequence[Scaled]]) -> i
         name: new_vocabulary(item.change for item, _ in changes.get(name, ()) if item.piece.rows is None)
         for name in names
     }
-    n_tokens, before = max(rows.values(), default=0), file.tensors[TOKEN_EMBEDDING].n_rows if rows else 0
+    n_tokens = max(rows.values(), default=0)
+    before = file.tensors[TOKEN_EMBEDDING].n_rows if TOKEN_EMBEDDING in file.tensors else n_tokens
     if n_tokens <= before:
         return 0
     for name, count in rows.items():

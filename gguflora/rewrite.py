@@ -17,7 +17,6 @@ import numpy as np
 from gguflora._native import SUMS
 from gguflora.changed_rows import AnyRows, Bytes, Target, Weights, WholeWeights, split_rows
 from gguflora.errors import NonFiniteError
-from gguflora.files.copying import copy_range
 from gguflora.files.gguf import GgufFile, Layout
 from gguflora.rounding import Rounding, RowsRounder, Sums
 
@@ -57,24 +56,30 @@ class Sink(Protocol):
 
 
 class FileSink:
-    """A whole GGUF file."""
+    """A GGUF file, or the files of a split model."""
 
-    def __init__(self, output: IO[bytes], base: GgufFile, layout: Layout) -> None:
-        self._handle, self._base, self._layout = output.fileno(), base, layout
-        os.truncate(self._handle, layout.size)
-        os.pwrite(self._handle, layout.header, 0)
+    def __init__(self, outputs: Sequence[IO[bytes]], base: GgufFile, layout: Layout) -> None:
+        self._handles, self._base, self._layout = [output.fileno() for output in outputs], base, layout
+        for handle, part in zip(self._handles, layout.parts, strict=True):
+            os.truncate(handle, part.size)
+            _write_at(handle, part.header, 0)
 
     def put(self, block: Block) -> None:
         """Write rows to their place."""
-        offset = self._layout.offsets[block.target.name] + block.first * block.new.shape[1]
-        view = memoryview(block.new.data).cast("B")
-        while view:
-            count = os.pwrite(self._handle, view, offset)
-            view, offset = view[count:], offset + count
+        index, offset = self._layout.locate(self._layout.offsets[block.target.name])
+        _write_at(self._handles[index], block.new.data, offset + block.first * block.new.shape[1])
 
     def copy(self, first: int, last: int, to: int) -> None:
         """Copy bytes of the base, in the kernel."""
-        copy_range(self._base.fileno(), first, self._handle, to, last - first)
+        index, offset = self._layout.locate(to)
+        self._base.copy(first, last, self._handles[index], offset)
+
+
+def _write_at(handle: int, content: bytes | memoryview, offset: int) -> None:
+    view = memoryview(content).cast("B")
+    while view:
+        count = os.pwrite(handle, view, offset)
+        view, offset = view[count:], offset + count
 
 
 class Rewriter:
@@ -136,7 +141,7 @@ class Rewriter:
         with self._lock:
             self._done += done
             if self._progress and done:
-                self._progress(self._done, self._layout.size - len(self._layout.header))
+                self._progress(self._done, self._layout.data_size)
 
     def _tasks(self, sink: Sink) -> Iterator[Task]:
         """Everything to do, about in the order of the output; a task returns the number of bytes it has handed over.

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from gguflora import _native
 from gguflora.architectures import KNOWN
-from gguflora.base_model import check_whole
 from gguflora.errors import MismatchError
 from gguflora.files.checkpoint import Checkpoint
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, TensorEntry
@@ -99,8 +98,6 @@ def open_differences(tuned: Path, base: Path) -> AbstractContextManager[Differen
 @contextmanager
 def _of_files(tuned_path: Path, base_path: Path) -> Iterator[Differences]:
     with GgufFile(tuned_path) as tuned, GgufFile(base_path) as base:
-        check_whole(tuned)
-        check_whole(base)
         if tuned.architecture != base.architecture:
             raise MismatchError(f"{tuned_path} is {tuned.architecture!r}, but {base_path} is {base.architecture!r}")
         left_out = _unmatched(

@@ -119,10 +119,6 @@ class GgufFile:
         part, offset = self._locate(first)
         copy_range(part.fileno(), offset, target, to, last - first)
 
-    def fileno(self) -> int:
-        """The file descriptor of the first file, for reading only."""
-        return self._parts[0].fileno()
-
     def _locate(self, offset: int) -> tuple[GgufPart, int]:
         """The file that holds a byte, and where, counted as if the files were one after the other."""
         index = bisect_right(self._starts, offset) - 1

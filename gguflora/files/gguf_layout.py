@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -47,14 +48,14 @@ class Layout:
     size: int
 
     @property
-    def header(self) -> bytes:
-        """The header of the first file."""
-        return self.parts[0].header
-
-    @property
     def data_size(self) -> int:
         """Bytes of all files after their headers."""
         return self.size - sum(len(part.header) for part in self.parts)
+
+    def locate(self, offset: int) -> tuple[int, int]:
+        """Number of the file in which a byte lies, and where."""
+        index = bisect_right(self.parts, offset, key=lambda part: part.start) - 1
+        return index, offset - self.parts[index].start
 
 
 def part_layout(part: GgufPart, entries: Mapping[str, bytes], changed: Forms) -> Layout:

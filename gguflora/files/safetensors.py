@@ -46,9 +46,9 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     Raises:
         SafetensorsError: if the file is missing or damaged.
     """
-    if not path.is_file():  # a named pipe would block
-        raise SafetensorsError(f"{path}: {'is not a file' if path.exists() else 'does not exist'}")
     try:
+        if path.exists() and not path.is_file():  # a named pipe would block
+            raise SafetensorsError(f"{path}: is not a file")
         with safe_open(path, framework="np"):  # checks the whole header against the file's size
             pass
         with path.open("rb") as file:

@@ -1,0 +1,324 @@
+"""Models split into several files: read as one, merged into as many, the same tensors as those of the whole."""
+
+import itertools
+import re
+import shutil
+import struct
+from pathlib import Path
+
+import architecture_models as zoo
+import builders
+import gguf
+import llama_cpp
+import numpy as np
+import oracles
+import pytest
+from builders import Adapter
+from test_tied import ADAPTERS
+
+import gguflora
+from gguflora.base_model import read_base
+from gguflora.errors import GgufError, OutputError
+from gguflora.files import output
+from gguflora.files.gguf import GgufFile, encode_entry, part_paths
+
+LORA = Adapter(seed=3)
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def split(whole, target, n_parts, *, order=lambda tensors: tensors, alignment=None):
+    """A model in several files as gguf-py splits it, with metadata that nobody knows and a chat template."""
+    tensors = order(list(gguf.GGUFReader(whole).tensors))
+    per_file = -(-len(tensors) // n_parts)
+    if alignment is None:
+        write(whole, target, tensors, split_max_tensors=per_file)
+        return part_paths(target, n_parts)
+    for number, path in enumerate(part_paths(target, n_parts)):  # gguf-py would state it in the first file only
+        own = tensors[number * per_file : (number + 1) * per_file]
+        write(whole, path, own, alignment=alignment, split=(number, n_parts, len(tensors)))
+    return part_paths(target, n_parts)
+
+
+def write(whole, target, tensors, alignment=None, split=None, **options):
+    fields = oracles.metadata(whole)
+    writer = gguf.GGUFWriter(target, fields["general.architecture"], **options)
+    if alignment:
+        writer.add_custom_alignment(alignment)
+    if split:
+        number, count, total = split
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", count)
+        writer.add_int32("split.tensors.count", total)
+    if not split or split[0] == 0:
+        add_metadata(writer, whole)
+    for tensor in tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_metadata(writer, whole):
+    for key, field in gguf.GGUFReader(whole).fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            element = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key, field.contents(), field.types[0], element)
+    writer.add_array("zebra.stripes", [7, -8, 9])
+    writer.add_float64("zebra.weight", 1 / 3)
+    writer.add_chat_template(TEMPLATE)
+
+
+WHOLE = ("llama", "wide", "Q4_K_M")
+
+
+@pytest.fixture
+def parts(tmp_path):
+    (tmp_path / "base").mkdir()
+    return split(builders.gguf_model(*WHOLE), tmp_path / "base" / "llama.gguf", 3)
+
+
+def raw(path):
+    return {tensor.name: (tensor.tensor_type, tensor.data.tobytes()) for tensor in gguf.GGUFReader(path).tensors}
+
+
+def in_all(paths):
+    return {name: content for path in paths for name, content in raw(path).items()}
+
+
+def names_in(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.mark.parametrize("given", [0, 1, 2])
+def test_any_part_opens_the_whole(given, parts):
+    with GgufFile(parts[given]) as file:
+        assert file.paths == parts
+        assert file.path == parts[0]
+        assert file.architecture == "llama"
+        assert file.size == sum(path.stat().st_size for path in parts)
+        for name, (_, content) in in_all(parts).items():
+            entry = file.tensors[name]
+            assert file.read_rows(entry, 0, entry.n_rows).tobytes() == content
+    whole = read_base(builders.gguf_model("llama", "wide"))
+    assert read_base(parts[given]).shapes == whole.shapes
+    assert read_base(parts[given]).n_head == whole.n_head
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "adaptive"])
+@pytest.mark.parametrize("given", [0, 2])
+def test_merge_equals_that_of_the_whole(rounding, given, parts, tmp_path):
+    """Tensors by their bytes, in the files where they were; answers by their logits."""
+    adapter = builders.adapter("llama", LORA, "wide")
+    gguflora.merge(builders.gguf_model(*WHOLE), adapter, tmp_path / "whole.gguf", rounding=rounding)
+    report = gguflora.merge(parts[given], adapter, tmp_path / "merged.gguf", rounding=rounding)
+    merged = part_paths(tmp_path / "merged.gguf", 3)
+    assert report.output == merged[0]
+    assert report.size == sum(path.stat().st_size for path in merged)
+    assert names_in(tmp_path) == sorted(["base", "whole.gguf", *(path.name for path in merged)])
+    assert in_all(merged) == raw(tmp_path / "whole.gguf")
+    for before, after in zip(parts, merged, strict=True):
+        assert list(raw(before)) == list(raw(after))
+    np.testing.assert_array_equal(oracles.llama_logits(merged[0]), oracles.llama_logits(tmp_path / "whole.gguf"))
+
+
+def test_metadata_is_kept_byte_for_byte(parts, tmp_path):
+    """Of every file; the first one's has the record of the merge added."""
+    gguflora.merge(parts[0], builders.adapter("llama", LORA, "wide"), tmp_path / "merged.gguf")
+    for before, after in zip(parts, part_paths(tmp_path / "merged.gguf", 3), strict=True):
+        old, new = gguf.GGUFReader(before), gguf.GGUFReader(after)
+        for key, field in old.fields.items():
+            if not key.startswith("GGUF."):
+                found = new.fields[key]
+                assert [part.tobytes() for part in found.parts] == [part.tobytes() for part in field.parts], key
+        added = {key for key in new.fields if key not in old.fields}
+        assert all(key.startswith("gguflora.") for key in added)
+        assert bool(added) == (before == parts[0])
+        assert [tensor.data_offset % 32 for tensor in new.tensors] == [0] * len(new.tensors)
+    fields = oracles.metadata(part_paths(tmp_path / "merged.gguf", 3)[0])
+    assert fields["zebra.stripes"] == [7, -8, 9]
+    assert fields["tokenizer.chat_template"] == TEMPLATE
+
+
+@pytest.mark.parametrize("alignment", [64, 4096])
+def test_alignment_and_any_order(alignment, tmp_path):
+    (tmp_path / "base").mkdir()
+    whole = builders.gguf_model("llama", "wide", "Q8_0")
+    paths = split(whole, tmp_path / "base" / "x.gguf", 2, order=lambda tensors: tensors[::-1], alignment=alignment)
+    adapter = builders.adapter("llama", LORA, "wide")
+    gguflora.merge(whole, adapter, tmp_path / "whole.gguf")
+    gguflora.merge(paths[0], adapter, tmp_path / "merged.gguf")
+    merged = part_paths(tmp_path / "merged.gguf", 2)
+    assert in_all(merged) == raw(tmp_path / "whole.gguf")
+    assert list(in_all(merged)) == list(in_all(paths))
+    assert all(tensor.data_offset % alignment == 0 for tensor in gguf.GGUFReader(merged[0]).tensors)
+    np.testing.assert_array_equal(oracles.llama_logits(merged[0]), oracles.llama_logits(tmp_path / "whole.gguf"))
+
+
+def test_one_file_with_another_alignment(tmp_path):
+    """Unsplit, and through llama.cpp."""
+    whole = builders.gguf_model("llama", "wide", "Q4_K_M")
+    (base,) = split(whole, tmp_path / "base.gguf", 1, order=lambda tensors: tensors[::-1], alignment=128)
+    adapter = builders.adapter("llama", LORA, "wide")
+    gguflora.merge(whole, adapter, tmp_path / "whole.gguf")
+    gguflora.merge(base, adapter, tmp_path / "merged.gguf")
+    assert raw(tmp_path / "merged.gguf") == raw(tmp_path / "whole.gguf")
+    logits = [oracles.llama_logits(tmp_path / name) for name in ("merged.gguf", "whole.gguf")]
+    np.testing.assert_array_equal(*logits)
+
+
+def test_an_added_tensor_goes_to_the_last_file(tmp_path):
+    """An output weight of its own, where the embedding was both; the files count one tensor more."""
+    (tmp_path / "base").mkdir()
+    whole, adapter = builders.gguf_model("gemma3"), builders.trained_adapter("gemma3", ADAPTERS["embedding"])
+    paths = split(whole, tmp_path / "base" / "tied.gguf", 3)
+    gguflora.merge(whole, adapter, tmp_path / "whole.gguf")
+    gguflora.merge(paths[0], adapter, tmp_path / "merged.gguf")
+    merged = part_paths(tmp_path / "merged.gguf", 3)
+    assert "output.weight" in raw(merged[2])
+    assert in_all(merged) == raw(tmp_path / "whole.gguf")
+    count = len(raw(tmp_path / "whole.gguf"))
+    assert [oracles.metadata(path)["split.tensors.count"] for path in merged] == [count] * 3
+    np.testing.assert_array_equal(oracles.llama_logits(merged[0]), oracles.llama_logits(tmp_path / "whole.gguf"))
+
+
+def test_files_of_llama_cpps_own(tmp_path):
+    """By convert_hf_to_gguf.py --split-max-tensors and llama_model_quantize with keep_split."""
+    directory = builders.hf_model("llama", "wide")
+    arguments = ("--outtype", "f32", "--split-max-tensors", "9")
+    oracles.run_script("convert_hf_to_gguf.py", directory, "--outfile", tmp_path / "f32.gguf", *arguments)
+    (first, *_) = paths = sorted(tmp_path.glob("f32-*.gguf"))
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype, parameters.nthread, parameters.keep_split = llama_cpp.LLAMA_FTYPE_MOSTLY_Q5_K_M, 1, True
+    with oracles.quiet_llama_cpp():
+        assert llama_cpp.llama_model_quantize(str(first).encode(), str(tmp_path / "q5").encode(), parameters) == 0
+    quantized = sorted(tmp_path.glob("q5-*.gguf"))
+    assert len(quantized) == len(paths) > 1
+    adapter = builders.adapter("llama", LORA, "wide")
+    gguflora.merge(builders.gguf_model("llama", "wide", "Q5_K_M"), adapter, tmp_path / "whole.gguf")
+    gguflora.merge(quantized[1], adapter, tmp_path / "merged.gguf")
+    merged = part_paths(tmp_path / "merged.gguf", len(paths))
+    assert in_all(merged) == raw(tmp_path / "whole.gguf")
+    np.testing.assert_array_equal(oracles.llama_logits(merged[0]), oracles.llama_logits(tmp_path / "whole.gguf"))
+
+
+def test_convert_and_inspect(parts, tmp_path):
+    adapter = builders.adapter("llama", LORA, "wide")
+    whole = builders.gguf_model("llama", "wide", "F32")
+    gguflora.convert(adapter, parts[1], tmp_path / "split.gguf")
+    gguflora.convert(adapter, whole, tmp_path / "whole.gguf")
+    assert raw(tmp_path / "split.gguf") == raw(tmp_path / "whole.gguf")
+    inspected = [gguflora.inspect(adapter, base=path).to_dict() for path in (parts[2], builders.gguf_model(*WHOLE))]
+    assert inspected[0] == {**inspected[1], "base": inspected[0].get("base")}
+
+
+def test_names():
+    names = [path.name for path in part_paths(Path("m.gguf"), 2)]
+    assert names == ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]
+    for given in ("m", "m-00002-of-00002.gguf", "m-00001-of-00009.gguf"):
+        assert [path.name for path in part_paths(Path(given), 2)] == names
+    assert part_paths(Path("x/m-00001-of-00003.gguf"), 1) == (Path("x/m-00001-of-00003.gguf"),)
+
+
+# -- what does not fit together --
+
+
+def patch(path, key, code, value):
+    """Overwrite the value of a number in the metadata."""
+    data = bytearray(path.read_bytes())
+    at = data.index(struct.pack("<Q", len(key)) + key.encode()) + 8 + len(key) + 4
+    struct.pack_into(code, data, at, value)
+    path.write_bytes(data)
+
+
+def assert_refused(paths, *words):
+    for path in paths:
+        with pytest.raises(GgufError, match=".*".join(map(re.escape, words))):
+            GgufFile(path)
+
+
+def test_a_missing_part(parts):
+    parts[1].unlink()
+    assert_refused([parts[0], parts[2]], parts[1].name, "does not exist", "3 files")
+
+
+def test_a_part_twice(parts):
+    shutil.copy(parts[0], parts[1])
+    assert_refused([parts[0], parts[2]], parts[1].name, "split.no is 0", "expected 1")
+
+
+def test_a_part_under_another_name(parts):
+    for name in ("model.gguf", "llama-00001-of-00002.gguf", "llama-1-of-3.gguf", "llama-00002-of-00003.gguf"):
+        shutil.copy(parts[0], parts[0].with_name(name))
+        assert_refused([parts[0].with_name(name)], name, "-00001-of-00003.gguf")
+
+
+def test_a_part_with_the_tensors_of_another(parts):
+    shutil.copy(parts[0], parts[1])
+    patch(parts[1], "split.no", "<H", 1)
+    assert_refused(parts, parts[1].name, "as", "does; are they parts of one model")
+
+
+def test_a_part_of_a_larger_model(parts, tmp_path):
+    (tmp_path / "other").mkdir()
+    other = split(zoo.gguf_model("qwen3moe"), tmp_path / "other" / "llama.gguf", 3)
+    shutil.copy(other[2], parts[2])
+    assert_refused(parts, "split.tensors.count")
+
+
+@pytest.mark.parametrize(("key", "value"), [("split.no", 7), ("split.count", 2), ("split.tensors.count", 5)])
+def test_lying_numbers(key, value, parts):
+    patch(parts[1], key, "<i" if "tensors" in key else "<H", value)
+    assert_refused(parts[:1], parts[1].name, key)
+
+
+def test_a_damaged_part(parts):
+    parts[2].write_bytes(parts[2].read_bytes()[:-40])
+    assert_refused(parts, parts[2].name, "damaged or incomplete")
+
+
+# -- all files or none --
+
+
+def test_failure_leaves_no_file(parts, tmp_path, monkeypatch):
+    """Whichever of the files cannot be given its name."""
+    adapter = builders.adapter("llama", LORA, "wide")
+    for force, broken in itertools.product((False, True), (1, 2, 3)):
+        calls = itertools.count(1)
+        name = "replace" if force else "link"
+        owner = output._Draft if name == "link" else Path
+        original = getattr(owner, name)
+
+        def fails(self, path, calls=calls, broken=broken, original=original):
+            if next(calls) == broken:
+                raise OSError(5, "a broken disk")
+            return original(self, path)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, fails)
+            with pytest.raises(OutputError, match="a broken disk"):
+                gguflora.merge(parts[0], adapter, tmp_path / "merged.gguf", force=force)
+        assert names_in(tmp_path) == ["base"]
+
+
+def test_existing_files(parts, tmp_path):
+    adapter = builders.adapter("llama", LORA, "wide")
+    merged = part_paths(tmp_path / "merged.gguf", 3)
+    merged[1].write_bytes(b"precious")
+    with pytest.raises(OutputError, match=merged[1].name):
+        gguflora.merge(parts[0], adapter, tmp_path / "merged.gguf")
+    assert names_in(tmp_path) == ["base", merged[1].name]
+    gguflora.merge(parts[0], adapter, tmp_path / "merged.gguf", force=True)
+    first = in_all(merged)
+    gguflora.merge(parts[0], adapter, merged[2], force=True)
+    assert in_all(merged) == first
+    with pytest.raises(OutputError, match="is also an input"):
+        gguflora.merge(parts[0], adapter, parts[0].with_name("llama.gguf"), force=True)
+
+
+def test_record_of_a_merge(parts, tmp_path):
+    gguflora.merge(parts[0], builders.adapter("llama", LORA, "wide"), tmp_path / "merged.gguf")
+    first, second, _ = part_paths(tmp_path / "merged.gguf", 3)
+    assert "gguflora.version" in oracles.metadata(first)
+    assert set(oracles.metadata(second)) == {"split.no", "split.count", "split.tensors.count"}
+    assert encode_entry("gguflora.version", gguflora.__version__) in first.read_bytes()
