@@ -20,9 +20,21 @@ def describe_machine() -> Iterator[str]:
     yield f"gguflora {__version__}, Python {platform.python_version()}, {platform.platform()}"
     yield f"cpu: {_cpu_name()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores usable"
     yield f"kernels: {_native.current_isa()} (available: {', '.join(_native.isa_names())}; force one with GGUFLORA_ISA)"
-    yield f"quant types: {' '.join(kind.name for kind in _native.TYPES.values())}"
+    yield from _kernel_table()
     for package in PACKAGES:
         yield f"{package}: {_installed(package)}"
+
+
+def _kernel_table() -> Iterator[str]:
+    """What there is for every quant type, by the same kernels on every instruction set."""
+    yield "type       weights bytes  quantize  imatrix   dequantize  dither"
+    for kind in _native.TYPES.values():
+        imatrix = "required" if kind.needs_imatrix else "yes"
+        dither = "yes" if kind.dithers else "no"
+        yield (
+            f"{kind.name:<10} {kind.block_weights:>7} {kind.block_bytes:>5}  "
+            f"{'yes':<8}  {imatrix:<8}  {'yes':<10}  {dither}"
+        )
 
 
 def _cpu_name() -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from gguflora._native import GgmlType
 
 F = np.float32
-CLIPPED_SHARE = 0.03
+CLIPPED_SHARE = 0.1
 
 
 def half(blocks: np.ndarray, at: int) -> np.ndarray:
@@ -46,7 +46,7 @@ def bits_to_bytes(bits: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class View:
-    """How one type stores w = s * q - o: all functions on blocks (n, bytes)."""
+    """How one type stores w = s * q - o: all functions on blocks (n, bytes). With levels, codes are their places."""
 
     group: int
     low: int
@@ -55,6 +55,19 @@ class View:
     scales: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
     codes: Callable[[np.ndarray], np.ndarray]
     store: Callable[[np.ndarray, np.ndarray], None]
+    levels: np.ndarray | None = None
+
+    @property
+    def step(self) -> np.float32:
+        return F(1) if self.levels is None else (F(self.high) - F(self.low)) / F(len(self.levels) - 1)
+
+    def cell(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the levels around t: place of the lower one, distance, and t's share of it."""
+        if self.levels is None:
+            return np.floor(t).astype(int), np.ones_like(t), t - np.floor(t)
+        place = np.searchsorted(self.levels[1:-1], t, side="right")
+        gap = self.levels[place + 1] - self.levels[place]
+        return place, gap, (t - self.levels[place]) / gap
 
 
 def only_d(at: int, groups: int = 1):
@@ -210,6 +223,46 @@ def q1_0() -> View:
     return View(32, 0, 1, [slice(0, 2)], scales, lambda blocks: bytes_to_bits(blocks[:, 2:]).astype(int), store)
 
 
+IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], F)
+FP4 = np.array([-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12], F)  # doubled, as ggml has them
+TO_FP4 = np.array([15, 14, 13, 12, 11, 10, 9, 0, 1, 2, 3, 4, 5, 6, 7])
+FROM_FP4 = np.array([7, 8, 9, 10, 11, 12, 13, 14, 7, 6, 5, 4, 3, 2, 1, 0])
+
+
+def codebook(levels: np.ndarray, group: int, header: int, scales) -> View:
+    """Nibbles after the header, groups' halves side by side."""
+
+    def codes(blocks: np.ndarray) -> np.ndarray:
+        groups = np.split(blocks[:, header:], (blocks.shape[1] - header) * 2 // group, axis=1)
+        q = np.concatenate([fields(part, 4, 2) for part in groups], axis=1).astype(int)
+        return q if len(levels) == 16 else FROM_FP4[q]
+
+    def store(blocks: np.ndarray, q: np.ndarray) -> None:
+        q = q if len(levels) == 16 else TO_FP4[q]
+        groups = np.split(q, q.shape[1] // group, axis=1)
+        blocks[:, header:] = np.concatenate([join(part, 4, 2) for part in groups], axis=1)
+
+    return View(group, int(levels[0]), int(levels[-1]), [slice(0, header)], scales, codes, store, levels)
+
+
+def scales_iq4(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    low = np.stack([blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4], axis=2).reshape(len(blocks), 8).astype(int)
+    high = np.stack([blocks[:, 2 + i // 4].astype(int) >> 2 * (i % 4) & 3 for i in range(8)], axis=1)
+    s = half(blocks, 0) * ((low | high << 4) - 32).astype(F)
+    return s, np.zeros_like(s)
+
+
+def scales_mxfp4(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    s = np.ldexp(F(1), blocks[:, :1].astype(int) - 128).astype(F)
+    return s, np.zeros_like(s)
+
+
+def scales_nvfp4(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    d = blocks[:, :4].astype(int) & 127
+    s = np.where(d < 8, d * 2.0**-10, (8 + d % 8) * 2.0 ** (d // 8 - 11)).astype(F)
+    return np.where(blocks[:, :4] == 127, F(0), s), np.zeros_like(s)
+
+
 VIEWS: dict[str, View] = {
     "Q4_0": plain(-8, 7, 18, False, False),
     "Q4_1": plain(0, 15, 20, True, False),
@@ -225,6 +278,10 @@ VIEWS: dict[str, View] = {
     "TQ2_0": pairs(0, -1, 1, 32, [slice(64, 66)], only_d(64, 8)),
     "Q2_0": q2_0(),
     "Q1_0": q1_0(),
+    "IQ4_NL": codebook(IQ4, 32, 2, only_d(0)),
+    "IQ4_XS": codebook(IQ4, 32, 8, scales_iq4),
+    "MXFP4": codebook(FP4, 32, 1, scales_mxfp4),
+    "NVFP4": codebook(FP4, 16, 4, scales_nvfp4),
 }
 
 
@@ -261,7 +318,10 @@ class Rows:
         return s, o, inverse
 
     def codes(self) -> np.ndarray:
-        return self.grouped(self.view.codes(self.blocks).astype(F))
+        return self.grouped(self.view.codes(self.blocks))
+
+    def levels(self) -> np.ndarray:
+        return self.codes().astype(F) if self.view.levels is None else self.view.levels[self.codes()]
 
     def grouped(self, x: np.ndarray) -> np.ndarray:
         return x.reshape(len(self.blocks), -1, self.view.group)
@@ -271,16 +331,16 @@ class Rows:
 
     def values(self) -> np.ndarray:
         s, o, _ = self.grid()
-        return s * self.codes() - o
+        return s * self.levels() - o
 
     def limited(self, t: np.ndarray) -> np.ndarray:
         return np.maximum(np.minimum(t, F(self.view.high)), F(self.view.low))
 
     def strong(self, x: np.ndarray) -> np.ndarray:
         """Per group, whether it is rounded to nearest: (blocks, groups, 1)."""
-        s = self.grid()[0]
+        s, step = self.grid()[0], self.view.step
         with np.errstate(over="ignore"):
-            return sum_of_groups(x * x)[..., None] >= F(0.25) * F(self.view.group) * (s * s)
+            return sum_of_groups(x * x)[..., None] >= F(0.25) * F(self.view.group) * (s * step * (s * step))
 
     def row_sums(self, of_groups: np.ndarray) -> np.ndarray:
         """Sums over the groups of chunks of 256 weights, then over the chunks of a row."""
@@ -296,10 +356,10 @@ def costs(rows: Rows, t: np.ndarray, above: np.ndarray, x: np.ndarray) -> tuple[
     """Of blocks the expected cost and the part of it beyond the grid; of groups delta times what lies beyond."""
     s, _, inverse = rows.grid()
     inside = rows.limited(t)
-    p = inside - np.floor(inside)
+    _, gap, p = rows.view.cell(inside)
     rest = F(1) - p
     least = np.minimum(p, rest)
-    rounding = np.where(rows.strong(x), least * least, p * rest)
+    rounding = gap * gap * np.where(rows.strong(x), least * least, p * rest)
     outside = np.where(inverse != 0, t - inside, above)
     s, inverse = s[..., 0], inverse[..., 0]
     unit = np.where(inverse != 0, s, F(1))
@@ -312,7 +372,7 @@ def fit_grids(src: np.ndarray, kind: GgmlType, delta: np.ndarray, imatrix: np.nd
     """New headers; of rows <delta, X - W> and |delta|**2; number of new headers."""
     base, best = Rows.of(src, kind), Rows.of(src, kind)
     _, o, inverse = base.grid()
-    q, x = base.codes(), base.grouped(delta)
+    q, x = base.levels(), base.grouped(delta)
     target = base.values() + x
     with np.errstate(over="ignore", invalid="ignore"):
         cost, clip, lost = costs(base, q + x * inverse, target + o, x)
@@ -375,16 +435,18 @@ def dither_rows(src, kind, headers, delta, gain, key, first_row):
     new.blocks[unchanged] = base.blocks[unchanged]
     own = new.has_header_of(base)[:, None, None]
     s, o, inverse = new.grid()
-    q, dq, target = base.codes(), base.values(), base.values() + x
+    q, dq, target = base.levels(), base.values(), base.values() + x
     change = F(gain) * x
     above = dq + change + o
     with np.errstate(over="ignore"):
         t = np.where(own, q + x * (F(gain) * inverse), above * inverse)
         inside = new.limited(t)
-        floor = np.floor(inside)
+        place, _, p = new.view.cell(inside)
         u = base.grouped(uniform(key, first_row, len(src), delta.shape[1]))
-        level = np.where(new.strong(x), np.rint(inside), floor + (u < inside - floor)).astype(F)
-    new.view.store(new.blocks, level.reshape(len(new.blocks), -1).astype(int))
+        nearest = np.rint(inside).astype(int) if new.view.levels is None else place + (p > F(0.5))
+        code = np.where(new.strong(x), nearest, place + (u < p))
+    level = code.astype(F) if new.view.levels is None else new.view.levels[code]
+    new.view.store(new.blocks, code.reshape(len(new.blocks), -1))
     new.blocks[unchanged] = base.blocks[unchanged]
     outside = np.where(inverse != 0, t != inside, np.where(own, change, above) != 0)
     dq, target, written = (base.ungrouped(array).astype(float) for array in (dq, target, s * level - o))

@@ -7,7 +7,7 @@
  *   q' = floor(t) + (u < t - floor(t)), t limited to the grid before, u uniform in [0, 1)
  *
  * 1 / s is rounded, and multiplied by; it is 0 where s is less than the smallest normal float, so that a code stays, or is 0.
- * Groups whose delta is half a step or more (root mean square) are rounded to nearest, halves to even.
+ * Groups whose delta is half a step or more (root mean square) are rounded to nearest; halves to even, among a codebook's levels down.
  *
  * Sums over a group or chunk run in 16 lanes, weight i in lane i % 16, then lanes 8, 4, 2, 1 apart; so every ISA has the same bits. */
 
@@ -49,19 +49,41 @@ INLINE void finish_rows(float *sums, const float *rows, int n_rows) {
     for (int r = 0; r < n_rows; r += LANES) vf_store(sums + r, vf_row_sums(rows + r * LANES));
 }
 
-/* sum of delta^2 against n (s / 2)^2 */
-static inline int is_strong(float squares, float s, int group) { return squares >= 0.25f * (float)group * (s * s); }
+/* sum of delta^2 against n (half a step)^2 */
+static inline int is_strong(float squares, float s, const gfl_view *view) {
+    const float step = s * view->step;
+    return squares >= 0.25f * (float)view->group * (step * step);
+}
 
 INLINE vf limited(vf t, vf low, vf high) { return vf_max(vf_min(t, high), low); }
 
-/* Expected squared error of unbiased rounding, in steps; of rounding to nearest. */
-INLINE vf dither_error(vf t) {
-    const vf p = vf_sub(t, vf_floor(t));
-    return vf_mul(p, vf_sub(vf_set1(1.0f), p));
+/* `leveled`: codes are places in view->levels, and q, t, floor(t) + 1 above stand for levels and the next one. */
+
+INLINE vf level_at(const gfl_view *view, const int8_t *codes, const int leveled) {
+    const vi code = vi_load_i8(codes);
+    return leveled ? vf_pick16(view->levels, code) : vi_to_vf(code);
 }
-INLINE vf nearest_error(vf t) {
-    const vf p = vf_sub(t, vf_floor(t)), least = vf_min(p, vf_sub(vf_set1(1.0f), p));
-    return vf_mul(least, least);
+
+/* Place of the last level (but one) that is not above t, and how far from it to the next one t lies. */
+typedef struct {
+    vi place;
+    vf gap, share;
+} cell;
+
+INLINE cell find_cell(const gfl_view *view, vf t) {
+    vi place = vi_set1(0);
+    for (int i = 1; i < view->n_levels - 1; i++) place = vi_count(place, vf_le(vf_set1(view->levels[i]), t));
+    const vf below = vf_pick16(view->levels, place);
+    const vf gap = vf_sub(vf_pick16(view->levels, vi_add(place, vi_set1(1))), below);
+    return (cell){place, gap, vf_div(vf_sub(t, below), gap)};
+}
+
+/* Expected squared error of unbiased rounding, or of rounding to nearest. */
+INLINE vf rounding_error(const gfl_view *view, vf t, const int strong, const int leveled) {
+    const cell c = leveled ? find_cell(view, t) : (cell){vi_set1(0), vf_set1(1.0f), vf_sub(t, vf_floor(t))};
+    const vf rest = vf_sub(vf_set1(1.0f), c.share), least = vf_min(c.share, rest);
+    const vf error = strong ? vf_mul(least, least) : vf_mul(c.share, rest);
+    return leveled ? vf_mul(vf_mul(c.gap, c.gap), error) : error;
 }
 
 /* What is summed over every group: delta^2, the error of rounding, what lies beyond the grid squared, and times delta. */
@@ -81,17 +103,17 @@ INLINE void finish_costs(gfl_measure *m, const float *sums, const chunk_scales *
 
 /* A group rounded to nearest, or without a step: its sums again. */
 INLINE void measure_other(float *rows, const gfl_view *view, const int8_t *codes, const float *delta, const chunk_scales *c, int g,
-                          const int group) {
-    const vf low = vf_set1((float)view->low), high = vf_set1((float)view->high);
+                          const int group, const int leveled) {
+    const vf low = vf_set1(view->low), high = vf_set1(view->high);
     const vf s = vf_set1(c->s[g]), o = vf_set1(c->o[g]), inverse = vf_set1(c->inverse[g]);
     vf rounding[PARTS], beyond[PARTS], lost[PARTS];
     const int flat = c->inverse[g] == 0.0f;
     clear_parts(rounding), clear_parts(beyond), clear_parts(lost);
     for (int i = 0; i < group; i += LANES) {
-        const vf q = vi_to_vf(vi_load_i8(codes + i)), x = vf_load(delta + i);
+        const vf q = level_at(view, codes + i, leveled), x = vf_load(delta + i);
         const vf t = vf_add(q, vf_mul(x, inverse)), inside = limited(t, low, high);
         const vf outside = flat ? vf_add(vf_add(vf_sub(vf_mul(s, q), o), x), o) : vf_sub(t, inside);
-        add_part(rounding, i, nearest_error(inside));
+        add_part(rounding, i, rounding_error(view, inside, 1, leveled));
         add_part(beyond, i, vf_mul(outside, outside));
         add_part(lost, i, vf_mul(outside, x));
     }
@@ -101,9 +123,9 @@ INLINE void measure_other(float *rows, const gfl_view *view, const int8_t *codes
     vf_store(rows + (LOST * room + g) * LANES, fold_parts(lost));
 }
 
-INLINE void measure(gfl_measure *m, const gfl_view *view, const uint8_t *src, const float *delta, int n, const int group) {
+INLINE void measure(gfl_measure *m, const gfl_view *view, const uint8_t *src, const float *delta, int n, const int group, const int leveled) {
     const int room = CHUNK / group, n_groups = n / group;
-    const vf low = vf_set1((float)view->low), high = vf_set1((float)view->high);
+    const vf low = vf_set1(view->low), high = vf_set1(view->high);
     float rows[N_SUMS * CHUNK / 16 * LANES], sums[N_SUMS * CHUNK / 16];
     chunk_scales c;
     int8_t codes[CHUNK];
@@ -116,10 +138,10 @@ INLINE void measure(gfl_measure *m, const gfl_view *view, const uint8_t *src, co
         vf squares[PARTS], rounding[PARTS], beyond[PARTS], lost[PARTS];
         clear_parts(squares), clear_parts(rounding), clear_parts(beyond), clear_parts(lost);
         for (int i = 0; i < group; i += LANES) {
-            const vf q = vi_to_vf(vi_load_i8(codes + g * group + i)), x = vf_load(delta + g * group + i);
+            const vf q = level_at(view, codes + g * group + i, leveled), x = vf_load(delta + g * group + i);
             const vf t = vf_add(q, vf_mul(x, inverse)), inside = limited(t, low, high), outside = vf_sub(t, inside);
             add_part(squares, i, vf_mul(x, x));
-            add_part(rounding, i, dither_error(inside));
+            add_part(rounding, i, rounding_error(view, inside, 0, leveled));
             add_part(beyond, i, vf_mul(outside, outside));
             add_part(lost, i, vf_mul(outside, x));
         }
@@ -130,11 +152,11 @@ INLINE void measure(gfl_measure *m, const gfl_view *view, const uint8_t *src, co
     }
     finish_rows(sums, rows, N_SUMS * room);
     for (int g = 0; g < n_groups; g++) {
-        const int strong = is_strong(sums[g], c.s[g], group);
+        const int strong = is_strong(sums[g], c.s[g], view);
         m->weak[g] = !strong || sums[g] == 0.0f;
         m->safe &= sums[g] < SAFE;
         if (!strong && c.inverse[g] != 0.0f) continue;
-        measure_other(rows, view, codes + g * group, delta + g * group, &c, g, group);
+        measure_other(rows, view, codes + g * group, delta + g * group, &c, g, group, leveled);
         again = 1;
     }
     if (again) finish_rows(sums, rows, N_SUMS * room);
@@ -142,27 +164,30 @@ INLINE void measure(gfl_measure *m, const gfl_view *view, const uint8_t *src, co
 }
 
 static void measure_chunk(gfl_measure *m, const gfl_view *view, const uint8_t *src, const float *delta, int n) {
-    if (view->group == 16) measure(m, view, src, delta, n, 16);
-    else measure(m, view, src, delta, n, 32);
+    const int leveled = view->levels != NULL;
+    if (view->group == 16 && leveled) measure(m, view, src, delta, n, 16, 1);
+    else if (view->group == 16) measure(m, view, src, delta, n, 16, 0);
+    else if (leveled) measure(m, view, src, delta, n, 32, 1);
+    else measure(m, view, src, delta, n, 32, 0);
 }
 
 /* The same of new headers, from the targets dq + delta; squares are given. */
 INLINE void measure_target(gfl_measure *m, const gfl_view *view, const uint8_t *header, const float *target, const float *delta,
-                           int n, const int group) {
+                           int n, const int group, const int leveled) {
     const int room = CHUNK / group, n_groups = n / group;
-    const vf low = vf_set1((float)view->low), high = vf_set1((float)view->high);
+    const vf low = vf_set1(view->low), high = vf_set1(view->high);
     float rows[N_SUMS * CHUNK / 16 * LANES] = {0}, sums[N_SUMS * CHUNK / 16];
     chunk_scales c;
     read_scales(&c, view, header, n);
     for (int g = 0; g < n_groups; g++) {
         const vf o = vf_set1(c.o[g]), inverse = vf_set1(c.inverse[g]);
-        const int strong = is_strong(m->squares[g], c.s[g], group), flat = c.inverse[g] == 0.0f;
+        const int strong = is_strong(m->squares[g], c.s[g], view), flat = c.inverse[g] == 0.0f;
         vf rounding[PARTS], beyond[PARTS], lost[PARTS];
         clear_parts(rounding), clear_parts(beyond), clear_parts(lost);
         for (int i = 0; i < group; i += LANES) {
             const vf above = vf_add(vf_load(target + g * group + i), o), t = vf_mul(above, inverse);
             const vf inside = limited(t, low, high), outside = flat ? above : vf_sub(t, inside);
-            add_part(rounding, i, strong ? nearest_error(inside) : dither_error(inside));
+            add_part(rounding, i, rounding_error(view, inside, strong, leveled));
             add_part(beyond, i, vf_mul(outside, outside));
             add_part(lost, i, vf_mul(outside, vf_load(delta + g * group + i)));
         }
@@ -177,13 +202,16 @@ INLINE void measure_target(gfl_measure *m, const gfl_view *view, const uint8_t *
 
 static void measure_target_chunk(gfl_measure *m, const gfl_view *view, const uint8_t *header, const float *target,
                                  const float *delta, int n) {
-    if (view->group == 16) measure_target(m, view, header, target, delta, n, 16);
-    else measure_target(m, view, header, target, delta, n, 32);
+    const int leveled = view->levels != NULL;
+    if (view->group == 16 && leveled) measure_target(m, view, header, target, delta, n, 16, 1);
+    else if (view->group == 16) measure_target(m, view, header, target, delta, n, 16, 0);
+    else if (leveled) measure_target(m, view, header, target, delta, n, 32, 1);
+    else measure_target(m, view, header, target, delta, n, 32, 0);
 }
 
 /* How many targets lie beyond the limits of the grids of n written weights; without a step, how many are not met. */
 static int64_t count_clipped(const gfl_view *view, const uint8_t *dst, const float *target, int n) {
-    const vf low = vf_set1((float)view->low), high = vf_set1((float)view->high);
+    const vf low = vf_set1(view->low), high = vf_set1(view->high);
     chunk_scales c;
     vi count = vi_set1(0);
     int32_t counts[LANES];
@@ -227,20 +255,31 @@ typedef struct {
 
 /* codes[0..group): from those of the base to those to write */
 INLINE void dither_group(int8_t *codes, dither_sums *sums, const dither_key *key, const float *delta, const chunk_scales *base,
-                         const chunk_scales *new, int g, vi column, const int own, const int strong, const int group) {
-    const vf low = vf_set1((float)key->view->low), high = vf_set1((float)key->view->high);
+                         const chunk_scales *new, int g, vi column, const int own, const int strong, const int group,
+                         const int leveled) {
+    const gfl_view *view = key->view;
+    const vf low = vf_set1(view->low), high = vf_set1(view->high);
     const vf s = vf_set1(new->s[g]), o = vf_set1(new->o[g]), inverse = vf_set1(new->inverse[g]);
     const vf s0 = vf_set1(base->s[g]), o0 = vf_set1(base->o[g]), slope = vf_mul(key->gain, inverse);
     const int flat = new->inverse[g] == 0.0f;
     for (int i = 0; i < group; i += LANES, column = vi_add(column, vi_set1(LANES))) {
-        const vf q = vi_to_vf(vi_load_i8(codes + i)), x = vf_load(delta + i), dq = vf_sub(vf_mul(s0, q), o0);
+        const vf q = level_at(view, codes + i, leveled), x = vf_load(delta + i), dq = vf_sub(vf_mul(s0, q), o0);
         const vf above = own ? x : vf_add(vf_add(dq, vf_mul(key->gain, x)), o);
         const vf t = own ? vf_add(q, vf_mul(x, slope)) : vf_mul(above, inverse), inside = limited(t, low, high);
-        const vf whole = strong ? vf_round(inside) : vf_floor(inside);
-        const vf level = strong ? whole : vf_add_1(whole, vf_lt(uniform(column, key->low, key->high), vf_sub(inside, whole)));
+        const vf u = strong ? vf_set1(0.5f) : uniform(column, key->low, key->high);
+        vf level;
+        if (leveled) {
+            const cell c = find_cell(view, inside);
+            const vi place = vi_count(c.place, vf_lt(u, c.share));
+            level = vf_pick16(view->levels, place);
+            vi_store_u8(codes + i, place);
+        } else {
+            const vf whole = strong ? vf_round(inside) : vf_floor(inside);
+            level = strong ? whole : vf_add_1(whole, vf_lt(u, vf_sub(inside, whole)));
+            vi_store_u8(codes + i, vf_truncate(level));
+        }
         const vf moved = own ? vf_mul(s, vf_sub(level, q)) : vf_sub(vf_sub(vf_mul(s, level), o), dq), error = vf_sub(moved, x);
         sums->clipped = vi_count(sums->clipped, flat ? vf_ne(above, vf_zero()) : vf_ne(t, inside));
-        vi_store_u8(codes + i, vf_truncate(level));
         add_part(sums->weights, i, vf_mul(dq, dq));
         add_part(sums->moved, i, vf_mul(moved, x));
         add_part(sums->error, i, vf_mul(error, error));
@@ -281,7 +320,7 @@ INLINE int finish_dither(double *sums, dither_sums *all, const float *squares, i
 }
 
 INLINE int dither(double *sums, const gfl_view *view, const uint8_t *src, uint8_t *dst, const float *delta, const uint8_t *own,
-                  const gfl_dither_key *row, int64_t column, int n, const int group) {
+                  const gfl_dither_key *row, int64_t column, int n, const int group, const int leveled) {
     const dither_key key = {view, vf_set1(row->gain), vi_set1((int)(uint32_t)row->key), vi_set1((int)(uint32_t)(row->key >> 32))};
     const vi lanes = vi_load(lane_numbers);
     dither_sums all;
@@ -298,11 +337,11 @@ INLINE int dither(double *sums, const gfl_view *view, const uint8_t *src, uint8_
         const vi at = vi_add(vi_set1((int)(uint32_t)(column + g * group)), lanes);
         const float *x = delta + g * group;
         int8_t *q = codes + g * group;
-        const int strong = is_strong(squares[g], new.s[g], group);
-        if (own[g] && !strong) dither_group(q, &all, &key, x, &base, &new, g, at, 1, 0, group);
-        else if (own[g]) dither_group(q, &all, &key, x, &base, &new, g, at, 1, 1, group);
-        else if (!strong) dither_group(q, &all, &key, x, &base, &new, g, at, 0, 0, group);
-        else dither_group(q, &all, &key, x, &base, &new, g, at, 0, 1, group);
+        const int strong = is_strong(squares[g], new.s[g], view);
+        if (own[g] && !strong) dither_group(q, &all, &key, x, &base, &new, g, at, 1, 0, group, leveled);
+        else if (own[g]) dither_group(q, &all, &key, x, &base, &new, g, at, 1, 1, group, leveled);
+        else if (!strong) dither_group(q, &all, &key, x, &base, &new, g, at, 0, 0, group, leveled);
+        else dither_group(q, &all, &key, x, &base, &new, g, at, 0, 1, group, leveled);
     }
     view->pack(dst, n, codes);
     return finish_dither(sums, &all, squares, n / group) & safe;
@@ -310,8 +349,11 @@ INLINE int dither(double *sums, const gfl_view *view, const uint8_t *src, uint8_
 
 static int dither_chunk(double *sums, const gfl_view *view, const uint8_t *src, uint8_t *dst, const float *delta,
                         const uint8_t *own, const gfl_dither_key *row, int64_t column, int n) {
-    if (view->group == 16) return dither(sums, view, src, dst, delta, own, row, column, n, 16);
-    return dither(sums, view, src, dst, delta, own, row, column, n, 32);
+    const int leveled = view->levels != NULL;
+    if (view->group == 16 && leveled) return dither(sums, view, src, dst, delta, own, row, column, n, 16, 1);
+    if (view->group == 16) return dither(sums, view, src, dst, delta, own, row, column, n, 16, 0);
+    if (leveled) return dither(sums, view, src, dst, delta, own, row, column, n, 32, 1);
+    return dither(sums, view, src, dst, delta, own, row, column, n, 32, 0);
 }
 
 /* Sums in double, of products that are exact in it: weight i goes to lane i % 8 (simd/: vd). */

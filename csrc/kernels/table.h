@@ -25,7 +25,10 @@ typedef struct {
     void (*scales)(const uint8_t *src, int n, float *s, float *o);
     void (*codes)(const uint8_t *src, int n, int8_t *q);
     void (*pack)(uint8_t *dst, int n, const int8_t *q);
-    int group, low, high; /* weights under one s and o; the lowest and the highest code */
+    int group;             /* weights under one s and o */
+    float low, high, step; /* the lowest and the highest level, and the mean distance between neighbours */
+    const float *levels;   /* 16 of them, ascending (the last may be unused); NULL where a code is its level */
+    int n_levels;
     struct {
         uint8_t at, bytes;
     } header[2];

@@ -271,9 +271,90 @@ static void repack_Q1_0(uint8_t *dst, int n, const int8_t *q) {
     }
 }
 
-/* .scales .codes .pack | weights per group, lowest and highest code | where the header lies: two runs of bytes */
+/* Codebooks: codes are the places of their levels, from the lowest up. */
+
+static void scales_IQ4_NL(const uint8_t *src, int n, float *s, float *o) {
+    for (int b = 0; b < n / 32; b++) {
+        s[b] = half_to_float(((const block_iq4_nl *)src)[b].d);
+        o[b] = 0.0f;
+    }
+}
+static void codes_IQ4_NL(const uint8_t *src, int n, int8_t *q) {
+    for (int i = 0; i < n; i += 32) unpack_nibbles((uint8_t *)q + i, ((const block_iq4_nl *)src)[i / 32].qs);
+}
+static void repack_IQ4_NL(uint8_t *dst, int n, const int8_t *q) {
+    for (int i = 0; i < n; i += 32) pack_nibbles(((block_iq4_nl *)dst)[i / 32].qs, (const uint8_t *)q + i);
+}
+
+static void scales_IQ4_XS(const uint8_t *src, int n, float *s, float *o) {
+    const block_iq4_xs *x = (const block_iq4_xs *)src;
+    const float d = half_to_float(x->d);
+    (void)n;
+    for (int j = 0; j < 8; j++) {
+        const int low = x->scales_l[j / 2] >> 4 * (j % 2) & 15, high = (x->scales_h >> 2 * j & 3) << 4;
+        s[j] = d * (float)((low | high) - 32);
+        o[j] = 0.0f;
+    }
+}
+static void codes_IQ4_XS(const uint8_t *src, int n, int8_t *q) {
+    for (int i = 0; i < n; i += 32) unpack_nibbles((uint8_t *)q + i, ((const block_iq4_xs *)src)->qs + i / 2);
+}
+static void repack_IQ4_XS(uint8_t *dst, int n, const int8_t *q) {
+    for (int i = 0; i < n; i += 32) pack_nibbles(((block_iq4_xs *)dst)->qs + i / 2, (const uint8_t *)q + i);
+}
+
+/* fp4_levels in order; both zeros are place 7 */
+static const float fp4_ascending[16] = {-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12};
+
+INLINE void places_of_fp4(int8_t *q, int n) {
+    for (int i = 0; i < n; i++) q[i] = (int8_t)(q[i] < 8 ? 7 + q[i] : 15 - q[i]);
+}
+INLINE void fp4_of_places(uint8_t *codes, const int8_t *q, int n) {
+    for (int i = 0; i < n; i++) codes[i] = (uint8_t)(q[i] < 7 ? 15 - q[i] : q[i] - 7);
+}
+
+static void scales_MXFP4(const uint8_t *src, int n, float *s, float *o) {
+    for (int b = 0; b < n / 32; b++) {
+        s[b] = half_e8m0_to_float(((const block_mxfp4 *)src)[b].e);
+        o[b] = 0.0f;
+    }
+}
+static void codes_MXFP4(const uint8_t *src, int n, int8_t *q) {
+    for (int i = 0; i < n; i += 32) unpack_nibbles((uint8_t *)q + i, ((const block_mxfp4 *)src)[i / 32].qs);
+    places_of_fp4(q, n);
+}
+static void repack_MXFP4(uint8_t *dst, int n, const int8_t *q) {
+    uint8_t codes[SUPER];
+    fp4_of_places(codes, q, n);
+    for (int i = 0; i < n; i += 32) pack_nibbles(((block_mxfp4 *)dst)[i / 32].qs, codes + i);
+}
+
+static void scales_NVFP4(const uint8_t *src, int n, float *s, float *o) {
+    for (int j = 0; j < n / 16; j++) {
+        s[j] = half_e4m3_to_float(((const block_nvfp4 *)src)[j / 4].d[j % 4]);
+        o[j] = 0.0f;
+    }
+}
+static void codes_NVFP4(const uint8_t *src, int n, int8_t *q) {
+    for (int j = 0; j < n / 16; j++) {
+        const uint8_t *qs = ((const block_nvfp4 *)src)[j / 4].qs + 8 * (j % 4);
+        take_bits(q + 16 * j, qs, 8, 0, 15);
+        take_bits(q + 16 * j + 8, qs, 8, 4, 15);
+    }
+    places_of_fp4(q, n);
+}
+static void repack_NVFP4(uint8_t *dst, int n, const int8_t *q) {
+    uint8_t codes[SUPER];
+    fp4_of_places(codes, q, n);
+    for (int j = 0; j < n / 16; j++) pack_nvfp4(((block_nvfp4 *)dst)[j / 4].qs + 8 * (j % 4), codes + 16 * j);
+}
+
+/* functions | weights per group | lowest and highest level, mean step, levels | where the header lies: two runs of bytes */
 #define VIEW(NAME, pack, group, low, high, at0, bytes0, at1, bytes1)                                                    \
-    [GFL_##NAME] = {scales_##NAME, codes_##NAME, pack, group, low, high, {{at0, bytes0}, {at1, bytes1}}}
+    [GFL_##NAME] = {scales_##NAME, codes_##NAME, pack, group, low, high, 1, NULL, 0, {{at0, bytes0}, {at1, bytes1}}}
+#define VIEW_LEVELS(NAME, group, low, high, levels, n_levels, bytes)                                                    \
+    [GFL_##NAME] = {scales_##NAME, codes_##NAME, repack_##NAME, group, low, high, (high - low) / (n_levels - 1.0f),      \
+                    levels,        n_levels,     {{0, bytes}}}
 
 static const gfl_view views[GFL_N_TYPES] = {
     VIEW(Q4_0, pack_Q4_0, 32, -8, 7, 0, 2, 0, 0),
@@ -290,4 +371,8 @@ static const gfl_view views[GFL_N_TYPES] = {
     VIEW(TQ2_0, repack_TQ2_0, 32, -1, 1, 64, 2, 0, 0),
     VIEW(Q2_0, repack_Q2_0, 32, -1, 2, 0, 2, 0, 0),
     VIEW(Q1_0, repack_Q1_0, 32, 0, 1, 0, 2, 0, 0),
+    VIEW_LEVELS(IQ4_NL, 32, -127, 113, iq4_levels, 16, 2),
+    VIEW_LEVELS(IQ4_XS, 32, -127, 113, iq4_levels, 16, 8),
+    VIEW_LEVELS(MXFP4, 32, -12, 12, fp4_ascending, 15, 1),
+    VIEW_LEVELS(NVFP4, 16, -12, 12, fp4_ascending, 15, 4),
 };

@@ -1,0 +1,124 @@
+"""Adding a change to quantized rows on one core, to nearest and with dither: ``tools/bench dither [--types Q4_K]``.
+
+Every instruction set takes turns with the others on the same weights, and the medians are shown. The product is that
+of the kernels, without fused operations: what 128 more ranks add to the time of a merge of floats.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import libggml  # tests/libggml.py
+import numpy as np
+import typer
+from benchmarks.kernels import N_IN, _weights
+from rich.console import Console
+from rich.table import Table
+
+from gguflora import _native
+from gguflora._native import TYPES, GgmlType, Product
+
+N_ROWS, RANK, MORE_RANKS = 64, 16, 128
+TASKS = ("merge_rows", "fit_grids", "dither_rows", "fit + dither")
+
+
+def _change(relative: float) -> Product:
+    rng = np.random.default_rng(3)
+    size = relative * np.sqrt((_weights(N_ROWS) ** 2).mean(axis=1, keepdims=True) / RANK)
+    a, b = rng.standard_normal((RANK, N_IN)), rng.standard_normal((N_ROWS, RANK)) * size
+    return Product(a.astype(np.float32), b.astype(np.float32))
+
+
+def _runs(kind: GgmlType, isa: str, change: Product) -> dict[str, Callable[[], object]]:
+    src = libggml.quantize(_weights(N_ROWS), kind.id)
+    nearest, dithered = src.copy(), src.copy()
+    runs: dict[str, Callable[[], object]] = {
+        "merge_rows": lambda: _native.merge_rows(src, kind, nearest, kind, change, isa=isa)
+    }
+    if kind.dithers:
+        runs["fit_grids"] = lambda: _native.fit_grids(src, kind, dithered, change, isa=isa)
+        runs["dither_rows"] = lambda: _native.dither_rows(
+            src, kind, dithered, change, gain=1, key=1, first_row=0, isa=isa
+        )
+    return runs
+
+
+def _seconds(run: Callable[[], object], at_least: float) -> float:
+    """Seconds of this thread that a run takes, averaged over as many as fill `at_least`; others' work does not count."""
+    count, start = 0, time.thread_time()
+    while True:
+        run()
+        count += 1
+        passed = time.thread_time() - start
+        if passed >= at_least:
+            return passed / count
+
+
+def _medians(
+    runs: dict[tuple[str, str], Callable[[], object]], repeats: int, seconds: float
+) -> dict[tuple[str, str], float]:
+    times: dict[tuple[str, str], list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(_seconds(run, seconds))
+    return {name: statistics.median(all_times) for name, all_times in times.items()}
+
+
+def _gflops(isas: list[str], repeats: int, seconds: float) -> dict[str, float]:
+    f32, x = _native.type_named("F32"), _weights(N_ROWS).view(np.uint8)
+    out = np.empty_like(x)
+    factors = [
+        (np.ones((rank, N_IN), np.float32), np.ones((N_ROWS, rank), np.float32)) for rank in (16, 16 + MORE_RANKS)
+    ]
+    runs = {
+        (isa, str(len(a))): lambda a=a, b=b, isa=isa: _native.merge_rows(x, f32, out, f32, Product(a, b), isa=isa)
+        for isa in isas
+        for a, b in factors
+    }
+    times = _medians(runs, repeats, seconds)
+    work = 2 * MORE_RANKS * N_ROWS * N_IN / 1e9
+    return {isa: work / (times[isa, str(16 + MORE_RANKS)] - times[isa, "16"]) for isa in isas}
+
+
+def dither(
+    types: Annotated[str, typer.Option(help="Types to measure, separated by commas; default all that dither.")] = "",
+    isa: Annotated[str, typer.Option(help="Instruction sets, separated by commas; default all of this machine.")] = "",
+    relative: Annotated[float, typer.Option(help="Size of the change against that of the weights.")] = 0.015,
+    repeats: Annotated[int, typer.Option(help="Turns that each one takes; the median counts.")] = 7,
+    seconds: Annotated[float, typer.Option(help="Length of a turn.")] = 0.05,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rates here too.")] = None,
+) -> None:
+    """Add a change of rank 16 to quantized rows: to nearest, and both passes of the dither, on one core."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    kinds = [_native.type_named(name) for name in types.split(",") if name] or [t for t in TYPES.values() if t.dithers]
+    isas = [name for name in isa.split(",") if name] or _native.isa_names()
+    change, results = _change(relative), []
+    table = Table(
+        title=f"one core, millions of weights a second; a change of {relative:.1%} of the weights, rank {RANK}"
+    )
+    for heading in ("type", "isa", *TASKS):
+        table.add_column(heading, justify="left" if heading in {"type", "isa"} else "right")
+    for kind in kinds:
+        runs = {(name, task): run for name in isas for task, run in _runs(kind, name, change).items()}
+        times = _medians(runs, repeats, seconds)
+        for name in isas:
+            own = {task: time for (who, task), time in times.items() if who == name}
+            if kind.dithers:
+                own["fit + dither"] = own["fit_grids"] + own["dither_rows"]
+            rates = {task: N_ROWS * N_IN / time for task, time in own.items()}
+            table.add_row(kind.name, name, *(f"{rates[task] / 1e6:.0f}" if task in rates else "" for task in TASKS))
+            results.append({"type": kind.name, "isa": name, "weights_per_second": rates})
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    gflops = _gflops(isas, repeats, seconds)
+    console.print("product, GFLOP/s: " + ", ".join(f"{name} {rate:.0f}" for name, rate in gflops.items()))
+    if json_file:
+        about = {"n_in": N_IN, "rank": RANK, "relative": relative, "product_gflops": gflops}
+        json_file.write_text(json.dumps(about | {"results": results}, indent=1) + "\n", encoding="utf-8")
