@@ -18,8 +18,8 @@ static uint32_t largest(const float *x, int64_t n) {
     return result;
 }
 
-/* Register block of the product: PRODUCT_ROWS rows by PRODUCT_VECTORS vectors of columns. */
-enum { PRODUCT_ROWS = 4, PRODUCT_VECTORS = 4, PRODUCT_COLUMNS = PRODUCT_VECTORS * LANES };
+/* Register block of the product: PRODUCT_ROWS rows by PRODUCT_VECTORS vectors of columns; AVX2 has 16 registers, others 32. */
+enum { PRODUCT_ROWS = 4, PRODUCT_VECTORS = LANES == 8 ? 2 : 4, PRODUCT_COLUMNS = PRODUCT_VECTORS * LANES };
 
 static inline __attribute__((always_inline)) void product_block(float *out, const float *a, const float *b, int n_rows,
                                                                 int n_vectors, int64_t n_in, int64_t rank) {

@@ -51,7 +51,7 @@ def _runs(kind: GgmlType, isa: str, change: Product) -> dict[str, Callable[[], o
 
 
 def _seconds(run: Callable[[], object], at_least: float) -> float:
-    """Seconds of this thread that a run takes, averaged over as many as fill `at_least`; others' work does not count."""
+    """Seconds of this thread (nobody else's) that a run takes, averaged over as many as fill `at_least`."""
     count, start = 0, time.thread_time()
     while True:
         run()
