@@ -111,40 +111,44 @@ def _free_port() -> int:
         return port
 
 
-def _gguflora(base: Path, loras: list[Path], most_clients: int, context: int) -> tuple[list[object], int]:
+def _gguflora(base: Path, loras: list[Path], most_clients: int, context: int, threads: int) -> tuple[list[object], int]:
     port = _free_port()
     named = [item for number, lora in enumerate(loras) for item in ("--lora", f"a{number}={lora}")]
-    limits = ["--ctx", context, "--parallel", most_clients, "--contexts", len(loras), "--threads", CORES]
+    limits = ["--ctx", context, "--parallel", most_clients, "--contexts", len(loras), "--threads", threads]
     return [sys.executable, "-m", "gguflora", "serve", base, *named, *limits, "--port", port], port
 
 
-def _llama_server(base: Path, loras: list[Path], most_clients: int, context: int) -> tuple[list[object], int]:
+def _llama_server(
+    base: Path, loras: list[Path], most_clients: int, context: int, threads: int
+) -> tuple[list[object], int]:
     port = _free_port()
     adapters = ["--lora", ",".join(map(str, loras)), "--lora-init-without-apply"]
-    limits = ["-c", context, "-np", most_clients, "--kv-unified", "-t", CORES, "-tb", CORES]
+    limits = ["-c", context, "-np", most_clients, "--kv-unified", "-t", threads, "-tb", threads]
     tool = llama_cpp_tools(LLAMA_SERVER) / LLAMA_SERVER
     return [tool, "-m", base, *adapters, *limits, "--host", "127.0.0.1", "--port", port], port
 
 
-def _llama_cpp_python(base: Path, loras: list[Path], context: int) -> tuple[list[object], int]:
+def _llama_cpp_python(base: Path, loras: list[Path], context: int, threads: int) -> tuple[list[object], int]:
     port = _free_port()
-    limits = ["--n_ctx", context, "--n_threads", CORES, "--n_threads_batch", CORES, "--interrupt_requests", "false"]
+    limits = ["--n_ctx", context, "--n_threads", threads, "--n_threads_batch", threads, "--interrupt_requests", "false"]
     command = [sys.executable, "-m", "llama_cpp.server", "--model", base, "--lora_path", loras[0]]
     return [*command, *limits, "--host", "127.0.0.1", "--port", port], port
 
 
 @contextmanager
-def _servers(names: list[str], base: Path, loras: list[Path], clients: int, context: int) -> Iterator[list[Server]]:
+def _servers(
+    names: list[str], base: Path, loras: list[Path], clients: int, context: int, threads: int
+) -> Iterator[list[Server]]:
     """Those asked for, all at work; one that cannot be had is left out, and that is said."""
     with ExitStack() as stack:
         running = []
         for name in names:
             if name == OURS:
-                (command, port), most = _gguflora(base, loras, clients, context), len(loras)
+                (command, port), most = _gguflora(base, loras, clients, context, threads), len(loras)
             elif name == LLAMA_SERVER:
-                (command, port), most = _llama_server(base, loras, clients, context), len(loras)
+                (command, port), most = _llama_server(base, loras, clients, context, threads), len(loras)
             elif importlib.util.find_spec("sse_starlette"):
-                (command, port), most = _llama_cpp_python(base, loras, context), 1
+                (command, port), most = _llama_cpp_python(base, loras, context, threads), 1
             else:
                 print(f"left out: {name}; pip install 'llama-cpp-python[server]'", file=sys.stderr)
                 continue
@@ -207,8 +211,8 @@ def _medians(turns: list[Rates]) -> Rates:
     return Rates(*(statistics.median(getattr(turn, name) for turn in turns) for name in Rates.__annotations__))
 
 
-def _table(results: list[tuple[str, Load, Rates]], model: str) -> Table:
-    table = Table(title=f"{model}, {CORES} threads, answers of {results[0][1].tokens} tokens")
+def _table(results: list[tuple[str, Load, Rates]], model: str, threads: int) -> Table:
+    table = Table(title=f"{model}, threads: {threads}, answers of {results[0][1].tokens} tokens")
     for heading in ("adapters", "clients", "server", "requests/s", "tokens/s", "x 1 client", "first token", "worst"):
         table.add_column(heading, justify="left" if heading == "server" else "right")
     alone = {(name, load.adapters): rates.tokens for name, load, rates in results if load.clients == 1}
@@ -233,6 +237,7 @@ def serve(
     requests: Annotated[int, typer.Option(min=1, help="Requests of each client in a turn.")] = 2,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 48,
     repeats: Annotated[int, typer.Option(min=1, help="Turns that each one takes; the median counts.")] = 3,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each server.")] = CORES,
     folder: Annotated[Path, typer.Option(help="Where models and adapters are kept.")] = CACHE,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here too.")] = None,
 ) -> None:
@@ -244,7 +249,7 @@ def serve(
     base, (_, lora) = base_file(folder, MODELS[model], "Q4_K_M"), adapter_files(folder, MODELS[model])
     context = 64 * -(-most_clients * (PROMPT_LETTERS + tokens + 8) // 64)
     turns: dict[tuple[str, Load], list[Rates]] = {}
-    with _servers(servers.split(","), base, [lora] * most_adapters, most_clients, context) as running:
+    with _servers(servers.split(","), base, [lora] * most_adapters, most_clients, context, threads) as running:
         for turn in range(repeats + 1):  # the first one warms up
             for load in loads:
                 for server in running:
@@ -254,7 +259,7 @@ def serve(
                     turns.setdefault((server.name, load), []).append(rates)
                     print(f"turn {turn} of {repeats}: {server.name}: {load}: {rates}", file=sys.stderr, flush=True)
     results = [(name, load, _medians(rates[1:])) for (name, load), rates in turns.items()]
-    Console(width=None if sys.stdout.isatty() else 140).print(_table(results, model))
+    Console(width=None if sys.stdout.isatty() else 140).print(_table(results, model, threads))
     if json_file:
         rows = [{"server": name, **vars(load), **vars(rates)} for name, load, rates in results]
-        json_file.write_text(json.dumps({"model": model, "threads": CORES, "results": rows}, indent=1) + "\n")
+        json_file.write_text(json.dumps({"model": model, "threads": threads, "results": rows}, indent=1) + "\n")
