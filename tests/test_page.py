@@ -1,5 +1,6 @@
 """The page in headless Chromium: it loads, follows the sliders, streams both answers, shows errors, fits a phone."""
 
+import json
 import os
 import shutil
 
@@ -135,13 +136,18 @@ def test_heat_maps(page):
 
 
 def test_stop(page):
+    def without_end(route):
+        route.continue_(post_data=json.dumps({**route.request.post_data_json, "logit_bias": {"1": -100}}))
+
+    page.route("**/v1/completions", without_end)
     page.get_by_label("Tokens").fill("1500")
-    page.get_by_label("Temperature").fill("2")
-    page.evaluate("document.querySelector('#chat').checked = false")
+    page.get_by_label("Chat template").uncheck()
     ask(page, "The")
+    playwright.expect(page.locator("#base .numbers")).to_contain_text("tokens")
     page.get_by_role("button", name="Stop").click()
     until_answered(page)
     playwright.expect(page.get_by_role("alert")).to_be_hidden()
+    assert "1500 tokens" not in page.locator("#base .numbers").inner_text()
 
 
 def test_keyboard_only(page):
