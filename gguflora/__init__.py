@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gguflora.algebra.export import ExportReport, export
     from gguflora.algebra.extract import ExtractReport, extract
     from gguflora.algebra.resize import ResizeReport, resize
+    from gguflora.pipeline import PipelineReport, run_pipeline
 
 __all__ = [
     "Adapters",
@@ -31,6 +32,7 @@ __all__ = [
     "GgufloraError",
     "InspectReport",
     "MergeReport",
+    "PipelineReport",
     "ResizeReport",
     "TensorReport",
     "__version__",
@@ -46,6 +48,7 @@ __all__ = [
     "plan_merge",
     "read_adapter",
     "resize",
+    "run_pipeline",
 ]
 
 _LATER = {
@@ -53,12 +56,14 @@ _LATER = {
     "DiffReport": "gguflora.algebra.diff",
     "ExportReport": "gguflora.algebra.export",
     "ExtractReport": "gguflora.algebra.extract",
+    "PipelineReport": "gguflora.pipeline",
     "ResizeReport": "gguflora.algebra.resize",
     "combine": "gguflora.algebra.combine",
     "diff": "gguflora.algebra.diff",
     "export": "gguflora.algebra.export",
     "extract": "gguflora.algebra.extract",
     "resize": "gguflora.algebra.resize",
+    "run_pipeline": "gguflora.pipeline",
 }
 """Names whose modules are loaded when they are first used, so that ``import gguflora`` stays quick."""
 

@@ -13,6 +13,7 @@
     |-- QuantizationError         values or shapes a quant type cannot hold
     |   `-- NonFiniteError        NaN or infinity; carries row and column
     |-- OutputError               the target cannot be written (exists, no space, not writable)
+    |-- RecipeError               a pipeline's recipe does not make sense
     |-- HotSwapError              llama.cpp refused an adapter, or an adapter set is used wrongly
     |-- EngineError               the serving engine cannot do what was asked
     |   |-- EngineClosedError     it is closed
@@ -120,3 +121,7 @@ class ServerError(GgufloraError):
 
 class NativeError(GgufloraError):
     """The compiled kernels cannot do what was asked."""
+
+
+class RecipeError(GgufloraError):
+    """A pipeline's recipe does not make sense."""

@@ -1,0 +1,64 @@
+"""``gguflora pipeline``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gguflora.cli.app import app, console, print_json
+
+if TYPE_CHECKING:
+    from gguflora.pipeline import PipelineReport
+
+
+@app.command()
+def pipeline(
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe, a TOML file.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, max=1024, help="Jobs to run at a time.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, run nothing.")] = False,
+    keep_going: Annotated[bool, typer.Option("--keep-going", help="Go on after a failure with the rest.")] = False,
+    resume: Annotated[bool, typer.Option(help="Keep outputs that are up to date, or make all again.")] = True,
+    report: Annotated[Path | None, typer.Option(help="Folder for report.json and report.html.")] = None,
+    memory: Annotated[int | None, typer.Option(min=1, help="MB that running jobs may need together.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes and exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Run a recipe of many steps; what has not changed is not done again. Exit code 1 if a step failed.
+
+    **Examples**
+
+    gguflora pipeline nightly.toml --dry-run
+
+    gguflora pipeline nightly.toml --jobs 2 --keep-going --report ./report
+    """
+    from gguflora.pipeline import recipe_schema, run_pipeline  # noqa: PLC0415  (needs pydantic)
+
+    if schema:
+        print(json.dumps(recipe_schema(), indent=2))
+        return
+    if recipe is None:
+        raise typer.BadParameter("give a recipe")
+    done = run_pipeline(
+        recipe, jobs=jobs, dry_run=dry_run, keep_going=keep_going, resume=resume, report=report, memory=memory
+    )
+    if as_json:
+        print_json(done)
+    else:
+        _print_pipeline(done)
+    if done.failed:
+        raise typer.Exit(1)
+
+
+def _print_pipeline(report: PipelineReport) -> None:
+    for result in report.results:
+        time = f" ({result.seconds:.1f} s)" if result.seconds else ""
+        error = f": {result.error}" if result.error else ""
+        console.print(
+            f"{result.status:8}{result.step}: {result.out.relative_to(report.output)}{time}{error}", markup=False
+        )
+    counts = [result.status for result in report.results]
+    summary = ", ".join(f"{counts.count(status)} {status}" for status in dict.fromkeys(counts))
+    console.print(f"{summary}; outputs in {report.output}; took {report.seconds:.1f} s", markup=False)

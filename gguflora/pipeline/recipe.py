@@ -1,0 +1,296 @@
+"""What a recipe may say: a TOML file, checked before anything runs, with the line and the key in every message."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gguflora.errors import RecipeError
+
+Template = Annotated[str, Field(pattern=r"^\{\w+\}$")]
+"""A number that is taken from the matrix."""
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z][\w-]*$")]
+Whole = int | Template
+Number = float | Template
+OutType = Literal["auto", "f32", "f16", "bf16", "q8_0"] | Template
+Scalar = str | int | float
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Limits(_Strict):
+    """What a number of a step's report must keep to."""
+
+    min: float | None = None
+    max: float | None = None
+
+
+class AdapterUse(_Strict):
+    """An adapter and its scale (or weight)."""
+
+    path: str
+    scale: Number = 1.0
+
+
+class Step(_Strict):
+    """What all steps have.
+
+    Attributes:
+        name: of the step.
+        for_each: the matrix: by variable a list of values, or ``sources.NAME`` or ``steps.NAME``.
+        out: name of each output below the output folder; ``{variable}`` stands for a value or a file's stem.
+        checks: limits of numbers in the report, by their path in it, such as ``errors.*``; see `checks`.
+        memory: peak memory of one job, in MB.
+    """
+
+    inputs: ClassVar[tuple[str, ...]] = ()
+
+    name: Name
+    for_each: dict[Name, str | list[Scalar]] = Field(default={}, alias="for")
+    out: str
+    checks: dict[str, Limits] = {}
+    memory: int = Field(default=1024, ge=1)
+
+
+class Convert(Step):
+    """`gguflora.convert`."""
+
+    inputs: ClassVar = ("adapter", "base")
+    action: Literal["convert"]
+    adapter: str
+    base: str
+    outtype: OutType = "auto"
+    rank: Whole | None = None
+    energy: Number | None = None
+    scale: Number = 1.0
+
+
+class Merge(Step):
+    """`gguflora.merge`."""
+
+    inputs: ClassVar = ("base", "adapters", "base_f16", "imatrix")
+    action: Literal["merge"]
+    base: str
+    adapters: list[str | AdapterUse] = Field(min_length=1)
+    rounding: Literal["adaptive", "nearest"] | Template = "adaptive"
+    seed: Whole = 0
+    base_f16: str | None = None
+    outtype: str = "keep"
+    imatrix: str | None = None
+    threads: int | None = Field(default=None, ge=1)
+
+
+class Combine(Step):
+    """`gguflora.combine`."""
+
+    inputs: ClassVar = ("base", "adapters")
+    action: Literal["combine"]
+    adapters: list[str | AdapterUse] = Field(min_length=1)
+    method: str = "linear"
+    rank: Whole | None = None
+    density: Number | None = None
+    sign: Literal["total", "frequency"] | Template = "total"
+    seed: Whole = 0
+    base: str | None = None
+    outtype: OutType = "auto"
+
+
+class Resize(Step):
+    """`gguflora.resize`."""
+
+    inputs: ClassVar = ("adapter", "base")
+    action: Literal["resize"]
+    adapter: str
+    rank: Whole | None = None
+    energy: Number | None = None
+    base: str | None = None
+    outtype: OutType = "auto"
+
+
+class Extract(Step):
+    """`gguflora.extract`."""
+
+    inputs: ClassVar = ("finetuned", "base")
+    action: Literal["extract"]
+    finetuned: str
+    base: str
+    rank: Whole
+    energy: Number | None = None
+    iterations: Whole = 2
+    seed: Whole = 0
+    outtype: OutType = "auto"
+    threads: int | None = Field(default=None, ge=1)
+
+
+class Export(Step):
+    """`gguflora.export`."""
+
+    inputs: ClassVar = ("lora", "base")
+    action: Literal["export"]
+    lora: str
+    base: str
+    base_model_name: str | None = None
+
+
+class Inspect(Step):
+    """`gguflora.inspect`; its report is the output, as JSON."""
+
+    inputs: ClassVar = ("adapter", "base")
+    action: Literal["inspect"]
+    adapter: str
+    base: str | None = None
+    ranks: bool = False
+
+
+class Compare(Step):
+    """`gguflora.compare`; its report is the output, as JSON."""
+
+    inputs: ClassVar = ("base", "merged", "adapters", "text")
+    action: Literal["compare"]
+    base: str
+    merged: str
+    adapters: list[str | AdapterUse] = Field(min_length=1)
+    text: str | None = None
+    naive: bool = False
+    n_ctx: Whole = 512
+    threads: int | None = Field(default=None, ge=1)
+
+
+AnyStep = Annotated[
+    Convert | Merge | Combine | Resize | Extract | Export | Inspect | Compare, Field(discriminator="action")
+]
+
+
+class Recipe(_Strict):
+    """A recipe.
+
+    Attributes:
+        output: folder of all outputs.
+        sources: paths and globs by name, from the recipe's folder.
+        steps: what to do.
+    """
+
+    output: str
+    sources: dict[Name, str | list[str]] = {}
+    steps: list[AnyStep] = Field(min_length=1)
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeFile:
+    """A recipe and where its parts stand.
+
+    Attributes:
+        path: of the file.
+        text: its content.
+        recipe: what it says.
+    """
+
+    path: Path
+    text: str
+    recipe: Recipe
+
+    def error(self, location: Sequence[str | int], message: str) -> RecipeError:
+        """An error about one key, with its line."""
+        return _error(self.path, self.text, location, message)
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of recipes, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
+def read_recipe(path: Path) -> RecipeFile:
+    """Read a recipe.
+
+    Raises:
+        RecipeError: if it cannot be read, is no TOML, or says what no recipe may say.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = tomllib.loads(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path}: is no TOML: {error}") from error
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise _first(path, text, error) from None
+    file = RecipeFile(path, text, recipe)
+    names = [step.name for step in recipe.steps]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise file.error(("steps", index, "name"), f"a step named {name!r} is there already")
+    return file
+
+
+def validated(file: RecipeFile, index: int, fields: dict[str, Any]) -> Step:
+    """A step once its templates have been filled in.
+
+    Raises:
+        RecipeError: if a value of the matrix does not fit.
+    """
+    try:
+        return type(file.recipe.steps[index]).model_validate(fields)
+    except ValidationError as error:
+        found = error.errors()[0]
+        raise file.error(("steps", index, *_location(found)), _said(found)) from None
+
+
+def _first(path: Path, text: str, error: ValidationError) -> RecipeError:
+    problems = error.errors()
+    # of a choice of forms each is reported; a key that is unknown says most
+    problem = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
+    return _error(path, text, _location(problem), _said(problem))
+
+
+def _location(problem: Any) -> list[str | int]:  # noqa: ANN401  (pydantic's ErrorDetails)
+    """The keys that lead to a problem, without the names of the forms that a value may have."""
+    keys = [part for part in problem["loc"] if part not in _FORMS and not str(part).startswith(("list[", "literal["))]
+    return [*keys, "action"] if problem["type"].startswith("union_tag") else keys
+
+
+def _said(problem: Any) -> str:  # noqa: ANN401  (pydantic's ErrorDetails)
+    if problem["type"] == "extra_forbidden":
+        return "unknown key"
+    if problem["type"].startswith("union_tag"):
+        return f"is {problem.get('ctx', {}).get('tag', 'missing')!r}, expected one of {', '.join(sorted(_ACTIONS))}"
+    given = "" if problem["type"] == "missing" else f", found {problem['input']!r:.80}"
+    return f"{problem['msg'][:1].lower()}{problem['msg'][1:]}{given}"
+
+
+_ACTIONS: Final = {"convert", "merge", "combine", "resize", "extract", "export", "inspect", "compare"}
+_FORMS: Final = {*_ACTIONS, "str", "int", "float", "constrained-str", "AdapterUse"}
+
+
+def _error(path: Path, text: str, location: Sequence[str | int], message: str) -> RecipeError:
+    key = ".".join(f"{part + 1}" if isinstance(part, int) else str(part) for part in location)
+    return RecipeError(f"{path}:{line_of(text, location)}: {key or 'recipe'}: {message}")
+
+
+def line_of(text: str, location: Sequence[str | int]) -> int:
+    """The line, from 1, on which a key stands; of the table it belongs to, if it has none of its own."""
+    lines, start, end = text.splitlines(), 0, None
+    keys = [str(part) for part in location if not isinstance(part, int)]
+    if len(location) > 1 and location[0] == "steps" and isinstance(location[1], int):
+        heads = [number for number, line in enumerate(lines) if re.match(r"\s*\[\[\s*steps\s*\]\]", line)]
+        if location[1] < len(heads):
+            start = heads[location[1]]
+            end = heads[location[1] + 1] if location[1] + 1 < len(heads) else None
+        keys = keys[1:]
+    elif keys[:1] == ["sources"]:
+        start = next((number for number, line in enumerate(lines) if re.match(r"\s*\[\s*sources", line)), 0)
+        keys = keys[1:]
+    for number, line in enumerate(lines[start:end], start):
+        if keys and re.match(rf"\s*(?:\[steps\.)?[\"']?{re.escape(keys[0])}[\"']?\s*(?:=|\.|\])", line):
+            return number + 1
+    return start + 1

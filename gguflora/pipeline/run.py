@@ -1,0 +1,220 @@
+"""Run recipes: ``run_pipeline``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any, Final
+
+from gguflora.errors import OutputError, RecipeError
+from gguflora.pipeline.checks import failed_checks
+from gguflora.pipeline.html import write_html
+from gguflora.pipeline.plan import Job, plan_jobs
+from gguflora.pipeline.recipe import Merge, RecipeFile, read_recipe
+from gguflora.pipeline.results import PipelineReport, Status, StepResult
+from gguflora.pipeline.state import Keys, forget, kept_report, locked, remember, write_json
+from gguflora.pipeline.workers import Workers
+
+_LOG = logging.getLogger("gguflora.pipeline")
+_MEGABYTE: Final = 1 << 20
+
+
+def run_pipeline(
+    recipe: str | os.PathLike[str],
+    *,
+    jobs: int = 1,
+    dry_run: bool = False,
+    keep_going: bool = False,
+    resume: bool = True,
+    report: str | os.PathLike[str] | None = None,
+    memory: int | None = None,
+) -> PipelineReport:
+    """Do what a recipe says; what has been done before and has not changed since is kept.
+
+    Args:
+        recipe: TOML file, see `gguflora.pipeline.recipe`; its paths begin at its folder.
+        jobs: how many jobs to run at a time, each in a process of its own.
+        dry_run: check everything, run nothing.
+        keep_going: after a failure, go on with what does not depend on it.
+        resume: keep outputs that are up to date; False makes all of them again.
+        report: folder for ``report.json`` and ``report.html``.
+        memory: what the running jobs may need together by their own account, in MB; by default what is free now.
+
+    Raises:
+        RecipeError: if the recipe does not make sense; nothing has run then.
+        OutputError: if another run holds the output folder, or the disk has no room for the outputs.
+    """
+    started, file = time.perf_counter(), read_recipe(Path(recipe))
+    if jobs < 1:
+        raise RecipeError(f"jobs is {jobs}, expected a positive whole number")
+    folder, planned = plan_jobs(file)
+    graph = _graph(file, planned)
+    if dry_run:
+        results = [StepResult(job.step.name, job.out, "planned", 0.0, "", None, None) for job in planned]
+    else:
+        with locked(folder):
+            runner = _Runner(folder, planned, graph, jobs, memory or _free_memory())
+            results = runner.run(keep_going=keep_going, resume=resume)
+    done = PipelineReport(Path(recipe), folder, tuple(results), time.perf_counter() - started)
+    if report is not None:
+        _write_report(Path(report), done)
+    return done
+
+
+def _graph(file: RecipeFile, jobs: list[Job]) -> dict[Path, set[Path]]:
+    """The outputs that each output is made from.
+
+    Raises:
+        RecipeError: if jobs wait for each other.
+    """
+    made = {job.out for job in jobs}
+    graph = {job.out: {path.resolve() for path in job.inputs} & made for job in jobs}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        cycle = error.args[1]
+        job = next(job for job in jobs if job.out == cycle[0])
+        path = " -> ".join(str(out) for out in cycle)
+        raise file.error(("steps", job.index), f"outputs are made from each other: {path}") from None
+    return graph
+
+
+def _free_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _MEGABYTE
+
+
+def _write_report(folder: Path, report: PipelineReport) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error.strerror}") from error
+    write_json(folder / "report.json", report.to_dict())
+    write_html(folder / "report.html", report)
+
+
+class _Runner:
+    """Starts jobs when what they wait for is there, and there is memory for them."""
+
+    def __init__(
+        self, folder: Path, jobs: list[Job], graph: dict[Path, set[Path]], at_a_time: int, memory: int
+    ) -> None:
+        self._folder, self._jobs, self._graph = folder, {job.out: job for job in jobs}, graph
+        self._at_a_time, self._memory = at_a_time, memory
+        self._keys: dict[Path, str] = {}
+        self._results: dict[Path, StepResult] = {}
+        self._workers = Workers()
+
+    def run(self, *, keep_going: bool, resume: bool) -> list[StepResult]:
+        """All results, in the order of the jobs."""
+        order = list(TopologicalSorter(self._graph).static_order())
+        keys = Keys(self._folder)
+        sorter = TopologicalSorter(self._graph)
+        sorter.prepare()
+        waiting: list[Path] = []
+        running: dict[Future[StepResult], Path] = {}
+        with ThreadPoolExecutor(self._at_a_time) as pool:
+            try:
+                self._check_space(order)
+                while sorter.is_active():
+                    waiting += sorter.get_ready()
+                    for out in self._to_start(waiting, list(running.values())):
+                        waiting.remove(out)
+                        result = self._settled(out, keys, keep_going=keep_going, resume=resume)
+                        if result is None:
+                            running[pool.submit(self._do, self._jobs[out])] = out
+                        else:
+                            self._finish(result)
+                            sorter.done(out)
+                    if running:
+                        self._collect(running, sorter)
+            finally:
+                self._workers.close()
+                keys.save()
+        return [self._results[out] for out in self._jobs]
+
+    def _collect(self, running: dict[Future[StepResult], Path], sorter: TopologicalSorter[Path]) -> None:
+        finished, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in finished:
+            self._finish(future.result())
+            sorter.done(running.pop(future))
+
+    def _to_start(self, waiting: list[Path], running: list[Path]) -> list[Path]:
+        """Jobs for which there is room; one that asks for more than there is runs alone."""
+        free = self._memory - sum(self._jobs[out].step.memory for out in running)
+        chosen: list[Path] = []
+        for out in waiting:
+            need = self._jobs[out].step.memory
+            alone = not running and not chosen
+            if len(running) + len(chosen) < self._at_a_time and (need <= free or alone):
+                chosen.append(out)
+                free -= need
+        return chosen
+
+    def _settled(self, out: Path, keys: Keys, *, keep_going: bool, resume: bool) -> StepResult | None:
+        """The result of a job that need not or cannot run; None if it must."""
+        job = self._jobs[out]
+        bad = [path for path in self._graph[out] if self._results[path].status in {"failed", "left"}]
+        if bad:
+            return self._result(job, "left", error=f"waits for {bad[0]}, which was not made")
+        if not keep_going and any(result.status == "failed" for result in self._results.values()):
+            return self._result(job, "left", error="another step failed; --keep-going goes on with the rest")
+        self._keys[out] = keys.of(job)
+        report = kept_report(self._folder, job, self._keys[out]) if resume else None
+        if report is None:
+            return None
+        failed = failed_checks(report, job.step.checks)
+        return self._result(job, "failed" if failed else "kept", report=report, error="; ".join(failed) or None)
+
+    def _do(self, job: Job) -> StepResult:
+        started = time.perf_counter()
+        _LOG.info("%s: making %s", job.step.name, job.out)
+        forget(self._folder, job)
+        job.out.parent.mkdir(parents=True, exist_ok=True)
+        action = job.step.model_dump()["action"]
+        answer = self._workers.run({"action": action, "arguments": self._arguments(job), "out": str(job.out)})
+        seconds = time.perf_counter() - started
+        if "report" not in answer:
+            return self._result(job, "failed", seconds=seconds, error=answer["error"])
+        remember(self._folder, job, self._keys[job.out], answer["report"])
+        failed = failed_checks(answer["report"], job.step.checks)
+        status: Status = "failed" if failed else "done"
+        return self._result(job, status, seconds=seconds, report=answer["report"], error="; ".join(failed) or None)
+
+    def _arguments(self, job: Job) -> dict[str, Any]:
+        """The arguments, with a share of the cores for commands that can use several."""
+        arguments = job.arguments
+        if "threads" in type(job.step).model_fields:
+            arguments.setdefault("threads", max(1, len(os.sched_getaffinity(0)) // self._at_a_time))
+        return arguments
+
+    def _check_space(self, order: list[Path]) -> None:
+        """Merged models are nearly as large as their bases; what is there already is replaced."""
+        need = 0
+        for out in order:
+            step = self._jobs[out].step
+            if isinstance(step, Merge) and not out.exists() and Path(step.base).is_file():
+                need += Path(step.base).stat().st_size
+        free = shutil.disk_usage(self._folder).free
+        if need > free:
+            raise OutputError(f"{self._folder}: the merged models need {need:,} bytes, but only {free:,} are free")
+
+    def _result(
+        self,
+        job: Job,
+        status: Status,
+        *,
+        seconds: float = 0.0,
+        report: dict[str, Any] | None = None,
+        error: str | None = None,
+    ) -> StepResult:
+        return StepResult(job.step.name, job.out, status, seconds, self._keys.get(job.out, ""), report, error)
+
+    def _finish(self, result: StepResult) -> None:
+        level = logging.ERROR if result.status == "failed" else logging.INFO
+        _LOG.log(level, "%s: %s %s %s", result.step, result.status, result.out, result.error or "")
+        self._results[result.out] = result

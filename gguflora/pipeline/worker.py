@@ -1,0 +1,71 @@
+"""Jobs in a process of its own, so that nothing they do can take others down: JSON lines on stdin and stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from gguflora.errors import GgufloraError
+from gguflora.pipeline.state import write_json
+
+_MODULES: Final = {
+    "convert": "gguflora.convert",
+    "merge": "gguflora.merge",
+    "inspect": "gguflora.inspect",
+    "compare": "gguflora.compare",
+    **{name: f"gguflora.algebra.{name}" for name in ("combine", "resize", "extract", "export")},
+}
+_REPORTING: Final = {"inspect", "compare"}
+"""Actions that write nothing but their report."""
+
+
+def run_job(action: str, arguments: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Run one command; returns its report, ready for JSON.
+
+    Raises:
+        GgufloraError: as the command does.
+    """
+    command = getattr(import_module(_MODULES[action]), action)
+    if "adapters" in arguments:
+        arguments["adapters"] = [tuple(item) for item in arguments["adapters"]]
+    if action not in _REPORTING:
+        report: dict[str, Any] = command(**arguments, out=out, force=True).to_dict()
+        return report
+    report = command(**arguments).to_dict()
+    write_json(out, report)
+    return report
+
+
+def _stop(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Do the jobs on stdin until there are no more."""
+    signal.signal(signal.SIGTERM, _stop)  # so that a terminated job removes its temporary files
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print must not get between
+    with suppress(KeyboardInterrupt, BrokenPipeError):
+        for line in sys.stdin:
+            print(json.dumps(_answer(json.loads(line))), file=answers, flush=True)
+
+
+def _answer(job: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return {"report": run_job(job["action"], job["arguments"], Path(job["out"]))}
+    except GgufloraError as error:
+        return {"error": str(error)}
+    except MemoryError:
+        return {"error": "not enough memory"}
+    except OSError as error:
+        return {"error": f"{error.filename}: {error.strerror}" if error.filename else str(error)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""`gguflora.run_pipeline`: recipes run, resume, fail and report as they say."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import builders
+import llama_cpp  # noqa: F401  (before torch, as everywhere)
+import pytest
+from builders import Adapter
+from test_bad_input import run
+
+import gguflora
+from gguflora.errors import OutputError, RecipeError
+
+RECIPE = """
+output = "out"
+
+[sources]
+base = "base.gguf"
+adapters = "adapters/*"
+
+[[steps]]
+name = "small"
+action = "resize"
+for = { adapter = "sources.adapters", rank = [1, 2] }
+adapter = "{adapter}"
+rank = "{rank}"
+out = "peft/{adapter}-r{rank}"
+
+[[steps]]
+name = "lora"
+action = "convert"
+for = { adapter = "steps.small", base = "sources.base" }
+adapter = "{adapter}"
+base = "{base}"
+out = "{adapter}-{base}.gguf"
+
+[[steps]]
+name = "merged"
+action = "merge"
+for = { lora = "steps.lora", scale = [0.5, 1] }
+base = "base.gguf"
+adapters = [{ path = "{lora}", scale = "{scale}" }]
+out = "merged/{lora}-x{scale}.gguf"
+
+[[steps]]
+name = "both"
+action = "combine"
+adapters = ["adapters/one", { path = "adapters/two", scale = -0.5 }]
+method = "ties"
+density = 0.5
+out = "both"
+
+[[steps]]
+name = "report"
+action = "inspect"
+adapter = "adapters/one"
+base = "base.gguf"
+out = "one.json"
+checks = { "changes.*.rank" = { max = 4 }, problems = { max = 0 } }
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copyfile(builders.gguf_model("llama"), tmp_path / "base.gguf")
+    for seed, name in enumerate(("one", "two")):
+        shutil.copytree(
+            builders.adapter("llama", Adapter(targets=("q_proj",), seed=seed)), tmp_path / "adapters" / name
+        )
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    return tmp_path
+
+
+def statuses(report):
+    return [result.status for result in report.results]
+
+
+def outputs(folder):
+    return {
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and ".gguflora" not in path.parts
+    }
+
+
+def only(folder, *names):
+    """The recipe with some of its steps."""
+    head, *steps = RECIPE.split("[[steps]]")
+    chosen = [step for step in steps if re.search(r'name = "(\w+)"', step)[1] in names]
+    (folder / "recipe.toml").write_text("[[steps]]".join([head, *chosen]))
+    return folder / "recipe.toml"
+
+
+def test_matrices_order_and_what_is_kept(folder):
+    report = gguflora.run_pipeline(folder / "recipe.toml", jobs=2, report=folder / "report")
+    assert statuses(report) == ["done"] * (4 + 4 + 8 + 1 + 1), [result.error for result in report.results]
+    assert len(outputs(folder / "out")) == 4 * 2 + 4 + 8 + 2 + 1
+    gguflora.resize(folder / "adapters/one", folder / "small", rank=2)
+    gguflora.convert(folder / "small", folder / "base.gguf", folder / "lora.gguf")
+    gguflora.merge(folder / "base.gguf", [(folder / "lora.gguf", 0.5)], folder / "merged.gguf")
+    from oracles import tensors
+
+    found = tensors(folder / "out/merged/one-r2-base-x0.5.gguf")
+    for name, values in tensors(folder / "merged.gguf").items():
+        assert (found[name] == values).all(), name
+    page = (folder / "report/report.html").read_text()
+    assert "18 done" in page
+    assert not re.search(r"(?:src|href)=|https?://", page)
+    assert json.loads((folder / "report/report.json").read_text())["failed"] == 0
+    again = gguflora.run_pipeline(folder / "recipe.toml")
+    assert statuses(again) == ["kept"] * 18
+    assert again.results[0].report == report.results[0].report
+
+
+def test_only_what_has_changed_is_done_again(folder):
+    recipe = only(folder, "small", "lora", "both")
+    gguflora.run_pipeline(recipe, jobs=2)
+    shutil.copy(folder / "adapters/two/adapter_model.safetensors", folder / "adapters/one")
+    (folder / "out/two-r1-base.gguf").unlink()
+    recipe.write_text(recipe.read_text().replace("density = 0.5", "density = 0.6"))
+    done = {result.out.name for result in gguflora.run_pipeline(recipe).results if result.status == "done"}
+    assert done == {"one-r1", "one-r2", "one-r1-base.gguf", "one-r2-base.gguf", "two-r1-base.gguf", "both"}
+    os.utime(folder / "base.gguf")
+    assert set(statuses(gguflora.run_pipeline(recipe))) == {"kept"}
+    assert set(statuses(gguflora.run_pipeline(recipe, resume=False))) == {"done"}
+
+
+def test_a_failure_takes_nothing_else_down(folder):
+    recipe = only(folder, "small", "lora", "both")
+    config = folder / "adapters/one/adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 4', '"r": 5'))
+    report = gguflora.run_pipeline(recipe, keep_going=True)
+    found = {result.out.name: result for result in report.results}
+    assert {name: result.status for name, result in found.items()} == {
+        "one-r1": "failed", "one-r2": "failed", "two-r1": "done", "two-r2": "done", "one-r1-base.gguf": "left",
+        "one-r2-base.gguf": "left", "two-r1-base.gguf": "done", "two-r2-base.gguf": "done", "both": "failed",
+    }  # fmt: skip
+    assert "expected rank 5" in found["one-r1"].error
+    assert "waits for" in found["one-r1-base.gguf"].error
+    assert report.failed == 5
+    (folder / "out/two-r1-base.gguf").unlink()
+    stopped = gguflora.run_pipeline(recipe)
+    assert "done" not in statuses(stopped)
+    assert run("pipeline", recipe).returncode == 1
+
+
+def test_checks_fail_a_step_and_what_depends_on_it(folder):
+    recipe = only(folder, "small", "lora")
+    recipe.write_text(recipe.read_text().replace('out = "peft', 'checks = { "errors.*" = { max = 0.7 } }\nout = "peft'))
+    for _ in range(2):  # also when its output is kept
+        report = gguflora.run_pipeline(recipe, keep_going=True)
+        by_status = {result.out.name: result.status for result in report.results}
+        assert by_status["one-r1"] == "failed"
+        assert by_status["one-r2"] in {"done", "kept"}
+        assert by_status["one-r1-base.gguf"] == "left"
+    assert "allowed at most 0.7" in report.results[0].error
+    assert (folder / "out/peft/one-r1").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            'action = "resize"',
+            'action = "resise"',
+            r"recipe.toml:10: steps.1.action: is 'resise', expected one of combine",
+        ),
+        (
+            'adapter = "{adapter}"\nrank',
+            'adaptor = "x"\nadapter = "{adapter}"\nrank',
+            r":12: steps.1.adaptor: unknown key",
+        ),
+        ('rank = "{rank}"', 'rank = "{range}"', r":13: steps.1.rank: .*the variables of its matrix: adapter, rank"),
+        ("rank = [1, 2]", 'rank = [1, "two"]', r":13: steps.1.rank: .*'two'"),
+        ("-r{rank}", "", r":14: steps.1.out: writes .*/peft/one, but so does step 'small'"),
+        ("peft/{adapter}", "../{adapter}", r":14: steps.1.out: .* is not in the output folder"),
+        ("peft/{adapter}", ".gguflora/{adapter}", r":14: steps.1.out: .* is not in the output folder"),
+        ('"sources.adapters"', '"sources.adaptors"', r":11: steps.1.for.adapter: 'sources.adaptors' is unknown"),
+        ('"sources.adapters"', '"steps.lora"', r"wait for each other: small -> lora -> small"),
+        ('"adapters/*"', '"nowhere/*"', r":6: sources.adapters: 'nowhere/\*': no such file"),
+        ('name = "lora"', 'name = "small"', r":17: steps.2.name: a step named 'small' is there already"),
+        ('["adapters/one",', '["adapters/three",', r"steps.4.adapters: .*three: no such file or directory"),
+        ('output = "out"', "output = ", r"is no TOML: .*line 2"),
+        ('output = "out"', "", r"output: field required"),
+    ],
+)
+def test_what_makes_no_sense_is_said_before_anything_runs(folder, old, new, message):
+    text = RECIPE.replace(old, new, 1)
+    assert text != RECIPE
+    (folder / "recipe.toml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        gguflora.run_pipeline(folder / "recipe.toml")
+    assert not (folder / "out").exists()
+
+
+def test_outputs_made_from_each_other(folder):
+    (folder / "recipe.toml").write_text(
+        "\n".join(
+            ['output = "out"']
+            + [
+                f'[[steps]]\nname = "{own}"\naction = "resize"\nrank = 1\nadapter = "out/{other}"\nout = "{own}"'
+                for own, other in (("a", "b"), ("b", "a"))
+            ]
+        )
+    )
+    with pytest.raises(RecipeError, match="outputs are made from each other"):
+        gguflora.run_pipeline(folder / "recipe.toml")
+
+
+def test_dry_run_writes_nothing(folder):
+    report = gguflora.run_pipeline(folder / "recipe.toml", dry_run=True)
+    assert statuses(report) == ["planned"] * 18
+    assert not (folder / "out").exists()
+
+
+def test_two_runs_on_one_folder_do_not_meet(folder):
+    (folder / "out/.gguflora").mkdir(parents=True)
+    with (folder / "out/.gguflora/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="another pipeline"):
+            gguflora.run_pipeline(only(folder, "small"))
+    assert set(statuses(gguflora.run_pipeline(only(folder, "small")))) == {"done"}
+
+
+def test_no_space(folder, monkeypatch):
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OutputError, match="but only 1,000 are free"):
+        gguflora.run_pipeline(only(folder, "small", "lora", "merged"))
+    assert not outputs(folder / "out")
+
+
+def test_killed_and_resumed(folder):
+    """SIGKILL in the middle: no half output, and the next run does only the rest."""
+    command = [sys.executable, "-m", "gguflora", "pipeline", "recipe.toml"]
+    process = subprocess.Popen(
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": str(Path(gguflora.__file__).parents[1])}
+    )
+    deadline = time.monotonic() + 60
+    while not list((folder / "out").glob("peft/one-r2")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(3)  # the job that was running goes on to its end
+    made = set((folder / "out/.gguflora").glob("*.json"))
+    report = gguflora.run_pipeline(folder / "recipe.toml", jobs=2)
+    assert report.failed == 0
+    assert 1 <= statuses(report).count("kept") == len(made - {folder / "out/.gguflora/hashes.json"}) < 18
+
+
+def test_a_job_that_needs_all_memory_runs_alone(folder):
+    recipe = only(folder, "small")
+    recipe.write_text(recipe.read_text().replace('out = "peft', 'memory = 4000\nout = "peft'))
+    assert statuses(gguflora.run_pipeline(recipe, jobs=4, memory=1000)) == ["done"] * 4
+
+
+def test_command_line_and_schema(folder):
+    recipe = only(folder, "small", "report")
+    result = run("pipeline", recipe, "--json", "--report", folder / "report")
+    assert result.returncode == 0, result.stderr
+    assert len(json.loads(result.stdout)["results"]) == 5
+    assert "5 kept; outputs in" in run("pipeline", recipe).stdout
+    schema = json.loads(run("pipeline", "--schema").stdout)
+    assert schema["properties"].keys() == {"output", "sources", "steps"}
+    assert "Merge" in schema["$defs"]
