@@ -105,7 +105,8 @@ def _mean_squares(file: GgufFile, name: str) -> Floats:
         raise GgufError(f"{file.path}: {name + _COUNTS!r} holds {counts.max()}, which is no count")
     whole = np.floor(counts.astype(np.float64) + 0.5).astype(np.float32)[:, None]  # halves away from 0, as lround
     rows = sums.reshape(len(counts), -1)
-    weights = np.divide(rows, whole, out=np.ones_like(rows), where=whole > 0)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is no finite number is refused later
+        weights = np.divide(rows, whole, out=np.ones_like(rows), where=whole > 0)
     return weights if len(counts) > 1 else weights[0]
 
 
@@ -132,7 +133,7 @@ def _read_dat(path: Path, content: mmap.mmap | bytes) -> dict[str, Floats]:
         if n_values < 1:
             raise FormatError(f"{path}: {name!r:.80} claims {n_values} values, expected at least 1")
         values: Floats = np.frombuffer(reader.take(4 * n_values, f"the values of {name!r:.80}"), "<f4")
-        with np.errstate(invalid="ignore"):  # what is no number is refused later
+        with np.errstate(over="ignore", invalid="ignore"):  # as above
             entries[name] = np.divide(values, np.float32(max(calls, 1)), dtype=np.float32)
     return entries
 

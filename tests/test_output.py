@@ -1,12 +1,16 @@
 """Output is whole or absent, on file systems with and without files that have no name."""
 
+import errno
 import os
+import random
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from gguflora.errors import OutputError
-from gguflora.files.output import atomic_output, path_of
+from gguflora.files.output import atomic_output, atomic_outputs, path_of
 
 
 @pytest.fixture(params=["unnamed", "named"])
@@ -56,3 +60,111 @@ def test_nothing_stays_open(folder):
     with atomic_output(folder / "out") as file:
         file.write(b"x")
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+# -- names that are taken in the meantime --
+
+
+def test_another_is_quicker(folder):
+    """Two outputs of one name at the same time: the second is refused, the first stays."""
+    target = folder / "out"
+    with pytest.raises(OutputError, match="meantime"), atomic_output(target, force=False) as slow:
+        slow.write(b"slow")
+        with atomic_output(target, force=False) as quick:
+            quick.write(b"quick")
+    assert target.read_bytes() == b"quick"
+    assert list(folder.iterdir()) == [target]
+
+
+def test_the_last_of_two_that_may_overwrite(folder):
+    target = folder / "out"
+    with atomic_output(target) as slow:
+        slow.write(b"slow")
+        with atomic_output(target) as quick:
+            quick.write(b"quick")
+        assert target.read_bytes() == b"quick"
+    assert target.read_bytes() == b"slow"
+    assert list(folder.iterdir()) == [target]
+
+
+def test_a_file_system_without_links(folder, monkeypatch):
+    def refuse(*_args, **_options):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)
+    monkeypatch.setattr(os, "link", refuse)
+    with atomic_output(folder / "out", force=False) as file:
+        file.write(b"x")
+    with pytest.raises(OutputError, match="meantime"), atomic_output(folder / "out", force=False) as file:
+        file.write(b"y")
+    assert (folder / "out").read_bytes() == b"x"
+    assert list(folder.iterdir()) == [folder / "out"]
+
+
+# -- several files --
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_several(force, folder):
+    targets = [folder / name for name in "abc"]
+    if force:
+        targets[1].write_bytes(b"old")
+    with atomic_outputs(targets, force=force) as files:
+        for number, file in enumerate(files):
+            file.write(bytes([number]))
+    assert [target.read_bytes() for target in targets] == [b"\0", b"\1", b"\2"]
+    assert sorted(folder.iterdir()) == targets
+
+
+def test_none_of_several(folder):
+    targets = [folder / name for name in "abc"]
+    with pytest.raises(OutputError, match="meantime"), atomic_outputs(targets, force=False):
+        targets[0].write_bytes(b"precious")
+    assert sorted(folder.iterdir()) == targets[:1]
+    assert targets[0].read_bytes() == b"precious"
+
+
+# -- kill -9 --
+
+
+def write_without_end(targets):
+    """In a process of its own."""
+    while True:
+        with atomic_outputs(targets) as files:
+            for file in files:
+                for _ in range(64):
+                    file.write(b"x" * 4096)
+
+
+@pytest.mark.parametrize("names", ["a", "abc"])
+def test_killed_at_any_moment(names, folder):
+    """The first file is absent or all are whole; what else is left, the next output removes."""
+    targets = [folder / name for name in names]
+    dice = random.Random(names)
+    for _ in range(25):
+        child = os.fork()
+        if child == 0:
+            write_without_end(targets)
+        time.sleep(dice.uniform(0.001, 0.06))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if targets[0].exists():
+            assert [target.stat().st_size for target in targets] == [64 * 4096] * len(targets)
+    assert any(target.exists() for target in targets), "some output was finished"
+    with atomic_outputs(targets) as files:
+        for file in files:
+            file.write(b"new")
+    assert sorted(folder.iterdir()) == targets
+
+
+def test_litter_of_the_living_stays(folder, monkeypatch):
+    """Another process' file that is being written is not taken for litter."""
+    monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)
+    with atomic_output(folder / "out") as slow:
+        slow.write(b"slow")
+        (folder / ".out.0123abcd.partial").write_bytes(b"of a process that was killed")
+        with atomic_output(folder / "out") as quick:
+            quick.write(b"quick")
+        assert len(list(folder.glob(".out.*.partial"))) == 1
+    assert (folder / "out").read_bytes() == b"slow"
+    assert list(folder.iterdir()) == [folder / "out"]

@@ -1,6 +1,7 @@
 """Models split into several files: read as one, merged into as many, the same tensors as those of the whole."""
 
 import itertools
+import os
 import re
 import shutil
 import struct
@@ -322,3 +323,62 @@ def test_record_of_a_merge(parts, tmp_path):
     assert "gguflora.version" in oracles.metadata(first)
     assert set(oracles.metadata(second)) == {"split.no", "split.count", "split.tensors.count"}
     assert encode_entry("gguflora.version", gguflora.__version__) in first.read_bytes()
+
+
+# -- what happens in the meantime --
+
+
+@pytest.mark.parametrize("n_parts", [1, 3])
+@pytest.mark.parametrize("harm", ["touched", "written", "shortened"])
+def test_a_base_that_changes_during_the_merge(harm, n_parts, tmp_path):
+    """By size and time, also where a mapping would kill the process."""
+    (tmp_path / "base").mkdir()
+    paths = split(builders.gguf_model(*WHOLE), tmp_path / "base" / "llama.gguf", n_parts)
+
+    def disturb(done, total):
+        status = paths[-1].stat()
+        if harm == "shortened":
+            os.truncate(paths[-1], status.st_size // 2)
+        elif harm == "written":
+            with paths[-1].open("ab") as file:
+                file.write(b"more")
+        else:
+            os.utime(paths[-1], ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+
+    with pytest.raises(GgufError, match=paths[-1].name):
+        gguflora.merge(
+            paths[0], builders.adapter("llama", LORA, "wide"), tmp_path / "merged.gguf", progress=disturb, threads=2
+        )
+    assert names_in(tmp_path) == ["base"]
+
+
+@pytest.mark.parametrize("n_parts", [1, 3])
+def test_two_merges_to_one_target(n_parts, tmp_path):
+    """The second to finish is refused, and the first one's files stay as they are."""
+    (tmp_path / "base").mkdir()
+    paths = split(builders.gguf_model(*WHOLE), tmp_path / "base" / "llama.gguf", n_parts)
+    adapter, other = (builders.adapter("llama", Adapter(seed=seed), "wide") for seed in (3, 4))
+    merged = part_paths(tmp_path / "merged.gguf", n_parts)
+    once = []
+
+    def merge_too(done, total):
+        if not once:
+            once.append(gguflora.merge(paths[0], other, tmp_path / "merged.gguf", threads=1))
+            once.append([path.read_bytes() for path in merged])
+
+    with pytest.raises(OutputError, match="meantime"):
+        gguflora.merge(paths[0], adapter, tmp_path / "merged.gguf", progress=merge_too, threads=1)
+    assert [path.read_bytes() for path in merged] == once[1]
+    assert names_in(tmp_path) == sorted(["base", *(path.name for path in merged)])
+
+
+@pytest.mark.parametrize("how", ["symlink_to", "hardlink_to"])
+def test_a_part_of_the_base_under_another_name_is_no_target(how, parts, tmp_path):
+    for index in range(3):
+        (tmp_path / str(index)).mkdir()
+        merged = part_paths(tmp_path / str(index) / "merged.gguf", 3)
+        getattr(merged[index], how)(parts[index])
+        before = [path.read_bytes() for path in parts]
+        with pytest.raises(OutputError, match="is also an input"):
+            gguflora.merge(parts[0], builders.adapter("llama", LORA, "wide"), merged[0], force=True)
+        assert [path.read_bytes() for path in parts] == before

@@ -6,8 +6,6 @@ import errno
 import os
 from typing import Final
 
-from gguflora.errors import GgufError
-
 _BUFFER_BYTES: Final = 4 << 20
 _NOT_HERE: Final = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
@@ -16,7 +14,7 @@ def copy_range(source: int, source_offset: int, target: int, target_offset: int,
     """Copy ``count`` bytes; file positions stay as they are.
 
     Raises:
-        GgufError: if the source ends early.
+        EOFError: if the source ends early.
         OSError: if the target cannot be written.
     """
     while count:
@@ -27,7 +25,7 @@ def copy_range(source: int, source_offset: int, target: int, target_offset: int,
                 raise
             copied = _copy_through_memory(source, source_offset, target, target_offset, count)
         if copied == 0:
-            raise GgufError("the base file became shorter while it was being copied")
+            raise EOFError(source_offset)
         source_offset, target_offset, count = source_offset + copied, target_offset + copied, count - copied
 
 

@@ -117,7 +117,10 @@ class GgufFile:
     def copy(self, first: int, last: int, target: int, to: int) -> None:
         """Copy a range of bytes within one of the files to a file descriptor, by the kernel where it can."""
         part, offset = self._locate(first)
-        copy_range(part.fileno(), offset, target, to, last - first)
+        try:
+            copy_range(part.fileno(), offset, target, to, last - first)
+        except EOFError as error:
+            raise GgufError(f"{part.path}: became shorter while it was being copied") from error
 
     def _locate(self, offset: int) -> tuple[GgufPart, int]:
         """The file that holds a byte, and where, counted as if the files were one after the other."""
