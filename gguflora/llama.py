@@ -35,7 +35,7 @@ _WARN, _ERROR, _CONTINUED = 3, 4, 5  # enum ggml_log_level
 
 
 class _Log:
-    """Listens to llama.cpp's log: keeps what is serious, hands the rest on to the listener before it.
+    """Listens to llama.cpp's log: keeps what is serious, hands what is less on to the listener before it.
 
     llama.cpp has one listener for the whole process and reads it without a lock, so the C function must outlive every
     thread that may be about to call it: there is one of these, and it is never freed.
@@ -44,7 +44,7 @@ class _Log:
     def __init__(self) -> None:
         self.turn = threading.Lock()
         self.kept: list[str] = []
-        self._least = _WARN
+        self._least, self._kept_back = _WARN, _ERROR
         self.callback: Final = llama_cpp.llama_log_callback(self._hear)
         self._before: Any = None
         self._before_data: Any = None
@@ -54,11 +54,11 @@ class _Log:
         self._level = self._level if level == _CONTINUED else level
         if self._least <= self._level <= _ERROR:
             self.kept.append(text.decode("utf-8", errors="replace"))
-        if self._level != _ERROR and self._before:
+        if self._level < self._kept_back and self._before:
             self._before(level, text, self._before_data)
 
-    def start(self, least: int) -> None:
-        self.kept, self._least = [], least
+    def start(self, least: int, kept_back: int) -> None:
+        self.kept, self._least, self._kept_back = [], least, kept_back
         self._before, self._before_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
         llama_cpp.llama_log_get(ctypes.byref(self._before), ctypes.byref(self._before_data))
         llama_cpp.llama_log_set(self.callback, None)
@@ -71,10 +71,13 @@ _LOG: Final = _Log()
 
 
 @contextmanager
-def captured_log(least: int = _WARN) -> Iterator[list[str]]:
-    """Collect what llama.cpp says, warnings and errors by default; the listener before is put back afterwards."""
+def captured_log(least: int = _WARN, kept_back: int = _ERROR) -> Iterator[list[str]]:
+    """Collect what llama.cpp says, warnings and errors by default; the listener before is put back afterwards.
+
+    Until then that one hears only what is below ``kept_back``.
+    """
     with _LOG.turn:
-        _LOG.start(least)
+        _LOG.start(least, kept_back)
         try:
             yield _LOG.kept
         finally:
@@ -109,7 +112,7 @@ def load_lora(model: int, path: Path) -> Pointer:
     Raises:
         HotSwapError: with llama.cpp's log text.
     """
-    with captured_log() as log:
+    with captured_log(kept_back=_WARN) as log:  # it warns of every tensor whose base weight is repacked, to no effect
         pointer: Pointer = llama_cpp.llama_adapter_lora_init(model, os.fsencode(path))
     if not pointer:  # a null pointer, which in ctypes is not None
         said = " ".join("".join(log).split()) or "it gave no reason"

@@ -372,5 +372,11 @@ def _parameters(options: ContextOptions) -> Any:  # noqa: ANN401  (llama_cpp has
 
 def _common(held: Sequence[Key], wanted: Sequence[Key]) -> int:
     """Length of the common beginning."""
-    most = min(len(held), len(wanted))
-    return next((at for at in range(most) if held[at] != wanted[at]), most)
+    low, high = 0, min(len(held), len(wanted))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if held[low:middle] == wanted[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

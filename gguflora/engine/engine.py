@@ -85,7 +85,8 @@ class Engine:
         max_contexts: contexts in memory, at most: adapter sets that keep their KV cache.
         max_kv_bytes: bytes of KV cache, at most: lowers `max_contexts` if need be.
         queue_size: requests that may wait to begin.
-        n_batch: tokens decoded in one step, at most.
+        n_batch: tokens decoded in one step, at most. More than 128 make no prompt faster, but every context larger,
+            and others wait longer for their turn.
         threads: that compute; None for all processors but one: threads of llama.cpp that wait for each other must not
             share a processor with anything else.
         kv_type: of the numbers in the KV cache: F16, F32, BF16 or Q8_0.
@@ -107,7 +108,7 @@ class Engine:
         max_contexts: int = 2,
         max_kv_bytes: int | None = None,
         queue_size: int = 64,
-        n_batch: int = 512,
+        n_batch: int = 128,
         threads: int | None = None,
         kv_type: str = "F16",
         verbose: bool = False,

@@ -1,0 +1,37 @@
+"""The benchmark of adapters at run time, in its smallest setting."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TOOLS = Path(__file__).parent.parent / "tools"
+
+
+@pytest.fixture(scope="module")
+def bench() -> Any:
+    sys.path.insert(0, str(TOOLS))
+    try:
+        from benchmarks import hotswap
+    finally:
+        sys.path.remove(str(TOOLS))
+    return hotswap
+
+
+def test_hotswap(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = type(bench.LLAMAS["0.1b"])("tiny", 256, 512, 2, 4, 2, 512, 10000.0)
+    monkeypatch.setitem(bench.LLAMAS, "tiny", tiny)
+    out = tmp_path / "report.json"
+    bench.hotswap(model="tiny", tokens=3, repeats=1, threads=1, folder=tmp_path, out=out)
+    report = json.loads(out.read_text())
+    speeds = report["engine"]["tokens_per_second"]
+    assert speeds.keys() == {"base", "f32", "f16", "q8_0", "merged file"}
+    assert min(speeds.values()) > 0
+    loads = report["engine"]["loads"]
+    assert loads["f32"]["file_bytes"] > loads["f16"]["file_bytes"] > loads["q8_0"]["file_bytes"]
+    assert report["attached"]["apply"] < report["rebuilding"]["first_token"]
+    assert "Llama(lora_path=)" in capsys.readouterr().out

@@ -1,0 +1,208 @@
+"""Adapters at run time: loading, switching, speed, memory; ``tools/bench hotswap [--model 1.1b]``.
+
+One engine with the adapter as F32, F16 and Q8_0, against building a ``Llama(lora_path=...)`` for each switch, which is
+what llama-cpp-python offers, and against a merged file. The same prompt everywhere, greedy, files in the page cache,
+medians. A switch is measured to the first token of its answer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import llama_cpp
+import typer
+from benchmarks.models import LLAMAS, adapter_files, base_file
+from rich.console import Console
+from rich.table import Table
+
+import gguflora
+from gguflora.engine import Engine, Generation, Request, Sampling
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gguflora" / "bench"
+OUTTYPES = ("f32", "f16", "q8_0")
+PROMPT = [1, *range(300, 363)]
+END = 2
+N_CTX = 2048
+
+
+class Subjects:
+    """The files of one run: a base, its adapter in several types, the two merged."""
+
+    def __init__(self, folder: Path, model: str) -> None:
+        llama = LLAMAS[model]
+        self.base = base_file(folder, llama, "Q4_K_M")
+        peft, _ = adapter_files(folder, llama)
+        self.adapters = {outtype: folder / f"{peft.name}-{outtype}.gguf" for outtype in OUTTYPES}
+        for outtype, file in self.adapters.items():
+            if not file.exists():
+                gguflora.convert(peft, self.base, file, outtype=outtype)
+        self.merged = folder / f"{self.base.stem}-merged.gguf"
+        if not self.merged.exists():
+            gguflora.merge(self.base, peft, self.merged)
+        for file in (self.base, self.merged, *self.adapters.values()):
+            subprocess.run(["cat", file], stdout=subprocess.DEVNULL, check=True)  # into the page cache
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """That ``work`` takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def resident_bytes() -> int:
+    """Memory of this process that no file backs, once nothing is left to give back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+@contextmanager
+def opened(base: Path, threads: int) -> Iterator[Engine]:
+    """An engine with room for a context of each set."""
+    with Engine(base, n_ctx=N_CTX, max_contexts=len(OUTTYPES) + 1, threads=threads) as engine:
+        yield engine
+
+
+def ask(engine: Engine, adapters: str, count: int) -> Generation:
+    """An answer of ``count`` tokens, waited for."""
+    sampling = Sampling(temperature=0, logit_bias={END: -100.0})
+    generation = engine.submit(Request(PROMPT, engine.adapter_set(adapters), max_tokens=count, sampling=sampling))
+    generation.text()
+    if generation.usage.completion_tokens != count:
+        raise SystemExit(f"{adapters}: {generation.usage.completion_tokens} tokens instead of {count}")
+    return generation
+
+
+def tokens_per_second(engine: Engine, adapters: str, count: int, repeats: int) -> float:
+    """Of generating, the prompt's evaluation left out."""
+    return statistics.median((count - 1) / ask(engine, adapters, count).timings.decode for _ in range(repeats))
+
+
+def measure_engine(files: Subjects, count: int, repeats: int, threads: int) -> dict[str, object]:
+    """Loading, memory, switching and speed of adapters in one engine."""
+    with opened(files.base, threads) as engine:
+        ask(engine, "base", 1)
+        loads = {outtype: _loaded(engine, outtype, file, repeats) for outtype, file in files.adapters.items()}
+        before = resident_bytes()
+        first = ask(engine, "f32", 1).timings.ttft
+        context = resident_bytes() - before
+        for outtype in OUTTYPES:
+            ask(engine, outtype, 1)
+        same = statistics.median(ask(engine, "f32", 1).timings.ttft for _ in range(repeats * 3))
+        sets = ("base", *OUTTYPES) * repeats
+        back = statistics.median(ask(engine, adapters, 1).timings.ttft for adapters in sets)
+        speed = {adapters: tokens_per_second(engine, adapters, count, repeats) for adapters in ("base", *OUTTYPES)}
+        kv_bytes = engine.stats().contexts[0].kv_bytes
+    with opened(files.merged, threads) as engine:
+        speed["merged file"] = tokens_per_second(engine, "base", count, repeats)
+    switching = {"without a switch": same, "back to a set used before": back, "first use of a set": first}
+    return {
+        "loads": loads,
+        "context_bytes": context,
+        "kv_bytes": kv_bytes,
+        "first_token": switching,
+        "tokens_per_second": speed,
+    }
+
+
+def _loaded(engine: Engine, outtype: str, file: Path, repeats: int) -> dict[str, float]:
+    """Load an adapter (and leave it loaded): seconds, and bytes on disk and in memory."""
+    taken = []
+    for _ in range(repeats):
+        before = resident_bytes()
+        taken.append(seconds(lambda: engine.load(file, outtype)))
+        memory = resident_bytes() - before
+        engine.unload(outtype)
+    engine.load(file, outtype)
+    return {"seconds": statistics.median(taken), "file_bytes": file.stat().st_size, "memory_bytes": memory}
+
+
+def measure_attached(files: Subjects, repeats: int, threads: int) -> dict[str, float]:
+    """Switching the adapter of one Llama by `gguflora.attach`: the call, and the first token of the next answer."""
+    llm = _llama(files.base, threads)
+    applies, firsts = [], []
+    with gguflora.attach(llm) as adapters:
+        for outtype, file in files.adapters.items():
+            adapters.load(outtype, file)
+        for outtype in OUTTYPES * repeats:
+            applies.append(seconds(lambda outtype=outtype: adapters.apply({outtype: 1.0})))
+            firsts.append(seconds(lambda: next(llm.generate(PROMPT, temp=0.0))))
+    llm.close()
+    return {"apply": statistics.median(applies), "first_token": statistics.median(firsts)}
+
+
+def measure_rebuilding(files: Subjects, count: int, repeats: int, threads: int) -> dict[str, float]:
+    """Switching by building a Llama anew, to the first token of its answer; and its speed."""
+    switches, speeds = [], []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        llm = _llama(files.base, threads, lora_path=str(files.adapters["f32"]))
+        tokens = llm.generate(PROMPT, temp=0.0)
+        next(tokens)
+        switches.append(time.perf_counter() - started)
+        speeds.append((count - 1) / seconds(lambda tokens=tokens: [next(tokens) for _ in range(count - 1)]))
+        llm.close()
+    return {"first_token": statistics.median(switches), "tokens_per_second": statistics.median(speeds)}
+
+
+def _llama(path: Path, threads: int, **options: object) -> llama_cpp.Llama:
+    return llama_cpp.Llama(
+        str(path), n_ctx=N_CTX, n_batch=128, n_threads=threads, n_threads_batch=threads, verbose=False, **options
+    )
+
+
+def _tables(report: dict[str, dict]) -> list[Table]:
+    engine, attached, rebuilt = report["engine"], report["attached"], report["rebuilding"]
+    loads = Table("adapter", "load ms", "file MB", "memory MB", "tokens/s", title="Hot adapters")
+    speed = engine["tokens_per_second"]
+    for outtype, load in engine["loads"].items():
+        sizes = (f"{load[key] / 1e6:.1f}" for key in ("file_bytes", "memory_bytes"))
+        loads.add_row(outtype, f"{load['seconds'] * 1e3:.0f}", *sizes, f"{speed[outtype]:.1f}")
+    for other in ("base", "merged file"):
+        loads.add_row(other, "", "", "", f"{speed[other]:.1f}")
+    loads.add_row("Llama(lora_path=), f32", "", "", "", f"{rebuilt['tokens_per_second']:.1f}")
+    switches = Table("switch", "ms to the first token", title=f"Switching, prompt of {len(PROMPT)} tokens")
+    for name, taken in engine["first_token"].items():
+        switches.add_row(f"engine: {name}", f"{taken * 1e3:.1f}")
+    switches.add_row(
+        f"attach: apply ({attached['apply'] * 1e6:.0f} us) and prompt", f"{attached['first_token'] * 1e3:.1f}"
+    )
+    switches.add_row("a new Llama(lora_path=...), then the prompt", f"{rebuilt['first_token'] * 1e3:.1f}")
+    return [loads, switches]
+
+
+def hotswap(
+    model: Annotated[str, typer.Option(help=f"Size of the llama: {', '.join(LLAMAS)}.")] = "1.1b",
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each number; the median counts.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of llama.cpp.")] = 1,
+    folder: Annotated[Path, typer.Option(help="Where models and adapters are kept.")] = CACHE,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
+) -> None:
+    """Measure adapters at run time against a Llama built anew for each switch, and a merged file."""
+    files = Subjects(folder, model)
+    report = {
+        "engine": measure_engine(files, tokens, repeats, threads),
+        "attached": measure_attached(files, repeats, threads),
+        "rebuilding": measure_rebuilding(files, tokens, repeats, threads),
+    }
+    if out is not None:
+        out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    console = Console(file=sys.stdout)
+    for table in _tables(report):
+        console.print(table)
+    console.print(f"A context of {N_CTX} tokens takes {report['engine']['context_bytes'] / 1e6:.0f} MB of memory, "
+                  f"{report['engine']['kv_bytes'] / 1e6:.0f} MB of them KV cache.")  # fmt: skip
