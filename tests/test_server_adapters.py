@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from serving import PROMPT, expected_text, lora_file
 
 import gguflora
 from gguflora import demo
+from gguflora.errors import GgufloraError
 from gguflora.server import Settings
 
 GREEDY = {"prompt": PROMPT, "max_tokens": 60, "temperature": 0}
@@ -77,6 +79,19 @@ def test_changes_are_measured_once(http, monkeypatch):
     http.get("/lora-adapters/0/changes")
     monkeypatch.setattr("gguflora.server.changes.inspect", lambda *_: pytest.fail("measured again"))
     assert http.get("/lora-adapters/0/changes").status_code == 200
+
+
+def test_changes_that_cannot_be_measured_are_tried_again(http, monkeypatch):
+    def fail(*_):
+        raise GgufloraError("gone")
+
+    monkeypatch.setattr(http.changes, "_measured", {})
+    monkeypatch.setattr("gguflora.server.changes.inspect", fail)
+    assert http.get("/lora-adapters/0/changes").json()["error"]["message"] == "gone"
+    monkeypatch.undo()
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda _: http.get("/lora-adapters/0/changes").status_code, range(8)))
+    assert replies == [200] * 8
 
 
 def load(http, path, name="new", **more):

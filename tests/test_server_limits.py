@@ -259,6 +259,14 @@ def test_command_says_why_it_cannot_start(tmp_path):
     assert (code, "cannot listen on 127.0.0.1" in said) == (1, True)
 
 
+def test_command_names_the_missing_extra():
+    code = "import sys; sys.modules['fastapi'] = None; from gguflora.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, "serve", str(demo.BASE)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, "error: serve needs fastapi: pip install 'gguflora[server]'\n")
+
+
 def test_app_has_settings_of_its_own():
     with serving.engine() as engine:
         app = create_app(engine, demo.BASE)

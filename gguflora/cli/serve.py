@@ -24,7 +24,10 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8080,
     ctx: Annotated[
-        int | None, typer.Option(min=8, help="Tokens of context; by default the model's, at most 4096.")
+        int | None,
+        typer.Option(
+            min=8, help="Tokens of context, for all requests decoded together; by default the model's, at most 4096."
+        ),
     ] = None,
     parallel: Annotated[int, typer.Option(min=1, max=256, help="Requests decoded together in one context.")] = 4,
     contexts: Annotated[int, typer.Option(min=1, max=64, help="Adapter sets that keep a KV cache.")] = 2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from pathlib import Path
@@ -35,7 +36,7 @@ def _entry(adapter: LoadedAdapter, scale: float) -> dict[str, Any]:
     """As llama-server, but the path is only the file's name."""
     return {
         "id": adapter.id,
-        "path": Path(adapter.path).name,
+        "path": adapter.path.name,
         "scale": scale,
         "name": adapter.name,
         "method": adapter.method,
@@ -54,10 +55,11 @@ def set_scales(scales: list[LoraScale], service: Offered) -> dict[str, bool]:
 
 
 @router.get("/lora-adapters/{adapter_id}/changes")
-def show_changes(adapter_id: int, service: Offered) -> dict[str, Any]:
+async def show_changes(adapter_id: int, service: Offered) -> dict[str, Any]:
     """How much an adapter changes each tensor at scale 1, relative to the tensor's norm."""
     adapter = service.find(adapter_id)
-    rows = service.changes.of(Path(adapter.path), adapter.sha256)
+    measured = asyncio.wrap_future(service.changes.of(adapter.path, adapter.sha256))
+    rows = await asyncio.shield(measured)  # others may wait for the same
     return {"id": adapter.id, "name": adapter.name, "changes": rows}
 
 

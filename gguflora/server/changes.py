@@ -12,36 +12,39 @@ from gguflora.files.gguf import layer_of
 from gguflora.inspect import InspectedChange, inspect
 
 _LAYER: Final = re.compile(r"blk\.\d+\.")
-_Rows = list[dict[str, Any]]
+Rows = list[dict[str, Any]]
 
 
 class Changes:
-    """Measures adapters with `gguflora.inspect`; each file once, however many ask at the same time."""
+    """Measures adapters with `gguflora.inspect`; each file once, however many ask, and one at a time."""
 
     def __init__(self, base: Path) -> None:
         self._base = base
         self._lock = threading.Lock()
-        self._measured: dict[str, Future[_Rows]] = {}
+        self._turn = threading.Lock()
+        self._measured: dict[str, Future[Rows]] = {}
 
-    def of(self, path: Path, sha256: str) -> _Rows:
-        """The changes of the adapter at ``path``, one row for each tensor; waits until they are measured.
+    def of(self, path: Path, sha256: str) -> Future[Rows]:
+        """The changes of the adapter at ``path``, one row for each tensor, when they are measured.
 
-        Raises:
-            GgufloraError: if the adapter or the base cannot be read any more; the next call tries again.
+        A `GgufloraError` if the adapter or the base cannot be read any more; the next call tries again.
         """
         with self._lock:
-            known = self._measured.get(sha256)
-            future = self._measured.setdefault(sha256, Future())
-        if known is not None:
-            return known.result()
+            if sha256 not in self._measured:
+                self._measured[sha256] = Future()
+                # a daemon: the server's end does not wait for it
+                threading.Thread(target=self._measure, args=(path, sha256), name="changes", daemon=True).start()
+            return self._measured[sha256]
+
+    def _measure(self, path: Path, sha256: str) -> None:
+        future = self._measured[sha256]
         try:
-            future.set_result([_row(change) for change in inspect(path, self._base).changes])
-        except BaseException as error:
+            with self._turn:
+                future.set_result([_row(change) for change in inspect(path, self._base).changes])
+        except Exception as error:
             with self._lock:
                 del self._measured[sha256]
             future.set_exception(error)
-            raise
-        return future.result()
 
 
 def _row(change: InspectedChange) -> dict[str, Any]:
