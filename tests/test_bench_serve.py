@@ -1,5 +1,6 @@
 """The benchmark of servers, in its smallest setting."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -23,11 +24,12 @@ def bench():
 def test_measure(bench, clients, adapters):
     with serving.serving() as http:
         load = bench.Load(clients, adapters, requests=2, tokens=8)
-        rates = bench.measure(bench.OURS, str(http.base_url), load, seed=1)
+        rates = bench.measure(bench.Server(bench.OURS, str(http.base_url), 2, os.getpid()), load, seed=1)
         assert http.engine.stats().requests == {"length": 2 * clients}
         assert http.engine.stats().swaps == adapters
     assert rates.tokens == pytest.approx(8 * rates.requests)
     assert 0 < rates.first <= rates.first_worst
+    assert 0 < rates.cpu < 1
 
 
 def test_an_answer_that_is_too_short_is_no_measurement(bench):
@@ -36,8 +38,8 @@ def test_an_answer_that_is_too_short_is_no_measurement(bench):
 
 
 def test_medians(bench):
-    turns = [bench.Rates(1, 2, 3, 9), bench.Rates(5, 6, 7, 8), bench.Rates(3, 1, 5, 7)]
-    assert bench._medians(turns) == bench.Rates(3, 2, 5, 8)
+    turns = [bench.Rates(1, 2, 3, 4, 9), bench.Rates(5, 6, 7, 8, 8), bench.Rates(3, 1, 5, 6, 7)]
+    assert bench._medians(turns) == bench.Rates(3, 2, 5, 6, 8)
 
 
 def test_loads_leave_no_adapter_without_a_client(bench):

@@ -3,6 +3,7 @@
 gguflora, llama.cpp's ``llama-server`` and ``python -m llama_cpp.server`` (one adapter, fixed at its start) offer the
 same model and adapters, with the same threads, and are asked in turns. Every client asks one question after another,
 each of another text, of its own adapter; answers are streamed and have the same number of tokens. Medians over turns.
+CPU seconds are the server's own: on a machine that has other work, they tell more than the wall clock.
 """
 
 from __future__ import annotations
@@ -61,10 +62,11 @@ class Answered:
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one load: requests and tokens of answers per second, seconds to the first token."""
+    """Of one load: requests and tokens of answers per second, CPU seconds for each token, seconds to the first."""
 
     requests: float
     tokens: float
+    cpu: float
     first: float
     first_worst: float
 
@@ -76,6 +78,7 @@ class Server:
     name: str
     url: str
     most_adapters: int
+    pid: int
 
 
 @contextmanager
@@ -92,7 +95,7 @@ def _running(name: str, command: list[object], port: int, most_adapters: int) ->
                     log.seek(0)
                     raise SystemExit(f"{name} does not start:\n{log.read().decode(errors='replace')[-3000:]}")
                 time.sleep(0.1)
-            yield Server(name, url, most_adapters)
+            yield Server(name, url, most_adapters, process.pid)
         finally:
             process.terminate()
             process.wait()
@@ -183,24 +186,30 @@ def _body(server: str, adapter: int, prompt: str, tokens: int) -> dict[str, Any]
     return body if server == LLAMA_CPP_PYTHON else body | {"lora": [{"id": adapter, "scale": 1.0}]}
 
 
-def measure(server: str, url: str, load: Load, seed: int) -> Rates:
+def _cpu_seconds(pid: int) -> float:
+    """What a process has used up, all its threads, in the system and outside."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(server: Server, load: Load, seed: int) -> Rates:
     """Let the clients of ``load`` ask; every server is asked the same with the same seed."""
 
     def client(number: int) -> list[Answered]:
         letters = random.Random(f"{seed} {number}")
-        with httpx.Client(base_url=url, timeout=600) as http:
+        with httpx.Client(base_url=server.url, timeout=600) as http:
             return [
-                ask(http, _body(server, number % load.adapters, _prompt(letters), load.tokens))
+                ask(http, _body(server.name, number % load.adapters, _prompt(letters), load.tokens))
                 for _ in range(load.requests)
             ]
 
     with ThreadPoolExecutor(load.clients) as pool:
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), _cpu_seconds(server.pid)
         answers = [answer for answers in pool.map(client, range(load.clients)) for answer in answers]
-        seconds = time.perf_counter() - started
+        seconds, cpu = time.perf_counter() - started, _cpu_seconds(server.pid) - cpu
     firsts = sorted(answer.first for answer in answers)
     rate = len(answers) / seconds
-    return Rates(rate, rate * load.tokens, statistics.median(firsts), firsts[-1])
+    return Rates(rate, rate * load.tokens, cpu / (len(answers) * load.tokens), statistics.median(firsts), firsts[-1])
 
 
 def _prompt(letters: random.Random) -> str:
@@ -213,14 +222,25 @@ def _medians(turns: list[Rates]) -> Rates:
 
 def _table(results: list[tuple[str, Load, Rates]], model: str, threads: int) -> Table:
     table = Table(title=f"{model}, threads: {threads}, answers of {results[0][1].tokens} tokens")
-    for heading in ("adapters", "clients", "server", "requests/s", "tokens/s", "x 1 client", "first token", "worst"):
+    for heading in (
+        "adapters",
+        "clients",
+        "server",
+        "requests/s",
+        "tokens/s",
+        "x 1 client",
+        "CPU/token",
+        "x 1 client",
+        "first token",
+        "worst",
+    ):
         table.add_column(heading, justify="left" if heading == "server" else "right")
-    alone = {(name, load.adapters): rates.tokens for name, load, rates in results if load.clients == 1}
+    alone = {name: rates for name, load, rates in results if load.clients == load.adapters == 1}
     for name, load, rates in results:
-        first = alone.get((name, load.adapters)) or alone.get((name, 1))
-        cells = (f"{rates.requests:.2f}", f"{rates.tokens:.1f}", f"{rates.tokens / first:.2f}" if first else "-")
-        times = (f"{rates.first * 1e3:.0f} ms", f"{rates.first_worst * 1e3:.0f} ms")
-        table.add_row(str(load.adapters), str(load.clients), name, *cells, *times)
+        one = alone.get(name, rates)
+        cells = (f"{rates.requests:.2f}", f"{rates.tokens:.1f}", f"{rates.tokens / one.tokens:.2f}")
+        times = (f"{rates.cpu * 1e3:.2f} ms", f"{rates.cpu / one.cpu:.2f}", f"{rates.first * 1e3:.0f} ms")
+        table.add_row(str(load.adapters), str(load.clients), name, *cells, *times, f"{rates.first_worst * 1e3:.0f} ms")
     return table
 
 
@@ -255,7 +275,7 @@ def serve(
                 for server in running:
                     if load.adapters > server.most_adapters:
                         continue
-                    rates = measure(server.name, server.url, load, seed=turn)
+                    rates = measure(server, load, seed=turn)
                     turns.setdefault((server.name, load), []).append(rates)
                     print(f"turn {turn} of {repeats}: {server.name}: {load}: {rates}", file=sys.stderr, flush=True)
     results = [(name, load, _medians(rates[1:])) for (name, load), rates in turns.items()]
