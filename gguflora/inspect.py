@@ -6,15 +6,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from gguflora.adapters import Adapter, read_adapter
 from gguflora.adapters.soft_prompt import first_task, is_soft_prompt, read_soft_prompt
-from gguflora.algebra.pairs import NEARLY_ALL, read_factored
-from gguflora.algebra.plots import plot_spectra
-from gguflora.algebra.spectra import RankChoice, Spectrum, rank_choices, spectra_of
 from gguflora.architectures import ignored_at_run_time, unknown_warning
 from gguflora.base_model import BaseModel, read_base
 from gguflora.changed_rows import AnyRows, Target, Weights, WholeWeights, read_values, target_of, without_copies
@@ -23,6 +20,9 @@ from gguflora.errors import MismatchError, UnsupportedAdapterError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile
 from gguflora.placement import Placed, place
 from gguflora.prefix import fit_prefix
+
+if TYPE_CHECKING:
+    from gguflora.algebra.spectra import RankChoice, Spectrum
 
 _BLOCK: Final = 1 << 20
 
@@ -117,9 +117,7 @@ def inspect(
         return _inspect_soft_prompt(Path(adapter), base)
     source = read_adapter(adapter)
     model = None if base is None else read_base(base)
-    spectra = _spectra(adapter, model) if ranks or plot is not None else ()
-    if plot is not None:
-        plot_spectra(spectra, source.name, Path(plot))
+    spectra, choices = _spectra(adapter, model, plot) if ranks or plot is not None else ((), ())
     warnings = list(source.warnings)
     if model is None:
         changes = tuple(_alone(name, parts) for name, parts in source.changes.items())
@@ -141,12 +139,22 @@ def inspect(
         invocation_tokens=source.invocation_tokens,
         warnings=tuple(warnings),
         spectra=spectra,
-        ranks=rank_choices(spectra) if spectra else (),
+        ranks=choices,
     )
 
 
-def _spectra(adapter: str | os.PathLike[str], model: BaseModel | None) -> tuple[Spectrum, ...]:
-    return spectra_of(read_factored(adapter, model, energy=NEARLY_ALL).pairs)
+def _spectra(
+    adapter: str | os.PathLike[str], model: BaseModel | None, plot: str | os.PathLike[str] | None
+) -> tuple[tuple[Spectrum, ...], tuple[RankChoice, ...]]:
+    from gguflora.algebra.pairs import NEARLY_ALL, read_factored  # noqa: PLC0415  (seldom asked for)
+    from gguflora.algebra.plots import plot_spectra  # noqa: PLC0415
+    from gguflora.algebra.spectra import rank_choices, spectra_of  # noqa: PLC0415
+
+    factored = read_factored(adapter, model, energy=NEARLY_ALL)
+    spectra = spectra_of(factored.pairs)
+    if plot is not None:
+        plot_spectra(spectra, factored.name, Path(plot))
+    return spectra, rank_choices(spectra)
 
 
 def _inspect_soft_prompt(folder: Path, base: str | os.PathLike[str] | None) -> InspectReport:

@@ -270,3 +270,59 @@ def test_command_line_and_schema(folder):
     schema = json.loads(run("pipeline", "--schema").stdout)
     assert schema["properties"].keys() == {"output", "sources", "steps"}
     assert "Merge" in schema["$defs"]
+
+
+def test_without_pydantic_it_says_what_to_install():
+    code = (
+        "import importlib.util as u, gguflora; find = u.find_spec; "
+        "u.find_spec = lambda name, *more: None if name == 'pydantic' else find(name, *more)\n"
+        "try: gguflora.run_pipeline\n"
+        "except gguflora.GgufloraError as error: print(error)"
+    )
+    said = subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "gguflora[pipeline]" in said
+
+
+def test_steps_that_compare_and_extract(folder):
+    """The way back from a merged file, and a ceiling for its divergence from the adapter at run time."""
+    (folder / "recipe.toml").write_text(
+        """
+output = "out"
+[[steps]]
+name = "merged"
+action = "merge"
+base = "base.gguf"
+adapters = ["adapters/one"]
+rounding = "nearest"
+out = "merged.gguf"
+
+[[steps]]
+name = "lora"
+action = "extract"
+finetuned = "out/merged.gguf"
+base = "base.gguf"
+rank = 4
+out = "lora.gguf"
+checks = { "errors.*" = { max = 1e-3 } }
+
+[[steps]]
+name = "peft"
+action = "export"
+lora = "out/lora.gguf"
+base = "base.gguf"
+out = "peft"
+
+[[steps]]
+name = "compared"
+action = "compare"
+base = "base.gguf"
+merged = "out/merged.gguf"
+adapters = ["adapters/one"]
+n_ctx = 64
+out = "compared.json"
+checks = { "divergences.merged.kl" = { max = 1e-3 }, "divergences.base.kl" = { min = 1e-9 } }
+"""
+    )
+    report = gguflora.run_pipeline(folder / "recipe.toml")
+    assert [(result.status, result.error) for result in report.results] == [("done", None)] * 4
+    assert gguflora.diff(folder / "adapters/one", folder / "out/peft").cosine == pytest.approx(1, abs=1e-6)

@@ -107,7 +107,7 @@ class _Runner:
         self._at_a_time, self._memory = at_a_time, memory
         self._keys: dict[Path, str] = {}
         self._results: dict[Path, StepResult] = {}
-        self._workers = Workers()
+        self._workers, self._has_failed = Workers(), False
 
     def run(self, *, keep_going: bool, resume: bool) -> list[StepResult]:
         """All results, in the order of the jobs."""
@@ -148,9 +148,11 @@ class _Runner:
         free = self._memory - sum(self._jobs[out].step.memory for out in running)
         chosen: list[Path] = []
         for out in waiting:
+            if len(running) + len(chosen) == self._at_a_time:
+                break
             need = self._jobs[out].step.memory
             alone = not running and not chosen
-            if len(running) + len(chosen) < self._at_a_time and (need <= free or alone):
+            if need <= free or alone:
                 chosen.append(out)
                 free -= need
         return chosen
@@ -161,7 +163,7 @@ class _Runner:
         bad = [path for path in self._graph[out] if self._results[path].status in {"failed", "left"}]
         if bad:
             return self._result(job, "left", error=f"waits for {bad[0]}, which was not made")
-        if not keep_going and any(result.status == "failed" for result in self._results.values()):
+        if self._has_failed and not keep_going:
             return self._result(job, "left", error="another step failed; --keep-going goes on with the rest")
         self._keys[out] = keys.of(job)
         report = kept_report(self._folder, job, self._keys[out]) if resume else None
@@ -218,3 +220,4 @@ class _Runner:
         level = logging.ERROR if result.status == "failed" else logging.INFO
         _LOG.log(level, "%s: %s %s %s", result.step, result.status, result.out, result.error or "")
         self._results[result.out] = result
+        self._has_failed |= result.status == "failed"
