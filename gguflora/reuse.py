@@ -17,7 +17,8 @@ import numpy as np
 
 from gguflora.activation import Starts, n_in_common, segments, starts_of
 from gguflora.errors import HotSwapError
-from gguflora.llama import LoadedAdapter, begins_with, clear_memory, free_lora, is_stateful, put_prefix, set_loras
+from gguflora.fuse import FusedAdapters, Part
+from gguflora.llama import LoadedAdapter, begins_with, clear_memory, free_lora, is_stateful, put_prefix
 from gguflora.prefix import Prefix
 from gguflora.turn import Turn
 
@@ -57,9 +58,10 @@ class AdapterSet:
         planned: whether `starts` holds for what is evaluated next, too: while tokens are being generated.
     """
 
-    def __init__(self, context: _Untyped, model: _Untyped) -> None:
+    def __init__(self, context: _Untyped, model: _Untyped, fused: FusedAdapters) -> None:
         self._context = context
         self._model = model
+        self._fused = fused
         self.turn: Final = Turn()
         self.lock: Final = self.turn.lock
         self.loaded: dict[str, LoadedAdapter] = {}
@@ -97,12 +99,14 @@ class AdapterSet:
         self._set({name: scale for name, scale in self.active.items() if name not in waiting})
 
     def _set(self, active: Mapping[str, float]) -> None:
-        pointers = {name: self.loaded[name].pointer for name in active}
-        set_loras(self._context.ctx, [(pointers[name], scale) for name, scale in active.items() if pointers[name]])
+        loaded = [(self.loaded[name], scale) for name, scale in active.items()]
+        parts = [Part(each.pointer, each.path, each.sha256, scale) for each, scale in loaded if each.pointer]
+        self._fused.apply(self._context.ctx, parts)
 
     def free(self, name: str) -> None:
         """Forget an adapter that is not active, and free it if it is gguflora's."""
         adapter = self.loaded.pop(name)
+        self._fused.drop(adapter.sha256)
         if adapter.owned:
             free_lora(adapter.pointer)
 
@@ -117,6 +121,8 @@ class AdapterSet:
             self.active = {}
             if self._model.model is None:  # freed by hand, and its adapters with it
                 self.loaded.clear()
+            else:
+                self._fused.free()
             for name in list(self.loaded):
                 self.free(name)
 

@@ -21,6 +21,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,7 @@ def attach(llm: Any) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only w
         import llama_cpp  # noqa: PLC0415  (import gguflora does not load it)
 
         from gguflora import reuse  # noqa: PLC0415
+        from gguflora.fuse import FusedAdapters  # noqa: PLC0415
     except ImportError as error:
         raise HotSwapError(f"hot-swapping needs llama-cpp-python: pip install 'gguflora[runtime]' ({error})") from error
     if not isinstance(llm, llama_cpp.Llama):
@@ -60,7 +62,9 @@ def attach(llm: Any) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only w
     before = reuse.attached_set(llm)
     if before is not None and not before.closed:
         return Adapters(llm, before)
-    adapters = reuse.AdapterSet(llm._ctx, llm._model)
+    open_file = partial(_as_gguf, base=llm.model_path)
+    fused = FusedAdapters(llm.model, llm.metadata.get("general.architecture", ""), open_file)
+    adapters = reuse.AdapterSet(llm._ctx, llm._model, fused)
     _adopt(llm, adapters, active=before is None)
     reuse.guard(llm, adapters)
     return Adapters(llm, adapters)

@@ -20,7 +20,8 @@ from gguflora.engine.adapter_sets import Identity
 from gguflora.engine.model import Model
 from gguflora.engine.residents import NO_ADAPTERS, Embeddings, Phase
 from gguflora.errors import EngineError, GenerationError
-from gguflora.llama import axes_of_embeddings, captured_log, put_prefix, set_loras
+from gguflora.fuse import FusedAdapters
+from gguflora.llama import axes_of_embeddings, captured_log, put_prefix
 from gguflora.prefix import Prefix
 
 Key: TypeAlias = Hashable
@@ -115,8 +116,9 @@ class Context:
         EngineError: if llama.cpp cannot make it.
     """
 
-    def __init__(self, model: Model, options: ContextOptions) -> None:
+    def __init__(self, model: Model, options: ContextOptions, fused: FusedAdapters) -> None:
         self._model = model
+        self._fused = fused
         with captured_log(least=_INFO) as log:
             pointer = llama_cpp.llama_init_from_model(model.pointer, _parameters(options))
         if not pointer:
@@ -139,6 +141,7 @@ class Context:
         """Free it. Idempotent."""
         pointer, self.pointer = self.pointer, None
         if pointer is not None:
+            self._fused.forget(pointer)
             llama_cpp.llama_free(pointer)
 
     @property
@@ -297,7 +300,7 @@ class Context:
 
     def _apply(self, phase: Phase) -> None:
         if phase.identity != self._applied.identity:
-            set_loras(self.pointer, phase.loras)
+            self._fused.apply(self.pointer, phase.parts)
             self._applied = phase
 
     def _copy(self, source: Slot, target: Slot, count: int) -> None:

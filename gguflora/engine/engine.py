@@ -25,6 +25,7 @@ from gguflora.engine.requests import FinishReason, Generation, Request, Sink
 from gguflora.engine.residents import Embeddings, LoadedAdapter, Resident, Residents, ResidentSet
 from gguflora.engine.scheduler import Scheduler
 from gguflora.errors import EngineClosedError, EngineError, HotSwapError, PromptTooLongError, RequestError
+from gguflora.fuse import FusedAdapters
 from gguflora.llama import free_lora, invocation_of, load_lora
 from gguflora.prefix import fit_prefix
 from gguflora.preflight import read_whole_base
@@ -126,10 +127,12 @@ class Engine:
         self._model = Model(path, verbose=verbose)
         self.n_vocab = self._model.n_vocab
         try:
-            pool = Pool(lambda: Context(self._model, options), max_contexts, max_kv_bytes)
+            fused = FusedAdapters(self._model.pointer, self._description.architecture, self._open_lora)
+            pool = Pool(lambda: Context(self._model, options, fused), max_contexts, max_kv_bytes)
         except BaseException:
             self._model.free()
             raise
+        self._fused = fused
         self._scheduler = Scheduler(pool, queue_size, self._finished)
         atexit.register(self.close)  # a thread that is still in llama.cpp when Python ends would crash it
         try:
@@ -179,6 +182,11 @@ class Engine:
             pointer = self._scheduler.call(lambda: load_lora(self._model.pointer, source.file))
         adapter = LoadedAdapter(number, name, location, source.sha256, source.size, source.method, generation, scale)
         return Resident(adapter, pointer, invocation=invocation_of(pointer))
+
+    @contextmanager
+    def _open_lora(self, location: Path) -> Iterator[Path]:
+        with open_adapter(location, self._description) as source:
+            yield source.file
 
     def _soft_prompt(self, location: Path, call: tuple[int, str, int, float], task: int | None) -> Resident:
         """A soft prompt that fits the base and a context; ``call`` as of `_lora`."""
@@ -280,6 +288,7 @@ class Engine:
         atexit.unregister(self.close)
         self._scheduler.close()
         self._scheduler.pool.close()
+        self._fused.free()
         for resident in self._residents.all():
             free_lora(self._residents.remove(resident.adapter.name).pointer)
         self._model.free()
@@ -334,6 +343,7 @@ class Engine:
     def _free(self, resident: Resident) -> None:
         """Free an adapter that no request can reach. In the scheduler's thread, as everything that llama.cpp shares."""
         self._scheduler.pool.drop(resident)
+        self._fused.drop(resident.adapter.sha256)
         free_lora(resident.pointer)
 
     def _stats(self) -> EngineStats:

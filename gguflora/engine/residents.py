@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from gguflora.engine.adapter_sets import AdapterSet, Identity, check_name
 from gguflora.errors import AdapterNameError, RequestError
+from gguflora.fuse import Part
 from gguflora.llama import Pointer
 from gguflora.prefix import Prefix
 
@@ -72,11 +73,11 @@ class Phase:
 
     Attributes:
         identity: what KV cells computed by them depend on.
-        loras: those of llama.cpp.
+        parts: those of llama.cpp.
     """
 
     identity: Identity
-    loras: tuple[tuple[Pointer, float], ...]
+    parts: tuple[Part, ...]
 
 
 NO_ADAPTERS: Final = Phase(frozenset(), ())
@@ -135,8 +136,9 @@ class ResidentSet:
         of = {(resident.adapter.sha256, resident.adapter.generation, scale) for resident, scale in members}
         if self.request_prefix is not None:
             of.add((hashlib.sha256(self.request_prefix.tobytes()).hexdigest(), -1, 1.0))
-        loras = [(resident.pointer, scale) for resident, scale in members if resident.pointer is not None]
-        return Phase(frozenset(of), tuple(loras))
+        loras = [(resident, scale) for resident, scale in members if resident.pointer is not None]
+        parts = [Part(each.pointer, each.adapter.path, each.adapter.sha256, scale) for each, scale in loras]
+        return Phase(frozenset(of), tuple(parts))
 
 
 def _check_soft_prompts(members: Sequence[tuple[Resident, float]]) -> None:

@@ -1,0 +1,180 @@
+"""Several adapters in one: factors side by side, scales folded in. One product instead of many, the same sum.
+
+``scale_1 * b_1 @ a_1 + scale_2 * b_2 @ a_2 = [scale_1 * b_1, scale_2 * b_2] @ [a_1; a_2]``
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguflora import quants
+from gguflora.adapters.gguf_lora import ALPHA_KEY
+from gguflora.errors import GgufloraError, HotSwapError
+from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, TensorEntry
+from gguflora.llama import Pointer, free_lora, load_lora, set_loras
+from gguflora.lora_file import LoraHeader, Stored, exact_type, write_lora
+
+SEPARATE: Final = 4
+"""So many adapters are applied side by side, which takes no time; more as one.
+
+tools/benchmarks/fusing.py on a model of 0.1 B weights: 8 side by side decode at half the rate of one fused of them, 16
+at a third. Fusing takes as long as some 40 tokens, whatever the number, when a set is first used.
+"""
+
+FIXED_GRAPH: Final = frozenset(
+    {
+        "bailingmoe3", "deepseek4", "dflash", "glm5-next", "hrm_text", "hy_v4", "kimi-k3", "kimi-linear", "minimax-01",
+        "minimax-m3", "nanbeige", "qwen35", "qwen35moe", "qwen3next", "qwen4exp",
+    }
+)  # fmt: skip
+"""Architectures for whose adapters llama.cpp makes no room in its graph: it would abort on a few (`graph_max_nodes` in
+``llama-context.cpp``). All others get six nodes for each pair of factors, which is what a pair takes."""
+
+_KEPT: Final = 4
+"""Fused adapters stay loaded for so many sets, those used last."""
+
+Values: TypeAlias = NDArray[np.float32]
+Key: TypeAlias = tuple[tuple[str, float], ...]
+"""SHA-256 and scale of each adapter of a set."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A loaded adapter of a set: where it came from, and its SHA-256 as a GGUF LoRA file."""
+
+    pointer: Pointer
+    path: Path
+    sha256: str
+    scale: float
+
+
+def fuse(adapters: Sequence[tuple[Path, float]], out: Path) -> None:
+    """Write the sum of GGUF LoRA files, each times its scale, as one GGUF LoRA file.
+
+    Factors are stored as F16 where they were and still are exact, else as F32.
+
+    Raises:
+        GgufError: if a file is damaged.
+    """
+    a: dict[str, list[Values]] = {}
+    b: dict[str, list[Values]] = {}
+    floats: set[str] = set()
+    for path, scale in adapters:
+        with GgufFile(path) as file:
+            architecture, alpha = file.architecture, float(file.metadata.get(ALPHA_KEY, 0.0))
+            for name in dict.fromkeys(name.rpartition(".")[0] for name in file.tensors):
+                first, second = (file.tensors[f"{name}.lora_{side}"] for side in "ab")
+                values = _values(file, second)
+                factor = scale * (alpha / values.shape[-1] if alpha else 1.0)
+                a.setdefault(name, []).append(_values(file, first))
+                b.setdefault(name, []).append(values * np.float32(factor))
+                floats |= {name for tensor in (first, second) if tensor.type.name != "F16"}
+    stored = []
+    for name, parts in a.items():
+        may_halve = name not in floats
+        rows = np.concatenate(parts, axis=-1 if name == TOKEN_EMBEDDING else -2)
+        stored.append(_stored(f"{name}.lora_a", rows, may_halve=may_halve))
+        stored.append(_stored(f"{name}.lora_b", np.concatenate(b[name], axis=-1), may_halve=may_halve))
+    write_lora(out, LoraHeader("fused", architecture, 0.0, {"source": f"{len(adapters)} adapters"}), stored)
+
+
+def _values(file: GgufFile, tensor: TensorEntry) -> Values:
+    return quants.dequantize(file.read_rows(tensor, 0, tensor.n_rows), tensor.type.id).reshape(tensor.shape)
+
+
+def _stored(name: str, values: Values, *, may_halve: bool) -> Stored:
+    kind = exact_type(values) if may_halve else "F32"
+    return Stored(name, kind, quants.quantize(values, kind).view(np.uint8))
+
+
+class FusedAdapters:
+    """Fused adapters of one model, made when a set needs one and kept for those used last. For one thread at a time.
+
+    Args:
+        model: the ``llama_model *``.
+        architecture: of the model.
+        open_file: gives the GGUF LoRA file of an adapter again, from where it was loaded.
+    """
+
+    def __init__(
+        self, model: int, architecture: str, open_file: Callable[[Path], AbstractContextManager[Path]]
+    ) -> None:
+        self._model = model
+        self._is_fixed = architecture in FIXED_GRAPH
+        self._open_file = open_file
+        self._made: dict[Key, Pointer] = {}
+        self._users: dict[int, Key] = {}
+
+    def apply(self, context: int, parts: Sequence[Part]) -> None:
+        """Make these adapters the complete set of ``context`` (a ``llama_context *``), fused where they are many.
+
+        Raises:
+            HotSwapError: if llama.cpp refuses; or if they must be fused, but a file has changed or is gone.
+        """
+        key = tuple(sorted((part.sha256, part.scale) for part in parts))
+        if self._should_fuse(len(parts)) and self._has(key, parts):
+            set_loras(context, [(self._made[key], 1.0)])
+        else:
+            set_loras(context, [(part.pointer, part.scale) for part in parts])
+        self._users[context] = key
+        for old in list(self._made)[:-_KEPT]:
+            if old not in self._users.values():
+                free_lora(self._made.pop(old))
+
+    def _should_fuse(self, count: int) -> bool:
+        return count > (1 if self._is_fixed else SEPARATE)
+
+    def _has(self, key: Key, parts: Sequence[Part]) -> bool:
+        """Whether there is one for this set, made now if need be."""
+        try:
+            self._made[key] = self._made.pop(key) if key in self._made else self._load(parts)
+        except (GgufloraError, OSError) as error:
+            if self._is_fixed:
+                raise HotSwapError(f"{len(parts)} adapters must be fused for this architecture, but {error}") from error
+            return False
+        return True
+
+    def drop(self, sha256: str) -> None:
+        """Free those that an adapter is part of and no context has."""
+        for key in [key for key in self._made if any(part == sha256 for part, _ in key)]:
+            if key not in self._users.values():
+                free_lora(self._made.pop(key))
+
+    def free(self) -> None:
+        """Free all; no context may have them. Idempotent."""
+        self._users.clear()
+        while self._made:
+            free_lora(self._made.popitem()[1])
+
+    def forget(self, context: int) -> None:
+        """A context has been freed."""
+        self._users.pop(context, None)
+
+    def _load(self, parts: Sequence[Part]) -> Pointer:
+        with ExitStack() as stack, memory_file("gguflora-fused") as target:
+            files = [(stack.enter_context(self._open_file(part.path)), part.scale) for part in parts]
+            for (file, _), part in zip(files, parts, strict=True):
+                with file.open("rb") as content:
+                    if hashlib.file_digest(content, "sha256").hexdigest() != part.sha256:
+                        raise HotSwapError(f"{part.path}: has changed since it was loaded; unload it and load it again")
+            fuse(files, target)
+            return load_lora(self._model, target)
+
+
+@contextmanager
+def memory_file(name: str) -> Iterator[Path]:
+    """A file in memory, by a path that holds in this process; gone afterwards."""
+    descriptor = os.memfd_create(name)
+    try:
+        yield Path(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
