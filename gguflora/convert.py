@@ -98,7 +98,7 @@ def convert(
     size = sum(item.content.nbytes for item in stored)
     check_target(target, [source.path, Path(base)], force=force or dry_run, size=size)
     if not dry_run:
-        with atomic_output(target) as file:
+        with atomic_output(target, force=force) as file:
             made_from = {"source": source.path.name, "source.sha256": source.sha256}
             header = LoraHeader(source.name, model.architecture, alpha, made_from, source.invocation_tokens)
             write_lora(path_of(file), header, stored)
