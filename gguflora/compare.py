@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -301,7 +300,7 @@ def _naive_merge(base: Path, pairs: AdapterArgument, threads: int) -> Iterator[P
     """A merge that rounds to the nearest, gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="gguflora-") as folder:
         file = Path(folder) / "naive.gguf"
-        merge(base, pairs, file, threads=threads)
+        merge(base, pairs, file, threads=threads, rounding="nearest")
         yield file
 
 
@@ -315,9 +314,7 @@ def _speeds(contexts: Mapping[str, Context], tokens: Sequence[int], n_ctx: int) 
     for _ in range(SPEED_TURNS):
         for name, context in contexts.items():
             taken[name].append(_time(context, run, prompt))
-    medians = {
-        name: [statistics.median(column) for column in zip(*turns, strict=True)] for name, turns in taken.items()
-    }
+    medians = {name: np.median(turns, axis=0).tolist() for name, turns in taken.items()}
     return {name: Speed(prompt / seconds[0], answer / seconds[1]) for name, seconds in medians.items()}
 
 

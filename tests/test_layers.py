@@ -24,7 +24,7 @@ FLOORS = [
     {"factors", "rounding", "vocabulary"},
     {"activation", "lora_file", "merge_plan", "merge_report", "prefix", "rewrite", "turn"},
     {"kv_state"},
-    {"algebra", "convert", "evaluation", "fuse", "inspect", "llama", "merge", "preflight", "reuse"},
+    {"algebra", "convert", "evaluation", "fuse", "inspect", "llama", "merge", "plots", "preflight", "reuse"},
     {"compare", "runtime"},
     {"demo", "doctor", "engine"},
     {"chat", "pipeline", "server"},

@@ -13,6 +13,7 @@ from gguflora.cli.app import app, console, print_warnings, progress_bar
 from gguflora.files.output import atomic_output
 from gguflora.merge import MAX_SEED
 from gguflora.merge_report import MergeReport
+from gguflora.plots import plot_report
 from gguflora.rounding import Mode as RoundingMode
 
 
@@ -86,6 +87,8 @@ def merge(
     if report:
         with atomic_output(report) as file:
             file.write(json.dumps(result.to_dict(), indent=2).encode())
+    if plot:
+        plot_report(result, plot)
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:

@@ -1,0 +1,97 @@
+"""Pictures of what a merge kept of each change."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguflora.errors import OutputError
+from gguflora.merge_report import MergeReport
+
+Row = Mapping[str, Any]
+"""A tensor of a report: ``name`` and measures."""
+
+_LAYER: Final = re.compile(r"(.*?)blk\.(\d+)\.(.*)")
+_NO_LAYER: Final = -1
+_LEAST_SPREAD: Final = 0.1
+"""Distance from 1 at which survival is drawn in the strongest colours, unless one lies further out."""
+
+
+def plot_report(report: MergeReport | Mapping[str, Any], out: Path) -> None:
+    """Draw survival, size and signal to noise of every tensor's change as heat maps, layers by modules.
+
+    Args:
+        report: of a merge, or its ``to_dict()``, which is what ``gguflora merge --report`` writes.
+        out: the picture: PNG, SVG or PDF.
+
+    Raises:
+        OutputError: if matplotlib is not installed, nothing was measured, or the picture cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415  (heavy, and only for pictures)
+    except ImportError as error:
+        raise OutputError(f"{out}: drawing needs matplotlib: pip install 'gguflora[plot]'") from error
+    content = report.to_dict() if isinstance(report, MergeReport) else report
+    rows = [row for row in content["tensors"] if row["sv"] is not None]
+    if not rows:
+        raise OutputError(f"{out}: nothing to draw: no change was measured (a dry run, or adapters without effect)")
+    layers, modules = _axes(rows)
+    figure = Figure(figsize=(4.5 + 1.1 * len(modules), 1.8 + 0.2 * max(len(layers), 6)), layout="constrained")
+    figure.suptitle(
+        f"{Path(content['output']).name}: {content['rounding']} rounding, {content['total']['sv']:.1%} survives"
+    )
+    for axis, (key, title) in zip(figure.subplots(1, 3, sharey=True), _TITLES.items(), strict=True):
+        _draw(figure, axis, _heat(rows, key, layers, modules), key)
+        axis.set_title(title)
+        axis.set_xticks(range(len(modules)), modules, rotation=90)
+        axis.set_yticks(range(len(layers)), ["-" if layer == _NO_LAYER else str(layer) for layer in layers])
+    figure.supylabel("layer")
+    try:
+        figure.savefig(out, dpi=120)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{out}: cannot be written: {error}") from error
+
+
+_TITLES: Final = {
+    "sv": "survival (1 is right)",
+    "relative_change": "change, % of the weights",
+    "snr_db": "signal to noise, dB",
+}
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Layer and module of a tensor."""
+    found = _LAYER.fullmatch(name)
+    layer, module = (int(found[2]), found[1] + found[3]) if found else (_NO_LAYER, name)
+    return layer, module.removesuffix(".weight")
+
+
+def _axes(rows: Sequence[Row]) -> tuple[list[int], list[str]]:
+    """All layers in order, and all modules in the order of the file."""
+    places = [_place(row["name"]) for row in rows]
+    return sorted({layer for layer, _ in places}), list(dict.fromkeys(module for _, module in sorted(places)))
+
+
+def _heat(rows: Sequence[Row], key: str, layers: list[int], modules: list[str]) -> NDArray[np.float64]:
+    """A measure as (layers, modules); NaN where no tensor is, or it is infinite."""
+    heat = np.full((len(layers), len(modules)), np.nan)
+    for row in rows:
+        layer, module = _place(row["name"])
+        heat[layers.index(layer), modules.index(module)] = row[key] * (100 if key == "relative_change" else 1)
+    heat[~np.isfinite(heat)] = np.nan
+    return heat
+
+
+def _draw(figure: Any, axis: Any, heat: NDArray[np.float64], key: str) -> None:  # noqa: ANN401  (matplotlib's)
+    options: dict[str, Any] = {"cmap": "viridis"}
+    if key == "sv":
+        spread = max(_LEAST_SPREAD, float(np.abs(heat - 1)[np.isfinite(heat)].max(initial=0.0)))
+        options = {"cmap": "RdBu", "vmin": 1 - spread, "vmax": 1 + spread}
+    image = axis.imshow(np.ma.masked_invalid(heat), aspect="auto", interpolation="nearest", **options)
+    axis.set_facecolor("lightgrey")
+    figure.colorbar(image, ax=axis)
