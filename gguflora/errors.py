@@ -5,6 +5,7 @@
     GgufloraError                 caught once in cli/app.py: message on stderr, exit code 1
     |-- FormatError               a file is damaged or not of the expected format
     |   |-- GgufError
+    |   |-- PatchError
     |   `-- SafetensorsError
     |-- AdapterError              an adapter's configuration or tensors do not make sense
     |   `-- UnsupportedAdapterError   they do, but this operation cannot express them
@@ -39,6 +40,10 @@ class FormatError(GgufloraError):
 
 class GgufError(FormatError):
     """A GGUF file cannot be read."""
+
+
+class PatchError(FormatError):
+    """A patch or undo file cannot be used."""
 
 
 class SafetensorsError(FormatError):

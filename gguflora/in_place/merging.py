@@ -1,0 +1,118 @@
+"""Merge into the base file itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from gguflora.changed_rows import Target
+from gguflora.errors import GgufloraError, OutputError
+from gguflora.files.gguf import FilePart, GgufFile, Layout
+from gguflora.in_place.journal import Change, Journal, Model, journal_path, locked, undo_path
+from gguflora.in_place.unmerging import restore
+from gguflora.patch.format import Patch, Record, open_patch
+from gguflora.patch.making import Merged, check_one_file, write_patch
+from gguflora.patch.stream import ahead, new_bytes, old_bytes
+from gguflora.rewrite import Sink
+
+
+def check_finished(base: Path) -> None:
+    """Raise ``OutputError`` for a file that a merge in place or its undoing has left half done."""
+    if journal_path(base).exists():
+        raise OutputError(
+            f"{base}: is half merged, for a merge in place was stopped or is going on ({journal_path(base).name}); "
+            f"put the base back with: gguflora unmerge {base}"
+        )
+
+
+def check_in_place(base: GgufFile, targets: Sequence[Target]) -> Layout:
+    """Check, before any work, that targets can be written over the base's tensors.
+
+    Returns:
+        The layout of the result: that of the base.
+
+    Raises:
+        OutputError: if they cannot.
+    """
+    check_one_file(base, "a merge in place")
+    for target in targets:
+        form, known = (target.shape, target.type), base.tensors.get(target.name)
+        if known is None or form != (known.shape, known.type):
+            what = "would be added" if known is None else f"would become {target.type.name} {target.shape}"
+            raise OutputError(
+                f"{base.path}: tensor {target.name!r} {what}, which changes the file's layout and cannot be done in "
+                "place; write a new model with --out"
+            )
+    undo = undo_path(base.path)
+    if undo.exists():
+        raise OutputError(
+            f"{base.path}: was merged in place before ({undo.name} is beside it); put the base back with: gguflora "
+            f"unmerge {base.path}, and merge all adapters at once"
+        )
+    layout = base.layout({}, {target.name: (target.shape, target.type) for target in targets})
+    header = os.pread(base.fileno(), len(layout.header), 0)
+    return replace(layout, parts=(FilePart(0, header, layout.size),))
+
+
+def merge_in_place(
+    base: GgufFile, targets: Sequence[Target], rewrite: Callable[[Sink], None], merged: Merged, *, threads: int
+) -> int:
+    """Write changed rows over the base's, after an undo file.
+
+    Args:
+        base: the file that is merged into.
+        targets: the tensors that change.
+        rewrite: hands the changed rows to a sink.
+        merged: to be recorded.
+        threads: number of threads.
+
+    Returns:
+        The size of the undo file in bytes.
+
+    Raises:
+        GgufloraError: if it cannot be done; the base is then as it was, or the message says how to get it back.
+    """
+    with locked(base.path) as model:
+        base.check_unchanged()
+        layout = check_in_place(base, targets)
+        size = write_patch(model.undo, base, layout, rewrite, merged, threads=threads, force=False)
+        with open_patch(model.undo) as undo:
+            _apply(model, undo, threads)
+    return size
+
+
+def _apply(model: Model, undo: Patch, threads: int) -> None:
+    journal = Journal(model, undo.facts.base_sha256)
+    try:
+        journal.change(_changes(model, undo, threads))
+        journal.remove()
+    except BaseException as error:
+        _give_up(model, undo, threads)
+        if isinstance(error, OSError):
+            raise OutputError(
+                f"{model.path}: cannot be changed in place: {error.strerror or error}; it is as it was"
+            ) from error
+        raise
+
+
+def _give_up(model: Model, undo: Patch, threads: int) -> None:
+    try:
+        restore(model, undo, threads)
+    except (OSError, GgufloraError) as error:
+        raise OutputError(
+            f"{model.path}: is half merged, and cannot be put back now ({error}); when that is mended, put the base "
+            f"back with: gguflora unmerge {model.path}"
+        ) from error
+
+
+def _changes(model: Model, undo: Patch, threads: int) -> Iterator[Change]:
+    moved = (record for record in undo.records if record.old != record.new)
+    return ahead((partial(_change, model, undo, record) for record in moved), threads)
+
+
+def _change(model: Model, undo: Patch, record: Record) -> Change:
+    before = old_bytes(model.handle, record)
+    return record.to, before, new_bytes(undo, record, before)

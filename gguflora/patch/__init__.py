@@ -1,0 +1,9 @@
+"""A merged model as a patch of its base: ``merge(..., patch=...)`` writes it, ``apply_patch`` makes the model of it.
+
+`coding` says how differences are stored, `format` how the file is laid out.
+"""
+
+from gguflora.patch.applying import ApplyReport, apply_patch
+from gguflora.patch.making import Merged, write_patch
+
+__all__ = ["ApplyReport", "Merged", "apply_patch", "write_patch"]

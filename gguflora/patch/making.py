@@ -1,0 +1,201 @@
+"""Make a patch: a sink for the rows that a merge changes, and the file that comes of it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from gguflora.changed_rows import Bytes
+from gguflora.errors import OutputError
+from gguflora.files.gguf import GgufFile, Layout
+from gguflora.files.output import atomic_output
+from gguflora.patch.coding import PLAIN, Grain, encode
+from gguflora.patch.format import MAX_LENGTH, Facts, Patch, Range, Record, checksum, write_patch_file
+from gguflora.patch.stream import file_sha256, result, sha256, write
+from gguflora.rewrite import Block, Sink
+
+_COUNTS = 24
+"""Bytes of a GGUF file before its first metadata entry: magic, version, number of tensors and of entries."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What a patch merges: name, SHA-256 and scale of each adapter; how it was rounded, with which seed."""
+
+    adapters: tuple[tuple[str, str, float], ...]
+    rounding: str
+    seed: int
+
+
+def check_one_file(base: GgufFile, option: str) -> None:
+    """Raise ``OutputError`` for a split base."""
+    if len(base.paths) > 1:
+        raise OutputError(
+            f"{base.path}: is split into {len(base.paths)} files, and {option} needs it in one; join them with "
+            "llama-gguf-split --merge, or write a new model with --out"
+        )
+
+
+def write_patch(
+    target: Path,
+    base: GgufFile,
+    layout: Layout,
+    rewrite: Callable[[Sink], None],
+    merged: Merged,
+    *,
+    threads: int,
+    force: bool = True,
+) -> int:
+    """Write what a merge changes as a patch file.
+
+    The result's SHA-256 is taken of the patch applied to the base, so a patch that is written is known to work.
+
+    Args:
+        target: the patch file.
+        base: the file that is merged into.
+        layout: of the result.
+        rewrite: hands the changed rows, and the copied ranges but for the header, to a sink.
+        merged: to be recorded.
+        threads: number of threads.
+        force: whether a file that has the target's name by then is replaced.
+
+    Returns:
+        The size of the patch in bytes.
+
+    Raises:
+        GgufloraError: if the base changes meanwhile, or the target cannot be written.
+    """
+    check_one_file(base, "a patch")
+    with (
+        ThreadPoolExecutor(1) as background,
+        tempfile.TemporaryFile(dir=target.parent) as spill,
+        atomic_output(target, force=force) as output,
+    ):
+        base_sha256 = background.submit(file_sha256, base.fileno(), base.size)
+        sink = PatchSink(spill.fileno(), layout)
+        sink.put_header(base, layout.header)
+        rewrite(sink)
+        facts = Facts(
+            base_name=base.path.name,
+            base_size=base.size,
+            base_sha256=base_sha256.result(),
+            merged_size=layout.size,
+            merged_sha256="",
+            adapters=merged.adapters,
+            rounding=merged.rounding,
+            seed=merged.seed,
+        )
+        patch = sink.patch(target, facts)
+        digest = sha256(result(patch, base.fileno(), threads))
+        base.check_unchanged()
+        write_patch_file(output, replace(patch, facts=replace(facts, merged_sha256=digest)))
+        return output.tell()
+
+
+class PatchSink:
+    """Takes changed rows and keeps what leads to them, in the order in which they come.
+
+    Args:
+        spill: file descriptor of a temporary file.
+        layout: of the result.
+    """
+
+    def __init__(self, spill: int, layout: Layout) -> None:
+        self._spill, self._layout = spill, layout
+        self._copies: list[Range] = []
+        self._records: list[Record] = []
+        self._end = 0
+        self._lock = threading.Lock()
+
+    def put(self, block: Block) -> None:
+        """Take new rows of a changed tensor."""
+        target, grain = block.target, Grain.of(block.target.type)
+        to = self._layout.offsets[target.name] + block.first * block.new.shape[1]
+        alike = target.type == target.source.type and target.shape[-1] == target.source.n_in
+        n_known = max(0, min(len(block.new), target.source.n_rows - block.first)) if alike else 0
+        known = n_known * block.new.shape[1]
+        new = block.new.reshape(-1)
+        source = target.source.offset + block.first * block.new.shape[1]
+        self._add(to, source, block.old.reshape(-1)[:known], new[:known], grain)
+        self._add(to + known, None, np.zeros(len(new) - known, np.uint8), new[known:], grain)
+
+    def copy(self, first: int, last: int, to: int) -> None:
+        """Take a range of the base's bytes."""
+        with self._lock:
+            self._copies.append((first, last, to))
+
+    def put_header(self, base: GgufFile, header: bytes) -> None:
+        """Take the result's header, most of which is the base's: tokenizers are large."""
+        end = 0
+        if header == os.pread(base.fileno(), len(header), 0):
+            self.copy(0, len(header), 0)
+            return
+        for first, last, to in header_copies(base, header):
+            self._put_new(header[end:to], end)
+            self.copy(first, last, to)
+            end = to + last - first
+        self._put_new(header[end:], end)
+
+    def _put_new(self, content: bytes, to: int) -> None:
+        new = np.frombuffer(content, np.uint8)
+        self._add(to, None, np.zeros(len(new), np.uint8), new, PLAIN)
+
+    def patch(self, path: Path, facts: Facts) -> Patch:
+        """All that was taken, in the order of the result."""
+        records = sorted(self._records, key=lambda record: record.to)
+        return Patch(path, self._spill, facts, joined(self._copies), records)
+
+    def _add(self, to: int, source: int | None, old: Bytes, new: Bytes, grain: Grain) -> None:
+        step = MAX_LENGTH // grain.block * grain.block
+        for at in range(0, len(new), step):
+            place = None if source is None else source + at
+            self._add_one(to + at, place, old[at : at + step], new[at : at + step], grain)
+
+    def _add_one(self, to: int, source: int | None, old: Bytes, new: Bytes, grain: Grain) -> None:
+        payload = encode(old, new, grain)
+        with self._lock:
+            at, self._end = self._end, self._end + len(payload)
+        write(self._spill, np.frombuffer(payload, np.uint8), at)
+        sums = checksum(old), checksum(new)
+        record = Record(to, source, len(new), grain, at, len(payload), zlib.crc32(payload), *sums)
+        with self._lock:
+            self._records.append(record)
+
+
+def header_copies(base: GgufFile, header: bytes) -> list[Range]:
+    """Where a header repeats metadata entries and tensor list of the base's."""
+    return joined(_repeated(base, header))
+
+
+def _repeated(base: GgufFile, header: bytes) -> Iterator[Range]:
+    first = to = _COUNTS
+    for key in base.metadata:
+        entry = base.metadata.raw(key)
+        if header.startswith(entry, to):
+            yield first, first + len(entry), to
+            to += len(entry)
+        first += len(entry)
+    end = min((tensor.offset for tensor in base.tensors.values()), default=first)
+    tail = os.pread(base.fileno(), end - first, first).rstrip(b"\0")
+    at = header.rfind(tail) if tail else -1
+    if at >= to:
+        yield first, first + len(tail), at
+
+
+def joined(ranges: Sequence[Range] | Iterator[Range]) -> list[Range]:
+    """Ranges in the order of the result, of which those that follow each other are one."""
+    whole: list[Range] = []
+    for first, last, to in sorted(ranges, key=lambda copied: copied[2]):
+        if whole and whole[-1][1] == first and whole[-1][2] + whole[-1][1] - whole[-1][0] == to:
+            whole[-1] = whole[-1][0], last, whole[-1][2]
+        else:
+            whole.append((first, last, to))
+    return whole
