@@ -8,9 +8,11 @@ from gguflora.adapters import read_adapter
 from gguflora.compare import CompareReport, compare
 from gguflora.convert import ConvertReport, convert
 from gguflora.errors import GgufloraError
+from gguflora.in_place import UnmergeReport, unmerge
 from gguflora.inspect import InspectReport, inspect
 from gguflora.merge import merge, plan_merge
 from gguflora.merge_report import MergeReport, TensorReport
+from gguflora.patch import ApplyReport, apply_patch
 from gguflora.runtime import Adapters, attach
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapters",
+    "ApplyReport",
     "CombineReport",
     "CompareReport",
     "ConvertReport",
@@ -35,7 +38,9 @@ __all__ = [
     "PipelineReport",
     "ResizeReport",
     "TensorReport",
+    "UnmergeReport",
     "__version__",
+    "apply_patch",
     "attach",
     "combine",
     "compare",
@@ -49,6 +54,7 @@ __all__ = [
     "read_adapter",
     "resize",
     "run_pipeline",
+    "unmerge",
 ]
 
 _LATER = {

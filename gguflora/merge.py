@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, get_args
 
@@ -21,13 +22,15 @@ from gguflora._native import SUMS
 from gguflora.adapters import read_adapter
 from gguflora.base_model import describe
 from gguflora.changed_rows import Weights
-from gguflora.errors import AdapterError, QuantizationError
+from gguflora.errors import AdapterError, OutputError, QuantizationError
 from gguflora.files.gguf import GgufFile, part_paths
 from gguflora.files.output import atomic_outputs, check_targets
 from gguflora.hf_model import HighPrecisionBase
 from gguflora.imatrix import read_imatrix
+from gguflora.in_place import check_finished, check_in_place, merge_in_place
 from gguflora.merge_plan import OutputTypes, Plan, make_plan, merges_of
 from gguflora.merge_report import MergeReport, TensorReport, survival_warning
+from gguflora.patch import Merged, check_one_file, write_patch
 from gguflora.rewrite import FileSink, Progress, Rewriter
 from gguflora.rounding import Mode, Rounding, Sums
 
@@ -39,8 +42,10 @@ MAX_SEED: Final = 2**31 - 1
 def merge(
     base: str | os.PathLike[str],
     adapters: AdapterArgument,
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
     *,
+    patch: str | os.PathLike[str] | None = None,
+    in_place: bool = False,
     rounding: Mode = "adaptive",
     seed: int = 0,
     base_f16: str | os.PathLike[str] | None = None,
@@ -59,6 +64,9 @@ def merge(
         adapters: a PEFT directory or GGUF LoRA file, or a sequence of them or of (path, scale); summed, then
             rounded once.
         out: the file to write; of a split base as many files, named like it (``out-00001-of-00003.gguf``).
+        patch: instead of ``out``: write only what changes, for `gguflora.apply_patch`.
+        in_place: instead of ``out``: write the changed rows into ``base`` itself, after an undo file beside it, for
+            `gguflora.unmerge`.
         rounding: ``adaptive`` keeps changes that are smaller than a quantization step (see `gguflora.rounding`);
             ``nearest`` makes exactly the bytes ggml would.
         seed: of the adaptive rounding; the same seed gives the same bytes.
@@ -69,19 +77,22 @@ def merge(
         imatrix: importance matrix (GGUF or legacy ``.dat``) for the search of scales, as llama-quantize uses it.
         threads: number of threads; by default one for each core this process may use.
         dry_run: check everything, write nothing.
-        force: overwrite ``out``.
+        force: overwrite ``out`` or ``patch``.
         progress: called with (bytes done, bytes in all), from several threads but never at once.
 
     Raises:
         GgufloraError: if something cannot be read, does not fit together or cannot be written; ``out`` is then as
-            it was.
+            it was, and so is ``base``, or the message says how to get it back.
     """
+    if (out is not None) + (patch is not None) + in_place != 1:
+        raise OutputError("say where the result goes with exactly one of --out, --patch and --in-place")
     started = time.perf_counter()
     used_threads = threads or len(os.sched_getaffinity(0))
     types = OutputTypes.named(outtype, type or {})
     with ExitStack() as opened:
         file = opened.enter_context(GgufFile(base))
-        outputs = part_paths(Path(out), len(file.paths))
+        check_finished(file.path)
+        outputs = _outputs(file, out, patch)
         sources = [(read_adapter(path), scale) for path, scale in _with_scales(adapters)]
         how = _rounding(file, rounding, seed, imatrix)
         plan = make_plan(file, sources, how, types)
@@ -89,9 +100,14 @@ def merge(
         if base_f16 is not None:
             precise = opened.enter_context(HighPrecisionBase.open(base_f16, describe(file)))
             precise.check(file, (changed.source.name for changed in plan.targets if changed.changes))
-        inputs = [*file.paths, *(source.path for source, _ in sources)]
-        check_targets(outputs, inputs, force=force or dry_run, size=plan.layout.size)
+        if in_place:
+            plan = replace(plan, layout=check_in_place(file, plan.targets))
+        else:
+            inputs = [*file.paths, *(source.path for source, _ in sources)]
+            check_targets(outputs, inputs, force=force or dry_run, size=0 if patch else plan.layout.size)
+        merged = Merged(tuple((source.name, source.sha256, scale) for source, scale in sources), rounding, seed)
         sums: dict[str, Sums] = {}
+        written = 0
         if not dry_run:
             rewriter = Rewriter(
                 Weights(file, precise),
@@ -102,20 +118,29 @@ def merge(
                 folder=outputs[0].parent,
                 progress=progress,
             )
-            with atomic_outputs(outputs, force=force) as drafts:
-                rewriter.write(FileSink(drafts, file, plan.layout))
-                file.check_unchanged()
+            if in_place:
+                written = merge_in_place(file, plan.targets, rewriter.write, merged, threads=used_threads)
+            elif patch is not None:
+                written = write_patch(
+                    outputs[0], file, plan.layout, rewriter.write, merged, threads=used_threads, force=force
+                )
+            else:
+                with atomic_outputs(outputs, force=force) as drafts:
+                    rewriter.write(FileSink(drafts, file, plan.layout))
+                    file.check_unchanged()
+                written = plan.layout.size
             sums = {changed.name: rewriter.sums(changed.name) for changed in plan.targets}
     tensors, total = _reports(plan, sums)
     warning = survival_warning(tensors, total, rounding)
     return MergeReport(
         output=outputs[0],
-        adapters=tuple((source.name, source.sha256, scale) for source, scale in sources),
+        adapters=merged.adapters,
         tensors=tensors,
         total=total,
         rounding=rounding,
         seed=seed,
         size=plan.layout.size,
+        written=written,
         seconds=time.perf_counter() - started,
         threads=used_threads,
         warnings=plan.warnings if warning is None else (*plan.warnings, warning),
@@ -152,6 +177,15 @@ def plan_merge(
         imatrix=imatrix,
         dry_run=True,
     )
+
+
+def _outputs(
+    file: GgufFile, out: str | os.PathLike[str] | None, patch: str | os.PathLike[str] | None
+) -> tuple[Path, ...]:
+    if patch is not None:
+        check_one_file(file, "a patch")
+        return (Path(patch),)
+    return (file.path,) if out is None else part_paths(Path(out), len(file.paths))
 
 
 def _with_scales(adapters: AdapterArgument) -> list[tuple[AdapterPath, float]]:

@@ -67,13 +67,14 @@ class MergeReport:
     """What `merge` did, or with ``dry_run`` would do.
 
     Attributes:
-        output: the merged GGUF file.
+        output: the merged GGUF file; or the patch.
         adapters: name, SHA-256 and scale of each adapter.
         tensors: the changed tensors.
         total: all of them together.
         rounding: ``adaptive`` or ``nearest``.
         seed: of the adaptive rounding.
-        size: of the output, in bytes.
+        size: of the merged model, in bytes.
+        written: bytes of the file that was written: model, patch, or undo file; 0 in a dry run.
         seconds: wall time.
         threads: used.
         warnings: what the user should know.
@@ -87,6 +88,7 @@ class MergeReport:
     rounding: Mode
     seed: int
     size: int
+    written: int
     seconds: float
     threads: int
     warnings: tuple[str, ...]

@@ -24,6 +24,8 @@ FLOORS = [
     {"factors", "rounding", "vocabulary"},
     {"activation", "lora_file", "merge_plan", "merge_report", "prefix", "rewrite", "turn"},
     {"kv_state"},
+    {"patch"},
+    {"in_place"},
     {"algebra", "convert", "evaluation", "fuse", "inspect", "llama", "merge", "plots", "preflight", "reuse"},
     {"compare", "runtime"},
     {"demo", "doctor", "engine"},

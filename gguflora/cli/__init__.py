@@ -8,6 +8,8 @@ from gguflora.cli.app import main
 from gguflora.cli import (  # isort: skip
     convert,
     merge,
+    apply_patch,
+    unmerge,
     compare,
     inspect,
     combine,
@@ -23,6 +25,7 @@ from gguflora.cli import (  # isort: skip
 )
 
 __all__ = [
+    "apply_patch",
     "combine",
     "compare",
     "convert",
@@ -38,4 +41,5 @@ __all__ = [
     "resize",
     "run",
     "serve",
+    "unmerge",
 ]

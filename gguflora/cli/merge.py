@@ -20,11 +20,17 @@ from gguflora.rounding import Mode as RoundingMode
 @app.command()
 def merge(
     base: Annotated[Path, typer.Argument(help="Base model, a GGUF file of any quantization.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Merged GGUF file to write.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Merged GGUF file to write.")] = None,
     lora: Annotated[list[str] | None, typer.Option(help="Adapter: PEFT directory or GGUF LoRA. Repeatable.")] = None,
     lora_scaled: Annotated[
         list[str] | None, typer.Option(metavar="PATH:SCALE", help="Adapter with a scale of its own. Repeatable.")
     ] = None,
+    patch: Annotated[
+        Path | None, typer.Option(help="Write only what changes, small, for gguflora apply-patch; instead of -o.")
+    ] = None,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Change BASE itself, for gguflora unmerge; instead of -o.")
+    ] = False,
     rounding: Annotated[
         RoundingMode,
         typer.Option(help="adaptive keeps changes below a quantization step; nearest is ggml's own."),
@@ -49,7 +55,7 @@ def merge(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; by default one for each core.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the output file.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the output file or patch.")] = False,
 ) -> None:
     """Merge adapters into a quantized GGUF file; every tensor keeps its type, untouched ones keep their bytes.
 
@@ -64,6 +70,16 @@ def merge(
     gguflora merge model-Q4_K_M.gguf --lora ./my-adapter --base-f16 ./hf-model --imatrix model.imatrix -o merged.gguf
 
     gguflora merge model-Q4_K_M.gguf --lora ./my-adapter --type 'blk.*.ffn_down.weight=q6_k' -o out.gguf --report r.json
+
+    gguflora merge model-Q4_K_M.gguf --lora ./my-adapter --patch my-adapter.patch
+
+    gguflora merge model-Q4_K_M.gguf --lora ./my-adapter --in-place && gguflora unmerge model-Q4_K_M.gguf
+
+    **In place**
+
+    Only changed rows are written, after BASE.undo has been. If the merge is stopped midway, even by a power cut,
+    gguflora unmerge gives back the base. Stop programs that have the model loaded (llama.cpp maps the file): they
+    would see it change while they compute.
     """
     adapters = [(path, 1.0) for path in lora or ()] + [_split_scale(text) for text in lora_scaled or ()]
     if not adapters:
@@ -73,6 +89,8 @@ def merge(
             base,
             adapters,
             out,
+            patch=patch,
+            in_place=in_place,
             rounding=rounding,
             seed=seed,
             base_f16=base_f16,
@@ -92,7 +110,7 @@ def merge(
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:
-        _print_merge(result)
+        _print_merge(result, in_place=in_place)
 
 
 def _split_types(texts: list[str]) -> dict[str, str]:
@@ -115,7 +133,7 @@ def _refuse_scale(text: str) -> NoReturn:
     raise typer.BadParameter(f"--lora-scaled is {text!r}, expected PATH:SCALE, for example adapter.gguf:0.5")
 
 
-def _print_merge(report: MergeReport) -> None:
+def _print_merge(report: MergeReport, *, in_place: bool) -> None:
     print_warnings(report.warnings)
     merged = ", ".join(f"{name} x {scale:g}" for name, _, scale in report.adapters)
     types = ", ".join(f"{count} {name}" for name, count in report.types.items()) or "none"
@@ -125,6 +143,12 @@ def _print_merge(report: MergeReport) -> None:
         f"{report.weights / 1e6:.1f} M weights, {report.size / 1e6:.1f} MB",
         markup=False,
     )
+    if report.written != report.size and not report.dry_run:
+        what = "undo file" if in_place else "patch"
+        console.print(
+            f"the {what} has {report.written / 1e6:.1f} MB, {report.written / report.size:.1%} of the model",
+            markup=False,
+        )
     if report.total.sv is not None:
         console.print(
             f"{report.rounding} rounding: {report.total.sv:.1%} of the change survives, "

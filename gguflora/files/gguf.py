@@ -122,6 +122,10 @@ class GgufFile:
         except EOFError as error:
             raise GgufError(f"{part.path}: became shorter while it was being copied") from error
 
+    def fileno(self) -> int:
+        """The file descriptor of the first file, for reading only."""
+        return self._parts[0].fileno()
+
     def _locate(self, offset: int) -> tuple[GgufPart, int]:
         """The file that holds a byte, and where, counted as if the files were one after the other."""
         index = bisect_right(self._starts, offset) - 1

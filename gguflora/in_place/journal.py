@@ -75,12 +75,19 @@ def locked(path: Path) -> Iterator[Model]:
     except OSError as error:
         raise OutputError(f"{path}: cannot be changed in place: {error.strerror}") from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(path, handle)
         yield Model(path.resolve(), handle)
-    except BlockingIOError as error:
-        raise OutputError(f"{path}: is being merged into or unmerged by another process; wait for it") from error
     finally:
         os.close(handle)
+
+
+def _lock(path: Path, handle: int) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(f"{path}: is being merged into or unmerged by another process; wait for it") from error
+    except OSError:  # not all file systems have locks
+        return
 
 
 class Journal:
@@ -124,14 +131,14 @@ class Journal:
         except FileNotFoundError:
             return {}
         try:
-            return self._parse(read(handle, 0, os.fstat(handle).st_size))
+            return self._parse(read(handle, 0, min(os.fstat(handle).st_size, 2 * CHUNK_BYTES)))
         finally:
             os.close(handle)
 
     def _parse(self, journal: Bytes) -> dict[int, Bytes]:
         if len(journal) < _PREAMBLE.size:
             return {}
-        magic, count, digest = _PREAMBLE.unpack_from(journal)
+        magic, count, digest = _PREAMBLE.unpack_from(journal.data)
         content, n_places = journal[_PREAMBLE.size :], count * _PLACE.itemsize
         if magic != _MAGIC or n_places > len(content):
             return {}

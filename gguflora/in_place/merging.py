@@ -53,7 +53,7 @@ def check_in_place(base: GgufFile, targets: Sequence[Target]) -> Layout:
             f"unmerge {base.path}, and merge all adapters at once"
         )
     layout = base.layout({}, {target.name: (target.shape, target.type) for target in targets})
-    header = os.pread(base.fileno(), len(layout.header), 0)
+    header = os.pread(base.fileno(), len(layout.parts[0].header), 0)
     return replace(layout, parts=(FilePart(0, header, layout.size),))
 
 

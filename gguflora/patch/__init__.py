@@ -4,6 +4,6 @@
 """
 
 from gguflora.patch.applying import ApplyReport, apply_patch
-from gguflora.patch.making import Merged, write_patch
+from gguflora.patch.making import Merged, check_one_file, write_patch
 
-__all__ = ["ApplyReport", "Merged", "apply_patch", "write_patch"]
+__all__ = ["ApplyReport", "Merged", "apply_patch", "check_one_file", "write_patch"]

@@ -91,7 +91,7 @@ def apply_patch(
             file.check_unchanged()
             if digest != facts.merged_sha256:
                 raise PatchError(
-                    f"{opened.path}: its result has SHA-256 {digest}, expected {facts.merged_sha256}; get the file again"
+                    f"{opened.path}: makes SHA-256 {digest}, expected {facts.merged_sha256}; get the file again"
                 )
         size = os.fstat(opened.handle).st_size
     return ApplyReport(target, facts.merged_size, size, facts, time.perf_counter() - started, used_threads)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -29,8 +28,6 @@ _TOP_BITS: Final = {2: 0xAA, 4: 0x88}
 _COUNT: Final = struct.Struct("<I")
 _FAR: Final = 255
 WIDTHS: Final = (2, 4, 8, 16, 32)
-
-Turn = Callable[[Bytes, Bytes, int], Bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +46,7 @@ class Grain:
 
     def fits(self, length: int) -> bool:
         """Whether so many bytes can have this grain."""
-        return (
-            self.width in WIDTHS and self.block > 0 and length % self.block == 0 and self.block * 8 % self.width == 0
-        )
+        return self.width in WIDTHS and self.block > 0 and length % self.block == 0 and self.block * 8 % self.width == 0
 
 
 PLAIN: Final = Grain(1, 8)
@@ -141,17 +136,23 @@ def _damaged(what: str) -> PatchError:
 
 def _minus(a: Bytes, b: Bytes, width: int) -> Bytes:
     """``a - b`` in every field, without borrowing from its neighbour (Hacker's Delight, 2-18)."""
+    difference: Bytes
     if width >= 8:
         wide = np.dtype(f"<u{width // 8}")
-        return np.subtract(a.view(wide), b.view(wide)).view(np.uint8)
-    top = np.uint8(_TOP_BITS[width])
-    return ((a | top) - (b & ~top)) ^ ((a ^ ~b) & top)
+        difference = np.subtract(a.view(wide), b.view(wide)).view(np.uint8)
+    else:
+        top = np.uint8(_TOP_BITS[width])
+        difference = ((a | top) - (b & ~top)) ^ ((a ^ ~b) & top)
+    return difference
 
 
 def _plus(a: Bytes, b: Bytes, width: int) -> Bytes:
     """``a + b`` in every field, without carrying into its neighbour."""
+    total: Bytes
     if width >= 8:
         wide = np.dtype(f"<u{width // 8}")
-        return np.add(a.view(wide), b.view(wide)).view(np.uint8)
-    top = np.uint8(_TOP_BITS[width])
-    return ((a & ~top) + (b & ~top)) ^ ((a ^ b) & top)
+        total = np.add(a.view(wide), b.view(wide)).view(np.uint8)
+    else:
+        top = np.uint8(_TOP_BITS[width])
+        total = ((a & ~top) + (b & ~top)) ^ ((a ^ b) & top)
+    return total

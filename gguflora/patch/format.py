@@ -210,14 +210,16 @@ def _unpacked(table: NDArray[np.void], at: int) -> list[Record]:
 
 
 def _facts(path: Path, text: bytes) -> Facts:
-    kinds = {field.name: _KINDS.get(str(field.type)) for field in fields(Facts)}
     try:
         given = json.loads(text)
         adapters = tuple((str(name), str(sha256), float(scale)) for name, sha256, scale in given.pop("adapters"))
-        known = {key: value for key, value in given.items() if isinstance(value, kinds[key] or ())}
-        facts = Facts(adapters=adapters, **known)
+        facts = Facts(**given, adapters=adapters)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"its facts are not as expected ({error})") from error
+    for field in fields(Facts):
+        kind = type(getattr(facts, field.name)).__name__
+        if not field.type.startswith(kind):
+            raise _damaged(path, f"its {field.name} is of type {kind}")
     return facts
 
 
@@ -242,6 +244,3 @@ def _check(patch: Patch, size: int, n_before: int) -> None:
 
 def _damaged(path: Path, what: str) -> PatchError:
     return PatchError(f"{path}: {what}; the file is damaged or incomplete")
-
-
-_KINDS: Final = {"str": str, "int": int}

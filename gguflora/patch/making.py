@@ -81,7 +81,7 @@ def write_patch(
     ):
         base_sha256 = background.submit(file_sha256, base.fileno(), base.size)
         sink = PatchSink(spill.fileno(), layout)
-        sink.put_header(base, layout.header)
+        sink.put_header(base, layout.parts[0].header)
         rewrite(sink)
         facts = Facts(
             base_name=base.path.name,

@@ -1,0 +1,43 @@
+"""``gguflora apply-patch``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import gguflora
+from gguflora.cli.app import app, console, print_json, progress_bar
+
+
+@app.command("apply-patch")
+def apply_patch(
+    base: Annotated[Path, typer.Argument(help="The GGUF file that the patch was made for.")],
+    patch: Annotated[Path, typer.Argument(help="What gguflora merge --patch wrote.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Merged GGUF file to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the output file.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; by default one for each core.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Make the merged model of its base and a patch, byte for byte as the merge would have written it.
+
+    The base is checked by its SHA-256 before, the merged model after.
+
+    **Example**
+
+    gguflora merge model-Q4_K_M.gguf --lora ./my-adapter --patch my-adapter.patch
+
+    gguflora apply-patch model-Q4_K_M.gguf my-adapter.patch -o merged-Q4_K_M.gguf
+    """
+    with progress_bar("patching") as progress:
+        report = gguflora.apply_patch(base, patch, out, force=force, threads=threads, progress=progress)
+    if as_json:
+        print_json(report)
+        return
+    console.print(
+        f"wrote {report.output}: {report.facts.base_name} with {report.facts.merged or 'nothing'}, "
+        f"{report.size / 1e6:.1f} MB out of a patch of {report.patch_size / 1e6:.1f} MB",
+        markup=False,
+    )
+    console.print(f"SHA-256 {report.facts.merged_sha256} checked; took {report.seconds:.2f} s", markup=False)
