@@ -84,6 +84,8 @@ def merge(
     adapters = [(path, 1.0) for path in lora or ()] + [_split_scale(text) for text in lora_scaled or ()]
     if not adapters:
         raise typer.BadParameter("give at least one adapter with --lora or --lora-scaled")
+    if (out is not None) + (patch is not None) + in_place != 1:
+        raise typer.BadParameter("say where the result goes with exactly one of --out, --patch and --in-place")
     with progress_bar("merging") as progress:
         result = gguflora.merge(
             base,

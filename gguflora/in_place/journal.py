@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -103,12 +104,16 @@ class Journal:
         self._path = journal_path(model.path)
 
     def change(self, changes: Iterable[Change]) -> None:
-        """Change the model, such that it can be repaired whenever this is stopped."""
+        """Change the model, such that it can be repaired whenever this is stopped; no changes need no journal."""
+        chunks = _chunks(changes)
+        first = next(chunks, None)
+        if first is None:
+            return
         handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             os.posix_fallocate(handle, 0, CHUNK_BYTES + 2 * MAX_LENGTH)  # a full disk is noticed now or never
             sync_folder(self._path.parent)
-            for chunk in _chunks(changes):
+            for chunk in chain([first], chunks):
                 self._keep(handle, chunk)
                 for offset, _, after in chunk:
                     write(self._model.handle, after, offset)
