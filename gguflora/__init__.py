@@ -12,7 +12,6 @@ from gguflora.in_place import UnmergeReport, unmerge
 from gguflora.inspect import InspectReport, inspect
 from gguflora.merge import merge, plan_merge
 from gguflora.merge_report import MergeReport, TensorReport
-from gguflora.patch import ApplyReport, apply_patch
 from gguflora.runtime import Adapters, attach
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from gguflora.algebra.export import ExportReport, export
     from gguflora.algebra.extract import ExtractReport, extract
     from gguflora.algebra.resize import ResizeReport, resize
+    from gguflora.patch.applying import ApplyReport, apply_patch
     from gguflora.pipeline import PipelineReport, run_pipeline
 
 __all__ = [
@@ -58,12 +58,14 @@ __all__ = [
 ]
 
 _LATER = {
+    "ApplyReport": "gguflora.patch.applying",
     "CombineReport": "gguflora.algebra.combine",
     "DiffReport": "gguflora.algebra.diff",
     "ExportReport": "gguflora.algebra.export",
     "ExtractReport": "gguflora.algebra.extract",
     "PipelineReport": "gguflora.pipeline",
     "ResizeReport": "gguflora.algebra.resize",
+    "apply_patch": "gguflora.patch.applying",
     "combine": "gguflora.algebra.combine",
     "diff": "gguflora.algebra.diff",
     "export": "gguflora.algebra.export",

@@ -3,7 +3,6 @@
 `coding` says how differences are stored, `format` how the file is laid out.
 """
 
-from gguflora.patch.applying import ApplyReport, apply_patch
 from gguflora.patch.making import Merged, check_one_file, write_patch
 
-__all__ = ["ApplyReport", "Merged", "apply_patch", "check_one_file", "write_patch"]
+__all__ = ["Merged", "check_one_file", "write_patch"]
