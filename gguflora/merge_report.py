@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from gguflora._native import SUMS
+from gguflora._native import SUMS, type_named
 from gguflora.rounding import Mode, Sums
 
 TOLERANCE: Final = 0.03
@@ -129,8 +129,16 @@ def survival_warning(tensors: Sequence[TensorReport], total: TensorReport, round
     if not off or total.sv is None:
         return None
     worst = max(off, key=lambda tensor: abs(1 - (tensor.sv or 0.0)))
-    hint = "; --rounding adaptive keeps it" if rounding == "nearest" else ""
+    hint = f"; {_remedy(worst, rounding)}"
     return (
         f"{len(off)} of {len(tensors)} tensors do not keep their change: the worst, {worst.name} ({worst.type}), has "
         f"{worst.sv:.0%} of it, all together have {total.sv:.0%}{hint}"
     )
+
+
+def _remedy(tensor: TensorReport, rounding: Mode) -> str:
+    if not type_named(tensor.type).dithers:
+        return (
+            f"{tensor.type} can only be rounded to nearest: give --base-f16, or another type with --outtype or --type"
+        )
+    return "--rounding adaptive keeps it" if rounding == "nearest" else "--base-f16 or another type may keep it"

@@ -94,6 +94,13 @@ def test_warns_where_the_adapter_is_lost(tmp_path):
     assert kept.warnings == ()
 
 
+def test_says_what_helps_a_type_without_dither(tmp_path):
+    gguflora.merge(base_of("Q4_K_M"), adapter_of(), tmp_path / "base.gguf", outtype="iq3_s")
+    report = gguflora.merge(tmp_path / "base.gguf", [(adapter_of(), SCALE)], tmp_path / "out.gguf")
+    assert "--base-f16" in report.warnings[-1]
+    assert "IQ3_S can only be rounded to nearest" in report.warnings[-1]
+
+
 def test_kept_logits(tmp_path):
     """The merged file answers as the hot adapter does, several times nearer than with nearest rounding."""
     base = base_of("Q4_0")

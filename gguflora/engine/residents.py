@@ -28,7 +28,7 @@ class LoadedAdapter:
     """An adapter that requests can name.
 
     Attributes:
-        id: the smallest number that was free when it was loaded, from 0.
+        id: from 0, never given twice: a client may still know that of an adapter no longer loaded.
         path: where it was loaded from: a GGUF LoRA file or a PEFT directory.
         sha256: of the GGUF LoRA file, in hexadecimal.
         size: of that file, in bytes.
@@ -156,6 +156,7 @@ class Residents:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._by_name: dict[str, Resident] = {}
+        self._numbers = itertools.count()
         self._reserved: dict[str, int] = {}
         self._generations = itertools.count()
 
@@ -171,8 +172,7 @@ class Residents:
                 raise AdapterNameError(
                     f"an adapter named {name!r} is loaded already; unload it first, or take another name"
                 )
-            taken = {resident.adapter.id for resident in self._by_name.values()} | set(self._reserved.values())
-            number = next(number for number in itertools.count() if number not in taken)
+            number = next(self._numbers)
             self._reserved[name] = number
             return number, next(self._generations)
 
