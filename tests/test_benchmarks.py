@@ -1,0 +1,90 @@
+"""The benchmarks run at their smallest setting, and an adaptive merge keeps what a naive one loses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import gguf.quants
+import pytest
+
+import gguflora
+
+ROOT = Path(__file__).parent.parent
+DEMO = Path(gguflora.__file__).parent / "demo"
+
+
+def bench(*arguments):
+    command = [sys.executable, "-P", ROOT / "tools" / "bench", *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def demo_model(tmp_path_factory):
+    """The demo as the directory that `tools/bench fidelity --model` takes: F32.gguf and the adapters."""
+    home = tmp_path_factory.mktemp("demo")
+    reader, writer = gguf.GGUFReader(DEMO / "base.gguf"), gguf.GGUFWriter(home / "F32.gguf", "llama")
+    for name, entry in reader.fields.items():
+        if not name.startswith(("GGUF.", "general.architecture", "general.file_type")):
+            writer.add_key_value(name, entry.contents(), entry.types[0], entry.types[-1])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for name in ("shout", "verse"):
+        (home / name).symlink_to(DEMO / name)
+    return home
+
+
+def test_fidelity_on_the_demo(demo_model, tmp_path):
+    out = tmp_path / "out.json"
+    arguments = ("--types", "Q4_K", "--scales", "0.25", "--seeds", 2, "--samples", 16)
+    shown = bench("fidelity", *arguments, "--model", demo_model, "--json", out)
+    cells = json.loads(out.read_text())
+    assert [(cell["type"], cell["adapter"], cell["scale"]) for cell in cells] == [
+        ("Q4_K", "shout", 0.25),
+        ("Q4_K", "verse", 0.25),
+    ]
+    for cell in cells:
+        assert cell["gain"] > 0.01
+        assert cell["kl_adaptive"] < cell["kl_naive"] / 5 < cell["kl_base"] / 5
+        assert cell["kept_naive"] < 0.5
+        assert cell["kept_adaptive"] == pytest.approx(1, abs=0.15)
+        assert cell["kept_ideal"] == pytest.approx(1, abs=0.15)
+    assert "goals missed in 2 cells" in shown
+
+
+def test_merge_of_a_tiny_llama(tmp_path):
+    out = tmp_path / "out.json"
+    shown = bench("merge", "--model", "tiny", "--no-peers", "--repeats", 1, "--folder", tmp_path, "--json", out)
+    results = {result["who"]: result for result in json.loads(out.read_text())["results"]}
+    assert results.keys() == {"plain copy", "gguflora adaptive", "gguflora nearest"}
+    assert all(who in shown for who in results)
+    base = tmp_path / "llama-tiny-Q4_K_M.gguf"
+    for who in ("gguflora adaptive", "gguflora nearest"):
+        assert results[who]["cpu_seconds"] > 0
+        assert 20e6 < results[who]["peak_bytes"] < 300e6
+        assert results[who]["output_bytes"] == pytest.approx(base.stat().st_size, abs=4096)
+    assert {path.name for path in tmp_path.iterdir()} == {base.name, "lora-tiny-r16", "lora-tiny-r16.gguf", out.name}
+
+
+def test_the_random_llama_loads_and_has_the_types_of_q4_k_m(tmp_path, monkeypatch):
+    """llama.cpp's own quantizer, given the same shapes, chooses the same types."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import builders
+    import llama_cpp
+    from benchmarks import models
+
+    llama = models.LLAMAS["tiny"]
+    half, mixed = (models.base_file(tmp_path, llama, recipe) for recipe in ("F16", "Q4_K_M"))
+    quantized = tmp_path / "quantized.gguf"
+    builders._quantize(half, quantized, "Q4_K_M")
+    types = [{t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors} for path in (mixed, quantized)]
+    assert types[0] == types[1]
+    assert len(set(types[0].values())) == 3
+    llm = llama_cpp.Llama(str(mixed), n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False)
+    assert llm.tokenize(b"ab") == [1, *llm.tokenize(b"ab", add_bos=False)]
+    llm.close()
