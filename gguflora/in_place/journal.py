@@ -20,7 +20,7 @@ from gguflora.errors import OutputError
 from gguflora.patch.format import MAX_LENGTH
 from gguflora.patch.stream import read, write
 
-CHUNK_BYTES: Final = 32 << 20
+CHUNK_BYTES: Final = 16 << 20
 """What is changed between two syncs, give or take a record."""
 
 _PREAMBLE: Final = struct.Struct("<8sQ32s")
@@ -158,7 +158,9 @@ class Journal:
         return kept
 
     def _digest(self, content: Bytes) -> bytes:
-        return hashlib.sha256(self._owner.encode() + content.data).digest()
+        digest = hashlib.sha256(self._owner.encode())
+        digest.update(content.data)
+        return digest.digest()
 
     def remove(self) -> None:
         """Remove the journal; the model is synced."""
