@@ -7,7 +7,9 @@ from typing import Any
 
 import builders
 import hotswap
+import llama_cpp
 import numpy as np
+import oracles
 import pytest
 from hotswap import PROMPT, A, B, C
 
@@ -67,3 +69,21 @@ def fresh_logprobs(adapters: tuple[tuple[str, float], ...], tokens: tuple[int, .
 
 def named(text: str) -> dict[str, float]:
     return {spec: scale for name, scale in SETS[text] for spec, other in SPECS.items() if other == name}
+
+
+def assert_fresh_base(path: Path, prompt: Sequence[int], pieces: Sequence[Piece], atol: float) -> Sequence[Piece]:
+    """The same of a base in any file, by a Llama of its own."""
+    entries = [entry for piece in pieces for entry in piece.logprobs]
+    f32 = llama_cpp.GGML_TYPE_F32
+    with oracles.quiet_llama_cpp():
+        llm = llama_cpp.Llama(
+            str(path), n_ctx=256, n_batch=256, n_threads=1, n_threads_batch=1, logits_all=True, type_k=f32, type_v=f32,
+            verbose=False,
+        )  # fmt: skip
+    logits = hotswap.logits(llm, [*prompt, *(entry.token for entry in entries)])[len(prompt) - 1 : -1]
+    llm.close()
+    for entry, row in zip(entries, logits.astype(np.float64), strict=True):
+        wanted = row - row.max() - np.log(np.exp(row - row.max()).sum())
+        found = np.array([logprob for _, _, logprob in entry.top])
+        np.testing.assert_allclose(found, wanted[[token for token, _, _ in entry.top]], atol=atol, rtol=0)
+    return pieces

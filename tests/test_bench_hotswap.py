@@ -24,6 +24,7 @@ def test_hotswap(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = type(bench.LLAMAS["0.1b"])("tiny", 256, 512, 2, 4, 2, 512, 10000.0)
+    monkeypatch.setattr("benchmarks.models.POOL_WEIGHTS", 1 << 15)
     monkeypatch.setitem(bench.LLAMAS, "tiny", tiny)
     out = tmp_path / "report.json"
     bench.hotswap(model="tiny", tokens=3, repeats=1, threads=1, folder=tmp_path, out=out)

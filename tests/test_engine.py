@@ -4,12 +4,13 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import architecture_models
 import builders
 import gguf
 import hotswap
 import llama_cpp
 import pytest
-from engines import OPTIONS, SETS, ask, assert_fresh, files, named, open_engine, tokens_of
+from engines import OPTIONS, SETS, ask, assert_fresh, assert_fresh_base, files, named, open_engine, tokens_of
 from hotswap import OTHER, PROMPT
 
 from gguflora.engine import Engine
@@ -206,3 +207,25 @@ def test_embeddings_before_the_prompt() -> None:
             other = ask(engine, name, PROMPT[10:], prefix=table[list(OTHER[-10:])])
             assert_fresh(dict.fromkeys({"a"} & {name}, 1.0), (*OTHER[-10:], *PROMPT[10:]), list(other))
             assert other.usage.reused_tokens == 0
+
+
+WINDOWED = ["gemma2", "gemma3"]  # 64 tokens
+STATEFUL = ["mamba", "jamba", "qwen35"]
+
+
+@pytest.mark.parametrize("arch", [*WINDOWED, *STATEFUL])
+def test_caches_of_other_kinds(arch: str) -> None:
+    """Sliding windows and recurrent states: going on, going back, beginning alike, side by side."""
+    path = builders.gguf_model(arch) if arch in WINDOWED else architecture_models.gguf_model(arch)
+    atol = 1e-3 if arch in WINDOWED else 1e-4  # llama.cpp looks GELU up in a table of 16-bit floats
+    long = (OTHER + PROMPT)[:70]
+    prompts = [long, (*long[:50], 60, 61), long[:20], (*long, 62)]
+    with Engine(path, **OPTIONS, n_batch=16) as engine:
+        for prompt in prompts:
+            generation = ask(engine, prompt=prompt, max_tokens=5)
+            tokens = tokens_of(assert_fresh_base(path, prompt, list(generation), atol))
+            more = ask(engine, prompt=[*prompt, *tokens[:-1], 63], max_tokens=3)
+            assert_fresh_base(path, [*prompt, *tokens[:-1], 63], list(more), atol)
+            assert more.usage.reused_tokens == len(prompt) + len(tokens) - 1
+        for prompt, generation in [(prompt, ask(engine, prompt=prompt)) for prompt in prompts]:
+            assert_fresh_base(path, prompt, list(generation), atol)
