@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,10 @@ from numpy.typing import NDArray
 from gguflora import _native
 from gguflora.changed_rows import AnyRows, Bytes, Floats, LowRankRows, Target, Weights, read_or_zeros
 from gguflora.deltas import Values
+from gguflora.errors import QuantizationError
 from gguflora.imatrix import importance_of
+
+_LEAST_REACHED: Final = 0.01
 
 Mode = Literal["adaptive", "nearest"]
 Sums = NDArray[np.float64]
@@ -152,6 +155,13 @@ class RowsRounder:
 
     def _dither(self, rows: Bytes, first: int, last: int, sums: Sums) -> Bytes:
         reached, wanted = self._measured.total()
+        if not (
+            np.isfinite(wanted) and reached >= _LEAST_REACHED * wanted
+        ):  # no grid holds it: float16's range is left
+            raise QuantizationError(
+                f"{self._weights.base.path}: tensor {self._target.name!r}: the changed weights are too large for "
+                f"{self._type.name}; is the adapter's scale right?"
+            )
         gain = 1 / float(np.clip(reached / wanted, 0.5, 1)) if wanted > 0 else 1.0
         new = self._grids.take(first - self._rows.start, len(rows))
         new = rows.copy() if new is None else new

@@ -101,6 +101,12 @@ def test_says_what_helps_a_type_without_dither(tmp_path):
     assert "IQ3_S can only be rounded to nearest" in report.warnings[-1]
 
 
+def test_change_that_no_grid_holds(tmp_path):
+    with pytest.raises(gguflora.GgufloraError, match="too large for"):
+        merged(base_of("Q4_K_M"), tmp_path / "out.gguf", 1e30)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_kept_logits(tmp_path):
     """The merged file answers as the hot adapter does, several times nearer than with nearest rounding."""
     base = base_of("Q4_0")
