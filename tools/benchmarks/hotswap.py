@@ -2,7 +2,8 @@
 
 One engine with the adapter as F32, F16 and Q8_0, against building a ``Llama(lora_path=...)`` for each switch, which is
 what llama-cpp-python offers, and against a merged file. The same prompt everywhere, greedy, files in the page cache,
-medians. A switch is measured to the first token of its answer.
+medians. A switch is measured to the first token of its answer. Speeds (tokens a second, CPU milliseconds a token) and
+switches within the engine are measured in turns: the machine may be busier at one time than at another.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +34,7 @@ from gguflora.engine import Engine, Generation, Request, Sampling
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gguflora" / "bench"
 OUTTYPES = ("f32", "f16", "q8_0")
+PEER = "Llama(lora_path=)"
 PROMPT = [1, *range(300, 363)]
 END = 2
 N_CTX = 2048
@@ -86,48 +90,93 @@ def ask(engine: Engine, adapters: str, count: int) -> Generation:
     return generation
 
 
-def tokens_per_second(engine: Engine, adapters: str, count: int, repeats: int) -> float:
-    """Of generating, the prompt's evaluation left out."""
-    return statistics.median((count - 1) / ask(engine, adapters, count).timings.decode for _ in range(repeats))
+@dataclass(frozen=True)
+class Speed:
+    """Of generating, the prompt's evaluation left out; CPU time is what other programs disturb least."""
+
+    tokens_per_second: float
+    cpu_milliseconds_per_token: float
 
 
-def measure_engine(files: Subjects, count: int, repeats: int, threads: int) -> dict[str, object]:
-    """Loading, memory, switching and speed of adapters in one engine."""
+def _speed(generate: Callable[[], object], count: int) -> Speed:
+    cpu, wall = time.process_time(), time.perf_counter()
+    generate()
+    return Speed(count / (time.perf_counter() - wall), (time.process_time() - cpu) / count * 1e3)
+
+
+def measure_speeds(files: Subjects, count: int, repeats: int, threads: int) -> dict[str, dict[str, float]]:
+    """Generating with each adapter, without, with the merged file and as llama-cpp-python does it, in turns."""
+    with opened(files.base, threads) as engine, opened(files.merged, threads) as merged:
+        for outtype, file in files.adapters.items():
+            engine.load(file, outtype)
+        llm = _llama(files.base, threads, lora_path=str(files.adapters["f32"]))
+        ways = {name: partial(_engine_speed, engine, name, count) for name in ("base", *OUTTYPES)}
+        ways["merged file"] = partial(_engine_speed, merged, "base", count)
+        ways[PEER] = partial(_llama_speed, llm, count)
+        taken = {name: [] for name in ways}
+        for _ in range(repeats):
+            for name, way in ways.items():
+                taken[name].append(way())
+        llm.close()
+    return {
+        name: {key: statistics.median(getattr(speed, key) for speed in speeds) for key in Speed.__annotations__}
+        for name, speeds in taken.items()
+    }
+
+
+def _engine_speed(engine: Engine, adapters: str, count: int) -> Speed:
+    ask(engine, adapters, 1)  # now the prompt is held
+    return _speed(lambda: ask(engine, adapters, count), count)
+
+
+def _llama_speed(llm: llama_cpp.Llama, count: int) -> Speed:
+    tokens = llm.generate(PROMPT, temp=0.0)
+    next(tokens)
+    return _speed(lambda: [next(tokens) for _ in range(count)], count)
+
+
+def measure_engine(files: Subjects, repeats: int, threads: int) -> dict[str, object]:
+    """Loading, memory and switching of adapters in one engine."""
     with opened(files.base, threads) as engine:
         ask(engine, "base", 1)
-        loads = {outtype: _loaded(engine, outtype, file, repeats) for outtype, file in files.adapters.items()}
+        loads = _loaded(engine, files.adapters, repeats)
         before = resident_bytes()
         first = ask(engine, "f32", 1).timings.ttft
         context = resident_bytes() - before
         for outtype in OUTTYPES:
             ask(engine, outtype, 1)
-        same = statistics.median(ask(engine, "f32", 1).timings.ttft for _ in range(repeats * 3))
-        sets = ("base", *OUTTYPES) * repeats
-        back = statistics.median(ask(engine, adapters, 1).timings.ttft for adapters in sets)
-        speed = {adapters: tokens_per_second(engine, adapters, count, repeats) for adapters in ("base", *OUTTYPES)}
+        turns = [
+            (ask(engine, adapters, 1).timings.ttft, ask(engine, adapters, 1).timings.ttft)
+            for adapters in ("base", *OUTTYPES) * repeats
+        ]
+        back, same = (statistics.median(taken) for taken in zip(*turns, strict=True))
         kv_bytes = engine.stats().contexts[0].kv_bytes
-    with opened(files.merged, threads) as engine:
-        speed["merged file"] = tokens_per_second(engine, "base", count, repeats)
     switching = {"without a switch": same, "back to a set used before": back, "first use of a set": first}
     return {
         "loads": loads,
         "context_bytes": context,
         "kv_bytes": kv_bytes,
         "first_token": switching,
-        "tokens_per_second": speed,
     }
 
 
-def _loaded(engine: Engine, outtype: str, file: Path, repeats: int) -> dict[str, float]:
-    """Load an adapter (and leave it loaded): seconds, and bytes on disk and in memory."""
-    taken = []
-    for _ in range(repeats):
+def _loaded(engine: Engine, adapters: dict[str, Path], repeats: int) -> dict[str, dict[str, float]]:
+    """Load adapters (and leave them loaded): seconds, and bytes on disk and in memory.
+
+    The memory is that of each first load: later ones are given what an earlier one has left to the allocator.
+    """
+    loads = {}
+    for outtype, file in adapters.items():
         before = resident_bytes()
-        taken.append(seconds(lambda: engine.load(file, outtype)))
-        memory = resident_bytes() - before
-        engine.unload(outtype)
-    engine.load(file, outtype)
-    return {"seconds": statistics.median(taken), "file_bytes": file.stat().st_size, "memory_bytes": memory}
+        taken = [seconds(partial(engine.load, file, outtype))]
+        loads[outtype] = {"file_bytes": file.stat().st_size, "memory_bytes": resident_bytes() - before, "taken": taken}
+    for outtype, file in adapters.items():
+        taken = loads[outtype].pop("taken")
+        for _ in range(repeats - 1):
+            engine.unload(outtype)
+            taken.append(seconds(partial(engine.load, file, outtype)))
+        loads[outtype]["seconds"] = statistics.median(taken)
+    return loads
 
 
 def measure_attached(files: Subjects, repeats: int, threads: int) -> dict[str, float]:
@@ -144,18 +193,16 @@ def measure_attached(files: Subjects, repeats: int, threads: int) -> dict[str, f
     return {"apply": statistics.median(applies), "first_token": statistics.median(firsts)}
 
 
-def measure_rebuilding(files: Subjects, count: int, repeats: int, threads: int) -> dict[str, float]:
-    """Switching by building a Llama anew, to the first token of its answer; and its speed."""
-    switches, speeds = [], []
+def measure_rebuilding(files: Subjects, repeats: int, threads: int) -> float:
+    """Seconds of switching by building a Llama anew, to the first token of its answer."""
+    switches = []
     for _ in range(repeats):
         started = time.perf_counter()
         llm = _llama(files.base, threads, lora_path=str(files.adapters["f32"]))
-        tokens = llm.generate(PROMPT, temp=0.0)
-        next(tokens)
+        next(llm.generate(PROMPT, temp=0.0))
         switches.append(time.perf_counter() - started)
-        speeds.append((count - 1) / seconds(lambda tokens=tokens: [next(tokens) for _ in range(count - 1)]))
         llm.close()
-    return {"first_token": statistics.median(switches), "tokens_per_second": statistics.median(speeds)}
+    return statistics.median(switches)
 
 
 def _llama(path: Path, threads: int, **options: object) -> llama_cpp.Llama:
@@ -165,22 +212,21 @@ def _llama(path: Path, threads: int, **options: object) -> llama_cpp.Llama:
 
 
 def _tables(report: dict[str, dict]) -> list[Table]:
-    engine, attached, rebuilt = report["engine"], report["attached"], report["rebuilding"]
-    loads = Table("adapter", "load ms", "file MB", "memory MB", "tokens/s", title="Hot adapters")
-    speed = engine["tokens_per_second"]
-    for outtype, load in engine["loads"].items():
-        sizes = (f"{load[key] / 1e6:.1f}" for key in ("file_bytes", "memory_bytes"))
-        loads.add_row(outtype, f"{load['seconds'] * 1e3:.0f}", *sizes, f"{speed[outtype]:.1f}")
-    for other in ("base", "merged file"):
-        loads.add_row(other, "", "", "", f"{speed[other]:.1f}")
-    loads.add_row("Llama(lora_path=), f32", "", "", "", f"{rebuilt['tokens_per_second']:.1f}")
+    engine, attached, speeds = report["engine"], report["attached"], report["speeds"]
+    loads = Table("adapter", "load ms", "file MB", "memory MB", "tokens/s", "CPU ms", title="Hot adapters")
+    for name, speed in speeds.items():
+        load = engine["loads"].get(name)
+        costs = [f"{load['seconds'] * 1e3:.0f}"] if load else ["", "", ""]
+        costs += [f"{load[key] / 1e6:.1f}" for key in ("file_bytes", "memory_bytes")] if load else []
+        rates = (f"{speed['tokens_per_second']:.1f}", f"{speed['cpu_milliseconds_per_token']:.1f}")
+        loads.add_row(name, *costs, *rates)
     switches = Table("switch", "ms to the first token", title=f"Switching, prompt of {len(PROMPT)} tokens")
     for name, taken in engine["first_token"].items():
         switches.add_row(f"engine: {name}", f"{taken * 1e3:.1f}")
     switches.add_row(
         f"attach: apply ({attached['apply'] * 1e6:.0f} us) and prompt", f"{attached['first_token'] * 1e3:.1f}"
     )
-    switches.add_row("a new Llama(lora_path=...), then the prompt", f"{rebuilt['first_token'] * 1e3:.1f}")
+    switches.add_row("a new Llama(lora_path=...), then the prompt", f"{report['rebuilding_first_token'] * 1e3:.1f}")
     return [loads, switches]
 
 
@@ -195,9 +241,10 @@ def hotswap(
     """Measure adapters at run time against a Llama built anew for each switch, and a merged file."""
     files = Subjects(folder, model)
     report = {
-        "engine": measure_engine(files, tokens, repeats, threads),
+        "engine": measure_engine(files, repeats, threads),
         "attached": measure_attached(files, repeats, threads),
-        "rebuilding": measure_rebuilding(files, tokens, repeats, threads),
+        "rebuilding_first_token": measure_rebuilding(files, repeats, threads),
+        "speeds": measure_speeds(files, tokens, repeats, threads),
     }
     if out is not None:
         out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
