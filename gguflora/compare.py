@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from gguflora.convert import convert
 from gguflora.errors import FormatError, HotSwapError, MismatchError, UnsupportedAdapterError
-from gguflora.merge import AdapterArgument, _with_scales, merge
+from gguflora.merge import AdapterArgument, merge, with_scales
 from gguflora.preflight import check_loadable, read_whole_base
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def compare(
     """
     if n_ctx < MIN_CTX:
         raise HotSwapError(f"n_ctx is {n_ctx}, expected at least {MIN_CTX} tokens")
-    base_path, merged_path, pairs = Path(base), Path(merged), _with_scales(adapters)
+    base_path, merged_path, pairs = Path(base), Path(merged), with_scales(adapters)
     used_threads = threads or len(os.sched_getaffinity(0))
     with _loras(base_path, pairs) as loras, _open(base_path, used_threads) as base_model:
         tokens, window = _tokens(base_model, text), min(n_ctx, base_model.n_ctx_train)

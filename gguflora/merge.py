@@ -93,7 +93,7 @@ def merge(
         file = opened.enter_context(GgufFile(base))
         check_finished(file.path)
         outputs = _outputs(file, out, patch)
-        sources = [(read_adapter(path), scale) for path, scale in _with_scales(adapters)]
+        sources = [(read_adapter(path), scale) for path, scale in with_scales(adapters)]
         how = _rounding(file, rounding, seed, imatrix)
         plan = make_plan(file, sources, how, types)
         precise = None
@@ -188,7 +188,8 @@ def _outputs(
     return (file.path,) if out is None else part_paths(Path(out), len(file.paths))
 
 
-def _with_scales(adapters: AdapterArgument) -> list[tuple[AdapterPath, float]]:
+def with_scales(adapters: AdapterArgument) -> list[tuple[AdapterPath, float]]:
+    """The paths of adapters and their scales, 1 where none is given; ``AdapterError`` if one is not finite."""
     given = [adapters] if isinstance(adapters, str | os.PathLike) else adapters
     pairs = [item if isinstance(item, tuple) else (item, 1.0) for item in given]
     for path, scale in pairs:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 import gguflora
 from gguflora.cli.app import app, console, stderr
-from gguflora.cli.merge import _split_scale
+from gguflora.cli.merge import split_scale
 from gguflora.compare import CompareReport
 
 
@@ -48,7 +48,7 @@ def compare(
 
     gguflora compare model.gguf merged.gguf --lora-scaled tone.gguf:0.5 --naive --json
     """
-    adapters = [(path, 1.0) for path in lora or ()] + [_split_scale(item) for item in lora_scaled or ()]
+    adapters = [(path, 1.0) for path in lora or ()] + [split_scale(item) for item in lora_scaled or ()]
     if not adapters:
         raise typer.BadParameter("give the adapters that were merged with --lora or --lora-scaled")
     with stderr.status("comparing"):

@@ -81,7 +81,7 @@ def merge(
     gguflora unmerge gives back the base. Stop programs that have the model loaded (llama.cpp maps the file): they
     would see it change while they compute.
     """
-    adapters = [(path, 1.0) for path in lora or ()] + [_split_scale(text) for text in lora_scaled or ()]
+    adapters = [(path, 1.0) for path in lora or ()] + [split_scale(text) for text in lora_scaled or ()]
     if not adapters:
         raise typer.BadParameter("give at least one adapter with --lora or --lora-scaled")
     if (out is not None) + (patch is not None) + in_place != 1:
@@ -123,7 +123,8 @@ def _split_types(texts: list[str]) -> dict[str, str]:
     return {pattern: name for pattern, _, name in pairs}
 
 
-def _split_scale(text: str) -> tuple[str, float]:
+def split_scale(text: str) -> tuple[str, float]:
+    """Path and scale of ``PATH:SCALE``."""
     path, _, scale = text.rpartition(":")
     try:
         return path, float(scale) if path else _refuse_scale(text)
