@@ -241,10 +241,12 @@ def test_convert_refuses_biases(method, tmp_path):
         gguflora.convert(adapter, gguf_model("qwen2"), tmp_path / "lora.gguf", rank=8)
 
 
-def test_beft_needs_a_bias(tmp_path):
-    with pytest.raises(gguflora.GgufloraError, match="does not have"):
-        adapter = trained_adapter("llama", BIASES["beft"])
-        gguflora.merge(gguf_model("llama"), adapter, tmp_path / "out.gguf")
+def test_beft_brings_a_bias_where_llama_cpp_reads_it(tmp_path):
+    """PEFT's forward pass adds it to layers that have none, though it refuses to merge it."""
+    adapter = trained_adapter("llama", BIASES["beft"])
+    gguflora.merge(gguf_model("llama"), adapter, tmp_path / "out.gguf")
+    expected = oracles.peft_logits(hf_model("llama"), adapter)
+    assert np.abs(oracles.llama_logits(tmp_path / "out.gguf") - expected).max() < 1e-2
 
 
 @pytest.mark.parametrize("start", ["pissa_niter_4", "corda", "lora_ga", "loftq"])

@@ -53,7 +53,7 @@ class _Worker:
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         self._complaints: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "gguflora.pipeline.worker"],
+            [sys.executable, "-P", "-m", "gguflora.pipeline.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._complaints,

@@ -25,9 +25,10 @@ from benchmarks.processes import Usage, run
 from rich.console import Console
 from rich.table import Table
 
+import gguflora
 from gguflora.files.gguf import GgufFile
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+INSTALLED = Path(gguflora.__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gguflora" / "bench"
 ROUNDINGS = ("adaptive", "nearest")
 PEERS, COPY = "export-lora + quantize", "plain copy"
@@ -37,7 +38,7 @@ CORES = len(os.sched_getaffinity(0))
 
 def _gguflora(base: Path, adapter: Path, out: Path, rounding: str) -> Usage:
     command = [sys.executable, "-m", "gguflora", "merge", base, "--lora", adapter, "-o", out, "--rounding", rounding]
-    return run(command, os.environ | {"PYTHONPATH": str(ROOT)})
+    return run(command, os.environ | {"PYTHONPATH": str(INSTALLED)})
 
 
 def _copy(base: Path, out: Path) -> Usage:

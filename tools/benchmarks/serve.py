@@ -32,7 +32,9 @@ from benchmarks.peers import llama_cpp_tools
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+import gguflora
+
+INSTALLED = Path(gguflora.__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gguflora" / "bench"
 MODELS = LLAMAS | {"0.2b": Llama("0.2b", 1024, 2816, 12, 16, 4, 32000, 10000.0)}
 CORES = len(os.sched_getaffinity(0))
@@ -85,7 +87,7 @@ class Server:
 def _running(name: str, command: list[object], port: int, most_adapters: int) -> Iterator[Server]:
     """A server as a process of its own, ready to answer."""
     url = f"http://127.0.0.1:{port}"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(INSTALLED)}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=environment)
         try:
