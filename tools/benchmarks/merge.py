@@ -37,7 +37,20 @@ CORES = len(os.sched_getaffinity(0))
 
 
 def _gguflora(base: Path, adapter: Path, out: Path, rounding: str) -> Usage:
-    command = [sys.executable, "-m", "gguflora", "merge", base, "--lora", adapter, "-o", out, "--rounding", rounding]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "gguflora",
+        "merge",
+        base,
+        "--lora",
+        adapter,
+        "-o",
+        out,
+        "--rounding",
+        rounding,
+    ]
     return run(command, os.environ | {"PYTHONPATH": str(INSTALLED)})
 
 

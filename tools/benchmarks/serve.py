@@ -120,7 +120,7 @@ def _gguflora(base: Path, loras: list[Path], most_clients: int, context: int, th
     port = _free_port()
     named = [item for number, lora in enumerate(loras) for item in ("--lora", f"a{number}={lora}")]
     limits = ["--ctx", context, "--parallel", most_clients, "--contexts", len(loras), "--threads", threads]
-    return [sys.executable, "-m", "gguflora", "serve", base, *named, *limits, "--port", port], port
+    return [sys.executable, "-P", "-m", "gguflora", "serve", base, *named, *limits, "--port", port], port
 
 
 def _llama_server(
