@@ -100,8 +100,8 @@ class Adapters:
     A state from ``llm.save_state`` can be loaded under its own set only, and ``llm.generate`` cannot go on across a
     change: both raise `HotSwapError`. After `close` nothing is checked any more.
 
-    One lock makes changes safe among threads. It does not make a Llama safe to generate with while another thread
-    changes its adapters: that is for the caller to keep apart, as llama-cpp-python asks of all calls to one Llama.
+    Calls from several threads take turns: one call or generation at a time uses the Llama, the others wait. A
+    generation whose adapters another thread changes between its tokens raises `HotSwapError` when it goes on.
 
     Closing the Llama frees its adapters first; a method called after that, or after `close`, raises `HotSwapError`.
     """

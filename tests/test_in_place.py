@@ -422,3 +422,22 @@ def test_a_full_disk(tiny, monkeypatch, tmp_path):
             gguflora.merge(base, adapter, in_place=True)
     assert base.read_bytes() == before
     assert names(tmp_path) == ["model.gguf"]
+
+
+@pytest.mark.parametrize(("command", "said"), [("unmerge", "run it again"), ("merge", "nothing was written")])
+def test_what_is_said_when_interrupted(command, said, monkeypatch, capsys):
+    """The truth about the files, which is another one where a base is being given back."""
+    import gguflora.cli
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gguflora, command, interrupted)
+    options = ["--lora", "a", "-o", "out.gguf"] if command == "merge" else []
+    monkeypatch.setattr(sys, "argv", ["gguflora", command, "base.gguf", *options])
+    with pytest.raises(SystemExit) as stopped:
+        gguflora.cli.main()
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == f"interrupted; {said}" + (
+        " to have the whole base back\n" if command == "unmerge" else "\n"
+    )

@@ -18,6 +18,10 @@ from gguflora.errors import GgufloraError
 
 ProgressCallback = Callable[[int, int], None]
 INTERRUPTED: Final = 130
+_AFTER_INTERRUPT: Final = {
+    "pipeline": "the steps that were done are kept, and the next run goes on from them",
+    "unmerge": "run it again to have the whole base back",
+}
 
 app = typer.Typer(
     help="LoRA for GGUF: convert PEFT adapters, merge them into quantized models, hot-swap them at run time.",
@@ -99,5 +103,6 @@ def main() -> None:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except SystemExit as stop:
         if stop.code == INTERRUPTED:  # typer has turned KeyboardInterrupt into this
-            print("interrupted; nothing was written", file=sys.stderr)
+            command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+            print(f"interrupted; {_AFTER_INTERRUPT.get(command, 'nothing was written')}", file=sys.stderr)
         raise
