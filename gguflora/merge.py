@@ -27,10 +27,10 @@ from gguflora.files.gguf import GgufFile, part_paths
 from gguflora.files.output import atomic_outputs, check_targets
 from gguflora.hf_model import HighPrecisionBase
 from gguflora.imatrix import read_imatrix
-from gguflora.in_place import check_finished, check_in_place, merge_in_place
+from gguflora.in_place import check_in_place, merge_in_place
 from gguflora.merge_plan import OutputTypes, Plan, make_plan, merges_of
 from gguflora.merge_report import MergeReport, TensorReport, survival_warning
-from gguflora.patch import Merged, check_one_file, write_patch
+from gguflora.patch import Merged, write_patch
 from gguflora.rewrite import FileSink, Progress, Rewriter
 from gguflora.rounding import Mode, Rounding, Sums
 
@@ -91,7 +91,6 @@ def merge(
     types = OutputTypes.named(outtype, type or {})
     with ExitStack() as opened:
         file = opened.enter_context(GgufFile(base))
-        check_finished(file.path)
         outputs = _outputs(file, out, patch)
         sources = [(read_adapter(path), scale) for path, scale in with_scales(adapters)]
         how = _rounding(file, rounding, seed, imatrix)
@@ -183,7 +182,6 @@ def _outputs(
     file: GgufFile, out: str | os.PathLike[str] | None, patch: str | os.PathLike[str] | None
 ) -> tuple[Path, ...]:
     if patch is not None:
-        check_one_file(file, "a patch")
         return (Path(patch),)
     return (file.path,) if out is None else part_paths(Path(out), len(file.paths))
 

@@ -21,7 +21,9 @@ from test_split import split
 from test_vocabulary import resized
 
 import gguflora
-from gguflora.errors import FormatError, OutputError, PatchError
+from gguflora.errors import FormatError, GgufError, OutputError, PatchError
+from gguflora.files.beside import journal_path, undo_path
+from gguflora.files.gguf import part_paths
 from gguflora.in_place import journal
 
 WEAK = Adapter(seed=4)
@@ -110,6 +112,25 @@ def test_command_line(base, tmp_path):
     assert names(tmp_path) == ["model.gguf"]
 
 
+def test_a_split_base(base, tmp_path):
+    parts = split(base, tmp_path / "parts.gguf", 3)
+    base.unlink()
+    before = [digest(path) for path in parts]
+    gguflora.merge(parts[0], [(lora(), 0.5)], tmp_path / "merged.gguf")
+    merged = [oracles.tensors(path) for path in part_paths(tmp_path / "merged.gguf", 3)]
+    gguflora.merge(parts[1], [(lora(), 0.5)], in_place=True)
+    assert f"{parts[0].name}.undo" in names(tmp_path)
+    for path, expected in zip(parts, merged, strict=True):
+        for name, values in oracles.tensors(path).items():
+            np.testing.assert_array_equal(values, expected[name], err_msg=name)
+    with pytest.raises(OutputError, match="was merged in place before"):
+        gguflora.merge(parts[2], lora(), in_place=True)
+    report = gguflora.unmerge(parts[2])
+    assert [digest(path) for path in parts] == before
+    assert (report.base, report.size) == (parts[0], sum(path.stat().st_size for path in parts))
+    assert f"{parts[0].name}.undo" not in names(tmp_path)
+
+
 # -- what is refused --
 
 
@@ -118,7 +139,7 @@ def assert_refused(base, match, adapter=None, **options):
     with pytest.raises(OutputError, match=match):
         gguflora.merge(base, adapter or lora(), in_place=True, **options)
     assert digest(base) == before
-    assert not journal.undo_path(base).exists()
+    assert not undo_path(base).exists()
 
 
 def test_another_layout(base, tmp_path):
@@ -129,11 +150,6 @@ def test_another_layout(base, tmp_path):
     assert_refused(
         base, "would be added", builders.adapter("gemma3", Adapter(targets=("embed_tokens",), seed=1), "wide")
     )
-
-
-def test_a_split_base(base, tmp_path):
-    first, _ = split(base, tmp_path / "parts.gguf", 2)
-    assert_refused(first, "split into 2 files")
 
 
 def test_while_another_does_it(base):
@@ -181,12 +197,12 @@ def test_changed_since(where, base):
     with pytest.raises(PatchError, match=r"changed by something else|its size is not"):
         gguflora.unmerge(base)
     assert base.read_bytes() == edited
-    assert journal.undo_path(base).exists()
+    assert undo_path(base).exists()
 
 
 def test_a_damaged_undo_file(base):
     gguflora.merge(base, lora(FEW), in_place=True)
-    undo, merged = journal.undo_path(base), digest(base)
+    undo, merged = undo_path(base), digest(base)
     content = undo.read_bytes()
     for place in [*range(0, 64, 5), *range(64, len(content), len(content) // 40), len(content) - 1]:
         undo.write_bytes(content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1 :])
@@ -285,10 +301,10 @@ def test_stopped_anywhere(loses, tiny, monkeypatch, tmp_path):
                 break
         if loses:
             disk.lose(last)
-        undo, half = journal.undo_path(base).exists(), journal.journal_path(base).exists()
+        undo, half = undo_path(base).exists(), journal_path(base).exists()
         outcomes.add((undo, half, base.read_bytes() == before))
         if undo:
-            with pytest.raises(OutputError, match="unmerge"):
+            with pytest.raises((GgufError, OutputError), match="unmerge"):
                 gguflora.merge(base, adapter, in_place=True)
             gguflora.unmerge(base)
         if half:
@@ -318,10 +334,12 @@ def test_half_merged_models_are_not_used(tiny, monkeypatch, tmp_path):
     with monkeypatch.context() as patched, pytest.raises(Stopped):
         fail_at(patched, base, 4, Stopped())
         gguflora.merge(base, adapter, in_place=True)
-    assert journal.journal_path(base).exists()
+    assert journal_path(base).exists()
     for way in ({"out": tmp_path / "out.gguf"}, {"patch": tmp_path / "a.patch"}, {"in_place": True}):
-        with pytest.raises(OutputError, match=r"half merged.*gguflora unmerge"):
+        with pytest.raises(GgufError, match=r"half merged.*gguflora unmerge"):
             gguflora.merge(base, adapter, **way)
+    with pytest.raises(GgufError, match="half merged"):
+        gguflora.inspect(adapter, base=base)
 
 
 @pytest.mark.parametrize("loses", [False, True], ids=["killed", "power cut"])
@@ -329,10 +347,10 @@ def test_unmerge_stopped_anywhere(loses, tiny, monkeypatch, tmp_path):
     base, adapter = tiny
     before = base.read_bytes()
     gguflora.merge(base, adapter, in_place=True)
-    merged, undo = base.read_bytes(), journal.undo_path(base).read_bytes()
+    merged, undo = base.read_bytes(), undo_path(base).read_bytes()
     for last in itertools.count():
         base.write_bytes(merged)
-        journal.undo_path(base).write_bytes(undo)
+        undo_path(base).write_bytes(undo)
         with monkeypatch.context() as patched:
             disk = Disk(patched, tmp_path, last)
             try:
@@ -343,7 +361,7 @@ def test_unmerge_stopped_anywhere(loses, tiny, monkeypatch, tmp_path):
                 break
         if loses:
             disk.lose(last)
-        if journal.undo_path(base).exists():
+        if undo_path(base).exists():
             gguflora.unmerge(base)
         assert base.read_bytes() == before
         assert names(tmp_path) == ["model.gguf"]
@@ -353,6 +371,8 @@ def test_unmerge_stopped_anywhere(loses, tiny, monkeypatch, tmp_path):
 KILLED = """
 import os, signal, sys
 import gguflora
+from gguflora.files.beside import journal_path, undo_path
+from gguflora.files.gguf import part_paths
 from gguflora.in_place import journal
 journal.CHUNK_BYTES = 10_000
 base, adapter, last = sys.argv[1], sys.argv[2], int(sys.argv[3])

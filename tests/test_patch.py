@@ -22,6 +22,7 @@ from test_vocabulary import resized
 import gguflora
 from gguflora._native import TYPES
 from gguflora.errors import AdapterError, GgufloraError, MismatchError, OutputError, PatchError
+from gguflora.files.gguf import part_paths
 from gguflora.patch.coding import PLAIN, Grain, backward, encode, forward
 from gguflora.patch.format import MAX_LENGTH, Patch, checksum, open_patch, write_patch_file
 
@@ -102,6 +103,24 @@ def test_does_not_depend_on_threads(tmp_path):
     assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "five.gguf").read_bytes()
 
 
+@pytest.mark.parametrize("options", [{}, {"outtype": "q8_0"}])
+def test_a_split_base(options, tmp_path):
+    (tmp_path / "base").mkdir()
+    parts = split(model(), tmp_path / "base" / "model.gguf", 3)
+    gguflora.merge(parts[0], [(lora(), 0.25)], tmp_path / "merged.gguf", **options)
+    report = gguflora.merge(parts[2], [(lora(), 0.25)], patch=tmp_path / "a.patch", **options)
+    applied = gguflora.apply_patch(parts[1], tmp_path / "a.patch", tmp_path / "out.gguf")
+    merged, out = part_paths(tmp_path / "merged.gguf", 3), part_paths(tmp_path / "out.gguf", 3)
+    assert [path.read_bytes() for path in out] == [path.read_bytes() for path in merged]
+    assert applied.output == out[0]
+    assert applied.facts.merged_sizes == tuple(path.stat().st_size for path in merged)
+    assert report.size == applied.size == sum(applied.facts.merged_sizes)
+    with pytest.raises(MismatchError):
+        gguflora.apply_patch(model(), tmp_path / "a.patch", tmp_path / "whole.gguf")
+    with pytest.raises(OutputError, match="already exists"):
+        gguflora.apply_patch(parts[0], tmp_path / "a.patch", tmp_path / "out.gguf")
+
+
 # -- what is refused --
 
 
@@ -174,8 +193,8 @@ LIES = {
     "huge": first_record(length=2**32 - 1),
     "width": first_record(grain=Grain(34, 3)),
     "block": first_record(grain=Grain(0, 8)),
-    "size": lambda patch: replace(patch, facts=replace(patch.facts, merged_size=1 << 60)),
-    "kind": lambda patch: replace(patch, facts=replace(patch.facts, merged_size="1")),
+    "size": lambda patch: replace(patch, facts=replace(patch.facts, merged_sizes=(1 << 60,))),
+    "kind": lambda patch: replace(patch, facts=replace(patch.facts, merged_sha256=1)),
     "hash": lambda patch: replace(patch, facts=replace(patch.facts, merged_sha256="0" * 64)),
     "record's hash": first_record(new=1),
 }
@@ -207,12 +226,6 @@ def test_no_patch(tmp_path):
         refused(model(), content, tmp_path, "is not a patch")
     with pytest.raises(PatchError, match="cannot be opened"):
         gguflora.apply_patch(model(), tmp_path / "none.patch", tmp_path / "out.gguf")
-
-
-def test_a_split_base(tmp_path):
-    first, _ = split(model(), tmp_path / "model.gguf", 2)
-    with pytest.raises(OutputError, match="split into 2 files"):
-        gguflora.merge(first, lora(), patch=tmp_path / "a.patch")
 
 
 def test_targets(tmp_path):

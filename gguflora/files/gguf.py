@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.errors import GgufError
+from gguflora.files.beside import check_finished
 from gguflora.files.copying import copy_range
 from gguflora.files.gguf_header import Metadata, encode_entry, encode_int32
 from gguflora.files.gguf_layout import FilePart, Forms, Layout, join, part_layout
@@ -37,6 +38,7 @@ __all__ = [
     "Shape",
     "TensorEntry",
     "encode_entry",
+    "first_path",
     "layer_of",
     "part_paths",
 ]
@@ -54,12 +56,14 @@ class GgufFile:
     Attributes:
         path: of the file, or the first of the files.
         paths: of all files.
+        parts: the files.
         metadata: the key-value pairs.
         tensors: the tensors by name, in the order of the files' tensor lists.
         size: of all files, in bytes.
 
     Raises:
-        GgufError: if a file is missing, damaged, big-endian, of an unknown version, or no part of the same model.
+        GgufError: if a file is missing, damaged, big-endian, of an unknown version, half merged in place, or no part of
+            the same model.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -69,10 +73,12 @@ class GgufFile:
             count = self._parts[0].metadata.get(_COUNT)
             if isinstance(count, int) and count > 1:
                 self._open_all(count)
+            check_finished(self._parts[0].path)
         except BaseException:
             self.close()
             raise
-        self.paths = tuple(part.path for part in self._parts)
+        self.parts = tuple(self._parts)
+        self.paths = tuple(part.path for part in self.parts)
         self.path = self.paths[0]
         self.metadata: Metadata = self._parts[0].metadata
         self._starts = [0, *accumulate(part.size for part in self._parts)]
@@ -122,10 +128,6 @@ class GgufFile:
         except EOFError as error:
             raise GgufError(f"{part.path}: became shorter while it was being copied") from error
 
-    def fileno(self) -> int:
-        """The file descriptor of the first file, for reading only."""
-        return self._parts[0].fileno()
-
     def _locate(self, offset: int) -> tuple[GgufPart, int]:
         """The file that holds a byte, and where, counted as if the files were one after the other."""
         index = bisect_right(self._starts, offset) - 1
@@ -167,6 +169,12 @@ class GgufFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def first_path(path: Path) -> Path:
+    """The first file of a split model, by the name of any of its files; any other path is its own."""
+    found = _NAME.fullmatch(path.name)
+    return part_paths(path, int(found[3]))[0] if found else path
 
 
 def part_paths(path: Path, count: int) -> tuple[Path, ...]:

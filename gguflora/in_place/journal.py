@@ -6,8 +6,8 @@ import fcntl
 import hashlib
 import os
 import struct
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,8 +17,9 @@ import numpy as np
 
 from gguflora.changed_rows import Bytes
 from gguflora.errors import OutputError
+from gguflora.files.beside import journal_path, undo_path
+from gguflora.patch.chain import Chain, read, write
 from gguflora.patch.format import MAX_LENGTH
-from gguflora.patch.stream import read, write
 
 CHUNK_BYTES: Final = 16 << 20
 """What is changed between two syncs, give or take a record."""
@@ -33,15 +34,15 @@ Change = tuple[int, Bytes, Bytes]
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A locked GGUF file that can be written.
+    """A locked model that can be written.
 
     Attributes:
-        path: of the file itself, symbolic links followed.
-        handle: its file descriptor.
+        path: of its (first) file itself, symbolic links followed.
+        files: its files.
     """
 
     path: Path
-    handle: int
+    files: Chain
 
     @property
     def undo(self) -> Path:
@@ -49,37 +50,27 @@ class Model:
         return undo_path(self.path)
 
 
-def undo_path(path: Path) -> Path:
-    """The undo file of a model."""
-    return _beside(path, ".undo")
-
-
-def journal_path(path: Path) -> Path:
-    """The journal of a model."""
-    return _beside(path, ".journal")
-
-
-def _beside(path: Path, suffix: str) -> Path:
-    path = path.resolve()
-    return path.with_name(path.name + suffix)
-
-
 @contextmanager
-def locked(path: Path) -> Iterator[Model]:
+def locked(paths: Sequence[Path]) -> Iterator[Model]:
     """A model that nobody else merges into or unmerges meanwhile.
 
     Raises:
-        OutputError: if somebody does, or the file cannot be written.
+        OutputError: if somebody does, or a file cannot be written.
     """
+    with ExitStack() as stack:
+        handles = []
+        for path in paths:
+            handles.append(_open(path))
+            stack.callback(os.close, handles[-1])
+            _lock(path, handles[-1])
+        yield Model(paths[0].resolve(), Chain(handles, [os.fstat(handle).st_size for handle in handles]))
+
+
+def _open(path: Path) -> int:
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise OutputError(f"{path}: cannot be changed in place: {error.strerror}") from error
-    try:
-        _lock(path, handle)
-        yield Model(path.resolve(), handle)
-    finally:
-        os.close(handle)
 
 
 def _lock(path: Path, handle: int) -> None:
@@ -116,8 +107,8 @@ class Journal:
             for chunk in chain([first], chunks):
                 self._keep(handle, chunk)
                 for offset, _, after in chunk:
-                    write(self._model.handle, after, offset)
-                os.fsync(self._model.handle)
+                    self._model.files.write(after, offset)
+                self._model.files.sync()
         finally:
             os.close(handle)
 

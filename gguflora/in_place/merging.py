@@ -6,26 +6,18 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from gguflora.changed_rows import Target
 from gguflora.errors import GgufloraError, OutputError
+from gguflora.files.beside import undo_path
 from gguflora.files.gguf import FilePart, GgufFile, Layout
-from gguflora.in_place.journal import Change, Journal, Model, journal_path, locked, undo_path
+from gguflora.files.gguf_part import GgufPart
+from gguflora.in_place.journal import Change, Journal, Model, locked
 from gguflora.in_place.unmerging import restore
 from gguflora.patch.format import Patch, Record, open_patch
-from gguflora.patch.making import Merged, check_one_file, write_patch
+from gguflora.patch.making import Merged, write_patch
 from gguflora.patch.stream import ahead, new_bytes, old_bytes
 from gguflora.rewrite import Sink
-
-
-def check_finished(base: Path) -> None:
-    """Raise ``OutputError`` for a file that a merge in place or its undoing has left half done."""
-    if journal_path(base).exists():
-        raise OutputError(
-            f"{base}: is half merged, for a merge in place was stopped or is going on ({journal_path(base).name}); "
-            f"put the base back with: gguflora unmerge {base}"
-        )
 
 
 def check_in_place(base: GgufFile, targets: Sequence[Target]) -> Layout:
@@ -37,7 +29,6 @@ def check_in_place(base: GgufFile, targets: Sequence[Target]) -> Layout:
     Raises:
         OutputError: if they cannot.
     """
-    check_one_file(base, "a merge in place")
     for target in targets:
         form, known = (target.shape, target.type), base.tensors.get(target.name)
         if known is None or form != (known.shape, known.type):
@@ -53,8 +44,13 @@ def check_in_place(base: GgufFile, targets: Sequence[Target]) -> Layout:
             f"unmerge {base.path}, and merge all adapters at once"
         )
     layout = base.layout({}, {target.name: (target.shape, target.type) for target in targets})
-    header = os.pread(base.fileno(), len(layout.parts[0].header), 0)
-    return replace(layout, parts=(FilePart(0, header, layout.size),))
+    parts = tuple(map(_with_header, layout.parts, base.parts))
+    return replace(layout, parts=parts)
+
+
+def _with_header(part: FilePart, base: GgufPart) -> FilePart:
+    """A file of the result whose header is the base's, byte for byte."""
+    return replace(part, header=os.pread(base.fileno(), len(part.header), 0))
 
 
 def merge_in_place(
@@ -75,7 +71,7 @@ def merge_in_place(
     Raises:
         GgufloraError: if it cannot be done; the base is then as it was, or the message says how to get it back.
     """
-    with locked(base.path) as model:
+    with locked(base.paths) as model:
         base.check_unchanged()
         layout = check_in_place(base, targets)
         size = write_patch(model.undo, base, layout, rewrite, merged, threads=threads, force=False)
@@ -114,5 +110,5 @@ def _changes(model: Model, undo: Patch, threads: int) -> Iterator[Change]:
 
 
 def _change(model: Model, undo: Patch, record: Record) -> Change:
-    before = old_bytes(model.handle, record)
+    before = old_bytes(model.files, record)
     return record.to, before, new_bytes(undo, record, before)

@@ -12,9 +12,11 @@ from typing import Any
 
 from gguflora.changed_rows import Bytes
 from gguflora.errors import OutputError, PatchError
-from gguflora.in_place.journal import Change, Journal, Model, locked, sync_folder, undo_path
+from gguflora.files.beside import undo_path
+from gguflora.files.gguf import first_path, part_paths
+from gguflora.in_place.journal import Change, Journal, Model, locked, sync_folder
 from gguflora.patch.format import Patch, Record, checksum, open_patch
-from gguflora.patch.stream import Piece, ahead, copied_pieces, in_order, read, restored_bytes, sha256, write
+from gguflora.patch.stream import Piece, ahead, copied_pieces, in_order, restored_bytes, sha256
 from gguflora.rewrite import Progress
 
 
@@ -23,9 +25,9 @@ class UnmergeReport:
     """What `unmerge` did.
 
     Attributes:
-        base: the file, which is the base again.
+        base: the (first) file, which is the base again.
         sha256: of it.
-        size: of it, in bytes.
+        size: of all its files, in bytes.
         changed: number of bytes in the stretches that were put back.
         adapters: name, SHA-256 and scale of each adapter that is out again.
         seconds: wall time.
@@ -52,7 +54,7 @@ def unmerge(
     Nothing is written before it is known that exactly the base comes out; then the undo file is removed.
 
     Args:
-        base: the merged file, with its undo file beside it.
+        base: the merged file (of a split model any one), with its undo file beside it.
         threads: number of threads; by default one for each core this process may use.
         progress: called with (bytes checked, bytes in all).
 
@@ -61,12 +63,15 @@ def unmerge(
         OutputError: if the file cannot be written.
     """
     started, path = time.perf_counter(), Path(base)
+    path = path if undo_path(path).exists() else first_path(path)
     if not undo_path(path).exists():
         raise PatchError(
             f"{undo_path(path)}: does not exist; only a model that was merged with --in-place, and its undo file kept, "
             "can be unmerged"
         )
-    with locked(path) as model, open_patch(model.undo) as undo:
+    with open_patch(undo_path(path)) as undo:
+        paths = part_paths(path, len(undo.facts.merged_sizes))
+    with locked(paths) as model, open_patch(model.undo) as undo:
         try:
             changed = restore(model, undo, threads or len(os.sched_getaffinity(0)), progress)
         except OSError as error:
@@ -91,8 +96,8 @@ def restore(model: Model, undo: Patch, threads: int, progress: Progress | None =
     kept = journal.kept()
     _check(model, undo, kept, threads, progress)
     for offset, content in kept.items():
-        write(model.handle, content, offset)
-    os.fsync(model.handle)
+        model.files.write(content, offset)
+    model.files.sync()
     changed = 0
 
     def counted(changes: Iterable[Change | None]) -> Iterator[Change]:
@@ -112,7 +117,7 @@ def restore(model: Model, undo: Patch, threads: int, progress: Progress | None =
 
 def _change(model: Model, undo: Patch, record: Record) -> Change | None:
     """How to put a stretch back; None if it is as it was."""
-    now = read(model.handle, record.to, record.length)
+    now = model.files.read(record.to, record.length)
     old = _base_bytes(model, undo, record, now)
     return None if old is now else (record.to, now, old)
 
@@ -120,7 +125,7 @@ def _change(model: Model, undo: Patch, record: Record) -> Change | None:
 def _check(model: Model, undo: Patch, kept: Mapping[int, Bytes], threads: int, progress: Progress | None) -> None:
     """Raise unless exactly the base would come out."""
     facts = undo.facts
-    if os.fstat(model.handle).st_size != facts.base_size:
+    if model.files.size != facts.base_size:
         raise PatchError(f"{model.path}: its size is not the {facts.base_size:,} bytes that {undo.path.name} is for")
     if any(record.source != record.to for record in undo.records):
         raise PatchError(f"{undo.path}: is a patch for another file, not an undo file")
@@ -133,11 +138,11 @@ def _check(model: Model, undo: Patch, kept: Mapping[int, Bytes], threads: int, p
 def _base_pieces(model: Model, undo: Patch, kept: Mapping[int, Bytes], threads: int) -> Iterator[Piece]:
     def made(record: Record) -> Piece:
         now = kept.get(record.to)
-        now = read(model.handle, record.to, record.length) if now is None else now
+        now = model.files.read(record.to, record.length) if now is None else now
         return record.to, _base_bytes(model, undo, record, now)
 
     records = [(record.to, partial(made, record)) for record in undo.records]
-    return in_order([*copied_pieces(undo, model.handle), *records], threads)
+    return in_order([*copied_pieces(undo, model.files), *records], threads)
 
 
 def _base_bytes(model: Model, undo: Patch, record: Record, now: Bytes) -> Bytes:

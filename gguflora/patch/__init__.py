@@ -3,6 +3,6 @@
 `coding` says how differences are stored, `format` how the file is laid out.
 """
 
-from gguflora.patch.making import Merged, check_one_file, write_patch
+from gguflora.patch.making import Merged, write_patch
 
-__all__ = ["Merged", "check_one_file", "write_patch"]
+__all__ = ["Merged", "write_patch"]

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from gguflora.errors import MismatchError, PatchError
-from gguflora.files.gguf import GgufFile
-from gguflora.files.output import atomic_output, check_target
+from gguflora.files.gguf import GgufFile, part_paths
+from gguflora.files.output import atomic_outputs, check_targets
+from gguflora.patch.chain import Chain
 from gguflora.patch.format import Facts, open_patch
-from gguflora.patch.making import check_one_file
-from gguflora.patch.stream import Piece, file_sha256, result, write
+from gguflora.patch.stream import Piece, files_sha256, result
 from gguflora.rewrite import Progress
 
 
@@ -24,8 +24,8 @@ class ApplyReport:
     """What `apply_patch` did.
 
     Attributes:
-        output: the merged GGUF file.
-        size: of it, in bytes.
+        output: the merged GGUF file, or the first of a split model.
+        size: of all its files, in bytes.
         patch_size: of the patch, in bytes.
         facts: what the patch states: base, result, adapters, rounding, seed.
         seconds: wall time.
@@ -41,7 +41,7 @@ class ApplyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
-        facts = asdict(self.facts)
+        facts = {**asdict(self.facts), "merged_size": self.facts.merged_size}
         names = ("name", "sha256", "scale")
         facts["adapters"] = [dict(zip(names, adapter, strict=True)) for adapter in self.facts.adapters]
         return {
@@ -66,9 +66,9 @@ def apply_patch(
     """Write the merged file that a patch makes of its base, byte for byte as the merge would have written it.
 
     Args:
-        base: the GGUF file that the patch was made for.
+        base: the GGUF file that the patch was made for, or any file of a split model.
         patch: what `merge` wrote with ``patch=``.
-        out: the file to write.
+        out: the file to write; of a split base as many files, named like it (``out-00001-of-00003.gguf``).
         force: overwrite ``out``.
         threads: number of threads; by default one for each core this process may use.
         progress: called with (bytes done, bytes in all), of the base's check and of the output together.
@@ -78,30 +78,30 @@ def apply_patch(
         PatchError: if the patch is damaged.
         GgufloraError: if something cannot be read or written; ``out`` is then as it was.
     """
-    started, target = time.perf_counter(), Path(out)
+    started = time.perf_counter()
     used_threads = threads or len(os.sched_getaffinity(0))
     with open_patch(Path(patch)) as opened, GgufFile(base) as file:
         facts = opened.facts
-        check_one_file(file, "a patch")
-        check_target(target, [file.path, opened.path], force=force, size=facts.merged_size)
+        targets, files = part_paths(Path(out), len(facts.merged_sizes)), Chain.of(file)
+        check_targets(targets, [*file.paths, opened.path], force=force, size=facts.merged_size)
         check_base(file, facts, opened.path)
-        with atomic_output(target, force=force) as output:
-            pieces = _reported(result(opened, file.fileno(), used_threads), facts.merged_size, progress)
-            digest = _write_all(output.fileno(), pieces)
+        with atomic_outputs(targets, force=force) as outputs:
+            pieces = _reported(result(opened, files, used_threads), facts.merged_size, progress)
+            digest = _write_all(Chain([output.fileno() for output in outputs], facts.merged_sizes), pieces)
             file.check_unchanged()
             if digest != facts.merged_sha256:
                 raise PatchError(
                     f"{opened.path}: makes SHA-256 {digest}, expected {facts.merged_sha256}; get the file again"
                 )
         size = os.fstat(opened.handle).st_size
-    return ApplyReport(target, facts.merged_size, size, facts, time.perf_counter() - started, used_threads)
+    return ApplyReport(targets[0], facts.merged_size, size, facts, time.perf_counter() - started, used_threads)
 
 
 def check_base(file: GgufFile, facts: Facts, patch: Path) -> None:
     """Raise ``MismatchError`` unless the file is the base of a patch."""
     found = f"{file.size:,} bytes"
     if file.size == facts.base_size:
-        digest = file_sha256(file.fileno(), file.size)
+        digest = files_sha256(Chain.of(file))
         if digest == facts.base_sha256:
             return
         found = f"SHA-256 {digest}"
@@ -111,11 +111,11 @@ def check_base(file: GgufFile, facts: Facts, patch: Path) -> None:
     )
 
 
-def _write_all(handle: int, pieces: Iterable[Piece]) -> str:
+def _write_all(outputs: Chain, pieces: Iterable[Piece]) -> str:
     digest = hashlib.sha256()
     for to, content in pieces:
         digest.update(content.data)
-        write(handle, content, to)
+        outputs.write(content, to)
     return digest.hexdigest()
 
 

@@ -86,11 +86,11 @@ class Facts:
     """Where a patch leads from and to, and what it merges.
 
     Attributes:
-        base_name: name of the base file.
-        base_size: its size in bytes.
-        base_sha256: its SHA-256.
-        merged_size: size of the result in bytes.
-        merged_sha256: its SHA-256.
+        base_name: name of the base file, or of the first file of a split base.
+        base_size: its size in bytes, of all files.
+        base_sha256: its SHA-256, of all files one after the other.
+        merged_sizes: sizes of the result's files in bytes.
+        merged_sha256: its SHA-256, as the base's.
         adapters: name, SHA-256 and scale of each adapter.
         rounding: ``adaptive`` or ``nearest``.
         seed: of the adaptive rounding.
@@ -100,12 +100,17 @@ class Facts:
     base_name: str
     base_size: int
     base_sha256: str
-    merged_size: int
+    merged_sizes: tuple[int, ...]
     merged_sha256: str
     adapters: tuple[tuple[str, str, float], ...]
     rounding: str
     seed: int
     version: str = __version__
+
+    @property
+    def merged_size(self) -> int:
+        """Size of all files of the result in bytes."""
+        return sum(self.merged_sizes)
 
     @property
     def merged(self) -> str:
@@ -213,7 +218,8 @@ def _facts(path: Path, text: bytes) -> Facts:
     try:
         given = json.loads(text)
         adapters = tuple((str(name), str(sha256), float(scale)) for name, sha256, scale in given.pop("adapters"))
-        facts = Facts(**given, adapters=adapters)
+        sizes = tuple(int(size) for size in given.pop("merged_sizes"))
+        facts = Facts(**given, adapters=adapters, merged_sizes=sizes)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"its facts are not as expected ({error})") from error
     for field in fields(Facts):
@@ -233,7 +239,7 @@ def _check(patch: Patch, size: int, n_before: int) -> None:
         if to != end or length <= 0 or source_end > facts.base_size:
             raise _damaged(patch.path, f"what it has for byte {to} of the result does not fit")
         end = to + length
-    if end != facts.merged_size:
+    if end != facts.merged_size or min(facts.merged_sizes) <= 0:
         raise _damaged(patch.path, f"makes {end} bytes, but states {facts.merged_size}")
     for record in patch.records:
         if record.length > MAX_LENGTH or not record.grain.fits(record.length):

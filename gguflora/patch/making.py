@@ -9,17 +9,19 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
 from gguflora.changed_rows import Bytes
-from gguflora.errors import OutputError
 from gguflora.files.gguf import GgufFile, Layout
+from gguflora.files.gguf_part import GgufPart
 from gguflora.files.output import atomic_output
+from gguflora.patch.chain import Chain, write
 from gguflora.patch.coding import PLAIN, Grain, encode
 from gguflora.patch.format import MAX_LENGTH, Facts, Patch, Range, Record, checksum, write_patch_file
-from gguflora.patch.stream import file_sha256, result, sha256, write
+from gguflora.patch.stream import files_sha256, result, sha256
 from gguflora.rewrite import Block, Sink
 
 _COUNTS = 24
@@ -33,15 +35,6 @@ class Merged:
     adapters: tuple[tuple[str, str, float], ...]
     rounding: str
     seed: int
-
-
-def check_one_file(base: GgufFile, option: str) -> None:
-    """Raise ``OutputError`` for a split base."""
-    if len(base.paths) > 1:
-        raise OutputError(
-            f"{base.path}: is split into {len(base.paths)} files, and {option} needs it in one; join them with "
-            "llama-gguf-split --merge, or write a new model with --out"
-        )
 
 
 def write_patch(
@@ -73,28 +66,28 @@ def write_patch(
     Raises:
         GgufloraError: if the base changes meanwhile, or the target cannot be written.
     """
-    check_one_file(base, "a patch")
     with (
         ThreadPoolExecutor(1) as background,
         tempfile.TemporaryFile(dir=target.parent) as spill,
         atomic_output(target, force=force) as output,
     ):
-        base_sha256 = background.submit(file_sha256, base.fileno(), base.size)
+        files = Chain.of(base)
+        base_sha256 = background.submit(files_sha256, files)
         sink = PatchSink(spill.fileno(), layout)
-        sink.put_header(base, layout.parts[0].header)
+        sink.put_headers(base)
         rewrite(sink)
         facts = Facts(
             base_name=base.path.name,
             base_size=base.size,
             base_sha256=base_sha256.result(),
-            merged_size=layout.size,
+            merged_sizes=tuple(part.size for part in layout.parts),
             merged_sha256="",
             adapters=merged.adapters,
             rounding=merged.rounding,
             seed=merged.seed,
         )
         patch = sink.patch(target, facts)
-        digest = sha256(result(patch, base.fileno(), threads))
+        digest = sha256(result(patch, files, threads))
         base.check_unchanged()
         write_patch_file(output, replace(patch, facts=replace(facts, merged_sha256=digest)))
         return output.tell()
@@ -132,17 +125,19 @@ class PatchSink:
         with self._lock:
             self._copies.append((first, last, to))
 
-    def put_header(self, base: GgufFile, header: bytes) -> None:
-        """Take the result's header, most of which is the base's: tokenizers are large."""
+    def put_headers(self, base: GgufFile) -> None:
+        """Take the headers of the result's files, most of which are the base's: tokenizers are large."""
+        starts = [0, *accumulate(part.size for part in base.parts)]
+        for source, part, new in zip(starts, base.parts, self._layout.parts, strict=False):
+            self._put_header(part, source, new.header, new.start)
+
+    def _put_header(self, part: GgufPart, source: int, header: bytes, start: int) -> None:
         end = 0
-        if header == os.pread(base.fileno(), len(header), 0):
-            self.copy(0, len(header), 0)
-            return
-        for first, last, to in header_copies(base, header):
-            self._put_new(header[end:to], end)
-            self.copy(first, last, to)
+        for first, last, to in header_copies(part, header):
+            self._put_new(header[end:to], start + end)
+            self.copy(source + first, source + last, start + to)
             end = to + last - first
-        self._put_new(header[end:], end)
+        self._put_new(header[end:], start + end)
 
     def _put_new(self, content: bytes, to: int) -> None:
         new = np.frombuffer(content, np.uint8)
@@ -170,12 +165,14 @@ class PatchSink:
             self._records.append(record)
 
 
-def header_copies(base: GgufFile, header: bytes) -> list[Range]:
-    """Where a header repeats metadata entries and tensor list of the base's."""
+def header_copies(base: GgufPart, header: bytes) -> list[Range]:
+    """Where a header repeats the base's, or metadata entries and tensor list of it."""
+    if header == os.pread(base.fileno(), len(header), 0):
+        return [(0, len(header), 0)]
     return joined(_repeated(base, header))
 
 
-def _repeated(base: GgufFile, header: bytes) -> Iterator[Range]:
+def _repeated(base: GgufPart, header: bytes) -> Iterator[Range]:
     first = to = _COUNTS
     for key in base.metadata:
         entry = base.metadata.raw(key)

@@ -6,7 +6,6 @@ Threads read and decode ahead while the caller hashes and writes, so that a file
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ import numpy as np
 
 from gguflora.changed_rows import Bytes
 from gguflora.errors import PatchError
+from gguflora.patch.chain import Chain
 from gguflora.patch.coding import backward, forward
 from gguflora.patch.format import Patch, Record, checksum
 
@@ -28,12 +28,12 @@ _COPY_BYTES: Final = 4 << 20
 _T = TypeVar("_T")
 
 
-def result(patch: Patch, base: int, threads: int) -> Iterator[Piece]:
+def result(patch: Patch, base: Chain, threads: int) -> Iterator[Piece]:
     """The bytes of a patch's result, in order.
 
     Args:
         patch: the patch.
-        base: the file descriptor of its base.
+        base: the files of its base.
         threads: number of threads.
 
     Raises:
@@ -43,7 +43,7 @@ def result(patch: Patch, base: int, threads: int) -> Iterator[Piece]:
     return in_order([*copied_pieces(patch, base), *made], threads)
 
 
-def copied_pieces(patch: Patch, base: int) -> list[tuple[int, Task]]:
+def copied_pieces(patch: Patch, base: Chain) -> list[tuple[int, Task]]:
     """What reads the ranges that a patch copies, with their places in the result."""
     return [
         (to + at - first, partial(_copied, base, at, min(at + _COPY_BYTES, last), to + at - first))
@@ -57,17 +57,17 @@ def in_order(tasks: Sequence[tuple[int, Task]], threads: int) -> Iterator[Piece]
     return ahead((task for _, task in sorted(tasks, key=lambda item: item[0])), threads)
 
 
-def _copied(base: int, first: int, last: int, to: int) -> Piece:
-    return to, read(base, first, last - first)
+def _copied(base: Chain, first: int, last: int, to: int) -> Piece:
+    return to, base.read(first, last - first)
 
 
-def _made(patch: Patch, base: int, record: Record) -> Piece:
+def _made(patch: Patch, base: Chain, record: Record) -> Piece:
     return record.to, new_bytes(patch, record, old_bytes(base, record))
 
 
-def old_bytes(base: int, record: Record) -> Bytes:
+def old_bytes(base: Chain, record: Record) -> Bytes:
     """The base's bytes that a record changes."""
-    return np.zeros(record.length, np.uint8) if record.source is None else read(base, record.source, record.length)
+    return np.zeros(record.length, np.uint8) if record.source is None else base.read(record.source, record.length)
 
 
 def new_bytes(patch: Patch, record: Record, old: Bytes) -> Bytes:
@@ -94,10 +94,10 @@ def restored_bytes(patch: Patch, record: Record, new: Bytes) -> Bytes:
     return old
 
 
-def file_sha256(handle: int, size: int, threads: int = 1) -> str:
-    """SHA-256 of the first ``size`` bytes of a file, in hexadecimal."""
-    starts = range(0, size, _COPY_BYTES)
-    return sha256(ahead((partial(_copied, handle, at, min(at + _COPY_BYTES, size), at) for at in starts), threads))
+def files_sha256(files: Chain, threads: int = 1) -> str:
+    """SHA-256 of all bytes of files, in hexadecimal."""
+    starts = range(0, files.size, _COPY_BYTES)
+    return sha256(ahead((partial(_copied, files, at, min(at + _COPY_BYTES, files.size), at) for at in starts), threads))
 
 
 def sha256(pieces: Iterable[Piece]) -> str:
@@ -106,30 +106,6 @@ def sha256(pieces: Iterable[Piece]) -> str:
     for _, content in pieces:
         digest.update(content.data)
     return digest.hexdigest()
-
-
-def read(handle: int, offset: int, length: int) -> Bytes:
-    """Bytes of a file.
-
-    Raises:
-        PatchError: if it ends before.
-    """
-    content = np.empty(length, np.uint8)
-    view = memoryview(content.data)
-    while view:
-        count = os.preadv(handle, [view], offset)
-        if count == 0:
-            raise PatchError(f"the file ends at byte {offset}, {len(view)} bytes before it should; was it changed?")
-        view, offset = view[count:], offset + count
-    return content
-
-
-def write(handle: int, content: Bytes, offset: int) -> None:
-    """Write bytes to their place."""
-    view = memoryview(content.data)
-    while view:
-        count = os.pwrite(handle, view, offset)
-        view, offset = view[count:], offset + count
 
 
 def ahead(tasks: Iterable[Callable[[], _T]], threads: int) -> Iterator[_T]:
