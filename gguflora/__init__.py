@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gguflora.algebra.export import ExportReport, export
     from gguflora.algebra.extract import ExtractReport, extract
     from gguflora.algebra.resize import ResizeReport, resize
+    from gguflora.merge_parts import PartReport, assemble, merge_part
     from gguflora.patch.applying import ApplyReport, apply_patch
     from gguflora.pipeline import PipelineReport, run_pipeline
 
@@ -35,12 +36,14 @@ __all__ = [
     "GgufloraError",
     "InspectReport",
     "MergeReport",
+    "PartReport",
     "PipelineReport",
     "ResizeReport",
     "TensorReport",
     "UnmergeReport",
     "__version__",
     "apply_patch",
+    "assemble",
     "attach",
     "combine",
     "compare",
@@ -50,6 +53,7 @@ __all__ = [
     "extract",
     "inspect",
     "merge",
+    "merge_part",
     "plan_merge",
     "read_adapter",
     "resize",
@@ -63,13 +67,16 @@ _LATER = {
     "DiffReport": "gguflora.algebra.diff",
     "ExportReport": "gguflora.algebra.export",
     "ExtractReport": "gguflora.algebra.extract",
+    "PartReport": "gguflora.merge_parts",
     "PipelineReport": "gguflora.pipeline",
     "ResizeReport": "gguflora.algebra.resize",
     "apply_patch": "gguflora.patch.applying",
+    "assemble": "gguflora.merge_parts",
     "combine": "gguflora.algebra.combine",
     "diff": "gguflora.algebra.diff",
     "export": "gguflora.algebra.export",
     "extract": "gguflora.algebra.extract",
+    "merge_part": "gguflora.merge_parts",
     "resize": "gguflora.algebra.resize",
     "run_pipeline": "gguflora.pipeline",
 }

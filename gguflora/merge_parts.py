@@ -1,0 +1,334 @@
+"""One merge done in parts, which may be on different machines: ``merge_part`` and ``assemble``.
+
+Each part makes its share of the changed tensors; assembling copies the rest of the base and puts the shares in their
+places. The bytes and the report are those of `gguflora.merge` with the same arguments, for rounding knows nothing
+beyond one tensor. A part is a file of
+
+* the new rows of its tensors, one tensor after the other;
+* a JSON object: the ``plan`` it belongs to (a hash), ``seconds``, and by tensor its ``offset``, its ``sums`` (see
+  `gguflora._native.SUMS`) and its ``blocks``: first row, number of rows, CRC-32;
+* 16 bytes: the length of the JSON (little-endian), ``GFLPART1``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import threading
+import time
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Final, Unpack
+
+import numpy as np
+
+from gguflora.changed_rows import Target
+from gguflora.errors import FormatError, OutputError
+from gguflora.files.gguf import FilePart, GgufFile, Layout, part_paths
+from gguflora.files.output import atomic_output, atomic_outputs, check_target, check_targets
+from gguflora.merge_report import MergeReport
+from gguflora.prepared_merge import AdapterArgument, MergeOptions, PreparedMerge, prepared_merge
+from gguflora.rewrite import Block, FileSink, Progress, Rewriter
+
+_END: Final = struct.Struct("<Q8s")
+_MAGIC: Final = b"GFLPART1"
+
+
+@dataclass(frozen=True, slots=True)
+class PartReport:
+    """What `merge_part` did.
+
+    Attributes:
+        output: the part file.
+        tensors: names of the tensors it holds.
+        written: its size in bytes.
+        seconds: wall time.
+        threads: used.
+    """
+
+    output: Path
+    tensors: tuple[str, ...]
+    written: int
+    seconds: float
+    threads: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return {**asdict(self), "output": str(self.output)}
+
+
+def merge_part(
+    base: str | os.PathLike[str],
+    adapters: AdapterArgument,
+    out: str | os.PathLike[str],
+    *,
+    number: int,
+    count: int,
+    threads: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    **options: Unpack[MergeOptions],
+) -> PartReport:
+    """Make one of the parts of a merge.
+
+    Args:
+        base: as `gguflora.merge` has it.
+        adapters: the same.
+        out: the part file to write.
+        number: of the part, from 1.
+        count: how many parts there are.
+        threads: number of threads; by default one for each core this process may use.
+        force: overwrite ``out``.
+        progress: called with (bytes done, bytes in all), from several threads but never at once.
+        options: ``rounding``, ``seed``, ``base_f16``, ``outtype``, ``type``, ``imatrix`` of `gguflora.merge`.
+
+    Raises:
+        GgufloraError: as `gguflora.merge` would.
+    """
+    if not 1 <= number <= count:
+        raise OutputError(f"{out}: is to be part {number} of {count}, expected a number from 1 to {count}")
+    started, target = time.perf_counter(), Path(out)
+    used_threads = threads or len(os.sched_getaffinity(0))
+    with prepared_merge(base, adapters, **options) as merging:
+        share = shares(merging.plan.targets, count)[number - 1]
+        layout = _part_layout(share)
+        check_target(target, merging.inputs, force=force, size=layout.size)
+        rewriter = Rewriter(
+            merging.weights,
+            layout,
+            share,
+            merging.rounding,
+            threads=used_threads,
+            folder=target.parent,
+            progress=progress,
+        )
+        with atomic_output(target, force=force) as output:
+            sink = _PartSink(output, merging.file, layout)
+            rewriter.write(sink)
+            merging.file.check_unchanged()
+            tensors = {
+                each.name: {
+                    "offset": layout.offsets[each.name],
+                    "sums": rewriter.sums(each.name).tolist(),
+                    "blocks": sorted(sink.blocks[each.name]),
+                }
+                for each in share
+            }
+            seconds = time.perf_counter() - started
+            index = json.dumps({"plan": _hash(merging, options), "seconds": seconds, "tensors": tensors}).encode()
+            output.seek(layout.size)
+            output.write(index + _END.pack(len(index), _MAGIC))
+            written = output.tell()
+    return PartReport(target, tuple(each.name for each in share), written, seconds, used_threads)
+
+
+def assemble(
+    base: str | os.PathLike[str],
+    adapters: AdapterArgument,
+    out: str | os.PathLike[str],
+    parts: Sequence[str | os.PathLike[str]],
+    *,
+    threads: int | None = None,
+    force: bool = False,
+    **options: Unpack[MergeOptions],
+) -> MergeReport:
+    """Write the merged model from all of its parts, which stay.
+
+    Args:
+        base: as for `merge_part`.
+        adapters: the same.
+        out: the file to write; of a split base as many files, named like it.
+        parts: the part files, in any order.
+        threads: number of threads; by default one for each core this process may use.
+        force: overwrite ``out``.
+        options: as for `merge_part`; ``base_f16`` is not read again.
+
+    Returns:
+        The report of `gguflora.merge`; its ``seconds`` are those of all parts and of assembling them.
+
+    Raises:
+        FormatError: if a part is missing, damaged, or belongs to another merge.
+        GgufloraError: as `gguflora.merge` would.
+    """
+    started = time.perf_counter()
+    used_threads = threads or len(os.sched_getaffinity(0))
+    planned = options.copy()
+    planned.pop("base_f16", None)
+    with ExitStack() as stack:
+        opened = [_open_part(Path(path), stack) for path in parts]
+        merging = stack.enter_context(prepared_merge(base, adapters, **planned))
+        layout = merging.plan.layout
+        _check_parts(merging, opened, _hash(merging, options))
+        outputs = part_paths(Path(out), len(merging.file.paths))
+        check_targets(outputs, [*merging.inputs, *map(Path, parts)], force=force, size=layout.size)
+        rest = Rewriter(
+            merging.weights,
+            layout,
+            (),
+            merging.rounding,
+            threads=used_threads,
+            folder=outputs[0].parent,
+            progress=None,
+        )
+        targets = {target.name: target for target in merging.plan.targets}
+        with atomic_outputs(outputs, force=force) as drafts, ThreadPoolExecutor(used_threads) as pool:
+            sink = FileSink(drafts, merging.file, layout)
+            rest.write(sink)
+            list(pool.map(lambda part: part.put(sink, targets), opened))
+            merging.file.check_unchanged()
+        return merging.report(
+            outputs[0],
+            {name: np.array(tensor["sums"]) for part in opened for name, tensor in part.tensors.items()},
+            written=layout.size,
+            seconds=time.perf_counter() - started + sum(part.seconds for part in opened),
+            threads=used_threads,
+            dry_run=False,
+        )
+
+
+def shares(targets: Sequence[Target], count: int) -> list[list[Target]]:
+    """Tensors divided into ``count`` shares of about the same size in bytes, some of them empty if need be.
+
+    Tensors that one change touches stay together, for a formula may need the whole Hugging Face weight they come from.
+    """
+    changes = [{id(item.change) for item, _ in target.changes} for target in targets]
+    groups: dict[int, list[int]] = {}
+    group_of: dict[int, int] = {}
+    for number in range(len(targets)):
+        joined = {group_of[change] for change in changes[number] if change in group_of}
+        groups[number] = [number, *(other for group in joined for other in groups.pop(group))]
+        group_of |= {change: number for member in groups[number] for change in changes[member]}
+    sizes = {number: sum(_n_bytes(targets[member]) for member in group) for number, group in groups.items()}
+    loads, chosen = [0] * count, [list[int]() for _ in range(count)]
+    for number in sorted(groups, key=lambda number: -sizes[number]):
+        least = loads.index(min(loads))
+        loads[least] += sizes[number]
+        chosen[least] += groups[number]
+    return [[targets[number] for number in sorted(numbers)] for numbers in chosen]
+
+
+def _n_bytes(target: Target) -> int:
+    return target.n_rows * target.type.row_bytes(target.shape[-1])
+
+
+def _part_layout(share: Sequence[Target]) -> Layout:
+    offsets, size = {}, 0
+    for target in share:
+        offsets[target.name], size = size, size + _n_bytes(target)
+    return Layout((FilePart(0, b"", size),), (), offsets, size)
+
+
+def _hash(merging: PreparedMerge, options: MergeOptions) -> str:
+    """What must be the same for all parts: the header says which adapters, rounding, seed and version."""
+    digest, rounding = hashlib.sha256(), merging.rounding
+    for part in merging.plan.layout.parts:
+        digest.update(part.header)
+    for name, values in sorted(rounding.imatrix.items()):
+        digest.update(name.encode() + values.tobytes())
+    digest.update(repr((merging.plan.layout.copies, merging.plan.layout.offsets, rounding.merges)).encode())
+    digest.update(repr(options.get("base_f16") is not None).encode())
+    return digest.hexdigest()
+
+
+class _PartSink:
+    """A part file; remembers the CRC-32 of each block."""
+
+    def __init__(self, output: IO[bytes], base: GgufFile, layout: Layout) -> None:
+        self._rows = FileSink([output], base, layout)
+        self._lock = threading.Lock()
+        self.blocks: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+
+    def put(self, block: Block) -> None:
+        checksum = zlib.crc32(block.new.data)
+        with self._lock:
+            self.blocks[block.target.name].append((block.first, len(block.new), checksum))
+        self._rows.put(block)
+
+    def copy(self, first: int, last: int, to: int) -> None:
+        raise AssertionError  # a part's layout copies nothing
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part file that has been read but for its rows."""
+
+    path: Path
+    file: IO[bytes]
+    plan: str
+    seconds: float
+    tensors: dict[str, dict[str, Any]]
+
+    def put(self, sink: FileSink, targets: Mapping[str, Target]) -> None:
+        """Hand the rows to a sink, each block checked."""
+        for name, tensor in self.tensors.items():
+            target = targets[name]
+            row_bytes = target.type.row_bytes(target.shape[-1])
+            for first, n_rows, checksum in tensor["blocks"]:
+                new = np.empty((n_rows, row_bytes), np.uint8)
+                with _part_errors(self.path):
+                    count = os.preadv(self.file.fileno(), [new.data.cast("B")], tensor["offset"] + first * row_bytes)
+                if count != new.nbytes or zlib.crc32(new.data) != checksum:
+                    raise FormatError(f"{self.path}: is damaged: {name!r}, rows {first} to {first + n_rows}")
+                sink.put(Block(target, first, new[:0], new))
+
+
+def _open_part(path: Path, opened: ExitStack) -> _Part:
+    with _part_errors(path):
+        file = opened.enter_context(path.open("rb"))
+        end = file.seek(-_END.size, os.SEEK_END)
+        length, magic = _END.unpack(file.read())
+        if magic != _MAGIC or length > end:
+            raise ValueError(magic)
+        file.seek(end - length)
+        index = json.loads(file.read(length))
+        return _Part(path, file, str(index["plan"]), float(index["seconds"]), dict(index["tensors"]))
+
+
+@contextmanager
+def _part_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FormatError(f"{path}: does not exist; all parts are needed") from error
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read as a part of a merge: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{path}: is no part of a merge, or is cut off") from error
+
+
+def _check_parts(merging: PreparedMerge, parts: Sequence[_Part], plan: str) -> None:
+    """Raise unless the parts belong to this merge and hold each row of each changed tensor once."""
+    held: dict[str, Path] = {}
+    for part in parts:
+        if part.plan != plan:
+            raise FormatError(
+                f"{part.path}: belongs to another merge; base, adapters and options must be those of the parts"
+            )
+        for name in part.tensors:
+            if name in held:
+                raise FormatError(f"{part.path}: holds {name!r}, as {held[name]} does")
+            held[name] = part.path
+    for target in merging.plan.targets:
+        if target.name not in held:
+            raise FormatError(f"{merging.file.path}: no part of the merge holds {target.name!r}; all are needed")
+    for part in parts:
+        with _part_errors(part.path):
+            _check_rows(part, {target.name: target.n_rows for target in merging.plan.targets})
+
+
+def _check_rows(part: _Part, n_rows: Mapping[str, int]) -> None:
+    for name, tensor in part.tensors.items():
+        row = 0
+        for first, count, _ in tensor["blocks"]:
+            if first != row:
+                raise ValueError(first)
+            row += count
+        if row != n_rows[name] or tensor["offset"] < 0:
+            raise ValueError(row)

@@ -1,0 +1,149 @@
+"""A merge that has been read, checked and planned, before anything is written: ``prepared_merge``."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypedDict, get_args
+
+import numpy as np
+
+from gguflora._native import SUMS
+from gguflora.adapters import Adapter, read_adapter
+from gguflora.base_model import describe
+from gguflora.changed_rows import Weights
+from gguflora.errors import AdapterError, QuantizationError
+from gguflora.files.gguf import GgufFile
+from gguflora.hf_model import HighPrecisionBase
+from gguflora.imatrix import read_imatrix
+from gguflora.merge_plan import OutputTypes, Plan, make_plan, merges_of
+from gguflora.merge_report import MergeReport, TensorReport, survival_warning
+from gguflora.patch import Merged
+from gguflora.rounding import Mode, Rounding, Sums
+
+AdapterPath = str | os.PathLike[str]
+AdapterArgument = AdapterPath | Sequence[AdapterPath | tuple[AdapterPath, float]]
+MAX_SEED: Final = 2**31 - 1
+
+
+class MergeOptions(TypedDict, total=False):
+    """What decides the bytes of a merge, beside base and adapters: see `gguflora.merge`."""
+
+    rounding: Mode
+    seed: int
+    base_f16: str | os.PathLike[str] | None
+    outtype: str
+    type: Mapping[str, str] | None
+    imatrix: str | os.PathLike[str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedMerge:
+    """All that a merge needs but a place for its output.
+
+    Attributes:
+        file: the base.
+        sources: adapters and their scales.
+        rounding: of the changed weights.
+        plan: what is to be done.
+        weights: what changes are added to.
+    """
+
+    file: GgufFile
+    sources: Sequence[tuple[Adapter, float]]
+    rounding: Rounding
+    plan: Plan
+    weights: Weights
+
+    @property
+    def inputs(self) -> list[Path]:
+        """Files that the output must not replace."""
+        return [*self.file.paths, *(source.path for source, _ in self.sources)]
+
+    @property
+    def merged(self) -> Merged:
+        """What is merged, for records."""
+        adapters = tuple((source.name, source.sha256, scale) for source, scale in self.sources)
+        return Merged(adapters, self.rounding.mode, self.rounding.seed)
+
+    def report(self, output: Path, sums: Mapping[str, Sums], **more: Any) -> MergeReport:  # noqa: ANN401
+        """The report on a merge with these sums of each target; without any, on a plan."""
+        tensors, total = _reports(self.plan, sums)
+        warning = survival_warning(tensors, total, self.rounding.mode)
+        return MergeReport(
+            output=output,
+            adapters=self.merged.adapters,
+            tensors=tensors,
+            total=total,
+            rounding=self.rounding.mode,
+            seed=self.rounding.seed,
+            size=self.plan.layout.size,
+            warnings=self.plan.warnings if warning is None else (*self.plan.warnings, warning),
+            **more,
+        )
+
+
+@contextmanager
+def prepared_merge(
+    base: str | os.PathLike[str],
+    adapters: AdapterArgument,
+    *,
+    rounding: Mode = "adaptive",
+    seed: int = 0,
+    base_f16: str | os.PathLike[str] | None = None,
+    outtype: str = "keep",
+    type: Mapping[str, str] | None = None,
+    imatrix: str | os.PathLike[str] | None = None,
+) -> Iterator[PreparedMerge]:
+    """Open, check and plan a merge; arguments as `gguflora.merge` has them.
+
+    Raises:
+        GgufloraError: if something cannot be read or does not fit together.
+    """
+    types = OutputTypes.named(outtype, type or {})
+    with ExitStack() as opened:
+        file = opened.enter_context(GgufFile(base))
+        sources = [(read_adapter(path), scale) for path, scale in with_scales(adapters)]
+        how = _rounding(file, rounding, seed, imatrix)
+        plan = make_plan(file, sources, how, types)
+        precise = None
+        if base_f16 is not None:
+            precise = opened.enter_context(HighPrecisionBase.open(base_f16, describe(file)))
+            precise.check(file, (changed.source.name for changed in plan.targets if changed.changes))
+        yield PreparedMerge(file, sources, how, plan, Weights(file, precise))
+
+
+def with_scales(adapters: AdapterArgument) -> list[tuple[AdapterPath, float]]:
+    """The paths of adapters and their scales, 1 where none is given; ``AdapterError`` if one is not finite."""
+    given = [adapters] if isinstance(adapters, str | os.PathLike) else adapters
+    pairs = [item if isinstance(item, tuple) else (item, 1.0) for item in given]
+    for path, scale in pairs:
+        if not abs(float(scale)) <= float(np.finfo(np.float32).max):
+            raise AdapterError(f"{path}: its scale is {scale}, expected a finite number")
+    return [(path, float(scale)) for path, scale in pairs]
+
+
+def _rounding(file: GgufFile, mode: Mode, seed: int, imatrix: str | os.PathLike[str] | None) -> Rounding:
+    if mode not in get_args(Mode):
+        raise QuantizationError(f"rounding is {mode!r}, expected one of {', '.join(get_args(Mode))}")
+    if not 0 <= seed <= MAX_SEED:
+        raise QuantizationError(f"the seed is {seed}, expected a number from 0 to {MAX_SEED}")
+    return Rounding(mode, seed, merges_of(file), {} if imatrix is None else read_imatrix(imatrix))
+
+
+def _reports(plan: Plan, sums: Mapping[str, Sums]) -> tuple[tuple[TensorReport, ...], TensorReport]:
+    """A report for each changed tensor, and one for all together; without sums, of what is planned."""
+    changed = [target for target in plan.targets if target.changes]
+    count = sum(math.prod(target.shape) for target in changed)
+    if not sums:
+        reports = (TensorReport(target.name, target.type.name, math.prod(target.shape)) for target in changed)
+        return tuple(reports), TensorReport("all", "", count)
+    reports = (
+        TensorReport.of(target.name, target.type.name, math.prod(target.shape), sums[target.name]) for target in changed
+    )
+    total = np.sum([sums[target.name] for target in changed], axis=0) if changed else np.zeros(len(SUMS))
+    return tuple(reports), TensorReport.of("all", "", max(count, 1), total)
