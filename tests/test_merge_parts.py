@@ -21,10 +21,11 @@ from gguflora.files.gguf import part_paths
 from gguflora.merge_parts import assemble, merge_part, shares
 from gguflora.prepared_merge import prepared_merge
 
+ONE = Adapter(seed=3)
 TWO = Adapter(targets=("q_proj", "down_proj"), rank=3, seed=8)
 
 
-def lora(arch="llama", spec=Adapter(seed=3), size="wide"):
+def lora(arch="llama", spec=ONE, size="wide"):
     return builders.adapter(arch, spec, size)
 
 
