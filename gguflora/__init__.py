@@ -1,28 +1,39 @@
-"""LoRA for GGUF: convert PEFT adapters, merge them into quantized models, hot-swap them at run time."""
+"""LoRA for GGUF: convert PEFT adapters, merge them into quantized models, hot-swap them at run time.
 
+A name's module is loaded when the name is first used, so that ``import gguflora`` costs next to nothing.
+"""
+
+import logging
+import sys
 from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gguflora._version import __version__
-from gguflora.adapters import read_adapter
-from gguflora.compare import CompareReport, compare
-from gguflora.convert import ConvertReport, convert
 from gguflora.errors import GgufloraError
-from gguflora.in_place import UnmergeReport, unmerge
-from gguflora.inspect import InspectReport, inspect
-from gguflora.merge import merge, plan_merge
-from gguflora.merge_report import MergeReport, TensorReport
-from gguflora.runtime import Adapters, attach
 
 if TYPE_CHECKING:
+    from gguflora.adapters import read_adapter
     from gguflora.algebra.combine import CombineReport, combine
     from gguflora.algebra.diff import DiffReport, diff
     from gguflora.algebra.export import ExportReport, export
     from gguflora.algebra.extract import ExtractReport, extract
     from gguflora.algebra.resize import ResizeReport, resize
+    from gguflora.compare import CompareReport, compare
+    from gguflora.convert import ConvertReport, convert
+    from gguflora.demo import DemoReport, run_demo
+    from gguflora.doctor import DoctorReport, doctor
+    from gguflora.in_place import UnmergeReport, unmerge
+    from gguflora.inspect import InspectReport, inspect
+    from gguflora.merge import merge, plan_merge
     from gguflora.merge_parts import PartReport, assemble, merge_part
+    from gguflora.merge_report import MergeReport, TensorReport
     from gguflora.patch.applying import ApplyReport, apply_patch
     from gguflora.pipeline import PipelineReport, run_pipeline
+    from gguflora.run import RunReport, run
+    from gguflora.runtime import Adapters, attach
+    from gguflora.serve import ServeReport, serve
 
 __all__ = [
     "Adapters",
@@ -30,7 +41,9 @@ __all__ = [
     "CombineReport",
     "CompareReport",
     "ConvertReport",
+    "DemoReport",
     "DiffReport",
+    "DoctorReport",
     "ExportReport",
     "ExtractReport",
     "GgufloraError",
@@ -39,6 +52,8 @@ __all__ = [
     "PartReport",
     "PipelineReport",
     "ResizeReport",
+    "RunReport",
+    "ServeReport",
     "TensorReport",
     "UnmergeReport",
     "__version__",
@@ -49,6 +64,7 @@ __all__ = [
     "compare",
     "convert",
     "diff",
+    "doctor",
     "export",
     "extract",
     "inspect",
@@ -57,33 +73,78 @@ __all__ = [
     "plan_merge",
     "read_adapter",
     "resize",
+    "run",
+    "run_demo",
     "run_pipeline",
+    "serve",
     "unmerge",
 ]
 
-_LATER = {
+_HOMES = {
+    "Adapters": "gguflora.runtime",
     "ApplyReport": "gguflora.patch.applying",
     "CombineReport": "gguflora.algebra.combine",
+    "CompareReport": "gguflora.compare",
+    "ConvertReport": "gguflora.convert",
+    "DemoReport": "gguflora.demo",
     "DiffReport": "gguflora.algebra.diff",
+    "DoctorReport": "gguflora.doctor",
     "ExportReport": "gguflora.algebra.export",
     "ExtractReport": "gguflora.algebra.extract",
+    "InspectReport": "gguflora.inspect",
+    "MergeReport": "gguflora.merge_report",
     "PartReport": "gguflora.merge_parts",
     "PipelineReport": "gguflora.pipeline",
     "ResizeReport": "gguflora.algebra.resize",
+    "RunReport": "gguflora.run",
+    "ServeReport": "gguflora.serve",
+    "TensorReport": "gguflora.merge_report",
+    "UnmergeReport": "gguflora.in_place",
     "apply_patch": "gguflora.patch.applying",
     "assemble": "gguflora.merge_parts",
+    "attach": "gguflora.runtime",
     "combine": "gguflora.algebra.combine",
+    "compare": "gguflora.compare",
+    "convert": "gguflora.convert",
     "diff": "gguflora.algebra.diff",
+    "doctor": "gguflora.doctor",
     "export": "gguflora.algebra.export",
     "extract": "gguflora.algebra.extract",
+    "inspect": "gguflora.inspect",
+    "merge": "gguflora.merge",
     "merge_part": "gguflora.merge_parts",
+    "plan_merge": "gguflora.merge",
+    "read_adapter": "gguflora.adapters",
     "resize": "gguflora.algebra.resize",
+    "run": "gguflora.run",
+    "run_demo": "gguflora.demo",
     "run_pipeline": "gguflora.pipeline",
+    "serve": "gguflora.serve",
+    "unmerge": "gguflora.in_place",
 }
-"""Names whose modules are loaded when they are first used, so that ``import gguflora`` stays quick."""
+"""The module of each public name."""
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401  (a function or a class)
-    if name not in _LATER:
-        raise AttributeError(f"module 'gguflora' has no attribute {name!r}")
-    return getattr(import_module(_LATER[name]), name)
+class _Package(ModuleType):
+    """Keeps ``gguflora.merge`` the function when the module of that name is imported, which sets the attribute, too."""
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401  (any attribute)
+        if isinstance(value, ModuleType) and _HOMES.get(name) == value.__name__:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401  (a function, a class or a module)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if not name.startswith("_") and find_spec(f"gguflora.{name}"):
+        return import_module(f"gguflora.{name}")
+    raise AttributeError(f"module 'gguflora' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+sys.modules[__name__].__class__ = _Package
+logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -1,13 +1,13 @@
-"""What this machine offers and what is installed, for ``gguflora doctor`` and for bug reports."""
+"""What this machine offers and what is installed, for bug reports: ``doctor``."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from gguflora import _native
 from gguflora._version import __version__
@@ -15,26 +15,75 @@ from gguflora._version import __version__
 PACKAGES: Final = ("numpy", "gguf", "safetensors", "llama-cpp-python", "torch", "peft")
 
 
-def describe_machine() -> Iterator[str]:
-    """Lines of text: versions, processor, instruction sets, quant types."""
-    yield f"gguflora {__version__}, Python {platform.python_version()}, {platform.platform()}"
-    yield f"cpu: {_cpu_name()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores usable"
-    yield f"kernels: {_native.current_isa()} (available: {', '.join(_native.isa_names())}; force one with GGUFLORA_ISA)"
-    yield from _kernel_table()
-    for package in PACKAGES:
-        yield f"{package}: {_installed(package)}"
+@dataclass(frozen=True, slots=True)
+class QuantType:
+    """What the kernels can do with a quant type; the same on every instruction set.
+
+    Attributes:
+        name: as ggml spells it.
+        block_weights: weights of a block.
+        block_bytes: bytes of a block.
+        needs_imatrix: whether it can be quantized only with an importance matrix.
+        dithers: whether adaptive rounding knows its grid.
+    """
+
+    name: str
+    block_weights: int
+    block_bytes: int
+    needs_imatrix: bool
+    dithers: bool
 
 
-def _kernel_table() -> Iterator[str]:
-    """What there is for every quant type, by the same kernels on every instruction set."""
-    yield "type       weights bytes  quantize  imatrix   dequantize  dither"
-    for kind in _native.TYPES.values():
-        imatrix = "required" if kind.needs_imatrix else "yes"
-        dither = "yes" if kind.dithers else "no"
-        yield (
-            f"{kind.name:<10} {kind.block_weights:>7} {kind.block_bytes:>5}  "
-            f"{'yes':<8}  {imatrix:<8}  {'yes':<10}  {dither}"
-        )
+@dataclass(frozen=True, slots=True)
+class DoctorReport:
+    """What `doctor` found.
+
+    Attributes:
+        version: of gguflora.
+        python: version of Python.
+        platform: the operating system, in words.
+        cpu: name of the processor.
+        usable_cores: cores that this process may use.
+        cores: cores of the machine.
+        isa: the instruction set of the kernels in use.
+        isas: those that this machine could use.
+        types: the quant types.
+        packages: installed version by name; None if it is not installed.
+    """
+
+    version: str
+    python: str
+    platform: str
+    cpu: str
+    usable_cores: int
+    cores: int | None
+    isa: str
+    isas: tuple[str, ...]
+    types: tuple[QuantType, ...]
+    packages: dict[str, str | None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return asdict(self)
+
+
+def doctor() -> DoctorReport:
+    """Say what this machine offers and what is installed."""
+    return DoctorReport(
+        version=__version__,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        cpu=_cpu_name(),
+        usable_cores=len(os.sched_getaffinity(0)),
+        cores=os.cpu_count(),
+        isa=_native.current_isa(),
+        isas=tuple(_native.isa_names()),
+        types=tuple(
+            QuantType(kind.name, kind.block_weights, kind.block_bytes, kind.needs_imatrix, kind.dithers)
+            for kind in _native.TYPES.values()
+        ),
+        packages={package: _installed(package) for package in PACKAGES},
+    )
 
 
 def _cpu_name() -> str:
@@ -46,8 +95,8 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def _installed(package: str) -> str:
+def _installed(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return None

@@ -31,6 +31,7 @@ FLOORS = [
     {"compare", "runtime"},
     {"demo", "doctor", "engine"},
     {"chat", "pipeline", "server"},
+    {"run", "serve"},
     {"cli"},
     {"__init__", "__main__"},
 ]

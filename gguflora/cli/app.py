@@ -1,13 +1,15 @@
-"""What every command shares: the typer application, the consoles, the progress bar, the way an error ends."""
+"""What every command shares: the typer application, the consoles, how a report is printed and how an error ends."""
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, Final, NoReturn, Protocol
+from typing import Annotated, Any, Final, NoReturn, Protocol, TypeVar
 
 import typer
 from rich.console import Console
@@ -17,11 +19,13 @@ from gguflora._version import __version__
 from gguflora.errors import GgufloraError
 
 ProgressCallback = Callable[[int, int], None]
+FAILED: Final = 1
 INTERRUPTED: Final = 130
 _AFTER_INTERRUPT: Final = {
     "pipeline": "the steps that were done are kept, and the next run goes on from them",
     "unmerge": "run it again to have the whole base back",
 }
+_ClickException: Any = typer.BadParameter.mro()[2]  # click is a part of typer in some versions
 
 app = typer.Typer(
     help="LoRA for GGUF: convert PEFT adapters, merge them into quantized models, hot-swap them at run time.",
@@ -39,10 +43,14 @@ stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log what is done, on stderr.")] = False,
 ) -> None:
     if version:
         print(f"gguflora {__version__}")
         raise typer.Exit
+    if verbose:
+        logging.basicConfig(format="%(relativeCreated)7d ms %(name)s: %(message)s")
+        logging.getLogger("gguflora").setLevel(logging.DEBUG)
 
 
 @contextmanager
@@ -70,9 +78,16 @@ class Report(Protocol):
         """All fields, ready for JSON."""
 
 
-def print_json(report: Report) -> None:
-    """The report on stdout, for scripts."""
-    print(json.dumps(report.to_dict(), indent=2))
+R = TypeVar("R", bound=Report)
+
+
+def print_report(report: R, as_text: Callable[[R], None], *, as_json: bool) -> None:
+    """The report's warnings on stderr, and the report on stdout, as JSON or as ``as_text`` prints it."""
+    print_warnings(getattr(report, "warnings", ()))
+    if as_json:
+        print(to_json(report))
+    else:
+        as_text(report)
 
 
 def print_warnings(warnings: tuple[str, ...]) -> None:
@@ -81,28 +96,68 @@ def print_warnings(warnings: tuple[str, ...]) -> None:
         stderr.print(f"warning: {warning}", markup=False)
 
 
-def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(1)
+def to_json(report: Report, *, indent: int | None = 2) -> str:
+    """The report as JSON, which has no infinities: they become null."""
+    return json.dumps(_finite(report.to_dict()), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401  (what JSON can hold)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def span(ranks: tuple[int, int]) -> str:
+    """Smallest and largest rank, in words."""
+    low, high = ranks
+    return f"rank {low}" if low == high else f"ranks {low} to {high}"
+
+
+def print_errors(errors: Mapping[str, float]) -> None:
+    """What was approximated, the worst first."""
+    for name, error in sorted(errors.items(), key=lambda item: -item[1]):
+        console.print(f"  {name}: relative error {error:.2g}", markup=False)
+
+
+def main() -> None:
+    """Run the command line: exit code 0, 1 for an error, 2 for wrong usage, 130 when interrupted.
+
+    Errors are told on stderr; with ``--json`` also on stdout, as ``{"error": {"type", "message", "exit_code"}}``.
+    """
+    signal.signal(signal.SIGTERM, _stop)  # so that a terminated merge removes its temporary file
+    try:
+        code = app(prog_name="gguflora", standalone_mode=False)
+    except GgufloraError as error:
+        _fail(error, str(error))
+    except MemoryError as error:
+        _fail(error, "not enough memory")
+    except OSError as error:
+        _fail(error, f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except _ClickException as error:
+        error.show()
+        _end(error, error.format_message(), error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    if code == INTERRUPTED:  # typer has turned KeyboardInterrupt into this
+        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        message = _AFTER_INTERRUPT.get(command, "nothing was written")
+        print(f"interrupted; {message}", file=sys.stderr)
+        _end(KeyboardInterrupt(), message, INTERRUPTED)
+    sys.exit(code or 0)
 
 
 def _stop(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def main() -> None:
-    """Run the command line: exit code 0, 1 for an error, 2 for wrong usage, 130 when interrupted."""
-    signal.signal(signal.SIGTERM, _stop)  # so that a terminated merge removes its temporary file
-    try:
-        app(prog_name="gguflora")
-    except GgufloraError as error:
-        _fail(str(error))
-    except MemoryError:
-        _fail("not enough memory")
-    except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except SystemExit as stop:
-        if stop.code == INTERRUPTED:  # typer has turned KeyboardInterrupt into this
-            command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-            print(f"interrupted; {_AFTER_INTERRUPT.get(command, 'nothing was written')}", file=sys.stderr)
-        raise
+def _fail(error: Exception, message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    _end(error, message, FAILED)
+
+
+def _end(error: BaseException, message: str, code: int) -> NoReturn:
+    if "--json" in sys.argv:
+        print(json.dumps({"error": {"type": type(error).__name__, "message": message, "exit_code": code}}))
+    sys.exit(code)

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 import gguflora
-from gguflora.cli.app import app, console, print_json, progress_bar
+from gguflora.cli.app import app, console, print_report, progress_bar
+from gguflora.cli.options import AsJson, Force, Threads
+from gguflora.patch.applying import ApplyReport
 
 
 @app.command("apply-patch")
@@ -16,9 +18,9 @@ def apply_patch(
     base: Annotated[Path, typer.Argument(help="The GGUF file that the patch was made for.")],
     patch: Annotated[Path, typer.Argument(help="What gguflora merge --patch wrote.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Merged GGUF file to write.")],
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the output file.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; by default one for each core.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    force: Force = False,
+    threads: Threads = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make the merged model of its base and a patch, byte for byte as the merge would have written it.
 
@@ -32,9 +34,10 @@ def apply_patch(
     """
     with progress_bar("patching") as progress:
         report = gguflora.apply_patch(base, patch, out, force=force, threads=threads, progress=progress)
-    if as_json:
-        print_json(report)
-        return
+    print_report(report, _print_patched, as_json=as_json)
+
+
+def _print_patched(report: ApplyReport) -> None:
     console.print(
         f"wrote {report.output}: {report.facts.base_name} with {report.facts.merged or 'nothing'}, "
         f"{report.size / 1e6:.1f} MB out of a patch of {report.patch_size / 1e6:.1f} MB",

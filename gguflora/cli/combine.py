@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 import gguflora
-from gguflora.cli.app import app, console, print_json, print_warnings
-from gguflora.cli.convert import OutType
+from gguflora.algebra.combine import CombineReport
+from gguflora.cli.app import app, console, print_report, span
+from gguflora.cli.options import AdapterBase, AdapterOut, AsJson, Force, OutType
 
 Method = Literal[
     "linear",
@@ -31,7 +32,7 @@ def combine(
     adapters: Annotated[
         list[str], typer.Argument(metavar="ADAPTER[:WEIGHT]...", help="PEFT directories and GGUF LoRA files.")
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="GGUF LoRA file (.gguf) or PEFT directory to write.")],
+    out: AdapterOut,
     method: Annotated[Method, typer.Option(help="As PEFT's add_weighted_adapter names them.")] = "linear",
     rank: Annotated[int | None, typer.Option(min=1, help="Of the result, for methods with svd.")] = None,
     density: Annotated[
@@ -39,10 +40,10 @@ def combine(
     ] = None,
     sign: Annotated[Literal["total", "frequency"], typer.Option(help="How ties elects a sign.")] = "total",
     seed: Annotated[int, typer.Option(min=0, help="Of the values that dare drops.")] = 0,
-    base: Annotated[Path | None, typer.Option(help="Base model: needed between PEFT and GGUF.")] = None,
-    outtype: Annotated[OutType, typer.Option(help="Type of the factors in a GGUF file.")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the output.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    base: AdapterBase = None,
+    outtype: OutType = "auto",
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Combine adapters into one. Weights may be negative; ranks may differ with cat and svd.
 
@@ -64,15 +65,13 @@ def combine(
         outtype=outtype,
         force=force,
     )
-    print_warnings(report.warnings)
-    if as_json:
-        print_json(report)
-        return
+    print_report(report, _print_combination, as_json=as_json)
+
+
+def _print_combination(report: CombineReport) -> None:
     combined = " + ".join(f"{name} x {weight:g}" for name, _, weight in report.adapters)
-    low, high = report.ranks
-    rank_text = f"rank {low}" if low == high else f"ranks {low} to {high}"
     console.print(
-        f"wrote {report.output}: {report.method} of {combined}; {report.tensors} changes, {rank_text}, "
+        f"wrote {report.output}: {report.method} of {combined}; {report.tensors} changes, {span(report.ranks)}, "
         f"{report.size / 1e6:.2f} MB",
         markup=False,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +10,8 @@ from rich import box
 from rich.table import Table
 
 import gguflora
-from gguflora.cli.app import app, console, stderr
-from gguflora.cli.merge import split_scale
+from gguflora.cli.app import app, console, print_report, stderr
+from gguflora.cli.options import AsJson, Lora, LoraScaled, Threads, scaled_paths
 from gguflora.compare import CompareReport
 
 
@@ -20,10 +19,8 @@ from gguflora.compare import CompareReport
 def compare(
     base: Annotated[Path, typer.Argument(help="The GGUF file that was merged into.")],
     merged: Annotated[Path, typer.Argument(help="The merged GGUF file.")],
-    lora: Annotated[list[str] | None, typer.Option(help="Adapter: PEFT directory or GGUF LoRA. Repeatable.")] = None,
-    lora_scaled: Annotated[
-        list[str] | None, typer.Option(metavar="PATH:SCALE", help="Adapter with a scale of its own. Repeatable.")
-    ] = None,
+    lora: Lora = None,
+    lora_scaled: LoraScaled = None,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -34,8 +31,8 @@ def compare(
         bool, typer.Option("--naive", help="Measure a merge that rounds to the nearest, too (in a temporary file).")
     ] = False,
     n_ctx: Annotated[int, typer.Option(min=16, help="Tokens of a window; each one begins a new text.")] = 512,
-    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; by default one for each core.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    threads: Threads = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure how well a merged file answers for the base with its adapters applied at run time (llama-cpp-python).
 
@@ -48,15 +45,10 @@ def compare(
 
     gguflora compare model.gguf merged.gguf --lora-scaled tone.gguf:0.5 --naive --json
     """
-    adapters = [(path, 1.0) for path in lora or ()] + [split_scale(item) for item in lora_scaled or ()]
-    if not adapters:
-        raise typer.BadParameter("give the adapters that were merged with --lora or --lora-scaled")
+    adapters = scaled_paths(lora, lora_scaled)
     with stderr.status("comparing"):
         report = gguflora.compare(base, merged, adapters, text=text, naive=naive, n_ctx=n_ctx, threads=threads)
-    if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
-    else:
-        _print_comparison(report)
+    print_report(report, _print_comparison, as_json=as_json)
 
 
 def _print_comparison(report: CompareReport) -> None:

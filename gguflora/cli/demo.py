@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,9 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from gguflora.cli.app import app, console
+import gguflora
+from gguflora.cli.app import app, console, print_report
+from gguflora.cli.options import AsJson
 
 if TYPE_CHECKING:
     from gguflora.demo import DemoReport
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 @app.command()
 def demo(
     keep: Annotated[Path | None, typer.Option(help="Directory to keep the demo's GGUF files in.")] = None,
+    prompt: Annotated[str, typer.Option(help="What every set of weights is asked.")] = "Q: What does the fox eat?\nA:",
+    as_json: AsJson = False,
 ) -> None:
     """Convert, merge and hot-swap two small adapters on an embedded model (needs llama-cpp-python).
 
@@ -27,15 +30,9 @@ def demo(
 
     gguflora demo --keep ./demo-files
     """
-    from gguflora.demo import run_demo  # noqa: PLC0415  (nothing else needs it)
-
-    if keep:
-        keep.mkdir(parents=True, exist_ok=True)
-        _print_demo(run_demo(keep))
+    print_report(gguflora.run_demo(keep, prompt=prompt), _print_demo, as_json=as_json)
+    if keep and not as_json:
         console.print(f"\nThe files are in {keep}", markup=False)
-        return
-    with tempfile.TemporaryDirectory(prefix="gguflora-demo-") as folder:
-        _print_demo(run_demo(Path(folder)))
 
 
 def _print_demo(report: DemoReport) -> None:

@@ -12,15 +12,16 @@ from rich.table import Table
 
 import gguflora
 from gguflora.algebra.diff import DiffReport
-from gguflora.cli.app import app, console, print_json, print_warnings
+from gguflora.cli.app import app, console, print_report
+from gguflora.cli.options import AdapterBase, AsJson
 
 
 @app.command()
 def diff(
     a: Annotated[Path, typer.Argument(help="PEFT adapter directory or GGUF LoRA file.")],
     b: Annotated[Path, typer.Argument(help="The one to compare it with.")],
-    base: Annotated[Path | None, typer.Option(help="Their base model: needed to compare PEFT with GGUF.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    base: AdapterBase = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compare two adapters: cosine of their changes, overlap of their spaces, what only one of them touches.
 
@@ -28,12 +29,7 @@ def diff(
 
     gguflora diff ./monday ./tuesday
     """
-    report = gguflora.diff(a, b, base=base)
-    print_warnings(report.warnings)
-    if as_json:
-        print_json(report)
-    else:
-        _print_difference(report)
+    print_report(gguflora.diff(a, b, base=base), _print_difference, as_json=as_json)
 
 
 def _print_difference(report: DiffReport) -> None:

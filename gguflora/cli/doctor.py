@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from gguflora.cli.app import app, console
-from gguflora.doctor import describe_machine
+from typing import TYPE_CHECKING
+
+import gguflora
+from gguflora.cli.app import app, console, print_report
+from gguflora.cli.options import AsJson
+
+if TYPE_CHECKING:
+    from gguflora.doctor import DoctorReport
 
 
 @app.command()
-def doctor() -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Say what this machine offers and what is installed.
 
     **Example**
 
     gguflora doctor
     """
-    for line in describe_machine():
+    print_report(gguflora.doctor(), _print_machine, as_json=as_json)
+
+
+def _print_machine(report: DoctorReport) -> None:
+    lines = [
+        f"gguflora {report.version}, Python {report.python}, {report.platform}",
+        f"cpu: {report.cpu}, {report.usable_cores} of {report.cores} cores usable",
+        f"kernels: {report.isa} (available: {', '.join(report.isas)}; force one with GGUFLORA_ISA)",
+        "type       weights bytes  quantize  imatrix   dequantize  dither",
+    ]
+    for kind in report.types:
+        imatrix, dither = "required" if kind.needs_imatrix else "yes", "yes" if kind.dithers else "no"
+        sizes = f"{kind.name:<10} {kind.block_weights:>7} {kind.block_bytes:>5}"
+        lines.append(f"{sizes}  {'yes':<8}  {imatrix:<8}  {'yes':<10}  {dither}")
+    lines += [f"{package}: {version or 'not installed'}" for package, version in report.packages.items()]
+    for line in lines:
         console.print(line, markup=False)

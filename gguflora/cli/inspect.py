@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import gguflora
-from gguflora.cli.app import app, console, print_json, print_warnings
+from gguflora.cli.app import app, console, print_report
+from gguflora.cli.options import AsJson
 from gguflora.inspect import InspectReport
 
 
@@ -21,7 +22,7 @@ def inspect(
     base: Annotated[Path | None, typer.Option(help="Base model: measure the changes, foresee llama.cpp's.")] = None,
     ranks: Annotated[bool, typer.Option("--ranks", help="Say what lower ranks would keep and save.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the singular values into this PNG, SVG or PDF.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what an adapter is, what it changes, and what llama.cpp could not apply at run time.
 
@@ -34,16 +35,12 @@ def inspect(
     gguflora inspect my-adapter.gguf --ranks --plot spectra.png
     """
     report = gguflora.inspect(adapter, base, ranks=ranks, plot=plot)
-    if as_json:
-        print_json(report)
-        return
-    _print_inspection(report)
-    if ranks:
+    print_report(report, _print_inspection, as_json=as_json)
+    if ranks and not as_json:
         _print_ranks(report)
 
 
 def _print_inspection(report: InspectReport) -> None:
-    print_warnings(report.warnings)
     does = f"{len(report.changes)} tensors changed"
     if report.virtual_tokens:
         does = f"{report.virtual_tokens} virtual tokens in front of the prompt (run it: attach, run or serve)"

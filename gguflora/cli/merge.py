@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 import gguflora
-from gguflora.cli.app import app, console, print_warnings, progress_bar
+from gguflora.cli.app import app, console, print_report, progress_bar, to_json
+from gguflora.cli.options import AsJson, DryRun, Force, Lora, LoraScaled, Threads, scaled_paths
 from gguflora.files.output import atomic_output
 from gguflora.merge import MAX_SEED
 from gguflora.merge_report import MergeReport
@@ -21,10 +22,8 @@ from gguflora.rounding import Mode as RoundingMode
 def merge(
     base: Annotated[Path, typer.Argument(help="Base model, a GGUF file of any quantization.")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Merged GGUF file to write.")] = None,
-    lora: Annotated[list[str] | None, typer.Option(help="Adapter: PEFT directory or GGUF LoRA. Repeatable.")] = None,
-    lora_scaled: Annotated[
-        list[str] | None, typer.Option(metavar="PATH:SCALE", help="Adapter with a scale of its own. Repeatable.")
-    ] = None,
+    lora: Lora = None,
+    lora_scaled: LoraScaled = None,
     patch: Annotated[
         Path | None, typer.Option(help="Write only what changes, small, for gguflora apply-patch; instead of -o.")
     ] = None,
@@ -52,10 +51,10 @@ def merge(
     plot: Annotated[
         Path | None, typer.Option(help="Draw the same as heat maps, layers by modules (PNG; needs matplotlib).")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; by default one for each core.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the output file or patch.")] = False,
+    as_json: AsJson = False,
+    threads: Threads = None,
+    dry_run: DryRun = False,
+    force: Force = False,
 ) -> None:
     """Merge adapters into a quantized GGUF file; every tensor keeps its type, untouched ones keep their bytes.
 
@@ -81,9 +80,7 @@ def merge(
     gguflora unmerge gives back the base. Stop programs that have the model loaded (llama.cpp maps the file): they
     would see it change while they compute.
     """
-    adapters = [(path, 1.0) for path in lora or ()] + [split_scale(text) for text in lora_scaled or ()]
-    if not adapters:
-        raise typer.BadParameter("give at least one adapter with --lora or --lora-scaled")
+    adapters = scaled_paths(lora, lora_scaled)
     if (out is not None) + (patch is not None) + in_place != 1:
         raise typer.BadParameter("say where the result goes with exactly one of --out, --patch and --in-place")
     with progress_bar("merging") as progress:
@@ -106,13 +103,10 @@ def merge(
         )
     if report:
         with atomic_output(report) as file:
-            file.write(json.dumps(result.to_dict(), indent=2).encode())
+            file.write(to_json(result).encode())
     if plot:
         plot_report(result, plot)
-    if as_json:
-        print(json.dumps(result.to_dict(), indent=2))
-    else:
-        _print_merge(result, in_place=in_place)
+    print_report(result, partial(_print_merge, in_place=in_place), as_json=as_json)
 
 
 def _split_types(texts: list[str]) -> dict[str, str]:
@@ -123,21 +117,7 @@ def _split_types(texts: list[str]) -> dict[str, str]:
     return {pattern: name for pattern, _, name in pairs}
 
 
-def split_scale(text: str) -> tuple[str, float]:
-    """Path and scale of ``PATH:SCALE``."""
-    path, _, scale = text.rpartition(":")
-    try:
-        return path, float(scale) if path else _refuse_scale(text)
-    except ValueError:
-        _refuse_scale(text)
-
-
-def _refuse_scale(text: str) -> NoReturn:
-    raise typer.BadParameter(f"--lora-scaled is {text!r}, expected PATH:SCALE, for example adapter.gguf:0.5")
-
-
 def _print_merge(report: MergeReport, *, in_place: bool) -> None:
-    print_warnings(report.warnings)
     merged = ", ".join(f"{name} x {scale:g}" for name, _, scale in report.adapters)
     types = ", ".join(f"{count} {name}" for name, count in report.types.items()) or "none"
     verb = "would write" if report.dry_run else "wrote"

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gguflora.cli.app import app, console, print_json
+import gguflora
+from gguflora.cli.app import FAILED, app, console, print_report
+from gguflora.cli.options import AsJson
 
 if TYPE_CHECKING:
     from gguflora.pipeline import PipelineReport
@@ -24,7 +26,7 @@ def pipeline(
     report: Annotated[Path | None, typer.Option(help="Folder for report.json and report.html.")] = None,
     memory: Annotated[int | None, typer.Option(min=1, help="MB that running jobs may need together.")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes and exit.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a recipe of many steps; what has not changed is not done again. Exit code 1 if a step failed.
 
@@ -34,22 +36,19 @@ def pipeline(
 
     gguflora pipeline nightly.toml --jobs 2 --keep-going --report ./report
     """
-    from gguflora.pipeline import recipe_schema, run_pipeline  # noqa: PLC0415  (needs pydantic)
-
     if schema:
+        from gguflora.pipeline import recipe_schema  # noqa: PLC0415  (needs pydantic)
+
         print(json.dumps(recipe_schema(), indent=2))
         return
     if recipe is None:
         raise typer.BadParameter("give a recipe")
-    done = run_pipeline(
+    done = gguflora.run_pipeline(
         recipe, jobs=jobs, dry_run=dry_run, keep_going=keep_going, resume=resume, report=report, memory=memory
     )
-    if as_json:
-        print_json(done)
-    else:
-        _print_pipeline(done)
+    print_report(done, _print_pipeline, as_json=as_json)
     if done.failed:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 def _print_pipeline(report: PipelineReport) -> None:

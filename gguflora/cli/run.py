@@ -12,11 +12,13 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from gguflora.cli.app import app, console, stderr
-from gguflora.cli.model_options import context_size, named_adapters, scaled_adapters
+import gguflora
+from gguflora.cli.app import app, console, print_report, stderr
+from gguflora.cli.options import AsJson, Context, Threads, named_and_scaled
 
 if TYPE_CHECKING:
     from gguflora.chat import Answer
+    from gguflora.run import RunReport
 
 _COLUMNS = 3
 
@@ -34,13 +36,12 @@ def run(
     ] = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Answer this and end.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is; no chat template.")] = False,
-    ctx: Annotated[
-        int | None, typer.Option(min=8, help="Tokens of context; by default the model's, at most 4096.")
-    ] = None,
+    ctx: Context = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.8,
     seed: Annotated[int | None, typer.Option(help="Of the random numbers.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; by default one for each core.")] = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
 ) -> None:
     """Chat with a model, and switch its adapters while you do; /help lists the commands.
 
@@ -54,28 +55,48 @@ def run(
 
     echo "/compare What is a contract?" | gguflora run model.gguf --lora legal.gguf
     """
-    from gguflora.chat import Chat  # noqa: PLC0415  (loads llama_cpp)
-    from gguflora.engine import Engine, Sampling  # noqa: PLC0415
-
-    scaled = scaled_adapters(lora_scaled or ())
-    paths = named_adapters([*(lora or ()), *(f"{name}={path}" for name, (path, _) in scaled.items())])
-    with Engine(base, adapters=paths, n_ctx=context_size(base, ctx), n_parallel=1, threads=threads) as engine:
-        chat = Chat(
-            engine,
-            write=_write,
-            tell=lambda line: stderr.print(line, markup=False),
-            show=_show,
+    adapters = named_and_scaled(lora, lora_scaled)
+    if prompt is None and as_json:
+        raise typer.BadParameter("--json needs --prompt: a chat is no one result")
+    if prompt is not None:
+        report = gguflora.run(
+            base,
+            prompt,
+            adapters=adapters,
             raw=raw,
+            ctx=ctx,
             max_tokens=max_tokens,
-            sampling=Sampling(temperature=temperature, seed=seed),
-            scales=dict.fromkeys(paths, 1.0) | {name: scale for name, (_, scale) in scaled.items()},
+            temperature=temperature,
+            seed=seed,
+            threads=threads,
+            write=(lambda _: None) if as_json else _write,
         )
-        if prompt is not None:
-            chat.say(prompt)
-            return
+        print_report(report, _print_run, as_json=as_json)
+        return
+    from gguflora.run import open_chat  # noqa: PLC0415  (loads llama_cpp)
+
+    with open_chat(
+        base,
+        adapters,
+        raw=raw,
+        ctx=ctx,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        threads=threads,
+        write=_write,
+        tell=lambda line: stderr.print(line, markup=False),
+        show=_show,
+    ) as chat:
         for line in _lines():
             if not chat.handle(line):
                 return
+
+
+def _print_run(report: RunReport) -> None:
+    from gguflora.chat import describe  # noqa: PLC0415
+
+    stderr.print(f"[{report.adapters}: {describe(report)}]", markup=False)
 
 
 def _write(text: str) -> None:

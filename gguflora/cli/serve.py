@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gguflora.cli.app import app, print_warnings, stderr
-from gguflora.cli.model_options import context_size, named_adapters
-from gguflora.errors import GgufloraError
+import gguflora
+from gguflora.cli.app import app, print_warnings, stderr, to_json
+from gguflora.cli.options import AsJson, Context, Threads, named_adapters
+
+if TYPE_CHECKING:
+    from gguflora.serve import ServeReport
 
 
 @app.command()
@@ -23,21 +25,17 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8080,
-    ctx: Annotated[
-        int | None,
-        typer.Option(
-            min=8, help="Tokens of context, for all requests decoded together; by default the model's, at most 4096."
-        ),
-    ] = None,
+    ctx: Context = None,
     parallel: Annotated[int, typer.Option(min=1, max=256, help="Requests decoded together in one context.")] = 4,
     contexts: Annotated[int, typer.Option(min=1, max=64, help="Adapter sets that keep a KV cache.")] = 2,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are answered 429.")] = 64,
-    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; by default one for each core.")] = None,
+    threads: Threads = None,
     allow_load: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Let clients load adapters from this directory.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one answer.")] = 2048,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds after which a request is given up.")] = 600.0,
+    as_json: AsJson = False,
 ) -> None:
     r"""Serve a base model with any adapters per request, as OpenAI's API, and a page to try them.
 
@@ -50,32 +48,29 @@ def serve(
 
     GGUFLORA_API_KEY=secret gguflora serve model.gguf --host 0.0.0.0 --allow-load /srv/adapters
     """
-    adapters = named_adapters(lora or ())
+    adapters = named_adapters(lora)
     if allow_load is not None and not allow_load.is_dir():
         raise typer.BadParameter(f"{allow_load} is no directory", param_hint="--allow-load")
-    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if not importlib.util.find_spec(name)]
-    if missing:
-        raise GgufloraError(f"serve needs {', '.join(missing)}: pip install 'gguflora[server]'")
-    from gguflora import server  # noqa: PLC0415  (no other command needs FastAPI)
-    from gguflora.engine import Engine  # noqa: PLC0415
+    gguflora.serve(
+        base,
+        adapters=adapters,
+        host=host,
+        port=port,
+        ctx=ctx,
+        parallel=parallel,
+        contexts=contexts,
+        queue=queue,
+        threads=threads,
+        allow_load=allow_load,
+        max_tokens=max_tokens,
+        timeout=timeout,
+        ready=partial(_say_ready, as_json=as_json),
+    )
 
-    key = os.environ.get(server.KEY_VARIABLE) or None
-    if key is None and host not in {"127.0.0.1", "localhost", "::1"}:
-        print_warnings((f"whoever reaches {host} can use this server; set {server.KEY_VARIABLE} to ask for a key",))
-    settings = server.Settings(api_key=key, allow_load=allow_load, max_tokens=max_tokens, timeout=timeout)
-    with (
-        server.listen(host, port) as listener,
-        Engine(
-            base,
-            adapters=adapters,
-            n_ctx=context_size(base, ctx),
-            n_parallel=parallel,
-            max_contexts=contexts,
-            queue_size=queue,
-            threads=threads,
-        ) as engine,
-    ):
-        names = ", ".join(adapter.name for adapter in engine.adapters()) or "no adapters"
-        url = server.url_of(listener)
-        stderr.print(f"serving {engine.model_name} with {names} at {url} (Ctrl+C ends it)", markup=False)
-        server.serve(engine, base, listener, settings)
+
+def _say_ready(report: ServeReport, *, as_json: bool) -> None:
+    print_warnings(report.warnings)
+    if as_json:
+        print(to_json(report, indent=None), flush=True)
+    names = ", ".join(report.adapters) or "no adapters"
+    stderr.print(f"serving {report.model} with {names} at {report.url} (Ctrl+C ends it)", markup=False)

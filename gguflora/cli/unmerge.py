@@ -8,14 +8,16 @@ from typing import Annotated
 import typer
 
 import gguflora
-from gguflora.cli.app import app, console, print_json, progress_bar
+from gguflora.cli.app import app, console, print_report, progress_bar
+from gguflora.cli.options import AsJson, Threads
+from gguflora.in_place import UnmergeReport
 
 
 @app.command()
 def unmerge(
     base: Annotated[Path, typer.Argument(help="A model that was merged with --in-place, its undo file beside it.")],
-    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; by default one for each core.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    threads: Threads = None,
+    as_json: AsJson = False,
 ) -> None:
     """Give back the base that an adapter was merged into in place, byte for byte; then remove the undo file.
 
@@ -30,9 +32,10 @@ def unmerge(
     """
     with progress_bar("checking") as progress:
         report = gguflora.unmerge(base, threads=threads, progress=progress)
-    if as_json:
-        print_json(report)
-        return
+    print_report(report, _print_unmerged, as_json=as_json)
+
+
+def _print_unmerged(report: UnmergeReport) -> None:
     merged = ", ".join(f"{name} x {scale:g}" for name, _, scale in report.adapters)
     console.print(
         f"{report.base} is the base again, without {merged or 'anything'}: {report.changed / 1e6:.1f} MB put back, "

@@ -5,9 +5,11 @@ The model and its adapters, ``shout`` (capitals) and ``verse`` (rhymes), are mad
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -63,13 +65,29 @@ class DemoReport:
     kl: float
     kl_base: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return {**asdict(self), "merge": self.merge.to_dict()}
 
-def run_demo(folder: Path, prompt: str = PROMPT) -> DemoReport:
-    """Run the demo; its files (two GGUF LoRA, one merged model) are written to ``folder`` and stay there.
+
+def run_demo(keep: str | os.PathLike[str] | None = None, *, prompt: str = PROMPT) -> DemoReport:
+    """Convert, merge and hot-swap the demo's adapters on its model.
+
+    Args:
+        keep: directory where its files (two GGUF LoRA, one merged model) are written and stay.
+        prompt: what every set of weights is asked.
 
     Raises:
         HotSwapError: if llama-cpp-python is not installed.
     """
+    if keep is not None:
+        Path(keep).mkdir(parents=True, exist_ok=True)
+        return _run_demo(Path(keep), prompt)
+    with tempfile.TemporaryDirectory(prefix="gguflora-demo-") as folder:
+        return _run_demo(Path(folder), prompt)
+
+
+def _run_demo(folder: Path, prompt: str) -> DemoReport:
     files, convert_seconds = {}, {}
     for name in ADAPTERS:
         files[name] = folder / f"{name}.gguf"

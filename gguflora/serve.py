@@ -1,0 +1,109 @@
+"""A server from start to end: ``serve``."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from gguflora.engine import Engine
+from gguflora.engine.context_size import context_size
+from gguflora.errors import ServerError
+
+_NEEDED: Final = ("fastapi", "uvicorn", "prometheus_client")
+_LOCAL: Final = {"127.0.0.1", "localhost", "::1"}
+
+
+@dataclass(frozen=True, slots=True)
+class ServeReport:
+    """A server that takes requests.
+
+    Attributes:
+        url: where.
+        model: name of the base model in requests.
+        adapters: names of the adapters.
+        warnings: what the user should know.
+    """
+
+    url: str
+    model: str
+    adapters: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return asdict(self)
+
+
+def serve(
+    base: str | os.PathLike[str],
+    *,
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    ctx: int | None = None,
+    parallel: int = 4,
+    contexts: int = 2,
+    queue: int = 64,
+    threads: int | None = None,
+    allow_load: str | os.PathLike[str] | None = None,
+    max_tokens: int = 2048,
+    timeout: float = 600.0,
+    ready: Callable[[ServeReport], None] = lambda _: None,
+) -> ServeReport:
+    """Serve a model with any adapters per request until SIGINT or SIGTERM; then running answers end first.
+
+    Clients need the key in the environment variable GGUFLORA_API_KEY, if there is one.
+
+    Args:
+        base: the base model, a GGUF file.
+        adapters: GGUF LoRA files or PEFT directories by name.
+        host: address to listen on.
+        port: port to listen on; 0 takes a free one.
+        ctx: tokens of context, for all requests decoded together; by default the model's, at most 4096.
+        parallel: requests decoded together in one context.
+        contexts: adapter sets that keep a KV cache.
+        queue: requests that may wait; more are answered 429.
+        threads: number of threads; by default one for each core this process may use.
+        allow_load: directory from which clients may load adapters.
+        max_tokens: most tokens of one answer.
+        timeout: seconds after which a request is given up.
+        ready: called when requests are taken.
+
+    Raises:
+        ServerError: if the extra ``server`` is not installed, or the address cannot be had.
+        GgufloraError: if something cannot be read or does not fit together.
+    """
+    missing = [name for name in _NEEDED if not importlib.util.find_spec(name)]
+    if missing:
+        raise ServerError(f"serve needs {', '.join(missing)}: pip install 'gguflora[server]'")
+    from gguflora import server  # noqa: PLC0415  (no other command needs FastAPI)
+
+    key = os.environ.get(server.KEY_VARIABLE) or None
+    warnings: tuple[str, ...] = ()
+    if key is None and host not in _LOCAL:
+        warnings = (f"whoever reaches {host} can use this server; set {server.KEY_VARIABLE} to ask for a key",)
+    folder = None if allow_load is None else Path(allow_load)
+    if folder is not None and not folder.is_dir():
+        raise ServerError(f"{folder}: is no directory to load adapters from")
+    settings = server.Settings(api_key=key, allow_load=folder, max_tokens=max_tokens, timeout=timeout)
+    with (
+        server.listen(host, port) as listener,
+        Engine(
+            base,
+            adapters=adapters or {},
+            n_ctx=context_size(base, ctx),
+            n_parallel=parallel,
+            max_contexts=contexts,
+            queue_size=queue,
+            threads=threads,
+        ) as engine,
+    ):
+        names = tuple(adapter.name for adapter in engine.adapters())
+        report = ServeReport(server.url_of(listener), engine.model_name, names, warnings)
+        ready(report)
+        server.serve(engine, Path(base), listener, settings)
+    return report
