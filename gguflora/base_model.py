@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, Final
 from gguflora.errors import ArchitectureError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape, layer_of
 
+_LOG = logging.getLogger(__name__)
 _ENCODERS: Final = {"bert", "eurobert", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "nomic-bert"}
 """Architectures without an output weight."""
 
@@ -65,6 +67,7 @@ def describe(file: GgufFile) -> BaseModel:
     kind = file.metadata.get("general.type", "model")
     if kind != "model":
         raise ArchitectureError(f"{file.path}: general.type is {kind!r}, expected a model as the base")
+    _LOG.debug("read %s: %s, %d tensors", file.path, file.metadata.get("general.architecture"), len(file.tensors))
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     n_layers = 1 + max((layer for name in shapes if (layer := layer_of(name)) is not None), default=-1)
     if n_layers > len(shapes):

@@ -57,7 +57,8 @@ def test_imports_go_downwards(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["torch", "llama_cpp", "transformers", "fastapi", "gguf", "matplotlib", "pydantic", "rich", "typer"]
+    "module",
+    ["torch", "llama_cpp", "transformers", "fastapi", "gguf", "matplotlib", "numpy", "pydantic", "rich", "typer"],
 )
 def test_import_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, gguflora; sys.exit({module!r} in sys.modules)"
@@ -65,11 +66,13 @@ def test_import_loads_nothing_heavy(module: str) -> None:
 
 
 def test_import_is_quick() -> None:
-    code = "import numpy, time; start = time.process_time(); import gguflora; print(time.process_time() - start)"
-    runs = [
-        subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True).stdout for _ in range(3)
-    ]
-    assert min(map(float, runs)) < 0.2
+    """A good deal quicker than numpy's, which a busy machine slows down as much."""
+    seconds = {"gguflora": [], "numpy": []}
+    for module in [*seconds] * 4:
+        code = f"import time; start = time.process_time(); import {module}; print(time.process_time() - start)"
+        printed = subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True).stdout
+        seconds[module].append(float(printed))
+    assert min(seconds["gguflora"]) < 0.5 * min(seconds["numpy"])
 
 
 def test_public_names_are_sorted_and_exist() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from gguflora.adapters.saved import split_saved
 from gguflora.deltas import Change, Unsized
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.safetensors import Array, as_float32, read_weights
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +78,12 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         raise AdapterError(
             f"{location}: no such file or directory; expected a PEFT adapter directory or a GGUF LoRA file"
         )
-    if location.is_dir():
-        return _read_peft(location)
+    adapter = _read_peft(location) if location.is_dir() else _read_gguf(location)
+    _LOG.debug("read %s: %s, %d changes", location, adapter.method, len(adapter.changes))
+    return adapter
+
+
+def _read_gguf(location: Path) -> Adapter:
     if location.suffix in {".safetensors", ".bin", ".json"}:
         raise AdapterError(f"{location}: is one file of an adapter; give the directory it lies in")
     lora = read_gguf_lora(location)

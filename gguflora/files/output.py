@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import secrets
 import shutil
@@ -15,6 +16,7 @@ from typing import IO
 
 from gguflora.errors import OutputError
 
+_LOG = logging.getLogger(__name__)
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
 """What file systems say that have no hard links."""
 
@@ -95,6 +97,7 @@ def atomic_outputs(targets: Sequence[Path], *, force: bool = True) -> Iterator[l
                 draft.finish()
             _publish(drafts, force=force)
         _sync_folder(target.parent)
+        _LOG.debug("wrote %s", ", ".join(map(str, targets)))
     except FileExistsError as error:
         raise OutputError(
             f"{error.filename2 or target}: was made by someone else in the meantime; see to it"
