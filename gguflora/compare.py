@@ -24,6 +24,7 @@ from gguflora.convert import convert
 from gguflora.errors import FormatError, HotSwapError, MismatchError, UnsupportedAdapterError
 from gguflora.merge import AdapterArgument, merge, with_scales
 from gguflora.preflight import check_loadable, read_whole_base
+from gguflora.remote import local_inputs
 
 if TYPE_CHECKING:
     from gguflora.evaluation import Context, Model
@@ -133,6 +134,7 @@ class CompareReport:
         return {**asdict(self), "base": str(self.base), "merged": str(self.merged)}
 
 
+@local_inputs
 def compare(
     base: str | os.PathLike[str],
     merged: str | os.PathLike[str],

@@ -18,6 +18,7 @@ from gguflora.errors import AdapterError
 from gguflora.factors import Factors, factor_adapter
 from gguflora.files.output import atomic_output, check_target, path_of
 from gguflora.lora_file import LoraHeader, Stored, check_outtype, common_alpha, store, write_lora
+from gguflora.remote import local_inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class ConvertReport:
         return {**asdict(self), "output": str(self.output)}
 
 
+@local_inputs
 def convert(
     adapter: str | os.PathLike[str],
     base: str | os.PathLike[str],

@@ -14,6 +14,7 @@
     |-- QuantizationError         values or shapes a quant type cannot hold
     |   `-- NonFiniteError        NaN or infinity; carries row and column
     |-- OutputError               the target cannot be written (exists, no space, not writable)
+    |-- RemoteError               a remote file cannot be found, read or written, or its checksum is wrong
     |-- RecipeError               a pipeline's recipe does not make sense
     |-- HotSwapError              llama.cpp refused an adapter, or an adapter set is used wrongly
     |-- EngineError               the serving engine cannot do what was asked
@@ -130,3 +131,7 @@ class NativeError(GgufloraError):
 
 class RecipeError(GgufloraError):
     """A pipeline's recipe does not make sense."""
+
+
+class RemoteError(GgufloraError):
+    """A remote file cannot be found, read or written, or its checksum is wrong."""

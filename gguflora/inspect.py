@@ -20,6 +20,7 @@ from gguflora.errors import MismatchError, UnsupportedAdapterError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile
 from gguflora.placement import Placed, place
 from gguflora.prefix import fit_prefix
+from gguflora.remote import local_inputs
 
 if TYPE_CHECKING:
     from gguflora.algebra.spectra import RankChoice, Spectrum
@@ -95,6 +96,7 @@ class InspectReport:
         return {**asdict(self), **paths, "problems": self.problems}
 
 
+@local_inputs
 def inspect(
     adapter: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,

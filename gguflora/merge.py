@@ -20,12 +20,14 @@ from gguflora.in_place import check_in_place, merge_in_place
 from gguflora.merge_report import MergeReport
 from gguflora.patch import write_patch
 from gguflora.prepared_merge import MAX_SEED, AdapterArgument, AdapterPath, prepared_merge, with_scales
+from gguflora.remote import local_inputs
 from gguflora.rewrite import FileSink, Progress, Rewriter
 from gguflora.rounding import Mode, Sums
 
 __all__ = ["MAX_SEED", "AdapterArgument", "AdapterPath", "merge", "plan_merge", "with_scales"]
 
 
+@local_inputs
 def merge(
     base: str | os.PathLike[str],
     adapters: AdapterArgument,

@@ -15,6 +15,7 @@ FLOORS = [
     {"_native"},
     {"quants"},
     {"files"},
+    {"remote"},
     {"deltas"},
     {"adapters"},
     {"base_model", "imatrix"},

@@ -20,6 +20,7 @@ from gguflora.adapters.saved import split_saved
 from gguflora.deltas import Change, Unsized
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.safetensors import Array, as_float32, read_weights
+from gguflora.remote import local_inputs
 
 _LOG = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Adapter:
         return changes
 
 
+@local_inputs
 def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     """Read a PEFT directory or a GGUF LoRA file.
 

@@ -23,6 +23,7 @@ from gguflora.deltas import LowRank, as_float64
 from gguflora.errors import AdapterError, MismatchError
 from gguflora.files.safetensors import Array, as_float32
 from gguflora.lowrank import shrink, truncate
+from gguflora.remote import local_inputs
 
 COMBINATIONS: Final = (*METHODS, "cat", "svd", *(f"{method}_svd" for method in METHODS[1:]))
 
@@ -60,6 +61,7 @@ class CombineReport:
         return {**asdict(self), "output": str(self.output)}
 
 
+@local_inputs
 def combine(
     adapters: Sequence[AdapterPath | tuple[AdapterPath, float]],
     out: str | os.PathLike[str],

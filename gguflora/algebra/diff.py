@@ -14,6 +14,7 @@ from gguflora.algebra.pairs import NEARLY_ALL, FactoredAdapter, for_base, read_f
 from gguflora.base_model import BaseModel, read_base
 from gguflora.deltas import LowRank, Values, as_float64
 from gguflora.errors import MismatchError
+from gguflora.remote import local_inputs
 
 _NEGLIGIBLE: Final = 1e-6
 """Singular values below this share of the largest span no direction."""
@@ -75,6 +76,7 @@ class DiffReport:
         return {**asdict(self), "a": str(self.a), "b": str(self.b), "norm_ratio": ratio}
 
 
+@local_inputs
 def diff(
     a: str | os.PathLike[str], b: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None
 ) -> DiffReport:

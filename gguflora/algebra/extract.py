@@ -25,6 +25,7 @@ from gguflora.algebra.pairs import FactoredAdapter
 from gguflora.base_model import read_base
 from gguflora.deltas import LowRank, Values
 from gguflora.errors import AdapterError
+from gguflora.remote import local_inputs
 
 Progress = Callable[[int, int], None]
 
@@ -63,6 +64,7 @@ class ExtractReport:
         return {**asdict(self), "output": str(self.output)}
 
 
+@local_inputs
 def extract(
     finetuned: str | os.PathLike[str],
     base: str | os.PathLike[str],

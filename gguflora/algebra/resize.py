@@ -13,6 +13,7 @@ from gguflora.base_model import read_base
 from gguflora.deltas import LowRank
 from gguflora.errors import AdapterError
 from gguflora.lowrank import shrink
+from gguflora.remote import local_inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class ResizeReport:
         return {**asdict(self), "output": str(self.output)}
 
 
+@local_inputs
 def resize(
     adapter: str | os.PathLike[str],
     out: str | os.PathLike[str],

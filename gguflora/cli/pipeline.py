@@ -55,9 +55,7 @@ def _print_pipeline(report: PipelineReport) -> None:
     for result in report.results:
         time = f" ({result.seconds:.1f} s)" if result.seconds else ""
         error = f": {result.error}" if result.error else ""
-        console.print(
-            f"{result.status:8}{result.step}: {result.out.relative_to(report.output)}{time}{error}", markup=False
-        )
+        console.print(f"{result.status:8}{result.step}: {report.name_of(result)}{time}{error}", markup=False)
     counts = [result.status for result in report.results]
     summary = ", ".join(f"{counts.count(status)} {status}" for status in dict.fromkeys(counts))
     console.print(f"{summary}; outputs in {report.output}; took {report.seconds:.1f} s", markup=False)

@@ -16,6 +16,7 @@ from gguflora.files.output import atomic_outputs, check_targets
 from gguflora.patch.chain import Chain
 from gguflora.patch.format import Facts, open_patch
 from gguflora.patch.stream import Piece, files_sha256, result
+from gguflora.remote import local_inputs
 from gguflora.rewrite import Progress
 
 
@@ -54,6 +55,7 @@ class ApplyReport:
         }
 
 
+@local_inputs
 def apply_patch(
     base: str | os.PathLike[str],
     patch: str | os.PathLike[str],

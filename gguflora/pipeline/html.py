@@ -47,13 +47,12 @@ def write_html(path: Path, report: PipelineReport) -> None:
 
 
 def _row(report: PipelineReport, result: StepResult) -> str:
-    out = result.out.relative_to(report.output)
     content = escape(json.dumps(result.report, indent=2)) if result.report else ""
     details = f"<details><summary>show</summary><pre>{content}</pre></details>" if content else ""
     error = f"<br>{escape(result.error)}" if result.error else ""
     colour = _COLOURS[result.status]
     return (
-        f"<tr><td>{escape(result.step)}</td><td>{escape(str(out))}</td>"
+        f"<tr><td>{escape(result.step)}</td><td>{escape(report.name_of(result))}</td>"
         f'<td style="color:{colour}">{result.status}{error}</td>'
         f'<td class="number">{result.seconds:.2f}</td><td>{details}</td></tr>'
     )
@@ -67,7 +66,8 @@ def _bars(report: PipelineReport) -> str:
     longest, height = max(result.seconds for result in ran), 18
     bars = "".join(
         f'<rect x="0" y="{number * height}" width="{600 * result.seconds / longest:.1f}" height="{height - 4}" '
-        f'fill="{_COLOURS[result.status]}"><title>{escape(str(result.out.name))}: {result.seconds:.2f} s</title></rect>'
+        f'fill="{_COLOURS[result.status]}"><title>{escape(report.name_of(result))}: {result.seconds:.2f} s</title>'
+        "</rect>"
         for number, result in enumerate(ran)
     )
     return f'<svg viewBox="0 0 600 {height * len(ran)}" role="img" aria-label="seconds of each job">{bars}</svg>'

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from gguflora.errors import RecipeError
+from gguflora import remote
+from gguflora.errors import RecipeError, RemoteError
 from gguflora.pipeline.recipe import RecipeFile, Step, validated
+
+Location = Path | str
+"""A local path, or a URL."""
 
 STATE: Final = ".gguflora"
 """Folder of what a pipeline remembers, in the output folder."""
 
 _VARIABLE: Final = re.compile(r"\{(\w*)\}")
+_AT_A_TIME: Final = 16
+"""How many remote inputs are looked up at a time."""
 _META: Final = {"name", "for", "for_each", "action", "out", "checks", "memory"}
 
 
@@ -39,14 +47,21 @@ class Job:
     Attributes:
         step: the step, its templates filled in.
         index: of the step in the recipe.
+        name: of the output, below the output folder.
         out: the output.
-        inputs: all files and directories that it reads.
+        inputs: all that it reads, and as what folders among it are fetched from elsewhere.
     """
 
     step: Step
     index: int
-    out: Path
-    inputs: tuple[Path, ...]
+    name: str
+    out: Location
+    inputs: Mapping[Location, remote.Kind]
+
+    @property
+    def action(self) -> str:
+        """The command."""
+        return str(self.step.model_dump(include={"action"})["action"])
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -61,25 +76,58 @@ def _use(item: Any) -> tuple[str, float]:  # noqa: ANN401  (a path, or a table o
     return (item, 1.0) if isinstance(item, str) else (item["path"], item["scale"])
 
 
-def plan_jobs(file: RecipeFile) -> tuple[Path, list[Job]]:
-    """The output folder and the jobs, each after those that it depends on.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a recipe comes to.
+
+    Attributes:
+        folder: of the outputs.
+        jobs: each after those that it depends on.
+        found: what stores say of the remote inputs.
+    """
+
+    folder: Location
+    jobs: list[Job]
+    found: Mapping[str, remote.Found]
+
+
+def plan_jobs(file: RecipeFile) -> Plan:
+    """The jobs of a recipe.
 
     Raises:
         RecipeError: for cycles, unknown names, missing sources, and outputs that meet or leave the folder.
     """
-    folder = (file.path.absolute().parent / file.recipe.output).resolve()
-    planner = _Planner(file, folder)
+    planner = _Planner(file, _output_folder(file))
     for index in range(len(file.recipe.steps)):
         planner.plan(index, ())
     jobs = [job for step in planner.order for job in planner.jobs[step]]
-    _check_outputs(file, folder, jobs)
-    _check_inputs(file, jobs)
-    return folder, jobs
+    _check_outputs(file, jobs)
+    return Plan(planner.folder, jobs, _check_inputs(file, jobs))
+
+
+def _output_folder(file: RecipeFile) -> Location:
+    given = file.recipe.output.removeprefix("file://")
+    if not remote.is_remote(given):
+        return (file.path.absolute().parent / given).resolve()
+    try:
+        return remote.writable(given)
+    except RemoteError as error:
+        raise file.error(("output",), str(error)) from error
+
+
+def identity(location: Location) -> Location:
+    """What is the same for all ways to write a location."""
+    return location.resolve() if isinstance(location, Path) else location
+
+
+def located(text: str) -> Location:
+    """A location from its text."""
+    return text if remote.is_remote(text) else Path(text)
 
 
 class _Planner:
-    def __init__(self, file: RecipeFile, folder: Path) -> None:
-        self._file, self._folder, self._root = file, folder, file.path.absolute().parent
+    def __init__(self, file: RecipeFile, folder: Location) -> None:
+        self._file, self.folder, self._root = file, folder, file.path.absolute().parent
         self._by_name = {step.name: index for index, step in enumerate(file.recipe.steps)}
         self.jobs: dict[int, list[Job]] = {}
         self.order: list[int] = []
@@ -108,23 +156,32 @@ class _Planner:
             return [Value(item, str(item)) for item in given]
         kind, _, name = given.partition(".")
         if kind == "sources" and name in self._file.recipe.sources:
-            return [Value(str(path), label_of(path)) for path in self._source(name)]
+            return [Value(str(location), label_of(location)) for location in self._source(name)]
         if kind == "steps" and name in self._by_name:
             self.plan(self._by_name[name], above)
             return [Value(str(job.out), label_of(job.out)) for job in self.jobs[self._by_name[name]]]
         known = [f"sources.{name}" for name in self._file.recipe.sources] + [f"steps.{name}" for name in self._by_name]
         raise self._file.error(where, f"{given!r} is unknown; expected a list, or one of {', '.join(known)}")
 
-    def _source(self, name: str) -> list[Path]:
+    def _source(self, name: str) -> list[Location]:
         given = self._file.recipe.sources[name]
-        found: list[Path] = []
+        found: list[Location] = []
         for pattern in [given] if isinstance(given, str) else given:
-            matches = sorted(self._root.glob(pattern)) if re.search(r"[*?\[]", pattern) else [self._root / pattern]
-            missing = [path for path in matches if not path.exists()]
+            try:
+                matches = self._matches(pattern)
+            except RemoteError as error:
+                raise self._file.error(("sources", name), str(error)) from error
+            missing = [path for path in matches if isinstance(path, Path) and not path.exists()]
             if not matches or missing:
                 raise self._file.error(("sources", name), f"{pattern!r}: no such file or directory")
             found += matches
         return found
+
+    def _matches(self, pattern: str) -> Sequence[Location]:
+        if remote.is_remote(pattern):  # the question mark of a web address is none of a pattern
+            is_web = pattern.startswith(("http://", "https://"))
+            return remote.find(pattern) if re.search(r"[*\[]" if is_web else r"[*?\[]", pattern) else [pattern]
+        return sorted(self._root.glob(pattern)) if re.search(r"[*?\[]", pattern) else [self._root / pattern]
 
     def _job(self, index: int, values: Mapping[str, Value]) -> Job:
         step = self._file.recipe.steps[index]
@@ -138,8 +195,20 @@ class _Planner:
             if fields.get(name) is not None:
                 fields[name] = self._located(fields[name])
         filled = validated(self._file, index, fields)
-        out = (self._folder / filled.out).resolve()
-        return Job(filled, index, out, tuple(_paths(filled)))
+        name, out = self._output(index, filled.out)
+        return Job(filled, index, name, out, _inputs(filled))
+
+    def _output(self, index: int, text: str) -> tuple[str, Location]:
+        """An output's name below the folder, and where it is."""
+        name = os.path.normpath(text)
+        out: Location | None = None
+        if isinstance(self.folder, str):
+            out = remote.join(self.folder, name)
+        elif (path := (self.folder / text).resolve()).is_relative_to(self.folder):
+            name, out = str(path.relative_to(self.folder)), path
+        if out is None or PurePosixPath(name).parts[:1] in {(), ("..",), ("/",), (STATE,)}:
+            raise self._file.error(("steps", index, "out"), f"{text!r} is not in the output folder {self.folder}")
+        return name, out
 
     def _filled(self, index: int, name: str, item: Any, values: Mapping[str, Value]) -> Any:  # noqa: ANN401
         if isinstance(item, list):
@@ -167,50 +236,72 @@ class _Planner:
             return [self._located(one) for one in item]
         if isinstance(item, dict):
             return {**item, "path": self._located(item["path"])}
-        return str(self._root / str(item))
+        return item if isinstance(item, str) and remote.is_remote(item) else str(self._root / str(item))
 
 
-def label_of(path: Path) -> str:
+def label_of(location: Location) -> str:
     """A file's name without its suffix, or a directory's name."""
-    return path.name if path.is_dir() or path.suffix not in {".gguf", ".json"} else path.stem
+    name = PurePosixPath(remote.file_name(str(location)))
+    is_folder = isinstance(location, Path) and location.is_dir()
+    return name.stem if name.suffix in {".gguf", ".json"} and not is_folder else name.name
 
 
-def _paths(step: Step) -> list[Path]:
-    found = []
-    for name in step.inputs:
+def _inputs(step: Step) -> dict[Location, remote.Kind]:
+    found: dict[Location, remote.Kind] = {}
+    for name, kind in step.inputs.items():
         item = getattr(step, name)
         items = item if isinstance(item, list) else [item]
-        found += [Path(one if isinstance(one, str) else one.path) for one in items if one is not None]
+        found |= {located(one if isinstance(one, str) else one.path): kind for one in items if one is not None}
     return found
 
 
-def _check_outputs(file: RecipeFile, folder: Path, jobs: Sequence[Job]) -> None:
-    by_out: dict[Path, Job] = {}
+def _check_outputs(file: RecipeFile, jobs: Sequence[Job]) -> None:
+    by_name: dict[PurePosixPath, Job] = {}
     for job in jobs:
-        where = ("steps", job.index, "out")
-        if not job.out.is_relative_to(folder) or job.out == folder or job.out.relative_to(folder).parts[0] == STATE:
-            raise file.error(where, f"{job.step.out!r} is not in the output folder {folder}")
-        for other in (job.out, *job.out.parents):
-            if other in by_out:
-                first = by_out[other].step.name
+        name = PurePosixPath(job.name)
+        for other in (name, *name.parents):
+            if other in by_name:
+                first = by_name[other].step.name
                 raise file.error(
-                    where, f"writes {job.out}, but so does step {first!r}; put more variables into its name"
+                    ("steps", job.index, "out"),
+                    f"writes {job.out}, but so does step {first!r}; put more variables into its name",
                 )
-        by_out[job.out] = job
+        by_name[name] = job
 
 
-def _check_inputs(file: RecipeFile, jobs: Sequence[Job]) -> None:
+def _check_inputs(file: RecipeFile, jobs: Sequence[Job]) -> dict[str, remote.Found]:
+    """Look up all that no job makes."""
     made = {job.out for job in jobs}
     for job in jobs:
-        for path in job.inputs:
-            if path.resolve() == job.out:
+        for location in job.inputs:
+            if identity(location) == job.out:
                 raise file.error(("steps", job.index, "out"), f"{job.out} is also an input of the step")
-            if path.resolve() not in made and not path.exists():
-                raise _missing(file, job, path)
+            if isinstance(location, Path) and identity(location) not in made and not location.exists():
+                raise _unusable(file, job, location, f"{location}: no such file or directory")
+    elsewhere = {
+        location: (kind, job)
+        for job in jobs
+        for location, kind in job.inputs.items()
+        if isinstance(location, str) and location not in made
+    }
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        found = pool.map(lambda item: _look(file, item[0], *item[1]), elsewhere.items())
+        return dict(zip(elsewhere, found, strict=True))
 
 
-def _missing(file: RecipeFile, job: Job, path: Path) -> RecipeError:
+def _look(file: RecipeFile, location: str, kind: remote.Kind, job: Job) -> remote.Found:
+    try:
+        return remote.look(location, kind)
+    except RemoteError as error:
+        raise _unusable(file, job, location, str(error)) from error
+
+
+def _unusable(file: RecipeFile, job: Job, location: Location, message: str) -> RecipeError:
+    """An error about an input, at the key that names it."""
+    for source, given in file.recipe.sources.items():
+        if str(location) in ([given] if isinstance(given, str) else given):
+            return file.error(("sources", source), message)
     for name in job.step.inputs:
-        if str(path) in str(getattr(job.step, name)):
-            return file.error(("steps", job.index, name), f"{path}: no such file or directory")
-    return file.error(("steps", job.index), f"{path}: no such file or directory")
+        if str(location) in str(getattr(job.step, name)):
+            return file.error(("steps", job.index, name), message)
+    return file.error(("steps", job.index), message)

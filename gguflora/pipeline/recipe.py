@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gguflora.errors import RecipeError
+from gguflora.remote import KINDS, Kind
 
 Template = Annotated[str, Field(pattern=r"^\{\w+\}$")]
 """A number that is taken from the matrix."""
@@ -52,19 +53,21 @@ class Step(_Strict):
         memory: peak memory of one job, in MB.
     """
 
-    inputs: ClassVar[tuple[str, ...]] = ()
-
     name: Name
     for_each: dict[Name, str | list[Scalar]] = Field(default={}, alias="for")
     out: str
     checks: dict[str, Limits] = {}
     memory: int = Field(default=1024, ge=1)
 
+    @property
+    def inputs(self) -> Mapping[str, Kind]:
+        """The keys that name inputs, and as what a folder is fetched from elsewhere."""
+        return KINDS[self.model_dump(include={"action"})["action"]]
+
 
 class Convert(Step):
     """`gguflora.convert`."""
 
-    inputs: ClassVar = ("adapter", "base")
     action: Literal["convert"]
     adapter: str
     base: str
@@ -77,7 +80,6 @@ class Convert(Step):
 class Merge(Step):
     """`gguflora.merge`."""
 
-    inputs: ClassVar = ("base", "adapters", "base_f16", "imatrix")
     action: Literal["merge"]
     base: str
     adapters: list[str | AdapterUse] = Field(min_length=1)
@@ -92,7 +94,6 @@ class Merge(Step):
 class Combine(Step):
     """`gguflora.combine`."""
 
-    inputs: ClassVar = ("base", "adapters")
     action: Literal["combine"]
     adapters: list[str | AdapterUse] = Field(min_length=1)
     method: str = "linear"
@@ -107,7 +108,6 @@ class Combine(Step):
 class Resize(Step):
     """`gguflora.resize`."""
 
-    inputs: ClassVar = ("adapter", "base")
     action: Literal["resize"]
     adapter: str
     rank: Whole | None = None
@@ -119,7 +119,6 @@ class Resize(Step):
 class Extract(Step):
     """`gguflora.extract`."""
 
-    inputs: ClassVar = ("finetuned", "base")
     action: Literal["extract"]
     finetuned: str
     base: str
@@ -134,7 +133,6 @@ class Extract(Step):
 class Export(Step):
     """`gguflora.export`."""
 
-    inputs: ClassVar = ("lora", "base")
     action: Literal["export"]
     lora: str
     base: str
@@ -144,7 +142,6 @@ class Export(Step):
 class Inspect(Step):
     """`gguflora.inspect`; its report is the output, as JSON."""
 
-    inputs: ClassVar = ("adapter", "base")
     action: Literal["inspect"]
     adapter: str
     base: str | None = None
@@ -154,7 +151,6 @@ class Inspect(Step):
 class Compare(Step):
     """`gguflora.compare`; its report is the output, as JSON."""
 
-    inputs: ClassVar = ("base", "merged", "adapters", "text")
     action: Literal["compare"]
     base: str
     merged: str
@@ -174,8 +170,8 @@ class Recipe(_Strict):
     """A recipe.
 
     Attributes:
-        output: folder of all outputs.
-        sources: paths and globs by name, from the recipe's folder.
+        output: folder of all outputs; it may be remote (``s3://bucket/folder``).
+        sources: locations and globs by name: paths from the recipe's folder, URLs of fsspec, ``hf://org/name``.
         steps: what to do.
     """
 

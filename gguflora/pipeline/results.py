@@ -15,7 +15,7 @@ class StepResult:
 
     Attributes:
         step: name of the step.
-        out: its output.
+        out: its output; a string where it is a URL.
         status: ``done``; ``kept`` as nothing had changed; ``planned`` in a dry run; ``failed``; ``left`` undone after a
             failure.
         seconds: wall time.
@@ -25,7 +25,7 @@ class StepResult:
     """
 
     step: str
-    out: Path
+    out: Path | str
     status: Status
     seconds: float
     key: str
@@ -39,13 +39,13 @@ class PipelineReport:
 
     Attributes:
         recipe: its file.
-        output: folder of the outputs.
+        output: folder of the outputs; a string where it is a URL.
         results: one for each job, in the order of the recipe.
         seconds: wall time.
     """
 
     recipe: Path
-    output: Path
+    output: Path | str
     results: tuple[StepResult, ...]
     seconds: float
 
@@ -53,6 +53,10 @@ class PipelineReport:
     def failed(self) -> int:
         """Number of jobs that failed or were left undone."""
         return sum(result.status in {"failed", "left"} for result in self.results)
+
+    def name_of(self, result: StepResult) -> str:
+        """The name of a result's output below the folder."""
+        return str(result.out).removeprefix(f"{self.output}/")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""

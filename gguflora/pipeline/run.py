@@ -11,13 +11,14 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, Final
 
-from gguflora.errors import OutputError, RecipeError
+from gguflora.errors import OutputError, RecipeError, RemoteError
 from gguflora.pipeline.checks import failed_checks
 from gguflora.pipeline.html import write_html
-from gguflora.pipeline.plan import Job, plan_jobs
+from gguflora.pipeline.lock import locked
+from gguflora.pipeline.plan import Job, Location, Plan, identity, plan_jobs
 from gguflora.pipeline.recipe import Merge, RecipeFile, read_recipe
 from gguflora.pipeline.results import PipelineReport, Status, StepResult
-from gguflora.pipeline.state import Keys, forget, kept_report, locked, remember, write_json
+from gguflora.pipeline.state import Keys, Records, write_json
 from gguflora.pipeline.workers import Workers
 
 _LOG = logging.getLogger("gguflora.pipeline")
@@ -52,28 +53,28 @@ def run_pipeline(
     started, file = time.perf_counter(), read_recipe(Path(recipe))
     if jobs < 1:
         raise RecipeError(f"jobs is {jobs}, expected a positive whole number")
-    folder, planned = plan_jobs(file)
-    graph = _graph(file, planned)
+    plan = plan_jobs(file)
+    graph = _graph(file, plan.jobs)
     if dry_run:
-        results = [StepResult(job.step.name, job.out, "planned", 0.0, "", None, None) for job in planned]
+        results = [StepResult(job.step.name, job.out, "planned", 0.0, "", None, None) for job in plan.jobs]
     else:
-        with locked(folder):
-            runner = _Runner(folder, planned, graph, jobs, memory or _free_memory())
+        with locked(plan.folder):
+            runner = _Runner(plan, graph, jobs, memory or _free_memory())
             results = runner.run(keep_going=keep_going, resume=resume)
-    done = PipelineReport(Path(recipe), folder, tuple(results), time.perf_counter() - started)
+    done = PipelineReport(Path(recipe), plan.folder, tuple(results), time.perf_counter() - started)
     if report is not None:
         _write_report(Path(report), done)
     return done
 
 
-def _graph(file: RecipeFile, jobs: list[Job]) -> dict[Path, set[Path]]:
+def _graph(file: RecipeFile, jobs: list[Job]) -> dict[Location, set[Location]]:
     """The outputs that each output is made from.
 
     Raises:
         RecipeError: if jobs wait for each other.
     """
     made = {job.out for job in jobs}
-    graph = {job.out: {path.resolve() for path in job.inputs} & made for job in jobs}
+    graph = {job.out: {identity(location) for location in job.inputs} & made for job in jobs}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -100,23 +101,22 @@ def _write_report(folder: Path, report: PipelineReport) -> None:
 class _Runner:
     """Starts jobs when what they wait for is there, and there is memory for them."""
 
-    def __init__(
-        self, folder: Path, jobs: list[Job], graph: dict[Path, set[Path]], at_a_time: int, memory: int
-    ) -> None:
-        self._folder, self._jobs, self._graph = folder, {job.out: job for job in jobs}, graph
+    def __init__(self, plan: Plan, graph: dict[Location, set[Location]], at_a_time: int, memory: int) -> None:
+        self._plan, self._jobs, self._graph = plan, {job.out: job for job in plan.jobs}, graph
         self._at_a_time, self._memory = at_a_time, memory
-        self._keys: dict[Path, str] = {}
-        self._results: dict[Path, StepResult] = {}
+        self._keys: dict[Location, str] = {}
+        self._results: dict[Location, StepResult] = {}
+        self._records = Records(plan.folder)
         self._workers, self._has_failed = Workers(), False
 
     def run(self, *, keep_going: bool, resume: bool) -> list[StepResult]:
         """All results, in the order of the jobs."""
         order = list(TopologicalSorter(self._graph).static_order())
-        keys = Keys(self._folder)
+        keys = Keys(self._plan.folder, self._plan.found)
         sorter = TopologicalSorter(self._graph)
         sorter.prepare()
-        waiting: list[Path] = []
-        running: dict[Future[StepResult], Path] = {}
+        waiting: list[Location] = []
+        running: dict[Future[StepResult], Location] = {}
         with ThreadPoolExecutor(self._at_a_time) as pool:
             try:
                 self._check_space(order)
@@ -137,16 +137,16 @@ class _Runner:
                 keys.save()
         return [self._results[out] for out in self._jobs]
 
-    def _collect(self, running: dict[Future[StepResult], Path], sorter: TopologicalSorter[Path]) -> None:
+    def _collect(self, running: dict[Future[StepResult], Location], sorter: TopologicalSorter[Location]) -> None:
         finished, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in finished:
             self._finish(future.result())
             sorter.done(running.pop(future))
 
-    def _to_start(self, waiting: list[Path], running: list[Path]) -> list[Path]:
+    def _to_start(self, waiting: list[Location], running: list[Location]) -> list[Location]:
         """Jobs for which there is room; one that asks for more than there is runs alone."""
         free = self._memory - sum(self._jobs[out].step.memory for out in running)
-        chosen: list[Path] = []
+        chosen: list[Location] = []
         for out in waiting:
             if len(running) + len(chosen) == self._at_a_time:
                 break
@@ -157,7 +157,7 @@ class _Runner:
                 free -= need
         return chosen
 
-    def _settled(self, out: Path, keys: Keys, *, keep_going: bool, resume: bool) -> StepResult | None:
+    def _settled(self, out: Location, keys: Keys, *, keep_going: bool, resume: bool) -> StepResult | None:
         """The result of a job that need not or cannot run; None if it must."""
         job = self._jobs[out]
         bad = [path for path in self._graph[out] if self._results[path].status in {"failed", "left"}]
@@ -165,8 +165,11 @@ class _Runner:
             return self._result(job, "left", error=f"waits for {bad[0]}, which was not made")
         if self._has_failed and not keep_going:
             return self._result(job, "left", error="another step failed; --keep-going goes on with the rest")
-        self._keys[out] = keys.of(job)
-        report = kept_report(self._folder, job, self._keys[out]) if resume else None
+        try:
+            self._keys[out] = keys.of(job)
+        except RemoteError as error:
+            return self._result(job, "failed", error=str(error))
+        report = self._records.kept_report(job, self._keys[out]) if resume else None
         if report is None:
             return None
         failed = failed_checks(report, job.step.checks)
@@ -175,14 +178,12 @@ class _Runner:
     def _do(self, job: Job) -> StepResult:
         started = time.perf_counter()
         _LOG.info("%s: making %s", job.step.name, job.out)
-        forget(self._folder, job)
-        job.out.parent.mkdir(parents=True, exist_ok=True)
-        action = job.step.model_dump()["action"]
-        answer = self._workers.run({"action": action, "arguments": self._arguments(job), "out": str(job.out)})
+        self._records.forget(job)
+        answer = self._workers.run({"action": job.action, "arguments": self._arguments(job), "out": str(job.out)})
         seconds = time.perf_counter() - started
         if "report" not in answer:
             return self._result(job, "failed", seconds=seconds, error=answer["error"])
-        remember(self._folder, job, self._keys[job.out], answer["report"])
+        self._records.remember(job, self._keys[job.out], answer["report"])
         failed = failed_checks(answer["report"], job.step.checks)
         status: Status = "failed" if failed else "done"
         return self._result(job, status, seconds=seconds, report=answer["report"], error="; ".join(failed) or None)
@@ -194,16 +195,19 @@ class _Runner:
             arguments.setdefault("threads", max(1, len(os.sched_getaffinity(0)) // self._at_a_time))
         return arguments
 
-    def _check_space(self, order: list[Path]) -> None:
+    def _check_space(self, order: list[Location]) -> None:
         """Merged models are nearly as large as their bases; what is there already is replaced."""
+        if not isinstance(self._plan.folder, Path):
+            return
         need = 0
         for out in order:
             step = self._jobs[out].step
-            if isinstance(step, Merge) and not out.exists() and Path(step.base).is_file():
-                need += Path(step.base).stat().st_size
-        free = shutil.disk_usage(self._folder).free
+            if isinstance(step, Merge) and isinstance(out, Path) and not out.exists():
+                found = self._plan.found.get(step.base)
+                need += found.size or 0 if found else Path(step.base).stat().st_size if Path(step.base).is_file() else 0
+        free = shutil.disk_usage(self._plan.folder).free
         if need > free:
-            raise OutputError(f"{self._folder}: the merged models need {need:,} bytes, but only {free:,} are free")
+            raise OutputError(f"{self._plan.folder}: the merged models need {need:,} bytes, but only {free:,} are free")
 
     def _result(
         self,

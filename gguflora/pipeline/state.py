@@ -2,76 +2,60 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+from gguflora import remote
 from gguflora._version import __version__
-from gguflora.errors import OutputError
 from gguflora.files.output import atomic_output
-from gguflora.pipeline.plan import STATE, Job
+from gguflora.pipeline.plan import STATE, Job, Location, identity
 
-_LOCK: Final = "lock"
 _HASHES: Final = "hashes.json"
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold an output folder, which is made if it is missing.
-
-    Raises:
-        OutputError: if another run holds it, or it cannot be written.
-    """
-    try:
-        (folder / STATE).mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / STATE / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(handle, 32, 0).decode(errors="replace").strip()
-            raise OutputError(f"{folder}: another pipeline (process {holder}) is writing to it") from error
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
-        yield
-    finally:
-        os.close(handle)
 
 
 class Keys:
     """The keys of jobs: hashes of all that their outputs depend on.
 
-    Hashes of files are remembered with their size and time, so that an unchanged model is not read again.
+    Of remote inputs the store's own hashes count, where it has any. Hashes of files are remembered with their size and
+    time, so that an unchanged model is not read again.
+
+    Args:
+        folder: of the outputs.
+        found: what stores say of the remote inputs.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._file = folder / STATE / _HASHES
+    def __init__(self, folder: Location, found: Mapping[str, remote.Found]) -> None:
+        self._file, self._found = _inside(folder, _HASHES), found
         self._known: dict[str, list[Any]] = _read_json(self._file) or {}
-        self._keys: dict[Path, str] = {}
+        self._keys: dict[Location, str] = {}
 
     def of(self, job: Job) -> str:
-        """The key of a job, whose inputs' jobs have been asked for before."""
-        inputs = [self._keys.get(path.resolve()) or self._content(path) for path in job.inputs]
-        names = {str(path): f"input {number}" for number, path in enumerate(job.inputs)}
-        what = {"version": __version__, "action": job.step.model_dump()["action"], "inputs": inputs}
-        text = json.dumps({**what, "arguments": job.arguments, "name": job.out.name}, sort_keys=True, default=str)
-        for path, name in sorted(names.items(), key=lambda entry: -len(entry[0])):
-            text = text.replace(json.dumps(path), json.dumps(name))
+        """The key of a job, whose inputs' jobs have been asked for before.
+
+        Raises:
+            RemoteError: if an input cannot be read.
+        """
+        inputs = [self._keys.get(identity(one)) or self._content(one, kind) for one, kind in job.inputs.items()]
+        names = {str(location): f"input {number}" for number, location in enumerate(job.inputs)}
+        what = {"version": __version__, "action": job.action, "inputs": inputs}
+        name = remote.file_name(str(job.out))
+        text = json.dumps({**what, "arguments": job.arguments, "name": name}, sort_keys=True, default=str)
+        for path, label in sorted(names.items(), key=lambda entry: -len(entry[0])):
+            text = text.replace(json.dumps(path), json.dumps(label))
         self._keys[job.out] = hashlib.sha256(text.encode()).hexdigest()
         return self._keys[job.out]
 
-    def _content(self, path: Path) -> str:
-        if not path.is_dir():
-            return self._hash(path)
+    def _content(self, location: Location, kind: remote.Kind) -> str:
+        if isinstance(location, str):
+            return self._found[location].content or self._content(remote.fetch(location, kind), kind)
+        if not location.is_dir():
+            return self._hash(location)
         digest = hashlib.sha256()
-        for file in sorted(entry for entry in path.iterdir() if entry.is_file()):
+        for file in sorted(entry for entry in location.iterdir() if entry.is_file()):
             digest.update(f"{file.name} {self._hash(file)}\n".encode())
         return digest.hexdigest()
 
@@ -88,45 +72,94 @@ class Keys:
         write_json(self._file, self._known)
 
 
-def kept_report(folder: Path, job: Job, key: str) -> dict[str, Any] | None:
-    """The report with which a job's output was made, if that output is there and nothing has changed since."""
-    record = _read_json(_record(folder, job))
-    if record is None or record.get("key") != key or record.get("stamp") != _stamp(job.out):
-        return None
-    report = record.get("report")
-    return report if isinstance(report, dict) else None
+class Records:
+    """What each output was made from, kept in the output folder."""
+
+    def __init__(self, folder: Location) -> None:
+        self._folder = folder
+        self._contents: dict[str, bytes] = {}
+        self._stamps: dict[str, dict[str, str]] = {}
+        if isinstance(folder, str):  # all at once: asking for each would take a request or two each
+            self._contents = remote.read_all(remote.join(folder, STATE), ".json")
+            self._add_stamps(remote.stamps_of(folder))
+
+    def kept_report(self, job: Job, key: str) -> dict[str, Any] | None:
+        """The report with which a job's output was made, if that output is there and nothing has changed since."""
+        place = _inside(self._folder, _record(job))
+        record = _read_json(place) if isinstance(place, Path) else _as_object(self._contents.get(_record(job), b""))
+        if record is None or record.get("key") != key or record.get("stamp") != self._stamp(job):
+            return None
+        report = record.get("report")
+        return report if isinstance(report, dict) else None
+
+    def remember(self, job: Job, key: str, report: Mapping[str, Any]) -> None:
+        """Record a finished job."""
+        if isinstance(job.out, str):
+            stamps = remote.stamps_of(job.out)
+            self._add_stamps({f"{job.name}/{name}".rstrip("/"): stamp for name, stamp in stamps.items()})
+        content = {"key": key, "out": str(job.out), "stamp": self._stamp(job), "report": report}
+        write_json(_inside(self._folder, _record(job)), content)
+
+    def forget(self, job: Job) -> None:
+        """Let a job be done again, whatever becomes of its output."""
+        place = _inside(self._folder, _record(job))
+        if isinstance(place, Path):
+            place.unlink(missing_ok=True)
+        elif self._contents.pop(_record(job), None) is not None:
+            remote.remove(place)
+        self._stamps.pop(job.name, None)
+
+    def _add_stamps(self, stamps: Mapping[str, str]) -> None:
+        """Stamps of files below the output folder, held by the folder that each is in."""
+        for path, stamp in stamps.items():
+            folder, _, name = path.rpartition("/")
+            self._stamps.setdefault(folder, {})[name] = stamp
+
+    def _stamp(self, job: Job) -> list[list[Any]] | None:
+        """Names, sizes and times of an output's files; None if it is not there."""
+        if isinstance(job.out, str):
+            folder, _, name = job.name.rpartition("/")
+            own = self._stamps.get(folder, {}).get(name)
+            stamps = self._stamps.get(job.name, {}) if own is None else {name: own}
+            return [list(item) for item in sorted(stamps.items())] or None
+        if not job.out.exists():
+            return None
+        files = sorted(entry for entry in job.out.iterdir() if entry.is_file()) if job.out.is_dir() else [job.out]
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def remember(folder: Path, job: Job, key: str, report: Mapping[str, Any]) -> None:
-    """Record a finished job."""
-    write_json(_record(folder, job), {"key": key, "out": str(job.out), "stamp": _stamp(job.out), "report": report})
+def _record(job: Job) -> str:
+    return f"{hashlib.sha256(job.name.encode()).hexdigest()[:24]}.json"
 
 
-def forget(folder: Path, job: Job) -> None:
-    """Let a job be done again, whatever becomes of its output."""
-    _record(folder, job).unlink(missing_ok=True)
+def _inside(folder: Location, name: str) -> Location:
+    return folder / STATE / name if isinstance(folder, Path) else remote.join(folder, f"{STATE}/{name}")
 
 
-def _record(folder: Path, job: Job) -> Path:
-    return folder / STATE / f"{hashlib.sha256(str(job.out.relative_to(folder)).encode()).hexdigest()[:24]}.json"
-
-
-def _stamp(out: Path) -> list[list[Any]] | None:
-    """Names, sizes and times of an output's files; None if it is not there."""
-    if not out.exists():
-        return None
-    files = sorted(entry for entry in out.iterdir() if entry.is_file()) if out.is_dir() else [out]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    with suppress(OSError, ValueError):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else None
+def _read_json(place: Location) -> dict[str, Any] | None:
+    if isinstance(place, str):
+        return _as_object(remote.read_bytes(place) or b"")
+    with suppress(OSError):
+        return _as_object(place.read_bytes())
     return None
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    with atomic_output(path) as file:
-        file.write(json.dumps(content, indent=2).encode())
+def _as_object(content: bytes) -> dict[str, Any] | None:
+    with suppress(ValueError):
+        found = json.loads(content)
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def write_json(place: Location, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    text = json.dumps(content, indent=2).encode()
+    if isinstance(place, str):
+        remote.write_bytes(place, text)
+        return
+    with atomic_output(place) as file:
+        file.write(text)

@@ -1,4 +1,8 @@
-"""Jobs in a process of its own, so that nothing they do can take others down: JSON lines on stdin and stdout."""
+"""Jobs: `do` a request here. As a program, do those on stdin, so that nothing they do can take others down.
+
+A request is a JSON object: ``action`` (a command), ``arguments`` (its keywords) and ``out`` (where its output goes); in
+all of them a path is a location, local or remote. The answer has the command's ``report``, or an ``error``.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,14 @@ import json
 import os
 import signal
 import sys
+import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from gguflora import remote
 from gguflora.errors import GgufloraError
 from gguflora.pipeline.state import write_json
 
@@ -23,6 +30,29 @@ _MODULES: Final = {
 }
 _REPORTING: Final = {"inspect", "compare"}
 """Actions that write nothing but their report."""
+
+
+def do(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Do a job: remote inputs are fetched into the cache, the output is put into its place when it is whole."""
+    try:
+        return {"report": _run(request["action"], dict(request["arguments"]), request["out"])}
+    except GgufloraError as error:
+        return {"error": str(error)}
+    except MemoryError:
+        return {"error": "not enough memory"}
+    except OSError as error:
+        return {"error": f"{error.filename}: {error.strerror}" if error.filename else str(error)}
+
+
+def _run(action: str, arguments: dict[str, Any], out: str) -> dict[str, Any]:
+    if not remote.is_remote(out):
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        return run_job(action, arguments, Path(out))
+    with tempfile.TemporaryDirectory(prefix="gguflora-") as folder:
+        draft = Path(folder) / remote.file_name(out)
+        report = run_job(action, arguments, draft)
+        remote.put(draft, out)
+    return report | ({"output": out} if "output" in report else {})
 
 
 def run_job(action: str, arguments: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -53,18 +83,7 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print must not get between
     with suppress(KeyboardInterrupt, BrokenPipeError):
         for line in sys.stdin:
-            print(json.dumps(_answer(json.loads(line))), file=answers, flush=True)
-
-
-def _answer(job: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return {"report": run_job(job["action"], job["arguments"], Path(job["out"]))}
-    except GgufloraError as error:
-        return {"error": str(error)}
-    except MemoryError:
-        return {"error": "not enough memory"}
-    except OSError as error:
-        return {"error": f"{error.filename}: {error.strerror}" if error.filename else str(error)}
+            print(json.dumps(do(json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,11 @@ class Workers:
         self._closed = False
 
     def run(self, job: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a job: its ``report``, or an ``error``."""
+        """The answer to a job: its ``report``, or an ``error``; see `do`."""
+        if "memory://" in json.dumps(job):  # which is this process's own
+            from gguflora.pipeline.worker import do  # noqa: PLC0415  (so that it can be run as a program)
+
+            return do(job)
         with self._lock:
             if self._closed:
                 return {"error": "interrupted"}

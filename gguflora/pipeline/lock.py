@@ -1,0 +1,119 @@
+"""One run at a time in an output folder, here or elsewhere."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+from gguflora import remote
+from gguflora.errors import GgufloraError, OutputError
+from gguflora.pipeline.plan import STATE, Location
+
+_LOG = logging.getLogger("gguflora.pipeline")
+_LOCK: Final = "lock"
+BEAT: Final = 20.0
+"""Seconds after which a run says again that it holds a remote folder."""
+STALE: Final = 180.0
+"""Seconds without a word after which it is taken for dead."""
+
+
+@contextmanager
+def locked(folder: Location) -> Iterator[None]:
+    """Hold an output folder, which is made if it is missing.
+
+    Raises:
+        OutputError: if another run holds it, or it cannot be written.
+    """
+    with _locked_path(folder) if isinstance(folder, Path) else _locked_url(folder):
+        yield
+
+
+@contextmanager
+def _locked_path(folder: Path) -> Iterator[None]:
+    try:
+        (folder / STATE).mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / STATE / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(handle, 32, 0).decode(errors="replace").strip()
+            raise OutputError(f"{folder}: another pipeline (process {holder}) is writing to it") from error
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _locked_url(folder: str) -> Iterator[None]:
+    """Stores have no locks: a file that only one can create, rewritten every now and then while its owner lives."""
+    lock, token, ended = remote.join(folder, f"{STATE}/{_LOCK}"), secrets.token_hex(8), threading.Event()
+    if not remote.create_bytes(lock, _mark(token)):
+        _take_over(folder, lock, token)
+    beating = threading.Thread(target=_beat, args=(lock, token, ended), daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        beating.join()
+        if _holder(lock).get("token") == token:
+            with suppress(GgufloraError):  # it goes stale
+                remote.remove(lock)
+
+
+def _mark(token: str) -> bytes:
+    owner = {"host": socket.gethostname(), "process": os.getpid(), "token": token, "time": time.time()}
+    return json.dumps(owner).encode()
+
+
+def _holder(lock: str) -> dict[str, Any]:
+    with suppress(GgufloraError, ValueError):
+        found = json.loads(remote.read_bytes(lock) or b"{}")
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _take_over(folder: str, lock: str, token: str) -> None:
+    """Become the owner in the place of one that died; of several that try, one succeeds.
+
+    Raises:
+        OutputError: if the owner lives.
+    """
+    holder = _holder(lock)
+    silent = time.time() - float(holder.get("time", 0))
+    who = f"process {holder.get('process')} on {holder.get('host')}"
+    if silent < STALE:
+        raise OutputError(
+            f"{folder}: another pipeline ({who}) is writing to it; if it was killed, it is taken for dead "
+            f"{STALE:.0f} s after its last sign of life, which was {silent:.0f} s ago"
+        )
+    heir = f"{lock}-after-{holder.get('token', 'nobody')}"
+    if not remote.create_bytes(heir, _mark(token)):
+        raise OutputError(f"{folder}: another pipeline is taking it over from {who}; if none is, remove {heir}")
+    _LOG.warning("%s: taking over from %s, silent for %.0f s", folder, who, silent)
+    remote.write_bytes(lock, _mark(token))
+    remote.remove(heir)
+
+
+def _beat(lock: str, token: str, ended: threading.Event) -> None:
+    while not ended.wait(BEAT):
+        if _holder(lock).get("token") not in {token, None}:
+            _LOG.error("%s: another pipeline has taken over; this one was silent for too long", lock)
+            return
+        with suppress(GgufloraError):  # the next one may succeed
+            remote.write_bytes(lock, _mark(token))

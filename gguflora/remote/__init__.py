@@ -1,0 +1,32 @@
+"""Files elsewhere: fsspec URLs (``s3://``, ``https://``, ``memory://``, ...) and Hugging Face ids (``hf://org/name``).
+
+`fetch` brings an input into a local cache, `put` takes an output to its place. fsspec and huggingface_hub, which do the
+work, are loaded when the first such location is used.
+"""
+
+from gguflora.remote.faces import KINDS, local_inputs
+from gguflora.remote.fetching import Found, fetch, find, look
+from gguflora.remote.location import Kind, file_name, is_remote, join, shown
+from gguflora.remote.writing import create_bytes, put, read_all, read_bytes, remove, stamps_of, writable, write_bytes
+
+__all__ = [
+    "KINDS",
+    "Found",
+    "Kind",
+    "create_bytes",
+    "fetch",
+    "file_name",
+    "find",
+    "is_remote",
+    "join",
+    "local_inputs",
+    "look",
+    "put",
+    "read_all",
+    "read_bytes",
+    "remove",
+    "shown",
+    "stamps_of",
+    "writable",
+    "write_bytes",
+]

@@ -1,0 +1,129 @@
+"""One file from a store to the disk: in pieces, going on where an attempt was cut short."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import IO, Any, Final
+
+from gguflora.errors import OutputError, RemoteError
+from gguflora.remote import cache
+from gguflora.remote.location import RemoteFile, shown
+from gguflora.remote.stores import asking, reason
+
+_LOG = logging.getLogger("gguflora.remote")
+_PIECE: Final = 16 << 20
+_CHUNK: Final = 1 << 20
+_ATTEMPTS: Final = 5
+"""How often in a row a download may fail without having got any further."""
+
+
+def download(store: Any, file: RemoteFile, target: Path, sha256: str | None) -> None:  # noqa: ANN401  (fsspec)
+    """Bring a file to ``target``, unless it is there.
+
+    The bytes go to ``<target>.part`` first, where the next attempt, even of another process, goes on.
+
+    Raises:
+        RemoteError: if the store fails, or the size or the SHA-256 is another than expected.
+        OutputError: if the disk has no room for it.
+    """
+    with cache.held(target):
+        if file.stamp and target.exists() and (known := cache.recorded_sha256(target)):
+            cache.check_sha256(file.path, known, sha256, file.sha256)
+            return
+        target.unlink(missing_ok=True)
+        part = target.with_name(f"{target.name}.part")
+        if not file.stamp:  # what is there may be of another file
+            part.unlink(missing_ok=True)
+        _check_room(file, part)
+        _LOG.info("fetching %s", shown(file.path))
+        _attempt(store, file, part)
+        found = cache.sha256_of(part)
+        try:
+            cache.check_sha256(file.path, found, sha256, file.sha256)
+        except RemoteError:
+            part.unlink()
+            raise
+        part.replace(target)
+        cache.record_sha256(target, found)
+
+
+def _check_room(file: RemoteFile, part: Path) -> None:
+    need = (file.size or 0) - (part.stat().st_size if part.exists() else 0)
+    free = shutil.disk_usage(part.parent).free
+    if need > free:
+        raise OutputError(
+            f"{shown(file.path)}: needs {need:,} bytes in the cache {cache.cache_folder()}, but only {free:,} are "
+            "free; GGUFLORA_CACHE names another place"
+        )
+
+
+def _attempt(store: Any, file: RemoteFile, part: Path) -> None:  # noqa: ANN401
+    """All of the file, in as many attempts as it takes while they get further."""
+    failures = 0
+    while True:
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            with asking(file.path):
+                return _append(store, file, part)
+        except RemoteError as error:
+            got = part.stat().st_size if part.exists() else 0
+            failures = 1 if got > before else failures + 1
+            if failures >= _ATTEMPTS or _is_final(error.__cause__):
+                raise
+            _LOG.warning("%s; going on at byte %d", error, got)
+            time.sleep(min(0.1 * 2**failures, 5.0))
+
+
+def _is_final(error: BaseException | None) -> bool:
+    """Whether trying again is useless."""
+    if error is None or isinstance(error, FileNotFoundError | PermissionError | NotImplementedError):
+        return True
+    status = getattr(error, "status", None)
+    return "redirects" in reason(error) or (isinstance(status, int) and 400 <= status < 500 and status != 429)
+
+
+def _append(store: Any, file: RemoteFile, part: Path) -> None:  # noqa: ANN401
+    with part.open("ab") as target:
+        if file.path.startswith(("http://", "https://")):
+            _stream(store, file, target)
+        else:
+            _read_ranges(store, file, target)
+        size = target.tell()
+    if file.size is not None and size > file.size:
+        part.unlink()
+        raise RemoteError(f"{shown(file.path)}: has more than the {file.size:,} bytes that the store promised")
+    if file.size is not None and size < file.size:
+        raise ConnectionError(f"ended after {size:,} of {file.size:,} bytes")
+
+
+def _read_ranges(store: Any, file: RemoteFile, target: IO[bytes]) -> None:  # noqa: ANN401
+    size = file.size
+    while size is None or target.tell() < size:
+        end = target.tell() + _PIECE if size is None else min(target.tell() + _PIECE, size)
+        piece = store.cat_file(file.path, start=target.tell(), end=end)
+        target.write(piece)
+        if len(piece) < _PIECE:
+            return
+
+
+def _stream(store: Any, file: RemoteFile, target: IO[bytes]) -> None:  # noqa: ANN401
+    """One request for all that is missing; a server that ignores ranges sends the whole file again."""
+    done = target.tell()
+    if file.size is not None and done == file.size:
+        return
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
+    with store.open(file.path, "rb", block_size=0, size=1, headers=headers) as stream:
+        stream.r.raise_for_status()
+        etag = stream.r.headers.get("ETag")
+        if file.content and etag and file.content.split(" ")[0] != etag.strip('"'):
+            raise RemoteError(f"{shown(file.path)}: was changed while it was read; try again")
+        if done and stream.r.status != 206:
+            target.truncate(0)
+            target.seek(0)
+        while chunk := stream.read(_CHUNK):
+            target.write(chunk)
+            if file.size is not None and target.tell() > file.size:
+                return

@@ -1,0 +1,73 @@
+"""Commands take remote inputs: they are fetched before the command sees them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import wraps
+from inspect import signature
+from typing import Any, Final, ParamSpec, TypeVar
+
+from gguflora.errors import OutputError, RemoteError
+from gguflora.remote.fetching import fetch
+from gguflora.remote.location import Kind, is_remote, shown
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+KINDS: Final[Mapping[str, Mapping[str, Kind]]] = {
+    "apply_patch": {"base": "file", "patch": "file"},
+    "combine": {"adapters": "adapter", "base": "config"},
+    "compare": {"base": "file", "merged": "file", "adapters": "adapter", "text": "file"},
+    "convert": {"adapter": "adapter", "base": "config"},
+    "diff": {"a": "adapter", "b": "adapter", "base": "config"},
+    "export": {"lora": "adapter", "base": "config"},
+    "extract": {"finetuned": "model", "base": "model"},
+    "inspect": {"adapter": "adapter", "base": "config"},
+    "load": {"path": "adapter"},
+    "merge": {"base": "file", "adapters": "adapter", "base_f16": "model", "imatrix": "file"},
+    "read_adapter": {"path": "adapter"},
+    "resize": {"adapter": "adapter", "base": "config"},
+    "unmerge": {},
+}
+"""The inputs of each command, and as what a folder is fetched."""
+
+_OUTPUTS: Final = ("out", "patch", "plot", "report")
+
+
+def local_inputs(command: Callable[P, R]) -> Callable[P, R]:
+    """A command whose inputs, as `KINDS` lists them, may be remote: it is given local copies.
+
+    The command raises `RemoteError` if one cannot be fetched, and `OutputError` if an output is remote.
+    """
+    kinds = KINDS[command.__name__]
+
+    @wraps(command)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = signature(command).bind(*args, **kwargs)
+        _refuse_remote_outputs(given.arguments, kinds)
+        for name, kind in kinds.items():
+            if name in given.arguments:
+                given.arguments[name] = _fetched(given.arguments[name], kind)
+        return command(*given.args, **given.kwargs)
+
+    return called
+
+
+def _refuse_remote_outputs(arguments: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
+    for name in _OUTPUTS:
+        value = arguments.get(name)
+        if name not in kinds and isinstance(value, str | os.PathLike) and is_remote(value):
+            raise OutputError(f"{shown(value)}: outputs of single commands are local; a pipeline's may be remote")
+    if arguments.get("in_place") and is_remote(arguments["base"]):
+        raise RemoteError(f"{shown(arguments['base'])}: only a local model can be changed in place")
+
+
+def _fetched(given: Any, kind: Kind) -> Any:  # noqa: ANN401  (a location, with its scale perhaps, or a list of them)
+    if isinstance(given, list):
+        return [_fetched(one, kind) for one in given]
+    if isinstance(given, tuple):
+        return tuple(_fetched(one, kind) for one in given)
+    if isinstance(given, str | os.PathLike) and is_remote(given):
+        return fetch(os.fspath(given), kind)
+    return given

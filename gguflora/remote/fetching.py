@@ -1,0 +1,119 @@
+"""`fetch`: a local copy of what lies elsewhere."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from gguflora.errors import RemoteError
+from gguflora.remote import cache, hub, stores
+from gguflora.remote.cache import digest_of, make_folder
+from gguflora.remote.download import download
+from gguflora.remote.location import ALLOW_PICKLE, Kind, RemoteFile, check_name, file_name, shown, split_checksum
+
+
+def fetch(location: str, kind: Kind = "file", *, offline: bool | None = None, allow_pickle: bool | None = None) -> Path:
+    """A local copy of a file, or of what is needed of a folder; one that has not changed is not fetched again.
+
+    Args:
+        location: a URL of fsspec, with ``#sha256=...`` to check the file, or ``hf://org/name[@revision][/path]``.
+        kind: which files of a folder are needed; of a split GGUF model all are fetched.
+        offline: use what was fetched before, ask nobody; by default as HF_HUB_OFFLINE says.
+        allow_pickle: fetch ``.bin`` files, too; by default as GGUFLORA_ALLOW_PICKLE says.
+
+    Raises:
+        RemoteError: if it cannot be read, or its checksum is wrong.
+        OutputError: if the cache cannot be written.
+    """
+    offline = cache.is_offline() if offline is None else offline
+    url, sha256 = split_checksum(location)
+    if url.startswith(("file://", "local://")):
+        return _local(url)
+    if offline and not hub.is_hub(url):
+        return _newest(url)
+    files, is_folder = _list(url, kind, offline=offline, allow_pickle=allow_pickle)
+    if sha256 and (is_folder or len(files) > 1):
+        raise RemoteError(f"{shown(url)}: is not one file, so #sha256= cannot be checked")
+    if hub.is_hub(url):
+        return hub.fetch(url, files, is_folder=is_folder, offline=offline, sha256=sha256)
+    version = digest_of(*(f"{file.name} {file.stamp}" for file in files))
+    name = file_name(url)
+    check_name(url, name)
+    folder = make_folder(_place(url) / version / name if is_folder else _place(url) / version)
+    store, _ = stores.open_store(url)
+    for file in files:
+        download(store, file, folder / file.name, sha256)
+    os.utime(folder)  # the newest version is the one of offline use
+    return folder if is_folder else folder / name
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a store says of a location.
+
+    Attributes:
+        content: identifies its bytes; None if the store has nothing of the kind.
+        size: in bytes, of all that would be fetched; None if the store does not say.
+    """
+
+    content: str | None
+    size: int | None
+
+
+def look(location: str, kind: Kind = "file") -> Found:
+    """Ask for a location without fetching it.
+
+    Raises:
+        RemoteError: if there is nothing, or it cannot be read.
+    """
+    url, sha256 = split_checksum(location)
+    if url.startswith(("file://", "local://")) or (cache.is_offline() and not hub.is_hub(url)):
+        fetch(location, kind)
+        return Found(None, None)
+    files, _ = _list(url, kind, offline=cache.is_offline(), allow_pickle=None)
+    known = [file.size for file in files if file.size is not None]
+    contents = [f"{file.name} {file.content}" for file in files if file.content]
+    content = hashlib.sha256("\n".join(contents).encode()).hexdigest() if len(contents) == len(files) else None
+    return Found(sha256 or content, sum(known) if len(known) == len(files) else None)
+
+
+def find(pattern: str) -> list[str]:
+    """All locations that fit a pattern with ``*``, ``?`` or ``[...]``, sorted.
+
+    Raises:
+        RemoteError: if the store cannot be asked.
+    """
+    return hub.find(pattern) if hub.is_hub(pattern) else stores.find(pattern)
+
+
+def _list(url: str, kind: Kind, *, offline: bool, allow_pickle: bool | None) -> tuple[list[RemoteFile], bool]:
+    pickles = cache.is_on(ALLOW_PICKLE) if allow_pickle is None else allow_pickle
+    if hub.is_hub(url):
+        files, is_folder = hub.list_files(url, kind, offline=offline, allow_pickle=pickles)
+    else:
+        files, is_folder = stores.list_files(url, kind, allow_pickle=pickles)
+    for file in files:
+        check_name(url, file.name)
+    return files, is_folder
+
+
+def _local(url: str) -> Path:
+    store, path = stores.open_store(url)
+    with stores.asking(url):
+        store.info(path)
+    return Path(path)
+
+
+def _place(url: str) -> Path:
+    return cache.cache_folder() / "files" / digest_of(url)
+
+
+def _newest(url: str) -> Path:
+    """The version of a file or folder that was asked for last."""
+    found = [path for path in _place(url).glob(f"*/{glob.escape(file_name(url))}") if path.exists()]
+    if not found:
+        raise RemoteError(f"{shown(url)}: was not fetched before, and HF_HUB_OFFLINE forbids to fetch it now")
+    return max(found, key=lambda path: (path if path.is_dir() else path.parent).stat().st_mtime_ns)

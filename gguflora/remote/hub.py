@@ -1,0 +1,212 @@
+"""Hugging Face repositories, ``hf://org/name[@revision][/path]``: huggingface_hub fetches, into its own cache."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+from urllib.parse import unquote
+
+from gguflora.errors import RemoteError
+from gguflora.remote import cache
+from gguflora.remote.location import Kind, RemoteFile, check_name, parts_of, shown, wanted
+from gguflora.remote.stores import asking
+
+_SCHEME: Final = "hf://"
+_PLACE: Final = re.compile(
+    r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/(?:pr|convert)/\w+|[^/@]+))?(?:/(?P<path>.*?))?/?"
+)
+
+_HASH: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a location points to; ``path`` is empty for the whole repository."""
+
+    repo: str
+    revision: str
+    path: str
+
+
+def is_hub(url: str) -> bool:
+    """Whether a location lies on the Hub."""
+    return url.startswith(_SCHEME)
+
+
+def place_of(url: str) -> Place:
+    """The parts of a location.
+
+    Raises:
+        RemoteError: if it is none.
+    """
+    found = _PLACE.fullmatch(url)
+    if not found or ".." in (found["path"] or "").split("/"):
+        raise RemoteError(f"{shown(url)}: expected hf://org/name, hf://org/name@revision or hf://org/name/path/of/file")
+    return Place(found["repo"], unquote(found["revision"] or "main"), found["path"] or "")
+
+
+def list_files(url: str, kind: Kind, *, offline: bool, allow_pickle: bool) -> tuple[list[RemoteFile], bool]:
+    """The files that a location stands for, and whether it is a folder.
+
+    Raises:
+        RemoteError: if the repository cannot be read, or is not of this kind.
+    """
+    place = place_of(url)
+    held = {file.path: file for file in (_cached(url, place) if offline else _siblings(url, place))}
+    if place.path in held:
+        folder, _, own = place.path.rpartition("/")
+        paths = [place.path, *(_inside(folder, name) for name in parts_of(own) if name != own)]
+        missing = [path for path in paths if path not in held]
+        if missing:
+            raise RemoteError(f"{shown(url)}: the repository has no {missing[0]!r}")
+        return [held[path] for path in paths], False
+    names = [file.name for file in held.values() if file.path == _inside(place.path, file.name)]
+    if place.path and not any(path.startswith(f"{place.path}/") for path in held):
+        raise RemoteError(f"{shown(url)}: the repository has no such file or folder")
+    chosen = wanted(url, names, kind, allow_pickle=allow_pickle)
+    return [held[_inside(place.path, name)] for name in chosen], True
+
+
+def _inside(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _siblings(url: str, place: Place) -> list[RemoteFile]:
+    """All files of a repository, from one request."""
+    api = _library(url).HfApi(endpoint=_endpoint())
+    with asking(url):
+        listed = api.model_info(place.repo, revision=place.revision, files_metadata=True)
+    files = []
+    for one in listed.siblings or []:
+        check_path(url, one.rfilename)
+        sha256 = one.lfs.sha256 if one.lfs else None
+        content = sha256 or one.blob_id or listed.sha
+        files.append(RemoteFile(_name(one.rfilename), one.rfilename, one.size, content, content or "", sha256))
+    return files
+
+
+def _cached(url: str, place: Place) -> list[RemoteFile]:
+    """The files of a repository that huggingface_hub has in its cache, which are named as their hashes."""
+    library = _library(url)
+    folder = Path(library.constants.HF_HUB_CACHE) / f"models--{place.repo.replace('/', '--')}"
+    reference = folder / "refs" / place.revision
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else place.revision
+    snapshot = folder / "snapshots" / commit
+    paths = [path for path in snapshot.rglob("*") if path.is_file()]
+    if not paths:
+        raise RemoteError(f"{shown(url)}: was not fetched before, and HF_HUB_OFFLINE forbids to fetch it now")
+    return [_cached_file(path, str(path.relative_to(snapshot)), commit) for path in paths]
+
+
+def _cached_file(path: Path, inside: str, commit: str) -> RemoteFile:
+    blob = Path(os.path.realpath(path)).name
+    content = blob if _HASH.fullmatch(blob) else commit
+    return RemoteFile(_name(inside), inside, path.stat().st_size, content, content, _sha256_in(blob))
+
+
+def _sha256_in(etag: str) -> str | None:
+    return etag if _HASH.fullmatch(etag) and len(etag) == 64 else None
+
+
+def fetch(url: str, files: Sequence[RemoteFile], *, is_folder: bool, offline: bool, sha256: str | None) -> Path:
+    """Local copies of files of `list_files`; a folder of its own holds links to them.
+
+    Raises:
+        RemoteError: if one cannot be fetched, or its hash is wrong.
+    """
+    place, library = place_of(url), _library(url)
+    found = []
+    for file in files:
+        with asking(url):
+            found.append(
+                Path(
+                    library.hf_hub_download(
+                        place.repo,
+                        file.path,
+                        revision=place.revision,
+                        endpoint=_endpoint(),
+                        local_files_only=offline,
+                    )
+                )
+            )
+    commits = {path.parts[-1 - file.path.count("/") - 1] for path, file in zip(found, files, strict=True)}
+    if len(commits) > 1:
+        raise RemoteError(f"{shown(url)}: the repository was changed while it was read; try again")
+    for path, file in zip(found, files, strict=True):
+        _check(url, path, file, sha256)
+    return _linked(url, place, commits.pop(), found) if is_folder else found[0]
+
+
+def _check(url: str, path: Path, file: RemoteFile, sha256: str | None) -> None:
+    blob = Path(os.path.realpath(path))
+    with cache.held(cache.make_folder(cache.cache_folder()) / blob.name):
+        found = cache.recorded_sha256(blob) or cache.sha256_of(blob)
+        try:
+            cache.check_sha256(f"{url}, {file.path}", found, file.sha256, _sha256_in(blob.name))
+        except RemoteError:
+            path.unlink()
+            blob.unlink(missing_ok=True)
+            raise
+        cache.record_sha256(blob, found)
+    cache.check_sha256(url, found, sha256)
+
+
+def _linked(url: str, place: Place, commit: str, files: Sequence[Path]) -> Path:
+    """A folder named as the one on the Hub, which holds nothing but these files."""
+    names = "\n".join(path.name for path in files)
+    name = _name(place.path) or _name(place.repo)
+    folder = cache.cache_folder() / "hub" / cache.digest_of(shown(url), commit, names) / name
+    cache.make_folder(folder)
+    for path in files:
+        link, draft = folder / path.name, folder / f".{path.name}.{os.getpid()}"
+        draft.unlink(missing_ok=True)
+        draft.symlink_to(path)
+        draft.replace(link)
+    return folder
+
+
+def find(pattern: str) -> list[str]:
+    """The files and folders of a repository that fit a pattern, sorted.
+
+    Raises:
+        RemoteError: if the repository cannot be read.
+    """
+    place = place_of(pattern)
+    files = _cached(pattern, place) if cache.is_offline() else _siblings(pattern, place)
+    paths = {path for file in files for path in (file.path, *map(str, PurePosixPath(file.path).parents)) if path != "."}
+    from fsspec.utils import glob_translate  # noqa: PLC0415
+
+    fits = re.compile(glob_translate(place.path))
+    start = pattern[: len(pattern.rstrip("/")) - len(place.path)]
+    return sorted(f"{start}{path}" for path in paths if fits.match(path))
+
+
+def check_path(url: str, path: str) -> None:
+    """Refuse files that would be written outside the repository's folder.
+
+    Raises:
+        RemoteError: if it is one.
+    """
+    for name in path.split("/"):
+        check_name(url, name)
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _library(url: str) -> Any:  # noqa: ANN401  (loaded only when a repository is named)
+    if not importlib.util.find_spec("huggingface_hub"):
+        raise RemoteError(f"{shown(url)}: hf:// needs huggingface_hub: pip install 'gguflora[remote]'")
+    import huggingface_hub  # noqa: PLC0415
+
+    return huggingface_hub
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT") or None
