@@ -4,10 +4,24 @@
 work, are loaded when the first such location is used.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from gguflora.remote.faces import KINDS, local_inputs
-from gguflora.remote.fetching import Found, fetch, find, look
 from gguflora.remote.location import Kind, file_name, is_remote, join, shown
-from gguflora.remote.writing import create_bytes, put, read_all, read_bytes, remove, stamps_of, writable, write_bytes
+
+if TYPE_CHECKING:
+    from gguflora.remote.fetching import Found, fetch, find, look
+    from gguflora.remote.writing import (
+        create_bytes,
+        put,
+        read_all,
+        read_bytes,
+        remove,
+        stamps_of,
+        writable,
+        write_bytes,
+    )
 
 __all__ = [
     "KINDS",
@@ -30,3 +44,12 @@ __all__ = [
     "writable",
     "write_bytes",
 ]
+
+_FETCHING = {"Found", "fetch", "find", "look"}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401  (a function or a class)
+    if name not in __all__:
+        raise AttributeError(f"module 'gguflora.remote' has no attribute {name!r}")
+    module = "fetching" if name in _FETCHING else "writing"
+    return getattr(import_module(f"gguflora.remote.{module}"), name)

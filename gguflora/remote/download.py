@@ -10,7 +10,8 @@ from typing import IO, Any, Final
 
 from gguflora.errors import OutputError, RemoteError
 from gguflora.remote import cache
-from gguflora.remote.location import RemoteFile, shown
+from gguflora.remote.location import shown
+from gguflora.remote.selection import RemoteFile
 from gguflora.remote.stores import asking, reason
 
 _LOG = logging.getLogger("gguflora.remote")

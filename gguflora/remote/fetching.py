@@ -12,7 +12,8 @@ from gguflora.errors import RemoteError
 from gguflora.remote import cache, hub, stores
 from gguflora.remote.cache import digest_of, make_folder
 from gguflora.remote.download import download
-from gguflora.remote.location import ALLOW_PICKLE, Kind, RemoteFile, check_name, file_name, shown, split_checksum
+from gguflora.remote.location import Kind, file_name, shown, split_checksum
+from gguflora.remote.selection import ALLOW_PICKLE, RemoteFile, check_name
 
 
 def fetch(location: str, kind: Kind = "file", *, offline: bool | None = None, allow_pickle: bool | None = None) -> Path:

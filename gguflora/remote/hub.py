@@ -13,7 +13,8 @@ from urllib.parse import unquote
 
 from gguflora.errors import RemoteError
 from gguflora.remote import cache
-from gguflora.remote.location import Kind, RemoteFile, check_name, parts_of, shown, wanted
+from gguflora.remote.location import Kind, shown
+from gguflora.remote.selection import RemoteFile, check_name, parts_of, wanted
 from gguflora.remote.stores import asking
 
 _SCHEME: Final = "hf://"

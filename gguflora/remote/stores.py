@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from gguflora.errors import GgufloraError, RemoteError
-from gguflora.remote.location import NAMES, PICKLES, Kind, RemoteFile, file_name, parts_of, shown, wanted
+from gguflora.remote.location import Kind, file_name, shown
+from gguflora.remote.selection import NAMES, PICKLES, RemoteFile, parts_of, wanted
 
 _CONTENT: Final = ("ETag", "etag", "md5Hash", "sha")
 _TIMES: Final = ("LastModified", "last_modified", "Last-Modified", "updated", "mtime", "modified", "created")
