@@ -35,6 +35,7 @@ from gguflora.files.gguf import FilePart, GgufFile, Layout, part_paths
 from gguflora.files.output import atomic_output, atomic_outputs, check_target, check_targets
 from gguflora.merge_report import MergeReport
 from gguflora.prepared_merge import AdapterArgument, MergeOptions, PreparedMerge, prepared_merge
+from gguflora.remote import local_inputs
 from gguflora.rewrite import Block, FileSink, Progress, Rewriter
 
 _END: Final = struct.Struct("<Q8s")
@@ -64,6 +65,7 @@ class PartReport:
         return {**asdict(self), "output": str(self.output)}
 
 
+@local_inputs
 def merge_part(
     base: str | os.PathLike[str],
     adapters: AdapterArgument,
@@ -129,6 +131,7 @@ def merge_part(
     return PartReport(target, tuple(each.name for each in share), written, seconds, used_threads)
 
 
+@local_inputs
 def assemble(
     base: str | os.PathLike[str],
     adapters: AdapterArgument,

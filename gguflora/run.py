@@ -12,6 +12,7 @@ from typing import Any
 from gguflora.chat import Answer, Chat
 from gguflora.engine import Engine, Sampling
 from gguflora.engine.context_size import context_size
+from gguflora.remote import local_inputs
 
 AdapterPath = str | os.PathLike[str]
 Adapters = Mapping[str, AdapterPath | tuple[AdapterPath, float]]
@@ -35,6 +36,7 @@ class RunReport(Answer):
         return {**asdict(self), "base": str(self.base)}
 
 
+@local_inputs
 def run(
     base: str | os.PathLike[str],
     prompt: str,
@@ -80,6 +82,7 @@ def run(
     return RunReport(**asdict(answer), base=Path(base), prompt=prompt)
 
 
+@local_inputs
 @contextmanager
 def open_chat(
     base: str | os.PathLike[str],

@@ -32,6 +32,7 @@ from gguflora.base_model import BaseModel
 from gguflora.errors import GgufloraError, HotSwapError
 from gguflora.prefix import read_prefix
 from gguflora.preflight import check_loadable, read_whole_base
+from gguflora.remote import local_inputs
 
 if TYPE_CHECKING:
     from gguflora.llama import LoadedAdapter
@@ -121,6 +122,7 @@ class Adapters:
         """Names of the loaded adapters, in the order of loading."""
         return list(self._set.loaded)
 
+    @local_inputs
     def load(self, name: str, path: str | os.PathLike[str], *, task: int | None = None) -> None:
         """Load an adapter without applying it.
 

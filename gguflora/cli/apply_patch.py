@@ -15,8 +15,8 @@ from gguflora.patch.applying import ApplyReport
 
 @app.command("apply-patch")
 def apply_patch(
-    base: Annotated[Path, typer.Argument(help="The GGUF file that the patch was made for.")],
-    patch: Annotated[Path, typer.Argument(help="What gguflora merge --patch wrote.")],
+    base: Annotated[str, typer.Argument(help="The GGUF file that the patch was made for.")],
+    patch: Annotated[str, typer.Argument(help="What gguflora merge --patch wrote.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Merged GGUF file to write.")],
     force: Force = False,
     threads: Threads = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,14 +16,15 @@ from gguflora.compare import CompareReport
 
 @app.command()
 def compare(
-    base: Annotated[Path, typer.Argument(help="The GGUF file that was merged into.")],
-    merged: Annotated[Path, typer.Argument(help="The merged GGUF file.")],
+    base: Annotated[str, typer.Argument(help="The GGUF file that was merged into.")],
+    merged: Annotated[str, typer.Argument(help="The merged GGUF file.")],
     lora: Lora = None,
     lora_scaled: LoraScaled = None,
     text: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Text to evaluate, best of the kind the adapters were trained for; default a short built-in."
+            metavar="PATH",
+            help="Text to evaluate, best of the kind the adapters were trained for; default a short built-in.",
         ),
     ] = None,
     naive: Annotated[

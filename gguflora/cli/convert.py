@@ -15,7 +15,10 @@ from gguflora.convert import ConvertReport
 
 @app.command()
 def convert(
-    adapter: Annotated[Path, typer.Argument(help="PEFT adapter directory (or a GGUF LoRA file, to store it again).")],
+    adapter: Annotated[
+        str,
+        typer.Argument(help="PEFT adapter directory (or a GGUF LoRA file, to store it again)."),
+    ],
     base: Base,
     out: Annotated[Path, typer.Option("-o", "--out", help="GGUF LoRA file to write.")],
     outtype: OutType = "auto",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,8 +17,8 @@ from gguflora.cli.options import AdapterBase, AsJson
 
 @app.command()
 def diff(
-    a: Annotated[Path, typer.Argument(help="PEFT adapter directory or GGUF LoRA file.")],
-    b: Annotated[Path, typer.Argument(help="The one to compare it with.")],
+    a: Annotated[str, typer.Argument(help="PEFT adapter directory or GGUF LoRA file.")],
+    b: Annotated[str, typer.Argument(help="The one to compare it with.")],
     base: AdapterBase = None,
     as_json: AsJson = False,
 ) -> None:

@@ -15,7 +15,7 @@ from gguflora.cli.options import AsJson, Base, Force
 
 @app.command()
 def export(
-    lora: Annotated[Path, typer.Argument(help="GGUF LoRA file.")],
+    lora: Annotated[str, typer.Argument(help="GGUF LoRA file.")],
     base: Base,
     out: Annotated[Path, typer.Option("-o", "--out", help="PEFT directory to write.")],
     base_model_name: Annotated[

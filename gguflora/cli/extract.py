@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,8 +14,8 @@ from gguflora.cli.options import AdapterOut, AsJson, Force, OutType, Threads
 
 @app.command()
 def extract(
-    finetuned: Annotated[Path, typer.Argument(help="Fine-tuned model: a GGUF file or a Hugging Face directory.")],
-    base: Annotated[Path, typer.Option(help="The model before, in the same form.")],
+    finetuned: Annotated[str, typer.Argument(help="Fine-tuned model: a GGUF file or a Hugging Face directory.")],
+    base: Annotated[str, typer.Option(metavar="PATH", help="The model before, in the same form.")],
     rank: Annotated[int, typer.Option(min=1, help="Highest rank of a change.")],
     out: AdapterOut,
     energy: Annotated[

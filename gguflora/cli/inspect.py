@@ -18,8 +18,10 @@ from gguflora.inspect import InspectReport
 
 @app.command()
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="PEFT or mlx-lm adapter directory, or GGUF LoRA file.")],
-    base: Annotated[Path | None, typer.Option(help="Base model: measure the changes, foresee llama.cpp's.")] = None,
+    adapter: Annotated[str, typer.Argument(help="PEFT or mlx-lm adapter directory, or GGUF LoRA file.")],
+    base: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Base model: measure the changes, foresee llama.cpp's.")
+    ] = None,
     ranks: Annotated[bool, typer.Option("--ranks", help="Say what lower ranks would keep and save.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the singular values into this PNG, SVG or PDF.")] = None,
     as_json: AsJson = False,

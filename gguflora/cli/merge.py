@@ -20,7 +20,7 @@ from gguflora.rounding import Mode as RoundingMode
 
 @app.command()
 def merge(
-    base: Annotated[Path, typer.Argument(help="Base model, a GGUF file of any quantization.")],
+    base: Annotated[str, typer.Argument(help="Base model, a GGUF file of any quantization.")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Merged GGUF file to write.")] = None,
     lora: Lora = None,
     lora_scaled: LoraScaled = None,
@@ -36,8 +36,11 @@ def merge(
     ] = "adaptive",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the adaptive rounding.")] = 0,
     base_f16: Annotated[
-        Path | None,
-        typer.Option(help="The base before quantization (GGUF file or Hugging Face directory), to quantize W + delta."),
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="The base before quantization (GGUF file or Hugging Face directory), to quantize W + delta.",
+        ),
     ] = None,
     outtype: Annotated[str, typer.Option(help="Type of changed matrices (f16, q8_0, ...), or keep.")] = "keep",
     type: Annotated[
@@ -45,7 +48,8 @@ def merge(
         typer.Option(metavar="PATTERN=TYPE", help="Type of changed tensors that match a glob or regex. Repeatable."),
     ] = None,
     imatrix: Annotated[
-        Path | None, typer.Option(help="Importance matrix (GGUF or .dat), used as llama-quantize does.")
+        str | None,
+        typer.Option(metavar="PATH", help="Importance matrix (GGUF or .dat), used as llama-quantize does."),
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Write what each tensor kept of its change, as JSON.")] = None,
     plot: Annotated[

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from gguflora.remote import file_name, is_remote
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the output.")]
@@ -17,8 +19,8 @@ OutType = Annotated[
     typer.Option(help="Type of the factors in a GGUF file; auto: f16 where that is exact, else f32."),
 ]
 AdapterOut = Annotated[Path, typer.Option("-o", "--out", help="GGUF LoRA file (.gguf) or PEFT directory to write.")]
-Base = Annotated[Path, typer.Option(help="Base model: a GGUF file, or a directory with config.json.")]
-AdapterBase = Annotated[Path | None, typer.Option(help="Base model: needed between PEFT and GGUF.")]
+Base = Annotated[str, typer.Option(metavar="PATH", help="Base model: a GGUF file, or a directory with config.json.")]
+AdapterBase = Annotated[str | None, typer.Option(metavar="PATH", help="Base model: needed between PEFT and GGUF.")]
 Lora = Annotated[list[str] | None, typer.Option(help="Adapter: PEFT directory or GGUF LoRA. Repeatable.")]
 LoraScaled = Annotated[
     list[str] | None, typer.Option(metavar="PATH:SCALE", help="Adapter with a scale of its own. Repeatable.")
@@ -49,16 +51,16 @@ def _split_scale(text: str, form: str) -> tuple[str, float]:
     return path, number
 
 
-def named_adapters(texts: Sequence[str] | None) -> dict[str, Path]:
+def named_adapters(texts: Sequence[str] | None) -> dict[str, str]:
     """Files of ``--lora [NAME=]PATH`` by name; a path without a name is called as its file or directory.
 
     Raises:
         typer.BadParameter: if a name or path is empty, or a name given twice.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, str] = {}
     for text in texts or ():
         name, path = _split_name(text)
-        if not name or not path.name:
+        if not name or not file_name(path):
             raise typer.BadParameter(f"the adapter is {text!r}, expected NAME=PATH, for example legal=legal.gguf")
         if name in found:
             raise typer.BadParameter(f"two adapters are named {name!r}; name them with NAME=PATH")
@@ -66,7 +68,7 @@ def named_adapters(texts: Sequence[str] | None) -> dict[str, Path]:
     return found
 
 
-def named_and_scaled(lora: Sequence[str] | None, lora_scaled: Sequence[str] | None) -> dict[str, tuple[Path, float]]:
+def named_and_scaled(lora: Sequence[str] | None, lora_scaled: Sequence[str] | None) -> dict[str, tuple[str, float]]:
     """Files and scales of ``--lora [NAME=]PATH`` and ``--lora-scaled [NAME=]PATH:SCALE`` by name.
 
     Raises:
@@ -78,7 +80,10 @@ def named_and_scaled(lora: Sequence[str] | None, lora_scaled: Sequence[str] | No
     return {name: (path, scale) for (name, path), scale in zip(paths.items(), scales, strict=True)}
 
 
-def _split_name(text: str) -> tuple[str, Path]:
+def _split_name(text: str) -> tuple[str, str]:
+    """A name and a location, which may be a URL with equals signs of its own."""
     name, equals, path = text.partition("=")
-    location = Path(path if equals else text)
-    return (name if equals else location.stem if location.suffix == ".gguf" else location.resolve().name), location
+    if equals and not is_remote(text):
+        return name, path
+    own = Path(file_name(text) if is_remote(text) else text)
+    return own.stem if own.suffix == ".gguf" else own.name if is_remote(text) else own.resolve().name, text

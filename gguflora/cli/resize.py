@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,7 +14,7 @@ from gguflora.cli.options import AdapterBase, AdapterOut, AsJson, Force, OutType
 
 @app.command()
 def resize(
-    adapter: Annotated[Path, typer.Argument(help="PEFT adapter directory or GGUF LoRA file.")],
+    adapter: Annotated[str, typer.Argument(help="PEFT adapter directory or GGUF LoRA file.")],
     out: AdapterOut,
     rank: Annotated[int | None, typer.Option(min=1, help="The rank that no change shall exceed.")] = None,
     energy: Annotated[

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -25,7 +24,7 @@ _COLUMNS = 3
 
 @app.command()
 def run(
-    base: Annotated[Path, typer.Argument(help="Base model, a GGUF file.")],
+    base: Annotated[str, typer.Argument(help="Base model, a GGUF file.")],
     lora: Annotated[
         list[str] | None,
         typer.Option(metavar="[NAME=]PATH", help="Adapter, on at scale 1: GGUF LoRA or PEFT directory. Repeatable."),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def serve(
-    base: Annotated[Path, typer.Argument(help="Base model, a GGUF file.")],
+    base: Annotated[str, typer.Argument(help="Base model, a GGUF file.")],
     lora: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="Adapter: GGUF LoRA or PEFT directory. Repeatable."),

@@ -29,6 +29,7 @@ from gguflora.fuse import FusedAdapters
 from gguflora.llama import free_lora, invocation_of, load_lora
 from gguflora.prefix import fit_prefix
 from gguflora.preflight import read_whole_base
+from gguflora.remote import local_inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,7 @@ class Engine:
             self.close()
             raise
 
+    @local_inputs
     def load(
         self, path: str | os.PathLike[str], name: str | None = None, *, scale: float = 1.0, task: int | None = None
     ) -> LoadedAdapter:

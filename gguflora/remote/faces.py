@@ -9,7 +9,7 @@ from inspect import signature
 from typing import Any, Final, ParamSpec, TypeVar
 
 from gguflora.errors import OutputError, RemoteError
-from gguflora.remote.location import Kind, is_remote, shown
+from gguflora.remote.location import Kind, is_remote, looks_remote, shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,10 +24,14 @@ KINDS: Final[Mapping[str, Mapping[str, Kind]]] = {
     "extract": {"finetuned": "model", "base": "model"},
     "inspect": {"adapter": "adapter", "base": "config"},
     "load": {"path": "adapter"},
+    "assemble": {"base": "file", "adapters": "adapter", "base_f16": "model", "imatrix": "file"},
+    "merge_part": {"base": "file", "adapters": "adapter", "base_f16": "model", "imatrix": "file"},
     "merge": {"base": "file", "adapters": "adapter", "base_f16": "model", "imatrix": "file"},
     "read_adapter": {"path": "adapter"},
+    "open_chat": {"base": "file", "adapters": "adapter"},
     "resize": {"adapter": "adapter", "base": "config"},
-    "unmerge": {},
+    "run": {"base": "file", "adapters": "adapter"},
+    "serve": {"base": "file", "adapters": "adapter"},
 }
 """The inputs of each command, and as what a folder is fetched."""
 
@@ -43,12 +47,11 @@ def local_inputs(command: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(command)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = signature(command).bind(*args, **kwargs)
-        _refuse_remote_outputs(given.arguments, kinds)
-        for name, kind in kinds.items():
-            if name in given.arguments:
-                given.arguments[name] = _fetched(given.arguments[name], kind)
-        return command(*given.args, **given.kwargs)
+        names = list(signature(command).parameters)[: len(args)]
+        given = {**dict(zip(names, args, strict=True)), **kwargs}
+        _refuse_remote_outputs(given, kinds)
+        local = {name: _fetched(value, kinds[name]) if name in kinds else value for name, value in given.items()}
+        return command(*[local.pop(name) for name in names], **local)  # type: ignore[arg-type]
 
     return called
 
@@ -56,13 +59,15 @@ def local_inputs(command: Callable[P, R]) -> Callable[P, R]:
 def _refuse_remote_outputs(arguments: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
     for name in _OUTPUTS:
         value = arguments.get(name)
-        if name not in kinds and isinstance(value, str | os.PathLike) and is_remote(value):
+        if name not in kinds and isinstance(value, str | os.PathLike) and looks_remote(value):
             raise OutputError(f"{shown(value)}: outputs of single commands are local; a pipeline's may be remote")
     if arguments.get("in_place") and is_remote(arguments["base"]):
         raise RemoteError(f"{shown(arguments['base'])}: only a local model can be changed in place")
 
 
 def _fetched(given: Any, kind: Kind) -> Any:  # noqa: ANN401  (a location, with its scale perhaps, or a list of them)
+    if isinstance(given, Mapping):
+        return {name: _fetched(one, kind) for name, one in given.items()}
     if isinstance(given, list):
         return [_fetched(one, kind) for one in given]
     if isinstance(given, tuple):

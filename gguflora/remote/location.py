@@ -32,6 +32,11 @@ def is_remote(location: str | os.PathLike[str]) -> bool:
     return False
 
 
+def looks_remote(location: str | os.PathLike[str]) -> bool:
+    """Whether a location is a URL, or was one before it became a ``pathlib.Path``."""
+    return bool(_COLLAPSED.match(os.fspath(location)) or _URL.match(os.fspath(location)))
+
+
 def split_checksum(location: str) -> tuple[str, str | None]:
     """A URL and the SHA-256 of its fragment ``#sha256=...``.
 
