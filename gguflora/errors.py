@@ -16,6 +16,7 @@
     |-- OutputError               the target cannot be written (exists, no space, not writable)
     |-- RemoteError               a remote file cannot be found, read or written, or its checksum is wrong
     |-- RecipeError               a pipeline's recipe does not make sense
+    |-- ClusterError              a Dask cluster cannot be used, or a process died that did a pipeline's job
     |-- HotSwapError              llama.cpp refused an adapter, or an adapter set is used wrongly
     |-- EngineError               the serving engine cannot do what was asked
     |   |-- EngineClosedError     it is closed
@@ -135,3 +136,7 @@ class RecipeError(GgufloraError):
 
 class RemoteError(GgufloraError):
     """A remote file cannot be found, read or written, or its checksum is wrong."""
+
+
+class ClusterError(GgufloraError):
+    """A Dask cluster cannot be used, or a process died that did a pipeline's job."""

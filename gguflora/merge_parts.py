@@ -35,7 +35,7 @@ from gguflora.files.gguf import FilePart, GgufFile, Layout, part_paths
 from gguflora.files.output import atomic_output, atomic_outputs, check_target, check_targets
 from gguflora.merge_report import MergeReport
 from gguflora.prepared_merge import AdapterArgument, MergeOptions, PreparedMerge, prepared_merge
-from gguflora.remote import local_inputs
+from gguflora.remote import is_remote, local_inputs, shown
 from gguflora.rewrite import Block, FileSink, Progress, Rewriter
 
 _END: Final = struct.Struct("<Q8s")
@@ -148,7 +148,7 @@ def assemble(
         base: as for `merge_part`.
         adapters: the same.
         out: the file to write; of a split base as many files, named like it.
-        parts: the part files, in any order.
+        parts: the part files, in any order; they may be remote.
         threads: number of threads; by default one for each core this process may use.
         force: overwrite ``out``.
         options: as for `merge_part`; ``base_f16`` is not read again.
@@ -165,12 +165,17 @@ def assemble(
     planned = options.copy()
     planned.pop("base_f16", None)
     with ExitStack() as stack:
-        opened = [_open_part(Path(path), stack) for path in parts]
+        opened = [_open_part(os.fspath(path), stack) for path in parts]
         merging = stack.enter_context(prepared_merge(base, adapters, **planned))
         layout = merging.plan.layout
         _check_parts(merging, opened, _hash(merging, options))
         outputs = part_paths(Path(out), len(merging.file.paths))
-        check_targets(outputs, [*merging.inputs, *map(Path, parts)], force=force, size=layout.size)
+        check_targets(
+            outputs,
+            [*merging.inputs, *(Path(path) for path in parts if not is_remote(path))],
+            force=force,
+            size=layout.size,
+        )
         rest = Rewriter(
             merging.weights,
             layout,
@@ -262,7 +267,7 @@ class _PartSink:
 class _Part:
     """A part file that has been read but for its rows."""
 
-    path: Path
+    path: str
     file: IO[bytes]
     plan: str
     seconds: float
@@ -274,17 +279,18 @@ class _Part:
             target = targets[name]
             row_bytes = target.type.row_bytes(target.shape[-1])
             for first, n_rows, checksum in tensor["blocks"]:
-                new = np.empty((n_rows, row_bytes), np.uint8)
                 with _part_errors(self.path):
-                    count = os.preadv(self.file.fileno(), [new.data.cast("B")], tensor["offset"] + first * row_bytes)
-                if count != new.nbytes or zlib.crc32(new.data) != checksum:
-                    raise FormatError(f"{self.path}: is damaged: {name!r}, rows {first} to {first + n_rows}")
+                    self.file.seek(tensor["offset"] + first * row_bytes)
+                    content = self.file.read(n_rows * row_bytes)
+                if len(content) != n_rows * row_bytes or zlib.crc32(content) != checksum:
+                    raise FormatError(f"{shown(self.path)}: is damaged: {name!r}, rows {first} to {first + n_rows}")
+                new = np.frombuffer(content, np.uint8).reshape(n_rows, row_bytes)
                 sink.put(Block(target, first, new[:0], new))
 
 
-def _open_part(path: Path, opened: ExitStack) -> _Part:
+def _open_part(path: str, opened: ExitStack) -> _Part:
     with _part_errors(path):
-        file = opened.enter_context(path.open("rb"))
+        file = opened.enter_context(_open(path))
         end = file.seek(-_END.size, os.SEEK_END)
         length, magic = _END.unpack(file.read())
         if magic != _MAGIC or length > end:
@@ -294,29 +300,40 @@ def _open_part(path: Path, opened: ExitStack) -> _Part:
         return _Part(path, file, str(index["plan"]), float(index["seconds"]), dict(index["tensors"]))
 
 
+def _open(path: str) -> IO[bytes]:
+    if not is_remote(path):
+        return Path(path).open("rb")
+    from gguflora.remote.stores import asking, open_store  # noqa: PLC0415  (needs fsspec)
+
+    with asking(path):
+        store, name = open_store(path)
+        file: IO[bytes] = store.open(name, "rb")
+    return file
+
+
 @contextmanager
-def _part_errors(path: Path) -> Iterator[None]:
+def _part_errors(path: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise FormatError(f"{path}: does not exist; all parts are needed") from error
+        raise FormatError(f"{shown(path)}: does not exist; all parts are needed") from error
     except OSError as error:
-        raise FormatError(f"{path}: cannot be read as a part of a merge: {error.strerror}") from error
+        raise FormatError(f"{shown(path)}: cannot be read as a part of a merge: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{path}: is no part of a merge, or is cut off") from error
+        raise FormatError(f"{shown(path)}: is no part of a merge, or is cut off") from error
 
 
 def _check_parts(merging: PreparedMerge, parts: Sequence[_Part], plan: str) -> None:
     """Raise unless the parts belong to this merge and hold each row of each changed tensor once."""
-    held: dict[str, Path] = {}
+    held: dict[str, str] = {}
     for part in parts:
         if part.plan != plan:
             raise FormatError(
-                f"{part.path}: belongs to another merge; base, adapters and options must be those of the parts"
+                f"{shown(part.path)}: belongs to another merge; base, adapters and options must be those of the parts"
             )
         for name in part.tensors:
             if name in held:
-                raise FormatError(f"{part.path}: holds {name!r}, as {held[name]} does")
+                raise FormatError(f"{shown(part.path)}: holds {name!r}, as {shown(held[name])} does")
             held[name] = part.path
     for target in merging.plan.targets:
         if target.name not in held:

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 @app.command()
 def pipeline(
     recipe: Annotated[Path | None, typer.Argument(help="Recipe, a TOML file.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, max=1024, help="Jobs to run at a time.")] = 1,
+    jobs: Annotated[int | None, typer.Option(min=1, max=1024, help="Jobs to run at a time, by default 1.")] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="Dask scheduler, such as tcp://host:8786; by default as many jobs as it has threads."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, run nothing.")] = False,
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Go on after a failure with the rest.")] = False,
     resume: Annotated[bool, typer.Option(help="Keep outputs that are up to date, or make all again.")] = True,
@@ -35,6 +39,8 @@ def pipeline(
     gguflora pipeline nightly.toml --dry-run
 
     gguflora pipeline nightly.toml --jobs 2 --keep-going --report ./report
+
+    gguflora pipeline nightly.toml --scheduler tcp://head:8786
     """
     if schema:
         from gguflora.pipeline import recipe_schema  # noqa: PLC0415  (needs pydantic)
@@ -44,7 +50,14 @@ def pipeline(
     if recipe is None:
         raise typer.BadParameter("give a recipe")
     done = gguflora.run_pipeline(
-        recipe, jobs=jobs, dry_run=dry_run, keep_going=keep_going, resume=resume, report=report, memory=memory
+        recipe,
+        jobs=jobs,
+        scheduler=scheduler,
+        dry_run=dry_run,
+        keep_going=keep_going,
+        resume=resume,
+        report=report,
+        memory=memory,
     )
     print_report(done, _print_pipeline, as_json=as_json)
     if done.failed:

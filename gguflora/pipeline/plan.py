@@ -24,7 +24,7 @@ STATE: Final = ".gguflora"
 _VARIABLE: Final = re.compile(r"\{(\w*)\}")
 _AT_A_TIME: Final = 16
 """How many remote inputs are looked up at a time."""
-_META: Final = {"name", "for", "for_each", "action", "out", "checks", "memory"}
+_META: Final = {"name", "for", "for_each", "action", "out", "checks", "memory", "split"}
 
 
 @dataclass(frozen=True, slots=True)

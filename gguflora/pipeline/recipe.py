@@ -78,7 +78,11 @@ class Convert(Step):
 
 
 class Merge(Step):
-    """`gguflora.merge`."""
+    """`gguflora.merge`.
+
+    Attributes:
+        split: in how many parts it is done on a cluster, each by a worker; the result is the same.
+    """
 
     action: Literal["merge"]
     base: str
@@ -88,6 +92,7 @@ class Merge(Step):
     base_f16: str | None = None
     outtype: str = "keep"
     imatrix: str | None = None
+    split: int | None = Field(default=None, ge=2)
     threads: int | None = Field(default=None, ge=1)
 
 

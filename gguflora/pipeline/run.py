@@ -9,26 +9,26 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from gguflora.errors import OutputError, RecipeError, RemoteError
 from gguflora.pipeline.checks import failed_checks
 from gguflora.pipeline.html import write_html
 from gguflora.pipeline.lock import locked
-from gguflora.pipeline.plan import Job, Location, Plan, identity, plan_jobs
+from gguflora.pipeline.plan import Job, Location, Plan, identity, located, plan_jobs
 from gguflora.pipeline.recipe import Merge, RecipeFile, read_recipe
 from gguflora.pipeline.results import PipelineReport, Status, StepResult
-from gguflora.pipeline.state import Keys, Records, write_json
-from gguflora.pipeline.workers import Workers
+from gguflora.pipeline.state import Keys, Records, discard, discard_parts, inside, part_places, write_json
+from gguflora.pipeline.workers import Engine, Request, Workers
 
 _LOG = logging.getLogger("gguflora.pipeline")
-_MEGABYTE: Final = 1 << 20
 
 
 def run_pipeline(
     recipe: str | os.PathLike[str],
     *,
-    jobs: int = 1,
+    jobs: int | None = None,
+    scheduler: str | None = None,
     dry_run: bool = False,
     keep_going: bool = False,
     resume: bool = True,
@@ -39,19 +39,23 @@ def run_pipeline(
 
     Args:
         recipe: TOML file, see `gguflora.pipeline.recipe`; its paths begin at its folder.
-        jobs: how many jobs to run at a time, each in a process of its own.
+        jobs: how many jobs to run at a time, each in a process of its own; by default 1, or with a scheduler as many
+            as its workers have threads.
+        scheduler: address of a Dask scheduler, such as ``tcp://host:8786``, on whose workers the jobs are done.
         dry_run: check everything, run nothing.
         keep_going: after a failure, go on with what does not depend on it.
         resume: keep outputs that are up to date; False makes all of them again.
         report: folder for ``report.json`` and ``report.html``.
-        memory: what the running jobs may need together by their own account, in MB; by default what is free now.
+        memory: what the running jobs may need together by their own account, in MB; by default what is free now, or
+            what the workers have.
 
     Raises:
         RecipeError: if the recipe does not make sense; nothing has run then.
         OutputError: if another run holds the output folder, or the disk has no room for the outputs.
+        ClusterError: if the scheduler cannot be reached, or its workers cannot do the jobs.
     """
     started, file = time.perf_counter(), read_recipe(Path(recipe))
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise RecipeError(f"jobs is {jobs}, expected a positive whole number")
     plan = plan_jobs(file)
     graph = _graph(file, plan.jobs)
@@ -59,7 +63,7 @@ def run_pipeline(
         results = [StepResult(job.step.name, job.out, "planned", 0.0, "", None, None) for job in plan.jobs]
     else:
         with locked(plan.folder):
-            runner = _Runner(plan, graph, jobs, memory or _free_memory())
+            runner = _Runner(plan, graph, _engine(plan.folder, scheduler, jobs, memory))
             results = runner.run(keep_going=keep_going, resume=resume)
     done = PipelineReport(Path(recipe), plan.folder, tuple(results), time.perf_counter() - started)
     if report is not None:
@@ -85,8 +89,12 @@ def _graph(file: RecipeFile, jobs: list[Job]) -> dict[Location, set[Location]]:
     return graph
 
 
-def _free_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _MEGABYTE
+def _engine(folder: Location, scheduler: str | None, jobs: int | None, memory: int | None) -> Engine:
+    if scheduler is None:
+        return Workers(jobs or 1, memory)
+    from gguflora.pipeline.dask_client import DaskEngine  # noqa: PLC0415  (needs Dask)
+
+    return DaskEngine(scheduler, at_a_time=jobs, memory=memory, store=inside(folder, ""))
 
 
 def _write_report(folder: Path, report: PipelineReport) -> None:
@@ -101,13 +109,12 @@ def _write_report(folder: Path, report: PipelineReport) -> None:
 class _Runner:
     """Starts jobs when what they wait for is there, and there is memory for them."""
 
-    def __init__(self, plan: Plan, graph: dict[Location, set[Location]], at_a_time: int, memory: int) -> None:
+    def __init__(self, plan: Plan, graph: dict[Location, set[Location]], engine: Engine) -> None:
         self._plan, self._jobs, self._graph = plan, {job.out: job for job in plan.jobs}, graph
-        self._at_a_time, self._memory = at_a_time, memory
+        self._engine, self._has_failed = engine, False
         self._keys: dict[Location, str] = {}
         self._results: dict[Location, StepResult] = {}
         self._records = Records(plan.folder)
-        self._workers, self._has_failed = Workers(), False
 
     def run(self, *, keep_going: bool, resume: bool) -> list[StepResult]:
         """All results, in the order of the jobs."""
@@ -117,8 +124,9 @@ class _Runner:
         sorter.prepare()
         waiting: list[Location] = []
         running: dict[Future[StepResult], Location] = {}
-        with ThreadPoolExecutor(self._at_a_time) as pool:
+        with ThreadPoolExecutor(self._engine.at_a_time) as pool:
             try:
+                discard_parts(self._plan.folder)
                 self._check_space(order)
                 while sorter.is_active():
                     waiting += sorter.get_ready()
@@ -133,7 +141,7 @@ class _Runner:
                     if running:
                         self._collect(running, sorter)
             finally:
-                self._workers.close()
+                self._engine.close()
                 keys.save()
         return [self._results[out] for out in self._jobs]
 
@@ -145,10 +153,10 @@ class _Runner:
 
     def _to_start(self, waiting: list[Location], running: list[Location]) -> list[Location]:
         """Jobs for which there is room; one that asks for more than there is runs alone."""
-        free = self._memory - sum(self._jobs[out].step.memory for out in running)
+        free = self._engine.memory - sum(self._jobs[out].step.memory for out in running)
         chosen: list[Location] = []
         for out in waiting:
-            if len(running) + len(chosen) == self._at_a_time:
+            if len(running) + len(chosen) == self._engine.at_a_time:
                 break
             need = self._jobs[out].step.memory
             alone = not running and not chosen
@@ -179,7 +187,10 @@ class _Runner:
         started = time.perf_counter()
         _LOG.info("%s: making %s", job.step.name, job.out)
         self._records.forget(job)
-        answer = self._workers.run({"action": job.action, "arguments": self._arguments(job), "out": str(job.out)})
+        request = self._request(job)
+        answer = self._engine.run(request)
+        for part in request.get("parts", ()):
+            discard(located(part))
         seconds = time.perf_counter() - started
         if "report" not in answer:
             return self._result(job, "failed", seconds=seconds, error=answer["error"])
@@ -188,12 +199,15 @@ class _Runner:
         status: Status = "failed" if failed else "done"
         return self._result(job, status, seconds=seconds, report=answer["report"], error="; ".join(failed) or None)
 
-    def _arguments(self, job: Job) -> dict[str, Any]:
-        """The arguments, with a share of the cores for commands that can use several."""
-        arguments = job.arguments
-        if "threads" in type(job.step).model_fields:
-            arguments.setdefault("threads", max(1, len(os.sched_getaffinity(0)) // self._at_a_time))
-        return arguments
+    def _request(self, job: Job) -> Request:
+        """The job with a share of the cores for commands that can use several."""
+        step, arguments, key = job.step, job.arguments, self._keys[job.out]
+        if "threads" in type(step).model_fields:
+            arguments.setdefault("threads", self._engine.threads)
+        request = {"action": job.action, "arguments": arguments, "out": str(job.out), "key": key, "memory": step.memory}
+        if isinstance(step, Merge) and step.split:
+            request["parts"] = [str(part) for part in part_places(self._plan.folder, key, step.split)]
+        return request
 
     def _check_space(self, order: list[Location]) -> None:
         """Merged models are nearly as large as their bases; what is there already is replaced."""

@@ -29,7 +29,7 @@ class Keys:
     """
 
     def __init__(self, folder: Location, found: Mapping[str, remote.Found]) -> None:
-        self._file, self._found = _inside(folder, _HASHES), found
+        self._file, self._found = inside(folder, _HASHES), found
         self._known: dict[str, list[Any]] = _read_json(self._file) or {}
         self._keys: dict[Location, str] = {}
 
@@ -85,7 +85,7 @@ class Records:
 
     def kept_report(self, job: Job, key: str) -> dict[str, Any] | None:
         """The report with which a job's output was made, if that output is there and nothing has changed since."""
-        place = _inside(self._folder, _record(job))
+        place = inside(self._folder, _record(job))
         record = _read_json(place) if isinstance(place, Path) else _as_object(self._contents.get(_record(job), b""))
         if record is None or record.get("key") != key or record.get("stamp") != self._stamp(job):
             return None
@@ -98,15 +98,12 @@ class Records:
             stamps = remote.stamps_of(job.out)
             self._add_stamps({f"{job.name}/{name}".rstrip("/"): stamp for name, stamp in stamps.items()})
         content = {"key": key, "out": str(job.out), "stamp": self._stamp(job), "report": report}
-        write_json(_inside(self._folder, _record(job)), content)
+        write_json(inside(self._folder, _record(job)), content)
 
     def forget(self, job: Job) -> None:
         """Let a job be done again, whatever becomes of its output."""
-        place = _inside(self._folder, _record(job))
-        if isinstance(place, Path):
-            place.unlink(missing_ok=True)
-        elif self._contents.pop(_record(job), None) is not None:
-            remote.remove(place)
+        if isinstance(self._folder, Path) or self._contents.pop(_record(job), None) is not None:
+            discard(inside(self._folder, _record(job)))
         self._stamps.pop(job.name, None)
 
     def _add_stamps(self, stamps: Mapping[str, str]) -> None:
@@ -132,8 +129,31 @@ def _record(job: Job) -> str:
     return f"{hashlib.sha256(job.name.encode()).hexdigest()[:24]}.json"
 
 
-def _inside(folder: Location, name: str) -> Location:
+def inside(folder: Location, name: str) -> Location:
+    """A place in a pipeline's own folder, which is in its output folder."""
     return folder / STATE / name if isinstance(folder, Path) else remote.join(folder, f"{STATE}/{name}")
+
+
+def discard(place: Location) -> None:
+    """Remove a file, if it is there."""
+    if isinstance(place, Path):
+        place.unlink(missing_ok=True)
+    else:
+        remote.remove(place)
+
+
+def part_places(folder: Location, key: str, count: int) -> list[Location]:
+    """Where the parts of a merge lie until they are assembled."""
+    return [inside(folder, f"{key[:32]}-{number}.part") for number in range(1, count + 1)]
+
+
+def discard_parts(folder: Location) -> None:
+    """Remove the parts of merges that a run which was killed has left."""
+    own = inside(folder, "")
+    names = [path.name for path in own.iterdir()] if isinstance(own, Path) else remote.stamps_of(own)
+    for name in names:
+        if name.endswith(".part"):
+            discard(inside(folder, name))
 
 
 def _read_json(place: Location) -> dict[str, Any] | None:

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, Final, NoReturn
 
 from gguflora import remote
@@ -26,6 +28,8 @@ _MODULES: Final = {
     "merge": "gguflora.merge",
     "inspect": "gguflora.inspect",
     "compare": "gguflora.compare",
+    "merge_part": "gguflora.merge_parts",
+    "assemble": "gguflora.merge_parts",
     **{name: f"gguflora.algebra.{name}" for name in ("combine", "resize", "extract", "export")},
 }
 _REPORTING: Final = {"inspect", "compare"}
@@ -81,9 +85,17 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)  # so that a terminated job removes its temporary files
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not get between
+    requests: SimpleQueue[str] = SimpleQueue()
+    Thread(target=_read, args=(requests,), daemon=True).start()
     with suppress(KeyboardInterrupt, BrokenPipeError):
-        for line in sys.stdin:
-            print(json.dumps(do(json.loads(line))), file=answers, flush=True)
+        while True:
+            print(json.dumps(do(json.loads(requests.get()))), file=answers, flush=True)
+
+
+def _read(requests: SimpleQueue[str]) -> None:
+    for line in sys.stdin:
+        requests.put(line)
+    os.kill(os.getpid(), signal.SIGTERM)  # who asked is gone: stop what is running
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ KINDS: Final[Mapping[str, Mapping[str, Kind]]] = {
     "extract": {"finetuned": "model", "base": "model"},
     "inspect": {"adapter": "adapter", "base": "config"},
     "load": {"path": "adapter"},
-    "assemble": {"base": "file", "adapters": "adapter", "base_f16": "model", "imatrix": "file"},
+    "assemble": {"base": "file", "adapters": "adapter", "imatrix": "file"},
     "merge_part": {"base": "file", "adapters": "adapter", "base_f16": "model", "imatrix": "file"},
     "merge": {"base": "file", "adapters": "adapter", "base_f16": "model", "imatrix": "file"},
     "read_adapter": {"path": "adapter"},

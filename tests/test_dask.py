@@ -1,0 +1,250 @@
+"""Recipes on a Dask cluster of real processes: the same bytes as at home, whoever is killed in the middle."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import builders
+import distributed
+import pytest
+from builders import Adapter
+from dask_cluster import PACKAGE, Cluster, is_alive, kill, wait_for
+from test_pipeline import outputs, statuses
+
+import gguflora
+from gguflora.errors import ClusterError
+from gguflora.pipeline import dask_client, dask_worker
+
+RECIPE = """
+output = "out"
+[[steps]]
+name = "small"
+action = "resize"
+for = { adapter = ["one", "two"] }
+adapter = "{adapter}"
+rank = 2
+memory = 600
+out = "{adapter}-r2"
+
+[[steps]]
+name = "lora"
+action = "convert"
+for = { adapter = "steps.small" }
+adapter = "{adapter}"
+base = "base.gguf"
+memory = 5000
+out = "{adapter}.gguf"
+
+[[steps]]
+name = "merged"
+action = "merge"
+base = "base.gguf"
+adapters = ["one", { path = "out/two-r2", scale = 0.5 }]
+split = 3
+out = "merged.gguf"
+"""
+
+
+@pytest.fixture(scope="module")
+def scheduler(tmp_path_factory):
+    with contextlib.closing(Cluster(tmp_path_factory.mktemp("cluster"))) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def workers(scheduler):
+    start_worker(scheduler)
+    start_worker(scheduler)
+    return scheduler
+
+
+@pytest.fixture
+def cluster(workers):
+    """With two workers that live, and an open gate."""
+    yield workers
+    workers.open_gate()
+    while sum(worker.poll() is None for worker in workers.workers) < 2:
+        start_worker(workers)
+
+
+def start_worker(cluster, **options):
+    return cluster.start_worker("--resources", "memory_mb=1000", **options)
+
+
+def recipe_in(folder, *names):
+    """The recipe, or some of its steps, and what it needs."""
+    shutil.copyfile(builders.gguf_model("llama", "wide", "Q4_K_M"), folder / "base.gguf")
+    for seed, name in enumerate(("one", "two")):
+        shutil.copytree(builders.adapter("llama", Adapter(seed=seed), "wide"), folder / name)
+    head, *steps = RECIPE.split("[[steps]]")
+    chosen = [step for step in steps if not names or step.split('"')[1] in names]
+    (folder / "recipe.toml").write_text("[[steps]]".join([head, *chosen]))
+    return folder / "recipe.toml"
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in outputs(folder) if name.startswith("out/")}
+
+
+@pytest.fixture(scope="module")
+def at_home(tmp_path_factory):
+    """What a run on this machine makes."""
+    folder = tmp_path_factory.mktemp("home")
+    assert set(statuses(gguflora.run_pipeline(recipe_in(folder)))) == {"done"}
+    return contents(folder)
+
+
+@contextlib.contextmanager
+def running(recipe, cluster, **options):
+    """A run in the background, from when its first jobs are at the closed gate; opens it at the end."""
+    cluster.close_gate()
+    with ThreadPoolExecutor(1) as pool:
+        report = pool.submit(gguflora.run_pipeline, recipe, scheduler=cluster.address, **options)
+        try:
+            wait_for(cluster.held)
+            yield report
+        finally:
+            cluster.open_gate()
+
+
+def litter(folder):
+    return [path for path in folder.rglob("*") if path.suffix in {".part", ".partial"}]
+
+
+def refused(match, recipe, address):
+    with pytest.raises(ClusterError, match=match):
+        gguflora.run_pipeline(recipe, scheduler=address)
+    assert not outputs(recipe.parent / "out")
+
+
+def test_no_scheduler_and_no_workers(scheduler, tmp_path, monkeypatch):
+    recipe = recipe_in(tmp_path, "small")
+    monkeypatch.setattr(dask_client, "_TIMEOUT", 0.5)
+    refused("tcp://127.0.0.1:9: no Dask scheduler can be reached", recipe, "tcp://127.0.0.1:9")
+    refused("tpc://127.0.0.1:9: no Dask scheduler can be reached", recipe, "tpc://127.0.0.1:9")
+    refused("the scheduler has no workers", recipe, scheduler.address)
+
+
+def test_the_same_bytes_as_at_home(cluster, at_home, tmp_path):
+    recipe = recipe_in(tmp_path)
+    report = gguflora.run_pipeline(recipe, scheduler=cluster.address)
+    assert statuses(report) == ["done"] * 5, [result.error for result in report.results]
+    assert contents(tmp_path) == at_home
+    assert report.results[-1].report["total"]["sv"] > 0.9
+    assert not litter(tmp_path)
+    assert set(statuses(gguflora.run_pipeline(recipe))) == {"kept"}  # here, too, and without the parts
+
+
+@pytest.mark.parametrize("victim", ["worker", "job"])
+def test_killed_in_the_middle(victim, cluster, at_home, tmp_path):
+    """A worker with its job, or a job alone: done again by somebody, and what was half done is gone."""
+    with running(recipe_in(tmp_path), cluster, jobs=1) as report:
+        job, worker = next(iter(cluster.held().items()))
+        kill(worker if victim == "worker" else job)
+        wait_for(lambda: not is_alive(job))
+        assert is_alive(worker) == (victim == "job")
+        wait_for(lambda: cluster.held().keys() - {job})
+    assert statuses(report.result()) == ["done"] * 5
+    assert contents(tmp_path) == at_home
+    assert not litter(tmp_path)
+
+
+def test_worker_killed_in_a_part_of_a_merge(cluster, at_home, tmp_path):
+    recipe = recipe_in(tmp_path, "merged")
+    recipe.write_text(recipe.read_text().replace("out/two-r2", "two-r2"))
+    gguflora.resize(tmp_path / "two", tmp_path / "two-r2", rank=2)
+    with running(recipe, cluster) as report:
+        wait_for(lambda: len(cluster.held()) == 2)
+        job, worker = next(iter(cluster.held().items()))
+        kill(worker)
+        wait_for(lambda: not is_alive(job))
+    assert statuses(report.result()) == ["done"]
+    assert contents(tmp_path)["out/merged.gguf"] == at_home["out/merged.gguf"]
+    assert not litter(tmp_path)
+
+
+def test_memory_that_workers_declare(cluster, tmp_path):
+    """Of two jobs of 600 MB each, one is done at a time on a worker with 1000 MB; one of 5000 MB is done alone."""
+    worker = cluster.start_worker("--nthreads", 3, "--resources", "memory_mb=1000")
+    recipe = recipe_in(tmp_path, "small")
+    recipe.write_text(recipe.read_text().replace('"one", "two"', '"one", "two", "three", "four"'))
+    for name in ("three", "four"):
+        shutil.copytree(tmp_path / "one", tmp_path / name)
+    try:
+        with running(recipe, cluster, jobs=4) as report:
+            wait_for(lambda: len(cluster.held()) == 3)
+            with distributed.Client(cluster.address, set_as_default=False) as client:
+                tasks = client.processing()
+            assert sorted(len(keys) for keys in tasks.values()) == [1, 1, 1]
+            assert len(set(cluster.held().values())) == 3
+        assert statuses(report.result()) == ["done"] * 4
+    finally:
+        worker.terminate()
+        worker.wait()
+
+
+def test_a_failure_takes_nothing_else_down(cluster, tmp_path):
+    recipe = recipe_in(tmp_path)
+    weights = tmp_path / "one/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    report = gguflora.run_pipeline(recipe, scheduler=cluster.address, keep_going=True)
+    found = {result.out.name: result for result in report.results}
+    assert {name: result.status for name, result in found.items()} == {
+        "one-r2": "failed", "two-r2": "done", "one-r2.gguf": "left", "two-r2.gguf": "done", "merged.gguf": "failed",
+    }  # fmt: skip
+    for name in ("one-r2", "merged.gguf"):
+        assert str(weights) in found[name].error
+    assert not litter(tmp_path)
+
+
+def test_interrupted(cluster, tmp_path):
+    """Ctrl+C at the client: jobs are stopped where they run, and nothing of them is left."""
+    cluster.close_gate()
+    command = [sys.executable, "-m", "gguflora", "pipeline", recipe_in(tmp_path), "--scheduler", cluster.address]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)})
+    jobs = wait_for(cluster.held)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) != 0
+    wait_for(lambda: not any(map(is_alive, jobs)))
+    assert not outputs(tmp_path / "out")
+    with distributed.Client(cluster.address, set_as_default=False) as client:
+        assert not any(client.processing().values())
+
+
+def test_worker_with_another_version(cluster, tmp_path):
+    """That was there before, that came later, and one so old that it has no workers."""
+    recipe = recipe_in(tmp_path, "small")
+    for folder, kept in (("other", lambda name: name != "_version.py"), ("old", lambda name: name == "__init__.py")):
+        (tmp_path / folder / "gguflora").mkdir(parents=True)
+        for path in filter(lambda path: kept(path.name), PACKAGE.iterdir()):
+            (tmp_path / folder / "gguflora" / path.name).symlink_to(path)
+        (tmp_path / folder / "gguflora" / "_version.py").write_text('__version__ = "0.0.1"\n')
+        worker = start_worker(cluster, path=[tmp_path / folder])
+        with distributed.Client(cluster.address, set_as_default=False) as client:
+            client.wait_for_workers(3)
+        said = "has gguflora 0.0.1, expected" if folder == "other" else f"has no gguflora {gguflora.__version__} "
+        refused(f"tcp://.*: {said}", recipe, cluster.address)
+        worker.terminate()
+        worker.wait()
+    with distributed.Client(cluster.address, set_as_default=False) as client:
+        assert "expected 0.0.2" in client.submit(dask_worker.do, {"version": "0.0.2"}).result()["error"]
+
+
+def test_workers_that_do_not_share_the_folder(cluster, tmp_path, monkeypatch):
+    """Under /proc/self/cwd every process sees its own folder."""
+    recipe_in(tmp_path, "small")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ClusterError, match="does not see /proc/self/cwd as this machine does"):
+        dask_client.DaskEngine(cluster.address, at_a_time=1, memory=None, shared=Path("/proc/self/cwd"))
+
+
+def test_scheduler_that_dies(cluster, tmp_path):
+    """The last test: there is no cluster after it."""
+    with running(recipe_in(tmp_path), cluster) as report:
+        cluster.scheduler.kill()
+        assert {result.status for result in report.result(60).results} == {"failed", "left"}
