@@ -51,8 +51,8 @@ class Cluster:
             )
 
     def start_worker(self, *options, path=()):
-        """A process with one thread."""
-        worker = self._start("worker", self.address, "--no-nanny", "--nthreads", 1, *options, path=path)
+        """A process with two threads."""
+        worker = self._start("worker", self.address, "--no-nanny", "--nthreads", 2, *options, path=path)
         self.workers.append(worker)
         return worker
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,11 +66,17 @@ def workers(scheduler):
 
 @pytest.fixture
 def cluster(workers):
-    """With two workers that live, and an open gate."""
-    yield workers
+    """With two workers of two threads that live, and an open gate."""
     workers.open_gate()
     while sum(worker.poll() is None for worker in workers.workers) < 2:
         start_worker(workers)
+    with client_of(workers) as client:
+        client.wait_for_workers(2)
+    return workers
+
+
+def client_of(cluster):
+    return distributed.Client(cluster.address, set_as_default=False)
 
 
 def start_worker(cluster, **options):
@@ -169,23 +176,16 @@ def test_worker_killed_in_a_part_of_a_merge(cluster, at_home, tmp_path):
 
 
 def test_memory_that_workers_declare(cluster, tmp_path):
-    """Of two jobs of 600 MB each, one is done at a time on a worker with 1000 MB; one of 5000 MB is done alone."""
-    worker = cluster.start_worker("--nthreads", 3, "--resources", "memory_mb=1000")
+    """Of jobs of 600 MB one at a time is done by a worker with 1000 MB and two threads."""
     recipe = recipe_in(tmp_path, "small")
-    recipe.write_text(recipe.read_text().replace('"one", "two"', '"one", "two", "three", "four"'))
     for name in ("three", "four"):
         shutil.copytree(tmp_path / "one", tmp_path / name)
-    try:
-        with running(recipe, cluster, jobs=4) as report:
-            wait_for(lambda: len(cluster.held()) == 3)
-            with distributed.Client(cluster.address, set_as_default=False) as client:
-                tasks = client.processing()
-            assert sorted(len(keys) for keys in tasks.values()) == [1, 1, 1]
-            assert len(set(cluster.held().values())) == 3
-        assert statuses(report.result()) == ["done"] * 4
-    finally:
-        worker.terminate()
-        worker.wait()
+    recipe.write_text(recipe.read_text().replace('"one", "two"', '"one", "two", "three", "four"'))
+    with running(recipe, cluster) as report:
+        wait_for(lambda: len(cluster.held()) == 2)
+        time.sleep(0.5)
+        assert len(cluster.held()) == len(set(cluster.held().values())) == 2
+    assert statuses(report.result()) == ["done"] * 4
 
 
 def test_a_failure_takes_nothing_else_down(cluster, tmp_path):
@@ -212,26 +212,38 @@ def test_interrupted(cluster, tmp_path):
     assert process.wait(20) != 0
     wait_for(lambda: not any(map(is_alive, jobs)))
     assert not outputs(tmp_path / "out")
-    with distributed.Client(cluster.address, set_as_default=False) as client:
+    with client_of(cluster) as client:
         assert not any(client.processing().values())
 
 
-def test_worker_with_another_version(cluster, tmp_path):
-    """That was there before, that came later, and one so old that it has no workers."""
-    recipe = recipe_in(tmp_path, "small")
-    for folder, kept in (("other", lambda name: name != "_version.py"), ("old", lambda name: name == "__init__.py")):
-        (tmp_path / folder / "gguflora").mkdir(parents=True)
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Packages: gguflora of another version, and one that is so old that it does not know Dask."""
+    folder = tmp_path_factory.mktemp("others")
+    for name, kept in (("other", lambda name: name != "_version.py"), ("old", lambda name: name == "__init__.py")):
+        (folder / name / "gguflora").mkdir(parents=True)
         for path in filter(lambda path: kept(path.name), PACKAGE.iterdir()):
-            (tmp_path / folder / "gguflora" / path.name).symlink_to(path)
-        (tmp_path / folder / "gguflora" / "_version.py").write_text('__version__ = "0.0.1"\n')
-        worker = start_worker(cluster, path=[tmp_path / folder])
-        with distributed.Client(cluster.address, set_as_default=False) as client:
+            (folder / name / "gguflora" / path.name).symlink_to(path)
+        (folder / name / "gguflora" / "_version.py").write_text('__version__ = "0.0.1"\n')
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("other", "said"), [("other", "has gguflora 0.0.1, expected"), ("old", f"has no gguflora {gguflora.__version__}")]
+)
+def test_worker_with_another_version(other, said, cluster, others, tmp_path):
+    worker = start_worker(cluster, path=[others / other])
+    try:
+        with client_of(cluster) as client:
             client.wait_for_workers(3)
-        said = "has gguflora 0.0.1, expected" if folder == "other" else f"has no gguflora {gguflora.__version__} "
-        refused(f"tcp://.*: {said}", recipe, cluster.address)
-        worker.terminate()
+        refused(f"tcp://.*: {said}", recipe_in(tmp_path, "small"), cluster.address)
+    finally:
+        worker.kill()
         worker.wait()
-    with distributed.Client(cluster.address, set_as_default=False) as client:
+
+
+def test_client_with_another_version_than_a_worker_that_came_later(cluster):
+    with client_of(cluster) as client:
         assert "expected 0.0.2" in client.submit(dask_worker.do, {"version": "0.0.2"}).result()["error"]
 
 
@@ -240,7 +252,7 @@ def test_workers_that_do_not_share_the_folder(cluster, tmp_path, monkeypatch):
     recipe_in(tmp_path, "small")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ClusterError, match="does not see /proc/self/cwd as this machine does"):
-        dask_client.DaskEngine(cluster.address, at_a_time=1, memory=None, shared=Path("/proc/self/cwd"))
+        dask_client.DaskEngine(cluster.address, at_a_time=1, memory=None, store=Path("/proc/self/cwd"))
 
 
 def test_scheduler_that_dies(cluster, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gguflora.errors import OutputError
-from gguflora.files.output import atomic_output, atomic_outputs, path_of
+from gguflora.files.output import atomic_folder, atomic_output, atomic_outputs, path_of
 
 
 @pytest.fixture(params=["unnamed", "named"])
@@ -168,3 +168,17 @@ def test_litter_of_the_living_stays(folder, monkeypatch):
         assert len(list(folder.glob(".out.*.partial"))) == 1
     assert (folder / "out").read_bytes() == b"slow"
     assert list(folder.iterdir()) == [folder / "out"]
+
+
+def test_folders_of_the_dead_and_of_the_living(tmp_path):
+    """What a killed process has left goes; what another is writing stays."""
+    target, dead = tmp_path / "out", tmp_path / ".out.12345678.partial"
+    dead.mkdir()
+    (dead / "half").touch()
+    with atomic_folder(target) as first:
+        (first / "file").write_text("first")
+        with atomic_folder(target) as second:
+            (second / "file").write_text("second")
+            assert {first, second} == set(tmp_path.iterdir())
+    assert (target / "file").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [target]

@@ -154,5 +154,16 @@ def write_peft_directory(folder: Path, tensors: Mapping[str, Array], config: Map
     """
     from safetensors.numpy import save  # noqa: PLC0415  (only where adapters are written)
 
-    (folder / WEIGHTS).write_bytes(save(dict(tensors), {"format": "pt", "gguflora": __version__}))
+    content = save(dict(tensors), {"format": "pt", "gguflora": __version__})
+    (folder / WEIGHTS).write_bytes(_with_ordered_metadata(content))
     (folder / FILE_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _with_ordered_metadata(content: bytes) -> bytes:
+    """A safetensors file that is the same each time: the library writes the metadata in random order."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]

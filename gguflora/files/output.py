@@ -176,10 +176,15 @@ def _remove_litter(target: Path) -> None:
         litter = [Path(e.path) for e in entries if e.name.startswith(start) and e.name.endswith(".partial")]
     for path in litter:
         with suppress(OSError):
-            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            is_folder = path.is_dir() and not path.is_symlink()
+            mode = os.O_RDONLY | os.O_DIRECTORY if is_folder else os.O_RDWR
+            handle = os.open(path, mode | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+                if is_folder:
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
             finally:
                 os.close(handle)
 
@@ -216,15 +221,22 @@ def check_folder_target(target: Path, inputs: Iterable[Path], *, marker: str, fo
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A directory that becomes ``target`` when the block ends, and leaves nothing behind when it fails.
 
+    What a killed process leaves the next output of the same name removes.
+
     Raises:
         OutputError: if it cannot be written.
     """
     target = target.absolute()
-    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
+    token = secrets.token_hex(4)  # process numbers are not enough: other machines may share the file system
+    beside = target.with_name(f".{target.name}.{token}.partial")
+    replaced = target.with_name(f".{target.name}.{token}.old.partial")
     try:
+        _remove_litter(target)
         beside.mkdir()
+        held = os.open(beside, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
+            with suppress(OSError):  # not all file systems have locks
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield beside
             for path in beside.iterdir():
                 _sync_file(path)
@@ -233,6 +245,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
                 target.replace(replaced)
             beside.replace(target)
         finally:
+            os.close(held)
             shutil.rmtree(beside, ignore_errors=True)
             shutil.rmtree(replaced, ignore_errors=True)
         _sync_folder(target.parent)
