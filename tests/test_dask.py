@@ -147,6 +147,20 @@ def test_the_same_bytes_as_at_home(cluster, at_home, tmp_path):
     assert set(statuses(gguflora.run_pipeline(recipe))) == {"kept"}  # here, too, and without the parts
 
 
+def test_store_of_fsspec(cluster, at_home, tmp_path):
+    """Workers and client meet in a store that is no folder; the parts of the merge, too."""
+    recipe = recipe_in(tmp_path)
+    there = f"local://{tmp_path}/out"
+    recipe.write_text(
+        recipe.read_text().replace('output = "out"', f'output = "{there}"').replace("out/two", f"{there}/two")
+    )
+    report = gguflora.run_pipeline(recipe, scheduler=cluster.address)
+    assert statuses(report) == ["done"] * 5, [result.error for result in report.results]
+    assert report.results[-1].out == f"{there}/merged.gguf"
+    assert contents(tmp_path) == at_home
+    assert not litter(tmp_path)
+
+
 @pytest.mark.parametrize("victim", ["worker", "job"])
 def test_killed_in_the_middle(victim, cluster, at_home, tmp_path):
     """A worker with its job, or a job alone: done again by somebody, and what was half done is gone."""
