@@ -22,9 +22,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gguflora"
 
 
-def is_offline() -> bool:
-    """Whether nobody may be asked: huggingface_hub's variable holds for all stores."""
-    return is_on("HF_HUB_OFFLINE")
+def is_offline(url: str) -> bool:
+    """Whether nobody may be asked: GGUFLORA_OFFLINE says so for all stores, HF_HUB_OFFLINE for the Hub."""
+    if url.startswith(("file://", "local://", "memory://")):
+        return False
+    return is_on("GGUFLORA_OFFLINE") or (url.startswith("hf://") and is_on("HF_HUB_OFFLINE"))
+
+
+def not_fetched(url: str) -> RemoteError:
+    """The error of a file that is asked for offline and not in the cache."""
+    variable = "GGUFLORA_OFFLINE" if is_on("GGUFLORA_OFFLINE") else "HF_HUB_OFFLINE"
+    return RemoteError(f"{shown(url)}: was not fetched before, and {variable} forbids to fetch it now")
 
 
 def is_on(variable: str) -> bool:
@@ -84,6 +92,16 @@ def record_sha256(path: Path, sha256: str) -> None:
     draft = record.with_suffix(f".{os.getpid()}.new")
     draft.write_text(json.dumps({"path": str(path), "stamp": _stamp(path), "sha256": sha256}), encoding="utf-8")
     draft.replace(record)
+
+
+def has_record(path: Path) -> bool:
+    """Whether a file was found sound before."""
+    return _record_of(path).exists()
+
+
+def forget(path: Path) -> None:
+    """Drop the record of a file."""
+    _record_of(path).unlink(missing_ok=True)
 
 
 def check_sha256(location: str, found: str, *expected: str | None) -> None:

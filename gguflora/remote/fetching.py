@@ -22,15 +22,15 @@ def fetch(location: str, kind: Kind = "file", *, offline: bool | None = None, al
     Args:
         location: a URL of fsspec, with ``#sha256=...`` to check the file, or ``hf://org/name[@revision][/path]``.
         kind: which files of a folder are needed; of a split GGUF model all are fetched.
-        offline: use what was fetched before, ask nobody; by default as HF_HUB_OFFLINE says.
+        offline: use what was fetched before, ask nobody; the default is GGUFLORA_OFFLINE, or HF_HUB_OFFLINE for the Hub.
         allow_pickle: fetch ``.bin`` files, too; by default as GGUFLORA_ALLOW_PICKLE says.
 
     Raises:
         RemoteError: if it cannot be read, or its checksum is wrong.
         OutputError: if the cache cannot be written.
     """
-    offline = cache.is_offline() if offline is None else offline
     url, sha256 = split_checksum(location)
+    offline = cache.is_offline(url) if offline is None else offline
     if url.startswith(("file://", "local://")):
         return _local(url)
     if offline and not hub.is_hub(url):
@@ -71,10 +71,10 @@ def look(location: str, kind: Kind = "file") -> Found:
         RemoteError: if there is nothing, or it cannot be read.
     """
     url, sha256 = split_checksum(location)
-    if url.startswith(("file://", "local://")) or (cache.is_offline() and not hub.is_hub(url)):
+    if url.startswith(("file://", "local://")) or (cache.is_offline(url) and not hub.is_hub(url)):
         fetch(location, kind)
         return Found(None, None)
-    files, _ = _list(url, kind, offline=cache.is_offline(), allow_pickle=None)
+    files, _ = _list(url, kind, offline=cache.is_offline(url), allow_pickle=None)
     known = [file.size for file in files if file.size is not None]
     contents = [f"{file.name} {file.content}" for file in files if file.content]
     content = hashlib.sha256("\n".join(contents).encode()).hexdigest() if len(contents) == len(files) else None
@@ -116,5 +116,5 @@ def _newest(url: str) -> Path:
     """The version of a file or folder that was asked for last."""
     found = [path for path in _place(url).glob(f"*/{glob.escape(file_name(url))}") if path.exists()]
     if not found:
-        raise RemoteError(f"{shown(url)}: was not fetched before, and HF_HUB_OFFLINE forbids to fetch it now")
+        raise cache.not_fetched(url)
     return max(found, key=lambda path: (path if path.is_dir() else path.parent).stat().st_mtime_ns)

@@ -100,7 +100,7 @@ def _cached(url: str, place: Place) -> list[RemoteFile]:
     snapshot = folder / "snapshots" / commit
     paths = [path for path in snapshot.rglob("*") if path.is_file()]
     if not paths:
-        raise RemoteError(f"{shown(url)}: was not fetched before, and HF_HUB_OFFLINE forbids to fetch it now")
+        raise cache.not_fetched(url)
     return [_cached_file(path, str(path.relative_to(snapshot)), commit) for path in paths]
 
 
@@ -120,41 +120,38 @@ def fetch(url: str, files: Sequence[RemoteFile], *, is_folder: bool, offline: bo
     Raises:
         RemoteError: if one cannot be fetched, or its hash is wrong.
     """
-    place, library = place_of(url), _library(url)
-    found = []
-    for file in files:
-        with asking(url):
-            found.append(
-                Path(
-                    library.hf_hub_download(
-                        place.repo,
-                        file.path,
-                        revision=place.revision,
-                        endpoint=_endpoint(),
-                        local_files_only=offline,
-                    )
-                )
-            )
+    place = place_of(url)
+    found = [_download(url, place, file, offline=offline, sha256=sha256) for file in files]
     commits = {path.parts[-1 - file.path.count("/") - 1] for path, file in zip(found, files, strict=True)}
     if len(commits) > 1:
         raise RemoteError(f"{shown(url)}: the repository was changed while it was read; try again")
-    for path, file in zip(found, files, strict=True):
-        _check(url, path, file, sha256)
     return _linked(url, place, commits.pop(), found) if is_folder else found[0]
 
 
-def _check(url: str, path: Path, file: RemoteFile, sha256: str | None) -> None:
-    blob = Path(os.path.realpath(path))
-    with cache.held(cache.make_folder(cache.cache_folder()) / blob.name):
-        found = cache.recorded_sha256(blob) or cache.sha256_of(blob)
-        try:
-            cache.check_sha256(f"{url}, {file.path}", found, file.sha256, _sha256_in(blob.name))
-        except RemoteError:
-            path.unlink()
-            blob.unlink(missing_ok=True)
-            raise
-        cache.record_sha256(blob, found)
-    cache.check_sha256(url, found, sha256)
+def _download(url: str, place: Place, file: RemoteFile, *, offline: bool, sha256: str | None) -> Path:
+    """A file in huggingface_hub's cache, its hash checked; one that was sound once and is damaged now comes again."""
+    while True:
+        with asking(url):
+            fetched = _library(url).hf_hub_download(
+                place.repo, file.path, revision=place.revision, endpoint=_endpoint(), local_files_only=offline
+            )
+        path = Path(fetched)
+        blob = Path(os.path.realpath(path))
+        with cache.held(cache.make_folder(cache.cache_folder() / "checksums") / blob.name):
+            was_sound = cache.has_record(blob)
+            found = cache.recorded_sha256(blob) or cache.sha256_of(blob)
+            try:
+                cache.check_sha256(f"{url}, {file.path}", found, file.sha256, _sha256_in(blob.name))
+            except RemoteError:
+                cache.forget(blob)
+                path.unlink()
+                blob.unlink(missing_ok=True)
+                if was_sound and not offline:
+                    continue
+                raise
+            cache.record_sha256(blob, found)
+        cache.check_sha256(url, found, sha256)
+        return path
 
 
 def _linked(url: str, place: Place, commit: str, files: Sequence[Path]) -> Path:
@@ -178,7 +175,7 @@ def find(pattern: str) -> list[str]:
         RemoteError: if the repository cannot be read.
     """
     place = place_of(pattern)
-    files = _cached(pattern, place) if cache.is_offline() else _siblings(pattern, place)
+    files = _cached(pattern, place) if cache.is_offline(pattern) else _siblings(pattern, place)
     paths = {path for file in files for path in (file.path, *map(str, PurePosixPath(file.path).parents)) if path != "."}
     from fsspec.utils import glob_translate  # noqa: PLC0415
 
@@ -204,7 +201,7 @@ def _name(path: str) -> str:
 def _library(url: str) -> Any:  # noqa: ANN401  (loaded only when a repository is named)
     if not importlib.util.find_spec("huggingface_hub"):
         raise RemoteError(f"{shown(url)}: hf:// needs huggingface_hub: pip install 'gguflora[remote]'")
-    import huggingface_hub  # noqa: PLC0415
+    import huggingface_hub.constants  # noqa: PLC0415
 
     return huggingface_hub
 

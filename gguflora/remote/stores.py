@@ -84,7 +84,8 @@ def reason(error: BaseException) -> str:
     chain = [error]
     while (cause := chain[-1].__cause__) is not None and cause not in chain:
         chain.append(cause)
-    known = [text for one in reversed(chain) if (text := _meaning(one))]
+    named = [_EXCEPTIONS[name] for one in chain if (name := type(one).__name__) in _EXCEPTIONS]
+    known = named or [text for one in reversed(chain) if (text := _meaning(one))]
     if known:
         return known[0]
     if isinstance(error, FileNotFoundError):
@@ -93,10 +94,7 @@ def reason(error: BaseException) -> str:
 
 
 def _meaning(error: BaseException) -> str | None:
-    """What one exception means, where it can be told from its class or status."""
-    name = type(error).__name__
-    if name in _EXCEPTIONS:
-        return _EXCEPTIONS[name]
+    """What one exception means, where it can be told from its status or class."""
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(status, int) and status >= 400:
         return f"{_STATUS.get(status, 'the server failed')} (HTTP {status})"
@@ -142,7 +140,11 @@ def _list_web(store: Any, url: str, kind: Kind, *, allow_pickle: bool) -> tuple[
         others = [(name, url.replace(own[_NUMBERS], name[_NUMBERS])) for name in parts_of(own) if name != own]
         return [first, *(remote_file(name, store.info(other)) for name, other in others)], False
     folder = entry["url"]
-    links = {file_name(link): link for link in store.ls(folder, detail=False) if not link.endswith("/")}
+    problem: Exception | None = None
+    try:
+        links = {file_name(link): link for link in store.ls(folder, detail=False) if not link.endswith("/")}
+    except Exception as error:  # most servers list nothing, but have the files
+        links, problem = {}, error
     candidates = [*links, *NAMES[kind], *(PICKLES.get(kind, ()) if allow_pickle else ())]
     found = {}
     for name in dict.fromkeys(candidates):
@@ -150,6 +152,8 @@ def _list_web(store: Any, url: str, kind: Kind, *, allow_pickle: bool) -> tuple[
             found[name] = links[name]
         elif store.exists(folder + name):
             found[name] = folder + name
+    if problem and not found:
+        raise problem
     chosen = wanted(url, found, kind, allow_pickle=allow_pickle)
     return [remote_file(name, store.info(found[name])) for name in chosen], True
 
