@@ -118,8 +118,8 @@ def test_a_download_that_is_cut_short_goes_on(site, place, monkeypatch):
     spans = site.bodies("/big.gguf") + site.bodies("/big.bin")
     starts = [int(span.removeprefix("bytes=").rstrip("-")) if span else 0 for span in spans]
     assert starts[0] == 0
-    assert 400_000 < starts[1] <= 700_000
-    assert starts[1] + 400_000 < starts[2] <= 1_400_000
+    assert 100_000 < starts[1] <= 700_000
+    assert starts[1] + 100_000 < starts[2] <= 1_400_000
     assert len(starts) == 3
 
 
@@ -139,7 +139,7 @@ remote.fetch(sys.argv[1])
     assert remote.fetch(f"{site.url}/big.bin").read_bytes() == BYTES
     first, second = site.bodies("/big.bin")
     assert first is None
-    assert int(second.removeprefix("bytes=").rstrip("-")) > 500_000
+    assert int(second.removeprefix("bytes=").rstrip("-")) > 100_000
 
 
 @pytest.mark.parametrize("place", ["hf://org/models/a/b/big.gguf", "{url}/big.bin#sha256=" + SHA])

@@ -22,7 +22,7 @@ def fetch(location: str, kind: Kind = "file", *, offline: bool | None = None, al
     Args:
         location: a URL of fsspec, with ``#sha256=...`` to check the file, or ``hf://org/name[@revision][/path]``.
         kind: which files of a folder are needed; of a split GGUF model all are fetched.
-        offline: use what was fetched before, ask nobody; the default is GGUFLORA_OFFLINE, or HF_HUB_OFFLINE for the Hub.
+        offline: use what was fetched before, ask nobody; by default as GGUFLORA_OFFLINE or the Hub's variable says.
         allow_pickle: fetch ``.bin`` files, too; by default as GGUFLORA_ALLOW_PICKLE says.
 
     Raises:
