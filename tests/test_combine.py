@@ -133,6 +133,30 @@ def test_cat_of_different_ranks_is_the_exact_sum(tmp_path):
         np.testing.assert_allclose(delta, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["linear", "ties", "cat", "svd", "ties_svd"])
+def test_rslora_is_taken_as_it_acts(method, tmp_path):
+    """PEFT copies ``use_rslora`` from the first adapter to the result, whose change then is sqrt(rank) too large."""
+    rslora = Adapter(targets=ATTENTION, rank=4, alpha=8, options=(("use_rslora", True),), seed=5)
+    plain = Adapter(targets=ATTENTION, rank=4, alpha=3, seed=6)
+    ours, theirs, _ = options_of(method, "total")
+    rank = 8 if method in {"cat", "svd"} else 4
+    size = {"rank": rank} if method.endswith("svd") else {}
+    wanted = {}
+    for first, adapters in (("rslora", paths((rslora, plain))), ("plain", paths((plain, rslora)))):
+        weights = WEIGHTS[:2] if first == "rslora" else WEIGHTS[1::-1]
+        weighted = list(zip(adapters, weights, strict=True))
+        gguflora.combine(weighted, tmp_path / first, method=method, **ours, **size)
+        svd_rank = {"svd_rank": rank} if size else {}
+        wanted[first] = peft_deltas(adapters, weights, method, **theirs, **svd_rank)
+    assert_same(our_deltas(tmp_path / "plain"), wanted["plain"], 2e-5)
+    assert_same(our_deltas(tmp_path / "rslora"), wanted["plain"], 2e-5)
+    assert_same(our_deltas(tmp_path / "rslora"), {n: d / rank**0.5 for n, d in wanted["rslora"].items()}, 2e-5)
+    if method in {"cat", "svd"}:
+        one, two = (our_deltas(path) for path in paths((rslora, plain)))
+        total = {name: WEIGHTS[0] * delta + WEIGHTS[1] * two[name] for name, delta in one.items()}
+        assert_same(our_deltas(tmp_path / "rslora"), total, 2e-5)
+
+
 @pytest.mark.parametrize("method", ["ties", "dare_ties_svd", "cat"])
 def test_one_adapter_is_only_scaled(method, tmp_path):
     ours, theirs, masks = options_of(method, "total")
