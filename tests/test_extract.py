@@ -37,14 +37,45 @@ def test_known_adapter_comes_back_from_f32(arch, tmp_path):
     assert report.unchanged == len(oracles.tensors(base)) - report.tensors
 
 
-def test_known_adapter_comes_back_from_f16(tmp_path):
-    """What F16 rounds away is noise of all ranks, of which a low rank has little."""
+def distance(found, wanted):
+    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+
+
+def best_of_rank(matrix, rank):
+    """The closest matrix of a rank, by numpy's SVD."""
+    u, sizes, v = np.linalg.svd(matrix, full_matrices=False)
+    return (u[:, :rank] * sizes[:rank]) @ v[:rank]
+
+
+@pytest.mark.parametrize(("outtype", "rank", "scale"), [("F16", 4, 0.1), ("F16", 16, 0.2), ("BF16", 4, 1.0)])
+def test_known_adapter_comes_back_through_rounding(outtype, rank, scale, tmp_path):
+    """To 1e-3, and to less than half of the error of the best approximation of what lies between the two files."""
+    spec, base = Adapter(rank=rank, alpha=8), builders.gguf_model("llama", "wide", outtype)
+    adapter, tuned = builders.adapter("llama", spec, "wide"), tmp_path / "tuned.gguf"
+    gguflora.merge(base, [(adapter, scale)], tuned)
+    gguflora.extract(tuned, base, tmp_path / "lora.gguf", rank=rank, outtype="f32")
+    gguflora.convert(adapter, base, tmp_path / "known.gguf", outtype="f32", scale=scale)
+    known, found = (oracles.lora_changes(tmp_path / name) for name in ("known.gguf", "lora.gguf"))
+    before, after = oracles.tensors(base), oracles.tensors(tuned)
+    assert found.keys() == known.keys()
+    for name, change in known.items():
+        svd = best_of_rank(after[name].astype(np.float64) - before[name], rank)
+        assert distance(found[name], change) < min(1e-3, 0.5 * distance(svd, change)), name
+
+
+def test_change_of_full_rank_in_f16_is_approximated_best(tmp_path):
+    """Beyond the rank there is more than rounding: the closest matrix is asked for, not the likeliest."""
     base = builders.gguf_model("llama", "wide", "F16")
-    tuned = merged("llama", base, SPEC, tmp_path / "tuned.gguf", "wide")
-    gguflora.extract(tuned, base, tmp_path / "lora.gguf", rank=4, outtype="f32")
-    gguflora.convert(builders.adapter("llama", SPEC, "wide"), base, tmp_path / "known.gguf", outtype="f32")
-    known = oracles.lora_changes(tmp_path / "known.gguf")
-    assert_same_changes(oracles.lora_changes(tmp_path / "lora.gguf"), known, 1e-3)
+    name, values = "blk.0.ffn_up.weight", oracles.tensors(base)["blk.0.ffn_up.weight"]
+    change = 0.02 * values.std() * np.random.default_rng(3).standard_normal(values.shape)
+    tuned = tmp_path / "tuned.gguf"
+    edited(base, tuned, {name: (values + change).astype(np.float16)})
+    report = gguflora.extract(tuned, base, tmp_path / "lora.gguf", rank=8, iterations=12, outtype="f32")
+    difference = oracles.tensors(tuned)[name].astype(np.float64) - values
+    best = distance(best_of_rank(difference, 8), difference)
+    found = distance(oracles.lora_changes(tmp_path / "lora.gguf")[name], difference)
+    assert best * (1 - 1e-6) <= found <= best * 1.001
+    assert found == pytest.approx(report.errors[name], rel=1e-4)
 
 
 @pytest.mark.parametrize("outtype", ["Q8_0", "Q4_K_M"])
@@ -92,14 +123,14 @@ def test_file_to_peft_directory(name, tmp_path):
 
 
 def edited(source, target, values):
-    """A copy of a GGUF file with other values in some F32 tensors."""
+    """A copy of a GGUF file with other values in some F32 (or, for such arrays, F16) tensors."""
     from gguflora.files.gguf import GgufFile
 
     shutil.copyfile(source, target)
     with GgufFile(source) as file, target.open("r+b") as out:
         for name, array in values.items():
             out.seek(file.tensors[name].offset)
-            out.write(array.astype(np.float32).tobytes())
+            out.write(array.astype(np.float16 if array.dtype == np.float16 else np.float32).tobytes())
 
 
 def test_what_a_lora_cannot_hold_is_named(tmp_path):

@@ -37,6 +37,7 @@ class Difference:
         n_columns: of it.
         transposed: whether the Hugging Face model keeps it as (n_in, n_out).
         problem: why a LoRA could not hold its change.
+        rounded_to: the type of 16 bits, ``F16`` or ``BF16``, that the tuned model's values were rounded to.
         rows: reads the values of some rows of the tuned model and of the base, float32.
     """
 
@@ -45,22 +46,24 @@ class Difference:
     n_columns: int
     transposed: bool
     problem: str | None
+    rounded_to: str | None
     rows: Callable[[int, int], tuple[Floats, Floats]]
 
     def blocks(self) -> Iterator[tuple[int, Floats]]:
         """The difference in blocks of rows, each with the number of its first row."""
-        for first, tuned, base in self._both():
+        for first, tuned, base in self.both():
             yield first, tuned - base
 
     def relative_norm(self) -> float:
         """Norm of the difference, divided by that of the base's values."""
         change = base_norm = 0.0
-        for _, tuned, base in self._both():
+        for _, tuned, base in self.both():
             change += float(((tuned - base).astype(np.float64) ** 2).sum())
             base_norm += float((base.astype(np.float64) ** 2).sum())
         return float(np.sqrt(change / base_norm)) if base_norm else float(np.sqrt(change))
 
-    def _both(self) -> Iterator[tuple[int, Floats, Floats]]:
+    def both(self) -> Iterator[tuple[int, Floats, Floats]]:
+        """The values of both models in blocks of rows, each with the number of its first row."""
         step = max(1, _BLOCK // self.n_columns)
         for first in range(0, self.n_rows, step):
             yield first, *self.rows(first, min(first + step, self.n_rows))
@@ -131,7 +134,7 @@ def _of_tensor(tuned: GgufFile, base: GgufFile, name: str, *, is_tied: bool) -> 
                 _read(base, theirs, start + first, start + last),
             )
 
-        yield Difference(f"{name}{expert}", n_rows, ours.n_in, False, problem, rows)
+        yield Difference(f"{name}{expert}", n_rows, ours.n_in, False, problem, _half(ours.type.name), rows)
 
 
 def _read(file: GgufFile, tensor: TensorEntry, first: int, last: int) -> Floats:
@@ -184,7 +187,11 @@ def _of_weight(tuned: Checkpoint, base: Checkpoint, name: str, config: dict[str,
         numbers = np.arange(first, last)
         return tuned.read_rows(ours, numbers), base.read_rows(theirs, numbers)
 
-    return Difference(name, ours.n_rows, ours.n_columns, transposed, problem, rows)
+    return Difference(name, ours.n_rows, ours.n_columns, transposed, problem, _half(ours.dtype), rows)
+
+
+def _half(kind: str) -> str | None:
+    return kind if kind in {"F16", "BF16"} else None
 
 
 def _unmatched(tuned: dict[str, Any], base: dict[str, Any]) -> dict[str, str]:

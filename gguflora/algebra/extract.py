@@ -2,7 +2,8 @@
 
 Each matrix of the difference D is approximated by a randomised SVD (Halko, Martinsson and Tropp 2011, algorithms 4.4
 and 5.1): a random subspace is multiplied by ``D^T D`` and made orthonormal a few times, and D is projected on it. D is
-never held: every pass reads both models in blocks of rows.
+never held: every pass reads both models in blocks of rows. What 16-bit rounding put between the models is seen through
+where it can be (`gguflora.algebra.unrounding`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from gguflora._native import run_rows
 from gguflora.algebra.differences import Difference, Differences, Floats, open_differences
 from gguflora.algebra.output import check_output, is_gguf, write_adapter
 from gguflora.algebra.pairs import FactoredAdapter
+from gguflora.algebra.unrounding import HIGHEST_RANK, balanced, is_rounding, without_rounding
 from gguflora.base_model import read_base
 from gguflora.deltas import LowRank, Values
 from gguflora.errors import AdapterError
@@ -43,7 +45,8 @@ class ExtractReport:
         ranks: smallest and largest rank.
         size: of the factors, in bytes.
         unchanged: number of weights that are equal in both models.
-        errors: relative error (Frobenius norm) of each change.
+        errors: distance of each change from the models' difference, relative to that (Frobenius norm): what the rank
+            leaves out, and rounding of the models' weights.
         left_out: why other differences are not in the LoRA, by name.
         seconds: wall time.
         warnings: what the user should know.
@@ -214,7 +217,15 @@ def _approximate(
     y, norm = _project(item, v)
     if not norm:
         return None
-    return _cut(item, y, v, norm, rank, energy)
+    b, a, kept = _cut(y, v, norm, rank, energy)
+    left = max(norm - kept, 0.0)
+    if b.shape[1] <= HIGHEST_RANK and is_rounding(item, left, norm):
+        b, a = without_rounding(item, b, a, norm)
+        left = _distance(item, b, a)
+    u, sizes, v = balanced(b, a)
+    roots = np.sqrt(sizes)
+    change = LowRank((roots[:, None] * v).astype(np.float32), (u * roots).astype(np.float32), 1.0)
+    return (change.transposed() if item.transposed else change), float(np.sqrt(left / norm))
 
 
 def _power(item: Difference, v: Values) -> tuple[Values, float]:
@@ -242,16 +253,20 @@ def _square(item: Difference, block: Floats) -> float:
     return norm
 
 
-def _cut(item: Difference, y: Values, v: Values, norm: float, rank: int, energy: float | None) -> tuple[LowRank, float]:
-    """``y v^T`` as factors of the rank asked for, its singular values shared evenly between them."""
+def _cut(y: Values, v: Values, norm: float, rank: int, energy: float | None) -> tuple[Values, Values, float]:
+    """``y v^T`` as factors of the rank asked for, and their squared norm."""
     q, r = np.linalg.qr(y)
     u, sizes, w = np.linalg.svd(r)
     kept = min(rank, int((sizes > 0).sum()))
     sums = np.cumsum(sizes**2)
     if energy is not None:
         kept = min(kept, int(np.searchsorted(sums, energy * norm)) + 1)
-    roots = np.sqrt(sizes[:kept])
-    b, a = (q @ u[:, :kept]) * roots, (w[:kept] * roots[:, None]) @ v.T
-    change = LowRank(a.astype(np.float32), b.astype(np.float32), 1.0)
-    error = float(np.sqrt(max(norm - float(sums[kept - 1]), 0.0) / norm))
-    return (change.transposed() if item.transposed else change), error
+    return (q @ u[:, :kept]) * sizes[:kept], w[:kept] @ v.T, float(sums[kept - 1])
+
+
+def _distance(item: Difference, b: Values, a: Values) -> float:
+    """The squared norm of ``D - b a``."""
+    total = 0.0
+    for first, block in item.blocks():
+        total += float(((block - b[first : first + len(block)] @ a) ** 2).sum())
+    return total
