@@ -23,10 +23,12 @@ from gguflora.deltas import Values
 HIGHEST_RANK: Final = 64
 """Work and memory grow with the square of the rank; above this they would be those of another program."""
 _SWEEPS: Final = 6
+_CLOSE: Final = 1e-4
+"""A step of this share of the change is the last."""
 _MANTISSA: Final = {"F16": (10, -14), "BF16": (7, -126)}
 """Bits of the mantissa, and the lowest exponent of normal numbers."""
-_EXPLAINED: Final = 1.5
-"""What is left over may be this many times as much as rounding of both models would leave, to count as rounding."""
+_EXPLAINED: Final = 3.0
+"""What is left over may be this many times what one rounding leaves, to count as such: both models may be rounded."""
 _NEGLIGIBLE: Final = 2.0**-14
 """Rounding below this share of the change's own size is as good as none."""
 _RIDGE: Final = 1e-6
@@ -40,8 +42,8 @@ class Rounding:
     """How far apart the numbers around each weight are.
 
     Attributes:
-        squares: squared distance, in units of ``unit`` squared, by the exponent's eight bits of a float32.
-        unit: distance below which weights count the same.
+        squares: squared distance by the exponent's eight bits of a float32, in units of ``unit`` squared.
+        unit: the distance below which weights are to count the same.
     """
 
     squares: Floats
@@ -55,10 +57,10 @@ class Rounding:
         squares = np.ldexp(1.0, 2 * exponents) / unit**2
         return cls(np.minimum(squares, np.finfo(np.float32).max / 4).astype(np.float32), unit)
 
-    def variance(self, values: Floats) -> Floats:
-        """Squared distances around values."""
-        exponents = (values.view(np.uint32) >> np.uint32(23)) & np.uint32(255)
-        found: Floats = self.squares[exponents]
+    def around(self, tuned: Floats, base: Floats) -> Floats:
+        """Squared distances around weights, in the model where they are larger: it is not known which was rounded."""
+        larger = np.maximum(np.abs(tuned), np.abs(base))
+        found: Floats = self.squares[larger.view(np.uint32) >> np.uint32(23)]
         return found
 
 
@@ -68,7 +70,7 @@ def is_rounding(item: Difference, left: float, norm: float) -> bool:
         return False
     rounding, total = Rounding.of(item.rounded_to, _size(item, norm)), 0.0
     for _, tuned, base in item.both():
-        total += float(rounding.variance(tuned).sum(dtype=np.float64) + rounding.variance(base).sum(dtype=np.float64))
+        total += float(rounding.around(tuned, base).sum(dtype=np.float64))
     return left <= _EXPLAINED * total * rounding.unit**2 / 12
 
 
@@ -86,7 +88,14 @@ def without_rounding(item: Difference, b: Values, a: Values, norm: float) -> tup
     for number in range(1, _SWEEPS):
         start = (b, a) if number == 1 else _beyond(last, (b, a))
         last, (b, a) = (b, a), _sweep(item, rounding, *start)
+        if _distance(last, (b, a)) < _CLOSE * np.sqrt(norm):
+            break
     return b, a
+
+
+def _distance(one: tuple[Values, Values], other: tuple[Values, Values]) -> float:
+    _, sizes, _ = balanced(np.hstack([one[0], -other[0]]), np.vstack([one[1], other[1]]))
+    return float(np.linalg.norm(sizes))
 
 
 def _size(item: Difference, norm: float) -> float:
@@ -104,14 +113,14 @@ def _sweep(item: Difference, rounding: Rounding, b: Values, a: Values) -> tuple[
     """Fit the rows of b, block by block, then the columns of a, whose equations are summed over the blocks."""
     u, sizes, v = balanced(b, a)
     pairs = np.triu_indices(len(sizes))
-    products = _products(v.T.astype(np.float32), pairs)
-    scaled, narrow = u * sizes, v.T.astype(np.float32)
+    scaled, narrow = u * sizes, v.astype(np.float32)
+    products = _products(narrow.T, pairs)
     gram, right = np.zeros((item.n_columns, len(pairs[0]))), np.zeros((item.n_columns, len(sizes)))
     for rows, difference, precision in _blocks(item, rounding):
-        error = difference - (scaled[rows] @ v).astype(np.float32)
-        scaled[rows] += _solve(precision @ products, (precision * error) @ narrow, pairs)
+        error = difference - scaled[rows].astype(np.float32) @ narrow
+        scaled[rows] += _solve(precision @ products, (precision * error) @ narrow.T, pairs)
         unit = (scaled[rows] / sizes).astype(np.float32)
-        error = difference - (scaled[rows] @ v).astype(np.float32)
+        error = difference - scaled[rows].astype(np.float32) @ narrow
         gram += precision.T @ _products(unit, pairs)
         right += (precision * error).T @ unit
     return scaled / sizes, sizes[:, None] * v + _solve(gram, right, pairs).T
@@ -120,8 +129,7 @@ def _sweep(item: Difference, rounding: Rounding, b: Values, a: Values) -> tuple[
 def _blocks(item: Difference, rounding: Rounding) -> Iterator[tuple[slice, Floats, Floats]]:
     """Rows, their difference, and how much each weight counts."""
     for first, tuned, base in item.both():
-        precision = np.reciprocal(1 + rounding.variance(tuned) + rounding.variance(base))
-        yield slice(first, first + len(tuned)), tuned - base, precision
+        yield slice(first, first + len(tuned)), tuned - base, np.reciprocal(1 + rounding.around(tuned, base))
 
 
 def balanced(b: Values, a: Values) -> tuple[Values, Values, Values]:
