@@ -84,3 +84,19 @@ def test_command_line_draws_what_it_reports(tmp_path):
     again = tmp_path / "again.png"
     plots.plot_report(json.loads((tmp_path / "out.json").read_text()), again)
     assert again.stat().st_size > 10_000
+
+
+def test_spectra_have_a_panel_for_each_kind(monkeypatch, tmp_path):
+    """With the singular values of each of its changes, and numbers below the lowest panel of each column."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, out: (figures.append(figure), save(figure, out)))
+    report = gguflora.inspect(DEMO / "shout", plot=tmp_path / "spectra.svg")
+    panels = {axis.get_title(): axis for axis in figures[0].axes}
+    assert set(panels) == {spectrum.kind for spectrum in report.spectra}
+    for kind, axis in panels.items():
+        drawn = sorted(tuple(line.get_ydata()) for line in axis.lines)
+        assert drawn == sorted(spectrum.values for spectrum in report.spectra if spectrum.kind == kind)
+    numbered = [bool(axis.xaxis.get_tick_params()["labelbottom"]) for axis in figures[0].axes]
+    assert numbered == [False] * 4 + [True] * 3

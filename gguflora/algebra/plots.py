@@ -24,7 +24,7 @@ def plot_spectra(spectra: Sequence[Spectrum], title: str, out: Path) -> None:
     rows = -(-len(kinds) // columns)
     figure = Figure(figsize=(4.5 * columns, 3.2 * rows), layout="constrained")
     figure.suptitle(f"Singular values of {title}")
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
     for kind, axis in zip(kinds, axes, strict=False):
         for spectrum in spectra:
             shown = [value for value in spectrum.values if value > 0]
@@ -32,8 +32,10 @@ def plot_spectra(spectra: Sequence[Spectrum], title: str, out: Path) -> None:
                 axis.semilogy(range(1, len(shown) + 1), shown, color="tab:blue", alpha=0.4, linewidth=1)
         axis.set_title(kind)
         axis.grid(alpha=0.3)
-    for axis in list(axes)[len(kinds) :]:
+    for axis in axes[len(kinds) :]:
         axis.remove()
+    for axis in axes[len(kinds) - columns : len(kinds)]:  # the lowest of each column
+        axis.tick_params(labelbottom=True)
     figure.supxlabel("number")
     figure.supylabel("singular value")
     try:
