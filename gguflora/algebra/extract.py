@@ -23,7 +23,7 @@ from gguflora._native import run_rows
 from gguflora.algebra.differences import Difference, Differences, Floats, open_differences
 from gguflora.algebra.output import check_output, is_gguf, write_adapter
 from gguflora.algebra.pairs import FactoredAdapter
-from gguflora.algebra.unrounding import HIGHEST_RANK, balanced, is_rounding, without_rounding
+from gguflora.algebra.unrounding import HIGHEST_RANK, balanced, without_rounding
 from gguflora.base_model import read_base
 from gguflora.deltas import LowRank, Values
 from gguflora.errors import AdapterError
@@ -33,6 +33,8 @@ Progress = Callable[[int, int], None]
 
 _OVERSAMPLING: Final = 8
 """Columns of the random subspace beyond the rank."""
+_NEGLIGIBLE: Final = 1e-9
+"""Share of a difference's squared norm that need not be explained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,10 @@ def extract(
     progress: Progress | None = None,
 ) -> ExtractReport:
     """Write the LoRA that comes closest to what fine-tuning has done to a model.
+
+    Of F16 and BF16 models, where hardly more than rounding is left beyond the rank (up to 64), it is the likeliest
+    change that is looked for, not the one closest to the rounded difference: it is several times closer to what was
+    merged.
 
     Args:
         finetuned: GGUF file of any quant types, or Hugging Face directory.
@@ -219,9 +225,11 @@ def _approximate(
         return None
     b, a, kept = _cut(y, v, norm, rank, energy)
     left = max(norm - kept, 0.0)
-    if b.shape[1] <= HIGHEST_RANK and is_rounding(item, left, norm):
-        b, a = without_rounding(item, b, a, norm)
-        left = _distance(item, b, a)
+    if item.rounded_to is not None and b.shape[1] <= HIGHEST_RANK and left > _NEGLIGIBLE * norm:
+        refined = without_rounding(item, b, a, left)
+        if refined is not None:
+            b, a = refined
+            left = _distance(item, b, a)
     u, sizes, v = balanced(b, a)
     roots = np.sqrt(sizes)
     change = LowRank((roots[:, None] * v).astype(np.float32), (u * roots).astype(np.float32), 1.0)

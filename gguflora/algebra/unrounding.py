@@ -3,14 +3,14 @@
 Where a tuned model is stored as F16 or BF16, its difference from the base is the change plus rounding errors, of which
 an SVD keeps a share in every direction. But the error of each weight is known to be at most half the distance of the
 numbers around it, and small weights have small ones. The factors that fit best when each weight counts by the inverse
-square of that distance (weighted low-rank approximation, Srebro and Jaakkola 2003, here by alternating least squares)
-come several times closer to the change. This holds where rounding explains what an SVD leaves over, so it is done only
-there.
+of its error's variance (weighted low-rank approximation, Srebro and Jaakkola 2003, here by alternating least squares)
+come several times closer to the change. The variance is that of rounding plus that of whatever else lies between the
+models, the same for all weights, which is estimated from those that rounding has changed least: the more there is, the
+nearer is the result to the SVD's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,121 +22,137 @@ from gguflora.deltas import Values
 
 HIGHEST_RANK: Final = 64
 """Work and memory grow with the square of the rank; above this they would be those of another program."""
-_SWEEPS: Final = 6
+_SWEEPS: Final = 5
 _CLOSE: Final = 1e-4
 """A step of this share of the change is the last."""
 _MANTISSA: Final = {"F16": (10, -14), "BF16": (7, -126)}
 """Bits of the mantissa, and the lowest exponent of normal numbers."""
 _EXPLAINED: Final = 3.0
-"""What is left over may be this many times what one rounding leaves, to count as such: both models may be rounded."""
-_NEGLIGIBLE: Final = 2.0**-14
-"""Rounding below this share of the change's own size is as good as none."""
+"""What is left over may be this many times what one rounding leaves, to be worth the work; two leave twice as much."""
+_PRECISE: Final = 1 / 8
+"""Share of the weights that tell how much there is besides rounding."""
 _RIDGE: Final = 1e-6
 _AT_ONCE: Final = 512
 
+Factors = tuple[Values, Values]
 Pairs = tuple[NDArray[np.intp], NDArray[np.intp]]
 
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """How far apart the numbers around each weight are.
+    """The errors that rounding may have made.
 
     Attributes:
-        squares: squared distance by the exponent's eight bits of a float32, in units of ``unit`` squared.
-        unit: the distance below which weights are to count the same.
+        variances: by the eight bits of a float32's exponent.
+        precise: variance that the `_PRECISE` share of the weights do not exceed.
+        total: sum of the variances of all weights.
     """
 
-    squares: Floats
-    unit: float
+    variances: Floats
+    precise: float
+    total: float
 
     @classmethod
-    def of(cls, kind: str, unit: float) -> Rounding:
-        """Of a 16-bit type, ``F16`` or ``BF16``."""
-        bits, lowest = _MANTISSA[kind]
+    def of(cls, item: Difference) -> Rounding:
+        """Of a model of 16-bit values."""
+        bits, lowest = _MANTISSA[str(item.rounded_to)]
         exponents = np.maximum(np.arange(256) - 127, lowest) - bits
-        squares = np.ldexp(1.0, 2 * exponents) / unit**2
-        return cls(np.minimum(squares, np.finfo(np.float32).max / 4).astype(np.float32), unit)
+        variances = np.minimum(np.ldexp(1.0, 2 * exponents) / 12, np.finfo(np.float32).max / 4)
+        counts = np.zeros(256)
+        for _, tuned, base in item.both():
+            counts += np.bincount(_exponents(tuned, base).ravel(), minlength=256)
+        precise = int(np.searchsorted(np.cumsum(counts), _PRECISE * counts.sum()))
+        return cls(variances.astype(np.float32), float(variances[precise]), float(counts @ variances))
 
     def around(self, tuned: Floats, base: Floats) -> Floats:
-        """Squared distances around weights, in the model where they are larger: it is not known which was rounded."""
-        larger = np.maximum(np.abs(tuned), np.abs(base))
-        found: Floats = self.squares[larger.view(np.uint32) >> np.uint32(23)]
+        """Variances of weights, in the model where they are larger: it is not known which was rounded."""
+        found: Floats = self.variances[_exponents(tuned, base)]
         return found
 
 
-def is_rounding(item: Difference, left: float, norm: float) -> bool:
-    """Whether rounding explains a squared norm ``left`` of a difference of squared norm ``norm``."""
-    if item.rounded_to is None or left <= 1e-9 * norm:
-        return False
-    rounding, total = Rounding.of(item.rounded_to, _size(item, norm)), 0.0
-    for _, tuned, base in item.both():
-        total += float(rounding.around(tuned, base).sum(dtype=np.float64))
-    return left <= _EXPLAINED * total * rounding.unit**2 / 12
+def _exponents(tuned: Floats, base: Floats) -> NDArray[np.uint32]:
+    larger = np.maximum(np.abs(tuned), np.abs(base))
+    exponents: NDArray[np.uint32] = larger.view(np.uint32) >> np.uint32(23)
+    return exponents
 
 
-def without_rounding(item: Difference, b: Values, a: Values, norm: float) -> tuple[Values, Values]:
-    """Factors (n_rows, rank) and (rank, n_columns) that fit the exactly known weights better than ``b a`` does.
+def without_rounding(item: Difference, b: Values, a: Values, left: float) -> Factors | None:
+    """Factors that fit the precisely known weights better than an SVD's.
 
     Args:
-        item: of rank up to `HIGHEST_RANK`; read once for each sweep.
-        b: first factor to begin with.
-        a: second factor.
-        norm: squared norm of the difference.
+        item: of 16-bit values; read once, and once for each sweep.
+        b: the SVD's first factor (n_rows, rank), of rank up to `HIGHEST_RANK`.
+        a: its second one (rank, n_columns).
+        left: squared norm of what they leave over.
+
+    Returns:
+        None if there is much more than rounding between the models: then the SVD's are the ones to take.
     """
-    rounding = Rounding.of(str(item.rounded_to), _NEGLIGIBLE * _size(item, norm))
-    last = b, a = _sweep(item, rounding, b, a)
-    for number in range(1, _SWEEPS):
-        start = (b, a) if number == 1 else _beyond(last, (b, a))
-        last, (b, a) = (b, a), _sweep(item, rounding, *start)
-        if _distance(last, (b, a)) < _CLOSE * np.sqrt(norm):
+    rounding = Rounding.of(item)
+    if left > _EXPLAINED * rounding.total:
+        return None
+    other = left / (item.n_rows * item.n_columns)
+    last, now = (b, a), (b, a)
+    for number in range(_SWEEPS):
+        start = now if number < 2 else _beyond(last, now)
+        last, (now, other) = now, _sweep(item, rounding, start, other)
+        if _distance(last, now) < _CLOSE * np.linalg.norm(balanced(*now)[1]):
             break
-    return b, a
+    return now
 
 
-def _distance(one: tuple[Values, Values], other: tuple[Values, Values]) -> float:
-    _, sizes, _ = balanced(np.hstack([one[0], -other[0]]), np.vstack([one[1], other[1]]))
+def _distance(one: Factors, another: Factors) -> float:
+    _, sizes, _ = balanced(np.hstack([one[0], -another[0]]), np.vstack([one[1], another[1]]))
     return float(np.linalg.norm(sizes))
 
 
-def _size(item: Difference, norm: float) -> float:
-    return float(np.sqrt(norm / (item.n_rows * item.n_columns)))
-
-
-def _beyond(last: tuple[Values, Values], now: tuple[Values, Values]) -> tuple[Values, Values]:
+def _beyond(last: Factors, now: Factors) -> Factors:
     """As far again as the last sweep went, cut to the rank: it saves about every other sweep."""
     rank = now[0].shape[1]
     u, sizes, v = balanced(np.hstack([2 * now[0], -last[0]]), np.vstack([now[1], last[1]]))
     return u[:, :rank] * sizes[:rank], v[:rank]
 
 
-def _sweep(item: Difference, rounding: Rounding, b: Values, a: Values) -> tuple[Values, Values]:
-    """Fit the rows of b, block by block, then the columns of a, whose equations are summed over the blocks."""
-    u, sizes, v = balanced(b, a)
+def _sweep(item: Difference, rounding: Rounding, start: Factors, other: float) -> tuple[Factors, float]:
+    """Fit the rows of b, block by block, then the columns of a, whose equations are summed over the blocks.
+
+    Args:
+        item: the difference of the models.
+        rounding: the variance of rounding.
+        start: b and a.
+        other: the variance of everything else, as far as is known.
+
+    Returns:
+        b and a; and the variance of everything else, as the factors at the start show it.
+    """
+    u, sizes, v = balanced(*start)
     pairs = np.triu_indices(len(sizes))
     scaled, narrow = u * sizes, v.astype(np.float32)
     products = _products(narrow.T, pairs)
     gram, right = np.zeros((item.n_columns, len(pairs[0]))), np.zeros((item.n_columns, len(sizes)))
-    for rows, difference, precision in _blocks(item, rounding):
+    excess, count = 0.0, 0
+    for first, tuned, base in item.both():
+        rows, difference = slice(first, first + len(tuned)), tuned - base
+        variance = rounding.around(tuned, base)
+        precision = np.float32(other) / (np.float32(other) + variance)
         error = difference - scaled[rows].astype(np.float32) @ narrow
+        precise = variance <= np.float32(rounding.precise)
+        excess += float(((error**2 - variance)[precise]).sum(dtype=np.float64))
+        count += int(precise.sum())
         scaled[rows] += _solve(precision @ products, (precision * error) @ narrow.T, pairs)
         unit = (scaled[rows] / sizes).astype(np.float32)
         error = difference - scaled[rows].astype(np.float32) @ narrow
         gram += precision.T @ _products(unit, pairs)
         right += (precision * error).T @ unit
-    return scaled / sizes, sizes[:, None] * v + _solve(gram, right, pairs).T
-
-
-def _blocks(item: Difference, rounding: Rounding) -> Iterator[tuple[slice, Floats, Floats]]:
-    """Rows, their difference, and how much each weight counts."""
-    for first, tuned, base in item.both():
-        yield slice(first, first + len(tuned)), tuned - base, np.reciprocal(1 + rounding.around(tuned, base))
+    a = sizes[:, None] * v + _solve(gram, right, pairs).T
+    return (scaled / sizes, a), max(excess / count, 1e-6 * other)
 
 
 def balanced(b: Values, a: Values) -> tuple[Values, Values, Values]:
     """The SVD of ``b a``: orthonormal columns (n_rows, rank), sizes, orthonormal rows (rank, n_columns)."""
     q_b, r_b = np.linalg.qr(b)
     q_a, r_a = np.linalg.qr(a.T)
-    u, sizes, v = np.linalg.svd(r_b @ r_a.T)
+    u, sizes, v = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
     return q_b @ u, np.maximum(sizes, 1e-12 * sizes[0]), v @ q_a.T
 
 
