@@ -17,7 +17,7 @@ from gguflora.pipeline.html import write_html
 from gguflora.pipeline.lock import locked
 from gguflora.pipeline.plan import Job, Location, Plan, identity, located, plan_jobs
 from gguflora.pipeline.recipe import Merge, RecipeFile, read_recipe
-from gguflora.pipeline.results import PipelineReport, Status, StepResult
+from gguflora.pipeline.results import PipelineReport, Status, StepResult, pack
 from gguflora.pipeline.state import Keys, Records, discard, discard_parts, inside, part_places, write_json
 from gguflora.pipeline.workers import Engine, Request, Workers
 
@@ -60,7 +60,7 @@ def run_pipeline(
     plan = plan_jobs(file)
     graph = _graph(file, plan.jobs)
     if dry_run:
-        results = [StepResult(job.step.name, job.out, "planned", 0.0, "", None, None) for job in plan.jobs]
+        results = [StepResult(job.step.name, job.out, "planned", 0.0, "") for job in plan.jobs]
     else:
         with locked(plan.folder):
             runner = _Runner(plan, graph, _engine(plan.folder, scheduler, jobs, memory))
@@ -232,7 +232,7 @@ class _Runner:
         report: dict[str, Any] | None = None,
         error: str | None = None,
     ) -> StepResult:
-        return StepResult(job.step.name, job.out, status, seconds, self._keys.get(job.out, ""), report, error)
+        return StepResult(job.step.name, job.out, status, seconds, self._keys.get(job.out, ""), error, pack(report))
 
     def _finish(self, result: StepResult) -> None:
         level = logging.ERROR if result.status == "failed" else logging.INFO
