@@ -14,7 +14,7 @@ import builders
 import distributed
 import pytest
 from builders import Adapter
-from dask_cluster import PACKAGE, Cluster, is_alive, kill, wait_for
+from dask_cluster import PACKAGE, Cluster, is_alive, wait_for
 from test_pipeline import outputs, statuses
 
 import gguflora
@@ -137,6 +137,17 @@ def test_no_scheduler_and_no_workers(scheduler, tmp_path, monkeypatch):
     refused("the scheduler has no workers", recipe, scheduler.address)
 
 
+def test_without_dask_it_says_what_to_install(tmp_path):
+    code = (
+        "import importlib.util as u, sys, gguflora.pipeline; find = u.find_spec; "
+        "u.find_spec = lambda name, *more: None if name == 'distributed' else find(name, *more)\n"
+        "try: gguflora.run_pipeline(sys.argv[1], scheduler='tcp://x')\n"
+        "except gguflora.GgufloraError as error: print(error)"
+    )
+    command = [sys.executable, "-P", "-c", code, str(recipe_in(tmp_path, "small"))]
+    assert "gguflora[distributed]" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 def test_the_same_bytes_as_at_home(cluster, at_home, tmp_path):
     recipe = recipe_in(tmp_path)
     report = gguflora.run_pipeline(recipe, scheduler=cluster.address)
@@ -161,14 +172,19 @@ def test_store_of_fsspec(cluster, at_home, tmp_path):
     assert not litter(tmp_path)
 
 
-@pytest.mark.parametrize("victim", ["worker", "job"])
-def test_killed_in_the_middle(victim, cluster, at_home, tmp_path):
+@pytest.mark.parametrize(
+    ("victim", "how"), [("worker", signal.SIGKILL), ("worker", signal.SIGTERM), ("job", signal.SIGKILL)]
+)
+def test_killed_in_the_middle(victim, how, cluster, at_home, tmp_path):
     """A worker with its job, or a job alone: done again by somebody, and what was half done is gone."""
     with running(recipe_in(tmp_path), cluster, jobs=1) as report:
         job, worker = next(iter(cluster.held().items()))
-        kill(worker if victim == "worker" else job)
+        os.kill(worker if victim == "worker" else job, how)
         wait_for(lambda: not is_alive(job))
-        assert is_alive(worker) == (victim == "job")
+        if victim == "worker":
+            wait_for(lambda: not is_alive(worker))
+        else:
+            assert is_alive(worker)
         wait_for(lambda: cluster.held().keys() - {job})
     assert statuses(report.result()) == ["done"] * 5
     assert contents(tmp_path) == at_home
@@ -182,7 +198,7 @@ def test_worker_killed_in_a_part_of_a_merge(cluster, at_home, tmp_path):
     with running(recipe, cluster) as report:
         wait_for(lambda: len(cluster.held()) == 2)
         job, worker = next(iter(cluster.held().items()))
-        kill(worker)
+        os.kill(worker, signal.SIGKILL)
         wait_for(lambda: not is_alive(job))
     assert statuses(report.result()) == ["done"]
     assert contents(tmp_path)["out/merged.gguf"] == at_home["out/merged.gguf"]

@@ -59,7 +59,19 @@ def test_imports_go_downwards(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["torch", "llama_cpp", "transformers", "fastapi", "gguf", "matplotlib", "numpy", "pydantic", "rich", "typer"],
+    [
+        "torch",
+        "llama_cpp",
+        "transformers",
+        "fastapi",
+        "gguf",
+        "matplotlib",
+        "numpy",
+        "pydantic",
+        "distributed",
+        "rich",
+        "typer",
+    ],
 )
 def test_import_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, gguflora; sys.exit({module!r} in sys.modules)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from distributed import get_worker
+from distributed import Status, get_worker
 
 from gguflora import remote
 from gguflora._version import __version__
@@ -22,7 +22,7 @@ _PROCESSES: Final = Workers()
 
 
 def do(request: Request) -> Answer:
-    """Do a job; it is ended when Dask cancels the task.
+    """Do a job; it is ended when Dask cancels the task, or the worker is told to go.
 
     Raises:
         ClusterError: if its process died, so that Dask tries it again.
@@ -34,7 +34,7 @@ def do(request: Request) -> Answer:
 
     def is_cancelled() -> bool:
         task = worker.state.tasks.get(key)
-        return task is None or task.state == "cancelled"
+        return task is None or task.state == "cancelled" or worker.status in {Status.closing, Status.closed}
 
     answer = _PROCESSES.run(request, is_cancelled)
     if answer.get("died"):
