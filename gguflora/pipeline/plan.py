@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import itertools
 import os
 import re
@@ -181,7 +182,10 @@ class _Planner:
         if remote.is_remote(pattern):  # the question mark of a web address is none of a pattern
             is_web = pattern.startswith(("http://", "https://"))
             return remote.find(pattern) if re.search(r"[*\[]" if is_web else r"[*?\[]", pattern) else [pattern]
-        return sorted(self._root.glob(pattern)) if re.search(r"[*?\[]", pattern) else [self._root / pattern]
+        if not re.search(r"[*?\[]", pattern):
+            return [self._root / pattern]
+        names = glob.glob(pattern, root_dir=self._root, recursive=True, include_hidden=True)  # noqa: PTH207  (absolute ones)
+        return sorted(self._root / name for name in names)
 
     def _job(self, index: int, values: Mapping[str, Value]) -> Job:
         step = self._file.recipe.steps[index]

@@ -53,9 +53,9 @@ def _run(action: str, arguments: dict[str, Any], out: str) -> dict[str, Any]:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         return run_job(action, arguments, Path(out))
     with tempfile.TemporaryDirectory(prefix="gguflora-") as folder:
-        draft = Path(folder) / remote.file_name(out)
-        report = run_job(action, arguments, draft)
-        remote.put(draft, out)
+        report = run_job(action, arguments, Path(folder) / remote.file_name(out))
+        for made in sorted(Path(folder).iterdir(), reverse=True):  # of a split model the first file last
+            remote.put(made, remote.join(out.rpartition("/")[0], made.name))
     return report | ({"output": out} if "output" in report else {})
 
 

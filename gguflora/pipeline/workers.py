@@ -61,7 +61,8 @@ class Workers:
         if "memory://" in json.dumps(request):  # which is this process's own
             from gguflora.pipeline.worker import do  # noqa: PLC0415  (so that it can be run as a program)
 
-            return do(request)
+            answer_here: Answer = json.loads(json.dumps(do(request)))
+            return answer_here
         with self._lock:
             if self._closed:
                 return {"error": "interrupted"}

@@ -154,8 +154,9 @@ def writable(url: str) -> str:
     """The URL without slashes at its end.
 
     Raises:
-        RemoteError: if nothing can be written there.
+        RemoteError: if nothing can be written there, or a package for it is missing.
     """
     if url.startswith(("http://", "https://")) or is_hub(url):
         raise RemoteError(f"{shown(url)}: cannot be written; outputs go to a folder, or to s3://, gs:// and the like")
+    open_store(url)
     return url.rstrip("/")

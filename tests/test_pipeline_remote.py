@@ -1,0 +1,307 @@
+"""Pipelines whose inputs and outputs are elsewhere: in memory, on S3's protocol, on the Hub's."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import builders
+import fsspec
+import llama_cpp  # noqa: F401  (before torch, as everywhere)
+import pytest
+from builders import Adapter
+from remote_servers import Repository, Site, serving
+
+import gguflora
+from gguflora import remote
+from gguflora.errors import OutputError, RecipeError
+from gguflora.pipeline import lock
+
+RECIPE = """
+output = "{root}/out"
+
+[sources]
+adapters = "{root}/adapters/*"
+base = "{root}/base.gguf"
+
+[[steps]]
+name = "lora"
+action = "convert"
+for = {{ adapter = "sources.adapters", base = "sources.base" }}
+adapter = "{{adapter}}"
+base = "{{base}}"
+out = "{{adapter}}-{{base}}.gguf"
+
+[[steps]]
+name = "small"
+action = "resize"
+for = {{ adapter = "sources.adapters" }}
+adapter = "{{adapter}}"
+rank = 2
+out = "peft/{{adapter}}"
+
+[[steps]]
+name = "merged"
+action = "merge"
+for = {{ lora = "steps.lora" }}
+base = "{root}/base.gguf"
+adapters = [{{ path = "{{lora}}", scale = 0.5 }}]
+out = "{{lora}}-merged.gguf"
+
+[[steps]]
+name = "report"
+action = "inspect"
+adapter = "{root}/adapters/one"
+out = "one.json"
+"""
+JOBS = 2 + 2 + 2 + 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A local run of the recipe: what the remote ones must equal."""
+    path = tmp_path_factory.mktemp("local")
+    shutil.copyfile(builders.gguf_model("llama"), path / "base.gguf")
+    for seed, name in enumerate(("one", "two")):
+        shutil.copytree(builders.adapter("llama", Adapter(targets=("q_proj",), seed=seed)), path / "adapters" / name)
+    (path / "local.toml").write_text(RECIPE.format(root="."))
+    assert gguflora.run_pipeline(path / "local.toml").failed == 0
+    return path
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GGUFLORA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """A server of S3's protocol."""
+    moto = pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    server = moto.ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            patch.setenv(name, value)
+        fsspec.filesystem("s3").mkdir("gguflora-tests")
+        yield "s3://gguflora-tests"
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "s3"])
+def root(request, folder):
+    """A folder elsewhere with the base and the adapters."""
+    root = f"memory://{uuid.uuid4().hex}" if request.param == "memory" else None
+    root = root or f"{request.getfixturevalue('bucket')}/{uuid.uuid4().hex}"
+    store, path = fsspec.core.url_to_fs(root)
+    store.put_file(str(folder / "base.gguf"), f"{path}/base.gguf")
+    for name in ("one", "two"):
+        store.put(f"{folder}/adapters/{name}/", f"{path}/adapters/{name}/", recursive=True)
+    return root
+
+
+def written(path, root, text=RECIPE):
+    (path / "recipe.toml").write_text(text.format(root=root))
+    return path / "recipe.toml"
+
+
+def statuses(report):
+    return [result.status for result in report.results]
+
+
+def outputs(root):
+    """The files of the output folder, by name."""
+    store, path = fsspec.core.url_to_fs(f"{root}/out", use_listings_cache=False)
+    found = {name.removeprefix(f"{path}/"): store.cat_file(name) for name in store.find(path)}
+    return {name: content for name, content in found.items() if ".gguflora" not in name}
+
+
+def test_the_same_bytes_as_here_and_kept(root, folder, tmp_path):
+    recipe = written(tmp_path, root)
+    report = gguflora.run_pipeline(recipe, jobs=2, report=tmp_path / "report")
+    assert statuses(report) == ["done"] * JOBS, [result.error for result in report.results]
+    found, expected = outputs(root), {
+        str(path.relative_to(folder / "out")): path.read_bytes()
+        for path in (folder / "out").rglob("*")
+        if path.is_file() and ".gguflora" not in path.parts
+    }  # fmt: skip
+    assert found.keys() == expected.keys()
+    differing = {name for name in found if found[name] != expected[name]}
+    assert not {name for name in differing if name.endswith("-merged.gguf") or "safetensors" in name}
+    assert "one-base-merged.gguf" in (tmp_path / "report/report.html").read_text()
+    merged = next(result for result in report.results if result.step == "merged")
+    assert merged.report["output"] == merged.out == f"{root}/out/one-base-merged.gguf"
+    store, path = fsspec.core.url_to_fs(f"{root}/out/.gguflora", use_listings_cache=False)
+    assert not [name for name in store.find(path) if "lock" in name]
+    assert not list(Path(tmp_path).rglob("*.part"))
+    again = gguflora.run_pipeline(recipe)
+    assert statuses(again) == ["kept"] * JOBS
+    assert [result.report for result in again.results] == [result.report for result in report.results]
+
+
+@pytest.mark.parametrize("root", ["memory"], indirect=True)
+def test_only_what_has_changed_there_is_done_again(root, folder, tmp_path):
+    recipe = written(tmp_path, root)
+    gguflora.run_pipeline(recipe, jobs=2)
+    store, path = fsspec.core.url_to_fs(root, use_listings_cache=False)
+    store.put_file(
+        str(folder / "adapters/two/adapter_model.safetensors"), f"{path}/adapters/one/adapter_model.safetensors"
+    )
+    store.rm_file(f"{path}/out/two-base.gguf")
+    store.rm_file(f"{path}/out/peft/two/adapter_model.safetensors")
+    done = {
+        result.out.removeprefix(f"{root}/out/")
+        for result in gguflora.run_pipeline(recipe).results
+        if result.status == "done"
+    }
+    assert done == {"one-base.gguf", "peft/one", "one-base-merged.gguf", "one.json", "two-base.gguf", "peft/two"}
+    assert gguflora.diff(f"{root}/out/peft/one", f"{root}/out/peft/two").cosine == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('base = "{root}/base.gguf"', 'base = "{root}/bass.gguf"', r"recipe.toml:6: sources.base: .*: no such file"),
+        ('"{root}/adapters/*"', '"{root}/nothing/*"', r":5: sources.adapters: .*: no such file or directory"),
+        ('"{root}/adapters/*"', '"{root}/base.gguf/*"', r":5: sources.adapters: .*: no such file or directory"),
+        ('"{root}/adapters/one"', '"{root}/adapters"', r":3\d: steps.4.adapter: .*holds no adapter_config.json"),
+        ('"{{lora}}-merged.gguf"', '"../x.gguf"', r"steps.3.out: '../x.gguf' is not in the output folder"),
+        ('"{{lora}}-merged.gguf"', '"/x.gguf"', r"steps.3.out: '/x.gguf' is not in the output folder"),
+        ('"{{lora}}-merged.gguf"', '".gguflora/x"', r"steps.3.out: '.gguflora/x' is not in the output folder"),
+        ('"{{lora}}-merged.gguf"', '"{{lora}}.gguf"', r"steps.3.out: writes .*, but so does step 'lora'"),
+        ('"{root}/out"', '"https://host/out"', r":2: output: https://host/out: cannot be written"),
+        ('"{root}/out"', '"hf://org/out"', r":2: output: hf://org/out: cannot be written"),
+        ('"{root}/out"', '"nonsense://out"', r"recipe.toml:2: output: nonsense://out: .*Protocol not known"),
+        ('"{root}/base.gguf"', '"s3://no-such-bucket-of-gguflora/x.gguf"', r"x.gguf: (no such file|.*[Bb]ucket)"),
+        ('"{root}/base.gguf"', '"http://127.0.0.1:9/x.gguf"', r"x.gguf: cannot be reached"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_said_before_anything_runs(bucket, old, new, message, tmp_path, folder):
+    root = f"memory://{uuid.uuid4().hex}"
+    store, path = fsspec.core.url_to_fs(root)
+    store.put_file(str(folder / "base.gguf"), f"{path}/base.gguf")
+    store.put(f"{folder}/adapters/", f"{path}/adapters/", recursive=True)
+    assert old in RECIPE
+    recipe = written(tmp_path, root, RECIPE.replace(old, new, 1 if "out" in old else -1))
+    with pytest.raises(RecipeError, match=message):
+        gguflora.run_pipeline(recipe)
+    assert not store.exists(f"{path}/out")
+
+
+def test_one_run_at_a_time(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    recipe, place = written(tmp_path, root), f"{root}/out/.gguflora/lock"
+    with lock.locked(f"{root}/out"):
+        first = json.loads(remote.read_bytes(place))
+        with pytest.raises(OutputError, match=rf"another pipeline \(process {os.getpid()} on .*\) is writing to it"):
+            gguflora.run_pipeline(recipe)
+        deadline = time.monotonic() + 20
+        while json.loads(remote.read_bytes(place))["time"] == first["time"] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert json.loads(remote.read_bytes(place))["time"] > first["time"]
+    assert remote.read_bytes(place) is None
+
+
+@pytest.mark.parametrize("root", ["memory"], indirect=True)
+def test_a_dead_run_is_followed_by_one(root):
+    place = f"{root}/out/.gguflora/lock"
+    dead = {"host": "gone", "process": 7, "token": "dead", "time": time.time() - lock.STALE - 1}
+    remote.write_bytes(place, json.dumps(dead).encode())
+    with lock.locked(f"{root}/out"):
+        assert json.loads(remote.read_bytes(place))["process"] == os.getpid()
+    remote.write_bytes(place, json.dumps(dead).encode())
+    assert remote.create_bytes(f"{place}-after-dead", b"{}")  # another is about to take over
+    with pytest.raises(OutputError, match="another pipeline is taking it over from process 7 on gone"):
+        lock.locked(f"{root}/out").__enter__()
+
+
+@pytest.mark.parametrize("root", ["memory"], indirect=True)
+def test_an_output_is_whole_or_absent(root, tmp_path, monkeypatch):
+    """The store fails during an upload: the step fails, nothing half-written is left, the next run mends it."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    def fail(self, source, target, **_):
+        self.pipe_file(target, b"half")
+        raise OSError("connection lost")
+
+    recipe = written(tmp_path, root)
+    monkeypatch.setattr(MemoryFileSystem, "put_file", fail)
+    report = gguflora.run_pipeline(recipe, keep_going=True)
+    names = ("one-base.gguf", "two-base.gguf", "peft/one", "peft/two", "one.json")
+    failed = {result.error for result in report.results if result.status == "failed"}
+    assert failed == {f"{root}/out/{name}: connection lost" for name in names}
+    assert not outputs(root)
+    monkeypatch.undo()
+    monkeypatch.setenv("GGUFLORA_CACHE", str(tmp_path / "cache"))
+    assert statuses(gguflora.run_pipeline(recipe)) == ["done"] * JOBS
+
+
+def test_killed_and_resumed_on_s3(bucket, folder, tmp_path, monkeypatch):
+    root = f"{bucket}/{uuid.uuid4().hex}"
+    text = RECIPE.replace("{root}/adapters", f"{folder}/adapters").replace("{root}/base", f"{folder}/base")
+    recipe = written(tmp_path, root, text)
+    code = "import gguflora, sys; gguflora.run_pipeline(sys.argv[1])"
+    process = subprocess.Popen([sys.executable, "-P", "-c", code, str(recipe)])
+    deadline = time.monotonic() + 60
+    while not outputs(root) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    with pytest.raises(OutputError, match="if it was killed, it is taken for dead"):
+        gguflora.run_pipeline(recipe)
+    monkeypatch.setattr(lock, "STALE", 0.0)
+    report = gguflora.run_pipeline(recipe)
+    assert report.failed == 0
+    assert set(statuses(report)) <= {"done", "kept"}
+    assert statuses(gguflora.run_pipeline(recipe)) == ["kept"] * JOBS
+
+
+def test_sources_of_the_hub(folder, tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    files = {
+        f"{name}/{path.name}": path.read_bytes()
+        for name in ("one", "two")
+        for path in (folder / "adapters" / name).iterdir()
+    }
+    site = Site(
+        {
+            "org/many": {"main": Repository(files)},
+            "org/base": {"v1": Repository({"b.gguf": (folder / "base.gguf").read_bytes()})},
+        }
+    )
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    text = (
+        "[[steps]]".join(RECIPE.split("[[steps]]")[:2])
+        .replace("{root}/adapters/*", "hf://org/many/*")
+        .replace("{root}/base.gguf", "hf://org/base@v1/b.gguf")
+    )
+    with serving(site):
+        monkeypatch.setenv("HF_ENDPOINT", site.url)
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+        recipe = written(tmp_path, tmp_path, text)
+        report = gguflora.run_pipeline(recipe, jobs=2)
+        assert [Path(result.out).name for result in report.results] == ["one-b.gguf", "two-b.gguf"]
+        assert statuses(report) == ["done", "done"], report.results
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        site.asked.clear()
+        assert statuses(gguflora.run_pipeline(recipe)) == ["kept", "kept"]
+        assert not site.asked
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        site.repositories["org/many"]["main"] = Repository(files | {"two/README.md": b"new"})
+        assert statuses(gguflora.run_pipeline(recipe)) == ["kept", "kept"]
+        changed = files | {"two/adapter_model.safetensors": files["one/adapter_model.safetensors"]}
+        site.repositories["org/many"]["main"] = Repository(changed)
+        assert statuses(gguflora.run_pipeline(recipe)) == ["kept", "done"]
