@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+import tomllib
 import uuid
 from pathlib import Path
 
@@ -14,12 +16,16 @@ import fsspec
 import llama_cpp  # noqa: F401  (before torch, as everywhere)
 import pytest
 from builders import Adapter
+from huggingface_hub import constants
+from moto.server import ThreadedMotoServer
 from remote_servers import Repository, Site, serving
 
 import gguflora
 from gguflora import remote
 from gguflora.errors import OutputError, RecipeError
 from gguflora.pipeline import lock
+from gguflora.pipeline.recipe import Recipe
+from gguflora.remote.location import split_checksum
 
 RECIPE = """
 output = "{root}/out"
@@ -81,9 +87,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def bucket():
     """A server of S3's protocol."""
-    moto = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
-    server = moto.ThreadedMotoServer("127.0.0.1", 0)
+    server = ThreadedMotoServer("127.0.0.1", 0)
     server.start()
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
@@ -268,7 +272,6 @@ def test_killed_and_resumed_on_s3(bucket, folder, tmp_path, monkeypatch):
 
 
 def test_sources_of_the_hub(folder, tmp_path, monkeypatch):
-    constants = pytest.importorskip("huggingface_hub.constants")
     files = {
         f"{name}/{path.name}": path.read_bytes()
         for name in ("one", "two")
@@ -305,3 +308,19 @@ def test_sources_of_the_hub(folder, tmp_path, monkeypatch):
         changed = files | {"two/adapter_model.safetensors": files["one/adapter_model.safetensors"]}
         site.repositories["org/many"]["main"] = Repository(changed)
         assert statuses(gguflora.run_pipeline(recipe)) == ["kept", "done"]
+
+
+def test_the_page_about_it():
+    """What it shows is a recipe."""
+    page = (Path(gguflora.__file__).parents[1] / "docs/pipelines.md").read_text()
+    recipe, checked = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert [step["name"] for step in recipe_of(recipe)["steps"]] == ["lora", "merged"]
+    assert split_checksum(tomllib.loads(checked)["base"])[1]
+    for variable in re.findall(r"`(GGUFLORA_\w+)", page):
+        assert any(variable in path.read_text() for path in Path(remote.__file__).parent.glob("*.py")), variable
+
+
+def recipe_of(text):
+    content = tomllib.loads(text)
+    Recipe.model_validate(content)
+    return content

@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 import builders
+import huggingface_hub.constants
 import llama_cpp  # before torch, as everywhere
 import numpy as np
 import pytest
@@ -37,7 +38,6 @@ def adapters():
 
 @pytest.fixture
 def site(tmp_path, monkeypatch, adapters):
-    huggingface_hub = pytest.importorskip("huggingface_hub")
     base = builders.gguf_model("llama")
     first, second = (files_of(adapter) for adapter in adapters)
     others = {"adapter_model.bin": BYTES, "optimizer.pt": BYTES, "README.md": b"# legal", "sub/x.safetensors": BYTES}

@@ -180,8 +180,11 @@ class Recipe(_Strict):
         steps: what to do.
     """
 
-    output: str
-    sources: dict[Name, str | list[str]] = {}
+    output: str = Field(description="Folder of all outputs: a path from the recipe's folder, or a URL to write to.")
+    sources: dict[Name, str | list[str]] = Field(
+        default={},
+        description="Locations or globs: paths from the recipe's folder, URLs, hf://org/name[@revision][/path].",
+    )
     steps: list[AnyStep] = Field(min_length=1)
 
 
