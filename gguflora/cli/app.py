@@ -115,10 +115,10 @@ def span(ranks: tuple[int, int]) -> str:
     return f"rank {low}" if low == high else f"ranks {low} to {high}"
 
 
-def print_errors(errors: Mapping[str, float]) -> None:
+def print_errors(errors: Mapping[str, float], label: str = "relative error ") -> None:
     """What was approximated, the worst first."""
     for name, error in sorted(errors.items(), key=lambda item: -item[1]):
-        console.print(f"  {name}: relative error {error:.2g}", markup=False)
+        console.print(f"  {name}: {label}{error:.2g}", markup=False)
 
 
 def main() -> None:

@@ -66,4 +66,4 @@ def _print_conversion(report: ConvertReport) -> None:
     if report.errors:
         worst = max(report.errors.values())
         console.print(f"approximated {len(report.errors)} changes, relative error at most {worst:.2g}:", markup=False)
-        print_errors(report.errors)
+        print_errors(report.errors, label="")
