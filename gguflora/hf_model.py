@@ -17,9 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora import _native
-from gguflora.architectures import KNOWN, Piece, is_conv1d, is_cut, pieces_of
-from gguflora.architectures.names import canonical, layer_and_module
-from gguflora.architectures.rules import PLAIN
+from gguflora.architectures import Piece, decay_of, is_conv1d, is_cut, is_transposed_expert, pieces_of
 from gguflora.base_model import BaseModel, describe
 from gguflora.errors import GgufError, MismatchError
 from gguflora.files.checkpoint import Checkpoint, Indices, StoredWeight
@@ -27,10 +25,6 @@ from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape, Tensor
 from gguflora.placement import flat_shape
 
 Floats = NDArray[np.float32]
-
-_STACKED_TRANSPOSED: Final = {"gpt-oss", "llama4"}
-"""Architectures whose stacks of experts Hugging Face keeps as (n_experts, n_in, n_out)."""
-
 
 _TOLERANCE: Final = {"F32": 1e-2, "F16": 1e-2, "BF16": 1e-2, "Q8_0": 2e-2}
 _QUANTIZED_TOLERANCE: Final = 0.8
@@ -269,13 +263,14 @@ def _in_order(parts: Sequence[_Part]) -> list[_Part]:
 
 def _parts_of(model: BaseModel, name: str, weight: StoredWeight) -> list[_Part]:
     """The places of a weight; none if GGUF does not have it."""
-    if name.endswith("A_log"):
-        return [_Part(weight, _decay(model, name), decay=True)]
+    decay = decay_of(model, name)
+    if decay is not None:
+        return [_Part(weight, decay, decay=True)]
     try:
         pieces = pieces_of(model, name)
     except MismatchError:  # where its place depends on tensors that the base lacks
         return []
-    flipped = is_conv1d(model, name) or _is_flipped_expert(model, name)
+    flipped = is_conv1d(model, name) or is_transposed_expert(model, name)
     fits = _cover(pieces, *_shape(weight, flipped=flipped))
     return [_without_padding(model, _Part(weight, piece, fits, flipped)) for piece in pieces]
 
@@ -289,20 +284,6 @@ def _cover(pieces: Sequence[Piece], n_out: int, n_in: int) -> bool:
     rows = sum(len(piece.rows) for piece in pieces if piece.rows is not None)
     columns = sum(len(piece.columns) for piece in pieces if piece.columns is not None)
     return rows in {0, n_out} and columns in {0, n_in}
-
-
-def _decay(model: BaseModel, name: str) -> Piece:
-    """The place of the decay of a state space, whose heads GGUF orders as those of its time steps."""
-    layer, _, _ = layer_and_module(canonical(name))
-    tensor = f"blk.{layer}.ssm_a"
-    order = KNOWN.get(model.architecture, PLAIN).rows.get("ssm_dt")
-    rows = order(model, layer, model.shapes[tensor][0]) if order and tensor in model.shapes else None
-    return Piece(tensor, rows=rows)
-
-
-def _is_flipped_expert(model: BaseModel, name: str) -> bool:
-    stack, _, expert = name.rpartition(".")
-    return model.architecture in _STACKED_TRANSPOSED and expert.isdecimal() and ".experts." in stack
 
 
 def _without_padding(model: BaseModel, part: _Part) -> _Part:

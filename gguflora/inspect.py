@@ -18,6 +18,7 @@ from gguflora.changed_rows import AnyRows, Target, Weights, WholeWeights, read_v
 from gguflora.deltas import Change, LowRank, Unsized, as_float64
 from gguflora.errors import MismatchError, UnsupportedAdapterError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile
+from gguflora.files.safetensors import weight_files
 from gguflora.placement import Placed, place
 from gguflora.prefix import fit_prefix
 from gguflora.remote import local_inputs
@@ -134,7 +135,7 @@ def inspect(
         path=source.path,
         method=source.method,
         sha256=source.sha256,
-        size=source.path.stat().st_size,
+        size=sum(path.stat().st_size for path in weight_files(source.path)),
         base=None if model is None else model.path,
         architecture=source.architecture if model is None else model.architecture,
         changes=changes,

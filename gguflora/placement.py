@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -9,10 +10,19 @@ from typing import Final
 import numpy as np
 
 from gguflora.adapters import Adapter
-from gguflora.architectures import Piece, check_known, is_conv1d, is_cut, pieces_of
+from gguflora.adapters.pooler import is_left_out
+from gguflora.architectures import (
+    Piece,
+    check_known,
+    decay_of,
+    is_conv1d,
+    is_cut,
+    is_transposed_expert,
+    pieces_of,
+)
 from gguflora.architectures.modules import linear_modules
 from gguflora.base_model import BaseModel
-from gguflora.deltas import Change, Formula, LowRank, Replace, ReplaceRows, Unsized, Values, equal
+from gguflora.deltas import Change, Formula, LowRank, Replace, ReplaceRows, Unsized, Values, as_float64, equal
 from gguflora.errors import ArchitectureError, MismatchError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
 
@@ -80,6 +90,9 @@ class _Weights:
     base: BaseModel
 
     def shape(self, weight: str) -> tuple[int, int]:
+        if is_left_out(weight):
+            width = self.base.shapes.get(TOKEN_EMBEDDING, (0, 0))[-1]
+            return width, 1 if weight.endswith(".bias") else width
         pieces = pieces_of(self.base, weight)
         if not pieces:
             raise ArchitectureError(
@@ -95,7 +108,12 @@ class _Weights:
         return [module for module in linear_modules(self.base) if self._has(f"{module}.weight")]
 
     def _has(self, weight: str) -> bool:
-        pieces = pieces_of(self.base, weight)
+        if is_left_out(weight):
+            return True
+        try:
+            pieces = pieces_of(self.base, weight)
+        except MismatchError:  # where its place depends on tensors that this layer does not have
+            return False
         tied = {OUTPUT} if self.base.is_tied else set()
         return bool(pieces) and all(piece.tensor in self.base.shapes.keys() | tied for piece in pieces)
 
@@ -119,10 +137,11 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
     placed: dict[str, list[Placed]] = {}
     strangers = []
     all_changes = adapter.changes_of(_Weights(base))
+    _check_stacks(adapter, base, all_changes)
     for weight, changes in all_changes.items():
-        if _are_optional(changes) and not _has(base, weight):
+        if (_are_optional(changes) and not _has(base, weight)) or is_left_out(weight):
             continue
-        pieces = _pieces(base, weight) if adapter.architecture is None else [_piece_of_tensor(base, weight)]
+        pieces = _pieces(base, weight, changes) if adapter.architecture is None else [_piece_of_tensor(base, weight)]
         if not pieces:
             strangers.append(weight)
             continue
@@ -160,8 +179,27 @@ def _piece_of_tensor(base: BaseModel, name: str) -> Piece:
     return Piece(tensor, int(expert) * shape[1], rows=np.arange(shape[1]))
 
 
-def _pieces(base: BaseModel, weight: str) -> list[Piece]:
-    """`pieces_of`; of an architecture that GGUF knows only tied, the output weight has its place, too."""
+def _check_stacks(adapter: Adapter, base: BaseModel, weights: Iterable[str]) -> None:
+    """Raise unless a change of stacked experts, ``<parameter>.<e>``, is one of all experts."""
+    stacks = Counter(weight.rpartition(".")[0] for weight in weights if weight.rpartition(".")[2].isdecimal())
+    for stack, count in stacks.items():
+        tensor = stack if adapter.architecture else next((piece.tensor for piece in pieces_of(base, f"{stack}.0")), "")
+        shape = base.shapes.get(tensor, ())
+        if len(shape) == 3 and shape[0] != count:
+            raise MismatchError(
+                f"{adapter.path}: {stack!r} changes {count} experts, but {tensor!r} of {base.path} has {shape[0]}; is "
+                "it the right base?"
+            )
+
+
+def _pieces(base: BaseModel, weight: str, changes: Sequence[Change | Unsized]) -> list[Piece]:
+    """`pieces_of`, and the places of weights that only an adapter of the right kind can change.
+
+    Of an architecture that GGUF knows only tied, the output weight has its place, too.
+    """
+    decay = decay_of(base, weight)
+    if decay is not None:
+        return [decay] if all(isinstance(change, Replace) for change in changes) else []
     pieces = pieces_of(base, weight)
     is_output = weight == "lm_head.weight" or weight.endswith(".lm_head.weight")
     return [Piece(OUTPUT)] if not pieces and base.is_tied and is_output else pieces
@@ -188,8 +226,12 @@ def _tie(adapter: Adapter, placed: dict[str, list[Placed]]) -> None:
 
 def _linear(base: BaseModel, weight: str, change: Change | Unsized) -> Change | Unsized:
     """The change as (n_out, n_in): weights saved whole lie as the Hugging Face model keeps them."""
-    if isinstance(change, Replace) and is_conv1d(base, weight):
+    if not isinstance(change, Replace):
+        return change
+    if is_conv1d(base, weight) or is_transposed_expert(base, weight):
         return replace(change, values=change.values.T)
+    if decay_of(base, weight) is not None:
+        return replace(change, values=-np.exp(as_float64(change.values)))
     return change
 
 

@@ -38,6 +38,7 @@ def main() -> None:
         return model_class
 
     conversion.get_model_class = get_model_class
+    _llama_model().set_vocab = conversion.TextModel._set_vocab_gpt2  # which Mistral3Model makes one of, unasked
     _mend_baichuan()
     conversion.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
 
@@ -54,6 +55,12 @@ def main() -> None:
             if not (isinstance(failure, SystemExit) and not failure.code):
                 error = log.getvalue() + traceback.format_exc()
         print(json.dumps(error), file=replies, flush=True)
+
+
+def _llama_model() -> type:
+    from conversion.llama import LlamaModel
+
+    return LlamaModel
 
 
 def _mend_baichuan() -> None:

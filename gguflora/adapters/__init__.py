@@ -15,11 +15,13 @@ import numpy as np
 from gguflora.adapters.base_weights import BaseWeights
 from gguflora.adapters.config import MLX, PeftConfig, read_config
 from gguflora.adapters.gguf_lora import read_gguf_lora
+from gguflora.adapters.keys import some
+from gguflora.adapters.pooler import about_pooler
 from gguflora.adapters.refused import REFUSED
 from gguflora.adapters.saved import split_saved
 from gguflora.deltas import Change, Unsized
 from gguflora.errors import AdapterError, UnsupportedAdapterError
-from gguflora.files.safetensors import Array, as_float32, read_weights
+from gguflora.files.safetensors import Array, as_float32, read_weights, weight_files
 from gguflora.remote import local_inputs
 
 _LOG = logging.getLogger(__name__)
@@ -31,8 +33,8 @@ class Adapter:
 
     Attributes:
         name: of its directory, or its file without the suffix.
-        path: of the file with the weights.
-        sha256: of that file, in hexadecimal.
+        path: of the file with the weights, or of the index of several such files.
+        sha256: of the weights' files, in hexadecimal.
         changes: of each weight, to be added, by the weight's name in the Hugging Face model or, with ``architecture``
             set, in GGUF; but for those that only `changes_of` knows.
         method: ``peft_type`` of a PEFT adapter, "MLX", or "GGUF LoRA".
@@ -122,14 +124,15 @@ def _read_peft(folder: Path) -> Adapter:
         shaped = partial(SHAPED_READERS[config.peft_type], config, own)
     if not changes and not shaped:
         raise AdapterError(f"{weights}: holds no tensor of an adapter; save it again")
-    ties = config.flag("ensure_weight_tying")
+    unclear = config.unclear_alphas(name.removesuffix(".weight") for name in changes)
     return Adapter(
         folder.resolve().name,
         weights,
         _sha256(weights),
         changes,
         config.peft_type,
-        ties=ties,
+        warnings=(*about_pooler(tensors), *_about_alphas(unclear)),
+        ties=config.flag("ensure_weight_tying") or config.peft_type == MLX,
         invocation_tokens=_invocation_tokens(config),
         shaped=shaped,
     )
@@ -141,6 +144,15 @@ def _invocation_tokens(config: PeftConfig) -> tuple[int, ...]:
     if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < 1 << 32 for token in tokens):
         raise config.error("alora_invocation_tokens", "a list of tokens", tokens)
     return tuple(tokens)
+
+
+def _about_alphas(modules: list[str]) -> tuple[str, ...]:
+    if not modules:
+        return ()
+    return (
+        f"several patterns of alpha_pattern match {some(modules, 3)}: the first is taken, as PEFT does when it loads "
+        "the file, but PEFT has sorted them when it wrote it; if another held in training, leave only that one",
+    )
 
 
 def _add(changes: dict[str, tuple[Change | Unsized, ...]], others: Mapping[str, Change | Unsized]) -> None:
@@ -155,5 +167,9 @@ def _check_finite(path: Path, tensors: Mapping[str, Array]) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Of a file; of shards, that of all of them one after the other."""
+    digest = hashlib.sha256()
+    for part in weight_files(path):
+        with part.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -54,6 +54,11 @@ class PeftConfig:
 
     def for_module(self, name: str, pattern_name: str, module: str, default: float) -> float:
         """The number that holds for a module: the first matching pattern's, else the field's (PEFT's rule)."""
+        first = next(self._matching(pattern_name, module), None)
+        return self.number(name, default) if first is None else first
+
+    def _matching(self, pattern_name: str, module: str) -> Iterator[float]:
+        """The numbers of all patterns that match a module, in the order of the file."""
         patterns = self.fields.get(pattern_name) or {}
         if not isinstance(patterns, dict):
             raise self.error(pattern_name, "an object of module patterns and numbers", patterns)
@@ -65,15 +70,27 @@ class PeftConfig:
                     f"{self.path}: {pattern_name}: {pattern!r} is no regular expression: {error}"
                 ) from error
             if matches:
-                return self._number(f"{pattern_name}[{pattern!r}]", value)
-        return self.number(name, default)
+                yield self._number(f"{pattern_name}[{pattern!r}]", value)
 
-    def rank(self, module: str) -> int:
-        """The rank ``r`` that holds for a module."""
-        rank = self.for_module("r", "rank_pattern", module, 8)
-        if rank != int(rank) or rank < 1:
-            raise self.error("r", "a positive whole number", rank)
-        return int(rank)
+    def ranks(self, module: str) -> list[int]:
+        """The rank ``r`` that holds for a module, or those of all patterns that match it.
+
+        PEFT sorts the patterns when it writes them, so the first of them need not be the one that held in training.
+        """
+        ranks = list(self._matching("rank_pattern", module)) or [self.number("r", 8)]
+        for rank in ranks:
+            if rank != int(rank) or rank < 1:
+                raise self.error("r", "a positive whole number", rank)
+        return [int(rank) for rank in ranks]
+
+    def rank(self, module: str, found: int) -> int:
+        """The rank that holds for a module: ``found`` in its tensors if a pattern says so, else the first one's."""
+        ranks = self.ranks(module)
+        return found if found in ranks else ranks[0]
+
+    def unclear_alphas(self, modules: Iterable[str]) -> list[str]:
+        """Those of some modules that several patterns match with different alphas: see `ranks`."""
+        return [module for module in modules if len(set(self._matching("alpha_pattern", module))) > 1]
 
     def _number(self, name: str, value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:

@@ -14,31 +14,54 @@ import numpy as np
 
 from gguflora.adapters.config import PeftConfig
 from gguflora.adapters.keys import Parts, by_module, expect, some
+from gguflora.adapters.tucker import check_size, dense, from_core
 from gguflora.deltas import Change, LowRank, Values, as_float64
-from gguflora.errors import AdapterError, UnsupportedAdapterError
+from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
 
 _PARTS: Final = tuple(f"lokr_w{number}{suffix}" for number in (1, 2) for suffix in ("", "_a", "_b"))
+_CORE: Final = "lokr_t2"
+_NOTHING: Final = np.zeros(0)
 
 
 def read_lokr(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change]:
-    """The change of every adapted weight.
-
-    Raises:
-        UnsupportedAdapterError: for convolutions.
-    """
+    """The change of every adapted weight."""
     changes: dict[str, Change] = {}
-    for module, parts in by_module(config, tensors, (*_PARTS, "lokr_t2")).items():
-        if "lokr_t2" in parts:
-            raise UnsupportedAdapterError(
-                f"{config.path.parent}: module {module!r} is a convolution, which no GGUF language model has"
-            )
-        rank = config.rank(module)
-        left_1, right_1 = _factors(config, module, parts, "lokr_w1")
-        left_2, right_2 = _factors(config, module, parts, "lokr_w2")
+    for module, parts in by_module(config, tensors, (*_PARTS, _CORE)).items():
+        ranks = [part.shape[int(name.endswith("_a") and _CORE not in parts)] for name, part in _pairs(parts)]
+        rank = config.rank(module, ranks[0] if ranks else 0)
         factor = config.for_module("alpha", "alpha_pattern", module, 8) / rank
+        convolution = _convolution(config, module, parts, rank)
+        left_1, right_1 = _factors(config, module, parts, "lokr_w1")
+        if convolution is not None:
+            product: Values = np.kron(_kernelwise(left_1 @ right_1, convolution), convolution)
+            values = check_size(config, module, product, len(left_1) * len(convolution))
+            changes[f"{module}.weight"] = dense(values, factor)
+            continue
+        left_2, right_2 = _factors(config, module, parts, "lokr_w2")
         changes[f"{module}.weight"] = LowRank(np.kron(right_1, right_2), np.kron(left_1, left_2), factor)
     return changes
+
+
+def _pairs(parts: Parts) -> list[tuple[str, Array]]:
+    """The factors of w1 and w2, which are of the adapter's rank."""
+    return [(name, part) for name, part in parts.items() if name.endswith(("_a", "_b")) and part.ndim == 2]
+
+
+def _convolution(config: PeftConfig, module: str, parts: Parts, rank: int) -> Values | None:
+    """w2 of a convolution (n_out, inputs of a group, kernel..), taken from the parts; None if it is a matrix."""
+    if _CORE in parts:
+        a, b = parts.pop("lokr_w2_a", _NOTHING), parts.pop("lokr_w2_b", _NOTHING)
+        return from_core(config, module, rank, parts.pop(_CORE), a, b)
+    whole = parts.get("lokr_w2")
+    if whole is None or whole.ndim not in {3, 4}:
+        return None
+    return as_float64(parts.pop("lokr_w2"))
+
+
+def _kernelwise(w1: Values, w2: Values) -> Values:
+    """w1 as PEFT's make_kron has it: with a kernel of one point, but only beside a kernel of two dimensions."""
+    return w1[:, :, None, None] if w2.ndim == 4 else w1
 
 
 def _factors(config: PeftConfig, module: str, parts: Parts, name: str) -> tuple[Values, Values]:

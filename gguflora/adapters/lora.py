@@ -8,13 +8,13 @@ product, GGUF the weight.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Final
 
 from gguflora.adapters.config import PeftConfig
 from gguflora.adapters.dora import with_magnitude
+from gguflora.adapters.factor import lora_factor
 from gguflora.adapters.kasa import with_diagonal
 from gguflora.adapters.keys import Parts, by_module, expect
 from gguflora.adapters.narrow import with_blocks, with_pooling
@@ -53,10 +53,10 @@ def read_lora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Cha
     parameters, modules = split_wrapped(config, modules)
     changes: dict[str, Change | Unsized] = {}
     for parameter, parts in parameters.items():
-        changes |= read_parameter(config, parameter, parts, lora_factor(config, parameter, config.rank(parameter)))
+        changes |= read_parameter(config, parameter, parts)
     for module, parts in modules.items():
         if _BIAS in parts:
-            changes[f"{module}.bias"] = _read_bias(config, module, parts.pop(_BIAS))
+            changes[f"{module}.bias"] = _read_bias(config, module, parts)
         changes[f"{module}.weight"] = _read_module(config, module, parts)
     return changes
 
@@ -74,10 +74,11 @@ def _check_options(config: PeftConfig) -> None:
         )
 
 
-def _read_bias(config: PeftConfig, module: str, bias: Array) -> Formula:
+def _read_bias(config: PeftConfig, module: str, parts: Parts) -> Formula:
     """With ``lora_bias``, B has a bias, which is added to the layer's: ``b + factor * lora_B.bias``."""
-    expect(config, module, _BIAS, bias, (None,))
-    values = lora_factor(config, module, config.rank(module)) * as_float64(bias)
+    bias = expect(config, module, _BIAS, parts.pop(_BIAS), (None,))
+    terms = len(parts["lora_A"]) if "lora_A" in parts and parts["lora_A"].ndim else 0
+    values = lora_factor(config, module, config.rank(module, terms)) * as_float64(bias)
 
     def delta(w: Values, rows: Indices) -> Values:
         return values[rows, None]
@@ -127,21 +128,17 @@ def read_pair(config: PeftConfig, module: str, a: Array, b: Array) -> LowRank:
     where = f"{config.path.parent}: module {module!r}"
     if a.ndim != 2 or b.ndim != 2:
         raise UnsupportedAdapterError(
-            f"{where}: A is {a.shape} and B is {b.shape}, expected two matrices (not a convolution)"
+            f"{where}: A is {a.shape} and B is {b.shape}, expected two matrices: a LoRA of a convolution in groups mixes "
+            "its channels, so that no weight is equal to it, and PEFT cannot merge it either; train without this module"
         )
     for name, factor in (("A", a), ("B", b)):
         if not is_float(factor):
             raise AdapterError(f"{where}: {name} holds {factor.dtype}, expected floating-point numbers")
-    rank = config.rank(module)
-    if a.shape[0] != rank or b.shape[1] != rank:
+    rank = config.rank(module, a.shape[0])
+    terms = min(rank, len(b), a.shape[1]) if config.fields.get("init_lora_weights") in STARTS else rank
+    if a.shape[0] != terms or b.shape[1] != terms:
         raise AdapterError(
-            f"{where}: A is {a.shape} and B is {b.shape}, expected rank {rank} as {config.path.name} says: "
-            f"({rank}, n_in) and (n_out, {rank})"
+            f"{where}: A is {a.shape} and B is {b.shape}, expected rank {terms} as {config.path.name} says: "
+            f"({terms}, n_in) and (n_out, {terms})"
         )
     return LowRank(a, b, lora_factor(config, module, rank))
-
-
-def lora_factor(config: PeftConfig, module: str, rank: int) -> float:
-    """The factor alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
-    alpha = config.for_module("lora_alpha", "alpha_pattern", module, 8)
-    return alpha / (math.sqrt(rank) if config.flag("use_rslora") else rank)

@@ -14,6 +14,10 @@ from gguflora.adapters.config import PeftConfig
 from gguflora.errors import UnsupportedAdapterError
 
 _BLOCK: Final = re.compile(r"(?:.*\.)?(?:layers?|h|blocks?)\.(?P<block>\d+)\.(?P<path>.+)")
+_OF_T5: Final = re.compile(
+    r"(?P<side>encoder|decoder)\.block\.(?P<block>\d+)\.layer\.(?P<part>\d+)\.\w+\.(?P<leaf>\w+)"
+)
+_LEAVES_OF_T5: Final = ("q", "k", "v", "o", "relative_attention_bias", "wi", "wi_0", "wi_1", "wo")
 _PARTS: Final = (
     ("self_attn", "attn", "attention", "self_attention", "linear_attn", "mamba", "mixer"),
     ("mlp", "feed_forward", "block_sparse_moe", "intermediate"),
@@ -41,10 +45,11 @@ _LEAVES: Final = (
     *("fc2", "dense_4h_to_h", "w2", "w3", "down_proj", "output_linear", "c_proj", "dense", "shared_expert_gate"),
 )
 _EMBEDDINGS: Final = (
-    *("embed_tokens", "wte", "word_embeddings", "embed_in", "embeddings"),
+    *("shared", "embed_tokens", "wte", "word_embeddings", "embed_in", "embeddings"),
     *("wpe", "position_embeddings", "token_type_embeddings"),
 )
 _HEADS: Final = ("lm_head", "embed_out", "score")
+_POOLER: Final = "pooler.dense"
 
 
 def in_order(config: PeftConfig, modules: list[str]) -> list[str]:
@@ -60,8 +65,11 @@ def _place(config: PeftConfig, module: str) -> tuple[int, ...]:
     found, leaf = _BLOCK.fullmatch(module), module.rpartition(".")[2]
     if found is None and leaf in _EMBEDDINGS:
         return 0, _EMBEDDINGS.index(leaf)
-    if found is None and leaf in _HEADS:
-        return 2, _HEADS.index(leaf)
+    if found is None and (leaf in _HEADS or module.endswith(_POOLER)):
+        return 2, _HEADS.index(leaf) if leaf in _HEADS else 0
+    if (of_t5 := _OF_T5.search(module)) and of_t5["leaf"] in _LEAVES_OF_T5:
+        side, number = ("encoder", "decoder").index(of_t5["side"]), _LEAVES_OF_T5.index(of_t5["leaf"])
+        return 1, side, int(of_t5["block"]), int(of_t5["part"]), number
     if found is not None and leaf in _LEAVES:
         steps = found["path"].split(".")
         part = next((number for number, names in enumerate(_PARTS) if steps[0] in names), None)

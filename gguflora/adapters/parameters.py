@@ -19,6 +19,7 @@ from typing import Final
 import numpy as np
 
 from gguflora.adapters.config import PeftConfig
+from gguflora.adapters.factor import lora_factor
 from gguflora.adapters.keys import Parts, some, take
 from gguflora.deltas import Change, LowRank, Unsized
 from gguflora.errors import AdapterError, UnsupportedAdapterError
@@ -73,9 +74,8 @@ def _parameters_of(config: PeftConfig, owner: str) -> list[str]:
     found = set()
     for target in targets:
         parent, _, parameter = target.rpartition(".")
-        if not _ends(owner, parent) if parent else _is_target_module(config, owner):
-            continue
-        found.add(parameter)
+        if _ends(owner, parent) if parent else _may_hold(config, owner, parameter):
+            found.add(parameter)
     unknown = [name for name in found if name not in _ORDER]
     if len(found) > 1 and unknown:
         raise UnsupportedAdapterError(
@@ -85,27 +85,29 @@ def _parameters_of(config: PeftConfig, owner: str) -> list[str]:
     return sorted(found, key=_ORDER.index) if len(found) > 1 else list(found)
 
 
-def _is_target_module(config: PeftConfig, owner: str) -> bool:
-    """Whether a module is adapted itself, so that a parameter's name without a module's does not mean one of its."""
+def _may_hold(config: PeftConfig, owner: str, parameter: str) -> bool:
+    """Whether a parameter's name without a module's may mean one of this module, which is not adapted itself."""
     targets = config.fields.get("target_modules") or []
-    if isinstance(targets, list):
-        return any(isinstance(target, str) and _ends(owner, target) for target in targets)
-    return False
+    if isinstance(targets, list) and any(isinstance(target, str) and _ends(owner, target) for target in targets):
+        return False
+    return (parameter in _ORDER) == _ends(owner, "experts")
 
 
 def _ends(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
 
 
-def read_parameter(config: PeftConfig, parameter: str, parts: Parts, factor: float) -> dict[str, Change | Unsized]:
+def read_parameter(config: PeftConfig, parameter: str, parts: Parts) -> dict[str, Change | Unsized]:
     """The change of a parameter, or of each expert's part of it.
 
     Raises:
         AdapterError: if the factors do not have the configured rank.
     """
     a, b = take(config, parameter, parts, "lora_A", "lora_B")
-    rank = config.rank(parameter)
     terms = a.shape[0] if a.ndim == 2 else 0
+    ranks = config.ranks(parameter)
+    rank = next((rank for rank in ranks if terms % rank == 0), ranks[0])
+    factor = lora_factor(config, parameter, rank)
     if b.ndim != 2 or not terms or terms % rank or b.shape[1] != terms or not (is_float(a) and is_float(b)):
         raise AdapterError(
             f"{config.path.parent}: parameter {parameter!r}: A is {a.shape} and B is {b.shape}, expected floats "

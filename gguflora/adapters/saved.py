@@ -1,7 +1,8 @@
 """Weights saved whole beside an adapter of any method: they replace the base's.
 
-``modules_to_save`` and resized embeddings: ``<module>.weight`` and ``.bias``; trained biases (``bias``: "all" or
-"lora_only") and embeddings that are adapted too: ``<module>.base_layer.bias`` and ``.weight``. Trained tokens
+``modules_to_save`` and resized embeddings: ``<module>.weight`` and ``.bias``, or whatever else the parameters of the
+modules below are called (``experts.gate_up_proj``, ``self_attn.sinks``, ``mixer.A_log``); trained biases (``bias``:
+"all" or "lora_only") and embeddings that are adapted too: ``<module>.base_layer.bias`` and ``.weight``. Trained tokens
 (``trainable_token_indices``): ``<embedding>.token_adapter.trainable_tokens_delta``, which in spite of its name holds
 the new rows themselves.
 """
@@ -24,7 +25,7 @@ _TOKENS: Final = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.token_adapter\
 _WHOLE: Final = re.compile(
     rf"{re.escape(PREFIX)}(?P<module>.+?)(?:\.base_layer|\.modules_to_save(?:\.[^.]+)?|\.original_module)?\.(?P<kind>weight|bias)"
 )
-
+_WRAPPER: Final = re.compile(r"\.modules_to_save(?:\.[^.]+)?(?=\.)")
 
 # modules of PEFT's own methods; every other module belongs to the model
 _METHOD: Final = re.compile(
@@ -41,24 +42,33 @@ def split_saved(config: PeftConfig, tensors: Mapping[str, Array]) -> tuple[dict[
     for key, tensor in tensors.items():
         if tokens := _TOKENS.fullmatch(key):
             saved[f"{tokens['module']}.weight"] = _read_tokens(config, tokens["module"], tensor)
-        elif (whole := _WHOLE.fullmatch(key)) and not _METHOD.search(key):
+        elif _METHOD.search(key):
+            left[key] = tensor
+        elif whole := _WHOLE.fullmatch(key):
             frozen = whole["kind"] == "weight" and not _is_trained(config, whole["module"])
-            saved[f"{whole['module']}.{whole['kind']}"] = Replace(_as_matrix(config, key, tensor), frozen)
+            saved |= _whole(config, f"{whole['module']}.{whole['kind']}", tensor, frozen=frozen)
+        elif _is_trained(config, name := _WRAPPER.sub("", key.removeprefix(PREFIX))):
+            saved |= _whole(config, name, tensor, frozen=False)
         else:
             left[key] = tensor
     return saved, left
 
 
-def _is_trained(config: PeftConfig, module: str) -> bool:
+def _is_trained(config: PeftConfig, path: str) -> bool:
     """Whether a weight was saved because it was trained, and not with the embeddings (save_embedding_layers)."""
     names = config.fields.get("modules_to_save") or []
-    return isinstance(names, list) and any(module == name or module.endswith(f".{name}") for name in names)
+    return isinstance(names, list) and any(f".{name}." in f".{path}." for name in names)
 
 
-def _as_matrix(config: PeftConfig, key: str, tensor: Array) -> Array:
-    if tensor.ndim not in {1, 2}:
-        raise AdapterError(f"{config.path.parent}: {key!r} has shape {tensor.shape}, expected a vector or a matrix")
-    return tensor.reshape(tensor.shape[0], -1)
+def _whole(config: PeftConfig, name: str, tensor: Array, *, frozen: bool) -> dict[str, Change]:
+    """A weight as it is; of a stack of experts (n_experts, .., ..) each one's."""
+    if tensor.ndim in {1, 2} or (tensor.ndim == 3 and "conv" in name):
+        return {name: Replace(tensor.reshape(tensor.shape[0], -1), frozen)}
+    if tensor.ndim == 3:
+        return {f"{name}.{expert}": Replace(values, frozen) for expert, values in enumerate(tensor)}
+    raise AdapterError(
+        f"{config.path.parent}: {name!r} has shape {tensor.shape}, expected a vector, a matrix or a stack of matrices"
+    )
 
 
 def _read_tokens(config: PeftConfig, module: str, values: Array) -> ReplaceRows:

@@ -26,8 +26,10 @@ __all__ = [
     "adaptable_weights",
     "can_untie",
     "check_known",
+    "decay_of",
     "ignored_at_run_time",
     "is_cut",
+    "is_transposed_expert",
     "key_order",
     "pieces_of",
     "unknown_warning",
@@ -110,6 +112,23 @@ def is_conv1d(base: BaseModel, weight: str) -> bool:
     """Whether Hugging Face keeps this weight as (n_in, n_out), so that one saved whole must be transposed."""
     pattern = KNOWN.get(base.architecture, PLAIN).conv1d
     return bool(pattern and pattern.search(weight))
+
+
+def is_transposed_expert(base: BaseModel, weight: str) -> bool:
+    """Whether Hugging Face keeps an expert's part of a stack, ``<parameter>.<e>``, as (n_in, n_out)."""
+    stack, _, expert = weight.rpartition(".")
+    return KNOWN.get(base.architecture, PLAIN).experts_transposed and expert.isdecimal() and ".experts." in stack
+
+
+def decay_of(base: BaseModel, weight: str) -> Piece | None:
+    """The place of a state space's ``A_log``, which GGUF holds as ``-exp(A_log)``, or None if it is not that."""
+    if not weight.endswith("A_log"):
+        return None
+    layer, _, _ = layer_and_module(canonical(weight))
+    tensor = f"blk.{layer}.ssm_a"
+    order = KNOWN.get(base.architecture, PLAIN).rows.get("ssm_dt")  # of the heads, as in the biases of time steps
+    rows = order(base, layer, base.shapes[tensor][0]) if order and tensor in base.shapes else None
+    return Piece(tensor, rows=rows)
 
 
 def can_untie(base: BaseModel) -> bool:

@@ -42,6 +42,7 @@ class Rules:
         splits: weights in several tensors by Hugging Face module of a layer.
         plus_one: tensors that are stored as 1 + w.
         interleaved: whether gate and up alternate in a stack of experts.
+        experts_transposed: whether Hugging Face keeps a stack of experts as (n_experts, n_in, n_out).
         cuts_vocabulary: whether rows of the token embedding without a token are left out.
         has_output: whether a model may have an output weight of its own.
         conv1d: layers whose weights Hugging Face keeps as (n_in, n_out), by the end of their names.
@@ -52,6 +53,7 @@ class Rules:
     splits: Mapping[str, Split] = field(default_factory=dict)
     plus_one: re.Pattern[str] | None = None
     interleaved: bool = False
+    experts_transposed: bool = False
     cuts_vocabulary: bool = False
     has_output: bool = True
     conv1d: re.Pattern[str] | None = None
@@ -78,7 +80,7 @@ _BY_TURNS: Final = Rules(
 KNOWN: Final[Mapping[str, Rules]] = {
     "llama": Rules(rows=_ROTARY),  # mistral and mixtral too
     "mistral3": Rules(rows=_ROTARY),
-    "llama4": PLAIN,
+    "llama4": Rules(experts_transposed=True),
     "smollm3": Rules(rows=_ROTARY),
     "granite": Rules(
         rows=_ROTARY,
@@ -115,7 +117,7 @@ KNOWN: Final[Mapping[str, Rules]] = {
     "glm4": PLAIN,
     "exaone4": PLAIN,
     "deepseek2": Rules(splits=_MLA),
-    "gpt-oss": Rules(interleaved=True),
+    "gpt-oss": Rules(interleaved=True, experts_transposed=True),
     "mamba": PLAIN,
     "jamba": PLAIN,
     "bert": PLAIN,

@@ -5,7 +5,6 @@ Rows are read from disk when they are asked for, not mapped, so that a pass over
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import threading
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.errors import SafetensorsError
-from gguflora.files.safetensors import as_float32, read_header
+from gguflora.files.safetensors import as_float32, read_header, weight_files
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.intp]
@@ -125,13 +124,7 @@ def _shards(folder: Path) -> list[Path]:
             return [folder / _SINGLE]
         found = ", ".join(sorted(entry.name for entry in os.scandir(folder))) or "nothing"
         raise SafetensorsError(f"{folder}: holds neither {_SINGLE} nor {_INDEX}; found: {found:.300}")
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SafetensorsError(f"{index}: cannot be read as an index of shards: {error!r:.200}") from error
-    if not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise SafetensorsError(f"{index}: names shards that are not in its directory")
-    return [folder / name for name in sorted(names)]
+    return weight_files(index)
 
 
 def _matrices(path: Path, name: str, entry: dict[str, Any], data_start: int) -> Iterator[StoredWeight]:

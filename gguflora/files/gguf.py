@@ -41,6 +41,7 @@ __all__ = [
     "first_path",
     "layer_of",
     "part_paths",
+    "same_split",
 ]
 
 _COUNT, _NUMBER, _N_TENSORS = "split.count", "split.no", "split.tensors.count"
@@ -187,6 +188,12 @@ def part_paths(path: Path, count: int) -> tuple[Path, ...]:
     found = _NAME.fullmatch(path.name)
     stem = found[1] if found else path.name.removesuffix(".gguf")
     return tuple(path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1))
+
+
+def same_split(path: Path, other: Path) -> bool:
+    """Whether two files are, by their names and place, of the same split model."""
+    one, two = (_NAME.fullmatch(name.resolve().name) for name in (path, other))
+    return bool(one and two and one.group(1, 3) == two.group(1, 3) and path.resolve().parent == other.resolve().parent)
 
 
 def _open_part(path: Path, count: int) -> GgufPart:

@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import IO
 
 from gguflora.errors import OutputError
+from gguflora.files.gguf import same_split
+
+_ADAPTER = "adapter_config.json"
+"""What a directory holds all of whose files are one adapter."""
 
 _LOG = logging.getLogger(__name__)
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -52,10 +56,23 @@ def _check_name(target: Path, inputs: Iterable[Path], *, force: bool) -> None:
     if not target.exists():
         return
     for source in inputs:
-        if source.exists() and source.samefile(target):
+        if _is_part(source, target):
             raise OutputError(f"{target}: is also an input; choose another name for the output")
     if not force:
         raise OutputError(f"{target}: already exists; choose another name, or overwrite it with --force")
+
+
+def _is_part(source: Path, target: Path) -> bool:
+    """Whether a file is an input, another file of the same split model, or of the same adapter or checkpoint."""
+    if not source.exists():
+        return False
+    if source.samefile(target):
+        return True
+    if same_split(source, target):
+        return True
+    folder = source if source.is_dir() else source.parent
+    is_whole = source.is_dir() or (source.suffix != ".gguf" and source.with_name(_ADAPTER).is_file())
+    return is_whole and folder.samefile(target.resolve().parent) and target.suffix != ".gguf"
 
 
 @contextmanager

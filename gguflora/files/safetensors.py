@@ -1,4 +1,4 @@
-"""Adapter weights from disk: safetensors mapped into memory, and torch's older ``.bin`` files.
+"""Adapter weights from disk: safetensors, in one file or in shards, and torch's older ``.bin`` files.
 
 numpy has no bfloat16, so bf16 tensors are held as uint16 arrays of their bits: slicing, reshaping and permuting need no
 more, and `as_float32` widens them, exactly, where numbers are needed.
@@ -7,58 +7,128 @@ more, and `as_float32` widens them, exactly, where numbers are needed.
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from gguflora.errors import SafetensorsError
 
 Array = NDArray[Any]
 
+_INDEX: Final = ".safetensors.index.json"
 _DTYPES: Final[dict[str, str]] = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
+_BYTES: Final[dict[str, int]] = {
+    **{name: np.dtype(code).itemsize for name, code in _DTYPES.items()},
+    **{"U64": 8, "U32": 4, "U16": 2, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
+}
+_MAX_HEADER: Final = 100_000_000
+"""As the format's own reader has it."""
+
+Header = dict[str, dict[str, Any]]
 
 
 def read_safetensors(path: Path) -> dict[str, Array]:
-    """Read-only views of all tensors of a safetensors file.
+    """All tensors of a safetensors file.
+
+    The file is read, not mapped, so that one that becomes shorter costs an error and not the process.
 
     Raises:
         SafetensorsError: if the file is missing, damaged, or holds a dtype that adapters do not use.
     """
-    header, start = read_header(path)
-    try:
-        content = np.memmap(path, np.uint8, "r")
-    except (OSError, ValueError) as error:
-        raise SafetensorsError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    return {name: _view(path, content[start:], name, entry) for name, entry in header.items()}
+    with _open(path) as file:
+        header, start, size = _read_header(path, file)
+        content = np.empty(size - start, np.uint8)
+        _read_into(path, file, content)
+    return {name: _view(path, content, name, entry) for name, entry in header.items()}
 
 
-def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+def read_header(path: Path) -> tuple[Header, int]:
     """The entries of a safetensors file (dtype, shape, data_offsets), checked against its size, and where data begins.
 
     Raises:
         SafetensorsError: if the file is missing or damaged.
     """
+    with _open(path) as file:
+        header, start, _ = _read_header(path, file)
+    return header, start
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
     try:
         if path.exists() and not path.is_file():  # a named pipe would block
             raise SafetensorsError(f"{path}: is not a file")
-        with safe_open(path, framework="np"):  # checks the whole header against the file's size
-            pass
         with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header: dict[str, dict[str, Any]] = json.loads(file.read(size))
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SafetensorsError(f"{path}: is not a readable safetensors file: {reason}") from error
+            yield file
+    except OSError as error:
+        raise SafetensorsError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _read_header(path: Path, file: BinaryIO) -> tuple[Header, int, int]:
+    """The entries, where data begins, and the size of the file."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, _MAX_HEADER):
+        raise _damaged(path, f"its header of {length} bytes does not fit in a file of {size}")
+    try:
+        header = json.loads(file.read(length))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header is no JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is no JSON object")
     header.pop("__metadata__", None)
-    return header, 8 + size
+    _check_entries(path, header, size - 8 - length)
+    return header, 8 + length, size
+
+
+def _check_entries(path: Path, header: Header, n_bytes: int) -> None:
+    """Raise unless the tensors fill the data one after the other."""
+    spans = []
+    for name, entry in header.items():
+        try:
+            dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(path, f"the entry of {name!r:.100} is {entry!r:.100}") from error
+        if dtype not in _BYTES:
+            raise _damaged(path, f"tensor {name!r:.100} has the unknown dtype {dtype!r:.40}")
+        numbers = [*shape, start, end] if isinstance(shape, list) else [-1]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise _damaged(path, f"the entry of {name!r:.100} is {entry!r:.100}")
+        if end - start != math.prod(shape) * _BYTES[dtype]:
+            raise _damaged(path, f"tensor {name!r:.100} of shape {shape!r:.80} has {end - start} bytes")
+        spans.append((start, end))
+    at = 0
+    for start, end in sorted(spans):
+        if start != at:
+            raise _damaged(path, f"its tensors overlap or leave a gap at byte {start} of their data")
+        at = end
+    if at != n_bytes:
+        raise _damaged(path, f"its tensors have {at} bytes, but the file holds {n_bytes}")
+
+
+def _damaged(path: Path, what: str) -> SafetensorsError:
+    return SafetensorsError(f"{path}: is not a readable safetensors file: {what}")
+
+
+def _read_into(path: Path, file: BinaryIO, content: NDArray[np.uint8]) -> None:
+    target = memoryview(content.data)
+    while target:
+        count = file.readinto(target)  # type: ignore[attr-defined]
+        if not count:
+            raise SafetensorsError(
+                f"{path}: became shorter while it was being read; try again when nothing writes to it"
+            )
+        target = target[count:]
 
 
 def _view(path: Path, data: Array, name: str, entry: dict[str, Any]) -> Array:
@@ -121,12 +191,36 @@ def as_float32(array: Array) -> NDArray[np.float32]:
 
 
 def read_weights(folder: Path, stem: str) -> tuple[Path, dict[str, Array]]:
-    """The tensors of ``stem.safetensors`` in a folder, else of ``stem.bin``, and the path they came from."""
-    safetensors = folder / f"{stem}.safetensors"
-    if safetensors.is_file():
-        return safetensors, read_safetensors(safetensors)
-    torch_bin = folder / f"{stem}.bin"
+    """The tensors of ``stem.safetensors`` in a folder, of its shards, or of ``stem.bin``, and what they came from.
+
+    Shards, which transformers writes, have an index ``stem.safetensors.index.json``; its path is given.
+    """
+    single, index, torch_bin = (folder / f"{stem}{end}" for end in (".safetensors", _INDEX, ".bin"))
+    if single.is_file():
+        return single, read_safetensors(single)
+    if index.is_file():
+        tensors: dict[str, Array] = {}
+        for shard in weight_files(index):
+            tensors |= read_safetensors(shard)
+        return index, tensors
     if torch_bin.is_file():
         return torch_bin, read_torch_bin(torch_bin)
     found = ", ".join(sorted(entry.name for entry in os.scandir(folder))) or "nothing"
-    raise SafetensorsError(f"{folder}: holds neither {safetensors.name} nor {torch_bin.name}; found: {found}")
+    raise SafetensorsError(f"{folder}: holds neither {single.name} nor {torch_bin.name}; found: {found:.300}")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The file itself, or of an index of shards all of them.
+
+    Raises:
+        SafetensorsError: if the index cannot be read.
+    """
+    if not path.name.endswith(_INDEX):
+        return [path]
+    try:
+        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SafetensorsError(f"{path}: cannot be read as an index of shards: {error!r:.200}") from error
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise SafetensorsError(f"{path}: names shards that are not in its directory")
+    return [path.with_name(name) for name in sorted(names)]
