@@ -157,7 +157,7 @@ MODELS = {
         {**EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
          "expert_layer_offset": 1, "mamba_d_state": 8},
     ),
-    "bert": Made(hf.BertConfig, {**DECODER, "type_vocab_size": 2}, auto=hf.BertModel, without=("pooler.dense",)),
+    "bert": Made(hf.BertConfig, {**DECODER, "num_key_value_heads": 4, "type_vocab_size": 2}, auto=hf.BertModel, without=("pooler.dense",)),
     "t5": Made(
         hf.T5Config,
         {"vocab_size": 288, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 3, "num_decoder_layers": 2,

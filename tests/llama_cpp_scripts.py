@@ -32,13 +32,18 @@ def main() -> None:
     torch.set_num_threads(1)
     find_model_class = conversion.get_model_class
 
+    def set_vocab(self):
+        conversion.TextModel._set_vocab_gpt2(self)
+        if "type_vocab_size" in self.hparams:  # BERT's own way would write it, too
+            self.gguf_writer.add_token_type_count(self.hparams["type_vocab_size"])
+
     def get_model_class(*args, **kwargs):
         model_class = find_model_class(*args, **kwargs)
-        model_class.set_vocab = conversion.TextModel._set_vocab_gpt2
+        model_class.set_vocab = set_vocab
         return model_class
 
     conversion.get_model_class = get_model_class
-    _llama_model().set_vocab = conversion.TextModel._set_vocab_gpt2  # which Mistral3Model makes one of, unasked
+    _llama_model().set_vocab = set_vocab  # which Mistral3Model makes one of, unasked
     _mend_baichuan()
     conversion.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
 

@@ -119,7 +119,7 @@ def read_config(folder: Path) -> PeftConfig:
         raise AdapterError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(fields, dict):
         raise AdapterError(f"{path}: expected a JSON object, found {type(fields).__name__}")
-    peft_type = fields.get("peft_type", MLX if "lora_parameters" in fields else None)
+    peft_type = fields.get("peft_type", MLX if {"lora_parameters", "fine_tune_type"} & fields.keys() else None)
     if not isinstance(peft_type, str):
         raise AdapterError(f"{path}: peft_type is {peft_type!r}, expected the name of a PEFT method such as 'LORA'")
     return PeftConfig(path, peft_type.upper(), fields)

@@ -34,8 +34,8 @@ def read_lokr(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Cha
         convolution = _convolution(config, module, parts, rank)
         left_1, right_1 = _factors(config, module, parts, "lokr_w1")
         if convolution is not None:
-            product: Values = np.kron(_kernelwise(left_1 @ right_1, convolution), convolution)
-            values = check_size(config, module, product, len(left_1) * len(convolution))
+            product = np.kron(_kernelwise(left_1 @ right_1, convolution), convolution)
+            values = check_size(config, module, as_float64(product), len(left_1) * len(convolution))
             changes[f"{module}.weight"] = dense(values, factor)
             continue
         left_2, right_2 = _factors(config, module, parts, "lokr_w2")

@@ -128,7 +128,7 @@ def read_pair(config: PeftConfig, module: str, a: Array, b: Array) -> LowRank:
     where = f"{config.path.parent}: module {module!r}"
     if a.ndim != 2 or b.ndim != 2:
         raise UnsupportedAdapterError(
-            f"{where}: A is {a.shape} and B is {b.shape}, expected two matrices: a LoRA of a convolution in groups mixes "
+            f"{where}: A is {a.shape} and B is {b.shape}, expected two matrices: LoRA of a convolution in groups mixes "
             "its channels, so that no weight is equal to it, and PEFT cannot merge it either; train without this module"
         )
     for name, factor in (("A", a), ("B", b)):

@@ -2,32 +2,41 @@
 
 A linear layer has ``lora_a`` (n_in, r) and ``lora_b`` (r, n_out): ``W + scale * (lora_a lora_b)^T``, not divided by the
 rank; an embedding has ``lora_a`` (rows, r) and ``lora_b`` (r, width): ``W + scale * lora_a lora_b``. The experts of
-a ``switch_mlp`` have (n_experts, r, n_in) and (n_experts, n_out, r). DoRA adds ``m``, the lengths of the rows.
+a ``switch_mlp`` (of gpt-oss and Llama 4: ``experts``) have (n_experts, r, n_in) and (n_experts, n_out, r). DoRA adds
+``m``, the lengths of the rows, also of an embedding. With ``fine_tune_type`` "full" the file holds whole weights.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from typing import Final
 
 from gguflora.adapters.config import MLX, PeftConfig
 from gguflora.adapters.dora import with_magnitude
 from gguflora.adapters.keys import Parts, by_module, expect, take
-from gguflora.deltas import Change, LowRank, Unsized
+from gguflora.deltas import Change, LowRank, Replace, Unsized
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.safetensors import Array
+
+_EMBEDDINGS: Final = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings")
+_EXPERTS: Final = re.compile(r"(?P<owner>.+)\.(?:switch_mlp|experts)\.(?P<name>[^.]+)")
 
 
 def read_mlx(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change | Unsized]:
     """The change of every adapted weight, by its name in the Hugging Face model.
 
     Raises:
-        UnsupportedAdapterError: for whole models, and for adapters of old versions whose scale is not certain.
+        UnsupportedAdapterError: for adapters of old versions whose scale is not certain.
     """
+    kind = config.fields.get("fine_tune_type", "lora")
+    if kind == "full":
+        return _read_full(config, tensors)
     parameters = config.fields.get("lora_parameters")
-    if config.fields.get("fine_tune_type", "lora") not in {"lora", "dora"} or not isinstance(parameters, dict):
+    if kind not in {"lora", "dora"} or not isinstance(parameters, dict):
         raise UnsupportedAdapterError(
-            f"{config.path}: fine_tune_type is {config.fields.get('fine_tune_type')!r}, expected 'lora' or 'dora' with "
-            "lora_parameters; convert a model that was trained whole with llama.cpp"
+            f"{config.path}: fine_tune_type is {kind!r} and lora_parameters {parameters!r:.80}, expected 'lora' or "
+            "'dora' with lora_parameters, or 'full'"
         )
     settings = PeftConfig(config.path, MLX, parameters)
     scale = settings.number("scale", 20.0)
@@ -42,29 +51,47 @@ def read_mlx(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Chan
     return changes
 
 
+def _read_full(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change | Unsized]:
+    changes: dict[str, Change | Unsized] = {}
+    for name, values in tensors.items():
+        module, _, kind = name.rpartition(".")
+        experts = _expert_modules(module, len(values)) if values.ndim == 3 else []
+        if values.ndim in {1, 2}:
+            changes[name] = Replace(values.reshape(len(values), -1))
+        elif experts:
+            changes |= {f"{one}.{kind}": Replace(values[e]) for e, one in enumerate(experts)}
+        else:
+            raise UnsupportedAdapterError(
+                f"{config.path.parent}: {name!r} has shape {values.shape}, expected a vector, a matrix or experts"
+            )
+    return changes
+
+
 def _read_module(config: PeftConfig, module: str, parts: Parts, scale: float) -> dict[str, Change | Unsized]:
     magnitude = parts.pop("m", None)
-    embedding = module.endswith("embed_tokens")
     a, b = take(config, module, parts, "lora_a", "lora_b")
-    if a.ndim == b.ndim == 3 and ".switch_mlp." in module and magnitude is None:
+    if a.ndim == b.ndim == 3 and magnitude is None:
         return _read_experts(config, module, a, b, scale)
     expect(config, module, "lora_a", a, (None, None))
     expect(config, module, "lora_b", b, (a.shape[1], None))
+    embedding = module.rpartition(".")[2] in _EMBEDDINGS
     change = LowRank(b, a, scale) if embedding else LowRank(a.T, b.T, scale)
     if magnitude is None:
         return {f"{module}.weight": change}
-    if embedding:
-        raise UnsupportedAdapterError(
-            f"{config.path.parent}: module {module!r} is an embedding with DoRA; merge it in MLX"
-        )
     return {f"{module}.weight": with_magnitude(config, module, change, magnitude)}
 
 
 def _read_experts(config: PeftConfig, module: str, a: Array, b: Array, scale: float) -> dict[str, Change | Unsized]:
-    if a.shape[:2] != (b.shape[0], b.shape[2]):
+    experts = _expert_modules(module, len(a))
+    if not experts or a.shape[:2] != (b.shape[0], b.shape[2]):
         raise AdapterError(
-            f"{config.path.parent}: module {module!r}: lora_a is {a.shape} and lora_b {b.shape}, expected "
-            "(n_experts, r, n_in) and (n_experts, n_out, r)"
+            f"{config.path.parent}: module {module!r}: lora_a is {a.shape} and lora_b {b.shape}, expected those of "
+            "experts, (n_experts, r, n_in) and (n_experts, n_out, r)"
         )
-    owner, _, name = module.rpartition(".switch_mlp.")
-    return {f"{owner}.experts.{e}.{name}.weight": LowRank(a[e], b[e], scale) for e in range(len(a))}
+    return {f"{one}.weight": LowRank(a[e], b[e], scale) for e, one in enumerate(experts)}
+
+
+def _expert_modules(module: str, n_experts: int) -> list[str]:
+    """What a checkpoint names the modules of each expert; none if the module holds no experts."""
+    found = _EXPERTS.fullmatch(module)
+    return [f"{found['owner']}.experts.{e}.{found['name']}" for e in range(n_experts)] if found else []
