@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ class BaseModel:
     """A base model, without its weights.
 
     Attributes:
-        path: of the GGUF file or the Hugging Face directory.
+        path: of the GGUF file (of a split model, its first) or the Hugging Face directory.
         architecture: as GGUF names it.
         shapes: (n_out, n_in) of the weights by GGUF name; of a directory only those that its configuration fixes.
         n_layers: number of blocks.
@@ -31,6 +31,7 @@ class BaseModel:
         n_head_kv: key and value heads of each layer.
         n_groups: key heads of linear attention, 0 if there is none.
         absent: those of ``shapes`` that the file does not have, but could: they count as zeros.
+        types: quant types of the tensors of a GGUF file.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class BaseModel:
     n_head_kv: tuple[int, ...]
     n_groups: int = 0
     absent: frozenset[str] = frozenset()
+    types: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_tied(self) -> bool:
@@ -85,6 +87,7 @@ def describe(file: GgufFile) -> BaseModel:
         n_head,
         n_head_kv,
         n_groups if isinstance(n_groups, int) else 0,
+        types={name: tensor.type.name for name, tensor in file.tensors.items()},
     )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora import _native
-from gguflora.architectures import Piece, decay_of, is_conv1d, is_cut, is_transposed_expert, pieces_of
+from gguflora.architectures import Piece, cut_positions, decay_of, is_conv1d, is_cut, is_transposed_expert, pieces_of
 from gguflora.base_model import BaseModel, describe
 from gguflora.errors import GgufError, MismatchError
 from gguflora.files.checkpoint import Checkpoint, Indices, StoredWeight
@@ -287,7 +287,10 @@ def _cover(pieces: Sequence[Piece], n_out: int, n_in: int) -> bool:
 
 
 def _without_padding(model: BaseModel, part: _Part) -> _Part:
-    """The part without the rows of a vocabulary that GGUF leaves out."""
+    """The part without the rows of a vocabulary, or of positions, that GGUF leaves out."""
+    skipped = cut_positions(model, part.piece.tensor, part.shape[0])
+    if skipped:
+        return replace(part, piece=replace(part.piece, rows=np.arange(skipped, part.shape[0])))
     rows = model.shapes.get(part.piece.tensor, (0,))[0] if is_cut(model) else 0
     if part.piece.tensor not in {TOKEN_EMBEDDING, OUTPUT} or not 0 < rows < part.shape[0]:
         return part

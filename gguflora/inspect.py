@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,15 +12,16 @@ import numpy as np
 
 from gguflora.adapters import Adapter, read_adapter
 from gguflora.adapters.soft_prompt import first_task, is_soft_prompt, read_soft_prompt
-from gguflora.architectures import ignored_at_run_time, unknown_warning
+from gguflora.architectures import aborts_at_run_time, ignored_at_run_time, unknown_warning, with_biases
 from gguflora.base_model import BaseModel, read_base
 from gguflora.changed_rows import AnyRows, Target, Weights, WholeWeights, read_values, target_of, without_copies
 from gguflora.deltas import Change, LowRank, Unsized, as_float64
-from gguflora.errors import MismatchError, UnsupportedAdapterError
-from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile
+from gguflora.errors import HotSwapError, MismatchError, UnsupportedAdapterError
+from gguflora.files.gguf import GgufFile
 from gguflora.files.safetensors import weight_files
 from gguflora.placement import Placed, place
 from gguflora.prefix import fit_prefix
+from gguflora.preflight import problems_of
 from gguflora.remote import local_inputs
 
 if TYPE_CHECKING:
@@ -127,9 +128,9 @@ def inspect(
         if source.shaped:
             warnings.append(f"what {source.method} changes depends on the base: give one with --base")
     else:
-        changes = _on_base(source, model)
+        changes, about_file = _on_base(source, model)
         unknown = unknown_warning(model)
-        warnings += [] if unknown is None else [unknown]
+        warnings += [*about_file, *([] if unknown is None else [unknown])]
     return InspectReport(
         adapter=source.name,
         path=source.path,
@@ -199,14 +200,47 @@ def _norm(change: LowRank) -> float:
     return abs(change.factor) * float(np.sqrt(max(((b.T @ b) * (a @ a.T)).sum(), 0.0)))
 
 
-def _on_base(source: Adapter, model: BaseModel) -> tuple[InspectedChange, ...]:
-    placed = place(source, model)
+def _on_base(source: Adapter, model: BaseModel) -> tuple[tuple[InspectedChange, ...], list[str]]:
+    """The changes, and what is wrong with the file as a whole."""
+    problems: dict[str, str] = {}
+    if source.architecture is not None:
+        try:
+            problems = problems_of(source.path, model)
+        except HotSwapError as error:
+            return tuple(_alone(name, parts) for name, parts in source.changes.items()), [str(error)]
+    fit = {name: parts for name, parts in source.changes.items() if _tensor_of(name) not in problems}
+    unfit = [_unfit(source, model, name, problem) for name, problem in problems.items()]
+    return (*_measured(replace(source, changes=fit), model), *unfit), []
+
+
+def _tensor_of(name: str) -> str:
+    """The tensor of a GGUF LoRA's change, which may be one of expert e: ``<tensor>.<e>``."""
+    tensor, _, expert = name.rpartition(".")
+    return tensor if expert.isdecimal() else name
+
+
+def _unfit(source: Adapter, model: BaseModel, tensor: str, problem: str) -> InspectedChange:
+    """A change that llama.cpp could not load or apply."""
+    parts = [part for name, parts in source.changes.items() if _tensor_of(name) == tensor for part in parts]
+    low = [part for part in parts if isinstance(part, LowRank)]
+    norm = sum(_norm(part) ** 2 for part in low) ** 0.5
+    return InspectedChange(tensor, model.shapes.get(tensor), low[0].rank, low[0].factor, norm, None, problem)
+
+
+def _measured(source: Adapter, model: BaseModel) -> list[InspectedChange]:
     if model.path.is_dir():
-        return tuple(_placed(model, name, items, None) for name, items in placed.items())
+        return [_placed(model, name, items, None) for name, items in place(source, model).items()]
+    whole = with_biases(model)
     with GgufFile(model.path) as file:
-        placed = without_copies(file, placed)
-        norms = _measure(file, placed)
-        return tuple(_placed(model, name, items, norms[name]) for name, items in placed.items())
+        placed = without_copies(file, place(source, whole))
+        norms = _measure(file, {name: items for name, items in placed.items() if name not in whole.absent})
+        norms |= {name: (_from_nothing(items), 0.0) for name, items in placed.items() if name in whole.absent}
+        return [_placed(whole, name, items, norms[name]) for name, items in placed.items()]
+
+
+def _from_nothing(items: Sequence[Placed]) -> float:
+    """Norm of the change of a bias that the base does not have."""
+    return float(np.linalg.norm(sum(item.delta(np.zeros(item.shape), 0) for item in items)))
 
 
 def _placed(model: BaseModel, name: str, items: Sequence[Placed], norms: tuple[float, float] | None) -> InspectedChange:
@@ -235,9 +269,7 @@ def _ranks(items: Sequence[Placed], parts: Sequence[LowRank]) -> int:
 
 
 def _problem(model: BaseModel, name: str, *, is_low: bool) -> str | None:
-    if name in {TOKEN_EMBEDDING, OUTPUT} and model.is_tied:
-        return "the output weight is tied to the token embedding, and llama.cpp aborts on such a LoRA: merge it"
-    reason = ignored_at_run_time(model, name)
+    reason = aborts_at_run_time(model, name) or ignored_at_run_time(model, name)
     if reason:
         return f"{reason}: merge it"
     return None if is_low else "it is not of low rank: merge it, or convert with --rank or --energy"

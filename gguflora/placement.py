@@ -14,6 +14,7 @@ from gguflora.adapters.pooler import is_left_out
 from gguflora.architectures import (
     Piece,
     check_known,
+    cut_positions,
     decay_of,
     is_conv1d,
     is_cut,
@@ -280,7 +281,10 @@ def _extent(pieces: Sequence[Piece], n_out: int, n_in: int) -> tuple[int, int]:
 
 
 def _without_padding(base: BaseModel, piece: Piece, change: Change) -> Piece:
-    """The piece without the rows that pad a vocabulary to a multiple of 64, where GGUF leaves them out."""
+    """The piece without rows that GGUF leaves out: those that pad a vocabulary to a multiple of 64, and positions."""
+    skipped = cut_positions(base, piece.tensor, change.shape[0])
+    if skipped:
+        return replace(piece, rows=np.arange(skipped, change.shape[0]))
     rows = base.shapes[TOKEN_EMBEDDING][0] if piece.tensor in {TOKEN_EMBEDDING, OUTPUT} and is_cut(base) else 0
     excess = change.shape[0] - rows
     if not rows or change.shape[0] % 64 or not 0 < excess <= 64:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from gguflora.architectures import aborts_at_run_time, ignored_at_run_time
 from gguflora.base_model import BaseModel, describe
 from gguflora.errors import HotSwapError
 from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, Shape, TensorEntry
@@ -58,6 +59,27 @@ def check_loadable(path: Path, base: BaseModel) -> None:
             _check_pair(f"{path}: {name!r}", name, a, b, base)
         for tensor in file.tensors.values():
             _check_finite(file, tensor)
+
+
+def problems_of(path: Path, base: BaseModel) -> dict[str, str]:
+    """What `check_loadable` would raise for each tensor of the base that a GGUF LoRA changes, if anything.
+
+    Raises:
+        GgufError: if the file is damaged.
+        HotSwapError: if the file as a whole is no LoRA for this base.
+    """
+    problems: dict[str, str] = {}
+    with GgufFile(path) as file:
+        _check_metadata(file, base)
+        for name, (a, b) in _pair_up(file).items():
+            where = f"{path}: {name!r}"
+            try:
+                _check_pair(where, name, a, b, base)
+                _check_finite(file, a)
+                _check_finite(file, b)
+            except HotSwapError as error:
+                problems[name] = str(error).removeprefix(f"{where}: ")
+    return problems
 
 
 def _check_metadata(file: GgufFile, base: BaseModel) -> None:
@@ -135,6 +157,10 @@ def _check_pair(where: str, name: str, a: TensorEntry, b: TensorEntry, base: Bas
         raise HotSwapError(
             f"{where}: is a vector in the base; llama.cpp would silently ignore this LoRA: merge it instead"
         )
+    ignored = ignored_at_run_time(base, name)
+    aborts = aborts_at_run_time(base, name)
+    if ignored or aborts:
+        raise HotSwapError(f"{where}: {ignored or aborts}; merge the adapter into the base instead")
     for part in (a, b):
         if part.type.name in _NOT_MULTIPLIED:
             raise HotSwapError(

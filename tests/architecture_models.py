@@ -131,6 +131,7 @@ MODELS = {
     "falcon_7b": Made(hf.FalconConfig, {**FALCON, "num_kv_heads": 1, "multi_query": True}),
     "starcoder2": Made(hf.Starcoder2Config, DECODER),
     "stablelm": Made(hf.StableLmConfig, {**DECODER, "use_qkv_bias": True}),
+    "stablelm_norms": Made(hf.StableLmConfig, {**DECODER, "qk_layernorm": True, "use_parallel_residual": True}),
     "olmo": Made(hf.OlmoConfig, DECODER),
     "olmo2": Made(hf.Olmo2Config, DECODER),
     "olmoe": Made(hf.OlmoeConfig, {**EXPERTS, "num_key_value_heads": 4}),
@@ -157,7 +158,10 @@ MODELS = {
         {**EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
          "expert_layer_offset": 1, "mamba_d_state": 8},
     ),
-    "bert": Made(hf.BertConfig, {**DECODER, "num_key_value_heads": 4, "type_vocab_size": 2}, auto=hf.BertModel, without=("pooler.dense",)),
+    "bert": Made(
+        hf.BertConfig, {**DECODER, "num_key_value_heads": 4, "type_vocab_size": 2}, auto=hf.BertModel,
+        without=("pooler.dense",),
+    ),
     "t5": Made(
         hf.T5Config,
         {"vocab_size": 288, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 3, "num_decoder_layers": 2,
@@ -171,9 +175,13 @@ MODELS = {
 }  # fmt: skip
 OTHERS = {
     "seed_oss": Made(hf.SeedOssConfig, {**DECODER, "head_dim": 16}),
+    "roberta": Made(
+        hf.RobertaConfig, {**DECODER, "num_key_value_heads": 4, "type_vocab_size": 2, "pad_token_id": 1},
+        auto=hf.RobertaModel, without=("pooler.dense",),
+    ),
     "gemma3_padded": Made(hf.Gemma3TextConfig, {**TIED, "head_dim": 16, "vocab_size": 320}),
 }
-"""An architecture that gguflora has no rules for, and a vocabulary with rows for no token."""
+"""An architecture that gguflora has no rules for, rows for no token, and positions that GGUF leaves out."""
 
 HAS_CLASS = [name for name, made in MODELS.items() if made.config]
 

@@ -6,6 +6,7 @@ Not a test: `oracles.py` starts `python llama_cpp_scripts.py DIRECTORY_OF_LLAMA_
 The vocabulary is patched: the tests' byte-level tokenizers have no known pre-tokenizer hash and no sentencepiece model,
 so every model's vocabulary is written by llama.cpp's own `_set_vocab_gpt2`. Weights, names and hyperparameters are not
 touched. BaichuanModel.modify_tensors calls itself without end for all but W_pack; the others are mapped by its parent.
+StableLMModel.modify_tensors, a generator, returns the stacked norms of the heads where it should yield them.
 """
 
 import contextlib
@@ -45,6 +46,7 @@ def main() -> None:
     conversion.get_model_class = get_model_class
     _llama_model().set_vocab = set_vocab  # which Mistral3Model makes one of, unasked
     _mend_baichuan()
+    _mend_stablelm()
     conversion.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
 
     for line in sys.stdin:
@@ -77,6 +79,19 @@ def _mend_baichuan() -> None:
         return unpack(self, data, name, bid) if "W_pack" in name else TextModel.modify_tensors(self, data, name, bid)
 
     BaichuanModel.modify_tensors = modify_tensors
+
+
+def _mend_stablelm() -> None:
+    from conversion.stablelm import StableLMModel
+
+    stack_norms = StableLMModel.modify_tensors
+
+    def modify_tensors(self, data, name, bid):
+        stacked = yield from stack_norms(self, data, name, bid)
+        if stacked is not None:
+            yield from stacked
+
+    StableLMModel.modify_tensors = modify_tensors
 
 
 if __name__ == "__main__":

@@ -31,6 +31,14 @@ _PAIRS: Final = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 
 # init_lora_weights that leave the base weight as it is; the others subtract their start from it
 _PLAIN_STARTS: Final = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+_LOST_STARTS: Final = {
+    "pissa_niter": "is a randomised decomposition, whose random numbers no file holds",
+    "corda": "comes from the activations of sample texts, which no file holds",
+    "lora_ga": "comes from gradients of sample texts, which no file holds",
+    "loftq": "is a quantization of the base, whose rest the factors make up for",
+}
+"""Why other starts cannot be made again from the base and the adapter."""
+
 _REFUSED: Final = {
     "layer_replication": "refers to a deeper model than the base: merge it with PEFT and convert the whole model",
     "arrow_config": "routes each token over several adapters, so no fixed weight is equal to it: merge them one by one",
@@ -67,10 +75,13 @@ def _check_options(config: PeftConfig) -> None:
             raise UnsupportedAdapterError(f"{config.path}: {name} is set: the adapter {reason}")
     start = config.fields.get("init_lora_weights")
     if start not in _PLAIN_STARTS and start not in STARTS:
+        reason = next((text for name, text in _LOST_STARTS.items() if str(start).startswith(name)), "is not known")
+        converted = "" if start == "loftq" else "save it with PEFT's path_initial_model_for_weight_conversion, or "
         raise UnsupportedAdapterError(
-            f"{config.path}: init_lora_weights is {start!r}: it changed the base weights when training began in a way "
-            "that cannot be repeated, so the file does not fit the original base; save it with PEFT's "
-            "path_initial_model_for_weight_conversion"
+            f"{config.path}: init_lora_weights is {start!r}: it changed the base's weights when training began, and "
+            f"that start {reason}, so it cannot be taken out of the original base; {converted}make the GGUF base from "
+            "the changed model (base_model.save_pretrained right after get_peft_model), for which the adapter is a "
+            "plain LoRA: set init_lora_weights to true"
         )
 
 

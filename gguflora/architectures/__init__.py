@@ -15,7 +15,8 @@ from gguflora.architectures.orders import as_they_are
 from gguflora.architectures.piece import Piece
 from gguflora.architectures.regions import region_of
 from gguflora.architectures.rules import KNOWN, PLAIN, Rules
-from gguflora.architectures.run_time import ignored_at_run_time
+from gguflora.architectures.run_time import aborts_at_run_time, ignored_at_run_time
+from gguflora.architectures.splits import norm_of_head
 from gguflora.base_model import BaseModel
 from gguflora.deltas import Indices
 from gguflora.errors import MismatchError
@@ -23,9 +24,11 @@ from gguflora.errors import MismatchError
 __all__ = [
     "KNOWN",
     "Piece",
+    "aborts_at_run_time",
     "adaptable_weights",
     "can_untie",
     "check_known",
+    "cut_positions",
     "decay_of",
     "ignored_at_run_time",
     "is_cut",
@@ -35,6 +38,9 @@ __all__ = [
     "unknown_warning",
     "with_biases",
 ]
+
+_MOST = 1 << 10
+"""Positions that RoBERTa may skip: one more than the number of its padding token."""
 
 
 def pieces_of(base: BaseModel, weight: str) -> list[Piece]:
@@ -51,7 +57,7 @@ def pieces_of(base: BaseModel, weight: str) -> list[Piece]:
         MismatchError: if the base's tensors cannot hold the weight as its architecture says.
     """
     rules, path = KNOWN.get(base.architecture, PLAIN), canonical(weight)
-    pieces = pieces_of_expert(base, path, interleaved=rules.interleaved)
+    pieces = pieces_of_expert(base, path, interleaved=rules.interleaved) or norm_of_head(base, path)
     if pieces:
         return pieces
     layer, module, kind = layer_and_module(path)
@@ -139,6 +145,12 @@ def can_untie(base: BaseModel) -> bool:
 def is_cut(base: BaseModel) -> bool:
     """Whether GGUF leaves out the last rows of the token embedding, which stand for no token."""
     return KNOWN.get(base.architecture, PLAIN).cuts_vocabulary
+
+
+def cut_positions(base: BaseModel, tensor: str, n_rows: int) -> int:
+    """How many of the first rows of a weight of ``n_rows`` GGUF leaves out: RoBERTa's positions before the first."""
+    excess = n_rows - base.shapes.get(tensor, (n_rows,))[0]
+    return excess if base.architecture == "bert" and tensor == "position_embd.weight" and 0 < excess < _MOST else 0
 
 
 def unknown_warning(base: BaseModel) -> str | None:

@@ -1,4 +1,4 @@
-"""What llama.cpp's graphs do not multiply through their LoRA path: there a GGUF LoRA is silently ignored.
+"""What llama.cpp's graphs do not multiply through their LoRA path, so that a GGUF LoRA is ignored, or cannot.
 
 Facts from llama.cpp's ``src/models/*.cpp`` and ``src/llama-graph.cpp`` (``build_lora_mm``).
 """
@@ -9,6 +9,7 @@ import re
 from typing import Final
 
 from gguflora.base_model import BaseModel
+from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING
 
 _ANY: Final = {
     r"position_embd\.weight|token_types\.weight": "llama.cpp only looks up its rows, without adapters",
@@ -20,9 +21,21 @@ _OF_LATENT_ATTENTION: Final = {
     r"blk\.\d+\.attn_(?:q|q_a|q_b|kv_a_mqa|kv_b|k_b|v_b)\.weight": "llama.cpp computes it without adapters",
     r"output\.weight": "llama.cpp computes it without adapters",
 }
-_BY_ARCHITECTURE: Final = {
-    **dict.fromkeys(("deepseek2", "deepseek2-ocr", "deepseek32", "glm-dsa", "mistral4"), _OF_LATENT_ATTENTION),
+_OF_LATENT_QUERIES: Final = {
+    r"blk\.\d+\.attn_(?:q|q_a|q_b|kv_a_mqa|kv_b)\.weight": "llama.cpp computes it without adapters",
 }
+_OF_TIME_MIXING: Final = {
+    r"blk\.\d+\.time_mix_(?:w1|w2|decay_w2|a1|a2|v1|v2|g1|g2)\.weight": "llama.cpp computes it without adapters",
+}
+_BY_ARCHITECTURE: Final = {
+    **dict.fromkeys(
+        ("deepseek2", "deepseek2-ocr", "deepseek32", "dots3note", "glm-dsa", "hy-v4", "mistral4"), _OF_LATENT_ATTENTION
+    ),
+    **dict.fromkeys(("minicpm3", "plm"), _OF_LATENT_QUERIES),
+    **dict.fromkeys(("rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"), _OF_TIME_MIXING),
+}
+
+_FEED_FORWARD: Final = re.compile(r"(blk\.\d+\.ffn_(?:up|gate|down))\.weight")
 
 
 def ignored_at_run_time(base: BaseModel, tensor: str) -> str | None:
@@ -36,3 +49,18 @@ def ignored_at_run_time(base: BaseModel, tensor: str) -> str | None:
         return "it is a vector, which a GGUF LoRA cannot change"
     rules = {**_ANY, **_BY_ARCHITECTURE.get(base.architecture, {})}
     return next((reason for pattern, reason in rules.items() if re.fullmatch(pattern, tensor)), None)
+
+
+def aborts_at_run_time(base: BaseModel, tensor: str) -> str | None:
+    """Why llama.cpp would abort the whole process on a GGUF LoRA of a tensor; None if it does not.
+
+    Args:
+        base: the base model.
+        tensor: name of one of its tensors.
+    """
+    if base.is_tied and tensor in {TOKEN_EMBEDDING, OUTPUT}:
+        return "the output weight is tied to the token embedding, and llama.cpp aborts on such a LoRA"
+    found = _FEED_FORWARD.fullmatch(tensor)
+    if found and base.types.get(tensor) == "NVFP4" and f"{found[1]}.scale" in base.shapes:
+        return "it is NVFP4 with a scale of its own, and llama.cpp aborts on such a LoRA"
+    return None

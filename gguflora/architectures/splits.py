@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from typing import Final
 
 import numpy as np
 
@@ -12,6 +14,10 @@ from gguflora.architectures.regions import rows_of
 from gguflora.base_model import BaseModel
 from gguflora.deltas import Indices
 from gguflora.errors import MismatchError
+
+_NORM_OF_HEAD: Final = re.compile(
+    r"(?:.*\.)?layers\.(?P<layer>\d+)\.self_attn\.(?P<kind>[qk])_layernorm\.norms\.(?P<head>\d+)\.weight"
+)
 
 Split = Callable[[BaseModel, int, str], list[Piece]]
 """From a base, a layer and ``.weight`` or ``.bias`` to the pieces of a weight."""
@@ -75,6 +81,18 @@ def latent_keys_and_values(base: BaseModel, layer: int, kind: str) -> list[Piece
         pieces.append(Piece(keys, head * latent, rows=of_head[:width_k], transposed=True))
         pieces.append(Piece(values, head * shape_v[1], rows=of_head[width_k:]))
     return pieces
+
+
+def norm_of_head(base: BaseModel, path: str) -> list[Piece]:
+    """StableLM's ``self_attn.q_layernorm.norms.<h>.weight``: a row of all heads' norms; none for any other weight."""
+    found = _NORM_OF_HEAD.fullmatch(path)
+    if found is None:
+        return []
+    tensor = f"blk.{found['layer']}.attn_{found['kind']}_norm.weight"
+    shape = base.shapes.get(tensor, ())
+    if len(shape) != 2:
+        raise MismatchError(f"{base.path}: {tensor!r} is {shape}, expected a row for the norm of each head")
+    return [Piece(tensor, int(found["head"]), rows=np.arange(shape[1]), transposed=True)]
 
 
 def grouped_qkvz(base: BaseModel, layer: int, kind: str) -> list[Piece]:
