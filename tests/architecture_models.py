@@ -176,8 +176,10 @@ MODELS = {
 OTHERS = {
     "seed_oss": Made(hf.SeedOssConfig, {**DECODER, "head_dim": 16}),
     "roberta": Made(
-        hf.RobertaConfig, {**DECODER, "num_key_value_heads": 4, "type_vocab_size": 2, "pad_token_id": 1},
-        auto=hf.RobertaModel, without=("pooler.dense",),
+        hf.RobertaConfig,
+        {**DECODER, "num_key_value_heads": 4, "type_vocab_size": 2, "pad_token_id": 1},
+        auto=hf.RobertaModel,
+        without=("pooler.dense",),
     ),
     "gemma3_padded": Made(hf.Gemma3TextConfig, {**TIED, "head_dim": 16, "vocab_size": 320}),
 }

@@ -144,6 +144,49 @@ def llama_logits(model: Path, lora: Path | None = None, scale: float = 1.0) -> n
 # -- GGUF by gguf-py --
 
 
+def llama_embeddings(model: Path, lora: Path | None = None) -> np.ndarray:
+    """Embeddings (n_prompt, width) of an encoder in llama.cpp for each token of PROMPT."""
+    options = {"embedding": True, "pooling_type": llama_cpp.LLAMA_POOLING_TYPE_NONE}
+    with _low_level(model, lora, **options) as (llm, context):
+        assert llama_cpp.llama_encode(context, _batch(PROMPT)) == 0
+        return _rows(llama_cpp.llama_get_embeddings_ith, context, len(PROMPT), llm.n_embd())
+
+
+def llama_decoder_logits(model: Path, lora: Path | None = None) -> np.ndarray:
+    """Logits (4, n_vocab) of the decoder of an encoder-decoder model in llama.cpp, whose encoder has read PROMPT."""
+    with _low_level(model, lora) as (llm, context):
+        assert llama_cpp.llama_encode(context, _batch(PROMPT)) == 0
+        assert llama_cpp.llama_decode(context, _batch((0, *PROMPT[:3]))) == 0
+        return _rows(llama_cpp.llama_get_logits_ith, context, 4, llm.n_vocab())
+
+
+@contextlib.contextmanager
+def _low_level(model: Path, lora: Path | None, **options: Any) -> Iterator[tuple[llama_cpp.Llama, Any]]:
+    with quiet_llama_cpp():
+        llm = llama_cpp.Llama(
+            str(model), n_ctx=64, n_batch=64, n_ubatch=64, n_threads=2, n_threads_batch=2, verbose=False,
+            type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, logits_all=True,
+            lora_path=str(lora) if lora else None, **options,
+        )  # fmt: skip
+        try:
+            yield llm, llm._ctx.ctx
+        finally:
+            llm.close()
+
+
+def _batch(tokens: tuple[int, ...]) -> Any:
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for place, token in enumerate(tokens):
+        batch.token[place], batch.pos[place], batch.logits[place] = token, place, 1
+        batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
+    return batch
+
+
+def _rows(getter: Any, context: Any, n_rows: int, width: int) -> np.ndarray:
+    return np.stack([np.ctypeslib.as_array(getter(context, row), (width,)).copy() for row in range(n_rows)])
+
+
 def tensors(path: Path) -> dict[str, np.ndarray]:
     """Every tensor as float32 in numpy order, dequantized by ggml."""
     return {tensor.name: dequantize(tensor) for tensor in gguf.GGUFReader(path).tensors}

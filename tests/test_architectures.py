@@ -150,6 +150,28 @@ def test_hot_logits_equal_those_of_the_merged_model(name, tmp_path):
     assert np.abs(oracles.llama_logits(zoo.gguf_model(name), tmp_path / "lora.gguf") - expected).max() < 5e-3
 
 
+@pytest.mark.parametrize(("name", "run"), [("bert", oracles.llama_embeddings), ("t5", oracles.llama_decoder_logits)])
+def test_hot_outputs_of_encoders_equal_those_of_the_merged_model(name, run, tmp_path):
+    adapter, merged = lora_of(name)
+    gguflora.convert(adapter, zoo.gguf_model(name), tmp_path / "lora.gguf", outtype="f32")
+    gguflora.merge(zoo.gguf_model(name), adapter, tmp_path / "merged.gguf")
+    expected = run(merged)
+    assert np.abs(run(zoo.gguf_model(name)) - expected).max() > 0.5, "the adapter must matter"
+    assert np.abs(run(zoo.gguf_model(name), tmp_path / "lora.gguf") - expected).max() < 5e-3
+    assert np.abs(run(tmp_path / "merged.gguf") - expected).max() < 5e-3
+
+
+def test_positions_that_gguf_leaves_out(tmp_path):
+    """RoBERTa counts from one after its padding token; its converter cuts the rows before."""
+    adapter, merged = lora_of("roberta", "position_embeddings", "query")
+    base, expected = zoo.tensors(zoo.gguf_model("roberta")), zoo.tensors(merged)
+    assert len(base["position_embd.weight"]) == 126
+    gguflora.merge(zoo.gguf_model("roberta"), adapter, tmp_path / "merged.gguf")
+    found = zoo.tensors(tmp_path / "merged.gguf")
+    for key in ("position_embd.weight", "blk.1.attn_q.weight"):
+        assert_close(found[key] - base[key], expected[key] - base[key], 1e-4, key)
+
+
 @pytest.mark.parametrize(("name", "flag"), [("llama_biases", "--fuse-qkv"), ("qwen35moe", "--fuse-gate-up-exps")])
 def test_weights_that_the_converter_has_fused(name, flag):
     fused = zoo.gguf_model(name, flag)

@@ -29,6 +29,9 @@ CASES = {
     "gptoss": {"target_parameters": BOTH},
     "gptoss_merge-only": {"target_parameters": ["mlp.experts.gate_up_proj_bias", *BOTH, "experts.down_proj_bias"]},
     "granitemoe": {"target_parameters": [*BOTH, "router.weight"]},
+    "qwen3moe_all-linear": {"target_modules": "all-linear"},  # PEFT names parameters without their modules
+    "deepseek2_all-linear": {"target_modules": "all-linear", "rank_pattern": {r"layers\.1\..*": 5}},
+    "qwen3next_short": {"target_parameters": ["down_proj"]},
 }
 
 

@@ -2,6 +2,7 @@
 
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import builders
@@ -146,6 +147,16 @@ def test_experts(tmp_path):
         refuses(write_lora(tmp_path / f"{number}.gguf", tensors), base, "expected (8, 4, 96)")
     halved = pair(EXPERTS, 160, 96, stack=(8,)) | {f"{EXPERTS}.lora_b": np.ones((4, 160, 4), np.float32)}
     refuses(write_lora(tmp_path / "halved.gguf", halved), base, ".lora_b has shape (4, 160, 4), expected (8, 160, 4)")
+
+
+def test_nvfp4_with_a_scale(tmp_path):
+    """llama.cpp asserts that such a feed-forward weight has no LoRA (llama-graph.cpp, build_ffn)."""
+    up, scale = "blk.0.ffn_up.weight", "blk.0.ffn_up.scale"
+    lora = write_lora(tmp_path / "up.gguf", pair(up, 160, 64))
+    shapes = {up: (160, 64), "output.weight": (288, 64)}
+    plain = BaseModel(Path("nvfp4.gguf"), "llama", shapes, 1, (4,), (4,), types={up: "NVFP4"})
+    check_loadable(lora, plain)
+    refuses(lora, replace(plain, shapes={**shapes, scale: (1,)}), "NVFP4")
 
 
 def test_tied_embeddings(tmp_path):

@@ -72,3 +72,15 @@ def test_convert_says_what_a_merge_can_do(arch, said, tmp_path):
     adapter = builders.trained_adapter(arch, ADAPTERS[UNTIED[0]])
     with pytest.raises(gguflora.GgufloraError, match=said):
         gguflora.convert(adapter, builders.gguf_model(arch), tmp_path / "lora.gguf")
+
+
+def test_hira_of_a_scaled_embedding_is_pefts_merge(tmp_path):
+    """Gemma scales what it looks up, and PEFT's forward pass adds the change unscaled, unlike its own merge."""
+    adapter = builders.trained_adapter("gemma3", Trained(peft.HiraConfig, ("embed_tokens",), {"r": 4}))
+    gguflora.merge(builders.gguf_model("gemma3"), adapter, tmp_path / "out.gguf")
+    base, found = oracles.tensors(builders.gguf_model("gemma3")), oracles.tensors(tmp_path / "out.gguf")
+    expected = oracles.tensors(oracles.merged_gguf(builders.hf_model("gemma3"), adapter))
+    change = expected["token_embd.weight"].astype(np.float64) - base["token_embd.weight"]
+    error = np.linalg.norm(found["token_embd.weight"] - expected["token_embd.weight"]) / np.linalg.norm(change)
+    assert error < 1e-4
+    np.testing.assert_array_equal(found["output.weight"], base["token_embd.weight"])

@@ -2,6 +2,9 @@
 
 Tensors of a module: ``hira_A`` (r, n_in), ``hira_B`` (n_out, r): ``W' = W * (1 + B A)``; of an embedding
 ``hira_embedding_A`` (r, rows), ``hira_embedding_B`` (width, r): ``W' = W * (1 + (B A)^T)``.
+
+That is what PEFT merges. Of an embedding whose output the model scales (Gemma's) PEFT's forward pass, unmerged, adds
+the change unscaled, so it differs from its own merge, and from this one.
 """
 
 from __future__ import annotations
