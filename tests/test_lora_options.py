@@ -1,6 +1,7 @@
 """The options of LORA whose change is of low rank, against PEFT's merge or its forward pass."""
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import builders
@@ -9,10 +10,13 @@ import numpy as np
 import oracles
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from builders import Adapter
-from peft.tuners.lora.config import BdLoraConfig, MontecloraConfig, VeloraConfig
+from peft.tuners.lora.config import BdLoraConfig, CordaConfig, LoraGAConfig, MontecloraConfig, VeloraConfig
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
 from peft.tuners.lora.variants import QALoraLinearVariant
 from test_convert import assert_same_changes
 from test_methods_exact import LAYERS, assert_equals_peft, changes, random_adapter
@@ -54,25 +58,69 @@ def test_lora_bias_is_merged_and_cannot_be_converted(rslora, tmp_path):
         gguflora.convert(adapter, base, tmp_path / "lora.gguf")
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora"])
-@pytest.mark.parametrize("rslora", [False, True])
-def test_converted_starts_are_plain_lora(start, rslora, tmp_path):
-    """save_pretrained(path_initial_model_for_weight_conversion=...) writes twice the rank."""
+def _corda(base, config):
+    config.corda_config = CordaConfig()
+    preprocess_corda(base, config, run_model=lambda: [base(text[None]) for text in TEXT])
+
+
+def _lora_ga(base, config):
+    config.lora_ga_config = LoraGAConfig()
+
+    def train_step():
+        base(TEXT, labels=TEXT).loss.backward()
+
+    preprocess_loraga(base, config, train_step)
+
+
+TEXT = torch.arange(40, 160).reshape(2, 60)
+PREPARE = {"corda": _corda, "lora_ga": _lora_ga}
+
+
+def started(start, rslora=False):
+    """A model whose base PEFT has changed, and whose adapter has been trained since; and what it saved before."""
     config = peft.LoraConfig(target_modules=LAYERS["llama"], r=4, init_lora_weights=start, use_rslora=rslora)
-    model_dir = builders.hf_model("llama")
-    base = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    base = transformers.AutoModelForCausalLM.from_pretrained(builders.hf_model("llama"), dtype=torch.float32)
+    PREPARE.get(start, lambda *_: None)(base, config)
     model = peft.get_peft_model(base, config)
     model.peft_config["default"].init_lora_weights = True  # as PEFT's guide says, or the start would be repeated
-    model.save_pretrained(tmp_path / "start")
-    model.peft_config["default"].init_lora_weights = start
+    saved = Path(tempfile.mkdtemp(prefix=f"{start}-", dir=builders.hf_model("llama").parent))
+    model.save_pretrained(saved / "start")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    adapter = model_dir.parent / f"converted-{start}-{rslora}"
-    model.save_pretrained(adapter, path_initial_model_for_weight_conversion=tmp_path / "start")
-    assert_equals_peft("llama", adapter, tmp_path)
-    shutil.rmtree(adapter)
+    return model, saved
+
+
+@pytest.mark.parametrize(
+    ("start", "rslora"),
+    [*((name, flag) for name in ("pissa", "olora") for flag in (False, True)),
+     ("pissa_niter_4", False), ("corda", False), ("lora_ga", False)],
+)  # fmt: skip
+def test_converted_starts_are_plain_lora(start, rslora, tmp_path):
+    """save_pretrained(path_initial_model_for_weight_conversion=...) writes twice the rank."""
+    model, saved = started(start, rslora)
+    model.peft_config["default"].init_lora_weights = start
+    model.save_pretrained(saved / "converted", path_initial_model_for_weight_conversion=saved / "start")
+    assert_equals_peft("llama", saved / "converted", tmp_path)
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_4", "corda"])
+def test_on_the_base_that_peft_has_changed_it_is_a_plain_lora(start, tmp_path):
+    """The other way out that the refusal names; PEFT's merge of the two is the truth."""
+    model, saved = started(start)
+    model.save_pretrained(saved / "trained")  # with init_lora_weights true
+    weights = {
+        key.replace(".base_layer", ""): value.clone() for key, value in model.get_base_model().state_dict().items()
+    }
+    residual = {key: value for key, value in weights.items() if ".lora_" not in key}
+    paths = [shutil.copytree(builders.hf_model("llama"), tmp_path / name) for name in ("residual", "merged")]
+    merged = {key: value.clone() for key, value in model.merge_and_unload().state_dict().items()}
+    for path, tensors in zip(paths, (residual, merged), strict=True):
+        safetensors.torch.save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    base, expected = (oracles.convert_model(path, path.with_suffix(".gguf")) for path in paths)
+    gguflora.merge(base, saved / "trained", tmp_path / "out.gguf")
+    assert_same_changes(changes(base, tmp_path / "out.gguf"), changes(base, expected), 1e-4)
 
 
 def test_qalora_equals_pefts_forward_pass(tmp_path):

@@ -249,12 +249,28 @@ def test_beft_brings_a_bias_where_llama_cpp_reads_it(tmp_path):
     assert np.abs(oracles.llama_logits(tmp_path / "out.gguf") - expected).max() < 1e-2
 
 
-@pytest.mark.parametrize("start", ["pissa_niter_4", "corda", "lora_ga", "loftq"])
+LOST = {"pissa_niter_4": "random numbers", "corda": "activations", "lora_ga": "gradients", "loftq": "quantization"}
+
+
+@pytest.mark.parametrize("start", LOST)
 def test_a_start_that_cannot_be_repeated_is_refused(start, tmp_path):
+    """It says why, and the ways out that tests/test_lora_options.py goes; LoftQ's base cannot be had back by PEFT."""
     adapter = shutil.copytree(trained_adapter("llama", lora()), tmp_path / "adapter")
     edit_config(adapter, init_lora_weights=start)
-    with pytest.raises(gguflora.GgufloraError, match="path_initial_model_for_weight_conversion"):
+    with pytest.raises(gguflora.GgufloraError, match=LOST[start]) as caught:
         gguflora.merge(gguf_model("llama"), adapter, tmp_path / "out.gguf")
+    assert ("path_initial_model_for_weight_conversion" in str(caught.value)) == (start != "loftq")
+    assert "set init_lora_weights to true" in str(caught.value)
+
+
+def test_supertuning_by_size_wants_the_trained_weights(tmp_path):
+    """Without indices the base's order of sizes tells them, which quantization loses."""
+    options = {"sparsity": 0.9, "save_precomputed_indices": False}
+    adapter = trained_adapter("llama", Trained(peft.SupertuningConfig, SOME, options))
+    for base in (gguf_model("llama", outtype="F32"), gguf_model("llama", outtype="BF16")):
+        gguflora.merge(base, adapter, tmp_path / f"{base.stem}.gguf")
+    with pytest.raises(gguflora.GgufloraError, match=r"quantized.*save_precomputed_indices"):
+        gguflora.merge(gguf_model("llama", outtype="Q8_0"), adapter, tmp_path / "out.gguf")
 
 
 @pytest.mark.parametrize("method", ["oft", "boft", "shira", "road_1", "frod", "glora"])

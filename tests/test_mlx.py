@@ -1,6 +1,10 @@
-"""Adapters of mlx-lm, written by hand as it lays them out, against its formula in numpy."""
+"""Adapters of mlx-lm: written by hand as it lays them out, against its formulas in numpy; and by itself, where it is.
+
+``pip install gguflora[mlx]`` brings mlx-lm, whose fused models are the truth of the tests at the end.
+"""
 
 import json
+import shutil
 
 import architecture_models as zoo
 import builders
@@ -69,9 +73,88 @@ def test_experts(tmp_path):
 
 @pytest.mark.parametrize(
     ("config", "word"),
-    [({"fine_tune_type": "full"}, "full"), ({"lora_parameters": {"rank": 4, "alpha": 16, "scale": 10}}, "alpha")],
+    [({"fine_tune_type": "vera"}, "'vera'"), ({"lora_parameters": {"rank": 4, "alpha": 16, "scale": 10}}, "alpha")],
 )
 def test_refused(config, word, tmp_path):
     adapter = write(tmp_path, {f"{V_PROJ}.lora_a": normal(96, 4), f"{V_PROJ}.lora_b": normal(4, 64)}, **config)
     with pytest.raises(UnsupportedAdapterError, match=word):
         gguflora.read_adapter(adapter)
+
+
+def test_whole_weights(tmp_path):
+    """``fine_tune_type`` "full": the trained weights themselves, experts stacked."""
+    base, stack = zoo.gguf_model("mixtral"), "model.layers.1.block_sparse_moe.switch_mlp.up_proj.weight"
+    tensors = {"model.layers.0.self_attn.v_proj.weight": normal(32, 64), "model.norm.weight": normal(64)}
+    config = {"fine_tune_type": "full", "lora_parameters": None}
+    gguflora.merge(base, write(tmp_path, tensors | {stack: normal(4, 96, 64)}, **config), tmp_path / "out.gguf")
+    found = oracles.tensors(tmp_path / "out.gguf")
+    assert changes(base, tmp_path / "out.gguf").keys() == {
+        "blk.0.attn_v.weight", "output_norm.weight", "blk.1.ffn_up_exps.weight"
+    }  # fmt: skip
+    np.testing.assert_array_equal(found["blk.0.attn_v.weight"], tensors["model.layers.0.self_attn.v_proj.weight"])
+
+
+# -- against mlx-lm --
+
+LINEAR = ["self_attn.q_proj", "self_attn.v_proj", "self_attn.qkv_proj", "mlp.down_proj"]
+EMBEDDING = ["model.embed_tokens", *(f"model.layers.{layer}.{name}" for layer in range(2) for name in LINEAR)]
+CASES = [
+    *((name, kind, None) for name in ("llama", "phi3", "starcoder2") for kind in ("lora", "dora")),
+    *((name, kind, EMBEDDING) for name in ("qwen2", "gemma3", "llama") for kind in ("lora", "dora")),
+    *((name, "lora", None) for name in ("mixtral", "olmoe", "qwen2moe")),
+]
+
+
+def fused(name, kind, keys, folder):
+    """Save a random adapter of mlx-lm; the weights that its fusion changes, by mlx-lm's names, before and after."""
+    mx = pytest.importorskip("mlx.core")
+    pytest.importorskip("mlx_lm")
+    from mlx.utils import tree_flatten, tree_unflatten
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(zoo.checkpoint(name))
+    before = {key: np.array(value) for key, value in tree_flatten(model.parameters())}
+    parameters = {"rank": 3, "scale": 2.5, "dropout": 0.0} | ({"keys": keys} if keys else {})
+    linear_to_lora_layers(model, len(model.layers), parameters, use_dora=kind == "dora")
+    tensors = {}
+    for key, value in tree_flatten(model.parameters()):
+        leaf = key.rpartition(".")[2]
+        if leaf in {"lora_a", "lora_b"}:
+            tensors[key] = mx.array(normal(*value.shape))
+        elif leaf == "m":
+            tensors[key] = value * mx.array(1 + 0.3 * normal(*value.shape))
+    model.load_weights(list(tensors.items()), strict=False)
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), tensors)
+    fields = {"fine_tune_type": kind, "num_layers": len(model.layers), "lora_parameters": parameters}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    fusions = [(key, module.fuse()) for key, module in model.named_modules() if hasattr(module, "fuse")]
+    model.update_modules(tree_unflatten(fusions))
+    after = {key: np.array(value) for key, value in tree_flatten(model.parameters())}
+    return before, after
+
+
+@pytest.mark.parametrize(("name", "kind", "keys"), CASES)
+def test_equals_mlx_lms_fusion(name, kind, keys, tmp_path):
+    before, after = fused(name, kind, keys, tmp_path / "adapter")
+    base = zoo.gguf_model(name)
+    gguflora.merge(base, tmp_path / "adapter", tmp_path / "out.gguf")
+    found = changes(base, tmp_path / "out.gguf")
+    stacks = {key for key in after if ".switch_mlp." in key}
+    if stacks:
+        assert_stacks_changed_alike(found, {key: after[key].astype(np.float64) - before[key] for key in stacks})
+        return
+    shutil.copytree(zoo.checkpoint(name), tmp_path / "fused", ignore=shutil.ignore_patterns("*.gguf"))
+    safetensors.numpy.save_file(after, tmp_path / "fused/model.safetensors", {"format": "pt"})
+    expected = changes(base, zoo.to_gguf(name, tmp_path / "fused"))
+    assert ("token_embd.weight" in expected) == bool(keys)
+    assert_same_changes(found, expected, 1e-4)
+
+
+def assert_stacks_changed_alike(found, expected):
+    kinds = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+    for key, change in expected.items():
+        layer, kind = key.split(".")[2], key.split(".")[-2]
+        tensor = f"blk.{layer}.ffn_{kinds[kind]}_exps.weight"
+        assert np.linalg.norm(found[tensor] - change) <= 1e-5 * np.linalg.norm(change), tensor
