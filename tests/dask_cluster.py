@@ -1,5 +1,6 @@
 """A Dask scheduler and workers as processes, whose jobs can be held just before their output gets its name."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -36,8 +37,7 @@ class Cluster:
         address = folder / "address.json"
         self.workers = []
         self.scheduler = self._start("scheduler", "--port", "0", "--host", "127.0.0.1", "--scheduler-file", address)
-        wait_for(address.exists)
-        self.address = json.loads(address.read_text())["address"]
+        self.address = wait_for(lambda: address_in(address))
 
     def _start(self, *command, path=()):
         path = os.pathsep.join(map(str, [*path, self.folder, PACKAGE.parent]))
@@ -74,6 +74,12 @@ class Cluster:
             process.kill()
         for process in [*self.workers, self.scheduler]:
             process.wait()
+
+
+def address_in(file):
+    """The scheduler's, once its file is written."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(file.read_text())["address"]
 
 
 def wait_for(condition, seconds=60):

@@ -158,6 +158,18 @@ def test_the_same_bytes_as_at_home(cluster, at_home, tmp_path):
     assert set(statuses(gguflora.run_pipeline(recipe))) == {"kept"}  # here, too, and without the parts
 
 
+def test_the_same_twice(cluster, at_home, tmp_path):
+    """Jobs that differ only in the folder of their output are two."""
+    recipe = recipe_in(tmp_path, "small")
+    head, step = recipe.read_text().split("[[steps]]")
+    again = step.replace('"small"', '"again"').replace('out = "', 'out = "again/')
+    recipe.write_text("[[steps]]".join([head, step, again]))
+    assert statuses(gguflora.run_pipeline(recipe, scheduler=cluster.address)) == ["done"] * 4
+    for name, content in contents(tmp_path).items():
+        assert content == at_home[name.replace("again/", "")]
+    assert len(contents(tmp_path)) == 8
+
+
 def test_store_of_fsspec(cluster, at_home, tmp_path):
     """Workers and client meet in a store that is no folder; the parts of the merge, too."""
     recipe = recipe_in(tmp_path)

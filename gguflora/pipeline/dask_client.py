@@ -127,7 +127,7 @@ class DaskEngine:
             future = self._client.submit(
                 dask_worker.do,
                 {**request, "version": __version__},
-                key=f"{request['action']}-{request['key'][:40]}-{self._run}",
+                key=f"{request['action']}-{request['key'][:32]}-{self._run}",
                 resources=need,
                 retries=_RETRIES,
                 pure=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -201,7 +202,8 @@ class _Runner:
 
     def _request(self, job: Job) -> Request:
         """The job with a share of the cores for commands that can use several."""
-        step, arguments, key = job.step, job.arguments, self._keys[job.out]
+        step, arguments = job.step, job.arguments
+        key = hashlib.sha256(f"{self._keys[job.out]} {job.out}".encode()).hexdigest()
         if "threads" in type(step).model_fields:
             arguments.setdefault("threads", self._engine.threads)
         request = {"action": job.action, "arguments": arguments, "out": str(job.out), "key": key, "memory": step.memory}

@@ -16,8 +16,8 @@ from typing import IO, Any, Final, Protocol
 Request = dict[str, Any]
 """A job, ready for JSON: ``action``, ``arguments`` and ``out`` are for `worker`, the rest is for an `Engine`.
 
-That is ``key``, a hash of all that the output depends on; ``memory``, its peak in MB; and, for a merge that may be done
-in parts, their number, ``split``.
+That is ``key``, a hash of the output's place and of all that it depends on; ``memory``, its peak in MB; and, for a
+merge that may be done in parts, where these go, ``parts``.
 """
 Answer = dict[str, Any]
 """``report``, or ``error``; ``died`` if that was the end of a process."""
