@@ -253,7 +253,8 @@ def test_an_output_is_whole_or_absent(root, tmp_path, monkeypatch):
 
 def test_killed_and_resumed_on_s3(bucket, folder, tmp_path, monkeypatch):
     root = f"{bucket}/{uuid.uuid4().hex}"
-    text = RECIPE.replace("{root}/adapters", f"{folder}/adapters").replace("{root}/base", f"{folder}/base")
+    text = "[[steps]]".join(RECIPE.split("[[steps]]")[:3])
+    text = text.replace("{root}/adapters", f"{folder}/adapters").replace("{root}/base", f"{folder}/base")
     recipe = written(tmp_path, root, text)
     code = "import gguflora, sys; gguflora.run_pipeline(sys.argv[1])"
     process = subprocess.Popen([sys.executable, "-P", "-c", code, str(recipe)])
@@ -268,7 +269,7 @@ def test_killed_and_resumed_on_s3(bucket, folder, tmp_path, monkeypatch):
     report = gguflora.run_pipeline(recipe)
     assert report.failed == 0
     assert set(statuses(report)) <= {"done", "kept"}
-    assert statuses(gguflora.run_pipeline(recipe)) == ["kept"] * JOBS
+    assert statuses(gguflora.run_pipeline(recipe)) == ["kept"] * 4
 
 
 def test_sources_of_the_hub(folder, tmp_path, monkeypatch):
@@ -295,7 +296,7 @@ def test_sources_of_the_hub(folder, tmp_path, monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", site.url)
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
         recipe = written(tmp_path, tmp_path, text)
-        report = gguflora.run_pipeline(recipe, jobs=2)
+        report = gguflora.run_pipeline(recipe)
         assert [Path(result.out).name for result in report.results] == ["one-b.gguf", "two-b.gguf"]
         assert statuses(report) == ["done", "done"], report.results
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -324,3 +325,27 @@ def recipe_of(text):
     content = tomllib.loads(text)
     Recipe.model_validate(content)
     return content
+
+
+def test_no_credentials(bucket, tmp_path, monkeypatch):
+    import s3fs
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, "/dev/null")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        for text, line in ((RECIPE, 2), (RECIPE.replace("{root}/out", "out"), 5)):
+            with pytest.raises(RecipeError, match=rf"recipe.toml:{line}: .*: no credentials were found for this store"):
+                gguflora.run_pipeline(written(tmp_path, bucket, text), dry_run=True)
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_bucket_is_never_made(bucket, folder, tmp_path):
+    text = RECIPE.replace("{root}/out", "s3://no-such-bucket-of-gguflora/out")
+    with pytest.raises(OutputError, match="bucket does not exist"):
+        gguflora.run_pipeline(written(tmp_path, folder, text))
+    assert not fsspec.filesystem("s3").exists("no-such-bucket-of-gguflora")

@@ -174,6 +174,8 @@ def test_damage_in_the_cache(site, place):
         ("hf://org/pickle", r"only .bin files, which are pickles; GGUFLORA_ALLOW_PICKLE=1"),
         ("{url}/nothing", r"no such file \(HTTP 404\)|no such file or folder"),
         ("{url}/round", "redirects without end"),
+        ("hf://org/models/round.gguf", "redirects without end"),
+        ("hf://org/failing", r"the server failed \(HTTP 500\)"),
         ("{url}/secret?key=swordfish", r"secret: not authorized; .* \(HTTP 401\)"),
         ("{url}/failing", r"the server failed \(HTTP 500\)"),
         ("http://127.0.0.1:9/nobody", "cannot be reached"),
@@ -185,7 +187,14 @@ def test_damage_in_the_cache(site, place):
     ],
 )
 def test_what_cannot_be_fetched(site, place, said, tmp_path):
-    site.status = {"/round": 302, "/secret": 401, "/failing": 500}
+    site.status = {
+        "/round": 302,
+        "/main/round.gguf": 302,
+        "/secret": 401,
+        "/failing": 500,
+        "/failing/revision/main": 500,
+    }
+    site.repositories["org/models"]["main"].files["round.gguf"] = BYTES
     site.repositories["org/traversal"] = {"main": Repository({}, ["adapter_config.json", "../../adapter.safetensors"])}
     site.repositories["org/pickle"] = {"main": Repository({"adapter_config.json": b"{}", "adapter_model.bin": BYTES})}
     with pytest.raises(RemoteError, match=said) as error:
@@ -283,7 +292,9 @@ def test_memory_and_file_urls(site, adapters, tmp_path):
 # the faces
 
 
-@pytest.mark.parametrize("command", ["convert", "merge", "combine", "resize", "inspect", "diff", "export", "extract"])
+@pytest.mark.parametrize(
+    "command", ["convert", "merge", "combine", "resize", "inspect", "diff", "export", "extract", "run"]
+)
 def test_commands_take_urls(site, command, tmp_path):
     legal, base, out = "hf://org/legal", "hf://org/models/base.gguf", tmp_path / "out.gguf"
     words = {
@@ -294,6 +305,7 @@ def test_commands_take_urls(site, command, tmp_path):
         "inspect": (legal, "--base", base),
         "diff": (legal, "hf://org/legal@v2"),
         "export": (f"{site.url}/lora.gguf", "--base", base, "-o", tmp_path / "out"),
+        "run": (base, "--lora", legal, "-p", "Hello", "--max-tokens", 2, "--json"),
         "extract": (f"{site.url}/merged.gguf", "--base", base, "--rank", 1, "-o", out),
     }[command]
     if command == "extract":
@@ -304,6 +316,7 @@ def test_commands_take_urls(site, command, tmp_path):
         site.files["lora.gguf"] = out.read_bytes()
     result = run(command, *words)
     assert result.returncode == 0, result.stderr
+    assert command != "run" or json.loads(result.stdout)["adapters"] == "legal@1"
 
 
 def test_outputs_of_commands_are_local(site):

@@ -12,7 +12,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from gguflora.errors import OutputError, RecipeError, RemoteError
+from gguflora.errors import GgufloraError, OutputError, RecipeError, RemoteError
 from gguflora.pipeline.checks import failed_checks
 from gguflora.pipeline.html import write_html
 from gguflora.pipeline.lock import locked
@@ -185,6 +185,12 @@ class _Runner:
         return self._result(job, "failed" if failed else "kept", report=report, error="; ".join(failed) or None)
 
     def _do(self, job: Job) -> StepResult:
+        try:
+            return self._make(job)
+        except GgufloraError as error:  # of the folder or store of the outputs
+            return self._result(job, "failed", error=str(error))
+
+    def _make(self, job: Job) -> StepResult:
         started = time.perf_counter()
         _LOG.info("%s: making %s", job.step.name, job.out)
         self._records.forget(job)

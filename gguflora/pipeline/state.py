@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -77,17 +78,19 @@ class Records:
 
     def __init__(self, folder: Location) -> None:
         self._folder = folder
-        self._contents: dict[str, bytes] = {}
+        self._packed: dict[str, bytes] = {}
         self._stamps: dict[str, dict[str, str]] = {}
         if isinstance(folder, str):  # all at once: asking for each would take a request or two each
-            self._contents = remote.read_all(remote.join(folder, STATE), ".json")
+            records = remote.read_all(remote.join(folder, STATE), ".json")
+            self._packed = {name: zlib.compress(content, 1) for name, content in records}
             self._add_stamps(remote.stamps_of(folder))
 
     def kept_report(self, job: Job, key: str) -> dict[str, Any] | None:
         """The report with which a job's output was made, if that output is there and nothing has changed since."""
         place = inside(self._folder, _record(job))
-        record = _read_json(place) if isinstance(place, Path) else _as_object(self._contents.get(_record(job), b""))
-        if record is None or record.get("key") != key or record.get("stamp") != self._stamp(job):
+        packed = self._packed.get(_record(job))
+        record = _read_json(place) if isinstance(place, Path) else packed and _as_object(zlib.decompress(packed))
+        if not record or record.get("key") != key or record.get("stamp") != self._stamp(job):
             return None
         report = record.get("report")
         return report if isinstance(report, dict) else None
@@ -102,7 +105,7 @@ class Records:
 
     def forget(self, job: Job) -> None:
         """Let a job be done again, whatever becomes of its output."""
-        if isinstance(self._folder, Path) or self._contents.pop(_record(job), None) is not None:
+        if isinstance(self._folder, Path) or self._packed.pop(_record(job), None) is not None:
             discard(inside(self._folder, _record(job)))
         self._stamps.pop(job.name, None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -12,9 +13,10 @@ from gguflora.remote.hub import is_hub
 from gguflora.remote.location import shown
 from gguflora.remote.stores import asking, open_store, remote_file
 
-_ATOMIC: Final = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"}
+_OBJECT_STORES: Final = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"}
 """Object stores: what is put there appears whole or not at all. Elsewhere files get their names when they are whole."""
 
+_AT_A_TIME: Final = 256
 _MARKER: Final = "adapter_config.json"
 
 
@@ -27,7 +29,7 @@ def put(source: Path, url: str) -> None:
     Raises:
         RemoteError: if the store refuses.
     """
-    store, path = open_store(writable(url))
+    store, path = open_store(_checked(url))
     with asking(url):
         if not source.is_dir():
             _put_file(store, source, path)
@@ -45,13 +47,11 @@ def put(source: Path, url: str) -> None:
 
 
 def _put_file(store: Any, source: Path, path: str) -> None:  # noqa: ANN401  (fsspec)
-    protocols = {store.protocol} if isinstance(store.protocol, str) else set(store.protocol)
     folder, _, name = path.rpartition("/")
-    with suppress(NotImplementedError):
-        store.makedirs(folder, exist_ok=True)
-    if protocols & _ATOMIC:
+    if _is_object_store(store):
         store.put_file(str(source), path)
         return
+    store.makedirs(folder, exist_ok=True)
     draft = f"{folder}/.{name}.{secrets.token_hex(4)}.partial"
     try:
         store.put_file(str(source), draft)
@@ -62,6 +62,12 @@ def _put_file(store: Any, source: Path, path: str) -> None:  # noqa: ANN401  (fs
         raise
 
 
+def _is_object_store(store: Any) -> bool:  # noqa: ANN401
+    """Whether it has no folders to make; asked for one, s3fs would make a bucket."""
+    protocols = {store.protocol} if isinstance(store.protocol, str) else set(store.protocol)
+    return bool(protocols & _OBJECT_STORES)
+
+
 def write_bytes(url: str, content: bytes) -> None:
     """Write a small file, whole or not at all.
 
@@ -69,7 +75,7 @@ def write_bytes(url: str, content: bytes) -> None:
         OutputError: if the store refuses.
     """
     try:
-        store, path = open_store(writable(url))
+        store, path = open_store(_checked(url))
         with asking(url):
             store.pipe_file(path, content)
     except RemoteError as error:
@@ -83,10 +89,10 @@ def create_bytes(url: str, content: bytes) -> bool:
         OutputError: if the store refuses.
     """
     try:
-        store, path = open_store(writable(url))
+        store, path = open_store(_checked(url))
         with asking(url):
             try:
-                with suppress(NotImplementedError):
+                if not _is_object_store(store):
                     store.makedirs(path.rpartition("/")[0], exist_ok=True)
                 store.pipe_file(path, content, mode="create")
             except FileExistsError:
@@ -122,8 +128,8 @@ def remove(url: str) -> None:
         store.rm_file(path)
 
 
-def read_all(url: str, suffix: str) -> dict[str, bytes]:
-    """The contents of a folder's small files by name; none if it is not there.
+def read_all(url: str, suffix: str) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of a folder's small files; none if it is not there.
 
     Raises:
         RemoteError: if the store refuses.
@@ -131,10 +137,11 @@ def read_all(url: str, suffix: str) -> dict[str, bytes]:
     store, path = open_store(url)
     with asking(url):
         if not store.isdir(path):
-            return {}
+            return
         paths = [entry["name"] for entry in store.ls(path, detail=True) if entry["name"].endswith(suffix)]
-        contents: dict[str, bytes] = store.cat(paths) if paths else {}  # many at a time, where the store can
-    return {one.rpartition("/")[2]: content for one, content in contents.items()}
+        for first in range(0, len(paths), _AT_A_TIME):
+            contents: dict[str, bytes] = store.cat(paths[first : first + _AT_A_TIME])  # at once, where the store can
+            yield from ((path.rpartition("/")[2], content) for path, content in contents.items())
 
 
 def stamps_of(url: str) -> dict[str, str]:
@@ -150,13 +157,21 @@ def stamps_of(url: str) -> dict[str, str]:
     return {name[start:].lstrip("/"): remote_file("", {"name": name, **entry}).stamp for name, entry in found.items()}
 
 
+def _checked(url: str) -> str:
+    """The URL, unless nothing is ever written there."""
+    if url.startswith(("http://", "https://")) or is_hub(url):
+        raise RemoteError(f"{shown(url)}: cannot be written; outputs go to a folder, or to s3://, gs:// and the like")
+    return url
+
+
 def writable(url: str) -> str:
     """The URL without slashes at its end.
 
     Raises:
-        RemoteError: if nothing can be written there, or a package for it is missing.
+        RemoteError: if nothing can be written there, a package for it is missing, or the store cannot be asked.
     """
-    if url.startswith(("http://", "https://")) or is_hub(url):
-        raise RemoteError(f"{shown(url)}: cannot be written; outputs go to a folder, or to s3://, gs:// and the like")
-    open_store(url)
-    return url.rstrip("/")
+    url = _checked(url).rstrip("/")
+    store, path = open_store(url)
+    with asking(url), suppress(FileNotFoundError):
+        store.info(f"{path}/{_MARKER}")
+    return url
