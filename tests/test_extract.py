@@ -10,6 +10,8 @@ import numpy as np
 import oracles
 import pytest
 import safetensors.numpy
+import safetensors.torch
+import torch
 from builders import Adapter
 from test_bad_input import run
 from test_combine import assert_same, our_deltas
@@ -136,6 +138,27 @@ def test_file_to_peft_directory(name, tmp_path):
     found = zoo.tensors(tmp_path / "lora.gguf")
     product = found[f"{target}.lora_b"].astype(np.float64) @ found[f"{target}.lora_a"]
     np.testing.assert_allclose(product, change, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_directories_of_16_bits(dtype, tmp_path):
+    """Closer to the change than the best approximation of the difference of the two rounded models."""
+    spec, model = Adapter(rank=4, targets=("q_proj", "down_proj")), builders.hf_model("llama")
+    adapter = builders.adapter("llama", spec)
+    stored = {}
+    for name, source in (("base", model), ("tuned", oracles.merged_gguf(model, adapter).parent / "hf")):
+        (tmp_path / name).mkdir()
+        shutil.copy(source / "config.json", tmp_path / name)
+        weights = safetensors.torch.load_file(source / "model.safetensors")
+        rounded = {key: weight.to(dtype).contiguous() for key, weight in weights.items()}
+        safetensors.torch.save_file(rounded, tmp_path / name / "model.safetensors", {"format": "pt"})
+        stored[name] = {key: weight.double().numpy() for key, weight in rounded.items()}
+    gguflora.extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "lora", rank=4)
+    found, known = our_deltas(tmp_path / "lora"), our_deltas(adapter)
+    assert found.keys() == known.keys()
+    for name, change in known.items():
+        svd = best_of_rank(stored["tuned"][f"{name}.weight"] - stored["base"][f"{name}.weight"], 4)
+        assert distance(found[name], change) < 0.7 * distance(svd, change), name
 
 
 def edited(source, target, values):
