@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "rows.h"
+#include "vectors.h"
 
 enum { GROUP_FLOATS = 64 * 1024, CHUNK = 256, CHUNK_GROUPS = 16 };
 
@@ -34,12 +35,6 @@ static int begin(job *j, int isa, int type_id, int64_t n_in) {
 }
 
 static int chunk_at(const job *j, int64_t column) { return (int)(j->n_in - column < CHUNK ? j->n_in - column : CHUNK); }
-
-static const float *delta_rows(const job *j, const gfl_delta *delta, float *room, int64_t row, int64_t n_rows) {
-    if (delta->dense) return delta->dense + row * j->n_in;
-    j->table->product(room, delta->a, delta->b + row * delta->rank, n_rows, j->n_in, delta->rank);
-    return room;
-}
 
 /* The targets dq + delta of a chunk. */
 static void find_target(float *target, const job *j, const uint8_t *src, const float *delta, int n) {
@@ -223,6 +218,7 @@ gfl_result gfl_fit_grids(int isa, int type_id, const uint8_t *src, uint8_t *dst,
                          const gfl_delta *delta, const float *imatrix, double *sums, int64_t *n_new) {
     job j;
     *n_new = 0;
+    if (gfl_is_vector_type(type_id)) return gfl_fit_vectors(isa, type_id, src, dst, n_rows, n_in, delta, imatrix, sums, n_new);
     if (!begin(&j, isa, type_id, n_in)) return unknown;
     if (n_rows <= 0 || n_in <= 0) return done;
     const int64_t group = gfl_rows_per_group(n_in, n_rows, GROUP_FLOATS), chunks = group * ((n_in + CHUNK - 1) / CHUNK);
@@ -239,7 +235,7 @@ gfl_result gfl_fit_grids(int isa, int type_id, const uint8_t *src, uint8_t *dst,
     }
     for (int64_t row = 0; row < n_rows && !result.status; row += group) {
         const int64_t rows = n_rows - row < group ? n_rows - row : group;
-        const float *change = delta_rows(&j, delta, floats, row, rows);
+        const float *change = gfl_delta_rows(j.table, delta, floats, row, rows, n_in);
         result = fit_group(&j, room, src + row * j.row_bytes, dst + row * j.row_bytes, rows, change, imatrix, row, sums + 2 * row,
                            n_new);
     }
@@ -281,17 +277,11 @@ static gfl_result dither_row(const job *j, const uint8_t *src, uint8_t *dst, con
     return done;
 }
 
-/* The next number of the generator splitmix64 from state `x` on. */
-static uint64_t splitmix64(uint64_t x) {
-    x += 0x9e3779b97f4a7c15u;
-    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
-    return x ^ x >> 31;
-}
-
 gfl_result gfl_dither_rows(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
                            const gfl_delta *delta, float gain, uint64_t key, int64_t first_row, double *sums) {
     job j;
+    if (gfl_is_vector_type(type_id))
+        return gfl_dither_vector_rows(isa, type_id, src, dst, n_rows, n_in, delta, gain, key, first_row, sums);
     if (!begin(&j, isa, type_id, n_in)) return unknown;
     if (n_rows <= 0 || n_in <= 0) return done;
     const int64_t group = gfl_rows_per_group(n_in, n_rows, GROUP_FLOATS);
@@ -300,10 +290,9 @@ gfl_result gfl_dither_rows(int isa, int type_id, const uint8_t *src, uint8_t *ds
     gfl_result result = done;
     for (int64_t first = 0; first < n_rows && !result.status; first += group) {
         const int64_t last = n_rows - first < group ? n_rows : first + group;
-        const float *change = delta_rows(&j, delta, room, first, last - first);
+        const float *change = gfl_delta_rows(j.table, delta, room, first, last - first, n_in);
         for (int64_t row = first; row < last && !result.status; row++) {
-            const uint64_t counter = (uint64_t)(first_row + row) * 0x9e3779b97f4a7c15u;
-            const gfl_dither_key row_key = {gain, splitmix64(key + counter)};
+            const gfl_dither_key row_key = {gain, gfl_row_key(key, first_row + row)};
             result = dither_row(&j, src + row * j.row_bytes, dst + row * j.row_bytes, change + (row - first) * n_in, &row_key, row,
                                 sums + 5 * row);
         }

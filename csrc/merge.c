@@ -11,14 +11,6 @@ enum { CHUNK = 256 };
 
 static const gfl_result done = {0, 0, GFL_DONE}, no_memory = {0, 0, GFL_NO_MEMORY}, unknown = {0, 0, GFL_UNKNOWN};
 
-/* The change of `n_rows` rows from `row` on; a product goes to `room`. */
-static const float *delta_rows(const gfl_table *table, const gfl_delta *delta, float *room, int64_t row, int64_t n_rows,
-                               int64_t n_in) {
-    if (delta->dense) return delta->dense + row * n_in;
-    table->product(room, delta->a, delta->b + row * delta->rank, n_rows, n_in, delta->rank);
-    return room;
-}
-
 static double clipped_weights(const gfl_table *table, int type, const uint8_t *dst, const float *target, int64_t n_in) {
     const gfl_view *view = &table->views[type];
     const gfl_type t = gfl_type_at(type);
@@ -71,7 +63,7 @@ gfl_result gfl_merge_rows(int isa, int src_type_id, const uint8_t *src, int dst_
     gfl_result result = done;
     for (int64_t row = 0; row < n_rows && !result.status; row += group) {
         const int64_t rows = n_rows - row < group ? n_rows - row : group;
-        const float *change = delta_rows(table, delta, rooms.delta, row, rows, n_in);
+        const float *change = gfl_delta_rows(table, delta, rooms.delta, row, rows, n_in);
         result = merge_group(table, from, src + row * src_bytes, to, dst + row * dst_bytes, rows, n_in, change, imatrix, &rooms,
                              row, suspicious, sums + 5 * row);
     }

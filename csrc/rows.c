@@ -27,6 +27,22 @@ gfl_result gfl_first_not_finite(const float *x, int64_t n_rows, int64_t n_in, in
     return done;
 }
 
+const float *gfl_delta_rows(const gfl_table *table, const gfl_delta *delta, float *room, int64_t row, int64_t n_rows, int64_t n_in) {
+    if (delta->dense) return delta->dense + row * n_in;
+    table->product(room, delta->a, delta->b + row * delta->rank, n_rows, n_in, delta->rank);
+    return room;
+}
+
+/* The next number of the generator splitmix64 from state `x` on. */
+static uint64_t splitmix64(uint64_t x) {
+    x += 0x9e3779b97f4a7c15u;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return x ^ x >> 31;
+}
+
+uint64_t gfl_row_key(uint64_t key, int64_t row) { return splitmix64(key + (uint64_t)row * 0x9e3779b97f4a7c15u); }
+
 int64_t gfl_rows_per_group(int64_t n_in, int64_t n_rows, int64_t floats) {
     int64_t rows = floats / n_in / 4 * 4;
     if (rows < 4) rows = 4;

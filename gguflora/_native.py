@@ -252,7 +252,7 @@ def fit_grids(
         type: type of ``src`` and ``dst``, one that ``dithers``.
         dst: as ``src``, but not the same memory; overwritten: ``src`` with new headers, whose blocks hold no codes yet.
         delta: what is added.
-        imatrix: importance of each column, (n_in,), or None.
+        imatrix: importance of each column, (n_in,), or None; where ggml would need one, all columns are then alike.
         isa: instruction set; default is `current_isa`.
 
     Returns:
@@ -264,7 +264,7 @@ def fit_grids(
         QuantizationError: shapes do not fit, or the type does not dither.
     """
     n_rows, n_in = _delta_shape(delta)
-    importance = _importance(type, imatrix, n_in)
+    importance = ffi.NULL if imatrix is None else _importance(type, imatrix, n_in)
     _expect_dither(src, type, dst, n_rows, n_in)
     sums, n_new = np.empty((n_rows, 2)), ffi.new("int64_t *")
     _raise_for(

@@ -1,6 +1,7 @@
 /* All families over the simd header included before; defines the table GFL_TABLE. */
 #include "../blocks.h"
 #include "../grids.h"
+#include "../moves.h"
 #include "table.h"
 
 #include "rows_f32.h"
@@ -20,6 +21,8 @@
 #include "iq1.h"
 #include "views.h"
 #include "dither.h"
+#include "vector_views.h"
+#include "vectors.h"
 
 const gfl_table GFL_TABLE = {
     .largest = largest,
@@ -30,7 +33,10 @@ const gfl_table GFL_TABLE = {
     .dither = dither_chunk,
     .clipped = count_clipped,
     .four_dots = four_dots,
+    .measure_vectors = measure_vectors,
+    .dither_vectors = dither_vectors,
     .views = views,
+    .vector_views = vector_views,
     .types = {
 #define GFL_TYPE(name, id, weights, block, needs_imatrix) [GFL_##name] = {quantize_##name, dequantize_##name},
 #include "../types.def"

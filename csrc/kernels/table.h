@@ -34,6 +34,21 @@ typedef struct {
     } header[2];
 } gfl_view;
 
+/* The blocks of a grid type as points and signs, see vector_views.h. Other types have no functions. */
+typedef struct {
+    void (*scales)(const uint8_t *src, float *s);
+    void (*points)(const uint8_t *src, uint16_t *points, uint8_t *signs);
+    void (*put)(uint8_t *dst, const uint16_t *points, const uint8_t *signs);
+    int grid, dims, group; /* weights in a vector; weights under one scale */
+    float step, shortest;  /* the mean distance between neighbouring levels; length of the shortest move */
+} gfl_vector_view;
+
+/* What vectors.h finds out about vectors of a block: their expected squared error; the sum of delta times what they lose of the
+ * change on average; and of delta^2. */
+typedef struct {
+    double cost, lost, squares;
+} gfl_vector_sums;
+
 /* What dither.h finds out about up to 256 weights: per group of them the sum of delta^2; the expected cost of rounding; the part of
  * it that lies beyond the grid; the sum of delta times what lies beyond; and whether dither is the way there (or delta is 0). */
 typedef struct {
@@ -63,8 +78,13 @@ typedef struct {
                   const gfl_dither_key *row, int64_t column, int n);
     int64_t (*clipped)(const gfl_view *view, const uint8_t *dst, const float *target, int n);
     void (*four_dots)(double *sums, const float *dq, const float *delta, const float *target, const float *written, int64_t n);
+    /* Functions of vectors.h on one block; rest: the wanted weights less those that the block has. Of every `step`th vector: */
+    void (*measure_vectors)(gfl_vector_sums *sums, const gfl_vector_view *view, const uint8_t *block, const float *rest,
+                            const float *delta, int first, int step);
+    void (*dither_vectors)(const gfl_vector_view *view, uint8_t *block, const float *rest, uint64_t row_key, int64_t column);
     gfl_pair types[GFL_N_TYPES];
     const gfl_view *views;
+    const gfl_vector_view *vector_views;
 } gfl_table;
 
 extern const gfl_table gfl_scalar, gfl_avx2, gfl_avx512, gfl_neon;
