@@ -7,7 +7,7 @@
 
 enum { GROUP_FLOATS = 64 * 1024, CHUNK = 256, CHUNK_GROUPS = 16 };
 
-/* A block keeps its grid without a search if in all of its groups delta is below half a step, and no more than this share of
+/* A block keeps its grid without a search if in all of its groups delta is below 0.35 steps, and no more than this share of
  * the cost of rounding lies beyond the grid. On heavy-tailed weights with changes of 0.5 to 20 % of them, searching every block would
  * lower the expected cost of those skipped here by 0.1 to 1 % (K-quants; to 4 % for blocks of 32). */
 static const double CLIPPED_SHARE = 0.1;

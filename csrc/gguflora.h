@@ -58,15 +58,17 @@ typedef struct {
 gfl_result gfl_merge_rows(int isa, int src_type_id, const uint8_t *src, int dst_type_id, uint8_t *dst, int64_t n_rows,
                           int64_t n_in, const gfl_delta *delta, const float *imatrix, double *sums);
 
-/* Adaptive dither, for types with `dithers`. First pass: dst = src, but for blocks that get a new header (and meaningless codes)
- * because W + delta can be expected to lose less on the new grid. sums (n_rows, 2): <delta, X - W> and |delta|^2, X being
- * W + delta limited to the range of its grid; n_new: blocks with a new header. */
+/* Adaptive dither, for types with `dithers`. First pass: dst = src, but for blocks that get a new header because W + delta can be
+ * expected to lose less on the new grid. Their codes mean nothing; on the grids of IQ1, IQ2 and IQ3 they are those of
+ * quantize(W + delta). Where ggml needs an imatrix and has none, all columns are alike. sums (n_rows, 2): <delta, X - W> and
+ * |delta|^2, X being W + delta limited to the range of its grid, both estimated from a sample for IQ1, IQ2 and IQ3; n_new: blocks
+ * with a new header. */
 gfl_result gfl_fit_grids(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
                          const gfl_delta *delta, const float *imatrix, double *sums, int64_t *n_new);
 
-/* Second pass: dst has its headers and gets its codes, such that the expectation of W' over all keys is W + gain * delta where the
- * grid reaches it. Rows are numbered from first_row: with the key and the column that number makes a weight's random bits.
- * sums (n_rows, 5) as above. */
+/* Second pass: dst has its headers (of IQ1, IQ2 and IQ3 also the codes to start from) and gets its codes, such that the expectation of
+ * W' over all keys is W + gain * delta where the grid reaches it. Rows are numbered from first_row: with the key and the column
+ * that number makes a weight's random bits. sums (n_rows, 5) as above. */
 gfl_result gfl_dither_rows(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
                            const gfl_delta *delta, float gain, uint64_t key, int64_t first_row, double *sums);
 

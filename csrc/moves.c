@@ -1,7 +1,6 @@
 #include "moves.h"
 
 #include <pthread.h>
-#include <stdlib.h>
 #include <string.h>
 
 enum { MAX_POINTS = 2048, FARTHEST = 8192 };
@@ -20,54 +19,67 @@ static const struct {
     [GRID_IQ3_XXS] = {moves_iq3_xxs, 256, 4, 1, EVEN_FLIPS}, [GRID_IQ3_S] = {moves_iq3_s, 512, 4, 1, ANY_FLIPS},
 };
 
-/* A grid's levels by weight, and which weights of each point have the lowest one. */
 typedef struct {
-    int16_t levels[8][MAX_POINTS];
-    uint8_t low[MAX_POINTS];
-    int lowest;
+    int16_t levels[8][MAX_POINTS]; /* by weight */
+    int32_t distances[MAX_POINTS]; /* squared, from one of the points */
 } grid_levels;
 
 static void read_levels(int which, grid_levels *g) {
-    const int dims = grids[which].dims, n = grids[which].n_points;
+    const int dims = grids[which].dims;
     const int8_t *values = gfl_grid_values(which);
-    g->lowest = 127;
-    for (int p = 0; p < n; p++)
-        for (int i = 0; i < dims; i++) {
-            g->levels[i][p] = (int16_t)(values[p * dims + i] * grids[which].unit);
-            if (g->levels[i][p] < g->lowest) g->lowest = g->levels[i][p];
-        }
-    for (int p = 0; p < n; p++) {
-        g->low[p] = 0;
-        for (int i = 0; i < dims; i++) g->low[p] |= (uint8_t)((g->levels[i][p] == g->lowest) << i);
-    }
+    for (int p = 0; p < grids[which].n_points; p++)
+        for (int i = 0; i < dims; i++) g->levels[i][p] = (int16_t)(values[p * dims + i] * grids[which].unit);
 }
 
-static void measure(int which, int32_t *distances, const grid_levels *g, int from) {
-    memset(distances, 0, sizeof *distances * (size_t)grids[which].n_points);
+static void measure(int which, grid_levels *g, int from) {
+    memset(g->distances, 0, sizeof g->distances);
     for (int i = 0; i < grids[which].dims; i++)
         for (int p = 0; p < grids[which].n_points; p++) {
             const int away = g->levels[i][p] - g->levels[i][from];
-            distances[p] += away * away;
+            g->distances[p] += away * away;
         }
 }
 
-/* ways to flip n = 0, 1, 2 of `low` weights */
-static int ways(flips allowed, int n, int low) {
-    if (n == 0) return 1;
-    if (allowed == NO_FLIPS || (allowed == EVEN_FLIPS && n == 1)) return 0;
-    return n == 1 ? low : low * (low - 1) / 2;
-}
-
-/* the distance within which there are at least N_MOVES places, or FARTHEST - 1 */
-static int reach(int which, const int32_t *distances, const grid_levels *g, int from) {
-    int histogram[FARTHEST] = {0}, flip = 4 * g->lowest * g->lowest;
-    for (int p = 0; p < grids[which].n_points; p++)
-        for (int n = 0, d = distances[p]; n <= 2 && d < FARTHEST; n++, d += flip)
-            histogram[d] += ways(grids[which].flips, n, __builtin_popcount(g->low[p] & g->low[from]));
-    histogram[0] = 0; /* itself */
+/* the distance within which a histogram counts N_MOVES */
+static int reach(const int *histogram) {
     for (int d = 1, count = 0; d < FARTHEST; d++)
         if ((count += histogram[d]) >= N_MOVES) return d;
     return FARTHEST - 1;
+}
+
+/* The flips of a point's weights that are allowed, none first, and what they add to its squared distance. */
+typedef struct {
+    uint8_t flipped[1 + 8 + 28];
+    int more[1 + 8 + 28], count;
+} flip_list;
+
+static void list_flips(flip_list *list, int which, const grid_levels *g, int from, int to) {
+    const int dims = grids[which].dims;
+    const flips allowed = grids[which].flips;
+    list->count = 1;
+    list->flipped[0] = 0;
+    list->more[0] = 0;
+    for (int i = 0; i < dims && allowed != NO_FLIPS; i++)
+        for (int j = allowed == ANY_FLIPS ? i : i + 1; j < dims; j++) {
+            list->flipped[list->count] = (uint8_t)(1 << i | 1 << j);
+            list->more[list->count++] = 4 * g->levels[i][from] * g->levels[i][to] + (i != j) * 4 * g->levels[j][from] * g->levels[j][to];
+        }
+}
+
+/* Squared distance of the farthest moves: that of the last that are needed without flips, then that of the last of all. */
+static int farthest(int which, const grid_levels *g, int from) {
+    int plain[FARTHEST] = {0}, all[FARTHEST] = {0};
+    for (int p = 0; p < grids[which].n_points; p++)
+        if (g->distances[p] < FARTHEST) plain[g->distances[p]]++;
+    const int limit = reach(plain);
+    for (int p = 0; p < grids[which].n_points; p++) {
+        flip_list list;
+        if (g->distances[p] > limit) continue;
+        list_flips(&list, which, g, from, p);
+        for (int f = 0; f < list.count; f++)
+            if (g->distances[p] + list.more[f] <= limit) all[g->distances[p] + list.more[f]]++;
+    }
+    return reach(all);
 }
 
 static void add_move(int which, gfl_moves *m, int k, const grid_levels *g, int from, int to, unsigned flipped, int distance) {
@@ -80,17 +92,16 @@ static void add_move(int which, gfl_moves *m, int k, const grid_levels *g, int f
     m->flips[k] = (uint8_t)flipped;
 }
 
-/* Adds moves of one length, or with `shorter` of all lengths below it; returns how many there are then. */
-static int add_moves(int which, int count, const int32_t *distances, const grid_levels *g, int from, int length, int shorter) {
-    const int flip = 4 * g->lowest * g->lowest;
-    const flips allowed = grids[which].flips;
+/* Adds moves of distances in [low, high]; returns how many there are then. */
+static int add_moves(int which, int count, const grid_levels *g, int from, int low, int high) {
     for (int p = 0; p < grids[which].n_points; p++) {
-        const unsigned low = g->low[p] & g->low[from];
-        for (unsigned flipped = 0; flipped <= low && distances[p] <= length && count < N_MOVES; flipped = ((flipped | ~low) + 1) & low) {
-            const int n = __builtin_popcount(flipped), d = distances[p] + n * flip;
-            if (n <= 2 && d && (shorter ? d < length : d == length) && ways(allowed, n, 2))
-                add_move(which, grids[which].moves + from, count++, g, from, p, flipped, d);
-            if (flipped == low) break;
+        flip_list list;
+        if (g->distances[p] > high) continue;
+        list_flips(&list, which, g, from, p);
+        for (int f = 0; f < list.count && count < N_MOVES; f++) {
+            const int distance = g->distances[p] + list.more[f];
+            if (distance >= low && distance <= high)
+                add_move(which, grids[which].moves + from, count++, g, from, p, list.flipped[f], distance);
         }
     }
     return count;
@@ -101,11 +112,10 @@ static void build(int which) {
     grid_levels *g = levels + which;
     read_levels(which, g);
     for (int p = 0; p < grids[which].n_points; p++) {
-        int32_t distances[MAX_POINTS];
-        measure(which, distances, g, p);
-        const int length = reach(which, distances, g, p);
-        const int count = add_moves(which, 0, distances, g, p, length, 1);
-        add_moves(which, count, distances, g, p, length, 0);
+        measure(which, g, p);
+        const int last = farthest(which, g, p);
+        const int count = add_moves(which, 0, g, p, 1, last - 1);
+        add_moves(which, count, g, p, last, last);
     }
 }
 

@@ -17,8 +17,8 @@ typedef struct {
     uint8_t flips[N_MOVES];    /* bit i: weight i changes its sign */
 } gfl_moves;
 
-/* Those from each point, by number. Only weights at the lowest magnitude flip, at most two at once; of the grids whose
- * points keep seven signs of eight weights only two at once. */
+/* Those from each point, by number. At most two weights flip at once; on the grids of types that keep seven signs of eight weights
+ * two or none. */
 const gfl_moves *gfl_moves_of(int which);
 
 #endif

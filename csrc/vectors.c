@@ -76,7 +76,7 @@ static int choose(const job *j, const uint8_t *base, const uint8_t *found, const
     j->type->dequantize(found, back, BLOCK);
     const double error = squared_error(back, target); /* not less than anything if a scale has overflown */
     sums[1] += kept.squares;
-    if (strong >= STRONG * STRONG && error < kept.squares) {
+    if (strong >= STRONG * STRONG && error < 0.5 * kept.squares) {
         sums[0] += kept.squares;
         return 1;
     }

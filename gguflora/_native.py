@@ -250,7 +250,8 @@ def fit_grids(
     Args:
         src: (n_rows, row bytes).
         type: type of ``src`` and ``dst``, one that ``dithers``.
-        dst: as ``src``, but not the same memory; overwritten: ``src`` with new headers, whose blocks hold no codes yet.
+        dst: as ``src``, but not the same memory; overwritten: ``src`` with new headers, whose blocks hold no codes yet
+            (IQ1, IQ2, IQ3: those of ``quantize(W + delta)``).
         delta: what is added.
         imatrix: importance of each column, (n_in,), or None; where ggml would need one, all columns are then alike.
         isa: instruction set; default is `current_isa`.
@@ -298,7 +299,7 @@ def dither_rows(
 ) -> NDArray[np.float64]:
     """Second pass of adaptive dither: write the codes, whose expectation over all keys is ``W + gain * delta``.
 
-    Groups of weights whose delta is half a step or more (root mean square) are rounded to nearest. Blocks with a delta
+    Groups of weights whose delta is 0.35 steps or more (root mean square) are rounded to nearest. Blocks with a delta
     of zero are copied.
 
     Args:

@@ -84,7 +84,12 @@ class Plan:
 
 
 def make_plan(
-    file: GgufFile, sources: Sequence[tuple[Adapter, float]], rounding: Rounding, types: OutputTypes = OutputTypes()
+    file: GgufFile,
+    sources: Sequence[tuple[Adapter, float]],
+    rounding: Rounding,
+    types: OutputTypes = OutputTypes(),
+    *,
+    anew: bool = False,
 ) -> Plan:
     """Plan a merge.
 
@@ -93,6 +98,7 @@ def make_plan(
         sources: adapters and their scales.
         rounding: how weights will be rounded; it is recorded in the metadata.
         types: of the changed tensors.
+        anew: whether all changed weights are quantized anew, from the base before it was quantized.
 
     Raises:
         GgufloraError: if adapters and base do not fit together, or a tensor cannot be written as asked.
@@ -126,7 +132,7 @@ def make_plan(
         shape = (n_tokens, entry.n_in) if grown else entry.shape
         targets.append(Target(name, entry, shape, types.of(name, entry, only_floats=only_floats), items))
     for target in targets:
-        _check_type(file, target, rounding)
+        _check_type(file, target, rounding, anew=anew)
     warnings += [f"--type {pattern}: matches no changed tensor" for pattern in types.unused(list(changes))]
     layout = file.layout(entries, {target.name: (target.shape, target.type) for target in targets})
     return Plan(layout, targets, tuple(warnings))
@@ -186,7 +192,7 @@ def _same(one: Scaled, other: Scaled) -> bool:
     return a is b and scale_a == scale_b
 
 
-def _check_type(file: GgufFile, target: Target, rounding: Rounding) -> None:
+def _check_type(file: GgufFile, target: Target, rounding: Rounding, *, anew: bool) -> None:
     source, kind = target.source, target.type
     where = f"{file.path}: tensor {source.name!r}"
     if source.type.id not in _native.TYPES:
@@ -196,7 +202,7 @@ def _check_type(file: GgufFile, target: Target, rounding: Rounding) -> None:
             f"{where} has rows of {source.n_in} weights, which cannot be stored as {kind.name} (a multiple of "
             f"{kind.block_weights} is needed); give it another type with --type {source.name}=Q8_0, for example"
         )
-    dithered = kind == source.type and kind.dithers and rounding.mode == "adaptive"
+    dithered = kind == source.type and kind.dithers and rounding.mode == "adaptive" and not anew
     importance = rounding.importance(target, 0) if len(target.shape) > 1 else None
     if kind.needs_imatrix and importance is None and not dithered:
         raise QuantizationError(

@@ -137,8 +137,6 @@ def survival_warning(tensors: Sequence[TensorReport], total: TensorReport, round
 
 
 def _remedy(tensor: TensorReport, rounding: Mode) -> str:
-    if not type_named(tensor.type).dithers:
-        return (
-            f"{tensor.type} can only be rounded to nearest: give --base-f16, or another type with --outtype or --type"
-        )
-    return "--rounding adaptive keeps it" if rounding == "nearest" else "--base-f16 or another type may keep it"
+    if rounding == "nearest" and type_named(tensor.type).dithers:
+        return "--rounding adaptive keeps it"
+    return "--base-f16, or another type with --outtype or --type, may keep it"

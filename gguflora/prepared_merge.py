@@ -109,7 +109,7 @@ def prepared_merge(
         file = opened.enter_context(GgufFile(base))
         sources = [(read_adapter(path), scale) for path, scale in with_scales(adapters)]
         how = _rounding(file, rounding, seed, imatrix)
-        plan = make_plan(file, sources, how, types)
+        plan = make_plan(file, sources, how, types, anew=base_f16 is not None)
         precise = None
         if base_f16 is not None:
             precise = opened.enter_context(HighPrecisionBase.open(base_f16, describe(file)))

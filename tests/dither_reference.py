@@ -340,7 +340,7 @@ class Rows:
         """Per group, whether it is rounded to nearest: (blocks, groups, 1)."""
         s, step = self.grid()[0], self.view.step
         with np.errstate(over="ignore"):
-            return sum_of_groups(x * x)[..., None] >= F(0.25) * F(self.view.group) * (s * step * (s * step))
+            return sum_of_groups(x * x)[..., None] >= F(0.1225) * F(self.view.group) * (s * step * (s * step))
 
     def row_sums(self, of_groups: np.ndarray) -> np.ndarray:
         """Sums over the groups of chunks of 256 weights, then over the chunks of a row."""

@@ -11,7 +11,7 @@ from gguflora._native import SUMS, TYPES, Product
 from gguflora.errors import NonFiniteError, QuantizationError
 
 ISAS = _native.isa_names()
-DITHERED = [kind for kind in TYPES.values() if kind.dithers]
+DITHERED = [kind for kind in TYPES.values() if kind.name in reference.VIEWS]
 by_name = pytest.mark.parametrize("kind", DITHERED, ids=lambda kind: kind.name)
 by_isa = pytest.mark.parametrize("isa", ISAS)
 KEY = 0x1234_5678_9ABC_DEF0
@@ -68,10 +68,6 @@ def assert_equals_reference(src, kind, delta, isa, dense, imatrix=None, gain=1.2
     error = libggml.dequantize(out, kind.id, dense.shape[1]) - (values + dense)
     assert np.allclose(sums[:, 3], (error.astype(float) ** 2).sum(axis=1), rtol=1e-5)
     return count
-
-
-def test_types_that_dither():
-    assert {kind.name for kind in DITHERED} == set(reference.VIEWS)
 
 
 @by_name
@@ -203,7 +199,7 @@ def test_mean_over_keys_is_the_target(kind):
     """Where nothing clips: 400 keys, each weight's mean within five standard errors of its target."""
     n_in, n = width(kind, 1), 400
     src = rows_of(kind, 1, n_in, seed=3)
-    a, b = change_of(src, kind, n_in, 0.002 if kind.name == "Q8_0" else 0.02)
+    a, b = change_of(src, kind, n_in, {"Q8_0": 0.002, "Q6_K": 0.01}.get(kind.name, 0.02))
     delta = product(a, b)
     rows = reference.Rows.of(src, kind)
     s, _, inverse = rows.grid()
@@ -271,7 +267,7 @@ def test_sums_of_a_nearest_merge(kind, isa):
             sums[:, column], (x.astype(float) * y).sum(axis=1), rtol=1e-5, atol=1e-7 * (before**2).sum()
         )
         assert close, SUMS[column]
-    if kind.dithers:
+    if kind in DITHERED:
         rows = reference.Rows.of(out, kind)
         _, o, inverse = rows.grid()
         t = (rows.grouped(target.astype(np.float32)) + o) * inverse
@@ -319,10 +315,10 @@ def assert_equals_reference_of_huge(src, kind, delta, isa):
 
 
 def test_wrong_arguments_are_refused():
-    kind, other = _native.type_named("Q4_K"), _native.type_named("IQ2_S")
+    kind, other = _native.type_named("Q4_K"), _native.type_named("BF16")
     src = rows_of(kind, 4, 512)
     delta = np.zeros((4, 512), np.float32)
-    with pytest.raises(QuantizationError, match="IQ2_S"):
+    with pytest.raises(QuantizationError, match="BF16"):
         _native.fit_grids(rows_of(other, 4, 512), other, rows_of(other, 4, 512), delta)
     with pytest.raises(QuantizationError, match="overlap"):
         _native.fit_grids(src, kind, src, delta)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import weights
 
+from gguflora import _native
 from gguflora._native import TYPES, GgmlType
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,18 +70,24 @@ def requests(kind: GgmlType, isa: str) -> Iterator[Request]:
         if kind.quantizes:
             yield request(QUANTIZE, isa, kind, x, libggml.quantize(x, kind.id), n_in)
         yield request(DEQUANTIZE, isa, kind, packed, libggml.dequantize(packed, kind.id, n_in), n_in)
-    if kind.quantizes:
-        packed = libggml.quantize(weights.rows("model-like", 7, n_in), kind.id)
+    if kind.quantizes or kind.dithers:
+        packed = libggml.quantize(weights.rows("model-like", 7, n_in), kind.id, imatrix if kind.needs_imatrix else None)
         a, b = (rng.standard_normal(shape).astype(np.float32) for shape in [(3, n_in), (7, 3)])
         delta = (b[:, :1] * a[0] + b[:, 1:2] * a[1]) + b[:, 2:] * a[2]
+    if kind.quantizes:
         merged = libggml.quantize(libggml.dequantize(packed, kind.id, n_in) + delta, kind.id)
         yield request(MERGE, isa, kind, packed, merged, n_in, a, b)
     if kind.dithers:
         for size in (0.003, 0.1, 1.0):
             scaled = b * np.float32(size * 0.02)
             delta = (scaled[:, :1] * a[0] + scaled[:, 1:2] * a[1]) + scaled[:, 2:] * a[2]
-            headers = reference.fit_grids(packed, kind, delta)[0]
-            written = reference.dither_rows(packed, kind, headers, delta, 1.25, 99, 7)[0]
+            if kind.name in reference.VIEWS:
+                headers = reference.fit_grids(packed, kind, delta)[0]
+                written = reference.dither_rows(packed, kind, headers, delta, 1.25, 99, 7)[0]
+            else:
+                written = np.empty_like(packed)
+                _native.fit_grids(packed, kind, written, delta, isa="scalar")
+                _native.dither_rows(packed, kind, written, delta, gain=1.25, key=99, first_row=7, isa="scalar")
             yield request(DITHER, isa, kind, packed, written, n_in, a, scaled)
 
 

@@ -94,11 +94,16 @@ def test_warns_where_the_adapter_is_lost(tmp_path):
     assert kept.warnings == ()
 
 
-def test_says_what_helps_a_type_without_dither(tmp_path):
-    gguflora.merge(base_of("Q4_K_M"), adapter_of(), tmp_path / "base.gguf", outtype="iq3_s")
-    report = gguflora.merge(tmp_path / "base.gguf", [(adapter_of(), SCALE)], tmp_path / "out.gguf")
-    assert "--base-f16" in report.warnings[-1]
-    assert "IQ3_S can only be rounded to nearest" in report.warnings[-1]
+@pytest.mark.parametrize("kind", ["iq3_s", "iq2_s"])
+def test_types_on_grids_keep_the_adapter(tmp_path, kind):
+    gguflora.merge(base_of("Q4_K_M"), adapter_of(), tmp_path / "base.gguf", outtype=kind)
+    kept, lost = (
+        gguflora.merge(tmp_path / "base.gguf", [(adapter_of(), SCALE)], tmp_path / "out.gguf", rounding=how, force=True)
+        for how in ("adaptive", "nearest")
+    )
+    assert abs(lost.total.sv - 1) > 0.3
+    assert "--rounding adaptive" in lost.warnings[-1]
+    assert abs(kept.total.sv - 1) < 0.03 + 3 * kept.total.sv_error
 
 
 def test_change_that_no_grid_holds(tmp_path):
@@ -264,3 +269,16 @@ def test_plan_is_a_dry_run(tmp_path, monkeypatch):
     assert plan.dry_run
     assert [(t.name, t.type, t.weights) for t in plan.tensors] == [(t.name, t.type, t.weights) for t in report.tensors]
     assert plan.size == report.size == (tmp_path / "out.gguf").stat().st_size
+
+
+def test_type_that_needs_an_imatrix_takes_weak_changes_without_one(tmp_path):
+    sums = {name: np.ones((1, change.shape[1]), np.float32) for name, change in changes_at(SCALE).items()}
+    write_gguf(tmp_path / "imatrix.gguf", {name: (values, [1]) for name, values in sums.items()})
+    options = {"outtype": "iq2_xxs", "imatrix": tmp_path / "imatrix.gguf"}
+    gguflora.merge(base_of("Q4_K_M"), adapter_of(), tmp_path / "base.gguf", **options)
+    source, merge = [(adapter_of(), SCALE)], gguflora.merge
+    report = merge(tmp_path / "base.gguf", source, tmp_path / "out.gguf")
+    assert abs(report.total.sv - 1) < 0.03 + 3 * report.total.sv_error
+    for refused in ({"rounding": "nearest"}, {"base_f16": base_of("Q4_K_M")}):
+        with pytest.raises(gguflora.GgufloraError, match="importance matrix"):
+            merge(tmp_path / "base.gguf", source, tmp_path / "other.gguf", **refused)

@@ -7,7 +7,7 @@
  *   q' = floor(t) + (u < t - floor(t)), t limited to the grid before, u uniform in [0, 1)
  *
  * 1 / s is rounded, and multiplied by; it is 0 where s is less than the smallest normal float, so that a code stays, or is 0.
- * Groups whose delta is half a step or more (root mean square) are rounded to nearest; halves to even, among a codebook's levels down.
+ * Groups whose delta is 0.35 steps or more (root mean square) are rounded to nearest; halves to even, among a codebook's levels down.
  *
  * Sums over a group or chunk run in 16 lanes, weight i in lane i % 16, then lanes 8, 4, 2, 1 apart; so every ISA has the same bits. */
 
@@ -49,10 +49,10 @@ INLINE void finish_rows(float *sums, const float *rows, int n_rows) {
     for (int r = 0; r < n_rows; r += LANES) vf_store(sums + r, vf_row_sums(rows + r * LANES));
 }
 
-/* sum of delta^2 against n (half a step)^2 */
+/* sum of delta^2 against n (0.35 steps)^2: from there on the noise of dither does more harm than what nearest rounding loses */
 static inline int is_strong(float squares, float s, const gfl_view *view) {
     const float step = s * view->step;
-    return squares >= 0.25f * (float)view->group * (step * step);
+    return squares >= 0.1225f * (float)view->group * (step * step);
 }
 
 INLINE vf limited(vf t, vf low, vf high) { return vf_max(vf_min(t, high), low); }

@@ -14,8 +14,8 @@ enum { PROGRAM_ROWS = 16, MOST_STEPS = 24, MOST_WALKS = 8, AT_ONCE_VECTORS = 4 }
 /* The loss of a unit costs as much as going this many mean steps too far; steps that gain less than a hundredth are not taken. */
 static const float DEAR = 8.0f, WORTHWHILE = 1.05f, LEAST_PIVOT = 1e-3f;
 
-/* Wanted moves are limited to this, in units of moves: far beyond all levels. */
-static const float FARTHEST_MOVE = 1e4f;
+/* A vector of which a weight is to move by more levels than this stays: that is far beyond all grids. */
+static const float OUT_OF_REACH = 1e4f;
 
 typedef struct {
     float inverse[9][PROGRAM_ROWS]; /* column j of the inverse of the basis */
@@ -171,18 +171,21 @@ INLINE void read_vectors(vector_block *v, const gfl_vector_view *view, const uin
     v->shortest = view->shortest;
 }
 
-/* Vector j's place and what is wanted of it; returns whether that is anything. */
+/* Vector j's place and what is wanted of it; returns whether that is anything, and can be. */
+enum { NOTHING, SOMETHING, IMPOSSIBLE };
+
 INLINE int place_of_vector(vector_place *at, const vector_block *v, int j, int group, const int dims) {
     const float *rest = v->rest + j * dims, inverse = v->inverse[j * dims / group];
-    int any = 0;
+    int any = 0, far = 0;
     at->point = v->points[j];
     at->signs = v->signs[j * dims / 8] >> j * dims % 8 & ((1u << dims) - 1);
     for (int i = 0; i < dims; i++) {
-        const float x = rest[i] * inverse, limited = x > FARTHEST_MOVE ? FARTHEST_MOVE : x < -FARTHEST_MOVE ? -FARTHEST_MOVE : x;
-        at->x[i] = at->signs >> i & 1 ? -limited : limited;
-        any |= at->x[i] != 0.0f;
+        const float x = rest[i] * inverse;
+        at->x[i] = at->signs >> i & 1 ? -x : x;
+        any |= rest[i] != 0.0f;
+        far |= !(fabsf(x) <= OUT_OF_REACH);
     }
-    return any;
+    return !any ? NOTHING : far || inverse == 0.0f ? IMPOSSIBLE : SOMETHING;
 }
 
 /* Vectors of a block whose programs are solved together. */
@@ -199,7 +202,7 @@ INLINE int next_vectors(vector_batch *batch, const vector_block *v, int j, int s
     batch->count = 0;
     for (; j < SUPER / dims && batch->count < AT_ONCE_VECTORS; j += step) {
         vector_place *at = batch->at + batch->count;
-        if (!place_of_vector(at, v, j, group, dims)) continue;
+        if (place_of_vector(at, v, j, group, dims) != SOMETHING) continue;
         walk(at, v->moves, v->shortest, dims);
         batch->j[batch->count] = j;
         batch->moves[batch->count] = v->moves + at->point;
@@ -222,9 +225,10 @@ INLINE float finish_program(float *lost, const program *p, const gfl_moves *m, c
     return variance + error;
 }
 
-/* of the vectors of groups without a scale, which stay: all is lost */
-INLINE void measure_flat(gfl_vector_sums *sums, const vector_block *v, const float *delta, int j, int group, const int dims) {
-    if (v->s[j * dims / group] != 0.0f) return;
+/* Where nothing can be done all is lost. */
+INLINE void measure_impossible(gfl_vector_sums *sums, const vector_block *v, const float *delta, int j, int group, const int dims) {
+    vector_place at;
+    if (place_of_vector(&at, v, j, group, dims) != IMPOSSIBLE) return;
     for (int i = j * dims; i < (j + 1) * dims; i++) {
         sums->cost += (double)v->rest[i] * (double)v->rest[i];
         sums->lost += (double)v->rest[i] * (double)delta[i];
@@ -239,7 +243,7 @@ INLINE void measure_block(gfl_vector_sums *sums, const gfl_vector_view *view, co
     *sums = (gfl_vector_sums){0.0, 0.0, 0.0};
     for (int j = first; j < SUPER / dims; j += step) {
         for (int i = j * dims; i < (j + 1) * dims; i++) sums->squares += (double)delta[i] * (double)delta[i];
-        measure_flat(sums, &v, delta, j, view->group, dims);
+        measure_impossible(sums, &v, delta, j, view->group, dims);
     }
     for (int j = first; j < SUPER / dims;) {
         j = next_vectors(&batch, &v, j, step, view->group, dims);
