@@ -27,6 +27,7 @@ _EXCEPTIONS: Final = {
 }
 """What exceptions of huggingface_hub, aiohttp, httpx and of the stores' libraries mean."""
 
+_UNREACHABLE: Final = {"ConnectError", "ConnectTimeout", "ClientConnectorError", "EndpointConnectionError", "gaierror"}
 _STATUS: Final = {
     401: "not authorized; are credentials missing or wrong?",
     403: "access denied; are credentials missing, or not enough?",
@@ -36,7 +37,7 @@ _STATUS: Final = {
 
 
 def open_store(url: str) -> tuple[Any, str]:
-    """The file system of a URL and its path there; listings are never taken from a cache, as others write, too.
+    """The file system of a URL and its path there; listings that it remembers are dropped, as others write, too.
 
     Raises:
         RemoteError: if the protocol is unknown, or a package for it is missing.
@@ -45,13 +46,14 @@ def open_store(url: str) -> tuple[Any, str]:
         raise RemoteError(f"{shown(url)}: remote files need fsspec: pip install 'gguflora[remote]'")
     from fsspec.core import url_to_fs  # noqa: PLC0415  (import gguflora does not load it)
 
-    options: dict[str, Any] = {"use_listings_cache": False}
-    if url.startswith(("http://", "https://")):
-        options["client_kwargs"] = {"timeout": _patience()}
-    try:
-        store, path = url_to_fs(url, **options)
-    except (ImportError, ValueError) as error:
-        raise RemoteError(f"{shown(url)}: cannot be opened: {error}") from error
+    is_web = url.startswith(("http://", "https://"))
+    options = {"client_kwargs": {"timeout": _patience()}} if is_web else {}
+    with asking(url):
+        try:
+            store, path = url_to_fs(url, **options)
+        except (ImportError, ValueError) as error:
+            raise RemoteError(f"{shown(url)}: cannot be opened: {error}") from error
+        store.invalidate_cache()
     return store, path
 
 
@@ -95,9 +97,12 @@ def reason(error: BaseException) -> str:
 
 def _meaning(error: BaseException) -> str | None:
     """What one exception means, where it can be told from its status or class."""
+    name = type(error).__name__
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(status, int) and status >= 400:
         return f"{_STATUS.get(status, 'the server failed')} (HTTP {status})"
+    if name in _UNREACHABLE:
+        return f"cannot be reached: {_first_line(error)}"
     if isinstance(error, PermissionError):
         return f"{_STATUS[403]} ({_first_line(error)})"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

@@ -77,7 +77,10 @@ def write_bytes(url: str, content: bytes) -> None:
     try:
         store, path = open_store(_checked(url))
         with asking(url):
-            store.pipe_file(path, content)
+            draft = path if _is_object_store(store) else f"{path}.{secrets.token_hex(4)}.partial"
+            store.pipe_file(draft, content)
+            if draft != path:
+                store.mv(draft, path)
     except RemoteError as error:
         raise OutputError(str(error)) from error
 
