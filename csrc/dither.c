@@ -58,9 +58,11 @@ static int same_header(const gfl_view *view, const uint8_t *x, const uint8_t *y)
 
 /* own[g] = whether the block of group g has src's header; returns how many blocks do not */
 static int find_own(uint8_t *own, const job *j, const uint8_t *src, const uint8_t *dst, int n) {
-    const int groups = j->weights / j->view->group;
+    const int groups = j->weights / j->view->group, blocks = n / j->weights;
     int foreign = 0;
-    for (int b = 0; b < n / j->weights; b++) {
+    memset(own, 1, (size_t)(blocks * groups));
+    if (!memcmp(src, dst, (size_t)(blocks * j->bytes))) return 0;
+    for (int b = 0; b < blocks; b++) {
         const int same = same_header(j->view, src + b * j->bytes, dst + b * j->bytes);
         memset(own + b * groups, same, (size_t)groups);
         foreign += !same;
@@ -252,10 +254,15 @@ static int is_zero(const float *x, int n) {
     return 1;
 }
 
-/* Blocks without a change are the base's own. */
-static void restore_unchanged(const job *j, const uint8_t *src, uint8_t *dst, const float *delta, int n) {
-    for (int b = 0; b < n / j->weights; b++)
-        if (is_zero(delta + b * j->weights, j->weights)) memcpy(dst + b * j->bytes, src + b * j->bytes, (size_t)j->bytes);
+/* Blocks without a change are the base's own; returns whether there are any. */
+static int restore_unchanged(const job *j, const uint8_t *src, uint8_t *dst, const float *delta, int n) {
+    int any = 0;
+    for (int b = 0; b < n / j->weights; b++) {
+        if (!is_zero(delta + b * j->weights, j->weights)) continue;
+        memcpy(dst + b * j->bytes, src + b * j->bytes, (size_t)j->bytes);
+        any = 1;
+    }
+    return any;
 }
 
 static gfl_result dither_row(const job *j, const uint8_t *src, uint8_t *dst, const float *delta, const gfl_dither_key *key,
@@ -266,13 +273,13 @@ static gfl_result dither_row(const job *j, const uint8_t *src, uint8_t *dst, con
         const int64_t at = column / j->weights * j->bytes;
         const float *x = delta + column;
         uint8_t own[CHUNK_GROUPS];
-        restore_unchanged(j, src + at, dst + at, x, n);
+        const int unchanged = restore_unchanged(j, src + at, dst + at, x, n);
         find_own(own, j, src + at, dst + at, n);
         if (!j->table->dither(sums, j->view, src + at, dst + at, x, own, key, column, n)) {
             const gfl_result result = first_not_finite(j, src + at, x, n, row, column);
             if (result.status) return result;
         }
-        restore_unchanged(j, src + at, dst + at, x, n);
+        if (unchanged) restore_unchanged(j, src + at, dst + at, x, n);
     }
     return done;
 }
