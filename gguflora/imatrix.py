@@ -12,12 +12,12 @@ from llama.cpp's ``common/imatrix-loader.cpp`` and ``tools/quantize/quantize.cpp
 from __future__ import annotations
 
 import math
-import mmap
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,19 +42,23 @@ def read_imatrix(path: str | os.PathLike[str]) -> dict[str, Floats]:
         FormatError: if the file is missing, damaged, no importance matrix, or holds values that no sum of squares has.
     """
     location = Path(path)
-    content = _map(location)
-    imatrix = _read_gguf(location) if content[:4] == MAGIC else _read_dat(location, content)
+    with _open(location) as file:
+        imatrix = None if file.read(4) == MAGIC else _read_dat(location, file)
+    if imatrix is None:
+        imatrix = _read_gguf(location)
     for name, weights in imatrix.items():
         _check_weights(f"{location}: the importance of {name!r}", weights)
     return imatrix
 
 
-def _map(path: Path) -> mmap.mmap | bytes:
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """The file, which is read, not mapped, so that one that becomes shorter costs an error and not the process."""
     if not path.is_file():  # a named pipe would block
         raise FormatError(f"{path}: {'is not a file' if path.exists() else 'does not exist'}")
     try:
         with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+            yield file
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -116,11 +120,11 @@ def _floats(file: GgufFile, tensor: TensorEntry) -> Floats:
     return file.read_rows(tensor, 0, tensor.n_rows).reshape(-1).view(np.float32)
 
 
-def _read_dat(path: Path, content: mmap.mmap | bytes) -> dict[str, Floats]:
-    reader = _Reader(path, content)
+def _read_dat(path: Path, file: BinaryIO) -> dict[str, Floats]:
+    reader = _Reader(path, file)
     count = reader.integer("the number of entries")
-    if not 1 <= count <= len(content) // _SMALLEST_ENTRY:
-        raise FormatError(f"{path}: claims {count} entries in {len(content)} bytes; it is no importance matrix")
+    if not 1 <= count <= reader.size // _SMALLEST_ENTRY:
+        raise FormatError(f"{path}: claims {count} entries in {reader.size} bytes; it is no importance matrix")
     entries: dict[str, Floats] = {}
     for number in range(count):
         length = reader.integer(f"the length of name {number}")
@@ -141,17 +145,21 @@ def _read_dat(path: Path, content: mmap.mmap | bytes) -> dict[str, Floats]:
 class _Reader:
     """Reads forward; running out of bytes is a ``FormatError``."""
 
-    def __init__(self, path: Path, content: mmap.mmap | bytes) -> None:
+    def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path = path
-        self._content = content
-        self._at = 0
+        self._file = file
+        self._at = file.seek(0)
+        self.size = os.fstat(file.fileno()).st_size
 
     def take(self, count: int, what: str) -> bytes:
-        left = len(self._content) - self._at
+        left = self.size - self._at
         if not 0 <= count <= left:
             raise FormatError(f"{self._path}: {what} needs {count} bytes at byte {self._at}, but {left} are left")
+        content = self._file.read(count)
+        if len(content) < count:
+            raise FormatError(f"{self._path}: became shorter while it was being read")
         self._at += count
-        return self._content[self._at - count : self._at]
+        return content
 
     def integer(self, what: str) -> int:
         value: int = struct.unpack("<i", self.take(4, what))[0]

@@ -207,7 +207,8 @@ def _on_base(source: Adapter, model: BaseModel) -> tuple[tuple[InspectedChange, 
         try:
             problems = problems_of(source.path, model)
         except HotSwapError as error:
-            return tuple(_alone(name, parts) for name, parts in source.changes.items()), [str(error)]
+            changes = (_alone(name, parts) for name, parts in source.changes.items())
+            return tuple(replace(change, problem="see the warning") for change in changes), [str(error)]
     fit = {name: parts for name, parts in source.changes.items() if _tensor_of(name) not in problems}
     unfit = [_unfit(source, model, name, problem) for name, problem in problems.items()]
     return (*_measured(replace(source, changes=fit), model), *unfit), []

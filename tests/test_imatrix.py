@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gguflora.errors import FormatError, MismatchError
-from gguflora.imatrix import importance_of, read_imatrix
+from gguflora.imatrix import _Reader, importance_of, read_imatrix
 
 DENSE, STACK, TIED = "blk.0.attn_q.weight", "blk.0.ffn_up_exps.weight", "token_embd.weight"
 CHUNK = 512
@@ -174,3 +174,17 @@ def test_no_file(make, tmp_path):
     make(tmp_path / "imatrix")
     with pytest.raises(FormatError, match="imatrix"):
         read_imatrix(tmp_path / "imatrix")
+
+
+def test_a_dat_file_that_becomes_shorter_while_it_is_read(tmp_path, monkeypatch):
+    """It costs an error, where a mapped file would end the process (SIGBUS)."""
+    path = write_dat(tmp_path / "cut.dat", {DENSE: (np.ones((1, 1 << 20), np.float32), [1])})
+    integer = _Reader.integer
+
+    def cut(reader, what):
+        os.truncate(path, 1 << 20)
+        return integer(reader, what)
+
+    monkeypatch.setattr(_Reader, "integer", cut)
+    with pytest.raises(FormatError, match="shorter"):
+        read_imatrix(path)
