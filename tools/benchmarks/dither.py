@@ -37,10 +37,11 @@ def _change(relative: float) -> Product:
 
 
 def _runs(kind: GgmlType, isa: str, change: Product) -> dict[str, Callable[[], object]]:
-    src = libggml.quantize(_weights(N_ROWS), kind.id)
+    imatrix = np.ones(N_IN, np.float32) if kind.needs_imatrix else None
+    src = libggml.quantize(_weights(N_ROWS), kind.id, imatrix)
     nearest, dithered = src.copy(), src.copy()
     runs: dict[str, Callable[[], object]] = {
-        "merge_rows": lambda: _native.merge_rows(src, kind, nearest, kind, change, isa=isa)
+        "merge_rows": lambda: _native.merge_rows(src, kind, nearest, kind, change, imatrix=imatrix, isa=isa)
     }
     if kind.dithers:
         runs["fit_grids"] = lambda: _native.fit_grids(src, kind, dithered, change, isa=isa)
