@@ -162,17 +162,17 @@ def test_equals_pefts_merge(name, method, tmp_path):
 
 
 WHOLE = [  # modules that are saved whole, with parameters of all shapes below them
-    ("jamba", ["mamba", "feed_forward"]),  # A_log, D, conv1d, dt_proj; stacks of experts
-    ("gptoss", ["experts", "router", "self_attn"]),  # experts (n_in, n_out) with biases; sinks
-    ("qwen35moe", ["linear_attn", "mlp"]),  # A_log and dt_bias by turns; experts with gate and up in one
-    ("gpt2", ["mlp", "ln_1"]),  # Conv1D
+    ("jamba", "lm_head", ["mamba", "feed_forward"]),  # A_log, D, conv1d, dt_proj; stacks of experts
+    ("gptoss", "lm_head", ["experts", "router", "self_attn"]),  # experts (n_in, n_out) with biases; sinks
+    ("qwen35moe", "lm_head", ["linear_attn", "mlp"]),  # A_log and dt_bias by turns; experts with gate and up in one
+    ("gpt2", "c_attn", ["mlp", "ln_1"]),  # Conv1D
 ]
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *((name, {"target_modules": ["lm_head", "c_attn"], "modules_to_save": modules}) for name, modules in WHOLE),
+        *((name, {"target_modules": [target], "modules_to_save": modules}) for name, target, modules in WHOLE),
         ("bert", {"target_modules": "all-linear"}),  # its pooler is in no GGUF file
     ],
 )
