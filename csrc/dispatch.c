@@ -45,13 +45,19 @@ int gfl_isa_count(void) { return N_ISAS; }
 
 const char *gfl_isa_name(int isa) { return isa >= 0 && isa < N_ISAS ? isas[isa].name : NULL; }
 
+#if defined(__x86_64__)
+static int has_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
+}
+#endif
+
 int gfl_isa_available(int isa) {
     if (isa < 0 || isa >= N_ISAS || !isas[isa].table) return 0;
 #if defined(__x86_64__)
-    if (isas[isa].table == &gfl_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    if (isas[isa].table == &gfl_avx2) return has_avx2();
     if (isas[isa].table == &gfl_avx512)
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avx512f") &&
-               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+        return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
     return 1;
 }

@@ -59,120 +59,179 @@ INLINE vf residual(vf scale, vf q, vf min, vf x, int absolute) {
 
 typedef vf lanes_of_32[32];
 
-/* What the loop over trial scales of fit_min carries from trial to trial. */
-typedef struct {
-    vf sum_w, sum_x, lowest, max, least;
-    vm safe;
-} min_state;
+/* fit_min works on units of SIDE vectors, as many as it takes for their sums not to wait for each other, and the units take
+ * turns. Smaller ones are skipped more often. */
+enum { SIDE = LANES < 16 ? GROUPS : 1, UNITS = GROUPS / SIDE };
+#define EACH_SIDE for (int g = 0; g < SIDE; g++)
 
-/* The start of fit_min: extremes, sums, and the error of the plain scale (max - min) / q_max. */
-INLINE void begin_fit_min(lane_fit *fit, min_state *state, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max,
-                          int absolute, int exact) {
-    EACH_GROUP {
-        state[g].lowest = state[g].max = x[g][0];
-        state[g].sum_w = w[g][0];
-        state[g].sum_x = vf_mul(w[g][0], x[g][0]);
-        state[g].least = vf_zero();
+/* What the search of fit_min carries from trial to trial. */
+typedef struct {
+    vf sum_w[SIDE], sum_x[SIDE], lowest[SIDE], max[SIDE], least[SIDE];
+    vf sum_x2[SIDE];            /* for rules_out alone, so in any order */
+    vf iscale[SIDE], min[SIDE]; /* of this trial's codes */
+    vf s[SIDE], m[SIDE];        /* its solution */
+    vf q[SIDE][32];             /* its codes */
+    vm solved[SIDE], safe[SIDE], flat[SIDE];
+    int low, hopeless; /* see aim_min, rules_out */
+} min_search;
+
+/* Extremes, sums, and the error of the plain scale (max - min) / q_max. */
+INLINE void begin_min(lane_fit *fit, min_search *at, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, int absolute,
+                      int exact) {
+    EACH_SIDE {
+        vf lowest = x[g][0], max = lowest, sum_w = w[g][0], sum_x = vf_mul(sum_w, lowest), sum_x2 = vf_mul(sum_x, lowest);
+        for (int i = 1; i < n; i++) {
+            const vf wx = vf_mul(w[g][i], x[g][i]);
+            lowest = vf_min(x[g][i], lowest);
+            max = vf_max(x[g][i], max);
+            sum_w = vf_add(sum_w, w[g][i]);
+            sum_x = vf_add(sum_x, wx);
+            sum_x2 = vf_estimate(wx, x[g][i], sum_x2);
+        }
+        const vf min = vf_min(vf_zero(), lowest); /* in this order a -0 stays */
+        const vf range = vf_sub(max, min), iscale = vf_div(vf_set1((float)q_max), range);
+        fit[g] = (lane_fit){vf_div(vf_set1(1.0f), iscale), min, iscale, min, sum_w};
+        at->sum_w[g] = sum_w, at->sum_x[g] = sum_x, at->lowest[g] = lowest, at->max[g] = max;
+        at->sum_x2[g] = sum_x2;
+        at->flat[g] = vf_eq(max, min);
+        at->safe[g] = vf_le(vf_abs(vf_mul(iscale, range)), vf_set1(ROUND_LIMIT));
+        at->least[g] = vf_zero();
     }
-    for (int i = 1; i < n; i++) EACH_GROUP {
-        state[g].lowest = vf_min(x[g][i], state[g].lowest);
-        state[g].max = vf_max(x[g][i], state[g].max);
-        state[g].sum_w = vf_add(state[g].sum_w, w[g][i]);
-        state[g].sum_x = vf_add(state[g].sum_x, vf_mul(w[g][i], x[g][i]));
-    }
-    EACH_GROUP {
-        const vf min = vf_min(vf_zero(), state[g].lowest); /* in this order a -0 stays */
-        const vf range = vf_sub(state[g].max, min), iscale = vf_div(vf_set1((float)q_max), range);
-        fit[g] = (lane_fit){vf_div(vf_set1(1.0f), iscale), min, iscale, min, state[g].sum_w};
-        state[g].safe = vf_le(vf_abs(vf_mul(iscale, range)), vf_set1(ROUND_LIMIT));
-    }
-    for (int i = 0; i < n; i++) EACH_GROUP {
-        const vf l = code_from_0(vf_mul(fit[g].code_scale, vf_sub(x[g][i], fit[g].min)), q_max, exact, 1, 1);
+    for (int i = 0; i < n; i++) EACH_SIDE {
+        const vf l = code_from_0(vf_mul(fit[g].code_scale, vf_sub(x[g][i], fit[g].min)), q_max, exact, 0, 0);
         const vf error = residual(fit[g].scale, l, fit[g].min, x[g][i], absolute);
-        state[g].least = vf_add(state[g].least, vf_mul(w[g][i], error));
+        at->least[g] = vf_add(at->least[g], vf_mul(w[g][i], error));
     }
 }
 
-/* The sums of one trial of fit_min, and its codes. */
-typedef struct {
-    vf iscale[GROUPS], min[GROUPS], sum_l[GROUPS], sum_l2[GROUPS], sum_xl[GROUPS], q[GROUPS][32];
-} min_trial;
+/* The next trial: the range from min to max is to be `codes` codes long. A lane is `low` if codes may be below 0, or if anything
+ * about its range is unusual; only then its codes can be beyond what fast rounding does. */
+INLINE void aim_min(min_search *at, const lane_fit *fit, float codes) {
+    const vf half = vf_set1(-0.5f), narrow = vf_set1(1e-35f), wide = vf_set1(3e38f), limit = vf_set1(ROUND_LIMIT);
+    vf range[SIDE], lowest_t[SIDE];
+    vm low[SIDE];
+    EACH_SIDE {
+        const vf min = fit[g].min;
+        range[g] = vf_sub(at->max[g], min);
+        at->min[g] = min;
+        at->iscale[g] = vf_div(vf_set1(codes), range[g]);
+        lowest_t[g] = vf_mul(at->iscale[g], vf_sub(at->lowest[g], min));
+        low[g] = vm_or(vf_not_lt(narrow, range[g]), vm_or(vf_not_lt(range[g], wide), vf_not_lt(half, lowest_t[g])));
+    }
+    at->low = 0;
+    EACH_SIDE at->low |= vm_any(low[g]);
+    if (at->low)
+        EACH_SIDE {
+            const vm within = vm_and(vf_le(vf_abs(vf_mul(at->iscale[g], range[g])), limit), vf_le(vf_abs(lowest_t[g]), limit));
+            at->safe[g] = vm_and(at->safe[g], within);
+        }
+}
 
-INLINE void sum_trial(min_trial *t, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, int exact, int floor,
-                      int ceiling) {
-    vf sum_l[GROUPS], sum_l2[GROUPS], sum_xl[GROUPS], iscale[GROUPS], min[GROUPS];
-    EACH_GROUP {
-        sum_l[g] = sum_l2[g] = sum_xl[g] = vf_zero();
-        iscale[g] = t->iscale[g];
-        min[g] = t->min[g];
+/* Whether ggml's error of a solution cannot be less than the least one, found out without summing it. Exactly, the error is
+ *   e = sum w (s q + m - x)^2 = s (s L2 + 2 (m L1 - XL)) + m (m W - 2 X1) + X2,
+ * L2 = sum w q^2 and so on. Let T = sum w (|s| q + |m| + |x|)^2, u = 2^-24. Each of the sums, w >= 0, carries at most 33
+ * roundings in each of its terms, and the formula at most 6, so that its value is within 40 u T of e. ggml's s q + m - x are
+ * within 2.01 u (|s| q + |m| + |x|), so its sum is at least e (1 - 33.1 u) - 4.02 u sqrt(e T), and
+ * 4.02 sqrt(e T) <= 129 e + T / 32. Altogether: ggml's error >= (formula) (1 - 163 u) - 41 u T, and T <= 3 (s^2 L2 + m^2 W + X2).
+ * The limits keep underflow and overflow out of it, and what is no number rules nothing out. */
+INLINE vm rules_out(vf s, vf m, vf sum_l, vf sum_l2, vf sum_xl, vf sum_w, vf sum_x, vf sum_x2, vf least) {
+    const vf two = vf_set1(2.0f), s_l2 = vf_mul(s, sum_l2), m_w = vf_mul(m, sum_w);
+    const vf by_s = vf_estimate(two, vf_estimate(m, sum_l, vf_neg(sum_xl)), s_l2), by_m = vf_estimate(vf_neg(two), sum_x, m_w);
+    const vf error = vf_estimate(m, by_m, vf_estimate(s, by_s, sum_x2));
+    const vf all = vf_estimate(m, m_w, vf_estimate(s, s_l2, sum_x2));
+    const vf below = vf_estimate(error, vf_set1(1.0f - 0x1p-16f), vf_set1(-1e-30f));
+    const vm limits = vm_and(vf_lt(vf_set1(1e-6f), sum_l), vf_lt(all, vf_set1(1e30f)));
+    return vm_and(vf_le(least, vf_estimate(all, vf_set1(-3 * 42 * 0x1p-24f), below)), limits);
+}
+
+/* Codes of a trial, and the least-squares solution for them. */
+INLINE void solve_min(min_search *at, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, int exact, int floor,
+                      int ceiling, int closed) {
+    const vf zero = vf_zero();
+    vf sum_l[SIDE], sum_l2[SIDE], sum_xl[SIDE], iscale[SIDE], min[SIDE];
+    vm hopeless[SIDE];
+    EACH_SIDE {
+        sum_l[g] = sum_l2[g] = sum_xl[g] = zero;
+        iscale[g] = at->iscale[g];
+        min[g] = at->min[g];
     }
-    for (int i = 0; i < n; i++) EACH_GROUP {
-        const vf l = code_from_0(vf_mul(iscale[g], vf_sub(x[g][i], min[g])), q_max, exact, floor, ceiling);
-        const vf wl = vf_mul(w[g][i], l);
-        t->q[g][i] = l;
-        sum_l[g] = vf_add(sum_l[g], wl);
-        sum_l2[g] = vf_add(sum_l2[g], vf_mul(wl, l));
-        sum_xl[g] = vf_add(sum_xl[g], vf_mul(wl, x[g][i]));
+    for (int i = 0; i < n; i += 2) /* half of the subtractions elsewhere: there are more additions than multiplications */
+        for (int k = i; k < i + 2; k++) EACH_SIDE {
+            const vf v = x[g][k], above = k == i ? vf_sub(v, min[g]) : vf_sub_fused(v, min[g]);
+            const vf l = code_from_0(vf_mul(iscale[g], above), q_max, exact, floor, ceiling), wl = vf_mul(w[g][k], l);
+            at->q[g][k] = l;
+            sum_l[g] = vf_add(sum_l[g], wl);
+            sum_l2[g] = vf_add(sum_l2[g], vf_mul(wl, l));
+            sum_xl[g] = vf_add(sum_xl[g], vf_mul(wl, v));
+        }
+    EACH_SIDE {
+        const vf sum_w = at->sum_w[g], sum_x = at->sum_x[g];
+        const vf det = vf_sub(vf_mul(sum_w, sum_l2[g]), vf_mul(sum_l[g], sum_l[g]));
+        vf s = vf_div(vf_sub(vf_mul(sum_w, sum_xl[g]), vf_mul(sum_x, sum_l[g])), det);
+        vf m = vf_div(vf_sub(vf_mul(sum_l2[g], sum_x), vf_mul(sum_l[g], sum_xl[g])), det);
+        const vm above = vf_gt(m, zero);
+        if (vm_any(above)) {
+            s = vf_select(above, vf_div(sum_xl[g], sum_l2[g]), s);
+            m = vf_select(above, zero, m);
+        }
+        at->s[g] = s, at->m[g] = m, at->solved[g] = vf_gt(det, zero);
+        if (closed)
+            hopeless[g] = rules_out(s, m, sum_l[g], sum_l2[g], sum_xl[g], sum_w, sum_x, at->sum_x2[g], at->least[g]);
     }
-    EACH_GROUP {
-        t->sum_l[g] = sum_l[g];
-        t->sum_l2[g] = sum_l2[g];
-        t->sum_xl[g] = sum_xl[g];
+    at->hopeless = closed;
+    EACH_SIDE if (closed && vm_any(vm_andnot(vm_andnot(at->solved[g], at->flat[g]), hopeless[g]))) at->hopeless = 0;
+}
+
+/* Keeps the solution where its error is the least so far. */
+INLINE void judge_min(lane_fit *fit, min_search *at, const lanes_of_32 *x, const lanes_of_32 *w, int n, int absolute) {
+    vf error[SIDE], s[SIDE], m[SIDE];
+    EACH_SIDE {
+        error[g] = vf_zero();
+        s[g] = at->s[g], m[g] = at->m[g];
+    }
+    _Pragma("GCC unroll 4")
+    for (int i = 0; i < n; i++) EACH_SIDE
+        error[g] = vf_add(error[g], vf_mul(w[g][i], residual(s[g], at->q[g][i], m[g], x[g][i], absolute)));
+    EACH_SIDE {
+        const vm better = vm_and(at->solved[g], vf_lt(error[g], at->least[g]));
+        vf_update(&at->least[g], better, error[g]);
+        vf_update(&fit[g].code_scale, better, at->iscale[g]);
+        vf_update(&fit[g].code_min, better, at->min[g]);
+        vf_update(&fit[g].scale, better, s[g]);
+        vf_update(&fit[g].min, better, m[g]);
     }
 }
 
 /* Minimum and scale of n weights w = scale * q + min, 0 <= q <= q_max, min <= 0: the weighted least-squares solution of the
  * best of a series of trial scales (first + step * i + q_max) / (max - min), i = 0 ... last, where `min` is the best one
- * found so far. Errors are squares, or absolute values. Returns 0 if not `exact` and the fast rounding does not do. */
+ * found so far. Errors are squares, or absolute values. `closed` (for squares, no importance negative): use rules_out where
+ * it often does. Returns 0 if not `exact` and the fast rounding does not do. */
 INLINE int fit_min_once(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, float first, float step,
-                        int last, int absolute, int exact) {
-    const vf zero = vf_zero(), limit = vf_set1(ROUND_LIMIT);
-    min_state state[GROUPS];
-    min_trial t;
-    begin_fit_min(fit, state, x, w, n, q_max, absolute, exact);
+                        int last, int absolute, int closed, int exact) {
+    const vf zero = vf_zero();
+    min_search at[UNITS];
+    int safe = 1;
+    for (int u = 0; u < UNITS; u++) {
+        begin_min(fit + u * SIDE, &at[u], x + u * SIDE, w + u * SIDE, n, q_max, absolute, exact);
+        aim_min(&at[u], fit + u * SIDE, first + (float)q_max);
+    }
     for (int trial = 0; trial <= last; trial++) {
-        const float codes = first + step * (float)trial + (float)q_max; /* of the range from min to max */
-        vf s[GROUPS], m[GROUPS], error[GROUPS];
-        vm solved[GROUPS], low = vf_gt(zero, zero);
-        EACH_GROUP {
-            t.min[g] = fit[g].min;
-            const vf range = vf_sub(state[g].max, t.min[g]);
-            t.iscale[g] = vf_div(vf_set1(codes), range);
-            const vf highest_t = vf_mul(t.iscale[g], range), lowest_t = vf_mul(t.iscale[g], vf_sub(state[g].lowest, t.min[g]));
-            state[g].safe = vm_and(state[g].safe, vm_and(vf_le(vf_abs(highest_t), limit), vf_le(vf_abs(lowest_t), limit)));
-            low = vm_or(low, vm_or(vf_le(range, zero), vf_lt(lowest_t, vf_set1(-0.5f))));
-            error[g] = zero;
+        const int ceiling = first + step * (float)trial > 0.49f; /* codes beyond q_max: seldom the best trial */
+        for (int u = 0; u < UNITS; u++) {
+            const lanes_of_32 *ux = x + u * SIDE, *uw = w + u * SIDE;
+            if (exact || at[u].low) solve_min(&at[u], ux, uw, n, q_max, exact, 1, 1, closed && !exact);
+            else if (ceiling) solve_min(&at[u], ux, uw, n, q_max, 0, 0, 1, closed);
+            else solve_min(&at[u], ux, uw, n, q_max, 0, 0, 0, 0);
         }
-        if (exact || vm_any(low)) sum_trial(&t, x, w, n, q_max, exact, 1, 1);
-        else if (codes > (float)q_max + 0.49f) sum_trial(&t, x, w, n, q_max, 0, 0, 1);
-        else sum_trial(&t, x, w, n, q_max, 0, 0, 0);
-        EACH_GROUP {
-            const vf det = vf_sub(vf_mul(state[g].sum_w, t.sum_l2[g]), vf_mul(t.sum_l[g], t.sum_l[g]));
-            s[g] = vf_div(vf_sub(vf_mul(state[g].sum_w, t.sum_xl[g]), vf_mul(state[g].sum_x, t.sum_l[g])), det);
-            m[g] = vf_div(vf_sub(vf_mul(t.sum_l2[g], state[g].sum_x), vf_mul(t.sum_l[g], t.sum_xl[g])), det);
-            solved[g] = vf_gt(det, zero);
-            const vm above = vf_gt(m[g], zero);
-            if (vm_any(above)) {
-                s[g] = vf_select(above, vf_div(t.sum_xl[g], t.sum_l2[g]), s[g]);
-                m[g] = vf_select(above, zero, m[g]);
-            }
-        }
-        for (int i = 0; i < n; i++) EACH_GROUP
-            error[g] = vf_add(error[g], vf_mul(w[g][i], residual(s[g], t.q[g][i], m[g], x[g][i], absolute)));
-        EACH_GROUP {
-            const vm better = vm_and(solved[g], vf_lt(error[g], state[g].least));
-            state[g].least = vf_select(better, error[g], state[g].least);
-            fit[g].code_scale = vf_select(better, t.iscale[g], fit[g].code_scale);
-            fit[g].code_min = vf_select(better, t.min[g], fit[g].code_min);
-            fit[g].scale = vf_select(better, s[g], fit[g].scale);
-            fit[g].min = vf_select(better, m[g], fit[g].min);
+        for (int u = 0; u < UNITS; u++) {
+            if (!at[u].hopeless) judge_min(fit + u * SIDE, &at[u], x + u * SIDE, w + u * SIDE, n, absolute);
+            aim_min(&at[u], fit + u * SIDE, first + step * (float)(trial + 1) + (float)q_max);
         }
     }
-    int safe = 1;
     EACH_GROUP {
-        const vf low = vf_min(zero, state[g].lowest);
-        const vm flat = vf_eq(state[g].max, low);
-        if (vm_any(vm_andnot(vf_eq(zero, zero), vm_or(state[g].safe, flat)))) safe = 0;
+        const vf low = vf_min(zero, at[g / SIDE].lowest[g % SIDE]);
+        const vm flat = at[g / SIDE].flat[g % SIDE];
+        if (vm_any(vm_andnot(vf_eq(zero, zero), vm_or(at[g / SIDE].safe[g % SIDE], flat)))) safe = 0;
         fit[g].scale = vf_select(flat, zero, fit[g].scale);
         fit[g].min = vf_select(flat, low, fit[g].min);
         fit[g].code_scale = vf_select(flat, zero, fit[g].code_scale);
@@ -182,9 +241,9 @@ INLINE int fit_min_once(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32 *
 }
 
 INLINE void fit_min(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, float first, float step, int last,
-                    int absolute) {
-    if (!fit_min_once(fit, x, w, n, q_max, first, step, last, absolute, 0))
-        fit_min_once(fit, x, w, n, q_max, first, step, last, absolute, 1);
+                    int absolute, int closed) {
+    if (!fit_min_once(fit, x, w, n, q_max, first, step, last, absolute, closed, 0))
+        fit_min_once(fit, x, w, n, q_max, first, step, last, absolute, closed, 1);
 }
 
 /* Scale of n weights w = scale * q, -q_max <= q < q_max, weighted least squares: best of 19 trial scales around the one that

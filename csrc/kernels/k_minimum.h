@@ -15,13 +15,13 @@ INLINE void fit_minimum(batch_fit *fits, const float *x, const float *imatrix, i
             load_groups(lanes, tile + sub * j, sub);
             if (imatrix) {
                 measured_importance(w, lanes, tile_imatrix + sub * j, sigma2 + i / sub + j, sub);
-                fit_min(fit, lanes, w, sub, q_max, -0.9f, 0.05f, 36, 0);
+                fit_min(fit, lanes, w, sub, q_max, -0.9f, 0.05f, 36, 0, 0);
             } else if (sub == 16) {
                 EACH_GROUP for (int k = 0; k < sub; k++) w[g][k] = vf_abs(lanes[g][k]);
-                fit_min(fit, lanes, w, sub, q_max, first, 0.1f, last, 1);
+                fit_min(fit, lanes, w, sub, q_max, first, 0.1f, last, 1, 0);
             } else {
                 default_importance(w, lanes, sub);
-                fit_min(fit, lanes, w, sub, q_max, first, 0.1f, last, 0);
+                fit_min(fit, lanes, w, sub, q_max, first, 0.1f, last, 0, LANES >= 16);
             }
             store_fit(fits, i / sub + j, fit);
         }
@@ -32,11 +32,15 @@ INLINE void fit_minimum(batch_fit *fits, const float *x, const float *imatrix, i
 INLINE void codes_minimum(uint8_t *codes, const float *x, f16 d, f16 dmin, const uint8_t *s, const uint8_t *m,
                           const batch_fit *fits, int first, int sub, int q_max) {
     const float scale = half_to_float(d), min = half_to_float(dmin);
+    float dj[16], offset[16];
     for (int j = 0; j < SUPER / sub; j++) {
-        const float dj = scale * (float)s[j];
-        if (dj != 0.0f) divide_codes(codes + sub * j, x + sub * j, sub, min * (float)m[j], dj, 0, q_max);
-        else search_codes(codes + sub * j, x + sub * j, sub, fits->code_scale[first + j], fits->code_min[first + j], 0, q_max);
+        dj[j] = scale * (float)s[j];
+        offset[j] = min * (float)m[j];
     }
+    divide_codes(codes, x, sub, offset, dj, 0, q_max);
+    for (int j = 0; j < SUPER / sub; j++)
+        if (dj[j] == 0.0f)
+            search_codes(codes + sub * j, x + sub * j, sub, fits->code_scale[first + j], fits->code_min[first + j], 0, q_max);
 }
 
 /* Q4_K and Q5_K: eight sub-blocks of 32, scale and minimum of six bits each */

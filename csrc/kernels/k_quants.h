@@ -34,11 +34,16 @@ static inline void spread_mean_squares(float *sigma2, const float *x, int count,
     for (int j = 0; j < count * (SUPER / sub); j++) sigma2[j] = factor * sums[j * sub / SUPER] / 256.0f;
 }
 
-/* codes[0..n) = clamp(nearest((x + offset) / d)) - low */
-INLINE void divide_codes(uint8_t *codes, const float *x, int n, float offset, float d, int low, int high) {
-    for (int i = 0; i < n; i += LANES) {
-        const vi q = vf_nearest(vf_div(vf_add(vf_load(x + i), vf_set1(offset)), vf_set1(d)));
-        vi_store_u8(codes + i, vi_sub(vi_clamp(q, low, high), vi_set1(low)));
+/* Codes of a super-block, clamp(nearest((x + offset) / d)) - low with d and offset (or NULL) of each sub-block; any if its d is 0. */
+INLINE void divide_codes(uint8_t *codes, const float *x, int sub, const float *offset, const float *d, int low, int high) {
+    for (int i = 0; i < SUPER; i += 4 * LANES) {
+        vi q[4];
+        for (int k = 0; k < 4; k++) {
+            const int at = i + k * LANES;
+            const vf v = offset ? vf_add(vf_load(x + at), vf_set1(offset[at / sub])) : vf_load(x + at);
+            q[k] = vi_sub(vf_nearest(vf_div(v, vf_set1(d[at / sub]))), vi_set1(low));
+        }
+        vi_store_limited(codes + i, q, high - low);
     }
 }
 

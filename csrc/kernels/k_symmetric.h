@@ -1,9 +1,10 @@
 /* Q3_K, Q6_K: sixteen sub-blocks of 16 with a signed scale and no minimum. */
 
-/* codes of one sub-block whose scale `d` is settled */
-INLINE void codes_symmetric(uint8_t *codes, const float *x, float d, float code_scale, int low, int high) {
-    if (d != 0.0f) divide_codes(codes, x, 16, 0.0f, d, low, high);
-    else signed_search_codes(codes, x, 16, code_scale, low, high);
+/* The codes of a super-block; d and code_scale of each sub-block. */
+INLINE void codes_symmetric(uint8_t *codes, const float *x, const float *d, const float *code_scale, int low, int high) {
+    divide_codes(codes, x, 16, NULL, d, low, high);
+    for (int j = 0; j < 16; j++)
+        if (d[j] == 0.0f) signed_search_codes(codes + 16 * j, x + 16 * j, 16, code_scale[j], low, high);
 }
 
 /* Q6_K: scales of eight bits */
@@ -46,11 +47,13 @@ static void finish_Q6_K(const float *x, block_q6_K *y, const float *scales, cons
     y->d = float_to_half(1.0f / inverse_d);
     const float d = half_to_float(y->d);
     uint8_t codes[SUPER];
+    float dj[16];
     for (int j = 0; j < 16; j++) {
         const int s = nearest(inverse_d * scales[j]);
         y->scales[j] = (int8_t)(s < 127 ? s : 127);
-        codes_symmetric(codes + 16 * j, x + 16 * j, d * (float)y->scales[j], code_scales[j], -32, 31);
+        dj[j] = d * (float)y->scales[j];
     }
+    codes_symmetric(codes, x, dj, code_scales, -32, 31);
     pack_Q6_K(y, codes);
 }
 
@@ -98,6 +101,12 @@ static inline void unpack_scales_3(uint8_t *s, const uint8_t *packed) {
         s[j] = (uint8_t)((j < 8 ? packed[j] & 15 : packed[j - 8] >> 4) | (packed[8 + j % 4] >> 2 * (j / 4) & 3) << 4);
 }
 
+/* what codes of each sub-block are multiples of */
+static inline void scales_3(float *dj, f16 unit, const uint8_t *s) {
+    const float d = half_to_float(unit);
+    for (int j = 0; j < 16; j++) dj[j] = d * (float)(s[j] - 32);
+}
+
 static void pack_Q3_K(block_q3_K *y, const uint8_t *codes) {
     pack_pairs(y->qs, codes);
     for (int j = 0; j < 32; j++) {
@@ -129,20 +138,20 @@ static void default_Q3_K(const float *x, block_q3_K *y, int count) {
     for (int b = 0; b < count; b++) {
         const float peak = peak_of(scales + 16 * b, 16), inverse_d = -32.0f / peak;
         uint8_t codes[SUPER], s[16];
+        float dj[16];
         for (int j = 0; j < 16; j++) {
             const int code = (int8_t)nearest(inverse_d * scales[16 * b + j]);
             s[j] = peak != 0.0f ? (uint8_t)((code < -32 ? -32 : code > 31 ? 31 : code) + 32) : 0;
         }
         y[b].d = float_to_half(peak != 0.0f ? 1.0f / inverse_d : 0.0f);
         pack_scales_3(y[b].scales, s);
-        const float d = half_to_float(y[b].d);
-        for (int j = 0; j < 16; j++) {
-            const float dj = d * (float)(s[j] - 32);
-            const int lane = 16 * b + j;
-            if (dj != 0.0f) divide_codes(codes + 16 * j, x + SUPER * b + 16 * j, 16, 0.0f, dj, -4, 3);
-            else
+        scales_3(dj, y[b].d, s);
+        divide_codes(codes, x + SUPER * b, 16, NULL, dj, -4, 3);
+        for (int j = 0; j < 16; j++)
+            if (dj[j] == 0.0f) {
+                const int lane = 16 * b + j;
                 for (int k = 0; k < 16; k++) codes[16 * j + k] = found[lane / LANES][k][lane % LANES];
-        }
+            }
         pack_Q3_K(y + b, codes);
     }
 }
@@ -178,12 +187,12 @@ static void measured_Q3_K(const float *x, const float *imatrix, block_q3_K *y, i
     }
     for (int b = 0; b < count; b++) {
         uint8_t codes[SUPER], s[16];
+        float dj[16];
         signed_search_codes(s, fits.scale + 16 * b, 16, of_scales.code_scale[b], -32, 31);
         pack_scales_3(y[b].scales, s);
         y[b].d = float_to_half(of_scales.scale[b]);
-        const float d = half_to_float(y[b].d);
-        for (int j = 0; j < 16; j++)
-            codes_symmetric(codes + 16 * j, x + SUPER * b + 16 * j, d * (float)(s[j] - 32), fits.code_scale[16 * b + j], -4, 3);
+        scales_3(dj, y[b].d, s);
+        codes_symmetric(codes, x + SUPER * b, dj, fits.code_scale + 16 * b, -4, 3);
         pack_Q3_K(y + b, codes);
     }
 }

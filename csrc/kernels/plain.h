@@ -138,7 +138,7 @@ INLINE void fit_plain(batch_fit *fits, const float *x, const float *imatrix, flo
         lane_fit fit[GROUPS];
         load_groups(lanes, tile + PLAIN * j, PLAIN);
         measured_importance(w, lanes, tile_imatrix + PLAIN * j, sigma2, PLAIN);
-        if (with_min) fit_min(fit, lanes, w, PLAIN, q_max, -0.9f, 0.05f, 36, 0);
+        if (with_min) fit_min(fit, lanes, w, PLAIN, q_max, -0.9f, 0.05f, 36, 0, 0);
         else fit_symmetric(fit, lanes, w, PLAIN, q_max);
         store_fit(fits, j, fit);
     }

@@ -25,6 +25,8 @@ static inline vf vf_add(vf a, vf b) { return vaddq_f32(a, b); }
 static inline vf vf_sub(vf a, vf b) { return vsubq_f32(a, b); }
 static inline vf vf_mul(vf a, vf b) { return vmulq_f32(a, b); }
 static inline vf vf_div(vf a, vf b) { return vdivq_f32(a, b); }
+static inline vf vf_estimate(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
+static inline vf vf_sub_fused(vf a, vf b) { return vsubq_f32(a, b); }
 static inline vf vf_sqrt(vf a) { return vsqrtq_f32(a); }
 static inline vf vf_abs(vf a) { return vabsq_f32(a); }
 static inline vf vf_neg(vf a) { return vnegq_f32(a); }
@@ -38,6 +40,7 @@ static inline vm vf_eq(vf a, vf b) { return vceqq_f32(a, b); }
 static inline vm vf_ne(vf a, vf b) { return vmvnq_u32(vceqq_f32(a, b)); }
 static inline vm vf_not_lt(vf a, vf b) { return vmvnq_u32(vcltq_f32(a, b)); }
 static inline vf vf_select(vm m, vf a, vf b) { return vbslq_f32(m, a, b); }
+static inline void vf_update(vf *v, vm m, vf a) { *v = vf_select(m, a, *v); }
 static inline vf vf_add_1(vf a, vm m) {
     return vaddq_f32(a, vreinterpretq_f32_u32(vandq_u32(m, vreinterpretq_u32_f32(vdupq_n_f32(1.0f)))));
 }
@@ -102,6 +105,10 @@ static inline uint8x8_t load_4(const void *p) {
     uint32_t bytes;
     memcpy(&bytes, p, 4);
     return vreinterpret_u8_u32(vdup_n_u32(bytes));
+}
+static inline void vi_store_limited(uint8_t *p, const vi *v, int high) {
+    const int16x8_t low = vcombine_s16(vqmovn_s32(v[0]), vqmovn_s32(v[1])), top = vcombine_s16(vqmovn_s32(v[2]), vqmovn_s32(v[3]));
+    vst1q_u8(p, vminq_u8(vcombine_u8(vqmovun_s16(low), vqmovun_s16(top)), vdupq_n_u8((uint8_t)high)));
 }
 static inline vi vi_load_u8(const void *p) {
     return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(load_4(p)))));

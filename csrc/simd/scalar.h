@@ -25,6 +25,10 @@ static inline vf vf_add(vf a, vf b) { return a + b; }
 static inline vf vf_sub(vf a, vf b) { return a - b; }
 static inline vf vf_mul(vf a, vf b) { return a * b; }
 static inline vf vf_div(vf a, vf b) { return a / b; }
+/* a * b + c, rounded once or twice: not for bytes */
+static inline vf vf_estimate(vf a, vf b, vf c) { return a * b + c; }
+/* a - b, on a unit for multiplications if such units do not add and subtract */
+static inline vf vf_sub_fused(vf a, vf b) { return a - b; }
 static inline vf vf_sqrt(vf a) { return sqrtf(a); }
 static inline vf vf_abs(vf a) { return float_of(bits_of(a) & 0x7fffffffu); }
 static inline vf vf_neg(vf a) { return float_of(bits_of(a) ^ 0x80000000u); }
@@ -37,6 +41,7 @@ static inline vm vf_eq(vf a, vf b) { return a == b; }
 static inline vm vf_ne(vf a, vf b) { return a != b; } /* true if either is NaN */
 static inline vm vf_not_lt(vf a, vf b) { return !(a < b); } /* true if either is NaN */
 static inline vf vf_select(vm m, vf a, vf b) { return m ? a : b; }
+static inline void vf_update(vf *v, vm m, vf a) { *v = vf_select(m, a, *v); } /* *v = a where m */
 static inline vf vf_add_1(vf a, vm m) { return m ? a + 1.0f : a; } /* a + 1 where m */
 static inline vm vm_and(vm a, vm b) { return a & b; }
 static inline vm vm_or(vm a, vm b) { return a | b; }
@@ -80,6 +85,10 @@ static inline vf vi_as_vf(vi a) { return float_of((uint32_t)a); }
 
 /* the low byte of each lane; bytes, halves and bfloats widened into lanes */
 static inline void vi_store_u8(void *p, vi v) { *(uint8_t *)p = (uint8_t)v; }
+/* four vectors as 4 * LANES bytes, each limited to 0 ... high */
+static inline void vi_store_limited(uint8_t *p, const vi *v, int high) {
+    for (int i = 0; i < 4; i++) p[i] = (uint8_t)vi_max(vi_min(v[i], high), 0);
+}
 static inline vi vi_load_u8(const void *p) { return *(const uint8_t *)p; }
 static inline vi vi_load_i8(const void *p) { return *(const int8_t *)p; }
 static inline vf vf_load_f16(const void *p) { uint16_t h; memcpy(&h, p, 2); return half_to_float(h); }
