@@ -16,6 +16,7 @@ import llama_cpp  # noqa: F401  (before torch, as everywhere)
 import pytest
 from builders import Adapter
 from test_bad_input import run
+from test_split import split
 
 import gguflora
 from gguflora.errors import OutputError, RecipeError
@@ -130,6 +131,51 @@ def test_only_what_has_changed_is_done_again(folder):
     os.utime(folder / "base.gguf")
     assert set(statuses(gguflora.run_pipeline(recipe))) == {"kept"}
     assert set(statuses(gguflora.run_pipeline(recipe, resume=False))) == {"done"}
+
+
+SPLIT_RECIPE = """
+output = "out"
+
+[sources]
+bases = "bases/*.gguf"
+
+[[steps]]
+name = "merged"
+action = "merge"
+for = { base = "sources.bases" }
+base = "{base}"
+adapters = ["adapters/one"]
+out = "{base}-one.gguf"
+
+[[steps]]
+name = "twice"
+action = "merge"
+for = { base = "steps.merged" }
+base = "{base}"
+adapters = ["adapters/two"]
+out = "{base}-two.gguf"
+"""
+
+
+def test_split_models_are_one_each(folder):
+    (folder / "bases").mkdir()
+    parts = split(folder / "base.gguf", folder / "bases" / "big.gguf", 2)
+    recipe = folder / "recipe.toml"
+    recipe.write_text(SPLIT_RECIPE)
+    report = gguflora.run_pipeline(recipe)
+    assert [(result.out.name, result.status) for result in report.results] == [
+        ("big-one-00001-of-00002.gguf", "done"),
+        ("big-one-two-00001-of-00002.gguf", "done"),
+    ]
+    names = {f"big-one{more}-0000{number}-of-00002.gguf" for more in ("", "-two") for number in (1, 2)}
+    assert {Path(name).name for name in outputs(folder / "out")} == names
+    assert statuses(gguflora.run_pipeline(recipe)) == ["kept"] * 2
+    (folder / "out" / "big-one-two-00002-of-00002.gguf").unlink()
+    assert statuses(gguflora.run_pipeline(recipe)) == ["kept", "done"]
+    content = bytearray(parts[1].read_bytes())
+    content[-1] ^= 1
+    parts[1].write_bytes(content)
+    assert statuses(gguflora.run_pipeline(recipe)) == ["done"] * 2
 
 
 def test_a_failure_takes_nothing_else_down(folder):

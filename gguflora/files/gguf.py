@@ -8,13 +8,11 @@ file before it is used, so a damaged file costs one ``GgufError`` and no more me
 from __future__ import annotations
 
 import os
-import re
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +24,7 @@ from gguflora.files.gguf_header import Metadata, encode_entry, encode_int32
 from gguflora.files.gguf_layout import FilePart, Forms, Layout, join, part_layout
 from gguflora.files.gguf_part import MAGIC, GgufPart
 from gguflora.files.gguf_tensors import OUTPUT, TOKEN_EMBEDDING, Shape, TensorEntry, layer_of
+from gguflora.files.split_names import PART_NAME, part_paths
 
 __all__ = [
     "MAGIC",
@@ -38,14 +37,11 @@ __all__ = [
     "Shape",
     "TensorEntry",
     "encode_entry",
-    "first_path",
     "layer_of",
     "part_paths",
-    "same_split",
 ]
 
 _COUNT, _NUMBER, _N_TENSORS = "split.count", "split.no", "split.tensors.count"
-_NAME: Final = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 class GgufFile:
@@ -92,7 +88,7 @@ class GgufFile:
         """Open the other files, and put all into their order."""
         given = self._parts[0]
         number = given.metadata.get(_NUMBER)
-        found = _NAME.fullmatch(given.path.name)
+        found = PART_NAME.fullmatch(given.path.name)
         if not isinstance(number, int) or not found or (int(found[2]), int(found[3])) != (number + 1, count):
             expected = f"-{number + 1:05}-of-{count:05}.gguf" if isinstance(number, int) else f"-of-{count:05}.gguf"
             raise GgufError(
@@ -170,30 +166,6 @@ class GgufFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def first_path(path: Path) -> Path:
-    """The first file of a split model, by the name of any of its files; any other path is its own."""
-    found = _NAME.fullmatch(path.name)
-    return part_paths(path, int(found[3]))[0] if found else path
-
-
-def part_paths(path: Path, count: int) -> tuple[Path, ...]:
-    """Names of the files of a model split into ``count``, from the name of the whole or of any of them.
-
-    ``model.gguf`` gives ``model-00001-of-00003.gguf`` and so on; of one file it is the name itself.
-    """
-    if count == 1:
-        return (path,)
-    found = _NAME.fullmatch(path.name)
-    stem = found[1] if found else path.name.removesuffix(".gguf")
-    return tuple(path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1))
-
-
-def same_split(path: Path, other: Path) -> bool:
-    """Whether two files are, by their names and place, of the same split model."""
-    one, two = (_NAME.fullmatch(name.resolve().name) for name in (path, other))
-    return bool(one and two and one.group(1, 3) == two.group(1, 3) and path.resolve().parent == other.resolve().parent)
 
 
 def _open_part(path: Path, count: int) -> GgufPart:

@@ -13,7 +13,7 @@ from typing import Any
 from gguflora.changed_rows import Bytes
 from gguflora.errors import OutputError, PatchError
 from gguflora.files.beside import undo_path
-from gguflora.files.gguf import first_path, part_paths
+from gguflora.files.split_names import part_names, part_paths
 from gguflora.in_place.journal import Change, Journal, Model, locked, sync_folder
 from gguflora.patch.format import Patch, Record, checksum, open_patch
 from gguflora.patch.stream import Piece, ahead, copied_pieces, in_order, restored_bytes, sha256
@@ -63,7 +63,7 @@ def unmerge(
         OutputError: if the file cannot be written.
     """
     started, path = time.perf_counter(), Path(base)
-    path = path if undo_path(path).exists() else first_path(path)
+    path = path if undo_path(path).exists() else path.with_name(part_names(path.name)[0])
     if not undo_path(path).exists():
         raise PatchError(
             f"{undo_path(path)}: does not exist; only a model that was merged with --in-place, and its undo file kept, "

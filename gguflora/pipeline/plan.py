@@ -14,7 +14,8 @@ from typing import Any, Final
 
 from gguflora import remote
 from gguflora.errors import RecipeError, RemoteError
-from gguflora.pipeline.recipe import RecipeFile, Step, validated
+from gguflora.files.split_names import PART_NAME, part_names, part_paths
+from gguflora.pipeline.recipe import Merge, RecipeFile, Step, validated
 
 Location = Path | str
 """A local path, or a URL."""
@@ -185,7 +186,7 @@ class _Planner:
         if not re.search(r"[*?\[]", pattern):
             return [self._root / pattern]
         names = glob.glob(pattern, root_dir=self._root, recursive=True, include_hidden=True)  # noqa: PTH207  (absolute ones)
-        return sorted(self._root / name for name in names)
+        return _without_later_parts([self._root / name for name in names])
 
     def _job(self, index: int, values: Mapping[str, Value]) -> Job:
         step = self._file.recipe.steps[index]
@@ -199,7 +200,7 @@ class _Planner:
             if fields.get(name) is not None:
                 fields[name] = self._located(fields[name])
         filled = validated(self._file, index, fields)
-        name, out = self._output(index, filled.out)
+        name, out = self._output(index, _first_part(filled))
         return Job(filled, index, name, out, _inputs(filled))
 
     def _output(self, index: int, text: str) -> tuple[str, Location]:
@@ -243,9 +244,22 @@ class _Planner:
         return item if isinstance(item, str) and remote.is_remote(item) else str(self._root / str(item))
 
 
+def _first_part(step: Step) -> str:
+    """The name of a step's output; of a merge into a split model that of the first file."""
+    count = len(part_names(remote.file_name(step.base))) if isinstance(step, Merge) else 1
+    return str(part_paths(Path(step.out), count)[0])
+
+
+def _without_later_parts(paths: Sequence[Path]) -> list[Path]:
+    """Paths in order; a split model is named by its first file."""
+    found = set(paths)
+    firsts = {path: path.with_name(part_names(path.name)[0]) for path in paths}
+    return sorted(path for path, first in firsts.items() if path == first or first not in found)
+
+
 def label_of(location: Location) -> str:
-    """A file's name without its suffix, or a directory's name."""
-    name = PurePosixPath(remote.file_name(str(location)))
+    """A file's name without its suffix, or a directory's name; a split model's without the number of the file."""
+    name = PurePosixPath(PART_NAME.sub(r"\1.gguf", remote.file_name(str(location))))
     is_folder = isinstance(location, Path) and location.is_dir()
     return name.stem if name.suffix in {".gguf", ".json"} and not is_folder else name.name
 

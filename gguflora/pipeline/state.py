@@ -13,6 +13,7 @@ from typing import Any, Final
 from gguflora import remote
 from gguflora._version import __version__
 from gguflora.files.output import atomic_output
+from gguflora.files.split_names import part_names
 from gguflora.pipeline.plan import STATE, Job, Location, identity
 
 _HASHES: Final = "hashes.json"
@@ -53,10 +54,11 @@ class Keys:
     def _content(self, location: Location, kind: remote.Kind) -> str:
         if isinstance(location, str):
             return self._found[location].content or self._content(remote.fetch(location, kind), kind)
-        if not location.is_dir():
+        files = [file for file in _files_of(location) if file.exists()]
+        if files == [location]:
             return self._hash(location)
         digest = hashlib.sha256()
-        for file in sorted(entry for entry in location.iterdir() if entry.is_file()):
+        for file in files:
             digest.update(f"{file.name} {self._hash(file)}\n".encode())
         return digest.hexdigest()
 
@@ -119,13 +121,23 @@ class Records:
         """Names, sizes and times of an output's files; None if it is not there."""
         if isinstance(job.out, str):
             folder, _, name = job.name.rpartition("/")
-            own = self._stamps.get(folder, {}).get(name)
-            stamps = self._stamps.get(job.name, {}) if own is None else {name: own}
+            beside = self._stamps.get(folder, {})
+            own = {part: beside[part] for part in part_names(name) if part in beside}
+            stamps = own if len(own) == len(part_names(name)) else self._stamps.get(job.name, {})
             return [list(item) for item in sorted(stamps.items())] or None
         if not job.out.exists():
             return None
-        files = sorted(entry for entry in job.out.iterdir() if entry.is_file()) if job.out.is_dir() else [job.out]
+        files = _files_of(job.out)
+        if not all(file.exists() for file in files):
+            return None
         return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The files of a folder, or of a split model; any other file alone."""
+    if path.is_dir():
+        return sorted(entry for entry in path.iterdir() if entry.is_file())
+    return [path.with_name(name) for name in part_names(path.name)]
 
 
 def _record(job: Job) -> str:

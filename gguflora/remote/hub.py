@@ -12,9 +12,10 @@ from typing import Any, Final
 from urllib.parse import unquote
 
 from gguflora.errors import RemoteError
+from gguflora.files.split_names import part_names
 from gguflora.remote import cache
 from gguflora.remote.location import Kind, shown
-from gguflora.remote.selection import RemoteFile, check_name, parts_of, wanted
+from gguflora.remote.selection import RemoteFile, check_name, wanted
 from gguflora.remote.stores import asking
 
 _SCHEME: Final = "hf://"
@@ -61,7 +62,7 @@ def list_files(url: str, kind: Kind, *, offline: bool, allow_pickle: bool) -> tu
     held = {file.path: file for file in (_cached(url, place) if offline else _siblings(url, place))}
     if place.path in held:
         folder, _, own = place.path.rpartition("/")
-        paths = [place.path, *(_inside(folder, name) for name in parts_of(own) if name != own)]
+        paths = [place.path, *(_inside(folder, name) for name in part_names(own) if name != own)]
         missing = [path for path in paths if path not in held]
         if missing:
             raise RemoteError(f"{shown(url)}: the repository has no {missing[0]!r}")

@@ -13,7 +13,6 @@ from gguflora.remote.location import Kind, shown
 ALLOW_PICKLE: Final = "GGUFLORA_ALLOW_PICKLE"
 """Environment variable that, set to 1, lets ``.bin`` files be fetched, too."""
 
-_PART: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 _TOKENIZER: Final = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
 NAMES: Final[dict[Kind, tuple[str, ...]]] = {
@@ -47,15 +46,6 @@ class RemoteFile:
     content: str | None
     stamp: str
     sha256: str | None = None
-
-
-def parts_of(name: str) -> list[str]:
-    """The files of a split GGUF model, of which this is one; of any other file its own name."""
-    found = _PART.fullmatch(name)
-    count = int(found[3]) if found else 1
-    if not found or not 0 < int(found[2]) <= count:
-        return [name]
-    return [f"{found[1]}-{number:05}-of-{found[3]}.gguf" for number in range(1, count + 1)]
 
 
 def wanted(location: str, names: Iterable[str], kind: Kind, *, allow_pickle: bool) -> list[str]:

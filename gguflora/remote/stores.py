@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from gguflora.errors import GgufloraError, RemoteError
+from gguflora.files.split_names import part_names
 from gguflora.remote.location import Kind, file_name, shown
-from gguflora.remote.selection import NAMES, PICKLES, RemoteFile, parts_of, wanted
+from gguflora.remote.selection import NAMES, PICKLES, RemoteFile, wanted
 
 _CONTENT: Final = ("ETag", "etag", "md5Hash", "sha")
 _TIMES: Final = ("LastModified", "last_modified", "Last-Modified", "updated", "mtime", "modified", "created")
@@ -128,7 +129,7 @@ def list_files(url: str, kind: Kind, *, allow_pickle: bool) -> tuple[list[Remote
         if entry["type"] != "directory":
             first = remote_file(file_name(url), entry)
             parent = path[: len(path) - len(first.name)]
-            others = [(name, f"{parent}{name}") for name in parts_of(first.name) if name != first.name]
+            others = [(name, f"{parent}{name}") for name in part_names(first.name) if name != first.name]
             return [first, *(remote_file(name, store.info(other)) for name, other in others)], False
         entries = {one["name"].rstrip("/").rpartition("/")[2]: one for one in store.ls(path, detail=True)}
     names = [name for name, one in entries.items() if one["type"] != "directory"]
@@ -142,7 +143,7 @@ def _list_web(store: Any, url: str, kind: Kind, *, allow_pickle: bool) -> tuple[
     if not entry["url"].endswith("/"):
         own = file_name(url)
         first = remote_file(own, {**entry, "name": url})
-        others = [(name, url.replace(own[_NUMBERS], name[_NUMBERS])) for name in parts_of(own) if name != own]
+        others = [(name, url.replace(own[_NUMBERS], name[_NUMBERS])) for name in part_names(own) if name != own]
         return [first, *(remote_file(name, store.info(other)) for name, other in others)], False
     folder = entry["url"]
     problem: Exception | None = None
