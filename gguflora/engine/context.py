@@ -34,6 +34,7 @@ KV_TYPES: Final = {
     "Q8_0": llama_cpp.GGML_TYPE_Q8_0,
 }
 
+_FLASH_ATTN: Final = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
 _INFO: Final = 2  # of enum ggml_log_level
 _CACHE_SIZE: Final = re.compile(r"size = +([\d.]+) MiB \( *\d+ cells")
 """How llama.cpp tells the bytes of a KV cache or recurrent state when a context is made."""
@@ -364,9 +365,10 @@ def _parameters(options: ContextOptions) -> Any:  # noqa: ANN401  (llama_cpp has
     parameters.n_outputs_max = options.n_parallel
     parameters.n_threads = parameters.n_threads_batch = options.threads
     parameters.type_k = parameters.type_v = KV_TYPES[options.kv_type]
-    # llama.cpp's flash attention on a processor rounds to 16 bits: logits are off by 1e-3 instead of 1e-6, and change
-    # with the batch. Only a quantized cache needs it.
-    parameters.flash_attn_type = int(options.kv_type == "Q8_0")
+    # Flash attention skips the cells of other requests; without it all are computed and then masked, and with 2000 cells
+    # a token takes half as long again. But it sums in an order that changes with the batch, in 16 bits if the cells have
+    # 16: whoever asks for 32 bits gets the same logits whatever is beside them.
+    parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED if options.kv_type == "F32" else _FLASH_ATTN
     parameters.kv_unified = True
     parameters.swa_full = True  # else a sequence could not go back to a common prefix
     parameters.no_perf = True

@@ -164,7 +164,7 @@ class Job:
 
     def _send(self, piece: Piece) -> None:
         if piece.text or piece.tokens:
-            self._sink.arrived.put(piece)
+            self._sink.put(piece)
 
     def end(self, reason: FinishReason, error: EngineError | None = None) -> None:
         """Tell the caller that nothing more comes. Idempotent."""
@@ -173,7 +173,7 @@ class Job:
         self.ended = True
         self._send(self._text.finish())
         self._sampler.close()
-        self._sink.arrived.put(Ending(reason, self.usage, self._timings(), error))
+        self._sink.put(Ending(reason, self.usage, self._timings(), error))
 
     @property
     def usage(self) -> Usage:

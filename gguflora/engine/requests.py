@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
@@ -166,10 +166,15 @@ class Generation:
     """The answer to one request as it comes: an iterator of `Piece`, for one thread.
 
     Dropped before its end, it is cancelled.
+
+    Args:
+        notify: called in the engine's thread when something has come, with whether it is the end. It must be quick and
+            not raise; as long as it refers to this object, dropping does not cancel.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, notify: Callable[[bool], None] | None = None) -> None:
         self._arrived: queue.SimpleQueue[Piece | Ending] = queue.SimpleQueue()
+        self._notify = notify
         self._cancelled = threading.Event()
         self._ending: Ending | None = None
 
@@ -191,6 +196,17 @@ class Generation:
                 raise arrived.error
         raise StopIteration
 
+    def arrived(self) -> list[Piece]:
+        """What has come and was not taken yet, without waiting. After the end `finish_reason` and `error` are set."""
+        pieces: list[Piece] = []
+        while self._ending is None and not self._arrived.empty():
+            arrived = self._arrived.get()
+            if isinstance(arrived, Piece):
+                pieces.append(arrived)
+            else:
+                self._ending = arrived
+        return pieces
+
     def text(self) -> str:
         """All that is still to come, waited for."""
         return "".join(piece.text for piece in self)
@@ -203,6 +219,11 @@ class Generation:
     def finish_reason(self) -> FinishReason | None:
         """Why it ended: "stop" (end of text or a stop text), "length", "cancelled", "timeout", "error"; else None."""
         return None if self._ending is None else self._ending.reason
+
+    @property
+    def error(self) -> EngineError | None:
+        """Why it failed, if it ended by "error"."""
+        return None if self._ending is None else self._ending.error
 
     @property
     def usage(self) -> Usage:
@@ -222,13 +243,20 @@ class Generation:
 class Sink:
     """The scheduler's end of a `Generation`; does not keep it alive."""
 
-    arrived: queue.SimpleQueue[Piece | Ending]
+    _arrived: queue.SimpleQueue[Piece | Ending]
+    _notify: Callable[[bool], None] | None
     cancelled: threading.Event
 
     @classmethod
     def of(cls, generation: Generation) -> Sink:
         """The other end of ``generation``."""
-        return cls(generation._arrived, generation._cancelled)
+        return cls(generation._arrived, generation._notify, generation._cancelled)
+
+    def put(self, item: Piece | Ending) -> None:
+        """Hand over what comes next."""
+        self._arrived.put(item)
+        if self._notify is not None:
+            self._notify(isinstance(item, Ending))
 
 
 def _check_number(name: str, value: float, low: float, high: float) -> None:

@@ -17,6 +17,8 @@ _COLDEST: Final = 1e-4
 """A temperature below this takes the most likely token: dividing by it could overflow a 32-bit float."""
 
 _MAX_BIAS: Final = 1e6
+_LEAST_LOGPROB: Final = -9999.0
+"""OpenAI's for tokens that cannot be: JSON knows no infinity."""
 
 
 class Sampler:
@@ -79,6 +81,7 @@ def token_logprob(logits: NDArray[np.float32], token: int, n_top: int, text_of: 
     wide = logits.astype(np.float64)
     wide -= wide.max()
     wide -= np.log(np.exp(wide).sum())
+    np.maximum(wide, _LEAST_LOGPROB, out=wide)
     top = np.argpartition(-wide, min(n_top, len(wide) - 1))[:n_top]
     ordered = top[np.lexsort((top, -wide[top]))]
     return TokenLogprob(

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any, Final
@@ -58,7 +58,8 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 async def complete(body: CompletionBody, request: Request, service: Offered) -> Response:
     """Continue one or several texts."""
     adapters = service.adapter_set(body.model, body.lora)
-    answers = Answers(await run_in_threadpool(lambda: submit(service, text_requests(service, body, adapters))))
+    answers = Answers(at_once=bool(body.stream))
+    await run_in_threadpool(lambda: answers.begin(service.engine, text_requests(service, body, adapters)))
     return await _Job(service, TextForm(), body, answers, body.logprobs is not None).respond(request)
 
 
@@ -66,25 +67,9 @@ async def complete(body: CompletionBody, request: Request, service: Offered) -> 
 async def chat(body: ChatBody, request: Request, service: Offered) -> Response:
     """Answer the last message of a chat."""
     adapters = service.adapter_set(body.model, body.lora)
-    answers = Answers(await run_in_threadpool(lambda: submit(service, chat_requests(service, body, adapters))))
+    answers = Answers(at_once=bool(body.stream))
+    await run_in_threadpool(lambda: answers.begin(service.engine, chat_requests(service, body, adapters)))
     return await _Job(service, ChatForm(), body, answers, bool(body.logprobs)).respond(request)
-
-
-def submit(service: Service, requests: Sequence[engine.Request]) -> list[engine.Generation]:
-    """Put all of them into the queue, or none.
-
-    Raises:
-        QueueFullError: if they do not fit.
-    """
-    generations: list[engine.Generation] = []
-    try:
-        for request in requests:
-            generations.append(service.engine.submit(request))
-    except Exception:
-        for generation in generations:
-            generation.cancel()
-        raise
-    return generations
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +92,10 @@ class _Job:
 
     async def _whole(self) -> dict[str, Any]:
         choices = self._choices()
-        async for index, piece in self.answers.pieces(at_once=False):
-            if piece is not None:
-                choices[index].add(piece)
+        while self.answers.running:
+            for index, piece in await self.answers.arrived():
+                if piece is not None:
+                    choices[index].add(piece)
         generations = self.answers.generations
         self.service.metrics.finished(generations)
         return {
@@ -132,39 +118,43 @@ class _Job:
             "model": self.body.model or BASE_MODEL,
         }
 
-    async def _events(self) -> AsyncIterator[str]:
+    async def _events(self) -> AsyncIterator[bytes]:
         """Server-sent events: chunks, then usage if asked for, then ``[DONE]``; or an error, and the end."""
         head = self._head(self.form.chunk)
         counts = bool(self.body.stream_options and self.body.stream_options.include_usage)
         no_usage = {"usage": None} if counts else {}
+        choices = self._choices()
         try:
-            async for choice, more in self._chunks():
-                yield _event({**head, "choices": [choice], **no_usage, **more})
+            yield b"".join(
+                _event({**head, "choices": [opening], **no_usage}) for each in choices if (opening := each.opening())
+            )
+            while self.answers.running:
+                yield b"".join(
+                    _event({**head, "choices": [choice], **no_usage, **more})
+                    for choice, more in self._chunks(choices, await self.answers.arrived())
+                )
         except Exception as error:
-            failure = failure_of(error)
+            failure = failure_of(error, self.service.folders())
             if failure.status == HTTPStatus.INTERNAL_SERVER_ERROR:
                 _LOG.error("an answer failed", exc_info=error)
             yield as_event(failure)
             return
+        self.service.metrics.finished(self.answers.generations)
         if counts:
             yield _event({**head, "choices": [], "usage": self._usage()})
-        yield "data: [DONE]\n\n"
+        yield b"data: [DONE]\n\n"
 
-    async def _chunks(self) -> AsyncIterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """A choice's next chunk, and what stands beside it."""
-        choices = self._choices()
-        for choice in choices:
-            opening = choice.opening()
-            if opening is not None:
-                yield opening, {}
-        generations = self.answers.generations
-        async for index, piece in self.answers.pieces():
+    def _chunks(
+        self, choices: Sequence[Choice], arrived: Sequence[tuple[int, engine.Piece | None]]
+    ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """A chunk for each of what has arrived, and what stands beside it."""
+        for index, piece in arrived:
             if piece is not None:
                 yield choices[index].add(piece), {}
             else:
-                yield choices[index].closing(generations[index].finish_reason), timings(generations)
-        self.service.metrics.finished(generations)
+                reason = self.answers.generations[index].finish_reason
+                yield choices[index].closing(reason), timings(self.answers.generations)
 
 
-def _event(chunk: dict[str, Any]) -> str:
-    return f"data: {json.dumps(chunk)}\n\n"
+def _event(chunk: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(chunk)}\n\n".encode()

@@ -111,6 +111,6 @@ async def answer_failure(request: Request, error: Exception) -> JSONResponse:
     return failure_of(error, request.app.state.service.folders()).response()
 
 
-def as_event(error: Failure) -> str:
+def as_event(error: Failure) -> bytes:
     """A failure in the middle of a stream, as OpenAI's clients expect it."""
-    return f"data: {json.dumps(error.to_dict())}\n\n"
+    return f"data: {json.dumps(error.to_dict())}\n\n".encode()

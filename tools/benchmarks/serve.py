@@ -199,7 +199,8 @@ def measure(server: Server, load: Load, seed: int) -> Rates:
 
     def client(number: int) -> list[Answered]:
         letters = random.Random(f"{seed} {number}")
-        with httpx.Client(base_url=server.url, timeout=600) as http:
+        # llama-server now and then closes a connection after a stream that it had said to keep
+        with httpx.Client(base_url=server.url, timeout=600, headers={"Connection": "close"}) as http:
             return [
                 ask(http, _body(server.name, number % load.adapters, _prompt(letters), load.tokens))
                 for _ in range(load.requests)
