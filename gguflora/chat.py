@@ -14,7 +14,7 @@ from gguflora.errors import AdapterNameError, GgufloraError, RequestError
 HELP: Final = """\
 /lora               list the adapters
 /lora NAME SCALE    set an adapter's scale, for example: /lora legal 0.5
-/load NAME PATH     load an adapter and switch it on
+/load NAME PATH     load an adapter and switch it on; NAME:TASK chooses one of a multitask prompt's tasks
 /off                switch all adapters off
 /compare PROMPT     the base and each adapter side by side
 /new                forget the conversation
@@ -166,8 +166,11 @@ class Chat:
         name, _, path = rest.partition(" ")
         if not path.strip():
             raise AdapterNameError("/load needs a name and a path, for example: /load legal legal.gguf")
+        name, colon, task = name.partition(":")
+        if colon and not task.isdecimal():
+            raise RequestError(f"the task of {name!r} is {task!r}, expected a whole number")
         started = time.perf_counter()
-        adapter = self.engine.load(Path(path.strip()).expanduser(), name)
+        adapter = self.engine.load(Path(path.strip()).expanduser(), name, task=int(task) if colon else None)
         self.scales[adapter.name] = 1.0
         self.tell(f"loaded {adapter.name} in {time.perf_counter() - started:.2f} s; it is on at 1")
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from gguflora.convert import convert
 from gguflora.errors import FormatError, HotSwapError, MismatchError, UnsupportedAdapterError
+from gguflora.files.gguf import GgufFile
 from gguflora.merge import AdapterArgument, merge, with_scales
 from gguflora.preflight import check_loadable, read_whole_base
 from gguflora.remote import local_inputs
@@ -221,7 +222,9 @@ def _open(path: Path, threads: int, like: Model | None = None) -> Iterator[Model
         from gguflora.evaluation import Model  # noqa: PLC0415  (import gguflora does not load llama_cpp)
     except ImportError as error:
         raise HotSwapError(f"comparing needs llama-cpp-python: pip install 'gguflora[runtime]' ({error})") from error
-    with Model(path, threads) as model:
+    with GgufFile(path) as file:
+        first = file.path  # of a split model llama.cpp asks for the first file
+    with Model(first, threads) as model:
         if like is not None and model.n_vocab != like.n_vocab:
             raise MismatchError(
                 f"{path}: has a vocabulary of {model.n_vocab} tokens, but {like.path} has {like.n_vocab}; "

@@ -213,6 +213,7 @@ class GuardedLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp has no t
                 tokens = self._plan([*self.input_ids[: self.n_tokens].tolist(), *tokens])
             self._check_room(len(tokens))
             if not self.n_tokens and adapters.prefix:
+                adapters.begin(frozenset())
                 _ensure_prefix(self, adapters.prefix)
             if not adapters.invocations:
                 super().eval(tokens)

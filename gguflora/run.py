@@ -42,6 +42,7 @@ def run(
     prompt: str,
     *,
     adapters: Adapters | None = None,
+    tasks: Mapping[str, int] | None = None,
     raw: bool = False,
     ctx: int | None = None,
     max_tokens: int = 512,
@@ -56,12 +57,13 @@ def run(
         base: the base model, a GGUF file.
         prompt: what to ask.
         adapters: by name, a GGUF LoRA file or PEFT directory (scale 1), or such a path and its scale.
+        tasks: of those that are MULTITASK_PROMPT_TUNING: which task, by name.
         raw: continue the prompt as it is, without the model's chat template.
         ctx: tokens of context; by default the model's, at most 4096.
         max_tokens: most tokens of the answer.
         temperature: 0 takes the most likely token.
         seed: of the random numbers.
-        threads: number of threads; by default one for each core this process may use.
+        threads: number of threads; by default one for each core this process may use, but one.
         write: takes the text as it comes.
 
     Raises:
@@ -70,6 +72,7 @@ def run(
     with open_chat(
         base,
         adapters or {},
+        tasks or {},
         raw=raw,
         ctx=ctx,
         max_tokens=max_tokens,
@@ -87,6 +90,7 @@ def run(
 def open_chat(
     base: str | os.PathLike[str],
     adapters: Adapters,
+    tasks: Mapping[str, int],
     *,
     raw: bool,
     ctx: int | None,
@@ -101,7 +105,8 @@ def open_chat(
     """A conversation with an engine of its own; the arguments are those of `run` and of `gguflora.chat.Chat`."""
     scaled = {name: item if isinstance(item, tuple) else (item, 1.0) for name, item in adapters.items()}
     paths = {name: path for name, (path, _) in scaled.items()}
-    with Engine(base, adapters=paths, n_ctx=context_size(base, ctx), n_parallel=1, threads=threads) as engine:
+    n_ctx = context_size(base, ctx)
+    with Engine(base, adapters=paths, tasks=tasks, n_ctx=n_ctx, n_parallel=1, threads=threads) as engine:
         yield Chat(
             engine,
             write=write,

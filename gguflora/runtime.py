@@ -264,6 +264,7 @@ class Adapters:
         if prefix is None:
             return
         try:
+            self._set.begin(frozenset())  # an activated LoRA does not compute the soft prompt
             llama.put_prefix(self._llm.ctx, prefix)
         except GgufloraError:
             self._set.set_active(before)

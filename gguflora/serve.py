@@ -44,6 +44,7 @@ def serve(
     base: str | os.PathLike[str],
     *,
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    tasks: Mapping[str, int] | None = None,
     host: str = "127.0.0.1",
     port: int = 8080,
     ctx: int | None = None,
@@ -63,13 +64,14 @@ def serve(
     Args:
         base: the base model, a GGUF file.
         adapters: GGUF LoRA files or PEFT directories by name.
+        tasks: of those that are MULTITASK_PROMPT_TUNING: which task, by name.
         host: address to listen on.
         port: port to listen on; 0 takes a free one.
         ctx: tokens of context, for all requests decoded together; by default the model's, at most 4096.
         parallel: requests decoded together in one context.
         contexts: adapter sets that keep a KV cache.
         queue: requests that may wait; more are answered 429.
-        threads: number of threads; by default one for each core this process may use.
+        threads: number of threads; by default one for each core this process may use, but one.
         allow_load: directory from which clients may load adapters.
         max_tokens: most tokens of one answer.
         timeout: seconds after which a request is given up.
@@ -97,6 +99,7 @@ def serve(
         Engine(
             base,
             adapters=adapters or {},
+            tasks=tasks,
             n_ctx=context_size(base, ctx),
             n_parallel=parallel,
             max_contexts=contexts,

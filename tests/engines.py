@@ -12,7 +12,10 @@ import numpy as np
 import oracles
 import pytest
 from hotswap import PROMPT, A, B, C
+from test_alora import alora_gguf
+from test_soft_prompts import trained
 
+from gguflora import runtime
 from gguflora.engine import Engine, Generation, Piece, Request, Sampling
 from gguflora.llama import free_lora, load_lora, set_loras
 
@@ -26,6 +29,13 @@ SPECS = {"a": A, "b": B, "c": C}
 
 def files() -> dict[str, Path]:
     return {name: hotswap.gguf_lora(spec) for name, spec in SPECS.items()}
+
+
+@cache
+def adapters_of_every_kind() -> dict[str, Path]:
+    """LoRAs, an activated one, a soft prompt of embeddings, one of keys and values."""
+    soft = {name: trained("llama", name)[0] for name in ("PROMPT_TUNING", "PREFIX_TUNING")}
+    return {**files(), "alora": alora_gguf(), "soft tokens": soft["PROMPT_TUNING"], "soft keys": soft["PREFIX_TUNING"]}
 
 
 def open_engine(**options: Any) -> Engine:
@@ -56,12 +66,19 @@ def assert_fresh(adapters: dict[str, float], prompt: Sequence[int], pieces: Sequ
 @cache
 def fresh_logprobs(adapters: tuple[tuple[str, float], ...], tokens: tuple[int, ...]) -> np.ndarray:
     llm = hotswap.open_llama(n_ctx=256, n_batch=256, n_threads=1, n_threads_batch=1)
-    loras = [(load_lora(llm.model, files()[name]), scale) for name, scale in adapters]
-    set_loras(llm.ctx, loras)
-    logits = hotswap.logits(llm, tokens).astype(np.float64)
-    set_loras(llm.ctx, [])
-    for pointer, _ in loras:
-        free_lora(pointer)
+    if all(name in SPECS for name, _ in adapters):
+        loras = [(load_lora(llm.model, files()[name]), scale) for name, scale in adapters]
+        set_loras(llm.ctx, loras)
+        logits = hotswap.logits(llm, tokens).astype(np.float64)
+        set_loras(llm.ctx, [])
+        for pointer, _ in loras:
+            free_lora(pointer)
+    else:  # what llama.cpp does not do by itself: by attach, which is held against PEFT elsewhere
+        with runtime.attach(llm) as attached:
+            for name, _ in adapters:
+                attached.load(name, adapters_of_every_kind()[name])
+            attached.apply(dict(adapters))
+            logits = hotswap.logits(llm, tokens).astype(np.float64)
     llm.close()
     logits -= logits.max(axis=1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))

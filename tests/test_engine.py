@@ -10,8 +10,19 @@ import gguf
 import hotswap
 import llama_cpp
 import pytest
-from engines import OPTIONS, SETS, ask, assert_fresh, assert_fresh_base, files, named, open_engine, tokens_of
+from engines import (
+    OPTIONS,
+    SETS,
+    adapters_of_every_kind,
+    ask,
+    assert_fresh,
+    assert_fresh_base,
+    named,
+    open_engine,
+    tokens_of,
+)
 from hotswap import OTHER, PROMPT
+from test_alora import ONCE, TWICE
 
 from gguflora.engine import Engine
 from gguflora.engine import scheduler as scheduler_module
@@ -153,14 +164,15 @@ def test_a_full_context_makes_the_newest_wait() -> None:
 def test_any_history_leaves_the_answers_of_a_fresh_context(seed: int) -> None:
     """Load, rescale, unload and load again under names that change hands, two requests at a time."""
     rng = random.Random(seed)
+    kinds = adapters_of_every_kind()
     with Engine(builders.gguf_model("llama"), **OPTIONS, max_contexts=rng.choice([1, 2, 3])) as engine:
-        loaded: dict[str, str] = {}  # names, and which file is behind them
-        for _ in range(30):
+        loaded: dict[str, str] = {}  # names, and what is behind them
+        for _ in range(60):
             action = rng.random()
             if action < 0.25 and len(loaded) < 3:
                 name = rng.choice(sorted({"x", "y", "z"} - loaded.keys()))
-                loaded[name] = rng.choice("abc")
-                engine.load(files()[loaded[name]], name)
+                loaded[name] = rng.choice(sorted(kinds))
+                engine.load(kinds[loaded[name]], name)
             elif action < 0.35 and loaded:
                 name = rng.choice(sorted(loaded))
                 engine.unload(name)
@@ -169,8 +181,10 @@ def test_any_history_leaves_the_answers_of_a_fresh_context(seed: int) -> None:
                 asked = []
                 for _ in range(rng.choice([1, 1, 2])):
                     names = rng.sample(sorted(loaded), rng.randint(0, len(loaded)))
-                    scales = {name: rng.choice([1.0, 0.5, -0.75]) for name in names}
-                    prompt = rng.choice([PROMPT, OTHER, PROMPT[:11], OTHER + PROMPT])
+                    soft = [name for name in names if loaded[name].startswith("soft")]
+                    names = [name for name in names if name not in soft[1:]]  # only one can be on
+                    scales = {name: 1.0 if name in soft else rng.choice([1.0, 0.5, -0.75]) for name in names}
+                    prompt = rng.choice([PROMPT, OTHER, PROMPT[:11], OTHER + PROMPT, ONCE, TWICE, ONCE[:-3]])
                     text = "+".join(f"{name}@{scale}" for name, scale in scales.items()) or "base"
                     asked.append((scales, prompt, ask(engine, text, prompt, max_tokens=3)))
                 for scales, prompt, generation in asked:

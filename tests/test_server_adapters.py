@@ -123,6 +123,10 @@ def folder(tmp_path):
     (inside / "up").symlink_to(tmp_path)
     shutil.copy(lora_file("shout"), tmp_path / "outside.gguf")
     shutil.copytree(inside, tmp_path / "adapters-2", symlinks=True)
+    os.mkfifo(inside / "pipe.gguf")
+    shutil.copytree(demo.HERE / "verse", inside / "piped")
+    (inside / "piped" / "adapter_model.safetensors").unlink()
+    os.mkfifo(inside / "piped" / "adapter_model.safetensors")
     return inside
 
 
@@ -152,7 +156,8 @@ def test_load_and_unload(loading, folder):
 def test_load_refuses_what_lies_outside(loading, folder):
     outside = [
         folder.parent / "outside.gguf", "../outside.gguf", "up/outside.gguf", "link.gguf", "links", "loop.gguf",
-        "../adapters-2/shout.gguf", lora_file("shout"), "/etc/passwd", "missing.gguf", "x" * 3000, "a\0b", "up",
+        "../adapters-2/shout.gguf", lora_file("shout"), "/etc/passwd", "missing.gguf", "x" * 3000, "a\0b", "up", "pipe.gguf",
+        "piped",
     ]  # fmt: skip
     replies = [load(loading, path) for path in outside]
     assert [reply.status_code for reply in replies] == [400] * len(outside)

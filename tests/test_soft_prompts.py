@@ -18,15 +18,18 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
+from fastapi.testclient import TestClient
 from hotswap import A, gguf_lora, last_logits
 from typer.testing import CliRunner
 
 import gguflora
 from gguflora import llama, reuse, runtime
+from gguflora.chat import Chat
 from gguflora.cli.app import app
 from gguflora.engine import Engine, Generation, Request, Sampling
 from gguflora.errors import (
     AdapterError,
+    AdapterNameError,
     GgufloraError,
     HotSwapError,
     MismatchError,
@@ -35,6 +38,7 @@ from gguflora.errors import (
     UnsupportedAdapterError,
 )
 from gguflora.kv_state import fill_state
+from gguflora.server import Settings, create_app
 
 PROMPT = list(oracles.PROMPT)
 N_VIRTUAL = 7
@@ -61,7 +65,7 @@ TASK = {"MULTITASK_PROMPT_TUNING": 2}
 
 EMBEDDED = (
     "qwen3", "gemma", "gpt2", "granite", "falcon", "bloom", "olmo", "cohere2", "starcoder2", "gptneox", "mixtral",
-    "llama4", "qwen35", "mamba", "jamba", "deepseek2",
+    "llama4", "qwen35", "mamba", "jamba", "deepseek2", "gptoss",
 )  # fmt: skip
 """Architectures whose graphs treat embeddings each in their own way: scales, positions, recurrent states."""
 
@@ -129,6 +133,10 @@ def logits(llm: llama_cpp.Llama, prompt: list[int] = PROMPT) -> np.ndarray:
     return llm.scores[: len(prompt)].copy()
 
 
+INEXACT = {"gptoss": 0.05}
+"""Architectures on which llama.cpp and torch differ by more than elsewhere, with and without a soft prompt."""
+
+
 def assert_is_pefts(arch: str, method: str, tolerance: float = 5e-3, **options: Any) -> None:
     folder, wanted, base = trained(arch, method)
     assert np.abs(wanted - base).max() > 0.5
@@ -149,7 +157,7 @@ def test_logits_are_those_of_peft(arch, method):
 
 @pytest.mark.parametrize("arch", ["qwen2", "phi3", *EMBEDDED])
 def test_virtual_tokens_on_every_kind_of_architecture(arch):
-    assert_is_pefts(arch, "PROMPT_TUNING")
+    assert_is_pefts(arch, "PROMPT_TUNING", INEXACT.get(arch, 5e-3))
 
 
 @pytest.mark.parametrize("arch", ["qwen2", "phi3", *WITH_KEYS])
@@ -271,6 +279,23 @@ def test_with_a_lora_beside_it():
         np.testing.assert_allclose(logits(llm), wanted, atol=5e-3)
 
 
+def test_an_activated_lora_does_not_compute_it():
+    """Before its invocation tokens the model is the one that the soft prompt was trained on."""
+    from test_alora import HEAD, ONCE, alora_gguf
+
+    folder, _, _ = trained("llama", "PROMPT_TUNING")
+    with closing(open_llama("llama")) as llm, runtime.attach(llm) as adapters:
+        adapters.load("soft", folder)
+        adapters.load("alora", alora_gguf())
+        for prompt, n_equal in ((PROMPT, len(PROMPT)), (list(ONCE), len(HEAD))):
+            wanted = expected("llama", folder, None, prompt)
+            adapters.apply(soft=1, alora=1)
+            found = logits(llm, prompt)
+            np.testing.assert_allclose(found[:n_equal], wanted[:n_equal], atol=5e-3)
+            assert n_equal == len(prompt) or np.abs(found[n_equal:] - wanted[n_equal:]).max() > 0.3
+            adapters.apply()
+
+
 def test_a_soft_prompt_is_on_or_off():
     soft, _, _ = trained("llama", "PROMPT_TUNING")
     with closing(open_llama("llama")) as llm, runtime.attach(llm) as adapters:
@@ -364,6 +389,37 @@ def test_the_engine_decodes_requests_with_soft_prompts_together():
                 tokens = [token for piece in generation for token in piece.tokens]
                 for number, token in enumerate(tokens):
                     assert token == expected("llama", folder, None, [*prompt, *tokens[:number]])[-1].argmax()
+
+
+def test_tasks_by_name():
+    """Of the engine's, the command line's and the server's adapters."""
+    folder, _, _ = trained("llama", "MULTITASK_PROMPT_TUNING")
+    tasks = {"first": 0, "third": 2}
+    options = {"adapters": dict.fromkeys(tasks, folder), "n_ctx": 128, "threads": 1, "kv_type": "F32"}
+    with Engine(gguf_of("llama"), tasks=tasks, **options) as engine:
+        for name, task in tasks.items():
+            assert_engine_answers(engine, name, PROMPT, expected("llama", folder, task)[-1])
+        client = TestClient(create_app(engine, gguf_of("llama"), Settings(allow_load=folder.parent)))
+        body = {"lora_name": "second", "lora_path": folder.name}
+        refused = client.post("/v1/load_lora_adapter", json=body)
+        assert (refused.status_code, "tasks 0 to 2" in refused.text) == (400, True)
+        assert client.post("/v1/load_lora_adapter", json=body | {"task": 1}).status_code == 200
+        assert_engine_answers(engine, "second", PROMPT, expected("llama", folder, 1)[-1])
+        again = client.post("/v1/load_lora_adapter", json=body | {"task": 0, "load_inplace": True})
+        assert again.status_code == 200
+        assert_engine_answers(engine, "second", PROMPT, expected("llama", folder, 0)[-1])
+        said: list[str] = []
+        chat = Chat(engine, write=said.append, tell=said.append, show=print, raw=True, max_tokens=1)
+        for line in (f"/load mine:1 {folder}", f"/load mine:x {folder}", f"/load mine:7 {folder}"):
+            chat.handle(line)
+        assert_engine_answers(engine, "mine", PROMPT, expected("llama", folder, 1)[-1])
+        assert ["error: " in text for text in said] == [False, True, True]
+    with pytest.raises(AdapterNameError, match="'nobody'"):
+        Engine(gguf_of("llama"), tasks={"nobody": 0}, **options)
+    base, named = str(gguf_of("llama")), ["--lora", f"t={folder}"]
+    for tasks_given, code in ((["--task", "t=2"], 0), ([], 1), (["--task", "t=x"], 2), (["--task", "u=1"], 1)):
+        command = ["run", base, *named, *tasks_given, "-p", "x", "--raw", "--max-tokens", "1"]
+        assert CliRunner().invoke(app, command).exit_code == code, command
 
 
 def test_the_engine_refuses_what_attach_refuses(tmp_path):

@@ -19,6 +19,7 @@ from test_tied import ADAPTERS
 
 import gguflora
 from gguflora.base_model import read_base
+from gguflora.engine import Engine, Request, Sampling
 from gguflora.errors import GgufError, OutputError
 from gguflora.files import output
 from gguflora.files.gguf import GgufFile, encode_entry, part_paths
@@ -211,6 +212,22 @@ def test_convert_and_inspect(parts, tmp_path):
     assert raw(tmp_path / "split.gguf") == raw(tmp_path / "whole.gguf")
     inspected = [gguflora.inspect(adapter, base=path).to_dict() for path in (parts[2], builders.gguf_model(*WHOLE))]
     assert inspected[0] == {**inspected[1], "base": inspected[0].get("base")}
+
+
+@pytest.mark.parametrize("given", [0, 1, 2])
+def test_run_and_compare_from_any_part(given, parts, tmp_path):
+    """llama.cpp opens a split model by its first file only."""
+    lora = tmp_path / "lora.gguf"
+    gguflora.convert(builders.adapter("llama", LORA, "wide"), builders.gguf_model(*WHOLE), lora)
+    with Engine(parts[given], adapters={"a": lora}, n_ctx=64, threads=1) as engine:
+        request = Request([5, 6, 7], engine.adapter_set("a"), max_tokens=4, sampling=Sampling(temperature=0))
+        tokens = [token for piece in engine.submit(request) for token in piece.tokens]
+    with Engine(builders.gguf_model(*WHOLE), adapters={"a": lora}, n_ctx=64, threads=1) as engine:
+        assert [token for piece in engine.submit(request) for token in piece.tokens] == tokens
+    text = tmp_path / "text"
+    text.write_text("some words of a text " * 20)
+    report = gguflora.compare(parts[given], parts[given], [(lora, 1.0)], text=text, n_ctx=32)
+    assert report.perplexities["base"] == report.perplexities["merged"]
 
 
 def test_names():

@@ -25,6 +25,10 @@ Lora = Annotated[list[str] | None, typer.Option(help="Adapter: PEFT directory or
 LoraScaled = Annotated[
     list[str] | None, typer.Option(metavar="PATH:SCALE", help="Adapter with a scale of its own. Repeatable.")
 ]
+Task = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=NUMBER", help="Which task of a MULTITASK_PROMPT_TUNING adapter, from 0. Repeatable."),
+]
 Context = Annotated[int | None, typer.Option(min=8, help="Tokens of context; by default the model's, at most 4096.")]
 
 
@@ -66,6 +70,21 @@ def named_adapters(texts: Sequence[str] | None) -> dict[str, str]:
             raise typer.BadParameter(f"two adapters are named {name!r}; name them with NAME=PATH")
         found[name] = path
     return found
+
+
+def named_tasks(texts: Sequence[str] | None) -> dict[str, int]:
+    """Tasks of ``--task NAME=NUMBER`` by adapter name.
+
+    Raises:
+        typer.BadParameter: if there is no name, or no whole number.
+    """
+    pairs = [text.rpartition("=") for text in texts or ()]
+    for name, equals, number in pairs:
+        if not name or not number.isdecimal():
+            raise typer.BadParameter(
+                f"--task is {name + equals + number!r}, expected NAME=NUMBER, for example support=2"
+            )
+    return {name: int(number) for name, _, number in pairs}
 
 
 def named_and_scaled(lora: Sequence[str] | None, lora_scaled: Sequence[str] | None) -> dict[str, tuple[str, float]]:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 import gguflora
 from gguflora.cli.app import app, console, print_report, stderr
-from gguflora.cli.options import AsJson, Context, Threads, named_and_scaled
+from gguflora.cli.options import AsJson, Context, Task, Threads, named_and_scaled, named_tasks
 
 if TYPE_CHECKING:
     from gguflora.chat import Answer
@@ -33,6 +33,7 @@ def run(
         list[str] | None,
         typer.Option(metavar="[NAME=]PATH:SCALE", help="Adapter with a scale of its own; 0 is off. Repeatable."),
     ] = None,
+    task: Task = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Answer this and end.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is; no chat template.")] = False,
     ctx: Context = None,
@@ -62,6 +63,7 @@ def run(
             base,
             prompt,
             adapters=adapters,
+            tasks=named_tasks(task),
             raw=raw,
             ctx=ctx,
             max_tokens=max_tokens,
@@ -77,6 +79,7 @@ def run(
     with open_chat(
         base,
         adapters,
+        named_tasks(task),
         raw=raw,
         ctx=ctx,
         max_tokens=max_tokens,

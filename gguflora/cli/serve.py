@@ -10,7 +10,7 @@ import typer
 
 import gguflora
 from gguflora.cli.app import app, print_warnings, stderr, to_json
-from gguflora.cli.options import AsJson, Context, Threads, named_adapters
+from gguflora.cli.options import AsJson, Context, Task, Threads, named_adapters, named_tasks
 
 if TYPE_CHECKING:
     from gguflora.serve import ServeReport
@@ -23,6 +23,7 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="Adapter: GGUF LoRA or PEFT directory. Repeatable."),
     ] = None,
+    task: Task = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8080,
     ctx: Context = None,
@@ -54,6 +55,7 @@ def serve(
     gguflora.serve(
         base,
         adapters=adapters,
+        tasks=named_tasks(task),
         host=host,
         port=port,
         ctx=ctx,

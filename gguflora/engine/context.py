@@ -365,9 +365,9 @@ def _parameters(options: ContextOptions) -> Any:  # noqa: ANN401  (llama_cpp has
     parameters.n_outputs_max = options.n_parallel
     parameters.n_threads = parameters.n_threads_batch = options.threads
     parameters.type_k = parameters.type_v = KV_TYPES[options.kv_type]
-    # Flash attention skips the cells of other requests; without it all are computed and then masked, and with 2000 cells
-    # a token takes half as long again. But it sums in an order that changes with the batch, in 16 bits if the cells have
-    # 16: whoever asks for 32 bits gets the same logits whatever is beside them.
+    # Flash attention skips the cells of other requests; without it all are computed and then masked: with 2000 of them
+    # a token takes half as long again. But it sums in an order that changes with the batch, in 16 bits if the cells are
+    # of 16: whoever asks for 32 bits gets the same logits whatever is beside them.
     parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED if options.kv_type == "F32" else _FLASH_ATTN
     parameters.kv_unified = True
     parameters.swa_full = True  # else a sequence could not go back to a common prefix

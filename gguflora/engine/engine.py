@@ -24,7 +24,14 @@ from gguflora.engine.pool import Pool
 from gguflora.engine.requests import FinishReason, Generation, Request, Sink
 from gguflora.engine.residents import Embeddings, LoadedAdapter, Resident, Residents, ResidentSet
 from gguflora.engine.scheduler import Scheduler
-from gguflora.errors import EngineClosedError, EngineError, HotSwapError, PromptTooLongError, RequestError
+from gguflora.errors import (
+    AdapterNameError,
+    EngineClosedError,
+    EngineError,
+    HotSwapError,
+    PromptTooLongError,
+    RequestError,
+)
 from gguflora.fuse import FusedAdapters
 from gguflora.llama import free_lora, invocation_of, load_lora
 from gguflora.prefix import fit_prefix
@@ -82,6 +89,7 @@ class Engine:
     Args:
         base: a GGUF model.
         adapters: to load first: GGUF LoRA files or PEFT directories by name.
+        tasks: of those adapters that are MULTITASK_PROMPT_TUNING: which task, by name.
         n_ctx: tokens of one request, prompt and answer, at most; also of all requests of one context together.
         n_parallel: requests that one context decodes together, at most.
         max_contexts: contexts in memory, at most: adapter sets that keep their KV cache.
@@ -106,6 +114,7 @@ class Engine:
         base: str | os.PathLike[str],
         *,
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+        tasks: Mapping[str, int] | None = None,
         n_ctx: int = 4096,
         n_parallel: int = 4,
         max_contexts: int = 2,
@@ -119,10 +128,10 @@ class Engine:
         options = _options(n_ctx, n_parallel, n_batch, threads, kv_type)
         _expect("max_contexts", max_contexts, 1, 1024)
         _expect("queue_size", queue_size, 0, 1 << 20)
-        path = Path(base)
         self.n_ctx = n_ctx
+        self._description = read_whole_base(Path(base))
+        path = self._description.path  # of a split model the first file, whichever was given
         self.model_name = path.stem
-        self._description = read_whole_base(path)
         self._lock = threading.Lock()
         self._closed = False
         self._residents = Residents()
@@ -138,15 +147,20 @@ class Engine:
         self._scheduler = Scheduler(pool, queue_size, self._finished)
         atexit.register(self.close)  # a thread that is still in llama.cpp when Python ends would crash it
         try:
-            for name, location in (adapters or {}).items():
-                self.load(location, name)
+            self._load_first(adapters or {}, tasks or {})
         except BaseException:
             self.close()
             raise
 
     @local_inputs
     def load(
-        self, path: str | os.PathLike[str], name: str | None = None, *, scale: float = 1.0, task: int | None = None
+        self,
+        path: str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        scale: float = 1.0,
+        task: int | None = None,
+        replace: bool = False,
     ) -> LoadedAdapter:
         """Load an adapter; requests can name it from then on.
 
@@ -155,6 +169,8 @@ class Engine:
             name: by default the file's stem.
             scale: of sets that give none.
             task: which task of a MULTITASK_PROMPT_TUNING adapter; may be left out where there is one.
+            replace: take the place of an adapter of this name, which stays if the new one cannot be loaded. Requests
+                that use it already go on with it.
 
         Raises:
             AdapterNameError: if the name is taken or malformed.
@@ -164,17 +180,26 @@ class Engine:
         location = Path(path)
         name = location.stem if name is None else name
         self._check_open()
-        number, generation = self._residents.reserve(name)
+        number, generation = self._residents.reserve(name, replace)
         try:
             if location.is_dir() and is_soft_prompt(location):
                 resident = self._soft_prompt(location, (number, name, generation, scale), task)
             else:
                 resident = self._lora(location, (number, name, generation, scale), task)
-            self._residents.add(resident)
+            replaced = self._residents.add(resident)
         except BaseException:
             self._residents.give_up(name)
             raise
+        if replaced is not None:
+            self._forget(replaced)
         return resident.adapter
+
+    def _load_first(self, adapters: Mapping[str, str | os.PathLike[str]], tasks: Mapping[str, int]) -> None:
+        nobody = sorted(tasks.keys() - adapters.keys())
+        if nobody:
+            raise AdapterNameError(f"a task is given for {nobody[0]!r:.80}, but no adapter has this name")
+        for name, location in adapters.items():
+            self.load(location, name, task=tasks.get(name))
 
     def _lora(self, location: Path, call: tuple[int, str, int, float], task: int | None) -> Resident:
         """A LoRA in llama.cpp's memory; ``call`` is its id, name, generation and scale."""
@@ -210,7 +235,10 @@ class Engine:
             AdapterNameError: if there is none of this name.
         """
         self._check_open()
-        resident = self._residents.remove(name)
+        self._forget(self._residents.remove(name))
+
+    def _forget(self, resident: Resident) -> None:
+        """Free an adapter that has lost its name, unless requests use it: then it is freed with the last of them."""
         self._scheduler.call(lambda: None if resident.users else self._free(resident))
 
     def adapters(self) -> tuple[LoadedAdapter, ...]:

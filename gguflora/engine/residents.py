@@ -160,15 +160,15 @@ class Residents:
         self._reserved: dict[str, int] = {}
         self._generations = itertools.count()
 
-    def reserve(self, name: str) -> tuple[int, int]:
-        """Keep ``name`` for a load under way: the new adapter's id and generation.
+    def reserve(self, name: str, replace: bool = False) -> tuple[int, int]:
+        """Keep ``name`` for a load under way, which may ``replace`` another: the new adapter's id and generation.
 
         Raises:
             AdapterNameError: if it is taken or malformed.
         """
         check_name(name)
         with self._lock:
-            if name in self._by_name or name in self._reserved:
+            if name in self._reserved or (name in self._by_name and not replace):
                 raise AdapterNameError(
                     f"an adapter named {name!r} is loaded already; unload it first, or take another name"
                 )
@@ -181,11 +181,15 @@ class Residents:
         with self._lock:
             self._reserved.pop(name, None)
 
-    def add(self, resident: Resident) -> None:
-        """The load under way has succeeded."""
+    def add(self, resident: Resident) -> Resident | None:
+        """The load under way has succeeded; the adapter that had this name before, if any."""
         with self._lock:
             self._reserved.pop(resident.adapter.name, None)
+            replaced = self._by_name.get(resident.adapter.name)
+            if replaced is not None:
+                replaced.removed = True
             self._by_name[resident.adapter.name] = resident
+            return replaced
 
     def remove(self, name: str) -> Resident:
         """Take an adapter out; requests that use it still do.

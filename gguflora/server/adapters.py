@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import re
 from pathlib import Path
@@ -13,8 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
 
 from gguflora.engine import LoadedAdapter
-from gguflora.engine.loading import open_adapter
-from gguflora.preflight import read_whole_base
+from gguflora.errors import AdapterNameError
 from gguflora.server.failures import Failure
 from gguflora.server.schemas import LoadBody, LoraScale, UnloadBody
 from gguflora.server.service import BASE_MODEL, DEFAULT_MODEL, Service, service_of
@@ -99,14 +99,16 @@ def _loading_folder(service: Service) -> Path:
 
 def _load(service: Service, body: LoadBody, folder: Path) -> None:
     path = path_inside(folder, body.lora_path)
-    if body.lora_name in {adapter.name for adapter in service.engine.adapters()}:
-        with open_adapter(path, read_whole_base(service.base)):  # if the new one is unfit, the old one stays
-            service.engine.unload(body.lora_name)
-    service.engine.load(path, body.lora_name)
+    try:
+        service.engine.load(path, body.lora_name, task=body.task, replace=body.load_inplace)
+    except AdapterNameError as error:  # another client loads one of this name
+        raise Failure(400, str(error), "already_loaded", "lora_name") from error
 
 
 def path_inside(folder: Path, text: str) -> Path:
     """The path, links resolved, if it and all that it holds lie inside the folder; relative paths start there.
+
+    Only files and directories can be loaded: whoever opened a pipe would wait for its other end.
 
     Raises:
         Failure: if not, whether it exists or not.
@@ -123,5 +125,7 @@ def path_inside(folder: Path, text: str) -> Path:
 
 def _all_inside(path: Path, folder: Path) -> bool:
     """Whether a file, or every file of a directory, lies inside the folder when links are followed."""
-    files = [Path(root, name) for root, folders, names in os.walk(path) for name in folders + names]
-    return all(file.resolve().is_relative_to(folder) for file in (path, *files))
+    files = (Path(root, name).resolve() for root, folders, names in os.walk(path) for name in folders + names)
+    return all(
+        file.is_relative_to(folder) and (file.is_file() or file.is_dir()) for file in itertools.chain([path], files)
+    )

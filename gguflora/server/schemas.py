@@ -136,11 +136,12 @@ class ChatBody(GenerationBody):
 
 
 class LoadBody(_Body):
-    """POST /v1/load_lora_adapter."""
+    """POST /v1/load_lora_adapter; ``task`` chooses one of a MULTITASK_PROMPT_TUNING adapter."""
 
     lora_name: str = Field(min_length=1, max_length=256)
     lora_path: str = Field(min_length=1, max_length=4096)
     load_inplace: bool = False
+    task: int | None = Field(None, ge=0, lt=1 << 31)
 
 
 class UnloadBody(_Body):
