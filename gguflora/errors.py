@@ -22,6 +22,7 @@
     |   |-- EngineClosedError     it is closed
     |   |-- QueueFullError        too many requests wait already
     |   |-- GenerationError       a request failed while it was computed
+    |   |   `-- DivergedError         its adapters' numbers have grown beyond all bounds
     |   `-- RequestError          a request makes no sense
     |       |-- AdapterNameError      no adapter of this name is loaded, or the name is taken
     |       `-- PromptTooLongError    the prompt does not fit the context
@@ -108,6 +109,10 @@ class QueueFullError(EngineError):
 
 class GenerationError(EngineError):
     """A request failed while it was computed; the engine and other requests live on."""
+
+
+class DivergedError(GenerationError):
+    """The logits are not finite with these adapters at these scales."""
 
 
 class RequestError(EngineError):

@@ -44,3 +44,12 @@ def test_medians(bench):
 
 def test_loads_leave_no_adapter_without_a_client(bench):
     assert [(load.clients, load.adapters) for load in bench._loads([1, 4], [1, 4], 1, 1)] == [(1, 1), (4, 1), (4, 4)]
+
+
+def test_llama_cpps_own_gain(bench):
+    costs = bench.measure_batches(serving.demo.BASE, serving.lora_file("shout"), [4], 8, threads=1, repeats=3)
+    assert costs.steps.keys() == {1, 4}
+    assert 0 < costs.steps[1] < costs.steps[4]
+    flat = bench.Costs(prompt=1.0, steps={1: 1.0, 4: 1.0})
+    assert (flat.gain(4, 10, prompts=0), flat.gain(4, 10)) == (4, pytest.approx(4 * 11 / 14))
+    assert len(bench._limits(costs, [1, 4], 8)) == 1

@@ -156,8 +156,8 @@ def test_load_and_unload(loading, folder):
 def test_load_refuses_what_lies_outside(loading, folder):
     outside = [
         folder.parent / "outside.gguf", "../outside.gguf", "up/outside.gguf", "link.gguf", "links", "loop.gguf",
-        "../adapters-2/shout.gguf", lora_file("shout"), "/etc/passwd", "missing.gguf", "x" * 3000, "a\0b", "up", "pipe.gguf",
-        "piped",
+        "../adapters-2/shout.gguf", lora_file("shout"), "/etc/passwd", "missing.gguf", "x" * 3000, "a\0b", "up",
+        "pipe.gguf", "piped",
     ]  # fmt: skip
     replies = [load(loading, path) for path in outside]
     assert [reply.status_code for reply in replies] == [400] * len(outside)

@@ -169,6 +169,13 @@ def test_unforeseen_errors_tell_nothing(monkeypatch, caplog):
     assert [record.exc_info[0] for record in caplog.records] == [ZeroDivisionError] * 3  # but the operator is told
 
 
+def test_a_scale_beyond_all_bounds_is_the_clients_error():
+    with serving.serving() as http:
+        reply = http.post("/v1/completions", json={**GREEDY, "model": "shout@1e9"})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "diverged")
+        assert http.post("/v1/completions", json=GREEDY).json()["choices"][0]["text"] == expected_text()
+
+
 def test_messages_lose_their_directories():
     error = GgufloraError("/srv/a/a.gguf: no fit for /home/my models/x/b.gguf (expected 3/4), '/tmp/c/d' and/or /e/f")
     message = failure_of(error, [Path("/home/my models")]).message

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from gguflora.engine.adapter_sets import Identity
 from gguflora.engine.model import Model
 from gguflora.engine.residents import NO_ADAPTERS, Embeddings, Phase
-from gguflora.errors import EngineError, GenerationError
+from gguflora.errors import DivergedError, EngineError, GenerationError
 from gguflora.fuse import FusedAdapters
 from gguflora.llama import axes_of_embeddings, captured_log, put_prefix
 from gguflora.prefix import Prefix
@@ -295,7 +295,9 @@ class Context:
         logits: NDArray[np.float32] = np.ctypeslib.as_array(pointer, (self._model.n_vocab,))
         if not np.isfinite(logits.max()):
             self._poisoned = True
-            raise GenerationError("the logits are not finite: the scale of an adapter is too large, or it has diverged")
+            if not self._applied.parts:
+                raise GenerationError("the logits of the model are not finite")
+            raise DivergedError("the logits are not finite: the scale of an adapter is too large, or it has diverged")
         self._unproven.discard(self._outputs[index].id)
         return logits
 

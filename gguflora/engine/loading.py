@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,9 @@ from gguflora.base_model import BaseModel
 from gguflora.convert import convert
 from gguflora.errors import HotSwapError
 from gguflora.preflight import check_loadable
+
+_TIMES_THE_BASE: Final = 32
+_ALWAYS_READ: Final = 1 << 30
 
 _KEPT_FILES: Final = 32
 """How many converted adapters the cache keeps, newest first."""
@@ -83,9 +86,22 @@ def _cache_key(folder: Path, base: BaseModel) -> str:
     digest = hashlib.sha256(
         json.dumps([__version__, str(base.path.resolve()), stat.st_size, stat.st_mtime_ns]).encode()
     )
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    _check_sizes(files, stat.st_size)
+    for path in files:
         digest.update(f"\0{path.name}\0{sha256_of(path)}".encode())
     return digest.hexdigest()
+
+
+def _check_sizes(files: Sequence[Path], base_bytes: int) -> None:
+    """Raise before reading what can be no adapter of such a base for hours."""
+    most = max(_TIMES_THE_BASE * base_bytes, _ALWAYS_READ)
+    for path in files:
+        if path.stat().st_size > most:
+            raise HotSwapError(
+                f"{path}: has {path.stat().st_size} bytes, more than {_TIMES_THE_BASE} times those of the base: "
+                "this is no adapter of it"
+            )
 
 
 def _prune(cache: Path) -> None:

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from gguflora.errors import (
     AdapterNameError,
+    DivergedError,
     EngineClosedError,
     GenerationError,
     GgufloraError,
@@ -76,6 +77,7 @@ _FAILURES: Final[tuple[tuple[type[GgufloraError], int, str, str | None], ...]] =
     (AdapterNameError, 404, "model_not_found", "model"),
     (PromptTooLongError, 400, "context_length_exceeded", "prompt"),
     (EngineClosedError, 503, "shutting_down", None),
+    (DivergedError, 400, "diverged", "model"),
     (GenerationError, 500, "generation_failed", None),
     (GgufloraError, 400, "invalid_request", None),
 )

@@ -1,9 +1,11 @@
-"""A server under load, beside its peers: ``tools/bench serve [--model 0.2b|1.1b] [--clients 1,4,16] [--adapters 1,4]``.
+"""A server under load, beside its peers: ``tools/bench serve [--model 1.1b] [--type Q8_0] [--clients 1,4]``.
 
 gguflora, llama.cpp's ``llama-server`` and ``python -m llama_cpp.server`` (one adapter, fixed at its start) offer the
 same model and adapters, with the same threads, and are asked in turns. Every client asks one question after another,
 each of another text, of its own adapter; answers are streamed and have the same number of tokens. Medians over turns.
-CPU seconds are the server's own: on a machine that has other work, they tell more than the wall clock.
+CPU seconds are the server's own: on a machine that has other work, they tell more than the wall clock. What llama.cpp
+itself gains by decoding several sequences in one batch, with the same file, adapter and threads, is printed below: no
+server on it can gain more.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Annotated, Any
 
 import httpx
 import typer
+from benchmarks.batches import Costs, measure_batches
 from benchmarks.models import LLAMAS, Llama, adapter_files, base_file
 from benchmarks.peers import llama_cpp_tools
 from rich.console import Console
@@ -42,6 +45,7 @@ OURS, LLAMA_SERVER, LLAMA_CPP_PYTHON = "gguflora", "llama-server", "llama_cpp.se
 END_OF_TEXT = {"2": -100}  # of models.py's vocabulary: nobody may end early
 PROMPT_LETTERS = 64
 START_SECONDS = 120
+KINDS = ("Q4_K_M", "Q8_0", "F16")
 
 
 @dataclass(frozen=True)
@@ -223,6 +227,16 @@ def _medians(turns: list[Rates]) -> Rates:
     return Rates(*(statistics.median(getattr(turn, name) for turn in turns) for name in Rates.__annotations__))
 
 
+def _limits(costs: Costs, clients: list[int], tokens: int) -> list[str]:
+    """llama.cpp's own gains, in words."""
+    return [
+        f"llama.cpp itself, {n} sequences in a batch: {costs.gain(n, tokens, prompts=0):.2f} x the tokens/s of one, "
+        f"with prompts and answers as here {costs.gain(n, tokens):.2f} x (by CPU time)"
+        for n in clients
+        if n > 1
+    ]
+
+
 def _table(results: list[tuple[str, Load, Rates]], model: str, threads: int) -> Table:
     table = Table(title=f"{model}, threads: {threads}, answers of {results[0][1].tokens} tokens")
     for heading in (
@@ -254,6 +268,7 @@ def _loads(clients: list[int], adapters: list[int], requests: int, tokens: int) 
 
 def serve(
     model: Annotated[str, typer.Option(help=f"Random llama: {', '.join(MODELS)}.")] = "0.2b",
+    kind: Annotated[str, typer.Option("--type", help=f"Of its weights: {', '.join(KINDS)}.")] = "Q4_K_M",
     clients: Annotated[str, typer.Option(help="Numbers of clients, separated by commas.")] = "1,4,16",
     adapters: Annotated[str, typer.Option(help="Numbers of adapters, separated by commas.")] = "1,4,8",
     servers: Annotated[str, typer.Option(help="Who serves.")] = f"{OURS},{LLAMA_SERVER},{LLAMA_CPP_PYTHON}",
@@ -267,9 +282,11 @@ def serve(
     """Requests per second and time to the first token: gguflora, llama-server and llama_cpp.server in turns."""
     if model not in MODELS:
         raise typer.BadParameter(f"{model!r} is no model; there are {', '.join(MODELS)}", param_hint="--model")
+    if kind not in KINDS:
+        raise typer.BadParameter(f"{kind!r} is not offered; there are {', '.join(KINDS)}", param_hint="--type")
     loads = _loads([int(n) for n in clients.split(",")], [int(n) for n in adapters.split(",")], requests, tokens)
     most_clients, most_adapters = max(load.clients for load in loads), max(load.adapters for load in loads)
-    base, (_, lora) = base_file(folder, MODELS[model], "Q4_K_M"), adapter_files(folder, MODELS[model])
+    base, (_, lora) = base_file(folder, MODELS[model], kind), adapter_files(folder, MODELS[model])
     context = 64 * -(-most_clients * (PROMPT_LETTERS + tokens + 8) // 64)
     turns: dict[tuple[str, Load], list[Rates]] = {}
     with _servers(servers.split(","), base, [lora] * most_adapters, most_clients, context, threads) as running:
@@ -281,8 +298,12 @@ def serve(
                     rates = measure(server, load, seed=turn)
                     turns.setdefault((server.name, load), []).append(rates)
                     print(f"turn {turn} of {repeats}: {server.name}: {load}: {rates}", file=sys.stderr, flush=True)
+    numbers = sorted({load.clients for load in loads})
+    costs = measure_batches(base, lora, numbers, PROMPT_LETTERS + 1, threads)
     results = [(name, load, _medians(rates[1:])) for (name, load), rates in turns.items()]
-    Console(width=None if sys.stdout.isatty() else 140).print(_table(results, model, threads))
+    Console(width=None if sys.stdout.isatty() else 140).print(_table(results, f"{model} {kind}", threads))
+    print(*_limits(costs, numbers, tokens), sep="\n")
     if json_file:
         rows = [{"server": name, **vars(load), **vars(rates)} for name, load, rates in results]
-        json_file.write_text(json.dumps({"model": model, "threads": threads, "results": rows}, indent=1) + "\n")
+        report = {"model": model, "type": kind, "threads": threads, "llama.cpp": vars(costs), "results": rows}
+        json_file.write_text(json.dumps(report, indent=1) + "\n")
