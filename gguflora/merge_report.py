@@ -12,6 +12,11 @@ from gguflora._native import SUMS, type_named
 from gguflora.rounding import Mode, Sums
 
 TOLERANCE: Final = 0.03
+MIN_SNR_DB: Final = -20.0
+"""Below it the noise of rounding has a hundred times the energy of the change. Measured on trained models: at -19 dB
+the answers of Q2_K and IQ2_S merges are still much nearer to the adapter's than the base's, at -22 dB those of IQ1_M
+are not.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,7 @@ class TensorReport:
     @property
     def is_off(self) -> bool:
         """Whether the survival is not 1, beyond what chance explains."""
-        return self.sv is not None and abs(1 - self.sv) > TOLERANCE + 2 * (self.sv_error or 0.0)
+        return self.sv is not None and abs(1 - self.sv) > TOLERANCE + 4 * (self.sv_error or 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +128,24 @@ class MergeReport:
         }
 
 
-def survival_warning(tensors: Sequence[TensorReport], total: TensorReport, rounding: Mode) -> str | None:
+def warnings_of(tensors: Sequence[TensorReport], total: TensorReport, rounding: Mode) -> list[str]:
+    """What the user should know of the rounding."""
+    found = (_survival_warning(tensors, total, rounding), _noise_warning(total))
+    return [warning for warning in found if warning is not None]
+
+
+def _noise_warning(total: TensorReport) -> str | None:
+    """What to say if the types are too coarse for the change."""
+    if total.snr_db is None or total.snr_db >= MIN_SNR_DB:
+        return None
+    return (
+        "the change is weak for the types of the changed tensors: rounding adds "
+        f"{10 ** (-total.snr_db / 20):.0f} times its norm as noise, and the answers may be worse than the base's; "
+        "--base-f16, or a finer type with --outtype or --type, is the way"
+    )
+
+
+def _survival_warning(tensors: Sequence[TensorReport], total: TensorReport, rounding: Mode) -> str | None:
     """What to say if tensors keep too little or too much of their change."""
     off = [tensor for tensor in tensors if tensor.is_off]
     if not off or total.sv is None:

@@ -21,7 +21,7 @@ from gguflora.files.gguf import GgufFile
 from gguflora.hf_model import HighPrecisionBase
 from gguflora.imatrix import read_imatrix
 from gguflora.merge_plan import OutputTypes, Plan, make_plan, merges_of
-from gguflora.merge_report import MergeReport, TensorReport, survival_warning
+from gguflora.merge_report import MergeReport, TensorReport, warnings_of
 from gguflora.patch import Merged
 from gguflora.rounding import Mode, Rounding, Sums
 
@@ -73,7 +73,6 @@ class PreparedMerge:
     def report(self, output: Path, sums: Mapping[str, Sums], **more: Any) -> MergeReport:  # noqa: ANN401
         """The report on a merge with these sums of each target; without any, on a plan."""
         tensors, total = _reports(self.plan, sums)
-        warning = survival_warning(tensors, total, self.rounding.mode)
         return MergeReport(
             output=output,
             adapters=self.merged.adapters,
@@ -82,7 +81,7 @@ class PreparedMerge:
             rounding=self.rounding.mode,
             seed=self.rounding.seed,
             size=self.plan.layout.size,
-            warnings=self.plan.warnings if warning is None else (*self.plan.warnings, warning),
+            warnings=(*self.plan.warnings, *warnings_of(tensors, total, self.rounding.mode)),
             **more,
         )
 

@@ -10,7 +10,7 @@ import pytest
 from builders import Adapter
 from test_imatrix import write_gguf
 from test_lora_parameters import saved
-from test_methods_on_architectures import adapted
+from test_methods_on_architectures import METHODS, adapted
 from test_split import WHOLE, split
 from test_tied import ADAPTERS
 from test_vocabulary import resized
@@ -66,7 +66,8 @@ def new_tokens(tmp_path):
 
 def whole_weights(tmp_path):
     """A formula of a Hugging Face weight whose rows lie in two tensors."""
-    return zoo.gguf_model("deepseek2"), adapted("deepseek2", "osf", tmp_path)[0], {}
+    adapted("deepseek2", *METHODS["osf"], tmp_path / "adapter")
+    return zoo.gguf_model("deepseek2"), tmp_path / "adapter", {}
 
 
 CASES = [quantized, several, precise, split_base, experts, untied, new_tokens, whole_weights]
