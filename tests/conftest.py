@@ -3,9 +3,14 @@
 import os
 import signal
 
+import pytest
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+
 # a job in the background of a shell ignores Ctrl+C, and so would the processes that tests start and interrupt
-signal.signal(signal.SIGINT, signal.default_int_handler)
+@pytest.fixture(autouse=True)
+def _take_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -143,7 +143,7 @@ def test_no_text_no_model_no_context(merged, tmp_path):
     empty.write_text("")
     with pytest.raises(FormatError, match="has 0 tokens"):
         compare_on_one_thread(base, merged, adapter, text=empty)
-    with pytest.raises(HotSwapError, match="could not load this model"):
+    with pytest.raises(FormatError, match="not a GGUF file"):
         compare_on_one_thread(base, empty, adapter)
     with pytest.raises(HotSwapError, match="expected at least 16"):
         compare_on_one_thread(base, merged, adapter, n_ctx=2)

@@ -247,7 +247,7 @@ def test_a_failure_takes_nothing_else_down(cluster, tmp_path):
 def test_interrupted(cluster, tmp_path):
     """Ctrl+C at the client: jobs are stopped where they run, and nothing of them is left."""
     cluster.close_gate()
-    command = [sys.executable, "-m", "gguflora", "pipeline", recipe_in(tmp_path), "--scheduler", cluster.address]
+    command = [sys.executable, "-P", "-m", "gguflora", "pipeline", recipe_in(tmp_path), "--scheduler", cluster.address]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)})
     jobs = wait_for(cluster.held)
     process.send_signal(signal.SIGINT)

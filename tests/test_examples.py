@@ -107,7 +107,7 @@ def test_train_and_serve(folder, monkeypatch, capsys):
     question = "Q: What does the fox eat?\nA:"
     arguments = ["base.gguf", "examples.txt", "--ask", question, "--steps", "20"]
     monkeypatch.setattr(sys, "argv", ["train_and_serve.py", *arguments])
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    monkeypatch.setenv("PYTHONPATH", str(Path(gguflora.__file__).parents[1]))  # also where it is not installed
     with torch.random.fork_rng():
         runpy.run_path(str(EXAMPLES / "train_and_serve.py"), run_name="__main__")
     said = capsys.readouterr().out

@@ -313,7 +313,7 @@ def test_sources_of_the_hub(folder, tmp_path, monkeypatch):
 
 def test_the_page_about_it():
     """What it shows is a recipe."""
-    page = (Path(gguflora.__file__).parents[1] / "docs/pipelines.md").read_text()
+    page = (Path(__file__).parents[1] / "docs/pipelines.md").read_text()
     recipe, checked = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     assert [step["name"] for step in recipe_of(recipe)["steps"]] == ["lora", "merged"]
     assert split_checksum(tomllib.loads(checked)["base"])[1]

@@ -21,7 +21,8 @@ from gguflora.errors import GgufloraError
 
 CLI = typer.main.get_command(app).commands
 FUNCTIONS = {name: name.replace("-", "_") for name in CLI} | {"demo": "run_demo", "pipeline": "run_pipeline"}
-LORAS = {"--lora": "adapters", "--lora-scaled": "adapters"}  # paths and scales are one argument in Python
+# paths and scales are one argument in Python; an option that is given several times has the name of one
+LORAS = {"--lora": "adapters", "--lora-scaled": "adapters", "--task": "tasks"}
 ONLY_COMMAND = {
     "merge": {"report": "the result's to_dict()", "plot": "gguflora.plots.plot_report(result)"},
     "pipeline": {"schema": "gguflora.pipeline.recipe_schema()"},
