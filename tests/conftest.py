@@ -3,14 +3,21 @@
 import os
 import signal
 
+import hypothesis
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+# a busy machine is no reason to fail
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
-# a job in the background of a shell ignores Ctrl+C, and so would the processes that tests start and interrupt
+
 @pytest.fixture(autouse=True)
 def _take_ctrl_c() -> None:
+    """A job in the background of a shell ignores Ctrl+C, and so would the processes that tests start and interrupt."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
