@@ -64,7 +64,7 @@ class TensorReport:
     @property
     def is_off(self) -> bool:
         """Whether the survival is not 1, beyond what chance explains."""
-        return self.sv is not None and abs(1 - self.sv) > TOLERANCE + 4 * (self.sv_error or 0.0)
+        return self.sv is not None and abs(1 - self.sv) > TOLERANCE + 2 * (self.sv_error or 0.0)
 
 
 @dataclass(frozen=True, slots=True)

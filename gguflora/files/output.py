@@ -113,7 +113,7 @@ def atomic_outputs(targets: Sequence[Path], *, force: bool = True) -> Iterator[l
             for draft in drafts:
                 draft.finish()
             _publish(drafts, force=force)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
         _LOG.debug("wrote %s", ", ".join(map(str, targets)))
     except FileExistsError as error:
         raise OutputError(
@@ -257,7 +257,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             yield beside
             for path in beside.iterdir():
                 _sync_file(path)
-            _sync_folder(beside)
+            sync_folder(beside)
             if target.exists():
                 target.replace(replaced)
             beside.replace(target)
@@ -265,7 +265,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             os.close(held)
             shutil.rmtree(beside, ignore_errors=True)
             shutil.rmtree(replaced, ignore_errors=True)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
 
@@ -305,7 +305,8 @@ def _umask() -> int:
     return mask
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make names in a directory last."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

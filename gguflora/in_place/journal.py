@@ -18,6 +18,7 @@ import numpy as np
 from gguflora.changed_rows import Bytes
 from gguflora.errors import OutputError
 from gguflora.files.beside import journal_path, undo_path
+from gguflora.files.output import sync_folder
 from gguflora.patch.chain import Chain, read, write
 from gguflora.patch.format import MAX_LENGTH
 
@@ -170,12 +171,3 @@ def _chunks(changes: Iterable[Change]) -> Iterator[list[Change]]:
             chunk, size = [], 0
     if chunk:
         yield chunk
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names in a directory last."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
