@@ -59,26 +59,29 @@ INLINE vf residual(vf scale, vf q, vf min, vf x, int absolute) {
 
 typedef vf lanes_of_32[32];
 
-/* fit_min works on units of SIDE vectors, as many as it takes for their sums not to wait for each other, and the units take
- * turns. Smaller ones are skipped more often. */
-enum { SIDE = LANES < 16 ? GROUPS : 1, UNITS = GROUPS / SIDE };
-#define EACH_SIDE for (int g = 0; g < SIDE; g++)
+/* v[g] = value for n groups, and nothing in between: Zen hands operations to two schedulers in turn, each of which has one unit
+ * for sums and one for products, so that sums and products should come in pairs. Compilers would mix them (measured: 2 to 6 %). */
+#define TOGETHER(n, v, ...)                             \
+    do {                                                \
+        for (int g = 0; g < (n); g++) v[g] = __VA_ARGS__; \
+        for (int g = 0; g < (n); g++) vf_pin(&v[g]);    \
+    } while (0)
 
 /* What the search of fit_min carries from trial to trial. */
 typedef struct {
-    vf sum_w[SIDE], sum_x[SIDE], lowest[SIDE], max[SIDE], least[SIDE];
-    vf sum_x2[SIDE];            /* for rules_out alone, so in any order */
-    vf iscale[SIDE], min[SIDE]; /* of this trial's codes */
-    vf s[SIDE], m[SIDE];        /* its solution */
-    vf q[SIDE][32];             /* its codes */
-    vm solved[SIDE], safe[SIDE], flat[SIDE];
+    vf sum_w[GROUPS], sum_x[GROUPS], lowest[GROUPS], max[GROUPS], least[GROUPS];
+    vf sum_x2[GROUPS];            /* for rules_out alone, so in any order */
+    vf iscale[GROUPS], min[GROUPS]; /* of this trial's codes */
+    vf s[GROUPS], m[GROUPS];        /* its solution */
+    vf q[GROUPS][32];             /* its codes */
+    vm solved[GROUPS], safe[GROUPS], flat[GROUPS];
     int low, hopeless; /* see aim_min, rules_out */
 } min_search;
 
 /* Extremes, sums, and the error of the plain scale (max - min) / q_max. */
 INLINE void begin_min(lane_fit *fit, min_search *at, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, int absolute,
                       int exact) {
-    EACH_SIDE {
+    EACH_GROUP {
         vf lowest = x[g][0], max = lowest, sum_w = w[g][0], sum_x = vf_mul(sum_w, lowest), sum_x2 = vf_mul(sum_x, lowest);
         for (int i = 1; i < n; i++) {
             const vf wx = vf_mul(w[g][i], x[g][i]);
@@ -97,7 +100,7 @@ INLINE void begin_min(lane_fit *fit, min_search *at, const lanes_of_32 *x, const
         at->safe[g] = vf_le(vf_abs(vf_mul(iscale, range)), vf_set1(ROUND_LIMIT));
         at->least[g] = vf_zero();
     }
-    for (int i = 0; i < n; i++) EACH_SIDE {
+    for (int i = 0; i < n; i++) EACH_GROUP {
         const vf l = code_from_0(vf_mul(fit[g].code_scale, vf_sub(x[g][i], fit[g].min)), q_max, exact, 0, 0);
         const vf error = residual(fit[g].scale, l, fit[g].min, x[g][i], absolute);
         at->least[g] = vf_add(at->least[g], vf_mul(w[g][i], error));
@@ -108,9 +111,9 @@ INLINE void begin_min(lane_fit *fit, min_search *at, const lanes_of_32 *x, const
  * about its range is unusual; only then its codes can be beyond what fast rounding does. */
 INLINE void aim_min(min_search *at, const lane_fit *fit, float codes) {
     const vf half = vf_set1(-0.5f), narrow = vf_set1(1e-35f), wide = vf_set1(3e38f), limit = vf_set1(ROUND_LIMIT);
-    vf range[SIDE], lowest_t[SIDE];
-    vm low[SIDE];
-    EACH_SIDE {
+    vf range[GROUPS], lowest_t[GROUPS];
+    vm low[GROUPS];
+    EACH_GROUP {
         const vf min = fit[g].min;
         range[g] = vf_sub(at->max[g], min);
         at->min[g] = min;
@@ -119,9 +122,9 @@ INLINE void aim_min(min_search *at, const lane_fit *fit, float codes) {
         low[g] = vm_or(vf_not_lt(narrow, range[g]), vm_or(vf_not_lt(range[g], wide), vf_not_lt(half, lowest_t[g])));
     }
     at->low = 0;
-    EACH_SIDE at->low |= vm_any(low[g]);
+    EACH_GROUP at->low |= vm_any(low[g]);
     if (at->low)
-        EACH_SIDE {
+        EACH_GROUP {
             const vm within = vm_and(vf_le(vf_abs(vf_mul(at->iscale[g], range[g])), limit), vf_le(vf_abs(lowest_t[g]), limit));
             at->safe[g] = vm_and(at->safe[g], within);
         }
@@ -148,23 +151,28 @@ INLINE vm rules_out(vf s, vf m, vf sum_l, vf sum_l2, vf sum_xl, vf sum_w, vf sum
 INLINE void solve_min(min_search *at, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, int exact, int floor,
                       int ceiling, int closed) {
     const vf zero = vf_zero();
-    vf sum_l[SIDE], sum_l2[SIDE], sum_xl[SIDE], iscale[SIDE], min[SIDE];
-    vm hopeless[SIDE];
-    EACH_SIDE {
+    vf sum_l[GROUPS], sum_l2[GROUPS], sum_xl[GROUPS], iscale[GROUPS], min[GROUPS];
+    vm hopeless[GROUPS];
+    EACH_GROUP {
         sum_l[g] = sum_l2[g] = sum_xl[g] = zero;
         iscale[g] = at->iscale[g];
         min[g] = at->min[g];
     }
     for (int i = 0; i < n; i += 2) /* half of the subtractions elsewhere: there are more additions than multiplications */
-        for (int k = i; k < i + 2; k++) EACH_SIDE {
-            const vf v = x[g][k], above = k == i ? vf_sub(v, min[g]) : vf_sub_fused(v, min[g]);
-            const vf l = code_from_0(vf_mul(iscale[g], above), q_max, exact, floor, ceiling), wl = vf_mul(w[g][k], l);
-            at->q[g][k] = l;
-            sum_l[g] = vf_add(sum_l[g], wl);
-            sum_l2[g] = vf_add(sum_l2[g], vf_mul(wl, l));
-            sum_xl[g] = vf_add(sum_xl[g], vf_mul(wl, v));
+        for (int k = i; k < i + 2; k++) {
+            vf t[GROUPS], wl[GROUPS], product[GROUPS];
+            TOGETHER(GROUPS, t, k == i ? vf_sub(x[g][k], min[g]) : vf_sub_fused(x[g][k], min[g]));
+            TOGETHER(GROUPS, t, vf_mul(iscale[g], t[g]));
+            TOGETHER(GROUPS, t, code_from_0(t[g], q_max, exact, floor, ceiling));
+            EACH_GROUP at->q[g][k] = t[g];
+            TOGETHER(GROUPS, wl, vf_mul(w[g][k], t[g]));
+            TOGETHER(GROUPS, sum_l, vf_add(sum_l[g], wl[g]));
+            TOGETHER(GROUPS, product, vf_mul(wl[g], t[g]));
+            TOGETHER(GROUPS, sum_l2, vf_add(sum_l2[g], product[g]));
+            TOGETHER(GROUPS, product, vf_mul(wl[g], x[g][k]));
+            TOGETHER(GROUPS, sum_xl, vf_add(sum_xl[g], product[g]));
         }
-    EACH_SIDE {
+    EACH_GROUP {
         const vf sum_w = at->sum_w[g], sum_x = at->sum_x[g];
         const vf det = vf_sub(vf_mul(sum_w, sum_l2[g]), vf_mul(sum_l[g], sum_l[g]));
         vf s = vf_div(vf_sub(vf_mul(sum_w, sum_xl[g]), vf_mul(sum_x, sum_l[g])), det);
@@ -179,20 +187,27 @@ INLINE void solve_min(min_search *at, const lanes_of_32 *x, const lanes_of_32 *w
             hopeless[g] = rules_out(s, m, sum_l[g], sum_l2[g], sum_xl[g], sum_w, sum_x, at->sum_x2[g], at->least[g]);
     }
     at->hopeless = closed;
-    EACH_SIDE if (closed && vm_any(vm_andnot(vm_andnot(at->solved[g], at->flat[g]), hopeless[g]))) at->hopeless = 0;
+    EACH_GROUP if (closed && vm_any(vm_andnot(vm_andnot(at->solved[g], at->flat[g]), hopeless[g]))) at->hopeless = 0;
 }
 
 /* Keeps the solution where its error is the least so far. */
 INLINE void judge_min(lane_fit *fit, min_search *at, const lanes_of_32 *x, const lanes_of_32 *w, int n, int absolute) {
-    vf error[SIDE], s[SIDE], m[SIDE];
-    EACH_SIDE {
+    vf error[GROUPS], s[GROUPS], m[GROUPS];
+    EACH_GROUP {
         error[g] = vf_zero();
         s[g] = at->s[g], m[g] = at->m[g];
     }
-    _Pragma("GCC unroll 4")
-    for (int i = 0; i < n; i++) EACH_SIDE
-        error[g] = vf_add(error[g], vf_mul(w[g][i], residual(s[g], at->q[g][i], m[g], x[g][i], absolute)));
-    EACH_SIDE {
+    _Pragma("GCC unroll 2")
+    for (int i = 0; i < n; i++) {
+        vf diff[GROUPS];
+        TOGETHER(GROUPS, diff, vf_mul(s[g], at->q[g][i]));
+        TOGETHER(GROUPS, diff, vf_add(diff[g], m[g]));
+        TOGETHER(GROUPS, diff, vf_sub(diff[g], x[g][i]));
+        TOGETHER(GROUPS, diff, absolute ? vf_abs(diff[g]) : vf_mul(diff[g], diff[g]));
+        TOGETHER(GROUPS, diff, vf_mul(w[g][i], diff[g]));
+        TOGETHER(GROUPS, error, vf_add(error[g], diff[g]));
+    }
+    EACH_GROUP {
         const vm better = vm_and(at->solved[g], vf_lt(error[g], at->least[g]));
         vf_update(&at->least[g], better, error[g]);
         vf_update(&fit[g].code_scale, better, at->iscale[g]);
@@ -209,29 +224,22 @@ INLINE void judge_min(lane_fit *fit, min_search *at, const lanes_of_32 *x, const
 INLINE int fit_min_once(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, float first, float step,
                         int last, int absolute, int closed, int exact) {
     const vf zero = vf_zero();
-    min_search at[UNITS];
+    min_search at;
     int safe = 1;
-    for (int u = 0; u < UNITS; u++) {
-        begin_min(fit + u * SIDE, &at[u], x + u * SIDE, w + u * SIDE, n, q_max, absolute, exact);
-        aim_min(&at[u], fit + u * SIDE, first + (float)q_max);
-    }
+    begin_min(fit, &at, x, w, n, q_max, absolute, exact);
+    aim_min(&at, fit, first + (float)q_max);
     for (int trial = 0; trial <= last; trial++) {
         const int ceiling = first + step * (float)trial > 0.49f; /* codes beyond q_max: seldom the best trial */
-        for (int u = 0; u < UNITS; u++) {
-            const lanes_of_32 *ux = x + u * SIDE, *uw = w + u * SIDE;
-            if (exact || at[u].low) solve_min(&at[u], ux, uw, n, q_max, exact, 1, 1, closed && !exact);
-            else if (ceiling) solve_min(&at[u], ux, uw, n, q_max, 0, 0, 1, closed);
-            else solve_min(&at[u], ux, uw, n, q_max, 0, 0, 0, 0);
-        }
-        for (int u = 0; u < UNITS; u++) {
-            if (!at[u].hopeless) judge_min(fit + u * SIDE, &at[u], x + u * SIDE, w + u * SIDE, n, absolute);
-            aim_min(&at[u], fit + u * SIDE, first + step * (float)(trial + 1) + (float)q_max);
-        }
+        if (exact || at.low) solve_min(&at, x, w, n, q_max, exact, 1, 1, closed && !exact);
+        else if (ceiling) solve_min(&at, x, w, n, q_max, 0, 0, 1, closed);
+        else solve_min(&at, x, w, n, q_max, 0, 0, 0, 0);
+        if (!at.hopeless) judge_min(fit, &at, x, w, n, absolute);
+        aim_min(&at, fit, first + step * (float)(trial + 1) + (float)q_max);
     }
     EACH_GROUP {
-        const vf low = vf_min(zero, at[g / SIDE].lowest[g % SIDE]);
-        const vm flat = at[g / SIDE].flat[g % SIDE];
-        if (vm_any(vm_andnot(vf_eq(zero, zero), vm_or(at[g / SIDE].safe[g % SIDE], flat)))) safe = 0;
+        const vf low = vf_min(zero, at.lowest[g]);
+        const vm flat = at.flat[g];
+        if (vm_any(vm_andnot(vf_eq(zero, zero), vm_or(at.safe[g], flat)))) safe = 0;
         fit[g].scale = vf_select(flat, zero, fit[g].scale);
         fit[g].min = vf_select(flat, low, fit[g].min);
         fit[g].code_scale = vf_select(flat, zero, fit[g].code_scale);
@@ -292,79 +300,125 @@ INLINE void fit_symmetric(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32
     }
 }
 
-/* One weight's part in the sums of fit_descent_3, and the bounds within which x * sl2 / sxl surely rounds to its code. */
+/* A weight's parts in the sums of fit_descent_3, and the bounds within which x * sl2 / sxl surely rounds to its code. */
 typedef struct {
-    vf x, l, wxl, wll, low, high;
+    vf wxl, wll, low, high;
 } descent_weight;
 
-INLINE void settle_descent(descent_weight *v, vf l) {
-    const vf w = vf_mul(v->x, v->x), slack = vf_set1(0.4999f), far = vf_set1(1e30f);
-    v->l = l;
-    v->wxl = vf_mul(vf_mul(w, v->x), l);
+INLINE void settle_descent(descent_weight *v, vf x, vf l) {
+    const vf w = vf_mul(x, x), slack = vf_set1(0.4999f), far = vf_set1(1e30f);
+    v->wxl = vf_mul(vf_mul(w, x), l);
     v->wll = vf_mul(vf_mul(w, l), l);
     v->low = vf_select(vf_gt(l, vf_set1(-4.0f)), vf_sub(l, slack), vf_neg(far));
     v->high = vf_select(vf_lt(l, vf_set1(3.0f)), vf_add(l, slack), far);
 }
 
-/* Gives weight v the code that fits the others best, in the lanes where that is an improvement. */
-INLINE vm descend(descent_weight *v, vf *sum_xl, vf *sum_l2) {
+/* Gives one weight of each of n groups, x with code l, the code that fits the others best, in the lanes where that is an
+ * improvement; sxl and sl2 are the sums without it. `farthest` is to tell whether fast rounding did, see code_of. Returns where
+ * codes have changed. */
+INLINE vm descend(int n, vf *l, const vf *x, vf *sxl, vf *sl2, vf *sum_xl, vf *sum_l2, vf *farthest, int exact) {
     const vf zero = vf_zero();
-    const vf w = vf_mul(v->x, v->x);
-    vf sxl = vf_sub(*sum_xl, v->wxl), sl2 = vf_sub(*sum_l2, v->wll);
-    vm better = vf_gt(sxl, zero);
-    const vf l = code_of(vf_div(vf_mul(v->x, sl2), sxl), -4, 3, 1);
-    better = vm_andnot(better, vf_eq(l, v->l));
-    sxl = vf_add(sxl, vf_mul(vf_mul(w, v->x), l));
-    sl2 = vf_add(sl2, vf_mul(vf_mul(w, l), l));
-    better = vm_and(better, vf_gt(sl2, zero));
-    better = vm_and(better, vf_gt(vf_mul(vf_mul(sxl, sxl), *sum_l2), vf_mul(vf_mul(*sum_xl, *sum_xl), sl2)));
-    settle_descent(v, vf_select(better, l, v->l));
-    *sum_xl = vf_select(better, sxl, *sum_xl);
-    *sum_l2 = vf_select(better, sl2, *sum_l2);
-    return better;
+    vf code[GROUPS], wl[GROUPS], found[GROUPS], so_far[GROUPS];
+    vm changed = vf_lt(zero, zero), better[GROUPS];
+    TOGETHER(n, code, vf_mul(x[g], sl2[g]));
+    TOGETHER(n, code, vf_div(code[g], sxl[g]));
+    for (int g = 0; g < n; g++) {
+        better[g] = vf_gt(sxl[g], zero);
+        *farthest = vf_max(vf_abs(code[g]), *farthest);
+    }
+    TOGETHER(n, code, code_of(code[g], -4, 3, exact));
+    TOGETHER(n, wl, vf_mul(vf_mul(x[g], x[g]), code[g]));
+    TOGETHER(n, found, vf_mul(vf_mul(vf_mul(x[g], x[g]), x[g]), code[g]));
+    TOGETHER(n, sxl, vf_add(sxl[g], found[g]));
+    TOGETHER(n, wl, vf_mul(wl[g], code[g]));
+    TOGETHER(n, sl2, vf_add(sl2[g], wl[g]));
+    TOGETHER(n, found, vf_mul(vf_mul(sxl[g], sxl[g]), sum_l2[g]));
+    TOGETHER(n, so_far, vf_mul(vf_mul(sum_xl[g], sum_xl[g]), sl2[g]));
+    for (int g = 0; g < n; g++) {
+        better[g] = vm_and(vm_andnot(better[g], vf_eq(code[g], l[g])), vf_gt(sl2[g], zero));
+        better[g] = vm_and(better[g], vf_gt(found[g], so_far[g]));
+        l[g] = vf_select(better[g], code[g], l[g]);
+        sum_xl[g] = vf_select(better[g], sxl[g], sum_xl[g]);
+        sum_l2[g] = vf_select(better[g], sl2[g], sum_l2[g]);
+        changed = vm_or(changed, better[g]);
+    }
+    return changed;
 }
 
-/* Scale and codes of 16 weights w = scale * (q - 4), each importance the square of its weight: coordinate descent, at most five
- * rounds, from the code -4 for the peak. Lanes of zeros get scale and codes 0. Most steps change nothing, and are seen to by
- * two comparisons instead of a division that the next step would have to wait for. */
-INLINE void fit_descent_3(vf *scale, vi (*q)[16], const lanes_of_32 *x) {
-    const vf zero = vf_zero();
-    descent_weight v[GROUPS][16];
-    vf amax[GROUPS], sum_xl[GROUPS], sum_l2[GROUPS];
-    vm none[GROUPS];
-    EACH_GROUP {
-        vf peak = zero;
-        amax[g] = sum_xl[g] = sum_l2[g] = zero;
-        for (int i = 0; i < 16; i++) {
-            const vf a = vf_abs(x[g][i]);
-            const vm higher = vf_gt(a, amax[g]);
-            amax[g] = vf_select(higher, a, amax[g]);
-            peak = vf_select(higher, x[g][i], peak);
+/* A round of the descent of one vector over the weights that are not surely right as they are: two comparisons of each instead
+ * of a division that the next would have to wait for. */
+INLINE int descend_where_unsure(descent_weight *v, const vf *x, vf *l, vf *sum_xl, vf *sum_l2, vf *farthest, vm none, int exact) {
+    int changed = 0;
+    for (int i = 0; i < 16; i++) {
+        vf sxl = vf_sub(*sum_xl, v[i].wxl), sl2 = vf_sub(*sum_l2, v[i].wll);
+        const vf p = vf_mul(x[i], sl2);
+        const vm within = vm_and(vf_le(vf_mul(v[i].low, sxl), p), vf_le(p, vf_mul(v[i].high, sxl)));
+        const vm sure = vm_and(within, vf_gt(sxl, vf_set1(1e-36f))); /* bounds of denormals would be too coarse */
+        if (vm_any(vm_andnot(vm_andnot(vf_gt(sxl, vf_zero()), sure), none))) {
+            changed |= vm_any(vm_andnot(descend(1, &l[i], &x[i], &sxl, &sl2, sum_xl, sum_l2, farthest, exact), none));
+            settle_descent(&v[i], x[i], l[i]);
         }
-        none[g] = vf_lt(amax[g], vf_set1(TINY));
+    }
+    return changed;
+}
+
+/* Vectors that fit_descent_3 works on at once: as many as fill the time that a step waits for the one before. */
+enum { DESCENTS = 2 * GROUPS };
+
+/* Scale and codes of 16 weights w = scale * (q - 4), each importance the square of its weight: coordinate descent, at most five
+ * rounds, from the code -4 for the peak. Lanes of zeros get scale and codes 0. Returns 0 if not `exact` and the fast rounding
+ * does not do. */
+INLINE int fit_descent_once(vf *scale, vi (*q)[16], const lanes_of_32 *x, int exact) {
+    const vf zero = vf_zero();
+    vf l[DESCENTS][16], amax[DESCENTS], sum_xl[DESCENTS], sum_l2[DESCENTS], farthest = zero;
+    for (int d = 0; d < DESCENTS; d++) {
+        vf peak = zero;
+        amax[d] = sum_xl[d] = sum_l2[d] = zero;
+        for (int i = 0; i < 16; i++) {
+            const vf a = vf_abs(x[d][i]);
+            const vm higher = vf_gt(a, amax[d]);
+            amax[d] = vf_select(higher, a, amax[d]);
+            peak = vf_select(higher, x[d][i], peak);
+        }
         const vf iscale = vf_div(vf_set1(-4.0f), peak);
         for (int i = 0; i < 16; i++) {
-            v[g][i].x = x[g][i];
-            settle_descent(&v[g][i], code_of(vf_mul(iscale, x[g][i]), -4, 3, 0));
-            sum_xl[g] = vf_add(sum_xl[g], v[g][i].wxl);
-            sum_l2[g] = vf_add(sum_l2[g], v[g][i].wll);
+            const vf w = vf_mul(x[d][i], x[d][i]);
+            l[d][i] = code_of(vf_mul(iscale, x[d][i]), -4, 3, 0);
+            sum_xl[d] = vf_add(sum_xl[d], vf_mul(vf_mul(w, x[d][i]), l[d][i]));
+            sum_l2[d] = vf_add(sum_l2[d], vf_mul(vf_mul(w, l[d][i]), l[d][i]));
         }
     }
-    for (int round = 0, changed = 1; round < 5 && changed; round++) {
-        changed = 0;
-        for (int i = 0; i < 16; i++) EACH_GROUP {
-            descent_weight *at = &v[g][i];
-            const vf sxl = vf_sub(sum_xl[g], at->wxl), p = vf_mul(at->x, vf_sub(sum_l2[g], at->wll));
-            const vm within = vm_and(vf_le(vf_mul(at->low, sxl), p), vf_le(p, vf_mul(at->high, sxl)));
-            const vm sure = vm_and(within, vf_gt(sxl, vf_set1(1e-36f))); /* bounds of denormals would be too coarse */
-            if (vm_any(vm_andnot(vm_andnot(vf_gt(sxl, zero), sure), none[g])))
-                changed |= vm_any(vm_andnot(descend(at, &sum_xl[g], &sum_l2[g]), none[g]));
+    /* A third of the first round's steps change something in one of 16 lanes: too many to foresee, so no branches there. */
+    const int first = LANES < 16 ? 0 : 1;
+    for (int i = 0; i < 16 * first; i++)
+        for (int d = 0; d < DESCENTS; d += GROUPS) {
+            vf code[GROUPS], at[GROUPS], w[GROUPS], sxl[GROUPS], sl2[GROUPS];
+            EACH_GROUP {
+                at[g] = x[d + g][i];
+                code[g] = l[d + g][i];
+            }
+            TOGETHER(GROUPS, w, vf_mul(at[g], at[g]));
+            TOGETHER(GROUPS, sl2, vf_mul(vf_mul(w[g], code[g]), code[g]));
+            TOGETHER(GROUPS, sxl, vf_mul(vf_mul(w[g], at[g]), code[g]));
+            TOGETHER(GROUPS, sl2, vf_sub(sum_l2[d + g], sl2[g]));
+            TOGETHER(GROUPS, sxl, vf_sub(sum_xl[d + g], sxl[g]));
+            descend(GROUPS, code, at, sxl, sl2, sum_xl + d, sum_l2 + d, &farthest, exact);
+            EACH_GROUP l[d + g][i] = code[g];
         }
+    for (int d = 0; d < DESCENTS; d++) {
+        const vm none = vf_lt(amax[d], vf_set1(TINY));
+        descent_weight v[16];
+        for (int i = 0; i < 16; i++) settle_descent(&v[i], x[d][i], l[d][i]);
+        for (int round = first, changed = 1; round < 5 && changed; round++)
+            changed = descend_where_unsure(v, x[d], l[d], &sum_xl[d], &sum_l2[d], &farthest, none, exact);
+        scale[d] = vf_select(vm_andnot(vf_gt(sum_l2[d], zero), none), vf_div(sum_xl[d], sum_l2[d]), zero);
+        for (int i = 0; i < 16; i++) q[d][i] = vf_truncate(vf_select(none, zero, vf_add(l[d][i], vf_set1(4.0f))));
     }
-    EACH_GROUP {
-        scale[g] = vf_select(vm_andnot(vf_gt(sum_l2[g], zero), none[g]), vf_div(sum_xl[g], sum_l2[g]), zero);
-        for (int i = 0; i < 16; i++) q[g][i] = vf_truncate(vf_select(none[g], zero, vf_add(v[g][i].l, vf_set1(4.0f))));
-    }
+    return exact || !vm_any(vf_gt(farthest, vf_set1(ROUND_LIMIT)));
+}
+
+INLINE void fit_descent_3(vf *scale, vi (*q)[16], const lanes_of_32 *x) {
+    if (!fit_descent_once(scale, q, x, 0)) fit_descent_once(scale, q, x, 1);
 }
 
 /* Scale and codes of n non-negative values v = scale * q, q <= q_max, with importances w: the best of nine trial scales by

@@ -118,20 +118,20 @@ static void pack_Q3_K(block_q3_K *y, const uint8_t *codes) {
 
 /* Without an imatrix the codes come from coordinate descent, and are kept for sub-blocks whose scale rounds to zero. */
 static void default_Q3_K(const float *x, block_q3_K *y, int count) {
-    float scales[MAX_FITS + AT_ONCE], copy[TILE];
-    uint8_t found[MAX_FITS / LANES + GROUPS][16][LANES];
+    float scales[MAX_FITS], copy[TILE];
+    uint8_t found[MAX_FITS / LANES][16][LANES];
     const int n = count * SUPER;
     for (int i = 0; i < n; i += TILE) {
         const float *tile = tile_of(copy, x + i, n - i);
-        for (int j = 0; j < TILE / 16; j += AT_ONCE) {
-            lanes_of_32 lanes[GROUPS];
-            vf scale[GROUPS];
-            vi q[GROUPS][16];
-            load_groups(lanes, tile + 16 * j, 16);
+        for (int j = 0; j < TILE / 16; j += DESCENTS * LANES) {
+            lanes_of_32 lanes[DESCENTS];
+            vf scale[DESCENTS];
+            vi q[DESCENTS][16];
+            for (int d = 0; d < DESCENTS; d++) load_lanes(lanes[d], tile + 16 * (j + d * LANES), 16);
             fit_descent_3(scale, q, lanes);
-            EACH_GROUP {
-                vf_store(scales + i / 16 + j + g * LANES, scale[g]);
-                for (int k = 0; k < 16; k++) vi_store_u8(found[(i / 16 + j) / LANES + g][k], q[g][k]);
+            for (int d = 0; d < DESCENTS; d++) {
+                vf_store(scales + i / 16 + j + d * LANES, scale[d]);
+                for (int k = 0; k < 16; k++) vi_store_u8(found[(i / 16 + j) / LANES + d][k], q[d][k]);
             }
         }
     }
