@@ -48,11 +48,6 @@ INLINE vf code_from_0(vf t, int high, int exact, int floor, int ceiling) {
     return vf_round(t);
 }
 
-INLINE vf residual(vf scale, vf q, vf min, vf x, int absolute) {
-    const vf diff = vf_sub(vf_add(vf_mul(scale, q), min), x);
-    return absolute ? vf_abs(diff) : vf_mul(diff, diff);
-}
-
 /* Sums are chains of dependent additions, so GROUPS vectors of sub-blocks go through a search side by side: their chains fill
  * each other's waiting times. */
 #define EACH_GROUP for (int g = 0; g < GROUPS; g++)
@@ -78,32 +73,54 @@ typedef struct {
     int low, hopeless; /* see aim_min, rules_out */
 } min_search;
 
+/* Adds the errors of weight i with codes q, times its importances. */
+INLINE void add_errors(vf *error, const vf *q, const vf *s, const vf *m, const lanes_of_32 *x, const lanes_of_32 *w, int i,
+                       int absolute) {
+    vf diff[GROUPS];
+    TOGETHER(GROUPS, diff, vf_mul(s[g], q[g]));
+    TOGETHER(GROUPS, diff, vf_add(diff[g], m[g]));
+    TOGETHER(GROUPS, diff, vf_sub(diff[g], x[g][i]));
+    TOGETHER(GROUPS, diff, absolute ? vf_abs(diff[g]) : vf_mul(diff[g], diff[g]));
+    TOGETHER(GROUPS, diff, vf_mul(w[g][i], diff[g]));
+    TOGETHER(GROUPS, error, vf_add(error[g], diff[g]));
+}
+
 /* Extremes, sums, and the error of the plain scale (max - min) / q_max. */
 INLINE void begin_min(lane_fit *fit, min_search *at, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, int absolute,
                       int exact) {
     EACH_GROUP {
-        vf lowest = x[g][0], max = lowest, sum_w = w[g][0], sum_x = vf_mul(sum_w, lowest), sum_x2 = vf_mul(sum_x, lowest);
-        for (int i = 1; i < n; i++) {
-            const vf wx = vf_mul(w[g][i], x[g][i]);
-            lowest = vf_min(x[g][i], lowest);
-            max = vf_max(x[g][i], max);
-            sum_w = vf_add(sum_w, w[g][i]);
-            sum_x = vf_add(sum_x, wx);
-            sum_x2 = vf_estimate(wx, x[g][i], sum_x2);
-        }
-        const vf min = vf_min(vf_zero(), lowest); /* in this order a -0 stays */
-        const vf range = vf_sub(max, min), iscale = vf_div(vf_set1((float)q_max), range);
-        fit[g] = (lane_fit){vf_div(vf_set1(1.0f), iscale), min, iscale, min, sum_w};
-        at->sum_w[g] = sum_w, at->sum_x[g] = sum_x, at->lowest[g] = lowest, at->max[g] = max;
-        at->sum_x2[g] = sum_x2;
-        at->flat[g] = vf_eq(max, min);
-        at->safe[g] = vf_le(vf_abs(vf_mul(iscale, range)), vf_set1(ROUND_LIMIT));
+        at->lowest[g] = at->max[g] = x[g][0];
+        at->sum_w[g] = w[g][0];
+        at->sum_x[g] = vf_mul(w[g][0], x[g][0]);
+        at->sum_x2[g] = vf_mul(at->sum_x[g], x[g][0]);
+    }
+    for (int i = 1; i < n; i++) {
+        vf wx[GROUPS];
+        TOGETHER(GROUPS, wx, vf_mul(w[g][i], x[g][i]));
+        TOGETHER(GROUPS, at->lowest, vf_min(x[g][i], at->lowest[g]));
+        TOGETHER(GROUPS, at->max, vf_max(x[g][i], at->max[g]));
+        TOGETHER(GROUPS, at->sum_x2, vf_estimate(wx[g], x[g][i], at->sum_x2[g]));
+        TOGETHER(GROUPS, at->sum_w, vf_add(at->sum_w[g], w[g][i]));
+        TOGETHER(GROUPS, at->sum_x, vf_add(at->sum_x[g], wx[g]));
+    }
+    vf scale[GROUPS], min[GROUPS], iscale[GROUPS];
+    EACH_GROUP {
+        const vf max = at->max[g];
+        min[g] = vf_min(vf_zero(), at->lowest[g]); /* in this order a -0 stays */
+        const vf range = vf_sub(max, min[g]);
+        iscale[g] = vf_div(vf_set1((float)q_max), range);
+        scale[g] = vf_div(vf_set1(1.0f), iscale[g]);
+        fit[g] = (lane_fit){scale[g], min[g], iscale[g], min[g], at->sum_w[g]};
+        at->flat[g] = vf_eq(max, min[g]);
+        at->safe[g] = vf_le(vf_abs(vf_mul(iscale[g], range)), vf_set1(ROUND_LIMIT));
         at->least[g] = vf_zero();
     }
-    for (int i = 0; i < n; i++) EACH_GROUP {
-        const vf l = code_from_0(vf_mul(fit[g].code_scale, vf_sub(x[g][i], fit[g].min)), q_max, exact, 0, 0);
-        const vf error = residual(fit[g].scale, l, fit[g].min, x[g][i], absolute);
-        at->least[g] = vf_add(at->least[g], vf_mul(w[g][i], error));
+    for (int i = 0; i < n; i++) {
+        vf t[GROUPS];
+        TOGETHER(GROUPS, t, vf_sub(x[g][i], min[g]));
+        TOGETHER(GROUPS, t, vf_mul(iscale[g], t[g]));
+        TOGETHER(GROUPS, t, code_from_0(t[g], q_max, exact, 0, 0));
+        add_errors(at->least, t, scale, min, x, w, i, absolute);
     }
 }
 
@@ -197,15 +214,10 @@ INLINE void judge_min(lane_fit *fit, min_search *at, const lanes_of_32 *x, const
         error[g] = vf_zero();
         s[g] = at->s[g], m[g] = at->m[g];
     }
-    _Pragma("GCC unroll 2")
     for (int i = 0; i < n; i++) {
-        vf diff[GROUPS];
-        TOGETHER(GROUPS, diff, vf_mul(s[g], at->q[g][i]));
-        TOGETHER(GROUPS, diff, vf_add(diff[g], m[g]));
-        TOGETHER(GROUPS, diff, vf_sub(diff[g], x[g][i]));
-        TOGETHER(GROUPS, diff, absolute ? vf_abs(diff[g]) : vf_mul(diff[g], diff[g]));
-        TOGETHER(GROUPS, diff, vf_mul(w[g][i], diff[g]));
-        TOGETHER(GROUPS, error, vf_add(error[g], diff[g]));
+        vf q[GROUPS];
+        EACH_GROUP q[g] = at->q[g][i];
+        add_errors(error, q, s, m, x, w, i, absolute);
     }
     EACH_GROUP {
         const vm better = vm_and(at->solved[g], vf_lt(error[g], at->least[g]));
