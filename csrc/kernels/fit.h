@@ -49,26 +49,26 @@ INLINE vf code_from_0(vf t, int high, int exact, int floor, int ceiling) {
 }
 
 /* Sums are chains of dependent additions, so GROUPS vectors of sub-blocks go through a search side by side: their chains fill
- * each other's waiting times. */
-#define EACH_GROUP for (int g = 0; g < GROUPS; g++)
+ * each other's waiting times. (Unrolled early, or gcc keeps some of the sums in memory.) */
+#define EACH_GROUP _Pragma("GCC unroll 4") for (int g = 0; g < GROUPS; g++)
 
 typedef vf lanes_of_32[32];
 
 /* v[g] = value for n groups, and nothing in between: Zen hands operations to two schedulers in turn, each of which has one unit
  * for sums and one for products, so that sums and products should come in pairs. Compilers would mix them (measured: 2 to 6 %). */
-#define TOGETHER(n, v, ...)                             \
-    do {                                                \
+#define TOGETHER(n, v, ...)                               \
+    do {                                                  \
         for (int g = 0; g < (n); g++) v[g] = __VA_ARGS__; \
-        for (int g = 0; g < (n); g++) vf_pin(&v[g]);    \
+        for (int g = 0; g < (n); g++) vf_pin(&v[g]);      \
     } while (0)
 
 /* What the search of fit_min carries from trial to trial. */
 typedef struct {
     vf sum_w[GROUPS], sum_x[GROUPS], lowest[GROUPS], max[GROUPS], least[GROUPS];
-    vf sum_x2[GROUPS];            /* for rules_out alone, so in any order */
+    vf sum_x2[GROUPS];              /* for rules_out alone, so in any order */
     vf iscale[GROUPS], min[GROUPS]; /* of this trial's codes */
     vf s[GROUPS], m[GROUPS];        /* its solution */
-    vf q[GROUPS][32];             /* its codes */
+    vf q[GROUPS][32];               /* its codes */
     vm solved[GROUPS], safe[GROUPS], flat[GROUPS];
     int low, hopeless; /* see aim_min, rules_out */
 } min_search;
