@@ -56,10 +56,10 @@ typedef vf lanes_of_32[32];
 
 /* v[g] = value for n groups, and nothing in between: Zen hands operations to two schedulers in turn, each of which has one unit
  * for sums and one for products, so that sums and products should come in pairs. Compilers would mix them (measured: 2 to 6 %). */
-#define TOGETHER(n, v, ...)                               \
-    do {                                                  \
-        for (int g = 0; g < (n); g++) v[g] = __VA_ARGS__; \
-        for (int g = 0; g < (n); g++) vf_pin(&v[g]);      \
+#define TOGETHER(n, v, ...)                                     \
+    do {                                                        \
+        for (int g = 0; g < (n); g++) v[g] = __VA_ARGS__;       \
+        for (int g = 0; (n) > 1 && g < (n); g++) vf_pin(&v[g]); \
     } while (0)
 
 /* What the search of fit_min carries from trial to trial. */
