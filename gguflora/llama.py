@@ -59,12 +59,24 @@ class _Log:
 
     def start(self, least: int, kept_back: int) -> None:
         self.kept, self._least, self._kept_back = [], least, kept_back
-        self._before, self._before_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
-        llama_cpp.llama_log_get(ctypes.byref(self._before), ctypes.byref(self._before_data))
+        self._before, self._before_data = _listener()
         llama_cpp.llama_log_set(self.callback, None)
 
     def stop(self) -> None:
-        llama_cpp.llama_log_set(self._before, self._before_data)
+        # if somebody has set another since, the one before may have been freed
+        if _address(_listener()[0]) == _address(self.callback):
+            llama_cpp.llama_log_set(self._before, self._before_data)
+
+
+def _listener() -> tuple[Any, ctypes.c_void_p]:
+    """Whom llama.cpp tells of its log, and what it hands that function besides."""
+    listener, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(listener), ctypes.byref(data))
+    return listener, data
+
+
+def _address(function: Any) -> int | None:  # noqa: ANN401  (a function pointer of ctypes)
+    return ctypes.cast(function, ctypes.c_void_p).value
 
 
 _LOG: Final = _Log()

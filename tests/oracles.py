@@ -112,16 +112,21 @@ def peft_logits(hf_dir: Path, adapter_dir: Path | None = None, scale: float = 1.
 # -- llama.cpp --
 
 
+_LOG: list[str] = []
+
+_COLLECT = llama_cpp.llama_log_callback(lambda level, text, user_data: _LOG.append(text.decode(errors="replace")))
+"""Never freed: an engine's thread may be about to call it when the block that set it ends."""
+
+
 @contextlib.contextmanager
 def quiet_llama_cpp() -> Iterator[None]:
     """llama.cpp's log off the terminal; into the exception, if the block raises one."""
-    log: list[str] = []
-    collect = llama_cpp.llama_log_callback(lambda level, text, user_data: log.append(text.decode(errors="replace")))
-    llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
+    _LOG.clear()
+    llama_cpp.llama_log_set(_COLLECT, ctypes.c_void_p(0))
     try:
         yield
     except Exception as error:
-        raise RuntimeError(f"{error}: {''.join(log)[-2000:]}") from error
+        raise RuntimeError(f"{error}: {''.join(_LOG)[-2000:]}") from error
     finally:
         llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, ctypes.c_void_p(0))
 

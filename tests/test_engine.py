@@ -1,6 +1,7 @@
 """The engine answers with exactly the adapters asked for, whatever it did before and beside."""
 
 import random
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,14 +62,17 @@ def test_requests_of_one_set_are_decoded_together(engine: Engine) -> None:
 def test_batches_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     decode = llama_cpp.llama_decode
+    all_asked = threading.Event()
 
     def counted(context: Any, batch: Any) -> int:
+        assert all_asked.wait(60)
         sizes.append((batch.n_tokens, {batch.seq_id[i][0] for i in range(batch.n_tokens)}))
         return int(decode(context, batch))
 
     with open_engine() as engine:
         monkeypatch.setattr(llama_cpp, "llama_decode", counted)
         generations = [ask(engine, "a", (*PROMPT[:5], number), max_tokens=20) for number in range(4)]
+        all_asked.set()
         assert all(len(tokens_of(list(generation))) == 20 for generation in generations)
     full = [size for size in sizes if size == (4, {0, 1, 2, 3})]
     assert len(full) >= 15

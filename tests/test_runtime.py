@@ -380,6 +380,19 @@ def test_the_log_listener_is_put_back(llm, tmp_path):
         llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, None)
 
 
+def test_a_listener_set_meanwhile_stays():
+    """By another thread, say: the one before may be freed by then."""
+    heard = []
+    listener = llama_cpp.llama_log_callback(lambda level, text, data: heard.append(text))
+    try:
+        with llama.captured_log():
+            llama_cpp.llama_log_set(listener, None)
+        assert not llama_cpp.llama_model_load_from_file(b"/none", llama_cpp.llama_model_default_params())
+        assert heard
+    finally:
+        llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, None)
+
+
 def test_attach_wants_an_open_llama(llm):
     with pytest.raises(HotSwapError, match=r"needs a llama_cpp\.Llama, found str"):
         runtime.attach("model.gguf")
