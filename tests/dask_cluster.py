@@ -92,8 +92,9 @@ def wait_for(condition, seconds=60):
 
 
 def is_alive(pid):
+    """Whether the process runs: it is neither gone nor waits for its parent to take note."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # the second if it goes between opening and reading
         return False
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return status.rpartition(")")[2].split()[0] != "Z"

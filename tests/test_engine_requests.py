@@ -222,7 +222,7 @@ def test_a_dropped_generation_is_cancelled() -> None:
 
 
 def test_time_outs(engine: Engine) -> None:
-    generation = ask(engine, max_tokens=200, timeout=0.03)
+    generation = ask(engine, max_tokens=200, timeout=0.01)
     list(generation)
     assert generation.finish_reason == "timeout"
     assert generation.timings.decode < 5

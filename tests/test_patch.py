@@ -213,7 +213,7 @@ def test_a_bomb_does_not_go_off():
         forward((100).to_bytes(4, "little") + bomb[4:], np.zeros(100, np.uint8), PLAIN)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=400), st.integers(1, 300))
 def test_any_payload_is_decoded_or_refused(payload, length):
     old = np.zeros(length, np.uint8)

@@ -114,7 +114,7 @@ def test_rows_of_few_blocks(kind, isa, blocks):
 
 
 @pytest.mark.parametrize("kind", [t for t in ALL_TYPES if t.quantizes], ids=by_name)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_bytes_equal_ggml_on_made_up_rows(kind, data):
     exponent = data.draw(st.integers(-140, 9))
