@@ -1,6 +1,5 @@
 #include "grids.h"
 
-#include <pthread.h>
 #include <string.h>
 
 #include "grid_points.h"
@@ -123,13 +122,13 @@ static int32_t append(int which, int *runs, uint32_t *list, int count) {
 }
 
 static void build(int which) {
-    static int8_t levels[N_GRIDS][8][MAX_POINTS];
+    static int8_t levels[8][MAX_POINTS]; /* too large for a stack; one grid is built at a time */
     const int combinations = grids[which].dims == 8 ? 6561 : 4096;
     int32_t *place = places[which];
     memset(place, -1, sizeof places[which]);
     for (int p = 0; p < grids[which].n_points; p++) {
         points[which][p] = point_at(which, p);
-        for (int k = 0; k < grids[which].dims; k++) levels[which][k][p] = (int8_t)level_of(which, points[which][p], k);
+        for (int k = 0; k < grids[which].dims; k++) levels[k][p] = (int8_t)level_of(which, points[which][p], k);
         place[index_of(which, points[which][p])] = p;
     }
     for (int index = 0, runs = 0; index < combinations; index++) {
@@ -138,7 +137,7 @@ static void build(int which) {
         const uint32_t combination = combination_at(which, index);
         short_places[which][index] = place[index];
         if (place[index] >= 0) continue;
-        measure(which, distances, levels[which], combination);
+        measure(which, distances, levels, combination);
         const int count = list_nearest(which, list, distances);
         memcpy(shorter, list, (size_t)count * sizeof *list);
         const int left = which == GRID_IQ1 ? count : shorten(which, shorter, count, combination);
@@ -147,25 +146,26 @@ static void build(int which) {
     }
 }
 
-static void build_values(void) {
-    for (int which = 0; which < N_GRIDS; which++)
-        for (int p = 0; p < grids[which].n_points; p++)
-            for (int k = 0; k < grids[which].dims; k++)
-                values[which][p * grids[which].dims + k] = grids[which].levels[level_of(which, point_at(which, p), k)];
+static void build_values(int which) {
+    for (int p = 0; p < grids[which].n_points; p++)
+        for (int k = 0; k < grids[which].dims; k++)
+            values[which][p * grids[which].dims + k] = grids[which].levels[level_of(which, point_at(which, p), k)];
 }
 
-static void build_iq2_xxs(void) { build(GRID_IQ2_XXS); }
-static void build_iq2_xs(void) { build(GRID_IQ2_XS); }
-static void build_iq2_s(void) { build(GRID_IQ2_S); }
-static void build_iq1(void) { build(GRID_IQ1); }
-static void build_iq3_xxs(void) { build(GRID_IQ3_XXS); }
-static void build_iq3_s(void) { build(GRID_IQ3_S); }
+void gfl_build_once(gfl_built *built, int which, void (*build)(int which)) {
+    atomic_bool *is_built = built->is_built + which;
+    if (atomic_load_explicit(is_built, memory_order_acquire)) return;
+    pthread_mutex_lock(&built->lock);
+    if (!atomic_load_explicit(is_built, memory_order_relaxed)) {
+        build(which);
+        atomic_store_explicit(is_built, 1, memory_order_release);
+    }
+    pthread_mutex_unlock(&built->lock);
+}
 
 const gfl_grid *gfl_grid_of(int which) {
-    static pthread_once_t once[N_GRIDS] = {PTHREAD_ONCE_INIT, PTHREAD_ONCE_INIT, PTHREAD_ONCE_INIT,
-                                           PTHREAD_ONCE_INIT, PTHREAD_ONCE_INIT, PTHREAD_ONCE_INIT};
-    static void (*const builders[N_GRIDS])(void) = {build_iq2_xxs, build_iq2_xs, build_iq2_s, build_iq1, build_iq3_xxs, build_iq3_s};
-    static const gfl_grid built[N_GRIDS] = {
+    static gfl_built built = {.lock = PTHREAD_MUTEX_INITIALIZER};
+    static const gfl_grid all[N_GRIDS] = {
         {points[GRID_IQ2_XXS], places[GRID_IQ2_XXS], short_places[GRID_IQ2_XXS], neighbours_iq2_xxs},
         {points[GRID_IQ2_XS], places[GRID_IQ2_XS], short_places[GRID_IQ2_XS], neighbours_iq2_xs},
         {points[GRID_IQ2_S], places[GRID_IQ2_S], short_places[GRID_IQ2_S], neighbours_iq2_s},
@@ -173,12 +173,12 @@ const gfl_grid *gfl_grid_of(int which) {
         {points[GRID_IQ3_XXS], places[GRID_IQ3_XXS], short_places[GRID_IQ3_XXS], neighbours_iq3_xxs},
         {points[GRID_IQ3_S], places[GRID_IQ3_S], short_places[GRID_IQ3_S], neighbours_iq3_s},
     };
-    pthread_once(&once[which], builders[which]);
-    return &built[which];
+    gfl_build_once(&built, which, build);
+    return &all[which];
 }
 
 const int8_t *gfl_grid_values(int which) {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, build_values);
+    static gfl_built built = {.lock = PTHREAD_MUTEX_INITIALIZER};
+    gfl_build_once(&built, which, build_values);
     return values[which];
 }

@@ -1,5 +1,7 @@
 #ifndef GFL_GRIDS_H
 #define GFL_GRIDS_H
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdint.h>
 
 /* The grids of the IQ1, IQ2 and IQ3 types: which combinations of levels eight (or four) weights may take together.
@@ -28,6 +30,15 @@ typedef struct {
 } gfl_grid;
 
 const gfl_grid *gfl_grid_of(int which);
+
+/* Which of some tables, one a grid, are built. */
+typedef struct {
+    pthread_mutex_t lock;
+    atomic_bool is_built[N_GRIDS];
+} gfl_built;
+
+/* Have the table of a grid built, unless it is, one at a time; returns when it is, whichever thread builds it. */
+void gfl_build_once(gfl_built *built, int which, void (*build)(int which));
 
 /* The weights of every point: bytes, eight (four) for each number. */
 const int8_t *gfl_grid_values(int which);

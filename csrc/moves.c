@@ -1,6 +1,5 @@
 #include "moves.h"
 
-#include <pthread.h>
 #include <string.h>
 
 enum { MAX_POINTS = 2048, FARTHEST = 8192 };
@@ -108,8 +107,8 @@ static int add_moves(int which, int count, const grid_levels *g, int from, int l
 }
 
 static void build(int which) {
-    static grid_levels levels[N_GRIDS];
-    grid_levels *g = levels + which;
+    static grid_levels levels; /* too large for a stack; one grid is built at a time */
+    grid_levels *g = &levels;
     read_levels(which, g);
     for (int p = 0; p < grids[which].n_points; p++) {
         measure(which, g, p);
@@ -119,17 +118,8 @@ static void build(int which) {
     }
 }
 
-static void build_iq2_xxs(void) { build(GRID_IQ2_XXS); }
-static void build_iq2_xs(void) { build(GRID_IQ2_XS); }
-static void build_iq2_s(void) { build(GRID_IQ2_S); }
-static void build_iq1(void) { build(GRID_IQ1); }
-static void build_iq3_xxs(void) { build(GRID_IQ3_XXS); }
-static void build_iq3_s(void) { build(GRID_IQ3_S); }
-
 const gfl_moves *gfl_moves_of(int which) {
-    static pthread_once_t once[N_GRIDS] = {PTHREAD_ONCE_INIT, PTHREAD_ONCE_INIT, PTHREAD_ONCE_INIT,
-                                           PTHREAD_ONCE_INIT, PTHREAD_ONCE_INIT, PTHREAD_ONCE_INIT};
-    static void (*const builders[N_GRIDS])(void) = {build_iq2_xxs, build_iq2_xs, build_iq2_s, build_iq1, build_iq3_xxs, build_iq3_s};
-    pthread_once(&once[which], builders[which]);
+    static gfl_built built = {.lock = PTHREAD_MUTEX_INITIALIZER};
+    gfl_build_once(&built, which, build);
     return grids[which].moves;
 }
