@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -139,7 +140,22 @@ def test_no_scheduler_and_no_workers(scheduler, tmp_path, monkeypatch):
     monkeypatch.setattr(dask_client, "_TIMEOUT", 0.5)
     refused("tcp://127.0.0.1:9: no Dask scheduler can be reached", recipe, "tcp://127.0.0.1:9")
     refused("tpc://127.0.0.1:9: no Dask scheduler can be reached", recipe, "tpc://127.0.0.1:9")
+    monkeypatch.setattr(dask_client, "_TIMEOUT", 5)
     refused("the scheduler has no workers", recipe, scheduler.address)
+
+
+def test_failed_connections_are_closed(tmp_path, monkeypatch):
+    """An open one closes when it is collected, which may be while the next one begins: the two would wait for ever."""
+    recipe = recipe_in(tmp_path, "small")
+    monkeypatch.setattr(dask_client, "_TIMEOUT", 0.5)
+    before = io_loops()
+    for address in ("tcp://127.0.0.1:9", "tpc://127.0.0.1:9", "tcp://127.0.0.1:port", "tls://127.0.0.1:9"):
+        refused(f"{address}: no Dask scheduler can be reached", recipe, address)
+        assert io_loops() <= before
+
+
+def io_loops():
+    return {thread for thread in threading.enumerate() if thread.name == "IO loop"}
 
 
 def test_without_dask_it_says_what_to_install(tmp_path):

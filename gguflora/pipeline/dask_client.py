@@ -77,8 +77,10 @@ class DaskEngine:
         with self._lock:
             self._closed = True
             futures = list(self._futures)
-        self._client.cancel(futures)
-        self._client.close()
+        try:
+            self._client.cancel(futures)
+        finally:
+            self._client.close()
 
     def _checked_workers(self, store: Location) -> list[dict[str, Any]]:
         try:
@@ -151,10 +153,26 @@ def _probe(store: Location) -> Iterator[str]:
         remote.remove(place)
 
 
+class _Client(Client):  # type: ignore[misc]  # Dask has no types
+    """One that stops its thread and closes if it cannot connect.
+
+    Left to the garbage collector it would be closed at any moment, with a lock that every client holds while it
+    starts its thread: if that was the moment, it would wait for ever.
+    """
+
+    def __init__(self, address: str) -> None:
+        try:
+            super().__init__(address, timeout=_TIMEOUT, set_as_default=False)
+        except BaseException:
+            self.close()
+            self._loop_runner.stop()
+            raise
+
+
 def _connected(address: str) -> Client:
     try:
-        return Client(address, timeout=_TIMEOUT, set_as_default=False)
-    except (OSError, ValueError, ImportError) as error:  # TimeoutError is an OSError; a wrong address a ValueError
+        return _Client(address)
+    except (OSError, ValueError, TypeError, ImportError) as error:  # of a wrong address ValueError, of tls:// TypeError
         raise ClusterError(f"{address}: no Dask scheduler can be reached: {error}") from error
 
 
