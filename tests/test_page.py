@@ -1,5 +1,6 @@
 """The page in headless Chromium: it loads, follows the sliders, streams both answers, shows errors, fits a phone."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -163,19 +164,23 @@ def test_keyboard_only(page):
 
 
 def test_a_full_queue_is_shown(browser):
-    with serving.serving(Settings(max_tokens=30_000), n_parallel=1, queue_size=1, n_ctx=32_768) as http:
+    with serving.serving(Settings(max_tokens=30_000), n_parallel=1, queue_size=2, n_ctx=32_768) as http:
         endless = {**serving.LONG, "max_tokens": 30_000, "stream": True}
-        with (
-            http.stream("POST", "/v1/completions", json=endless),
-            http.stream("POST", "/v1/completions", json=endless),
-        ):
-            wait_until(lambda: http.engine.stats().running == http.engine.stats().queued == 1)
+
+        def wait_for_load(running, queued):
+            wait_until(lambda: (http.engine.stats().running, http.engine.stats().queued) == (running, queued))
+
+        with contextlib.ExitStack() as streams:
+            for waiting in range(3):
+                streams.enter_context(http.stream("POST", "/v1/completions", json=endless))
+                wait_for_load(1, waiting)
             for page in opened(browser, http):
                 playwright.expect(page.get_by_role("slider")).to_have_count(2)
                 ask(page)
                 playwright.expect(page.get_by_role("alert")).to_contain_text("429: ")
                 for column in ("base", "adapted"):
                     playwright.expect(page.locator(f"#{column} .text")).to_contain_text("try again")
+        wait_for_load(0, 0)
         for page in opened(browser, http):
             ask(page)
             until_answered(page)
