@@ -12,8 +12,8 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora import _native
-from gguflora._native import GgmlType
+from gguflora.quants import kernels
+from gguflora.quants.kernels import GgmlType
 from gguflora.architectures import pieces_of
 from gguflora.base_model import describe
 from gguflora.deltas import Change, LowRank, Replace, Values, WeightTimes, as_float64, sum_factors
@@ -82,7 +82,7 @@ class Weights:
         """Rows of a tensor as bytes of some type, given the base's bytes of them."""
         if self._precise is None:
             return rows, tensor.type
-        return np.ascontiguousarray(self._precise_rows(tensor, first, last)).view(np.uint8), _native.type_named("F32")
+        return np.ascontiguousarray(self._precise_rows(tensor, first, last)).view(np.uint8), kernels.type_named("F32")
 
     def _precise_rows(self, tensor: TensorEntry, first: int, last: int) -> Floats:
         assert self._precise is not None
@@ -139,7 +139,7 @@ def read_values(base: GgufFile, tensor: TensorEntry, first: int, last: int) -> V
     vector = len(tensor.shape) == 1
     first, last = (0, 1) if vector else (first, last)
     values = np.empty((last - first, tensor.n_in), np.float32)
-    _native.dequantize_rows(read_or_zeros(base, tensor, first, last), tensor.type, values)
+    kernels.dequantize_rows(read_or_zeros(base, tensor, first, last), tensor.type, values)
     return (values.reshape(-1, 1) if vector else values).astype(np.float64)
 
 
@@ -162,9 +162,9 @@ class LowRankRows:
     a: Floats
     b: Floats
 
-    def change(self, first: int, last: int) -> _native.Product:
+    def change(self, first: int, last: int) -> kernels.Product:
         """What is added to the rows ``first`` to ``last``."""
-        return _native.Product(self.a, self.b[first - self.start : last - self.start])
+        return kernels.Product(self.a, self.b[first - self.start : last - self.start])
 
 
 @dataclass(frozen=True, slots=True)

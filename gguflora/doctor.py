@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-from gguflora import _native
+from gguflora.quants import kernels
 from gguflora._version import __version__
 
 PACKAGES: Final = ("numpy", "gguf", "safetensors", "llama-cpp-python", "torch", "peft")
@@ -76,11 +76,11 @@ def doctor() -> DoctorReport:
         cpu=_cpu_name(),
         usable_cores=len(os.sched_getaffinity(0)),
         cores=os.cpu_count(),
-        isa=_native.current_isa(),
-        isas=tuple(_native.isa_names()),
+        isa=kernels.current_isa(),
+        isas=tuple(kernels.isa_names()),
         types=tuple(
             QuantType(kind.name, kind.block_weights, kind.block_bytes, kind.needs_imatrix, kind.dithers)
-            for kind in _native.TYPES.values()
+            for kind in kernels.TYPES.values()
         ),
         packages={package: _installed(package) for package in PACKAGES},
     )

@@ -16,7 +16,7 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora import _native
+from gguflora.quants import kernels
 from gguflora.architectures import Piece, cut_positions, decay_of, is_conv1d, is_cut, is_transposed_expert, pieces_of
 from gguflora.base_model import BaseModel, describe
 from gguflora.errors import GgufError, MismatchError
@@ -143,10 +143,10 @@ def _check_architecture(file: GgufFile, model: BaseModel) -> None:
 
 
 def _dequantized(file: GgufFile, tensor: TensorEntry, first: int, last: int) -> Floats:
-    if tensor.type.id not in _native.TYPES:
+    if tensor.type.id not in kernels.TYPES:
         raise GgufError(f"{file.path}: tensor {tensor.name!r} is {tensor.type.name}, expected weights")
     values = np.empty((last - first, tensor.n_in), np.float32)
-    _native.dequantize_rows(file.read_rows(tensor, first, last), tensor.type, values)
+    kernels.dequantize_rows(file.read_rows(tensor, first, last), tensor.type, values)
     return values
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora import quants
-from gguflora._native import type_named
+from gguflora.quants.kernels import type_named
 from gguflora._version import __version__
 from gguflora.adapters.gguf_lora import ALPHA_KEY, INVOCATION_KEY
 from gguflora.deltas import as_float64

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from gguflora import _native
-from gguflora._native import GgmlType
+from gguflora.quants import kernels
+from gguflora.quants.kernels import GgmlType
 from gguflora._version import __version__
 from gguflora.adapters import Adapter
 from gguflora.architectures import can_untie, unknown_warning, with_biases
@@ -45,8 +45,8 @@ class OutputTypes:
         Raises:
             QuantizationError: for an unknown type.
         """
-        general = None if outtype == "keep" else _native.type_named(outtype)
-        return cls(general, tuple((pattern, _native.type_named(name)) for pattern, name in patterns.items()))
+        general = None if outtype == "keep" else kernels.type_named(outtype)
+        return cls(general, tuple((pattern, kernels.type_named(name)) for pattern, name in patterns.items()))
 
     def of(self, name: str, source: TensorEntry, *, only_floats: bool) -> GgmlType:
         """The type of a changed tensor; what a quantized file holds in F32, it holds so for a reason."""
@@ -160,7 +160,7 @@ def _vocabulary_of(file: GgufFile, changes: Mapping[str, Sequence[Scaled]]) -> i
 
 def _absent(name: str, shape: Shape) -> TensorEntry:
     """A bias that the base does not have: zeros that take no room."""
-    return TensorEntry(name, shape, _native.type_named("F32"), 0, 0)
+    return TensorEntry(name, shape, kernels.type_named("F32"), 0, 0)
 
 
 def _is_nothing(item: Placed) -> bool:
@@ -195,7 +195,7 @@ def _same(one: Scaled, other: Scaled) -> bool:
 def _check_type(file: GgufFile, target: Target, rounding: Rounding, *, anew: bool) -> None:
     source, kind = target.source, target.type
     where = f"{file.path}: tensor {source.name!r}"
-    if source.type.id not in _native.TYPES:
+    if source.type.id not in kernels.TYPES:
         raise QuantizationError(f"{where} is {source.type.name}, which cannot be quantized again")
     if source.n_in % kind.block_weights:
         raise QuantizationError(

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from gguflora._native import SUMS, type_named
+from gguflora.quants.kernels import SUMS, type_named
 from gguflora.rounding import Mode, Sums
 
 TOLERANCE: Final = 0.03

@@ -12,7 +12,7 @@ from typing import Any, Final, TypedDict, get_args
 
 import numpy as np
 
-from gguflora._native import SUMS
+from gguflora.quants.kernels import SUMS
 from gguflora.adapters import Adapter, read_adapter
 from gguflora.base_model import describe
 from gguflora.changed_rows import Weights

@@ -29,7 +29,7 @@ from typing import IO, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora import _native
+from gguflora.quants import kernels
 from gguflora.changed_rows import AnyRows, Bytes, Floats, LowRankRows, Target, Weights, read_or_zeros
 from gguflora.deltas import Values
 from gguflora.errors import QuantizationError
@@ -116,7 +116,7 @@ class RowsRounder:
         )
         self._total = total
         self._measured = _RowSums(rows.end - rows.start, 2)
-        self._written = _RowSums(rows.end - rows.start, len(_native.SUMS))
+        self._written = _RowSums(rows.end - rows.start, len(kernels.SUMS))
         self._grids = _Grids(folder, self._type.row_bytes(target.source.n_in))
 
     def measure(self, first: int, last: int) -> None:
@@ -125,7 +125,7 @@ class RowsRounder:
         with self._measured.of(first - start, last - start) as sums:
             rows = self._read(first, last)
             grids, delta = np.empty_like(rows), _single(self._rows.change(first, last))
-            sums[:], n_new = _native.fit_grids(rows, self._type, grids, delta, imatrix=self._importance)
+            sums[:], n_new = kernels.fit_grids(rows, self._type, grids, delta, imatrix=self._importance)
             if n_new:
                 self._grids.put(first - start, grids)
 
@@ -167,7 +167,7 @@ class RowsRounder:
         new = self._grids.take(first - self._rows.start, len(rows))
         new = rows.copy() if new is None else new
         delta = _single(self._rows.change(first, last))
-        sums[:] = _native.dither_rows(
+        sums[:] = kernels.dither_rows(
             rows, self._type, new, delta, gain=gain, key=self._rounding.key(self._target.name), first_row=first
         )
         return new
@@ -175,7 +175,7 @@ class RowsRounder:
     def _nearest_product(self, added: LowRankRows, rows: Bytes, first: int, last: int, sums: Sums) -> Bytes:
         new, (src, kind) = self._empty(len(rows)), self._weights.stored(self._target.source, rows, first, last)
         delta = added.change(first, last)
-        sums[:] = _native.merge_rows(src, kind, new, self._type, delta, imatrix=self._importance)
+        sums[:] = kernels.merge_rows(src, kind, new, self._type, delta, imatrix=self._importance)
         return new
 
     def _nearest(self, rows: Bytes, first: int, last: int, sums: Sums) -> Bytes:
@@ -191,21 +191,21 @@ class RowsRounder:
 
     def _to_nearest(self, stored: Values, delta: Values, wanted: Floats) -> tuple[Sums, Bytes]:
         new = self._empty(len(wanted))
-        nothing = _native.Product(np.zeros((0, wanted.shape[1]), np.float32), np.zeros((len(wanted), 0), np.float32))
+        nothing = kernels.Product(np.zeros((0, wanted.shape[1]), np.float32), np.zeros((len(wanted), 0), np.float32))
         source = np.ascontiguousarray(wanted).view(np.uint8)
-        sums = _native.merge_rows(source, _FLOAT, new, self._type, nothing, imatrix=self._importance)
+        sums = kernels.merge_rows(source, _FLOAT, new, self._type, nothing, imatrix=self._importance)
         after = np.empty(wanted.shape, np.float32)
-        _native.dequantize_rows(new, self._type, after)
-        moved, clipped = ((after - stored) * delta).sum(axis=1), sums[:, _native.SUMS.index("clipped")]
+        kernels.dequantize_rows(new, self._type, after)
+        moved, clipped = ((after - stored) * delta).sum(axis=1), sums[:, kernels.SUMS.index("clipped")]
         error = ((after - (stored + delta)) ** 2).sum(axis=1)
         return np.stack([(stored**2).sum(axis=1), (delta**2).sum(axis=1), moved, error, clipped], axis=1), new
 
 
-_FLOAT = _native.type_named("F32")
+_FLOAT = kernels.type_named("F32")
 
 
-def _single(delta: _native.Product | Values) -> _native.Delta:
-    return delta if isinstance(delta, _native.Product) else np.ascontiguousarray(delta, np.float32)
+def _single(delta: kernels.Product | Values) -> kernels.Delta:
+    return delta if isinstance(delta, kernels.Product) else np.ascontiguousarray(delta, np.float32)
 
 
 class _RowSums:

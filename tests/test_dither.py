@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import weights
 
-from gguflora import _native
-from gguflora._native import SUMS, TYPES, Product
+from gguflora.quants import kernels
+from gguflora.quants.kernels import SUMS, TYPES, Product
 from gguflora.errors import NonFiniteError, QuantizationError
 
-ISAS = _native.isa_names()
+ISAS = kernels.isa_names()
 DITHERED = [kind for kind in TYPES.values() if kind.name in reference.VIEWS]
 by_name = pytest.mark.parametrize("kind", DITHERED, ids=lambda kind: kind.name)
 by_isa = pytest.mark.parametrize("isa", ISAS)
@@ -43,13 +43,13 @@ def product(a, b):
 
 def fitted(src, kind, delta, isa, imatrix=None):
     out = np.full_like(src, 0xAA)
-    sums, n_new = _native.fit_grids(src, kind, out, delta, imatrix=imatrix, isa=isa)
+    sums, n_new = kernels.fit_grids(src, kind, out, delta, imatrix=imatrix, isa=isa)
     return out, sums, n_new
 
 
 def dithered(src, kind, headers, delta, isa, gain=1.0, key=KEY, first_row=0):
     out = headers.copy()
-    sums = _native.dither_rows(src, kind, out, delta, gain=gain, key=key, first_row=first_row, isa=isa)
+    sums = kernels.dither_rows(src, kind, out, delta, gain=gain, key=key, first_row=first_row, isa=isa)
     return out, sums
 
 
@@ -188,7 +188,7 @@ def test_bytes_do_not_depend_on_grouping(kind):
 
 def test_many_rows_of_a_wide_matrix():
     """More weights than one group of rows in the cache, and more searched blocks than are gathered at once."""
-    kind = _native.type_named("Q4_K")
+    kind = kernels.type_named("Q4_K")
     src = rows_of(kind, 50, 4096, name="heavy-tailed")
     a, b = change_of(src, kind, 4096, 0.5)
     assert assert_equals_reference(src, kind, Product(a, b), None, product(a, b)) > 100
@@ -223,11 +223,11 @@ def test_mean_over_keys_is_the_target(kind):
 )
 def test_weak_changes_survive(name):
     """What nearest rounds away."""
-    kind = _native.type_named(name)
+    kind = kernels.type_named(name)
     src = rows_of(kind, 64, 1024)
     a, b = change_of(src, kind, 1024, 0.002 if name in {"Q6_K", "Q5_K", "Q5_0", "Q5_1"} else 0.01, rank=8)
     out = np.empty_like(src)
-    sums = _native.merge_rows(src, kind, out, kind, Product(a, b)).sum(axis=0)
+    sums = kernels.merge_rows(src, kind, out, kind, Product(a, b)).sum(axis=0)
     lost = sums[SUMS.index("moved")] / sums[SUMS.index("delta2")]
     headers, fit, _ = fitted(src, kind, Product(a, b), None)
     gain = 1 / np.clip(fit[:, 0].sum() / fit[:, 1].sum(), 0.5, 1)
@@ -257,7 +257,7 @@ def test_sums_of_a_nearest_merge(kind, isa):
     src = rows_of(kind, 5, n_in)
     a, b = change_of(src, kind, n_in, 0.05)
     out = np.empty_like(src)
-    sums = _native.merge_rows(src, kind, out, kind, Product(a, b), isa=isa)
+    sums = kernels.merge_rows(src, kind, out, kind, Product(a, b), isa=isa)
     before, after = (libggml.dequantize(rows, kind.id, n_in).astype(float) for rows in (src, out))
     delta = product(a, b)
     target = (before.astype(np.float32) + delta).astype(float)
@@ -286,9 +286,9 @@ def test_bad_numbers_are_named(kind):
         delta = np.zeros((9, n_in), np.float32)
         delta[5, 17] = delta[6, 1] = bad
         for run in (
-            lambda delta=delta: _native.fit_grids(src, kind, out, delta),
-            lambda delta=delta: _native.dither_rows(src, kind, out, delta, gain=1, key=1, first_row=0),
-            lambda delta=delta: _native.merge_rows(src, kind, out, kind, delta),
+            lambda delta=delta: kernels.fit_grids(src, kind, out, delta),
+            lambda delta=delta: kernels.dither_rows(src, kind, out, delta, gain=1, key=1, first_row=0),
+            lambda delta=delta: kernels.merge_rows(src, kind, out, kind, delta),
         ):
             with pytest.raises(NonFiniteError, match="row 5, column 17"):
                 run()
@@ -297,7 +297,7 @@ def test_bad_numbers_are_named(kind):
 @by_isa
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K", "Q8_0"])
 def test_headers_that_overflow_are_not_taken(name, isa):
-    kind = _native.type_named(name)
+    kind = kernels.type_named(name)
     src = rows_of(kind, 2, 512)
     delta = np.zeros((2, 512), np.float32)
     delta[0, 3], delta[1, 300] = 1e30, -3e38
@@ -315,16 +315,16 @@ def assert_equals_reference_of_huge(src, kind, delta, isa):
 
 
 def test_wrong_arguments_are_refused():
-    kind, other = _native.type_named("Q4_K"), _native.type_named("BF16")
+    kind, other = kernels.type_named("Q4_K"), kernels.type_named("BF16")
     src = rows_of(kind, 4, 512)
     delta = np.zeros((4, 512), np.float32)
     with pytest.raises(QuantizationError, match="BF16"):
-        _native.fit_grids(rows_of(other, 4, 512), other, rows_of(other, 4, 512), delta)
+        kernels.fit_grids(rows_of(other, 4, 512), other, rows_of(other, 4, 512), delta)
     with pytest.raises(QuantizationError, match="overlap"):
-        _native.fit_grids(src, kind, src, delta)
+        kernels.fit_grids(src, kind, src, delta)
     with pytest.raises(QuantizationError, match="overlap"):
-        _native.dither_rows(src, kind, src, delta, gain=1, key=0, first_row=0)
+        kernels.dither_rows(src, kind, src, delta, gain=1, key=0, first_row=0)
     with pytest.raises(QuantizationError):
-        _native.fit_grids(src, kind, src.copy(), delta[:3])
+        kernels.fit_grids(src, kind, src.copy(), delta[:3])
     with pytest.raises(QuantizationError, match="imatrix"):
-        _native.fit_grids(src, kind, src.copy(), delta, imatrix=np.ones(511, np.float32))
+        kernels.fit_grids(src, kind, src.copy(), delta, imatrix=np.ones(511, np.float32))

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import weights
 
-from gguflora import _native
-from gguflora._native import TYPES, GgmlType
+from gguflora.quants import kernels
+from gguflora.quants.kernels import TYPES, GgmlType
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"][0]
@@ -86,8 +86,8 @@ def requests(kind: GgmlType, isa: str) -> Iterator[Request]:
                 written = reference.dither_rows(packed, kind, headers, delta, 1.25, 99, 7)[0]
             else:
                 written = np.empty_like(packed)
-                _native.fit_grids(packed, kind, written, delta, isa="scalar")
-                _native.dither_rows(packed, kind, written, delta, gain=1.25, key=99, first_row=7, isa="scalar")
+                kernels.fit_grids(packed, kind, written, delta, isa="scalar")
+                kernels.dither_rows(packed, kind, written, delta, gain=1.25, key=99, first_row=7, isa="scalar")
             yield request(DITHER, isa, kind, packed, written, n_in, a, scaled)
 
 
@@ -132,8 +132,8 @@ def test_aarch64_equals_ggml(neon, kind, isa):
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
 @pytest.mark.parametrize("kind", TYPES.values(), ids=lambda kind: kind.name)
 def test_sanitizers_see_nothing(sanitized, kind, isa):
-    from gguflora import _native
+    from gguflora.quants import kernels
 
-    if isa not in _native.isa_names():
+    if isa not in kernels.isa_names():
         pytest.skip(f"this machine has no {isa}")
     assert_answers(sanitized, list(requests(kind, isa)))

@@ -20,7 +20,7 @@ from test_split import split
 from test_vocabulary import resized
 
 import gguflora
-from gguflora._native import TYPES
+from gguflora.quants.kernels import TYPES
 from gguflora.errors import AdapterError, GgufloraError, MismatchError, OutputError, PatchError
 from gguflora.files.gguf import part_paths
 from gguflora.patch.coding import PLAIN, Grain, backward, encode, forward

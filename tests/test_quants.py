@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from gguflora import _native, quants
-from gguflora._native import TYPES, GgmlType
+from gguflora.quants import kernels
+from gguflora import quants
+from gguflora.quants.kernels import TYPES, GgmlType
 from gguflora.errors import NonFiniteError, QuantizationError
 
-ISAS = _native.isa_names()
+ISAS = kernels.isa_names()
 ALL_TYPES = list(TYPES.values())
 N_IN = 2816  # 11 super-blocks: an odd number, more than any vector's lanes
 
@@ -24,13 +25,13 @@ def by_name(value: object) -> str | None:
 
 def quantized(x: np.ndarray, kind: GgmlType, isa: str, imatrix: np.ndarray | None = None) -> np.ndarray:
     out = np.full((len(x), kind.row_bytes(x.shape[1])), 0xAA, np.uint8)
-    _native.quantize_rows(x, kind, out, imatrix=imatrix, isa=isa)
+    kernels.quantize_rows(x, kind, out, imatrix=imatrix, isa=isa)
     return out
 
 
 def dequantized(data: np.ndarray, kind: GgmlType, n_in: int, isa: str) -> np.ndarray:
     out = np.full((len(data), n_in), 7, np.float32)
-    _native.dequantize_rows(data, kind, out, isa=isa)
+    kernels.dequantize_rows(data, kind, out, isa=isa)
     return out
 
 
@@ -74,7 +75,7 @@ def test_shortcuts_are_right(name):
     sizes = 10.0 ** rng.uniform(-16, 4, (24, 128)).repeat(32, axis=1)
     for x in (noise, noise * sizes, noise - 3, np.abs(noise), levels, levels + 1e-4 * noise, levels + 1e-6 * noise):
         for isa in ISAS:
-            assert_same_bytes(x.astype(np.float32), _native.type_named(name), isa)
+            assert_same_bytes(x.astype(np.float32), kernels.type_named(name), isa)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -179,7 +180,7 @@ def test_too_large_for_the_type(name, value, isa):
     x[1, 300:] = value
     x[1, 400:] = -value
     with pytest.raises(NonFiniteError, match="too large"):
-        quantized(x, _native.type_named(name), isa)
+        quantized(x, kernels.type_named(name), isa)
 
 
 def test_shapes_and_types_are_checked():

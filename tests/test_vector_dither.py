@@ -7,12 +7,12 @@ import pytest
 import weights
 from scipy.optimize import linprog
 
-from gguflora import _native
-from gguflora._native import SUMS, TYPES, Product
+from gguflora.quants import kernels
+from gguflora.quants.kernels import SUMS, TYPES, Product
 from gguflora.errors import NonFiniteError
 
 NAMES = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M")
-KINDS = [_native.type_named(name) for name in NAMES]
+KINDS = [kernels.type_named(name) for name in NAMES]
 by_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 N_IN, KEY = 768, 0x1234_5678_9ABC_DEF0
 STAYING = {  # by type: bits of a block that a weak change leaves alone, scales and shifts
@@ -48,20 +48,20 @@ def dense(delta):
 
 def fitted(src, kind, delta, isa=None):
     out = np.full_like(src, 0xAA)
-    sums, n_new = _native.fit_grids(src, kind, out, delta, isa=isa)
+    sums, n_new = kernels.fit_grids(src, kind, out, delta, isa=isa)
     return out, sums, n_new
 
 
 def dithered(src, kind, start, delta, isa=None, gain=1.0, key=KEY, first_row=0):
     out = start.copy()
-    sums = _native.dither_rows(src, kind, out, delta, gain=gain, key=key, first_row=first_row, isa=isa)
+    sums = kernels.dither_rows(src, kind, out, delta, gain=gain, key=key, first_row=first_row, isa=isa)
     return out, sums
 
 
 def nearest(src, kind, delta, n_in=N_IN):
     out = np.empty_like(src)
     imatrix = np.ones(n_in, np.float32) if kind.needs_imatrix else None
-    return out, _native.merge_rows(src, kind, out, kind, delta, imatrix=imatrix)
+    return out, kernels.merge_rows(src, kind, out, kind, delta, imatrix=imatrix)
 
 
 def gain_of(fit):
@@ -82,7 +82,7 @@ def test_bytes_do_not_depend_on_isa_or_grouping(kind, relative):
         start, fit, n_new = fitted(src, kind, delta, "scalar")
         out, sums = dithered(src, kind, start, delta, "scalar", 1.2, first_row=100)
         assert np.isfinite(libggml.dequantize(out, kind.id, N_IN)).all()
-        for isa in _native.isa_names()[1:]:
+        for isa in kernels.isa_names()[1:]:
             same_start, same_fit, same_new = fitted(src, kind, delta, isa)
             same, same_sums = dithered(src, kind, start, delta, isa, 1.2, first_row=100)
             assert np.array_equal(start, same_start)
@@ -204,7 +204,7 @@ def test_any_bytes_as_base(kind):
         np.float32
     )
     found = []
-    for isa in _native.isa_names():
+    for isa in kernels.isa_names():
         start, fit, _ = fitted(src, kind, delta, isa)
         out, sums = dithered(src, kind, start, delta, isa)
         assert np.isfinite(libggml.dequantize(out, kind.id, N_IN)).all()
@@ -223,7 +223,7 @@ def test_bad_and_huge_numbers(kind):
         with pytest.raises(NonFiniteError, match="row 5, column 317"):
             fitted(src, kind, delta)
         with pytest.raises(NonFiniteError, match="row 5, column 317"):
-            _native.dither_rows(src, kind, out, delta, gain=1, key=1, first_row=0)
+            kernels.dither_rows(src, kind, out, delta, gain=1, key=1, first_row=0)
     delta = np.zeros((9, N_IN), np.float32)
     delta[0, 3], delta[1, 300] = 1e30, -3e38
     start, fit, _ = fitted(src, kind, delta)

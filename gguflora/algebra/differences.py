@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora import _native
+from gguflora.quants import kernels
 from gguflora.architectures import KNOWN
 from gguflora.errors import MismatchError
 from gguflora.files.checkpoint import Checkpoint
@@ -139,7 +139,7 @@ def _of_tensor(tuned: GgufFile, base: GgufFile, name: str, *, is_tied: bool) -> 
 
 def _read(file: GgufFile, tensor: TensorEntry, first: int, last: int) -> Floats:
     values = np.empty((last - first, tensor.n_in), np.float32)
-    _native.dequantize_rows(file.read_rows(tensor, first, last), tensor.type, values)
+    kernels.dequantize_rows(file.read_rows(tensor, first, last), tensor.type, values)
     return values
 
 

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from gguflora._native import run_rows
+from gguflora.quants.kernels import run_rows
 from gguflora.algebra.differences import Difference, Differences, Floats, open_differences
 from gguflora.algebra.output import check_output, is_gguf, write_adapter
 from gguflora.algebra.pairs import FactoredAdapter

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gguflora._native import GgmlType
+from gguflora.quants.kernels import GgmlType
 from gguflora.files.gguf_part import MAGIC, GgufPart
 from gguflora.files.gguf_tensors import Shape, align, encode_tensor, n_bytes
 

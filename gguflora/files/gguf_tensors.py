@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from gguflora._native import TYPES, GgmlType
+from gguflora.quants.kernels import TYPES, GgmlType
 from gguflora.errors import GgufError, QuantizationError
 from gguflora.files.gguf_header import Cursor, encode_string
 

@@ -17,7 +17,7 @@ from typing import Final
 
 import numpy as np
 
-from gguflora._native import GgmlType
+from gguflora.quants.kernels import GgmlType
 from gguflora.changed_rows import Bytes
 from gguflora.errors import PatchError
 

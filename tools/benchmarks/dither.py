@@ -22,8 +22,8 @@ from benchmarks.kernels import N_IN, _weights
 from rich.console import Console
 from rich.table import Table
 
-from gguflora import _native
-from gguflora._native import TYPES, GgmlType, Product
+from gguflora.quants import kernels
+from gguflora.quants.kernels import TYPES, GgmlType, Product
 
 N_ROWS, RANK, MORE_RANKS = 64, 16, 128
 TASKS = ("merge_rows", "fit_grids", "dither_rows", "fit + dither")
@@ -41,11 +41,11 @@ def _runs(kind: GgmlType, isa: str, change: Product) -> dict[str, Callable[[], o
     src = libggml.quantize(_weights(N_ROWS), kind.id, imatrix)
     nearest, dithered = src.copy(), src.copy()
     runs: dict[str, Callable[[], object]] = {
-        "merge_rows": lambda: _native.merge_rows(src, kind, nearest, kind, change, imatrix=imatrix, isa=isa)
+        "merge_rows": lambda: kernels.merge_rows(src, kind, nearest, kind, change, imatrix=imatrix, isa=isa)
     }
     if kind.dithers:
-        runs["fit_grids"] = lambda: _native.fit_grids(src, kind, dithered, change, isa=isa)
-        runs["dither_rows"] = lambda: _native.dither_rows(
+        runs["fit_grids"] = lambda: kernels.fit_grids(src, kind, dithered, change, isa=isa)
+        runs["dither_rows"] = lambda: kernels.dither_rows(
             src, kind, dithered, change, gain=1, key=1, first_row=0, isa=isa
         )
     return runs
@@ -73,13 +73,13 @@ def _medians(
 
 
 def _gflops(isas: list[str], repeats: int, seconds: float) -> dict[str, float]:
-    f32, x = _native.type_named("F32"), _weights(N_ROWS).view(np.uint8)
+    f32, x = kernels.type_named("F32"), _weights(N_ROWS).view(np.uint8)
     out = np.empty_like(x)
     factors = [
         (np.ones((rank, N_IN), np.float32), np.ones((N_ROWS, rank), np.float32)) for rank in (16, 16 + MORE_RANKS)
     ]
     runs = {
-        (isa, str(len(a))): lambda a=a, b=b, isa=isa: _native.merge_rows(x, f32, out, f32, Product(a, b), isa=isa)
+        (isa, str(len(a))): lambda a=a, b=b, isa=isa: kernels.merge_rows(x, f32, out, f32, Product(a, b), isa=isa)
         for isa in isas
         for a, b in factors
     }
@@ -98,8 +98,8 @@ def dither(
 ) -> None:
     """Add a change of rank 16 to quantized rows: to nearest, and both passes of the dither, on one core."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    kinds = [_native.type_named(name) for name in types.split(",") if name] or [t for t in TYPES.values() if t.dithers]
-    isas = [name for name in isa.split(",") if name] or _native.isa_names()
+    kinds = [kernels.type_named(name) for name in types.split(",") if name] or [t for t in TYPES.values() if t.dithers]
+    isas = [name for name in isa.split(",") if name] or kernels.isa_names()
     change, results = _change(relative), []
     table = Table(
         title=f"one core, millions of weights a second; a change of {relative:.1%} of the weights, rank {RANK}"

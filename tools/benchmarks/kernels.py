@@ -23,8 +23,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gguflora import _native
-from gguflora._native import TYPES, GgmlType
+from gguflora.quants import kernels
+from gguflora.quants.kernels import TYPES, GgmlType
 
 N_IN = 4096
 CACHED_ROWS = 16
@@ -61,14 +61,14 @@ def _quantize(x: np.ndarray, kind: GgmlType, out: np.ndarray, imatrix: np.ndarra
     if isa is None:
         libggml.quantize_into(out, x, kind.id, imatrix)
     else:
-        _native.quantize_rows(x, kind, out, imatrix=imatrix, isa=isa)
+        kernels.quantize_rows(x, kind, out, imatrix=imatrix, isa=isa)
 
 
 def _dequantize(packed: np.ndarray, kind: GgmlType, out: np.ndarray, isa: str | None) -> None:
     if isa is None:
         libggml.dequantize_into(out, packed, kind.id)
     else:
-        _native.dequantize_rows(packed, kind, out, isa=isa)
+        kernels.dequantize_rows(packed, kind, out, isa=isa)
 
 
 def _seconds(run: Callable[[], None], at_least: float) -> float:
@@ -127,8 +127,8 @@ def kernels(
 ) -> None:
     """Quantize and dequantize: ggml and every instruction set in turns, on one core, bytes checked first."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    kinds = [_native.type_named(name) for name in types.split(",") if name] or list(TYPES.values())
-    isas = [name for name in isa.split(",") if name] or _native.isa_names()
+    kinds = [kernels.type_named(name) for name in types.split(",") if name] or list(TYPES.values())
+    isas = [name for name in isa.split(",") if name] or kernels.isa_names()
     results: list[dict[str, object]] = []
     for kind in kinds:
         for task in tasks.split(","):

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora._native import TYPES, GgmlType, dequantize_rows, quantize_rows, run_rows, type_named
+from gguflora.quants.kernels import (
+    TYPES,
+    GgmlType,
+    dequantize_rows,
+    quantize_rows,
+    run_rows,
+    type_named,
+)
 from gguflora.errors import NonFiniteError, QuantizationError
 
 if TYPE_CHECKING:
