@@ -25,7 +25,7 @@ from gguflora.errors import FormatError, HotSwapError, MismatchError, Unsupporte
 from gguflora.files.gguf import GgufFile
 from gguflora.merge import AdapterArgument, merge, with_scales
 from gguflora.preflight import check_loadable, read_whole_base
-from gguflora.remote import local_inputs
+from gguflora.files.remote import local_inputs
 
 if TYPE_CHECKING:
     from gguflora.evaluation import Context, Model

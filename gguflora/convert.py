@@ -16,9 +16,9 @@ from gguflora.architectures import ignored_at_run_time, unknown_warning
 from gguflora.base_model import BaseModel, read_base
 from gguflora.errors import AdapterError
 from gguflora.factors import Factors, factor_adapter
-from gguflora.files.output import atomic_output, check_target, path_of
+from gguflora.files.atomic import atomic_output, check_target, path_of
 from gguflora.lora_file import LoraHeader, Stored, check_outtype, common_alpha, store, write_lora
-from gguflora.remote import local_inputs
+from gguflora.files.remote import local_inputs
 
 
 @dataclass(frozen=True, slots=True)

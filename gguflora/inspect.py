@@ -22,7 +22,7 @@ from gguflora.files.safetensors import weight_files
 from gguflora.placement import Placed, place
 from gguflora.prefix import fit_prefix
 from gguflora.preflight import problems_of
-from gguflora.remote import local_inputs
+from gguflora.files.remote import local_inputs
 
 if TYPE_CHECKING:
     from gguflora.algebra.spectra import RankChoice, Spectrum

@@ -32,10 +32,15 @@ import numpy as np
 from gguflora.changed_rows import Target
 from gguflora.errors import FormatError, OutputError
 from gguflora.files.gguf import FilePart, GgufFile, Layout, part_paths
-from gguflora.files.output import atomic_output, atomic_outputs, check_target, check_targets
+from gguflora.files.atomic import (
+    atomic_output,
+    atomic_outputs,
+    check_target,
+    check_targets,
+)
 from gguflora.merge_report import MergeReport
 from gguflora.prepared_merge import AdapterArgument, MergeOptions, PreparedMerge, prepared_merge
-from gguflora.remote import is_remote, local_inputs, shown
+from gguflora.files.remote import is_remote, local_inputs, shown
 from gguflora.rewrite import Block, FileSink, Progress, Rewriter
 
 _END: Final = struct.Struct("<Q8s")
@@ -303,7 +308,7 @@ def _open_part(path: str, opened: ExitStack) -> _Part:
 def _open(path: str) -> IO[bytes]:
     if not is_remote(path):
         return Path(path).open("rb")
-    from gguflora.remote.stores import asking, open_store  # noqa: PLC0415  (needs fsspec)
+    from gguflora.files.remote.stores import asking, open_store  # noqa: PLC0415  (needs fsspec)
 
     with asking(path):
         store, name = open_store(path)

@@ -12,7 +12,7 @@ from typing import Any
 from gguflora.chat import Answer, Chat
 from gguflora.engine import Engine, Sampling
 from gguflora.engine.context_size import context_size
-from gguflora.remote import local_inputs
+from gguflora.files.remote import local_inputs
 
 AdapterPath = str | os.PathLike[str]
 Adapters = Mapping[str, AdapterPath | tuple[AdapterPath, float]]

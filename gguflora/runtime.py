@@ -32,7 +32,7 @@ from gguflora.base_model import BaseModel
 from gguflora.errors import GgufloraError, HotSwapError
 from gguflora.prefix import read_prefix
 from gguflora.preflight import check_loadable, read_whole_base
-from gguflora.remote import local_inputs
+from gguflora.files.remote import local_inputs
 
 if TYPE_CHECKING:
     from gguflora.llama import LoadedAdapter

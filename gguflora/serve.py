@@ -12,7 +12,7 @@ from typing import Any, Final
 from gguflora.engine import Engine
 from gguflora.engine.context_size import context_size
 from gguflora.errors import ServerError
-from gguflora.remote import local_inputs
+from gguflora.files.remote import local_inputs
 
 _NEEDED: Final = ("fastapi", "uvicorn", "prometheus_client")
 _LOCAL: Final = {"127.0.0.1", "localhost", "::1"}

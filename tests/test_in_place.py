@@ -22,7 +22,7 @@ from test_vocabulary import resized
 
 import gguflora
 from gguflora.errors import FormatError, GgufError, OutputError, PatchError
-from gguflora.files.beside import journal_path, undo_path
+from gguflora.files.sidecars import journal_path, undo_path
 from gguflora.files.gguf import part_paths
 from gguflora.in_place import journal
 

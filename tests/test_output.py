@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from gguflora.errors import OutputError
-from gguflora.files.output import atomic_folder, atomic_output, atomic_outputs, path_of
+from gguflora.files.atomic import (
+    atomic_folder,
+    atomic_output,
+    atomic_outputs,
+    path_of,
+)
 
 
 @pytest.fixture(params=["unnamed", "named"])

@@ -20,7 +20,7 @@ from remote_servers import Repository, Site, serving
 from test_bad_input import run
 
 import gguflora
-from gguflora import remote
+from gguflora.files import remote
 from gguflora.errors import GgufloraError, OutputError, RemoteError
 
 SIZE = 2_000_000
@@ -55,7 +55,7 @@ def site(tmp_path, monkeypatch, adapters):
         monkeypatch.setenv("HF_ENDPOINT", site.url)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setenv("GGUFLORA_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr("gguflora.remote.download.time.sleep", lambda _: None)
+        monkeypatch.setattr("gguflora.files.remote.download.time.sleep", lambda _: None)
         yield site
 
 

@@ -21,7 +21,7 @@ import gguflora
 from gguflora.base_model import read_base
 from gguflora.engine import Engine, Request, Sampling
 from gguflora.errors import GgufError, OutputError
-from gguflora.files import output
+from gguflora.files import atomic
 from gguflora.files.gguf import GgufFile, encode_entry, part_paths
 
 LORA = Adapter(seed=3)
@@ -304,7 +304,7 @@ def test_failure_leaves_no_file(parts, tmp_path, monkeypatch):
     for force, broken in itertools.product((False, True), (1, 2, 3)):
         calls = itertools.count(1)
         name = "replace" if force else "link"
-        owner = output._Draft if name == "link" else Path
+        owner = atomic._Draft if name == "link" else Path
         original = getattr(owner, name)
 
         def fails(self, path, calls=calls, broken=broken, original=original):

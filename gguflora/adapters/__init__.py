@@ -22,7 +22,7 @@ from gguflora.adapters.saved import split_saved
 from gguflora.deltas import Change, Unsized
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.safetensors import Array, as_float32, read_weights, weight_files
-from gguflora.remote import local_inputs
+from gguflora.files.remote import local_inputs
 
 _LOG = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from gguflora.deltas import LowRank, as_float64
 from gguflora.errors import AdapterError, MismatchError
 from gguflora.files.safetensors import Array, as_float32
 from gguflora.lowrank import shrink, truncate
-from gguflora.remote import local_inputs
+from gguflora.files.remote import local_inputs
 
 COMBINATIONS: Final = (*METHODS, "cat", "svd", *(f"{method}_svd" for method in METHODS[1:]))
 

@@ -14,7 +14,7 @@ from gguflora.algebra.pairs import NEARLY_ALL, FactoredAdapter, for_base, read_f
 from gguflora.base_model import BaseModel, read_base
 from gguflora.deltas import LowRank, Values, as_float64
 from gguflora.errors import MismatchError
-from gguflora.remote import local_inputs
+from gguflora.files.remote import local_inputs
 
 _NEGLIGIBLE: Final = 1e-6
 """Singular values below this share of the largest span no direction."""

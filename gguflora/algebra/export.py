@@ -11,7 +11,7 @@ from gguflora.algebra.output import check_output, is_gguf, write_adapter
 from gguflora.algebra.pairs import read_factored
 from gguflora.base_model import read_base
 from gguflora.errors import OutputError
-from gguflora.remote import local_inputs
+from gguflora.files.remote import local_inputs
 
 
 @dataclass(frozen=True, slots=True)

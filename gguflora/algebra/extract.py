@@ -27,7 +27,7 @@ from gguflora.algebra.unrounding import HIGHEST_RANK, balanced, without_rounding
 from gguflora.base_model import read_base
 from gguflora.deltas import LowRank, Values
 from gguflora.errors import AdapterError
-from gguflora.remote import local_inputs
+from gguflora.files.remote import local_inputs
 
 Progress = Callable[[int, int], None]
 

@@ -15,7 +15,13 @@ from gguflora.base_model import BaseModel
 from gguflora.convert import about_architecture, about_types
 from gguflora.errors import AdapterError
 from gguflora.factors import Factors
-from gguflora.files.output import atomic_folder, atomic_output, check_folder_target, check_target, path_of
+from gguflora.files.atomic import (
+    atomic_folder,
+    atomic_output,
+    check_folder_target,
+    check_target,
+    path_of,
+)
 from gguflora.lora_file import LoraHeader, check_outtype, common_alpha, store, write_lora
 
 GGUF_SUFFIX: Final = ".gguf"

@@ -13,7 +13,7 @@ from gguflora.base_model import read_base
 from gguflora.deltas import LowRank
 from gguflora.errors import AdapterError
 from gguflora.lowrank import shrink
-from gguflora.remote import local_inputs
+from gguflora.files.remote import local_inputs
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import typer
 import gguflora
 from gguflora.cli.app import app, console, print_report, progress_bar, to_json
 from gguflora.cli.options import AsJson, DryRun, Force, Lora, LoraScaled, Threads, scaled_paths
-from gguflora.files.output import atomic_output
+from gguflora.files.atomic import atomic_output
 from gguflora.merge import MAX_SEED
 from gguflora.merge_report import MergeReport
 from gguflora.plots import plot_report

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from gguflora.remote import file_name, is_remote
+from gguflora.files.remote import file_name, is_remote
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")]

@@ -36,7 +36,7 @@ from gguflora.fuse import FusedAdapters
 from gguflora.llama import free_lora, invocation_of, load_lora
 from gguflora.prefix import fit_prefix
 from gguflora.preflight import read_whole_base
-from gguflora.remote import local_inputs
+from gguflora.files.remote import local_inputs
 
 
 @dataclass(frozen=True, slots=True)

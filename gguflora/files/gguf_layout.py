@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gguflora.quants.kernels import GgmlType
-from gguflora.files.gguf_part import MAGIC, GgufPart
+from gguflora.files.gguf_shard import MAGIC, GgufPart
 from gguflora.files.gguf_tensors import Shape, align, encode_tensor, n_bytes
 
 Forms = Mapping[str, tuple[Shape, GgmlType]]

@@ -17,8 +17,8 @@ import numpy as np
 
 from gguflora.changed_rows import Bytes
 from gguflora.errors import OutputError
-from gguflora.files.beside import journal_path, undo_path
-from gguflora.files.output import sync_folder
+from gguflora.files.sidecars import journal_path, undo_path
+from gguflora.files.atomic import sync_folder
 from gguflora.patch.chain import Chain, read, write
 from gguflora.patch.format import MAX_LENGTH
 

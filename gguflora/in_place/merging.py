@@ -9,9 +9,9 @@ from functools import partial
 
 from gguflora.changed_rows import Target
 from gguflora.errors import GgufloraError, OutputError
-from gguflora.files.beside import undo_path
+from gguflora.files.sidecars import undo_path
 from gguflora.files.gguf import FilePart, GgufFile, Layout
-from gguflora.files.gguf_part import GgufPart
+from gguflora.files.gguf_shard import GgufPart
 from gguflora.in_place.journal import Change, Journal, Model, locked
 from gguflora.in_place.unmerging import restore
 from gguflora.patch.format import Patch, Record, open_patch

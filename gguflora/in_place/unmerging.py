@@ -12,9 +12,9 @@ from typing import Any
 
 from gguflora.changed_rows import Bytes
 from gguflora.errors import OutputError, PatchError
-from gguflora.files.beside import undo_path
-from gguflora.files.output import sync_folder
-from gguflora.files.split_names import part_names, part_paths
+from gguflora.files.sidecars import undo_path
+from gguflora.files.atomic import sync_folder
+from gguflora.files.shard_names import part_names, part_paths
 from gguflora.in_place.journal import Change, Journal, Model, locked
 from gguflora.patch.format import Patch, Record, checksum, open_patch
 from gguflora.patch.stream import Piece, ahead, copied_pieces, in_order, restored_bytes, sha256

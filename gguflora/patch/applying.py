@@ -12,11 +12,11 @@ from typing import Any
 
 from gguflora.errors import MismatchError, PatchError
 from gguflora.files.gguf import GgufFile, part_paths
-from gguflora.files.output import atomic_outputs, check_targets
+from gguflora.files.atomic import atomic_outputs, check_targets
 from gguflora.patch.chain import Chain
 from gguflora.patch.format import Facts, open_patch
 from gguflora.patch.stream import Piece, files_sha256, result
-from gguflora.remote import local_inputs
+from gguflora.files.remote import local_inputs
 from gguflora.rewrite import Progress
 
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from gguflora.changed_rows import Bytes
 from gguflora.files.gguf import GgufFile, Layout
-from gguflora.files.gguf_part import GgufPart
-from gguflora.files.output import atomic_output
+from gguflora.files.gguf_shard import GgufPart
+from gguflora.files.atomic import atomic_output
 from gguflora.patch.chain import Chain, write
 from gguflora.patch.coding import PLAIN, Grain, encode
 from gguflora.patch.format import MAX_LENGTH, Facts, Patch, Range, Record, checksum, write_patch_file

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from gguflora import remote
+from gguflora.files import remote
 from gguflora._version import __version__
 from gguflora.errors import ClusterError, GgufloraError, RecipeError
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from distributed import Status, get_worker
 
-from gguflora import remote
+from gguflora.files import remote
 from gguflora._version import __version__
 from gguflora.errors import ClusterError
 from gguflora.pipeline.workers import Answer, Request, Workers

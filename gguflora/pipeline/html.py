@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Final
 
-from gguflora.files.output import atomic_output
+from gguflora.files.atomic import atomic_output
 from gguflora.pipeline.results import PipelineReport, StepResult
 
 _COLOURS: Final = {"done": "#2e7d32", "kept": "#607d8b", "planned": "#607d8b", "failed": "#c62828", "left": "#ef6c00"}

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from gguflora import remote
+from gguflora.files import remote
 from gguflora.errors import GgufloraError, OutputError
 from gguflora.pipeline.plan import STATE, Location
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gguflora.errors import RecipeError
-from gguflora.remote import KINDS, Kind
+from gguflora.files.remote import KINDS, Kind
 
 Template = Annotated[str, Field(pattern=r"^\{\w+\}$")]
 """A number that is taken from the matrix."""

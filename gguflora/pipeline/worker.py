@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Final, NoReturn
 
-from gguflora import remote
+from gguflora.files import remote
 from gguflora.errors import GgufloraError
 from gguflora.pipeline.state import write_json
 

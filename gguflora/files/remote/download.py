@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from gguflora.errors import OutputError, RemoteError
-from gguflora.remote import cache
-from gguflora.remote.location import shown
-from gguflora.remote.selection import RemoteFile
-from gguflora.remote.stores import asking, reason
+from gguflora.files.remote import cache
+from gguflora.files.remote.location import shown
+from gguflora.files.remote.selection import RemoteFile
+from gguflora.files.remote.stores import asking, reason
 
-_LOG = logging.getLogger("gguflora.remote")
+_LOG = logging.getLogger("gguflora.files.remote")
 _PIECE: Final = 16 << 20
 _CHUNK: Final = 1 << 20
 _ATTEMPTS: Final = 5

@@ -9,11 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gguflora.errors import RemoteError
-from gguflora.remote import cache, hub, stores
-from gguflora.remote.cache import digest_of, make_folder
-from gguflora.remote.download import download
-from gguflora.remote.location import Kind, file_name, shown, split_checksum
-from gguflora.remote.selection import ALLOW_PICKLE, RemoteFile, check_name
+from gguflora.files.remote import cache, hub, stores
+from gguflora.files.remote.cache import digest_of, make_folder
+from gguflora.files.remote.download import download
+from gguflora.files.remote.location import (
+    Kind,
+    file_name,
+    shown,
+    split_checksum,
+)
+from gguflora.files.remote.selection import ALLOW_PICKLE, RemoteFile, check_name
 
 
 def fetch(location: str, kind: Kind = "file", *, offline: bool | None = None, allow_pickle: bool | None = None) -> Path:

@@ -7,12 +7,23 @@ work, are loaded when the first such location is used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gguflora.remote.faces import KINDS, local_inputs
-from gguflora.remote.location import Kind, file_name, is_remote, join, shown
+from gguflora.files.remote.inputs import KINDS, local_inputs
+from gguflora.files.remote.location import (
+    Kind,
+    file_name,
+    is_remote,
+    join,
+    shown,
+)
 
 if TYPE_CHECKING:
-    from gguflora.remote.fetching import Found, fetch, find, look
-    from gguflora.remote.writing import (
+    from gguflora.files.remote.fetching import (
+        Found,
+        fetch,
+        find,
+        look,
+    )
+    from gguflora.files.remote.outputs import (
         create_bytes,
         put,
         read_all,
@@ -50,6 +61,6 @@ _FETCHING = {"Found", "fetch", "find", "look"}
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401  (a function or a class)
     if name not in __all__:
-        raise AttributeError(f"module 'gguflora.remote' has no attribute {name!r}")
-    module = "fetching" if name in _FETCHING else "writing"
-    return getattr(import_module(f"gguflora.remote.{module}"), name)
+        raise AttributeError(f"module 'gguflora.files.remote' has no attribute {name!r}")
+    module = "fetching" if name in _FETCHING else "outputs"
+    return getattr(import_module(f"gguflora.files.remote.{module}"), name)

@@ -9,7 +9,12 @@ from inspect import signature
 from typing import Any, Final, ParamSpec, TypeVar
 
 from gguflora.errors import OutputError, RemoteError
-from gguflora.remote.location import Kind, is_remote, looks_remote, shown
+from gguflora.files.remote.location import (
+    Kind,
+    is_remote,
+    looks_remote,
+    shown,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -73,7 +78,7 @@ def _fetched(given: Any, kind: Kind) -> Any:  # noqa: ANN401  (a location, with 
     if isinstance(given, tuple):
         return tuple(_fetched(one, kind) for one in given)
     if isinstance(given, str | os.PathLike) and is_remote(given):
-        from gguflora.remote.fetching import fetch  # noqa: PLC0415  (import gguflora does not load it)
+        from gguflora.files.remote.fetching import fetch  # noqa: PLC0415  (import gguflora does not load it)
 
         return fetch(os.fspath(given), kind)
     return given

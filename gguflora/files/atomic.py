@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from gguflora.errors import OutputError
-from gguflora.files.split_names import same_split
+from gguflora.files.shard_names import same_split
 
 _ADAPTER = "adapter_config.json"
 """What a directory holds all of whose files are one adapter."""

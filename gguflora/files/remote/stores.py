@@ -9,9 +9,14 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from gguflora.errors import GgufloraError, RemoteError
-from gguflora.files.split_names import part_names
-from gguflora.remote.location import Kind, file_name, shown
-from gguflora.remote.selection import NAMES, PICKLES, RemoteFile, wanted
+from gguflora.files.shard_names import part_names
+from gguflora.files.remote.location import Kind, file_name, shown
+from gguflora.files.remote.selection import (
+    NAMES,
+    PICKLES,
+    RemoteFile,
+    wanted,
+)
 
 _CONTENT: Final = ("ETag", "etag", "md5Hash", "sha")
 _TIMES: Final = ("LastModified", "last_modified", "Last-Modified", "updated", "mtime", "modified", "created")

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gguflora.errors import OutputError, RemoteError
-from gguflora.remote.location import shown
+from gguflora.files.remote.location import shown
 
 
 def cache_folder() -> Path:

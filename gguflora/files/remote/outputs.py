@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from gguflora.errors import OutputError, RemoteError
-from gguflora.remote.hub import is_hub
-from gguflora.remote.location import shown
-from gguflora.remote.stores import asking, open_store, remote_file
+from gguflora.files.remote.hub import is_hub
+from gguflora.files.remote.location import shown
+from gguflora.files.remote.stores import asking, open_store, remote_file
 
 _OBJECT_STORES: Final = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"}
 """Object stores: what is put there appears whole or not at all. Elsewhere files get their names when they are whole."""

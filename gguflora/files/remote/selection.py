@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from gguflora.errors import RemoteError
-from gguflora.remote.location import Kind, shown
+from gguflora.files.remote.location import Kind, shown
 
 ALLOW_PICKLE: Final = "GGUFLORA_ALLOW_PICKLE"
 """Environment variable that, set to 1, lets ``.bin`` files be fetched, too."""
