@@ -13,7 +13,7 @@ import numpy as np
 from gguflora.adapters import read_adapter
 from gguflora.adapters.keys import some
 from gguflora.architectures import ignored_at_run_time, unknown_warning
-from gguflora.base_model import BaseModel, read_base
+from gguflora.architectures.base_model import BaseModel, read_base
 from gguflora.errors import AdapterError
 from gguflora.factors import Factors, factor_adapter
 from gguflora.files.atomic import atomic_output, check_target, path_of

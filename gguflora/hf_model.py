@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from gguflora.quants import kernels
 from gguflora.architectures import Piece, cut_positions, decay_of, is_conv1d, is_cut, is_transposed_expert, pieces_of
-from gguflora.base_model import BaseModel, describe
+from gguflora.architectures.base_model import BaseModel, describe
 from gguflora.errors import GgufError, MismatchError
 from gguflora.files.checkpoint import Checkpoint, Indices, StoredWeight
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape, TensorEntry

@@ -15,7 +15,7 @@ from gguflora.quants.kernels import GgmlType
 from gguflora._version import __version__
 from gguflora.adapters import Adapter
 from gguflora.architectures import can_untie, unknown_warning, with_biases
-from gguflora.base_model import BaseModel, describe
+from gguflora.architectures.base_model import BaseModel, describe
 from gguflora.changed_rows import Scaled, Target, without_copies
 from gguflora.deltas import LowRank, Replace
 from gguflora.errors import QuantizationError, UnsupportedAdapterError

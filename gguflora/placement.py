@@ -22,7 +22,7 @@ from gguflora.architectures import (
     pieces_of,
 )
 from gguflora.architectures.modules import linear_modules
-from gguflora.base_model import BaseModel
+from gguflora.architectures.base_model import BaseModel
 from gguflora.deltas import Change, Formula, LowRank, Replace, ReplaceRows, Unsized, Values, as_float64, equal
 from gguflora.errors import ArchitectureError, MismatchError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gguflora.adapters.soft_prompt import SoftPrompt, read_soft_prompt
 from gguflora.architectures import KNOWN, key_order
-from gguflora.base_model import BaseModel
+from gguflora.architectures.base_model import BaseModel
 from gguflora.errors import MismatchError, UnsupportedAdapterError
 from gguflora.files.gguf import TOKEN_EMBEDDING
 

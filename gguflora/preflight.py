@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from gguflora.architectures import aborts_at_run_time, ignored_at_run_time
-from gguflora.base_model import BaseModel, describe
+from gguflora.architectures.base_model import BaseModel, describe
 from gguflora.errors import HotSwapError
 from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, Shape, TensorEntry
 

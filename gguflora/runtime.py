@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gguflora.adapters.soft_prompt import is_soft_prompt
-from gguflora.base_model import BaseModel
+from gguflora.architectures.base_model import BaseModel
 from gguflora.errors import GgufloraError, HotSwapError
 from gguflora.prefix import read_prefix
 from gguflora.preflight import check_loadable, read_whole_base

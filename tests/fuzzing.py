@@ -23,7 +23,7 @@ import safetensors.numpy
 
 import gguflora
 from gguflora.adapters import read_adapter
-from gguflora.base_model import describe, read_base
+from gguflora.architectures.base_model import describe, read_base
 from gguflora.errors import GgufloraError
 from gguflora.files.gguf import GgufFile
 from gguflora.files.safetensors import as_float32, read_safetensors

@@ -10,7 +10,7 @@ import pytest
 
 import gguflora
 from gguflora.architectures import KNOWN, can_untie, pieces_of
-from gguflora.base_model import read_base
+from gguflora.architectures.base_model import read_base
 from gguflora.deltas import Replace
 from gguflora.placement import Placed, flat_shape
 

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from gguflora.base_model import read_base
+from gguflora.architectures.base_model import read_base
 from gguflora.errors import FormatError, GgufError, MismatchError, SafetensorsError
 from gguflora.files.gguf import GgufFile
 from gguflora.hf_model import HighPrecisionBase

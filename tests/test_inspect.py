@@ -15,7 +15,7 @@ from test_bad_input import run
 from test_convert import VARIANTS, merged_changes
 
 import gguflora
-from gguflora.base_model import read_base
+from gguflora.architectures.base_model import read_base
 from gguflora.preflight import check_loadable
 
 

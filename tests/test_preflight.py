@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hotswap import A, gguf_lora, kill_python, run_python, write_lora
 
-from gguflora.base_model import BaseModel
+from gguflora.architectures.base_model import BaseModel
 from gguflora.errors import GgufError, HotSwapError
 from gguflora.preflight import check_loadable, read_whole_base
 

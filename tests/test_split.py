@@ -18,7 +18,7 @@ from builders import Adapter
 from test_tied import ADAPTERS
 
 import gguflora
-from gguflora.base_model import read_base
+from gguflora.architectures.base_model import read_base
 from gguflora.engine import Engine, Request, Sampling
 from gguflora.errors import GgufError, OutputError
 from gguflora.files import atomic

@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from gguflora.algebra.pairs import NEARLY_ALL, FactoredAdapter, for_base, read_factored
-from gguflora.base_model import BaseModel, read_base
+from gguflora.architectures.base_model import BaseModel, read_base
 from gguflora.deltas import LowRank, Values, as_float64
 from gguflora.errors import MismatchError
 from gguflora.files.remote import local_inputs

@@ -11,7 +11,7 @@ from gguflora.adapters.config import FILE_NAME
 from gguflora.algebra.pairs import FactoredAdapter, for_base, stacked
 from gguflora.algebra.peft_directory import peft_tensors, write_peft_directory
 from gguflora.algebra.unplace import for_model
-from gguflora.base_model import BaseModel
+from gguflora.architectures.base_model import BaseModel
 from gguflora.convert import about_architecture, about_types
 from gguflora.errors import AdapterError
 from gguflora.factors import Factors

@@ -18,7 +18,7 @@ import numpy as np
 from gguflora.adapters import Adapter, read_adapter
 from gguflora.adapters.config import read_config
 from gguflora.adapters.keys import some
-from gguflora.base_model import BaseModel
+from gguflora.architectures.base_model import BaseModel
 from gguflora.deltas import Change, LowRank, Replace, Unsized, fold
 from gguflora.errors import UnsupportedAdapterError
 from gguflora.factors import Factors, factor_adapter

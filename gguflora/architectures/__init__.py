@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from gguflora.architectures.biases import with_biases
 from gguflora.architectures.experts import pieces_of_expert
-from gguflora.architectures.inverse import candidates
+from gguflora.architectures.hf_names import candidates
 from gguflora.architectures.names import canonical, check_named, layer_and_module, tensor_of
 from gguflora.architectures.orders import as_they_are
-from gguflora.architectures.piece import Piece
+from gguflora.architectures.tensor_slice import Piece
 from gguflora.architectures.regions import region_of
 from gguflora.architectures.rules import KNOWN, PLAIN, Rules
-from gguflora.architectures.run_time import aborts_at_run_time, ignored_at_run_time
+from gguflora.architectures.lora_support import aborts_at_run_time, ignored_at_run_time
 from gguflora.architectures.splits import norm_of_head
-from gguflora.base_model import BaseModel
+from gguflora.architectures.base_model import BaseModel
 from gguflora.deltas import Indices
 from gguflora.errors import MismatchError
 

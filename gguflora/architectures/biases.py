@@ -10,7 +10,7 @@ import re
 from dataclasses import replace
 from typing import Final
 
-from gguflora.base_model import BaseModel
+from gguflora.architectures.base_model import BaseModel
 
 _ATTENTION: Final = ("attn_q", "attn_k", "attn_v", "attn_qkv")
 _EVERY: Final = (*_ATTENTION, "attn_output", "ffn_gate", "ffn_up", "ffn_down")

@@ -12,9 +12,9 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.architectures.piece import Piece
+from gguflora.architectures.tensor_slice import Piece
 from gguflora.architectures.regions import region_of
-from gguflora.base_model import BaseModel
+from gguflora.architectures.base_model import BaseModel
 from gguflora.deltas import Indices
 
 _LAYER: Final = r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?:\w+\.)?"

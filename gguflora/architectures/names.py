@@ -6,7 +6,7 @@ import re
 from functools import lru_cache
 from typing import Any, Final
 
-from gguflora.base_model import BaseModel
+from gguflora.architectures.base_model import BaseModel
 from gguflora.errors import ArchitectureError
 
 # multimodal models hold the language model one level deeper

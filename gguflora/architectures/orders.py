@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from gguflora.architectures.regions import rows_of
-from gguflora.base_model import BaseModel
+from gguflora.architectures.base_model import BaseModel
 from gguflora.deltas import Indices
 from gguflora.errors import MismatchError
 

@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.base_model import BaseModel
+from gguflora.architectures.base_model import BaseModel
 from gguflora.deltas import Indices
 from gguflora.errors import MismatchError
 

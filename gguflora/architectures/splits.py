@@ -9,9 +9,9 @@ from typing import Final
 import numpy as np
 
 from gguflora.architectures.orders import Order, as_they_are, qkv_of_groups, rotary_k, rotary_q
-from gguflora.architectures.piece import Piece
+from gguflora.architectures.tensor_slice import Piece
 from gguflora.architectures.regions import rows_of
-from gguflora.base_model import BaseModel
+from gguflora.architectures.base_model import BaseModel
 from gguflora.deltas import Indices
 from gguflora.errors import MismatchError
 

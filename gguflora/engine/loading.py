@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from gguflora._version import __version__
-from gguflora.base_model import BaseModel
+from gguflora.architectures.base_model import BaseModel
 from gguflora.convert import convert
 from gguflora.errors import HotSwapError
 from gguflora.preflight import check_loadable

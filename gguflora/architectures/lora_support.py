@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from gguflora.base_model import BaseModel
+from gguflora.architectures.base_model import BaseModel
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING
 
 _ANY: Final = {
