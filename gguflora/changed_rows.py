@@ -16,7 +16,15 @@ from gguflora.quants import kernels
 from gguflora.quants.kernels import GgmlType
 from gguflora.architectures import pieces_of
 from gguflora.architectures.base_model import describe
-from gguflora.deltas import Change, LowRank, Replace, Values, WeightTimes, as_float64, sum_factors
+from gguflora.adapters.deltas import (
+    Change,
+    LowRank,
+    Replace,
+    Values,
+    WeightTimes,
+    as_float64,
+    sum_factors,
+)
 from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, Shape, TensorEntry
 from gguflora.placement import Placed
 

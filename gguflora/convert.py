@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gguflora.adapters import read_adapter
-from gguflora.adapters.keys import some
+from gguflora.adapters.peft.keys import some
 from gguflora.architectures import ignored_at_run_time, unknown_warning
 from gguflora.architectures.base_model import BaseModel, read_base
 from gguflora.errors import AdapterError

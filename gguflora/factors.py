@@ -11,7 +11,14 @@ from gguflora.adapters import Adapter
 from gguflora.architectures import can_untie
 from gguflora.architectures.base_model import BaseModel
 from gguflora.changed_rows import AnyRows, Weights, WholeWeights, read_values, target_of, without_copies
-from gguflora.deltas import LowRank, Replace, ReplaceRows, Values, as_float64, sum_factors
+from gguflora.adapters.deltas import (
+    LowRank,
+    Replace,
+    ReplaceRows,
+    Values,
+    as_float64,
+    sum_factors,
+)
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
 from gguflora.files.safetensors import Array

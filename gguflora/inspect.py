@@ -15,7 +15,12 @@ from gguflora.adapters.soft_prompt import first_task, is_soft_prompt, read_soft_
 from gguflora.architectures import aborts_at_run_time, ignored_at_run_time, unknown_warning, with_biases
 from gguflora.architectures.base_model import BaseModel, read_base
 from gguflora.changed_rows import AnyRows, Target, Weights, WholeWeights, read_values, target_of, without_copies
-from gguflora.deltas import Change, LowRank, Unsized, as_float64
+from gguflora.adapters.deltas import (
+    Change,
+    LowRank,
+    Unsized,
+    as_float64,
+)
 from gguflora.errors import HotSwapError, MismatchError, UnsupportedAdapterError
 from gguflora.files.gguf import GgufFile
 from gguflora.files.safetensors import weight_files

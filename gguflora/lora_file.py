@@ -15,7 +15,7 @@ from gguflora import quants
 from gguflora.quants.kernels import type_named
 from gguflora._version import __version__
 from gguflora.adapters.gguf_lora import ALPHA_KEY, INVOCATION_KEY
-from gguflora.deltas import as_float64
+from gguflora.adapters.deltas import as_float64
 from gguflora.errors import QuantizationError
 from gguflora.factors import Factors
 from gguflora.files.gguf import TOKEN_EMBEDDING

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gguflora.deltas import LowRank, Values, as_float64
+from gguflora.adapters.deltas import LowRank, Values, as_float64
 from gguflora.errors import AdapterError
 
 

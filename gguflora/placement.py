@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 
 from gguflora.adapters import Adapter
-from gguflora.adapters.pooler import is_left_out
+from gguflora.adapters.peft.pooler import is_left_out
 from gguflora.architectures import (
     Piece,
     check_known,
@@ -23,7 +23,17 @@ from gguflora.architectures import (
 )
 from gguflora.architectures.modules import linear_modules
 from gguflora.architectures.base_model import BaseModel
-from gguflora.deltas import Change, Formula, LowRank, Replace, ReplaceRows, Unsized, Values, as_float64, equal
+from gguflora.adapters.deltas import (
+    Change,
+    Formula,
+    LowRank,
+    Replace,
+    ReplaceRows,
+    Unsized,
+    Values,
+    as_float64,
+    equal,
+)
 from gguflora.errors import ArchitectureError, MismatchError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
 

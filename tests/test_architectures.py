@@ -11,7 +11,7 @@ import pytest
 import gguflora
 from gguflora.architectures import KNOWN, can_untie, pieces_of
 from gguflora.architectures.base_model import read_base
-from gguflora.deltas import Replace
+from gguflora.adapters.deltas import Replace
 from gguflora.placement import Placed, flat_shape
 
 RUN = (

@@ -15,9 +15,9 @@ import transformers
 from test_convert import assert_same_changes
 
 import gguflora
-from gguflora.adapters.config import PeftConfig
-from gguflora.adapters.module_order import in_order
-from gguflora.adapters.refused import REFUSED
+from gguflora.adapters.peft.config import PeftConfig
+from gguflora.adapters.peft.module_order import in_order
+from gguflora.adapters.peft.unsupported import REFUSED
 from gguflora.errors import UnsupportedAdapterError
 
 ARCHS = ("llama", "qwen2", "phi3")

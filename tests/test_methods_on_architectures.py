@@ -16,7 +16,7 @@ from test_architectures import ELSEWHERE, as_matrices, assert_close
 import gguflora
 from gguflora.architectures import pieces_of
 from gguflora.architectures.base_model import read_base
-from gguflora.deltas import Replace
+from gguflora.adapters.deltas import Replace
 from gguflora.placement import Placed, flat_shape
 
 BLOCKS = BdLoraConfig(

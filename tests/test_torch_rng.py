@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gguflora.adapters.torch_rng import TorchGenerator
+from gguflora.adapters.numerics.torch_rng import TorchGenerator
 
 SEEDS = (0, 1, 777, 2**31 + 5, 2**32 - 1, 2**40 + 3)
 

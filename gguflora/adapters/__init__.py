@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from gguflora.adapters.base_weights import BaseWeights
-from gguflora.adapters.config import MLX, PeftConfig, read_config
+from gguflora.adapters.base_shapes import BaseWeights
+from gguflora.adapters.peft.config import MLX, PeftConfig, read_config
 from gguflora.adapters.gguf_lora import read_gguf_lora
-from gguflora.adapters.keys import some
-from gguflora.adapters.pooler import about_pooler
-from gguflora.adapters.refused import REFUSED
-from gguflora.adapters.saved import split_saved
-from gguflora.deltas import Change, Unsized
+from gguflora.adapters.peft.keys import some
+from gguflora.adapters.peft.pooler import about_pooler
+from gguflora.adapters.peft.unsupported import REFUSED
+from gguflora.adapters.peft.modules_to_save import split_saved
+from gguflora.adapters.deltas import Change, Unsized
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.safetensors import Array, as_float32, read_weights, weight_files
 from gguflora.files.remote import local_inputs
@@ -103,7 +103,7 @@ def _read_gguf(location: Path) -> Adapter:
 
 
 def _read_peft(folder: Path) -> Adapter:
-    from gguflora.adapters.methods import READERS, SHAPED_READERS  # noqa: PLC0415  (some fifty modules)
+    from gguflora.adapters.peft.registry import READERS, SHAPED_READERS  # noqa: PLC0415  (some fifty modules)
 
     config = read_config(folder)
     if config.peft_type in REFUSED:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from gguflora import quants
-from gguflora.deltas import LowRank
+from gguflora.adapters.deltas import LowRank
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, TensorEntry
 from gguflora.files.safetensors import Array

@@ -27,7 +27,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora.adapters.config import FILE_NAME, PeftConfig, read_config
+from gguflora.adapters.peft.config import FILE_NAME, PeftConfig, read_config
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.safetensors import Array, as_float32, is_float, read_weights
 

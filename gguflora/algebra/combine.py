@@ -14,12 +14,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora.adapters.keys import some
+from gguflora.adapters.peft.keys import some
 from gguflora.algebra.output import check_output, write_adapter
 from gguflora.algebra.pairs import FactoredAdapter, for_base, is_embedding, read_factored
 from gguflora.algebra.task_arithmetic import METHODS, PRUNING, SIGNS, combine_arrays
 from gguflora.architectures.base_model import BaseModel, read_base
-from gguflora.deltas import LowRank, as_float64
+from gguflora.adapters.deltas import LowRank, as_float64
 from gguflora.errors import AdapterError, MismatchError
 from gguflora.files.safetensors import Array, as_float32
 from gguflora.lowrank import shrink, truncate

@@ -12,7 +12,7 @@ import numpy as np
 
 from gguflora.algebra.pairs import NEARLY_ALL, FactoredAdapter, for_base, read_factored
 from gguflora.architectures.base_model import BaseModel, read_base
-from gguflora.deltas import LowRank, Values, as_float64
+from gguflora.adapters.deltas import LowRank, Values, as_float64
 from gguflora.errors import MismatchError
 from gguflora.files.remote import local_inputs
 

@@ -25,7 +25,7 @@ from gguflora.algebra.output import check_output, is_gguf, write_adapter
 from gguflora.algebra.pairs import FactoredAdapter
 from gguflora.algebra.unrounding import HIGHEST_RANK, balanced, without_rounding
 from gguflora.architectures.base_model import read_base
-from gguflora.deltas import LowRank, Values
+from gguflora.adapters.deltas import LowRank, Values
 from gguflora.errors import AdapterError
 from gguflora.files.remote import local_inputs
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from gguflora.adapters.config import FILE_NAME
+from gguflora.adapters.peft.config import FILE_NAME
 from gguflora.algebra.pairs import FactoredAdapter, for_base, stacked
 from gguflora.algebra.peft_directory import peft_tensors, write_peft_directory
 from gguflora.algebra.unplace import for_model

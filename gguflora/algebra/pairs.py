@@ -16,10 +16,16 @@ from typing import Any, Final
 import numpy as np
 
 from gguflora.adapters import Adapter, read_adapter
-from gguflora.adapters.config import read_config
-from gguflora.adapters.keys import some
+from gguflora.adapters.peft.config import read_config
+from gguflora.adapters.peft.keys import some
 from gguflora.architectures.base_model import BaseModel
-from gguflora.deltas import Change, LowRank, Replace, Unsized, fold
+from gguflora.adapters.deltas import (
+    Change,
+    LowRank,
+    Replace,
+    Unsized,
+    fold,
+)
 from gguflora.errors import UnsupportedAdapterError
 from gguflora.factors import Factors, factor_adapter
 from gguflora.files.gguf import TOKEN_EMBEDDING

@@ -12,10 +12,10 @@ from typing import Any, Final
 import numpy as np
 
 from gguflora._version import __version__
-from gguflora.adapters.config import FILE_NAME
-from gguflora.adapters.keys import PREFIX
+from gguflora.adapters.peft.config import FILE_NAME
+from gguflora.adapters.peft.keys import PREFIX
 from gguflora.algebra.pairs import FactoredAdapter, Pairs, is_embedding
-from gguflora.deltas import LowRank, fold
+from gguflora.adapters.deltas import LowRank, fold
 from gguflora.errors import UnsupportedAdapterError
 from gguflora.files.safetensors import Array, as_float32
 from gguflora.lora_file import exact_type

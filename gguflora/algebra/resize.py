@@ -10,7 +10,7 @@ from typing import Any
 from gguflora.algebra.output import check_output, write_adapter
 from gguflora.algebra.pairs import read_factored
 from gguflora.architectures.base_model import read_base
-from gguflora.deltas import LowRank
+from gguflora.adapters.deltas import LowRank
 from gguflora.errors import AdapterError
 from gguflora.lowrank import shrink
 from gguflora.files.remote import local_inputs

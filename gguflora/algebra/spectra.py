@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from gguflora.architectures.names import layer_and_module
-from gguflora.deltas import LowRank, Values, as_float64
+from gguflora.adapters.deltas import LowRank, Values, as_float64
 
 WHOLE: Final = "all"
 

@@ -8,11 +8,11 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.adapters.keys import some
+from gguflora.adapters.peft.keys import some
 from gguflora.algebra.pairs import FactoredAdapter, Pairs, for_base
 from gguflora.architectures import Piece, adaptable_weights
 from gguflora.architectures.base_model import BaseModel
-from gguflora.deltas import LowRank, as_float64
+from gguflora.adapters.deltas import LowRank, as_float64
 from gguflora.errors import ArchitectureError
 from gguflora.files.safetensors import Array, as_float32
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.algebra.differences import Difference, Floats
-from gguflora.deltas import Values
+from gguflora.adapters.deltas import Values
 
 HIGHEST_RANK: Final = 64
 """Work and memory grow with the square of the rank; above this they would be those of another program."""

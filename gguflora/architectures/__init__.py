@@ -18,7 +18,7 @@ from gguflora.architectures.rules import KNOWN, PLAIN, Rules
 from gguflora.architectures.lora_support import aborts_at_run_time, ignored_at_run_time
 from gguflora.architectures.splits import norm_of_head
 from gguflora.architectures.base_model import BaseModel
-from gguflora.deltas import Indices
+from gguflora.adapters.deltas import Indices
 from gguflora.errors import MismatchError
 
 __all__ = [

@@ -8,7 +8,7 @@ import numpy as np
 
 from gguflora.architectures.regions import rows_of
 from gguflora.architectures.base_model import BaseModel
-from gguflora.deltas import Indices
+from gguflora.adapters.deltas import Indices
 from gguflora.errors import MismatchError
 
 Order = Callable[[BaseModel, int, int], Indices]

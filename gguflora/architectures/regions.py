@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from gguflora.architectures.base_model import BaseModel
-from gguflora.deltas import Indices
+from gguflora.adapters.deltas import Indices
 from gguflora.errors import MismatchError
 
 _BLOCK: Final = re.compile(r"blk\.(\d+)\.(\w+)(\.weight|\.bias)")

@@ -12,7 +12,7 @@ from gguflora.architectures.orders import Order, as_they_are, qkv_of_groups, rot
 from gguflora.architectures.tensor_slice import Piece
 from gguflora.architectures.regions import rows_of
 from gguflora.architectures.base_model import BaseModel
-from gguflora.deltas import Indices
+from gguflora.adapters.deltas import Indices
 from gguflora.errors import MismatchError
 
 _NORM_OF_HEAD: Final = re.compile(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gguflora.deltas import Indices
+from gguflora.adapters.deltas import Indices
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,0 +1,37 @@
+"""Orthogonal blocks by Cayley's parametrization, and weights rotated by them, for OFT and BOFT."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gguflora.adapters.deltas import Values
+
+
+def cayley(skew: Values) -> Values:
+    """``(I - Q) (I + Q)^-1`` of skew-symmetric matrices Q, (blocks, b, b): orthogonal matrices."""
+    unit = np.eye(skew.shape[-1])
+    # X (I + Q) = I - Q, solved in its transposed form, where Q is -Q
+    rotation: Values = np.linalg.solve(unit - skew, unit + skew).astype(np.float64).swapaxes(-1, -2)
+    return rotation
+
+
+def cayley_neumann(skew: Values, terms: int) -> Values:
+    """``cayley(-Q)`` by the first terms of its series: ``I + 2 Q + 2 Q^2 + ... + 2 Q^(terms - 2) + Q^(terms - 1)``.
+
+    As in PEFT, two terms are ``I + 2 Q``, and three are four.
+    """
+    rotation: Values = np.broadcast_to(np.eye(skew.shape[-1]), skew.shape).copy()
+    last = max(terms, 4) - 1 if terms > 2 else terms - 1
+    power = rotation.copy()
+    for exponent in range(1, last + 1):
+        power = power @ skew
+        rotation += power if exponent == last > 1 else 2 * power
+    return rotation
+
+
+def rotate_columns(w: Values, blocks: Values) -> Values:
+    """``w @ R^T`` with the block-diagonal R of blocks (k, b, b); a single block stands for all."""
+    size = blocks.shape[-1]
+    parts = w.reshape(len(w), -1, size).swapaxes(0, 1)
+    rotated: Values = (parts @ blocks.swapaxes(-1, -2)).swapaxes(0, 1)
+    return rotated.reshape(w.shape)

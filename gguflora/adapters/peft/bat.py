@@ -1,0 +1,59 @@
+"""Bat, MISS with ``init_weights`` "bat": the weight's blocks times a matrix (https://arxiv.org/abs/2409.15371).
+
+Tensor of a module: ``miss_block`` M, (n_out / r, r, r). With the blocks W[p, q], (r, r), of the weight it is
+``W'[p, q] = W[p, q] (I + M[p]) + M[p]`` (``peft.tuners.miss.layer``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+
+from gguflora.adapters.peft.config import PeftConfig
+from gguflora.adapters.peft.keys import by_module, expect, take
+from gguflora.adapters.deltas import (
+    Change,
+    Formula,
+    Indices,
+    Unsized,
+    Values,
+    as_float64,
+)
+from gguflora.errors import AdapterError
+from gguflora.files.safetensors import Array
+
+
+def read_bat(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change | Unsized]:
+    """The change of every adapted weight."""
+    changes: dict[str, Change | Unsized] = {}
+    for module, parts in by_module(config, tensors, ["miss_block"]).items():
+        (blocks,) = take(config, module, parts, "miss_block")
+        expect(config, module, "miss_block", blocks, (None, None, None))
+        if blocks.shape[1] != blocks.shape[2]:
+            raise AdapterError(
+                f"{config.path.parent}: module {module!r}: miss_block {blocks.shape} has no square blocks"
+            )
+        changes[f"{module}.weight"] = _unsized(config, module, blocks)
+    return changes
+
+
+def _unsized(config: PeftConfig, module: str, blocks: Array) -> Unsized:
+    def build(shape: tuple[int, int]) -> Change:
+        if shape[1] % blocks.shape[1]:
+            raise AdapterError(
+                f"{config.path.parent}: module {module!r}: miss_block {blocks.shape} does not cover {shape[1]} columns"
+            )
+        return Formula(shape, partial(_multiply, blocks))
+
+    return Unsized((blocks.shape[0] * blocks.shape[1], None), build)
+
+
+def _multiply(blocks: Array, w: Values, rows: Indices) -> Values:
+    size = blocks.shape[1]
+    # the product acts on a row's columns; what is added is the row of M that lies at its place in the block
+    own = as_float64(blocks[rows // size])
+    parts = w.reshape(len(w), -1, size)
+    change: Values = parts @ own + own[np.arange(len(w)), rows % size][:, None]
+    return change.reshape(w.shape)

@@ -1,0 +1,33 @@
+"""BEFT: learned numbers added to biases (https://arxiv.org/abs/2509.15974; ``peft.tuners.beft``).
+
+Tensor of a module: ``beft_bias`` (1, n_out): ``b' = b + beft_bias``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from gguflora.adapters.peft.config import PeftConfig
+from gguflora.adapters.peft.keys import by_module, expect, take
+from gguflora.adapters.deltas import (
+    Formula,
+    Indices,
+    Values,
+    as_float64,
+)
+from gguflora.files.safetensors import Array
+
+
+def read_beft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Formula]:
+    """The change of every adapted bias; a base without it cannot take the adapter."""
+    changes = {}
+    for module, parts in by_module(config, tensors, ["beft_bias"]).items():
+        (bias,) = take(config, module, parts, "beft_bias")
+        expect(config, module, "beft_bias", bias, (1, None))
+        changes[f"{module}.bias"] = Formula((bias.shape[1], 1), partial(_add, bias.T))
+    return changes
+
+
+def _add(bias: Array, w: Values, rows: Indices) -> Values:
+    return as_float64(bias[rows])

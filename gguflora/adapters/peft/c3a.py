@@ -1,0 +1,41 @@
+"""C3A: the weight plus a matrix of circulant blocks (https://arxiv.org/abs/2407.19342; ``peft.tuners.c3a``).
+
+Tensor of a module: ``c3a_kernel`` w, (n_out / b, n_in / b, b). Block (p, q) of the change holds
+``w[p, q, (column - row) mod b] / n_in``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+
+from gguflora.adapters.peft.config import PeftConfig
+from gguflora.adapters.peft.keys import by_module, expect, take
+from gguflora.adapters.deltas import (
+    Formula,
+    Indices,
+    Values,
+    as_float64,
+)
+from gguflora.files.safetensors import Array
+
+
+def read_c3a(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Formula]:
+    """The change of every adapted weight."""
+    changes = {}
+    for module, parts in by_module(config, tensors, ["c3a_kernel"]).items():
+        (kernel,) = take(config, module, parts, "c3a_kernel")
+        expect(config, module, "c3a_kernel", kernel, (None, None, None))
+        down, across, block = kernel.shape
+        changes[f"{module}.weight"] = Formula((down * block, across * block), partial(_unroll, kernel))
+    return changes
+
+
+def _unroll(kernel: Array, w: Values, rows: Indices) -> Values:
+    _, across, block = kernel.shape
+    shifted = (np.arange(block) - rows[:, None]) % block
+    values = as_float64(kernel[rows // block])
+    change: Values = np.take_along_axis(values, np.repeat(shifted[:, None], across, axis=1), axis=2) / w.shape[1]
+    return change.reshape(w.shape)

@@ -1,0 +1,50 @@
+"""DEFT: a subspace of the weight's output removed and refilled (``peft.tuners.deft``).
+
+Tensors of a module: ``deft_P`` (n_out, r) and, without ``para``, ``deft_R`` (r, n_in). With Q = P, L = relu(P)
+(``decomposition_method`` "relu") or Q = L = the orthonormal factor of P ("qr") it is
+``W' = W + Q (s R - L^T W)``, s = alpha / r or 1 without ``alpha``; with ``para`` (PaRa) ``W' = W - Q L^T W``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+
+from gguflora.adapters.peft.config import PeftConfig
+from gguflora.adapters.peft.keys import by_module, expect, take
+from gguflora.adapters.deltas import (
+    Indices,
+    Unsized,
+    Values,
+    as_float64,
+)
+from gguflora.files.safetensors import Array
+
+
+def read_deft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
+    """The change of every adapted weight."""
+    method = config.fields.get("decomposition_method", "relu")
+    if method not in {"relu", "qr"}:
+        raise config.error("decomposition_method", "'relu' or 'qr'", method)
+    names = ["deft_P"] if config.flag("para") else ["deft_P", "deft_R"]
+    changes = {}
+    for module, parts in by_module(config, tensors, ["deft_P", "deft_R"]).items():
+        p, *injected = take(config, module, parts, *names)
+        n_out, rank = expect(config, module, "deft_P", p, (None, None)).shape
+        for r in injected:
+            expect(config, module, "deft_R", r, (rank, None))
+        scale = config.number("alpha", 0) / rank if config.fields.get("alpha") else 1.0
+        known = n_out, (injected[0].shape[1] if injected else None)
+        function = partial(_refill, p, injected[0] if injected else None, scale, method == "qr")
+        changes[f"{module}.weight"] = Unsized.formula(known, function, whole=True)
+    return changes
+
+
+def _refill(p: Array, injected: Array | None, scale: float, orthonormal: bool, w: Values, rows: Indices) -> Values:
+    q = np.linalg.qr(as_float64(p))[0] if orthonormal else as_float64(p)
+    left = q if orthonormal else np.maximum(q, 0)
+    removed = left.T @ w
+    change: Values = q @ (-removed if injected is None else scale * as_float64(injected) - removed)
+    return change

@@ -1,0 +1,96 @@
+"""GLoRA: the weight scaled and shifted by low-rank matrices, the bias by the weight (https://arxiv.org/abs/2306.07967).
+
+``W' = W + W * A + B`` and, where the layer has a bias, ``b' = b + b * D + E + W C`` (``peft.tuners.glora.layer``). Each
+of A to E is stored as ``glora_<A>.Xd`` and ``.Xu``, whose product it is, as ``glora_<A>.X``, which is spread over its
+shape, or as ``glora_<A>.zeros``, which is nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from gguflora.adapters.peft.config import PeftConfig
+from gguflora.adapters.peft.keys import Parts, by_module, expect
+from gguflora.adapters.deltas import (
+    Change,
+    Formula,
+    Indices,
+    LowRank,
+    Unsized,
+    Values,
+    WeightTimes,
+    as_float64,
+)
+from gguflora.errors import AdapterError
+from gguflora.files.safetensors import Array
+
+_PARTS = [f"glora_{letter}.{kind}" for letter in "ABCDE" for kind in ("Xd", "Xu", "X", "zeros")]
+
+
+def read_glora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
+    """The change of every adapted weight, and of its bias if it has one."""
+    changes = {}
+    for module, parts in by_module(config, tensors, _PARTS).items():
+        paths = {letter: _path(config, module, parts, letter) for letter in "ABCDE"}
+        changes[f"{module}.weight"] = _weight(paths["A"], paths["B"])
+        if any(paths[letter] is not None for letter in "CDE"):
+            changes[f"{module}.bias"] = _bias(module, paths["C"], paths["D"], paths["E"])
+    return changes
+
+
+def _path(config: PeftConfig, module: str, parts: Parts, letter: str) -> LowRank | Array | None:
+    """A factorised matrix, or a stored one of one column or a single number; None for nothing."""
+    down, up, whole = (parts.get(f"glora_{letter}.{kind}") for kind in ("Xd", "Xu", "X"))
+    if down is not None and up is not None and whole is None:
+        expect(config, module, f"glora_{letter}.Xd", down, (None, None))
+        expect(config, module, f"glora_{letter}.Xu", up, (down.shape[1], None))
+        return LowRank(up, down, 1.0)
+    if whole is not None and down is None and up is None:
+        return expect(config, module, f"glora_{letter}.X", whole.reshape(-1, 1), (None, 1))
+    if down is not None or up is not None or whole is not None:
+        raise AdapterError(f"{config.path.parent}: module {module!r}: glora_{letter} is incomplete")
+    return None
+
+
+def _rows_of(path: LowRank | Array | None, w: Values, rows: Indices) -> Values:
+    """Rows of a path, ready to be spread over those of the weight."""
+    if path is None:
+        return np.zeros((1, 1))
+    if isinstance(path, LowRank):
+        return path.delta(w, rows)
+    return as_float64(path if len(path) == 1 else path[rows])
+
+
+def _known(*paths: LowRank | Array | None) -> tuple[int | None, int | None]:
+    """As much of the weight's shape as the paths tell."""
+    for path in paths:
+        if isinstance(path, LowRank):
+            return path.shape
+        if path is not None and len(path) > 1:
+            return len(path), None
+    return None, None
+
+
+def _weight(a: LowRank | Array | None, b: LowRank | Array | None) -> Unsized:
+    def change(w: Values, rows: Indices) -> Values:
+        return w * _rows_of(a, w, rows) + _rows_of(b, w, rows)
+
+    return Unsized.formula(_known(a, b), change)
+
+
+def _bias(module: str, c: LowRank | Array | None, d: LowRank | Array | None, e: LowRank | Array | None) -> Unsized:
+    """C enters as a product with the layer's weight, so it makes the change one of two weights."""
+
+    def build(shape: tuple[int, int]) -> Change:
+        def change(w: Values, rows: Indices) -> Values:
+            return w * _rows_of(d, w, rows) + _rows_of(e, w, rows)
+
+        own = Formula(shape, change)
+        if c is None:
+            return own
+        vector = as_float64(c.b) @ as_float64(c.a) if isinstance(c, LowRank) else as_float64(c)
+        return WeightTimes(shape, f"{module}.weight", vector, own)
+
+    return Unsized((_known(d, e)[0], 1), build, optional=True)

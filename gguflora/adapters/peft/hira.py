@@ -1,0 +1,46 @@
+"""HiRA: the weight times a low-rank matrix, element by element (https://openreview.net/forum?id=TwJrTz9cRS).
+
+Tensors of a module: ``hira_A`` (r, n_in), ``hira_B`` (n_out, r): ``W' = W * (1 + B A)``; of an embedding
+``hira_embedding_A`` (r, rows), ``hira_embedding_B`` (width, r): ``W' = W * (1 + (B A)^T)``.
+
+That is what PEFT merges. Of an embedding whose output the model scales (Gemma's) PEFT's forward pass, unmerged, adds
+the change unscaled, so it differs from its own merge, and from this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from gguflora.adapters.peft.config import PeftConfig
+from gguflora.adapters.peft.keys import by_module, expect, take
+from gguflora.adapters.deltas import (
+    Formula,
+    Indices,
+    LowRank,
+    Values,
+)
+from gguflora.files.safetensors import Array
+
+_LINEAR = ("hira_A", "hira_B")
+_EMBEDDING = ("hira_embedding_A", "hira_embedding_B")
+
+
+def read_hira(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Formula]:
+    """The change of every adapted weight."""
+    changes = {}
+    for module, parts in by_module(config, tensors, [*_LINEAR, *_EMBEDDING]).items():
+        names = _EMBEDDING if _EMBEDDING[0] in parts else _LINEAR
+        a, b = take(config, module, parts, *names)
+        expect(config, module, names[0], a, (None, None))
+        expect(config, module, names[1], b, (None, a.shape[0]))
+        factors = LowRank(a, b, 1.0)
+        if names is _EMBEDDING:
+            factors = factors.transposed()
+        changes[f"{module}.weight"] = Formula(factors.shape, partial(_multiply, factors))
+    return changes
+
+
+def _multiply(factors: LowRank, w: Values, rows: Indices) -> Values:
+    change: Values = w * factors.delta(w, rows)
+    return change

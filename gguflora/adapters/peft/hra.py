@@ -1,0 +1,54 @@
+"""HRA: the weight times a chain of Householder reflections (https://arxiv.org/abs/2405.17484; ``peft.tuners.hra``).
+
+Tensor of a module: ``hra_u`` (n_in, r). With its columns u_k at length 1 it is
+``W' = W (I - 2 u_1 u_1^T) ... (I - 2 u_r u_r^T)``; with ``apply_GS`` the columns are first made
+orthonormal by Gram and Schmidt (``peft.tuners.hra``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+
+from gguflora.adapters.peft.config import PeftConfig
+from gguflora.adapters.peft.keys import by_module, expect, take
+from gguflora.adapters.deltas import (
+    Indices,
+    Unsized,
+    Values,
+    as_float64,
+)
+from gguflora.errors import AdapterError
+from gguflora.files.safetensors import Array
+
+
+def read_hra(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
+    """The change of every adapted weight."""
+    changes = {}
+    for module, parts in by_module(config, tensors, ["hra_u"]).items():
+        (vectors,) = take(config, module, parts, "hra_u")
+        u = as_float64(expect(config, module, "hra_u", vectors, (None, None)))
+        lengths = np.linalg.norm(u, axis=0)
+        if not lengths.all():
+            raise AdapterError(
+                f"{config.path.parent}: module {module!r}: a column of hra_u is 0, which has no direction"
+            )
+        u = u / lengths
+        function = partial(_reflect_once, np.linalg.qr(u)[0]) if config.flag("apply_GS") else partial(_reflect, u)
+        changes[f"{module}.weight"] = Unsized.formula((None, u.shape[0]), function)
+    return changes
+
+
+def _reflect(u: Values, w: Values, rows: Indices) -> Values:
+    changed = w.copy()
+    for column in u.T:
+        changed -= 2 * np.outer(changed @ column, column)
+    return changed - w
+
+
+def _reflect_once(q: Values, w: Values, rows: Indices) -> Values:
+    """All reflections at once: they commute where the columns of q are orthonormal."""
+    change: Values = -2 * (w @ q) @ q.T
+    return change

@@ -1,0 +1,59 @@
+"""LOHA: ``W + factor * (a1 b1) o (a2 b2)``, a product of entries (https://arxiv.org/abs/2108.06098; PEFT: tuners/loha).
+
+Tensors of a module: ``hada_w1_a``, ``hada_w2_a`` (n_out, r) and ``hada_w1_b``, ``hada_w2_b`` (r, n_in); factor is
+alpha / r. The product of two matrices of rank r entry by entry is of rank r^2: its factors are the products of all
+pairs of columns of a1, a2 and of rows of b1, b2.
+
+A convolution (Mamba's ``conv1d``) is a matrix (n_out, inputs of a group * kernel), so that nothing changes; with
+``use_effective_conv2d`` it is given by a core for each of the two: `tucker.from_core`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from gguflora.adapters.peft.config import PeftConfig
+from gguflora.adapters.peft.keys import (
+    Parts,
+    by_module,
+    expect,
+    take,
+)
+from gguflora.adapters.numerics.tucker import dense, from_core
+from gguflora.adapters.deltas import Change, LowRank, as_float64
+from gguflora.files.safetensors import Array
+
+_PARTS: Final = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+_CORES: Final = ("hada_t1", "hada_t2")
+
+
+def read_loha(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change]:
+    """The change of every adapted weight."""
+    changes: dict[str, Change] = {}
+    for module, parts in by_module(config, tensors, (*_PARTS, *_CORES)).items():
+        with_cores = any(core in parts for core in _CORES)
+        changes[f"{module}.weight"] = (_of_cores if with_cores else _of_factors)(config, module, parts)
+    return changes
+
+
+def _factor(config: PeftConfig, module: str, rank: int) -> float:
+    return config.for_module("alpha", "alpha_pattern", module, 8) / rank
+
+
+def _of_factors(config: PeftConfig, module: str, parts: Parts) -> LowRank:
+    a1, b1, a2, b2 = take(config, module, parts, *_PARTS)
+    rank = config.rank(module, a1.shape[-1])
+    n_out, n_in = a1.shape[0], b1.shape[-1]
+    for name, part, shape in zip(_PARTS, (a1, b1, a2, b2), [(n_out, rank), (rank, n_in)] * 2, strict=True):
+        expect(config, module, name, part, shape)
+    left = (as_float64(a1)[:, :, None] * as_float64(a2)[:, None, :]).reshape(n_out, -1)
+    right = (as_float64(b1)[:, None] * as_float64(b2)[None]).reshape(-1, n_in)
+    return LowRank(right, left, _factor(config, module, rank))
+
+
+def _of_cores(config: PeftConfig, module: str, parts: Parts) -> LowRank:
+    a1, b1, a2, b2, core1, core2 = take(config, module, parts, *_PARTS, *_CORES)
+    rank = config.rank(module, a1.shape[0])
+    product = from_core(config, module, rank, core1, a1, b1) * from_core(config, module, rank, core2, a2, b2)
+    return dense(product.reshape(len(product), -1), _factor(config, module, rank))

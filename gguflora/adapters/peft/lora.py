@@ -1,0 +1,163 @@
+"""LORA: ``W + factor * B A`` (https://arxiv.org/abs/2106.09685), with rsLoRA's factor (https://arxiv.org/abs/2312.03732).
+
+Tensors of a module: ``lora_A.weight`` (r, n_in) and ``lora_B.weight`` (n_out, r); of an embedding ``lora_embedding_A``
+(r, rows) and ``lora_embedding_B`` (width, r), which change its (rows, width) weight by ``factor * (B A)^T``. The
+factors of a ``fan_in_fan_out`` layer (GPT-2's Conv1D) are laid out like any other layer's: PEFT transposes their
+product, GGUF the weight.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from gguflora.adapters.peft.config import PeftConfig
+from gguflora.adapters.peft.lora_dora import with_magnitude
+from gguflora.adapters.peft.lora_scaling import lora_factor
+from gguflora.adapters.peft.lora_kasa import with_diagonal
+from gguflora.adapters.peft.keys import Parts, by_module, expect
+from gguflora.adapters.peft.lora_compact import with_blocks, with_pooling
+from gguflora.adapters.peft.lora_target_parameters import read_parameter, split_wrapped
+from gguflora.adapters.peft.lora_init import STARTS, without_start
+from gguflora.adapters.deltas import (
+    Change,
+    Formula,
+    Indices,
+    LowRank,
+    Unsized,
+    Values,
+    as_float64,
+)
+from gguflora.errors import AdapterError, UnsupportedAdapterError
+from gguflora.files.safetensors import Array, is_float
+
+_MAGNITUDE: Final = "lora_magnitude_vector"
+_DIAGONAL: Final = "lora_diag"
+_BIAS: Final = "lora_B.bias"
+_PAIRS: Final = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+
+# init_lora_weights that leave the base weight as it is; the others subtract their start from it
+_PLAIN_STARTS: Final = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+_LOST_STARTS: Final = {
+    "pissa_niter": "is a randomised decomposition, whose random numbers no file holds",
+    "corda": "comes from the activations of sample texts, which no file holds",
+    "lora_ga": "comes from gradients of sample texts, which no file holds",
+    "loftq": "is a quantization of the base, whose rest the factors make up for",
+}
+"""Why other starts cannot be made again from the base and the adapter."""
+
+_REFUSED: Final = {
+    "layer_replication": "refers to a deeper model than the base: merge it with PEFT and convert the whole model",
+    "arrow_config": "routes each token over several adapters, so no fixed weight is equal to it: merge them one by one",
+}
+
+# what a method needs only in training
+_UNUSED: Final = re.compile(r".*\.(?:lora_velora_embed|lora_monteclora_sampler)(?:\..*)?")
+
+
+def read_lora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change | Unsized]:
+    """The change of every adapted weight, by its name in the Hugging Face model.
+
+    Raises:
+        UnsupportedAdapterError: for options that cannot be expressed.
+        AdapterError: for tensors that do not pair up or do not have the configured rank.
+    """
+    _check_options(config)
+    used = {key: tensor for key, tensor in tensors.items() if not _UNUSED.fullmatch(key)}
+    modules = by_module(config, used, [*(part for pair in _PAIRS for part in pair), _BIAS, _MAGNITUDE, _DIAGONAL])
+    parameters, modules = split_wrapped(config, modules)
+    changes: dict[str, Change | Unsized] = {}
+    for parameter, parts in parameters.items():
+        changes |= read_parameter(config, parameter, parts)
+    for module, parts in modules.items():
+        if _BIAS in parts:
+            changes[f"{module}.bias"] = _read_bias(config, module, parts)
+        changes[f"{module}.weight"] = _read_module(config, module, parts)
+    return changes
+
+
+def _check_options(config: PeftConfig) -> None:
+    for name, reason in _REFUSED.items():
+        if config.fields.get(name):
+            raise UnsupportedAdapterError(f"{config.path}: {name} is set: the adapter {reason}")
+    start = config.fields.get("init_lora_weights")
+    if start not in _PLAIN_STARTS and start not in STARTS:
+        reason = next((text for name, text in _LOST_STARTS.items() if str(start).startswith(name)), "is not known")
+        converted = "" if start == "loftq" else "save it with PEFT's path_initial_model_for_weight_conversion, or "
+        raise UnsupportedAdapterError(
+            f"{config.path}: init_lora_weights is {start!r}: it changed the base's weights when training began, and "
+            f"that start {reason}, so it cannot be taken out of the original base; {converted}make the GGUF base from "
+            "the changed model (base_model.save_pretrained right after get_peft_model), for which the adapter is a "
+            "plain LoRA: set init_lora_weights to true"
+        )
+
+
+def _read_bias(config: PeftConfig, module: str, parts: Parts) -> Formula:
+    """With ``lora_bias``, B has a bias, which is added to the layer's: ``b + factor * lora_B.bias``."""
+    bias = expect(config, module, _BIAS, parts.pop(_BIAS), (None,))
+    terms = len(parts["lora_A"]) if "lora_A" in parts and parts["lora_A"].ndim else 0
+    values = lora_factor(config, module, config.rank(module, terms)) * as_float64(bias)
+
+    def delta(w: Values, rows: Indices) -> Values:
+        return values[rows, None]
+
+    return Formula((len(values), 1), delta)
+
+
+def _read_module(config: PeftConfig, module: str, parts: Parts) -> Change | Unsized:
+    embedding, extra = "lora_embedding_A" in parts, {name for name in (_MAGNITUDE, _DIAGONAL) if name in parts}
+    low_rank = _read_factors(config, module, {name: part for name, part in parts.items() if name not in extra})
+    wanted = {
+        name for name, option in ((_MAGNITUDE, "use_dora"), (_DIAGONAL, "kasa_config")) if config.fields.get(option)
+    }
+    if extra != wanted:
+        raise AdapterError(
+            f"{config.path.parent}: module {module!r} has {', '.join(parts)}, but {config.path.name} asks for "
+            f"{', '.join(wanted) or 'no more than a pair of factors'}"
+        )
+    start = config.fields.get("init_lora_weights")
+    change: Change = low_rank
+    if start in STARTS and not embedding:
+        change = without_start(low_rank, start)
+    if _DIAGONAL in extra:
+        return with_diagonal(config, module, low_rank, parts[_DIAGONAL])
+    if _MAGNITUDE in extra:
+        return with_magnitude(config, module, change, parts[_MAGNITUDE], embedding=embedding)
+    if config.flag("use_qalora") and not embedding and change is low_rank:
+        return with_pooling(config, low_rank)
+    return change
+
+
+def _read_factors(config: PeftConfig, module: str, parts: Parts) -> LowRank:
+    where = f"{config.path.parent}: module {module!r}"
+    for name_a, name_b in _PAIRS:
+        if parts.keys() == {name_a, name_b}:
+            if name_a == "lora_embedding_A":
+                return read_pair(config, module, parts[name_a], parts[name_b]).transposed()
+            return read_pair(config, module, *with_blocks(config, module, parts[name_a], parts[name_b]))
+    missing = [f"{b} (has {a})" if a in parts else f"{a} (has {b})" for a, b in _PAIRS if (a in parts) != (b in parts)]
+    if missing:
+        raise AdapterError(f"{where} has no {missing[0]}; the adapter is incomplete, save it again")
+    raise AdapterError(f"{where} has {', '.join(parts)}, expected one pair of factors")
+
+
+def read_pair(config: PeftConfig, module: str, a: Array, b: Array) -> LowRank:
+    """One pair of factors with the rank and alpha that the configuration gives for its module."""
+    where = f"{config.path.parent}: module {module!r}"
+    if a.ndim != 2 or b.ndim != 2:
+        raise UnsupportedAdapterError(
+            f"{where}: A is {a.shape} and B is {b.shape}, expected two matrices: LoRA of a convolution in groups mixes "
+            "its channels, so that no weight is equal to it, and PEFT cannot merge it either; train without this module"
+        )
+    for name, factor in (("A", a), ("B", b)):
+        if not is_float(factor):
+            raise AdapterError(f"{where}: {name} holds {factor.dtype}, expected floating-point numbers")
+    rank = config.rank(module, a.shape[0])
+    terms = min(rank, len(b), a.shape[1]) if config.fields.get("init_lora_weights") in STARTS else rank
+    if a.shape[0] != terms or b.shape[1] != terms:
+        raise AdapterError(
+            f"{where}: A is {a.shape} and B is {b.shape}, expected rank {terms} as {config.path.name} says: "
+            f"({terms}, n_in) and (n_out, {terms})"
+        )
+    return LowRank(a, b, lora_factor(config, module, rank))

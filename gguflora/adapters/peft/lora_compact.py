@@ -1,0 +1,69 @@
+"""LoRA variants that store a narrower factor than they multiply with.
+
+BD-LoRA (``use_bdlora``; PEFT: tuners/lora/variants.py) keeps A or B block-diagonal and stores its blocks on top of each
+other, (r, n_in / n) or (n_out, r / n). QA-LoRA (``use_qalora``; https://arxiv.org/abs/2309.14717) gives A the means of
+groups of g inputs, times the number of groups, so A is (r, n_in / g).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from gguflora.adapters.peft.config import PeftConfig
+from gguflora.adapters.deltas import (
+    Change,
+    LowRank,
+    Unsized,
+    as_float64,
+)
+from gguflora.errors import AdapterError
+from gguflora.files.safetensors import Array
+
+
+def with_blocks(config: PeftConfig, module: str, a: Array, b: Array) -> tuple[Array, Array]:
+    """A and B as matrices, where one of them is block-diagonal.
+
+    Raises:
+        AdapterError: if the blocks cannot be told apart.
+    """
+    options = config.fields.get("use_bdlora")
+    if not options:
+        return a, b
+    if not isinstance(options, dict):
+        raise config.error("use_bdlora", "an object", options)
+    n_blocks = options.get("nblocks", 1)
+    if not isinstance(n_blocks, int) or n_blocks < 1:
+        raise config.error("use_bdlora.nblocks", "a positive whole number", n_blocks)
+    in_a, in_b = (
+        any(str(pattern) in module for pattern in options.get(name) or ())
+        for name in ("target_modules_bd_a", "target_modules_bd_b")
+    )
+    if in_a and in_b:
+        raise AdapterError(f"{config.path}: use_bdlora: module {module!r} matches the patterns of both A and B")
+    return _diagonal(config, module, a, n_blocks) if in_a else a, _diagonal(config, module, b, n_blocks) if in_b else b
+
+
+def _diagonal(config: PeftConfig, module: str, stored: Array, n_blocks: int) -> Array:
+    if stored.ndim != 2 or stored.shape[0] % n_blocks:
+        raise AdapterError(
+            f"{config.path.parent}: module {module!r}: a factor of shape {stored.shape} does not have {n_blocks} blocks"
+        )
+    rows, width = stored.shape[0] // n_blocks, stored.shape[1]
+    full = np.zeros((n_blocks, rows, n_blocks, width), stored.dtype)
+    full[np.arange(n_blocks), :, np.arange(n_blocks)] = stored.reshape(n_blocks, rows, width)
+    return full.reshape(n_blocks * rows, n_blocks * width)
+
+
+def with_pooling(config: PeftConfig, change: LowRank) -> Unsized:
+    """The change whose A stands for groups of inputs, or for single ones in layers that PEFT does not quantize."""
+    group = config.integer("qalora_group_size", 16, least=1)
+    return Unsized((change.shape[0], None), partial(_pooled, change, group))
+
+
+def _pooled(change: LowRank, group: int, shape: tuple[int, int]) -> Change:
+    groups = change.a.shape[1]
+    if groups == shape[1] or groups * group != shape[1]:
+        return change
+    return LowRank(np.repeat(as_float64(change.a), group, axis=1), change.b, change.factor * groups / group)

@@ -1,0 +1,39 @@
+"""KaSA: the smallest singular triplets of the weight replaced by a low-rank change (https://arxiv.org/abs/2412.06071).
+
+LORA with ``kasa_config``: besides LoRA's factors a module has ``lora_diag`` (r,), and ``W' = (W without its r smallest
+singular triplets) + factor * B diag(lora_diag) A`` (``peft.tuners.lora.variants``, ``KasaLinearVariant``).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from gguflora.adapters.peft.config import PeftConfig
+from gguflora.adapters.peft.keys import expect
+from gguflora.adapters.numerics.spectrum import CAUTION, smallest
+from gguflora.adapters.deltas import (
+    Formula,
+    Indices,
+    LowRank,
+    Values,
+    as_float64,
+)
+from gguflora.files.safetensors import Array
+
+
+def with_diagonal(config: PeftConfig, module: str, change: LowRank, diagonal: Array) -> Formula:
+    """The change of a weight by its low-rank factors and what is put between them.
+
+    Args:
+        config: of the adapter, for messages.
+        module: the same.
+        change: ``factor * B A``.
+        diagonal: (r,).
+    """
+    expect(config, module, "lora_diag", diagonal, (change.rank,))
+    scaled = LowRank(change.a, as_float64(change.b) * as_float64(diagonal), change.factor)
+    return Formula(change.shape, partial(_replace, scaled), whole=True, caution=CAUTION)
+
+
+def _replace(change: LowRank, w: Values, rows: Indices) -> Values:
+    return change.delta(w, rows) - smallest(w, change.rank)

@@ -1,0 +1,103 @@
+"""OFT: the weight's columns rotated in blocks (https://arxiv.org/abs/2306.07280, https://arxiv.org/abs/2506.19847).
+
+Tensor of a module: ``oft_R.weight`` (n_in / b, b (b - 1) / 2), or (1, b (b - 1) / 2) where all blocks share it
+(``block_share``): the upper triangles of skew-symmetric Q. A block of R is ``(I - Q) (I + Q)^-1``, or with
+``use_cayley_neumann`` a series; ``W' = W R^T``. An embedding's is ``oft_embedding_R.weight`` with ``W' = W R``. With
+``coft`` the norm of Q is at most ``eps / sqrt(blocks)`` (``peft.tuners.oft.layer``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import numpy as np
+
+from gguflora.adapters.peft.config import PeftConfig
+from gguflora.adapters.peft.keys import by_module, expect, take
+from gguflora.adapters.numerics.rotation import cayley, cayley_neumann, rotate_columns
+from gguflora.adapters.deltas import (
+    Change,
+    Formula,
+    Indices,
+    Unsized,
+    Values,
+    as_float64,
+)
+from gguflora.errors import AdapterError
+from gguflora.files.safetensors import Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rotation:
+    """R before it is computed.
+
+    Attributes:
+        triangles: (blocks, b (b - 1) / 2).
+        size: b.
+        terms: of Neumann's series; None for the exact inverse.
+        bound: of the norm of each block's Q, None for no bound.
+        inverse: whether it is R^T that the weight is multiplied with on the right.
+    """
+
+    triangles: Array
+    size: int
+    terms: int | None
+    bound: float | None
+    inverse: bool
+
+
+def read_oft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
+    """The change of every adapted weight."""
+    changes = {}
+    for module, parts in by_module(config, tensors, ["oft_R", "oft_embedding_R"]).items():
+        name = "oft_embedding_R" if "oft_embedding_R" in parts else "oft_R"
+        (triangles,) = take(config, module, parts, name)
+        expect(config, module, name, triangles, (None, None))
+        changes[f"{module}.weight"] = _unsized(config, module, triangles, inverse=name == "oft_R")
+    return changes
+
+
+def _unsized(config: PeftConfig, module: str, triangles: Array, *, inverse: bool) -> Unsized:
+    where = f"{config.path.parent}: module {module!r}"
+    blocks, elements = triangles.shape
+    size = (1 + math.isqrt(1 + 8 * elements)) // 2
+    if size * (size - 1) // 2 != elements:
+        raise AdapterError(f"{where}: oft_R has rows of {elements} numbers, which are no triangle of a matrix")
+    neumann = config.fields.get("use_cayley_neumann") in {None, True}
+    rotation = _Rotation(
+        triangles,
+        size,
+        int(config.number("num_cayley_neumann_terms", 5)) if neumann else None,
+        config.number("eps", 6e-5) / math.sqrt(blocks) if config.flag("coft") else None,
+        inverse,
+    )
+
+    def build(shape: tuple[int, int]) -> Change:
+        n_in = shape[1]
+        fits = n_in % size == 0 if config.flag("block_share") and blocks == 1 else n_in == blocks * size
+        if not fits:
+            raise AdapterError(f"{where}: oft_R has {blocks} blocks of size {size}, which do not cover {n_in} columns")
+        return Formula(shape, partial(_rotate, rotation))
+
+    return Unsized((None, None), build)
+
+
+def _rotate(rotation: _Rotation, w: Values, rows: Indices) -> Values:
+    return rotate_columns(w, _blocks(rotation)) - w
+
+
+@lru_cache(maxsize=4)  # for the next rows of the same weight
+def _blocks(rotation: _Rotation) -> Values:
+    triangles, size = as_float64(rotation.triangles), rotation.size
+    skew = np.zeros((len(triangles), size, size))
+    above = np.triu_indices(size, 1)
+    skew[:, *above] = triangles
+    skew -= skew.swapaxes(1, 2)
+    if rotation.bound is not None:
+        norms = np.linalg.norm(skew, axis=(1, 2), keepdims=True)
+        skew *= np.minimum(1, rotation.bound / np.maximum(norms, np.finfo(np.float64).tiny))
+    blocks = cayley(skew) if rotation.terms is None else cayley_neumann(skew, rotation.terms)
+    return blocks if rotation.inverse else blocks.swapaxes(1, 2)

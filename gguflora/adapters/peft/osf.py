@@ -1,0 +1,45 @@
+"""OSF: the smallest singular triplets of the weight replaced (https://arxiv.org/abs/2504.07097; ``peft.tuners.osf``).
+
+Tensors of a module: ``osf_svd_params.U_low`` (n_out, k), ``.S_low`` (k,), ``.V_low`` (k, n_in):
+``W' = (W without its k smallest singular triplets) + U_low diag(S_low) V_low``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Final
+
+from gguflora.adapters.peft.config import PeftConfig
+from gguflora.adapters.peft.keys import by_module, expect, take
+from gguflora.adapters.numerics.spectrum import CAUTION, smallest
+from gguflora.adapters.deltas import (
+    Formula,
+    Indices,
+    Values,
+    as_float64,
+)
+from gguflora.errors import AdapterError
+from gguflora.files.safetensors import Array
+
+_PARTS: Final = tuple(f"osf_svd_params.{name}" for name in ("U_low", "S_low", "V_low"))
+
+
+def read_osf(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Formula]:
+    """The change of every adapted weight."""
+    changes = {}
+    for module, parts in by_module(config, tensors, _PARTS).items():
+        u, s, v = take(config, module, parts, *_PARTS)
+        expect(config, module, _PARTS[1], s, (None,))
+        expect(config, module, _PARTS[0], u, (None, len(s)))
+        expect(config, module, _PARTS[2], v, (len(s), None))
+        shape = len(u), v.shape[1]
+        if len(s) > min(shape):
+            raise AdapterError(f"{config.path.parent}: module {module!r}: {len(s)} triplets of a weight {shape}")
+        changes[f"{module}.weight"] = Formula(shape, partial(_replace, u, s, v), whole=True, caution=CAUTION)
+    return changes
+
+
+def _replace(u: Array, s: Array, v: Array, w: Values, rows: Indices) -> Values:
+    new: Values = (as_float64(u) * as_float64(s)) @ as_float64(v)
+    return new - smallest(w, len(s))

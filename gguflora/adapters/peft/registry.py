@@ -1,0 +1,93 @@
+"""The methods gguflora reads: one table from the name of a method to its reader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from gguflora.adapters.peft import (
+    adalora,
+    beft,
+    boft,
+    c3a,
+    deft,
+    delora,
+    fourierft,
+    frod,
+    glora,
+    gralora,
+    hira,
+    hra,
+    ia3,
+    ln_tuning,
+    loha,
+    lokr,
+    lora,
+    miss,
+    oft,
+    osf,
+    peanut,
+    randlora,
+    road,
+    shira,
+    supertuning,
+    tinylora,
+    trainable_tokens,
+    unilora,
+    vblora,
+    vera,
+    waveft,
+)
+from gguflora.adapters import mlx
+from gguflora.adapters.base_shapes import BaseWeights
+from gguflora.adapters.peft.config import MLX, PeftConfig
+from gguflora.adapters.deltas import Change, Unsized
+from gguflora.files.safetensors import Array
+
+Reader = Callable[[PeftConfig, Mapping[str, Array]], Mapping[str, Change | Unsized]]
+ShapedReader = Callable[[PeftConfig, Mapping[str, Array], BaseWeights], Mapping[str, Change]]
+
+READERS: Final[dict[str, Reader]] = {
+    "ADALORA": adalora.read_adalora,
+    "BEFT": beft.read_beft,
+    "BOFT": boft.read_boft,
+    "C3A": c3a.read_c3a,
+    "DEFT": deft.read_deft,
+    "DELORA": delora.read_delora,
+    "FOURIERFT": fourierft.read_fourierft,
+    "FROD": frod.read_frod,
+    "GLORA": glora.read_glora,
+    "GRALORA": gralora.read_gralora,
+    "HIRA": hira.read_hira,
+    "HRA": hra.read_hra,
+    "IA3": ia3.read_ia3,
+    "LN_TUNING": ln_tuning.read_ln_tuning,
+    "LOHA": loha.read_loha,
+    "LOKR": lokr.read_lokr,
+    "LORA": lora.read_lora,
+    "MISS": miss.read_miss,
+    MLX: mlx.read_mlx,
+    "OFT": oft.read_oft,
+    "OSF": osf.read_osf,
+    "PEANUT": peanut.read_peanut,
+    "ROAD": road.read_road,
+    "SHIRA": shira.read_shira,
+    "SUPERTUNING": supertuning.read_supertuning,
+    "TINYLORA": tinylora.read_tinylora,
+    "TRAINABLE_TOKENS": trainable_tokens.read_trainable_tokens,
+    "VBLORA": vblora.read_vblora,
+    "WAVEFT": waveft.read_waveft,
+}
+"""The PEFT methods gguflora reads, by the ``peft_type`` of their configuration.
+
+A reader gets the tensors of its own method and returns a change for every weight they touch, by the weight's name in
+the Hugging Face model (``model.layers.0.self_attn.q_proj.weight``). What is saved whole beside them is read in `saved`.
+"""
+
+SHAPED_READERS: Final[dict[str, ShapedReader]] = {
+    "PVERA": vera.read_pvera,
+    "RANDLORA": randlora.read_randlora,
+    "UNILORA": unilora.read_unilora,
+    "VERA": vera.read_vera,
+}
+"""The methods whose change of one weight depends on the shapes of others; their readers ask the base, too."""

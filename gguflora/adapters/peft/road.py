@@ -1,0 +1,71 @@
+"""RoAd: pairs of rows rotated and scaled (https://arxiv.org/abs/2409.00119; ``peft.tuners.road``).
+
+The rows of a weight lie in groups of ``group_size``; row i of a group's first half, y1, and row i of its second half,
+y2, are a pair: ``y1' = c1 y1 - s1 y2`` and ``y2' = c2 y2 + s2 y1``, of the weight and the bias alike, where
+``c = alpha cos(theta)``, ``s = alpha sin(theta)``. Tensors of a module: ``road_theta`` and ``road_alpha``; ``road_1``
+has one of each for a pair, ``road_2`` one for a row, ``road_4`` two for a row: a group's ``group_size`` for c, then as
+many for s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Final
+
+import numpy as np
+
+from gguflora.adapters.peft.config import PeftConfig
+from gguflora.adapters.peft.keys import by_module, expect, take
+from gguflora.adapters.deltas import (
+    Indices,
+    Unsized,
+    Values,
+    as_float64,
+)
+from gguflora.errors import AdapterError
+from gguflora.files.safetensors import Array
+
+# parameters for a row
+_VARIANTS: Final = {"road_1": 0.5, "road_2": 1, "road_4": 2}
+
+
+def read_road(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
+    """The change of every adapted weight, and of its bias if it has one."""
+    variant, group = config.fields.get("variant", "road_1"), config.number("group_size", 64)
+    if variant not in _VARIANTS:
+        raise config.error("variant", "one of " + ", ".join(_VARIANTS), variant)
+    if group != int(group) or group < 2 or group % 2:
+        raise config.error("group_size", "an even whole number", group)
+    changes = {}
+    for module, parts in by_module(config, tensors, ["road_theta", "road_alpha"]).items():
+        theta, alpha = take(config, module, parts, "road_theta", "road_alpha")
+        expect(config, module, "road_theta", theta, (None,))
+        expect(config, module, "road_alpha", alpha, theta.shape)
+        n_out = int(len(theta) / _VARIANTS[variant])
+        if n_out % group or n_out * _VARIANTS[variant] != len(theta):
+            raise AdapterError(
+                f"{config.path.parent}: module {module!r}: road_theta has {len(theta)} numbers, which groups of "
+                f"{group:g} rows cannot share"
+            )
+        function = partial(_rotate, *_columns(variant, int(group), as_float64(theta), as_float64(alpha)), int(group))
+        changes[f"{module}.weight"] = Unsized.formula((n_out, None), function, whole=True)
+        changes[f"{module}.bias"] = Unsized.formula((n_out, 1), function, whole=True, optional=True)
+    return changes
+
+
+def _columns(variant: str, group: int, theta: Values, alpha: Values) -> tuple[Values, Values]:
+    """C and s of every row."""
+    c, s = alpha * np.cos(theta), alpha * np.sin(theta)
+    if variant == "road_1":
+        c, s = (np.repeat(part.reshape(-1, 1, group // 2), 2, axis=1) for part in (c, s))
+    elif variant == "road_4":
+        c, s = c.reshape(-1, 2, group)[:, 0], s.reshape(-1, 2, group)[:, 1]
+    return c.reshape(-1, 1), s.reshape(-1, 1)
+
+
+def _rotate(c: Values, s: Values, group: int, w: Values, rows: Indices) -> Values:
+    pairs = w.reshape(-1, 2, group // 2, w.shape[1])
+    rotated = np.stack([-pairs[:, 1], pairs[:, 0]], axis=1).reshape(w.shape)
+    change: Values = (c - 1) * w + s * rotated
+    return change

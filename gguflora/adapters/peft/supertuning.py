@@ -1,0 +1,130 @@
+"""Super-tuning: some of the weight's elements changed, in "Supra" a low-rank change added (https://arxiv.org/abs/2607.09287).
+
+Tensors of a module (``peft.tuners.supertuning``): ``supertuning_indices`` (n,), element numbers of the weight in row
+order, ``supertuning_values`` (n,), and with ``r`` set ``supertuning_lora_A`` (r, n_in), ``supertuning_lora_B``
+(n_out, r): ``W' = W + sparse + lora_alpha / r * B A``.
+
+Without ``save_precomputed_indices`` the elements are found again: those with the largest (``select_top``) or smallest
+absolute values, in that order, which the base tells if it holds the weights as they were when training began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from gguflora.adapters.peft.config import PeftConfig
+from gguflora.adapters.peft.keys import (
+    Parts,
+    by_module,
+    expect,
+    take,
+)
+from gguflora.adapters.numerics.sparse import add_sparse
+from gguflora.adapters.deltas import (
+    Change,
+    Formula,
+    Indices,
+    LowRank,
+    Unsized,
+    Values,
+    as_float64,
+)
+from gguflora.errors import AdapterError, UnsupportedAdapterError
+from gguflora.files.safetensors import Array
+
+_SPARSE = ("supertuning_indices", "supertuning_values")
+_FACTORS = ("supertuning_lora_A", "supertuning_lora_B")
+
+
+def read_supertuning(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
+    """The change of every adapted weight."""
+    modules = by_module(config, tensors, [*_SPARSE, *_FACTORS])
+    return {f"{module}.weight": _read_module(config, module, parts) for module, parts in modules.items()}
+
+
+def _read_module(config: PeftConfig, module: str, parts: Parts) -> Unsized:
+    where = f"{config.path.parent}: module {module!r}"
+    low_rank = _read_factors(config, module, parts)
+    if _SPARSE[0] not in parts:
+        return _by_size(config, module, parts, low_rank)
+    indices, values = take(config, module, {name: part for name, part in parts.items() if name in _SPARSE}, *_SPARSE)
+    expect(config, module, _SPARSE[1], values, (None,))
+    if indices.shape != values.shape or indices.dtype.kind not in "iu":
+        raise AdapterError(f"{where}: {_SPARSE[0]} has shape {indices.shape}, expected {len(values)} whole numbers")
+
+    def build(shape: tuple[int, int]) -> Change:
+        rows, columns = np.divmod(indices.astype(np.int64), shape[1])
+        sparse = add_sparse(where, shape, rows, columns, values)
+        return sparse if low_rank is None else _sum(sparse, low_rank)
+
+    return Unsized((None, None) if low_rank is None else low_rank.shape, build)
+
+
+def _by_size(config: PeftConfig, module: str, parts: Parts, low_rank: LowRank | None) -> Unsized:
+    """The change of the weight's largest or smallest elements."""
+    where = f"{config.path.parent}: module {module!r}"
+    (values,) = take(config, module, {name: part for name, part in parts.items() if name in _SPARSE}, _SPARSE[1])
+    expect(config, module, _SPARSE[1], values, (None,))
+    largest = bool(config.fields.get("select_top", True))
+
+    def delta(w: Values, rows: Indices) -> Values:
+        change = np.zeros(w.size)
+        change[_find(where, w, len(values), largest=largest)] = as_float64(values)
+        return change.reshape(w.shape) + (0.0 if low_rank is None else low_rank.delta(w, rows))
+
+    known = (None, None) if low_rank is None else low_rank.shape
+    return Unsized(known, lambda shape: Formula(shape, delta, whole=True))
+
+
+def _find(where: str, w: Values, count: int, *, largest: bool) -> Indices:
+    """The elements that training chose, in its order.
+
+    Raises:
+        UnsupportedAdapterError: if the base cannot tell.
+    """
+    hint = "save the adapter with save_precomputed_indices=True"
+    ranking = -np.abs(w).ravel() if largest else np.abs(w).ravel()
+    order = np.argsort(ranking, kind="stable")[: count + 1]
+    ties = np.count_nonzero(np.diff(ranking[order]) == 0)
+    if count > w.size or (ties > 0.01 * count and not _is_half(w)):
+        raise UnsupportedAdapterError(
+            f"{where} has no {_SPARSE[0]}: it changes the base's {'largest' if largest else 'smallest'} weights, and a "
+            f"quantized base does not tell which those were; give the base as it was trained, or {hint}"
+        )
+    if not ties:
+        return order[:count]
+    try:
+        import torch  # noqa: PLC0415  (heavy, and only for these)
+    except ImportError as error:
+        raise UnsupportedAdapterError(
+            f"{where} has no {_SPARSE[0]}: some of the weights it changes are of equal size, and only torch's sort "
+            f"tells their order: pip install 'gguflora[torch]', or {hint}"
+        ) from error
+    scores = torch.from_numpy(np.abs(w).astype(np.float32).ravel())
+    chosen: Indices = torch.topk(scores, count, largest=largest).indices.numpy()
+    return chosen
+
+
+def _is_half(w: Values) -> bool:
+    """Whether all numbers are those of bfloat16 or float16, in which many are equal without being quantized."""
+    single = w.astype(np.float32)
+    return not (single.view(np.uint32) & 0xFFFF).any() or bool((single.astype(np.float16) == single).all())
+
+
+def _read_factors(config: PeftConfig, module: str, parts: Parts) -> LowRank | None:
+    if config.fields.get("r") is None:
+        return None
+    a, b = take(config, module, {name: part for name, part in parts.items() if name in _FACTORS}, *_FACTORS)
+    expect(config, module, _FACTORS[0], a, (int(config.number("r", 0)), None))
+    expect(config, module, _FACTORS[1], b, (None, a.shape[0]))
+    alpha = config.fields.get("lora_alpha")
+    return LowRank(a, b, 2.0 if alpha is None else config.number("lora_alpha", 0) / a.shape[0])
+
+
+def _sum(sparse: Formula, low_rank: LowRank) -> Formula:
+    def change(w: Values, rows: Indices) -> Values:
+        return sparse.delta(w, rows) + low_rank.delta(w, rows)
+
+    return Formula(sparse.shape, change)

@@ -1,0 +1,55 @@
+"""Which modules a configuration adapts, by PEFT's rules, for methods whose file does not list them."""
+
+from __future__ import annotations
+
+import re
+
+from gguflora.adapters.peft.config import PeftConfig
+
+
+def is_target(config: PeftConfig, module: str) -> bool:
+    """Whether PEFT adapts a linear module of this name.
+
+    Raises:
+        AdapterError: if the configuration's patterns make no sense.
+    """
+    saved = config.fields.get("modules_to_save") or []
+    if _matches(config, "exclude_modules", module) or any(
+        _fits(config, rf"(^|.*\.){name}($|\..*)", module) for name in saved
+    ):
+        return False
+    targets = config.fields.get("target_modules") or []
+    if not _matches(config, "target_modules", module):
+        return False
+    return isinstance(targets, str) or module in targets or _in_wanted_layer(config, module)
+
+
+def _in_wanted_layer(config: PeftConfig, module: str) -> bool:
+    wanted = config.fields.get("layers_to_transform")
+    if wanted is None or wanted == []:
+        return True
+    patterns = config.fields.get("layers_pattern") or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
+        if found:
+            return int(found[1]) in (wanted if isinstance(wanted, list) else [wanted])
+    return False
+
+
+def _matches(config: PeftConfig, name: str, module: str) -> bool:
+    """Whether a module is named by a list of last parts of names, or by one regular expression."""
+    patterns = config.fields.get(name) or []
+    if patterns == "all-linear":
+        return module != "lm_head"
+    if isinstance(patterns, str):
+        return _fits(config, patterns, module)
+    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise config.error(name, "a regular expression or a list of module names", patterns)
+    return any(module == pattern or module.endswith(f".{pattern}") for pattern in patterns)
+
+
+def _fits(config: PeftConfig, pattern: str, module: str) -> bool:
+    try:
+        return re.fullmatch(pattern, module) is not None
+    except re.error as error:
+        raise config.error("target_modules", "a regular expression", pattern) from error

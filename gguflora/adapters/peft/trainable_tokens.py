@@ -1,0 +1,39 @@
+"""TRAINABLE_TOKENS: some rows of an embedding, trained (PEFT: tuners/trainable_tokens).
+
+A module has ``trainable_tokens_delta`` (n, width): in spite of its name the new rows, for the ``token_indices`` of the
+configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+
+from gguflora.adapters.peft.config import PeftConfig
+from gguflora.adapters.peft.keys import by_module, expect, take
+from gguflora.adapters.peft.modules_to_save import replaced_rows
+from gguflora.adapters.deltas import Change
+from gguflora.files.safetensors import Array
+
+_ROWS: Final = "trainable_tokens_delta"
+
+
+def _without_tied(tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """The tensors without a second copy: PEFT saves the rows of a tied embedding under the output's name, too."""
+    heads = [key for key in tensors if ".lm_head." in key]
+    others = {key: tensor for key, tensor in tensors.items() if key not in heads}
+    kept = {key: tensors[key] for key in heads if not any(np.array_equal(tensors[key], o) for o in others.values())}
+    return others | kept
+
+
+def read_trainable_tokens(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change]:
+    """The replaced rows of every adapted embedding."""
+    ids = config.fields.get("token_indices")
+    changes: dict[str, Change] = {}
+    for module, parts in by_module(config, _without_tied(tensors), [_ROWS]).items():
+        (values,) = take(config, module, parts, _ROWS)
+        expect(config, module, _ROWS, values, (None, None))
+        changes[f"{module}.weight"] = replaced_rows(config, module, ids, values)
+    return changes

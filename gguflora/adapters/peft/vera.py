@@ -1,0 +1,73 @@
+"""VERA: ``W + diag(b) B diag(d) A`` (https://arxiv.org/abs/2310.11454; PEFT: tuners/vera/layer.py), and PVERA.
+
+All modules share A (r, widest n_in) and B (widest n_out, r), of which each takes the corner that fits it; a module has
+``vera_lambda_d`` (r) and ``vera_lambda_b`` (n_out). Without ``save_projection`` the file holds neither A nor B: they
+come from torch's generator and depend on the shapes of all adapted weights.
+
+PVERA (PEFT: tuners/pvera/layer.py) samples its lambda: A and d have 2 r rows, of which a merge takes the first half,
+the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from gguflora.adapters.base_shapes import BaseWeights
+from gguflora.adapters.peft.config import PeftConfig
+from gguflora.adapters.peft.keys import (
+    by_module,
+    expect,
+    split_shared,
+    take,
+)
+from gguflora.adapters.numerics.torch_rng import TorchGenerator
+from gguflora.adapters.deltas import Change, LowRank, as_float64
+from gguflora.errors import AdapterError
+from gguflora.files.safetensors import Array
+
+
+def read_vera(config: PeftConfig, tensors: Mapping[str, Array], base: BaseWeights) -> dict[str, Change]:
+    """The change of every adapted weight of a VERA adapter."""
+    return _read(config, tensors, base, "vera", 1)
+
+
+def read_pvera(config: PeftConfig, tensors: Mapping[str, Array], base: BaseWeights) -> dict[str, Change]:
+    """The change of every adapted weight of a PVERA adapter."""
+    return _read(config, tensors, base, "pvera", 2)
+
+
+def _read(
+    config: PeftConfig, tensors: Mapping[str, Array], base: BaseWeights, method: str, multiple: int
+) -> dict[str, Change]:
+    shared, own = split_shared(config, tensors, [f"{method}_A", f"{method}_B"])
+    names = f"{method}_lambda_b", f"{method}_lambda_d"
+    modules = by_module(config, own, names)
+    shapes = {module: base.shape(f"{module}.weight") for module in modules}
+    if shared:
+        a, b = take(config, "base_model", shared, f"{method}_A", f"{method}_B")
+    else:
+        a, b = _projections(config, list(shapes.values()), multiple)
+    changes: dict[str, Change] = {}
+    for module, parts in modules.items():
+        n_out, n_in = shapes[module]
+        of_rows, of_rank = take(config, module, parts, *names)
+        expect(config, module, names[0], of_rows, (n_out,))
+        expect(config, module, names[1], of_rank, (a.shape[0],))
+        rank = b.shape[1]
+        if a.shape[0] != multiple * rank or a.shape[1] < n_in or b.shape[0] < n_out:
+            raise AdapterError(
+                f"{config.path.parent}: the shared A is {a.shape} and B is {b.shape}, too small for module {module!r} "
+                f"with a weight of shape {(n_out, n_in)}"
+            )
+        left = as_float64(of_rows)[:, None] * as_float64(b[:n_out])
+        right = as_float64(of_rank)[:rank, None] * as_float64(a[:rank, :n_in])
+        changes[f"{module}.weight"] = LowRank(right, left, 1.0)
+    return changes
+
+
+def _projections(config: PeftConfig, shapes: Sequence[tuple[int, int]], multiple: int) -> tuple[Array, Array]:
+    """A and B as PEFT makes them from ``projection_prng_key``."""
+    rank = config.integer("r", 256, least=1)
+    generator = TorchGenerator(config.integer("projection_prng_key", 0))
+    n_out, n_in = max(n_out for n_out, _ in shapes), max(n_in for _, n_in in shapes)
+    return generator.kaiming_uniform((multiple * rank, n_in)), generator.kaiming_uniform((n_out, rank))

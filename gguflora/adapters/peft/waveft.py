@@ -1,0 +1,84 @@
+"""WaveFT: a few learned entries of the change's wavelet transform (https://arxiv.org/abs/2505.12532).
+
+Tensor of a module: ``waveft_spectrum`` (n,). Its entries lie at the places that ``torch.randperm(n_out * n_in)`` with
+the seed ``random_loc_seed`` begins with. Without ``use_idwt`` the change is ``scaling`` times this sparse matrix; with
+it the matrix is padded and read as the four quarters of one level of a wavelet transform, whose inverse, cut to the
+weight's shape, takes its place (``peft.tuners.waveft.layer``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+
+from gguflora.adapters.peft.config import PeftConfig
+from gguflora.adapters.peft.fourierft import random_places
+from gguflora.adapters.peft.keys import by_module, expect, take
+from gguflora.adapters.numerics.sparse import add_sparse
+from gguflora.adapters.numerics.wavelets import LOW_PASS
+from gguflora.adapters.deltas import (
+    Change,
+    Formula,
+    Indices,
+    Unsized,
+    Values,
+    as_float64,
+)
+from gguflora.errors import UnsupportedAdapterError
+from gguflora.files.safetensors import Array
+
+
+def read_waveft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
+    """The change of every adapted weight.
+
+    Raises:
+        UnsupportedAdapterError: for a wavelet that PEFT itself has no filter for.
+    """
+    family = str(config.fields.get("wavelet_family", "db1")).lower()
+    inverse = config.fields.get("use_idwt", True) is not False
+    if inverse and family not in LOW_PASS:
+        raise UnsupportedAdapterError(f"{config.path}: wavelet_family is {family!r}; supported: {', '.join(LOW_PASS)}")
+    changes = {}
+    for module, parts in by_module(config, tensors, ["waveft_spectrum"]).items():
+        (spectrum,) = take(config, module, parts, "waveft_spectrum")
+        expect(config, module, "waveft_spectrum", spectrum, (None,))
+        changes[f"{module}.weight"] = _unsized(config, module, spectrum, family if inverse else None)
+    return changes
+
+
+def _unsized(config: PeftConfig, module: str, spectrum: Array, family: str | None) -> Unsized:
+    values = as_float64(spectrum) * config.number("scaling", 25)
+
+    def build(shape: tuple[int, int]) -> Change:
+        places = random_places(config, module, shape, len(spectrum))
+        if family is None:
+            return add_sparse(f"{config.path.parent}: module {module!r}", shape, *places, values)
+        return Formula(shape, partial(_transform, values, places, np.array(LOW_PASS[family])), whole=True)
+
+    return Unsized((None, None), build)
+
+
+def _transform(values: Values, places: tuple[Indices, Indices], low: Values, w: Values, rows: Indices) -> Values:
+    # PEFT pads by what the filter is longer than Haar's, then to even numbers
+    padded = tuple(size + len(low) - 2 + (size + len(low)) % 2 for size in w.shape)
+    matrix = np.zeros(padded)
+    matrix[tuple(at + (wide - size) // 2 for at, wide, size in zip(places, padded, w.shape, strict=True))] = values
+    top, left = (size // 2 for size in padded)
+    # PEFT pairs the upper right quarter with the filter that is rough along the rows, so it belongs at the lower left
+    matrix = np.block([[matrix[:top, :left], matrix[top:, :left]], [matrix[:top, left:], matrix[top:, left:]]])
+    result = _synthesize(_synthesize(matrix, low).T, low).T
+    top, left = ((wide - size) // 2 for wide, size in zip(result.shape, w.shape, strict=True))
+    return result[top : top + w.shape[0], left : left + w.shape[1]]
+
+
+def _synthesize(halves: Values, low: Values) -> Values:
+    """One level of the inverse transform along the rows: the upper half of them is the smooth one."""
+    count, taps = len(halves) // 2, len(low)
+    high = low[::-1] * (-1.0) ** np.arange(taps)
+    result = np.zeros((2 * count - 2 + taps, halves.shape[1]))
+    for tap in range(taps):
+        result[tap : tap + 2 * count : 2] += low[tap] * halves[:count] + high[tap] * halves[count:]
+    cut = (2 * taps - 3) // 2
+    return result[cut : len(result) - cut]
