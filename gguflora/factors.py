@@ -10,7 +10,14 @@ import numpy as np
 from gguflora.adapters import Adapter
 from gguflora.architectures import can_untie
 from gguflora.architectures.base_model import BaseModel
-from gguflora.changed_rows import AnyRows, Weights, WholeWeights, read_values, target_of, without_copies
+from gguflora.placement.rows import (
+    AnyRows,
+    Weights,
+    WholeWeights,
+    read_values,
+    target_of,
+    without_copies,
+)
 from gguflora.adapters.deltas import (
     LowRank,
     Replace,
@@ -23,7 +30,7 @@ from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
 from gguflora.files.safetensors import Array
 from gguflora.lowrank import shrink, truncate
-from gguflora.placement import Placed, cautions, place
+from gguflora.placement.place import Placed, cautions, place
 
 
 @dataclass(frozen=True, slots=True, eq=False)

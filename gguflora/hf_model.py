@@ -22,7 +22,7 @@ from gguflora.architectures.base_model import BaseModel, describe
 from gguflora.errors import GgufError, MismatchError
 from gguflora.files.checkpoint import Checkpoint, Indices, StoredWeight
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape, TensorEntry
-from gguflora.placement import flat_shape
+from gguflora.placement.place import flat_shape
 
 Floats = NDArray[np.float32]
 

@@ -14,7 +14,15 @@ from gguflora.adapters import Adapter, read_adapter
 from gguflora.adapters.soft_prompt import first_task, is_soft_prompt, read_soft_prompt
 from gguflora.architectures import aborts_at_run_time, ignored_at_run_time, unknown_warning, with_biases
 from gguflora.architectures.base_model import BaseModel, read_base
-from gguflora.changed_rows import AnyRows, Target, Weights, WholeWeights, read_values, target_of, without_copies
+from gguflora.placement.rows import (
+    AnyRows,
+    Target,
+    Weights,
+    WholeWeights,
+    read_values,
+    target_of,
+    without_copies,
+)
 from gguflora.adapters.deltas import (
     Change,
     LowRank,
@@ -24,8 +32,8 @@ from gguflora.adapters.deltas import (
 from gguflora.errors import HotSwapError, MismatchError, UnsupportedAdapterError
 from gguflora.files.gguf import GgufFile
 from gguflora.files.safetensors import weight_files
-from gguflora.placement import Placed, place
-from gguflora.prefix import fit_prefix
+from gguflora.placement.place import Placed, place
+from gguflora.placement.prefix import fit_prefix
 from gguflora.preflight import problems_of
 from gguflora.files.remote import local_inputs
 

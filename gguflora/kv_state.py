@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from gguflora import quants
 from gguflora.errors import UnsupportedAdapterError
-from gguflora.prefix import Prefix, Values
+from gguflora.placement.prefix import Prefix, Values
 
 _FLOATS: Final[dict[int, int]] = {0: 4, 1: 2, 30: 2}
 """Size by ``enum ggml_type``: F32, F16, BF16. Quantized caches are rotated, too, and cannot be written."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from gguflora.errors import HotSwapError, UnsupportedAdapterError
 from gguflora.kv_state import fill_state
-from gguflora.prefix import Prefix
+from gguflora.placement.prefix import Prefix
 
 Pointer: TypeAlias = Any
 """A ``llama_adapter_lora *`` of ctypes; llama_cpp has no types."""

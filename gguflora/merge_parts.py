@@ -29,7 +29,7 @@ from typing import IO, Any, Final, Unpack
 
 import numpy as np
 
-from gguflora.changed_rows import Target
+from gguflora.placement.rows import Target
 from gguflora.errors import FormatError, OutputError
 from gguflora.files.gguf import FilePart, GgufFile, Layout, part_paths
 from gguflora.files.atomic import (

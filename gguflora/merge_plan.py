@@ -16,11 +16,16 @@ from gguflora._version import __version__
 from gguflora.adapters import Adapter
 from gguflora.architectures import can_untie, unknown_warning, with_biases
 from gguflora.architectures.base_model import BaseModel, describe
-from gguflora.changed_rows import Scaled, Target, without_copies
+from gguflora.placement.rows import Scaled, Target, without_copies
 from gguflora.adapters.deltas import LowRank, Replace
 from gguflora.errors import QuantizationError, UnsupportedAdapterError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Layout, Shape, TensorEntry, encode_entry
-from gguflora.placement import Placed, cautions, new_vocabulary, place
+from gguflora.placement.place import (
+    Placed,
+    cautions,
+    new_vocabulary,
+    place,
+)
 from gguflora.rounding import Rounding
 from gguflora.vocabulary import grown_vocabulary
 

@@ -15,7 +15,7 @@ import numpy as np
 from gguflora.quants.kernels import SUMS
 from gguflora.adapters import Adapter, read_adapter
 from gguflora.architectures.base_model import describe
-from gguflora.changed_rows import Weights
+from gguflora.placement.rows import Weights
 from gguflora.errors import AdapterError, QuantizationError
 from gguflora.files.gguf import GgufFile
 from gguflora.hf_model import HighPrecisionBase

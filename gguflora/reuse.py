@@ -19,7 +19,7 @@ from gguflora.activation import Starts, n_in_common, segments, starts_of
 from gguflora.errors import HotSwapError
 from gguflora.fuse import FusedAdapters, Part
 from gguflora.llama import LoadedAdapter, begins_with, clear_memory, free_lora, is_stateful, put_prefix
-from gguflora.prefix import Prefix
+from gguflora.placement.prefix import Prefix
 from gguflora.turn import Turn
 
 BASE: Final = ""

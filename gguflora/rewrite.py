@@ -15,7 +15,14 @@ from typing import IO, Final, Protocol
 import numpy as np
 
 from gguflora.quants.kernels import SUMS
-from gguflora.changed_rows import AnyRows, Bytes, Target, Weights, WholeWeights, split_rows
+from gguflora.placement.rows import (
+    AnyRows,
+    Bytes,
+    Target,
+    Weights,
+    WholeWeights,
+    split_rows,
+)
 from gguflora.errors import NonFiniteError
 from gguflora.files.gguf import GgufFile, Layout
 from gguflora.rounding import Rounding, RowsRounder, Sums

@@ -30,7 +30,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.quants import kernels
-from gguflora.changed_rows import AnyRows, Bytes, Floats, LowRankRows, Target, Weights, read_or_zeros
+from gguflora.placement.rows import (
+    AnyRows,
+    Bytes,
+    Floats,
+    LowRankRows,
+    Target,
+    Weights,
+    read_or_zeros,
+)
 from gguflora.adapters.deltas import Values
 from gguflora.errors import QuantizationError
 from gguflora.imatrix import importance_of

@@ -30,7 +30,7 @@ import numpy as np
 from gguflora.adapters.soft_prompt import is_soft_prompt
 from gguflora.architectures.base_model import BaseModel
 from gguflora.errors import GgufloraError, HotSwapError
-from gguflora.prefix import read_prefix
+from gguflora.placement.prefix import read_prefix
 from gguflora.preflight import check_loadable, read_whole_base
 from gguflora.files.remote import local_inputs
 

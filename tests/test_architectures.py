@@ -12,7 +12,7 @@ import gguflora
 from gguflora.architectures import KNOWN, can_untie, pieces_of
 from gguflora.architectures.base_model import read_base
 from gguflora.adapters.deltas import Replace
-from gguflora.placement import Placed, flat_shape
+from gguflora.placement.place import Placed, flat_shape
 
 RUN = (
     "mistral", "mixtral", "qwen2moe", "qwen3next", "qwen35", "qwen35moe", "gemma", "gpt2", "gptneox", "phi2", "falcon",

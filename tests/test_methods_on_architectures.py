@@ -17,7 +17,7 @@ import gguflora
 from gguflora.architectures import pieces_of
 from gguflora.architectures.base_model import read_base
 from gguflora.adapters.deltas import Replace
-from gguflora.placement import Placed, flat_shape
+from gguflora.placement.place import Placed, flat_shape
 
 BLOCKS = BdLoraConfig(
     target_modules_bd_a=["o_proj", "down_proj", "dense"], target_modules_bd_b=["q_proj", "up_proj", "query"],

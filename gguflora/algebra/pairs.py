@@ -30,7 +30,7 @@ from gguflora.errors import UnsupportedAdapterError
 from gguflora.factors import Factors, factor_adapter
 from gguflora.files.gguf import TOKEN_EMBEDDING
 from gguflora.files.safetensors import as_float32
-from gguflora.placement import place
+from gguflora.placement.place import place
 
 _EXPERT: Final = re.compile(r"(?P<tensor>(?:.+\.)?blk\..+)\.(?P<expert>\d+)")
 _EMBEDDING: Final = re.compile(

@@ -22,7 +22,7 @@ from gguflora.engine.residents import NO_ADAPTERS, Embeddings, Phase
 from gguflora.errors import DivergedError, EngineError, GenerationError
 from gguflora.fuse import FusedAdapters
 from gguflora.llama import axes_of_embeddings, captured_log, put_prefix
-from gguflora.prefix import Prefix
+from gguflora.placement.prefix import Prefix
 
 Key: TypeAlias = Hashable
 """What is decoded at one position: a token; or (token, identity) where other adapters compute than from the first token

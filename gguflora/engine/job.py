@@ -13,7 +13,7 @@ from gguflora.engine.residents import Embeddings, Phase, ResidentSet
 from gguflora.engine.sampler import Sampler, token_logprob
 from gguflora.engine.text import AnswerText
 from gguflora.errors import EngineError
-from gguflora.prefix import Prefix
+from gguflora.placement.prefix import Prefix
 
 
 @dataclass(slots=True)

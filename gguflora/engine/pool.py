@@ -9,7 +9,7 @@ from gguflora.engine.context import Context
 from gguflora.engine.residents import Resident, ResidentSet
 from gguflora.errors import EngineError
 from gguflora.llama import put_prefix
-from gguflora.prefix import Prefix
+from gguflora.placement.prefix import Prefix
 
 
 class Pool:

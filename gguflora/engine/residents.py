@@ -18,7 +18,7 @@ from gguflora.engine.adapter_sets import AdapterSet, Identity, check_name
 from gguflora.errors import AdapterNameError, RequestError
 from gguflora.fuse import Part
 from gguflora.llama import Pointer
-from gguflora.prefix import Prefix
+from gguflora.placement.prefix import Prefix
 
 Embeddings: TypeAlias = NDArray[np.float32]
 

@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.changed_rows import Bytes
+from gguflora.placement.rows import Bytes
 from gguflora.errors import OutputError
 from gguflora.files.sidecars import journal_path, undo_path
 from gguflora.files.atomic import sync_folder

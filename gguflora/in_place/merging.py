@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-from gguflora.changed_rows import Target
+from gguflora.placement.rows import Target
 from gguflora.errors import GgufloraError, OutputError
 from gguflora.files.sidecars import undo_path
 from gguflora.files.gguf import FilePart, GgufFile, Layout

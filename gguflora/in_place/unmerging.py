@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gguflora.changed_rows import Bytes
+from gguflora.placement.rows import Bytes
 from gguflora.errors import OutputError, PatchError
 from gguflora.files.sidecars import undo_path
 from gguflora.files.atomic import sync_folder

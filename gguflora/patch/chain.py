@@ -9,7 +9,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from gguflora.changed_rows import Bytes
+from gguflora.placement.rows import Bytes
 from gguflora.errors import PatchError
 from gguflora.files.gguf import GgufFile
 

@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 
 from gguflora.quants.kernels import GgmlType
-from gguflora.changed_rows import Bytes
+from gguflora.placement.rows import Bytes
 from gguflora.errors import PatchError
 
 _FLOATS: Final = {"F16": 16, "BF16": 16, "F32": 32}

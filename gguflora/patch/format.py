@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora._version import __version__
-from gguflora.changed_rows import Bytes
+from gguflora.placement.rows import Bytes
 from gguflora.errors import PatchError
 from gguflora.patch.coding import Grain
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gguflora.changed_rows import Bytes
+from gguflora.placement.rows import Bytes
 from gguflora.files.gguf import GgufFile, Layout
 from gguflora.files.gguf_shard import GgufPart
 from gguflora.files.atomic import atomic_output

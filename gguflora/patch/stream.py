@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 
 import numpy as np
 
-from gguflora.changed_rows import Bytes
+from gguflora.placement.rows import Bytes
 from gguflora.errors import PatchError
 from gguflora.patch.chain import Chain
 from gguflora.patch.coding import backward, forward

@@ -26,7 +26,7 @@ from gguflora.adapters.deltas import (
     sum_factors,
 )
 from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, Shape, TensorEntry
-from gguflora.placement import Placed
+from gguflora.placement.place import Placed
 
 Scaled = tuple[Placed, float]
 Bytes = NDArray[np.uint8]
