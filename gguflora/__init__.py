@@ -15,17 +15,17 @@ from gguflora.errors import GgufloraError
 
 if TYPE_CHECKING:
     from gguflora.adapters import read_adapter
-    from gguflora.algebra.combine import CombineReport, combine
-    from gguflora.algebra.diff import DiffReport, diff
-    from gguflora.algebra.export import ExportReport, export
-    from gguflora.algebra.extract import ExtractReport, extract
-    from gguflora.algebra.resize import ResizeReport, resize
+    from gguflora.lora.combine import CombineReport, combine
+    from gguflora.lora.diff import DiffReport, diff
+    from gguflora.lora.export import ExportReport, export
+    from gguflora.lora.extract import ExtractReport, extract
+    from gguflora.lora.resize import ResizeReport, resize
     from gguflora.compare import CompareReport, compare
-    from gguflora.convert import ConvertReport, convert
+    from gguflora.lora.convert import ConvertReport, convert
     from gguflora.demo import DemoReport, run_demo
     from gguflora.doctor import DoctorReport, doctor
     from gguflora.in_place import UnmergeReport, unmerge
-    from gguflora.inspect import InspectReport, inspect
+    from gguflora.lora.inspect import InspectReport, inspect
     from gguflora.merge import merge, plan_merge
     from gguflora.merge_parts import PartReport, assemble, merge_part
     from gguflora.merge_report import MergeReport, TensorReport
@@ -83,19 +83,19 @@ __all__ = [
 _HOMES = {
     "Adapters": "gguflora.runtime",
     "ApplyReport": "gguflora.patch.applying",
-    "CombineReport": "gguflora.algebra.combine",
+    "CombineReport": "gguflora.lora.combine",
     "CompareReport": "gguflora.compare",
-    "ConvertReport": "gguflora.convert",
+    "ConvertReport": "gguflora.lora.convert",
     "DemoReport": "gguflora.demo",
-    "DiffReport": "gguflora.algebra.diff",
+    "DiffReport": "gguflora.lora.diff",
     "DoctorReport": "gguflora.doctor",
-    "ExportReport": "gguflora.algebra.export",
-    "ExtractReport": "gguflora.algebra.extract",
-    "InspectReport": "gguflora.inspect",
+    "ExportReport": "gguflora.lora.export",
+    "ExtractReport": "gguflora.lora.extract",
+    "InspectReport": "gguflora.lora.inspect",
     "MergeReport": "gguflora.merge_report",
     "PartReport": "gguflora.merge_parts",
     "PipelineReport": "gguflora.pipeline",
-    "ResizeReport": "gguflora.algebra.resize",
+    "ResizeReport": "gguflora.lora.resize",
     "RunReport": "gguflora.run",
     "ServeReport": "gguflora.serve",
     "TensorReport": "gguflora.merge_report",
@@ -103,19 +103,19 @@ _HOMES = {
     "apply_patch": "gguflora.patch.applying",
     "assemble": "gguflora.merge_parts",
     "attach": "gguflora.runtime",
-    "combine": "gguflora.algebra.combine",
+    "combine": "gguflora.lora.combine",
     "compare": "gguflora.compare",
-    "convert": "gguflora.convert",
-    "diff": "gguflora.algebra.diff",
+    "convert": "gguflora.lora.convert",
+    "diff": "gguflora.lora.diff",
     "doctor": "gguflora.doctor",
-    "export": "gguflora.algebra.export",
-    "extract": "gguflora.algebra.extract",
-    "inspect": "gguflora.inspect",
+    "export": "gguflora.lora.export",
+    "extract": "gguflora.lora.extract",
+    "inspect": "gguflora.lora.inspect",
     "merge": "gguflora.merge",
     "merge_part": "gguflora.merge_parts",
     "plan_merge": "gguflora.merge",
     "read_adapter": "gguflora.adapters",
-    "resize": "gguflora.algebra.resize",
+    "resize": "gguflora.lora.resize",
     "run": "gguflora.run",
     "run_demo": "gguflora.demo",
     "run_pipeline": "gguflora.pipeline",

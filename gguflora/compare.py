@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora.convert import convert
+from gguflora.lora.convert import convert
 from gguflora.errors import FormatError, HotSwapError, MismatchError, UnsupportedAdapterError
 from gguflora.files.gguf import GgufFile
 from gguflora.merge import AdapterArgument, merge, with_scales
-from gguflora.preflight import check_loadable, read_whole_base
+from gguflora.lora.preflight import check_loadable, read_whole_base
 from gguflora.files.remote import local_inputs
 
 if TYPE_CHECKING:

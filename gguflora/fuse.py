@@ -21,7 +21,12 @@ from gguflora.adapters.gguf_lora import ALPHA_KEY
 from gguflora.errors import GgufloraError, HotSwapError
 from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, TensorEntry
 from gguflora.llama import Pointer, free_lora, load_lora, set_loras
-from gguflora.lora_file import LoraHeader, Stored, exact_type, write_lora
+from gguflora.lora.gguf_writer import (
+    LoraHeader,
+    Stored,
+    exact_type,
+    write_lora,
+)
 
 SEPARATE: Final = 4
 """So many adapters are applied side by side, which takes no time; more as one.

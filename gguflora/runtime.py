@@ -31,7 +31,7 @@ from gguflora.adapters.soft_prompt import is_soft_prompt
 from gguflora.architectures.base_model import BaseModel
 from gguflora.errors import GgufloraError, HotSwapError
 from gguflora.placement.prefix import read_prefix
-from gguflora.preflight import check_loadable, read_whole_base
+from gguflora.lora.preflight import check_loadable, read_whole_base
 from gguflora.files.remote import local_inputs
 
 if TYPE_CHECKING:
@@ -355,7 +355,7 @@ def _as_gguf(location: Path, base: str) -> Iterator[Path]:
     if not location.is_dir():
         yield location
         return
-    from gguflora.convert import convert  # noqa: PLC0415
+    from gguflora.lora.convert import convert  # noqa: PLC0415
 
     with tempfile.TemporaryDirectory(prefix="gguflora-") as folder:
         file = Path(folder) / f"{location.resolve().name}.gguf"

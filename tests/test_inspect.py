@@ -16,7 +16,7 @@ from test_convert import VARIANTS, merged_changes
 
 import gguflora
 from gguflora.architectures.base_model import read_base
-from gguflora.preflight import check_loadable
+from gguflora.lora.preflight import check_loadable
 
 
 def test_norms_are_those_of_pefts_merge():

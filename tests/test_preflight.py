@@ -13,7 +13,7 @@ from hotswap import A, gguf_lora, kill_python, run_python, write_lora
 
 from gguflora.architectures.base_model import BaseModel
 from gguflora.errors import GgufError, HotSwapError
-from gguflora.preflight import check_loadable, read_whole_base
+from gguflora.lora.preflight import check_loadable, read_whole_base
 
 Q = "blk.0.attn_q.weight"  # (128, 96) in the llama of `builders`
 EXPERTS = "blk.0.ffn_up_exps.weight"

@@ -10,7 +10,7 @@ import typer
 import gguflora
 from gguflora.cli.app import app, console, print_errors, print_report, span
 from gguflora.cli.options import AsJson, Base, DryRun, Force, OutType
-from gguflora.convert import ConvertReport
+from gguflora.lora.convert import ConvertReport
 
 
 @app.command()

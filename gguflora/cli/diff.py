@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import gguflora
-from gguflora.algebra.diff import DiffReport
+from gguflora.lora.diff import DiffReport
 from gguflora.cli.app import app, console, print_report
 from gguflora.cli.options import AdapterBase, AsJson
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import gguflora
-from gguflora.algebra.export import ExportReport
+from gguflora.lora.export import ExportReport
 from gguflora.cli.app import app, console, print_report, span
 from gguflora.cli.options import AsJson, Base, Force
 

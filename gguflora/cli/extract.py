@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import gguflora
-from gguflora.algebra.extract import ExtractReport
+from gguflora.lora.extract import ExtractReport
 from gguflora.cli.app import app, console, print_errors, print_report, progress_bar, span
 from gguflora.cli.options import AdapterOut, AsJson, Force, OutType, Threads
 

@@ -13,7 +13,7 @@ from rich.table import Table
 import gguflora
 from gguflora.cli.app import app, console, print_report
 from gguflora.cli.options import AsJson
-from gguflora.inspect import InspectReport
+from gguflora.lora.inspect import InspectReport
 
 
 @app.command()

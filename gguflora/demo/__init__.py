@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.compare import kl_divergence
-from gguflora.convert import convert
+from gguflora.lora.convert import convert
 from gguflora.errors import HotSwapError
 from gguflora.merge import merge
 from gguflora.merge_report import MergeReport

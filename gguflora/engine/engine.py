@@ -35,7 +35,7 @@ from gguflora.errors import (
 from gguflora.fuse import FusedAdapters
 from gguflora.llama import free_lora, invocation_of, load_lora
 from gguflora.placement.prefix import fit_prefix
-from gguflora.preflight import read_whole_base
+from gguflora.lora.preflight import read_whole_base
 from gguflora.files.remote import local_inputs
 
 

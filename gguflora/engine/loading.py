@@ -14,9 +14,9 @@ from typing import Final
 
 from gguflora._version import __version__
 from gguflora.architectures.base_model import BaseModel
-from gguflora.convert import convert
+from gguflora.lora.convert import convert
 from gguflora.errors import HotSwapError
-from gguflora.preflight import check_loadable
+from gguflora.lora.preflight import check_loadable
 
 _TIMES_THE_BASE: Final = 32
 _ALWAYS_READ: Final = 1 << 30

@@ -24,13 +24,13 @@ from gguflora.errors import GgufloraError
 from gguflora.pipeline.state import write_json
 
 _MODULES: Final = {
-    "convert": "gguflora.convert",
+    "convert": "gguflora.lora.convert",
     "merge": "gguflora.merge",
-    "inspect": "gguflora.inspect",
+    "inspect": "gguflora.lora.inspect",
     "compare": "gguflora.compare",
     "merge_part": "gguflora.merge_parts",
     "assemble": "gguflora.merge_parts",
-    **{name: f"gguflora.algebra.{name}" for name in ("combine", "resize", "extract", "export")},
+    **{name: f"gguflora.lora.{name}" for name in ("combine", "resize", "extract", "export")},
 }
 _REPORTING: Final = {"inspect", "compare"}
 """Actions that write nothing but their report."""

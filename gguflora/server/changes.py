@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gguflora.files.gguf import layer_of
-from gguflora.inspect import InspectedChange, inspect
+from gguflora.lora.inspect import InspectedChange, inspect
 
 _LAYER: Final = re.compile(r"blk\.\d+\.")
 Rows = list[dict[str, Any]]

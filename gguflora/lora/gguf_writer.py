@@ -17,7 +17,7 @@ from gguflora._version import __version__
 from gguflora.adapters.gguf_lora import ALPHA_KEY, INVOCATION_KEY
 from gguflora.adapters.deltas import as_float64
 from gguflora.errors import QuantizationError
-from gguflora.factors import Factors
+from gguflora.lora.factors import Factors
 from gguflora.files.gguf import TOKEN_EMBEDDING
 from gguflora.files.safetensors import Array, as_float32
 

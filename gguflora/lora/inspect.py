@@ -34,11 +34,11 @@ from gguflora.files.gguf import GgufFile
 from gguflora.files.safetensors import weight_files
 from gguflora.placement.place import Placed, place
 from gguflora.placement.prefix import fit_prefix
-from gguflora.preflight import problems_of
+from gguflora.lora.preflight import problems_of
 from gguflora.files.remote import local_inputs
 
 if TYPE_CHECKING:
-    from gguflora.algebra.spectra import RankChoice, Spectrum
+    from gguflora.lora.spectra import RankChoice, Spectrum
 
 _BLOCK: Final = 1 << 20
 
@@ -163,9 +163,9 @@ def inspect(
 def _spectra(
     adapter: str | os.PathLike[str], model: BaseModel | None, plot: str | os.PathLike[str] | None
 ) -> tuple[tuple[Spectrum, ...], tuple[RankChoice, ...]]:
-    from gguflora.algebra.pairs import NEARLY_ALL, read_factored  # noqa: PLC0415  (seldom asked for)
-    from gguflora.algebra.plots import plot_spectra  # noqa: PLC0415
-    from gguflora.algebra.spectra import rank_choices, spectra_of  # noqa: PLC0415
+    from gguflora.lora.factored import NEARLY_ALL, read_factored  # noqa: PLC0415  (seldom asked for)
+    from gguflora.lora.plots import plot_spectra  # noqa: PLC0415
+    from gguflora.lora.spectra import rank_choices, spectra_of  # noqa: PLC0415
 
     factored = read_factored(adapter, model, energy=NEARLY_ALL)
     spectra = spectra_of(factored.pairs)

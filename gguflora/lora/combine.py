@@ -15,14 +15,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.adapters.peft.keys import some
-from gguflora.algebra.output import check_output, write_adapter
-from gguflora.algebra.pairs import FactoredAdapter, for_base, is_embedding, read_factored
-from gguflora.algebra.task_arithmetic import METHODS, PRUNING, SIGNS, combine_arrays
+from gguflora.lora.output import check_output, write_adapter
+from gguflora.lora.factored import (
+    FactoredAdapter,
+    for_base,
+    is_embedding,
+    read_factored,
+)
+from gguflora.lora.task_arithmetic import (
+    METHODS,
+    PRUNING,
+    SIGNS,
+    combine_arrays,
+)
 from gguflora.architectures.base_model import BaseModel, read_base
 from gguflora.adapters.deltas import LowRank, as_float64
 from gguflora.errors import AdapterError, MismatchError
 from gguflora.files.safetensors import Array, as_float32
-from gguflora.lowrank import shrink, truncate
+from gguflora.lora.low_rank import shrink, truncate
 from gguflora.files.remote import local_inputs
 
 COMBINATIONS: Final = (*METHODS, "cat", "svd", *(f"{method}_svd" for method in METHODS[1:]))

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from gguflora.adapters.peft.keys import some
-from gguflora.algebra.pairs import FactoredAdapter, Pairs, for_base
+from gguflora.lora.factored import FactoredAdapter, Pairs, for_base
 from gguflora.architectures import Piece, adaptable_weights
 from gguflora.architectures.base_model import BaseModel
 from gguflora.adapters.deltas import LowRank, as_float64

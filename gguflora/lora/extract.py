@@ -20,10 +20,15 @@ from typing import Any, Final
 import numpy as np
 
 from gguflora.quants.kernels import run_rows
-from gguflora.algebra.differences import Difference, Differences, Floats, open_differences
-from gguflora.algebra.output import check_output, is_gguf, write_adapter
-from gguflora.algebra.pairs import FactoredAdapter
-from gguflora.algebra.unrounding import HIGHEST_RANK, balanced, without_rounding
+from gguflora.lora.model_difference import (
+    Difference,
+    Differences,
+    Floats,
+    open_differences,
+)
+from gguflora.lora.output import check_output, is_gguf, write_adapter
+from gguflora.lora.factored import FactoredAdapter
+from gguflora.lora.weighted_svd import HIGHEST_RANK, balanced, without_rounding
 from gguflora.architectures.base_model import read_base
 from gguflora.adapters.deltas import LowRank, Values
 from gguflora.errors import AdapterError

@@ -29,7 +29,7 @@ from gguflora.adapters.deltas import (
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
 from gguflora.files.safetensors import Array
-from gguflora.lowrank import shrink, truncate
+from gguflora.lora.low_rank import shrink, truncate
 from gguflora.placement.place import Placed, cautions, place
 
 

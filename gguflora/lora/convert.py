@@ -15,9 +15,16 @@ from gguflora.adapters.peft.keys import some
 from gguflora.architectures import ignored_at_run_time, unknown_warning
 from gguflora.architectures.base_model import BaseModel, read_base
 from gguflora.errors import AdapterError
-from gguflora.factors import Factors, factor_adapter
+from gguflora.lora.factors import Factors, factor_adapter
 from gguflora.files.atomic import atomic_output, check_target, path_of
-from gguflora.lora_file import LoraHeader, Stored, check_outtype, common_alpha, store, write_lora
+from gguflora.lora.gguf_writer import (
+    LoraHeader,
+    Stored,
+    check_outtype,
+    common_alpha,
+    store,
+    write_lora,
+)
 from gguflora.files.remote import local_inputs
 
 

@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora.algebra.differences import Difference, Floats
+from gguflora.lora.model_difference import Difference, Floats
 from gguflora.adapters.deltas import Values
 
 HIGHEST_RANK: Final = 64

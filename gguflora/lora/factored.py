@@ -27,7 +27,7 @@ from gguflora.adapters.deltas import (
     fold,
 )
 from gguflora.errors import UnsupportedAdapterError
-from gguflora.factors import Factors, factor_adapter
+from gguflora.lora.factors import Factors, factor_adapter
 from gguflora.files.gguf import TOKEN_EMBEDDING
 from gguflora.files.safetensors import as_float32
 from gguflora.placement.place import place

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gguflora.algebra.output import check_output, write_adapter
-from gguflora.algebra.pairs import read_factored
+from gguflora.lora.output import check_output, write_adapter
+from gguflora.lora.factored import read_factored
 from gguflora.architectures.base_model import read_base
 from gguflora.adapters.deltas import LowRank
 from gguflora.errors import AdapterError
-from gguflora.lowrank import shrink
+from gguflora.lora.low_rank import shrink
 from gguflora.files.remote import local_inputs
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Final
 
 from gguflora.adapters.peft.config import FILE_NAME
-from gguflora.algebra.pairs import FactoredAdapter, for_base, stacked
-from gguflora.algebra.peft_directory import peft_tensors, write_peft_directory
-from gguflora.algebra.unplace import for_model
+from gguflora.lora.factored import FactoredAdapter, for_base, stacked
+from gguflora.lora.peft_writer import peft_tensors, write_peft_directory
+from gguflora.lora.to_hf import for_model
 from gguflora.architectures.base_model import BaseModel
-from gguflora.convert import about_architecture, about_types
+from gguflora.lora.convert import about_architecture, about_types
 from gguflora.errors import AdapterError
-from gguflora.factors import Factors
+from gguflora.lora.factors import Factors
 from gguflora.files.atomic import (
     atomic_folder,
     atomic_output,
@@ -22,7 +22,13 @@ from gguflora.files.atomic import (
     check_target,
     path_of,
 )
-from gguflora.lora_file import LoraHeader, check_outtype, common_alpha, store, write_lora
+from gguflora.lora.gguf_writer import (
+    LoraHeader,
+    check_outtype,
+    common_alpha,
+    store,
+    write_lora,
+)
 
 GGUF_SUFFIX: Final = ".gguf"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gguflora.algebra.spectra import Spectrum
+from gguflora.lora.spectra import Spectrum
 from gguflora.errors import OutputError
 
 

@@ -10,7 +10,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from gguflora.algebra.pairs import NEARLY_ALL, FactoredAdapter, for_base, read_factored
+from gguflora.lora.factored import (
+    NEARLY_ALL,
+    FactoredAdapter,
+    for_base,
+    read_factored,
+)
 from gguflora.architectures.base_model import BaseModel, read_base
 from gguflora.adapters.deltas import LowRank, Values, as_float64
 from gguflora.errors import MismatchError
