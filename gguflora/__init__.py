@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from gguflora.lora.convert import ConvertReport, convert
     from gguflora.demo import DemoReport, run_demo
     from gguflora.doctor import DoctorReport, doctor
-    from gguflora.in_place import UnmergeReport, unmerge
+    from gguflora.merging.in_place import UnmergeReport, unmerge
     from gguflora.lora.inspect import InspectReport, inspect
-    from gguflora.merge import merge, plan_merge
-    from gguflora.merge_parts import PartReport, assemble, merge_part
-    from gguflora.merge_report import MergeReport, TensorReport
-    from gguflora.patch.applying import ApplyReport, apply_patch
+    from gguflora.merging.merge import merge, plan_merge
+    from gguflora.merging.parts import PartReport, assemble, merge_part
+    from gguflora.merging.report import MergeReport, TensorReport
+    from gguflora.merging.patch.apply import ApplyReport, apply_patch
     from gguflora.pipeline import PipelineReport, run_pipeline
     from gguflora.run import RunReport, run
     from gguflora.runtime import Adapters, attach
@@ -82,7 +82,7 @@ __all__ = [
 
 _HOMES = {
     "Adapters": "gguflora.runtime",
-    "ApplyReport": "gguflora.patch.applying",
+    "ApplyReport": "gguflora.merging.patch.apply",
     "CombineReport": "gguflora.lora.combine",
     "CompareReport": "gguflora.compare",
     "ConvertReport": "gguflora.lora.convert",
@@ -92,16 +92,16 @@ _HOMES = {
     "ExportReport": "gguflora.lora.export",
     "ExtractReport": "gguflora.lora.extract",
     "InspectReport": "gguflora.lora.inspect",
-    "MergeReport": "gguflora.merge_report",
-    "PartReport": "gguflora.merge_parts",
+    "MergeReport": "gguflora.merging.report",
+    "PartReport": "gguflora.merging.parts",
     "PipelineReport": "gguflora.pipeline",
     "ResizeReport": "gguflora.lora.resize",
     "RunReport": "gguflora.run",
     "ServeReport": "gguflora.serve",
-    "TensorReport": "gguflora.merge_report",
-    "UnmergeReport": "gguflora.in_place",
-    "apply_patch": "gguflora.patch.applying",
-    "assemble": "gguflora.merge_parts",
+    "TensorReport": "gguflora.merging.report",
+    "UnmergeReport": "gguflora.merging.in_place",
+    "apply_patch": "gguflora.merging.patch.apply",
+    "assemble": "gguflora.merging.parts",
     "attach": "gguflora.runtime",
     "combine": "gguflora.lora.combine",
     "compare": "gguflora.compare",
@@ -111,16 +111,16 @@ _HOMES = {
     "export": "gguflora.lora.export",
     "extract": "gguflora.lora.extract",
     "inspect": "gguflora.lora.inspect",
-    "merge": "gguflora.merge",
-    "merge_part": "gguflora.merge_parts",
-    "plan_merge": "gguflora.merge",
+    "merge": "gguflora.merging.merge",
+    "merge_part": "gguflora.merging.parts",
+    "plan_merge": "gguflora.merging.merge",
     "read_adapter": "gguflora.adapters",
     "resize": "gguflora.lora.resize",
     "run": "gguflora.run",
     "run_demo": "gguflora.demo",
     "run_pipeline": "gguflora.pipeline",
     "serve": "gguflora.serve",
-    "unmerge": "gguflora.in_place",
+    "unmerge": "gguflora.merging.in_place",
 }
 """The module of each public name."""
 

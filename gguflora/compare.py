@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from gguflora.lora.convert import convert
 from gguflora.errors import FormatError, HotSwapError, MismatchError, UnsupportedAdapterError
 from gguflora.files.gguf import GgufFile
-from gguflora.merge import AdapterArgument, merge, with_scales
+from gguflora.merging.merge import AdapterArgument, merge, with_scales
 from gguflora.lora.preflight import check_loadable, read_whole_base
 from gguflora.files.remote import local_inputs
 

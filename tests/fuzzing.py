@@ -27,8 +27,8 @@ from gguflora.architectures.base_model import describe, read_base
 from gguflora.errors import GgufloraError
 from gguflora.files.gguf import GgufFile
 from gguflora.files.safetensors import as_float32, read_safetensors
-from gguflora.hf_model import HighPrecisionBase
-from gguflora.imatrix import importance_of, read_imatrix
+from gguflora.merging.high_precision import HighPrecisionBase
+from gguflora.merging.imatrix import importance_of, read_imatrix
 
 HIDDEN, FFN, HEADS, KV_HEADS, VOCABULARY, LAYERS = 32, 64, 4, 2, 40, 2
 SECONDS, MEMORY = 20, 1 << 30

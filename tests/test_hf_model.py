@@ -15,7 +15,7 @@ import transformers
 from gguflora.architectures.base_model import read_base
 from gguflora.errors import FormatError, GgufError, MismatchError, SafetensorsError
 from gguflora.files.gguf import GgufFile
-from gguflora.hf_model import HighPrecisionBase
+from gguflora.merging.high_precision import HighPrecisionBase
 
 
 def all_rows(source, name, tensor):

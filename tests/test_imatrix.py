@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gguflora.errors import FormatError, MismatchError
-from gguflora.imatrix import _Reader, importance_of, read_imatrix
+from gguflora.merging.imatrix import _Reader, importance_of, read_imatrix
 
 DENSE, STACK, TIED = "blk.0.attn_q.weight", "blk.0.ffn_up_exps.weight", "token_embd.weight"
 CHUNK = 512

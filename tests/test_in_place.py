@@ -24,7 +24,7 @@ import gguflora
 from gguflora.errors import FormatError, GgufError, OutputError, PatchError
 from gguflora.files.sidecars import journal_path, undo_path
 from gguflora.files.gguf import part_paths
-from gguflora.in_place import journal
+from gguflora.merging.in_place import journal
 
 WEAK = Adapter(seed=4)
 FEW = Adapter(seed=5, targets=("q_proj", "v_proj"))

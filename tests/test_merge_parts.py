@@ -18,8 +18,8 @@ from test_vocabulary import resized
 import gguflora
 from gguflora.errors import FormatError, OutputError
 from gguflora.files.gguf import part_paths
-from gguflora.merge_parts import assemble, merge_part, shares
-from gguflora.prepared_merge import prepared_merge
+from gguflora.merging.parts import assemble, merge_part, shares
+from gguflora.merging.prepare import prepared_merge
 
 ONE = Adapter(seed=3)
 TWO = Adapter(targets=("q_proj", "down_proj"), rank=3, seed=8)

@@ -23,8 +23,20 @@ import gguflora
 from gguflora.quants.kernels import TYPES
 from gguflora.errors import AdapterError, GgufloraError, MismatchError, OutputError, PatchError
 from gguflora.files.gguf import part_paths
-from gguflora.patch.coding import PLAIN, Grain, backward, encode, forward
-from gguflora.patch.format import MAX_LENGTH, Patch, checksum, open_patch, write_patch_file
+from gguflora.merging.patch.coding import (
+    PLAIN,
+    Grain,
+    backward,
+    encode,
+    forward,
+)
+from gguflora.merging.patch.format import (
+    MAX_LENGTH,
+    Patch,
+    checksum,
+    open_patch,
+    write_patch_file,
+)
 
 WEAK = Adapter(seed=4)
 OUTTYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_1", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ4_XS"]

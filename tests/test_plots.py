@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gguflora
-from gguflora import plots
+from gguflora.merging import plots
 from gguflora.errors import OutputError
 
 pytest.importorskip("matplotlib")

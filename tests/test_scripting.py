@@ -24,7 +24,7 @@ FUNCTIONS = {name: name.replace("-", "_") for name in CLI} | {"demo": "run_demo"
 # paths and scales are one argument in Python; an option that is given several times has the name of one
 LORAS = {"--lora": "adapters", "--lora-scaled": "adapters", "--task": "tasks"}
 ONLY_COMMAND = {
-    "merge": {"report": "the result's to_dict()", "plot": "gguflora.plots.plot_report(result)"},
+    "merge": {"report": "the result's to_dict()", "plot": "gguflora.merging.plots.plot_report(result)"},
     "pipeline": {"schema": "gguflora.pipeline.recipe_schema()"},
 }
 ONLY_PYTHON = {"progress", "masks", "write", "ready"}  # callables

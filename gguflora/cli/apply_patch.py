@@ -10,7 +10,7 @@ import typer
 import gguflora
 from gguflora.cli.app import app, console, print_report, progress_bar
 from gguflora.cli.options import AsJson, Force, Threads
-from gguflora.patch.applying import ApplyReport
+from gguflora.merging.patch.apply import ApplyReport
 
 
 @app.command("apply-patch")

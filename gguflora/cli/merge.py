@@ -12,10 +12,10 @@ import gguflora
 from gguflora.cli.app import app, console, print_report, progress_bar, to_json
 from gguflora.cli.options import AsJson, DryRun, Force, Lora, LoraScaled, Threads, scaled_paths
 from gguflora.files.atomic import atomic_output
-from gguflora.merge import MAX_SEED
-from gguflora.merge_report import MergeReport
-from gguflora.plots import plot_report
-from gguflora.rounding import Mode as RoundingMode
+from gguflora.merging.merge import MAX_SEED
+from gguflora.merging.report import MergeReport
+from gguflora.merging.plots import plot_report
+from gguflora.merging.rounding import Mode as RoundingMode
 
 
 @app.command()

@@ -10,7 +10,7 @@ import typer
 import gguflora
 from gguflora.cli.app import app, console, print_report, progress_bar
 from gguflora.cli.options import AsJson, Threads
-from gguflora.in_place import UnmergeReport
+from gguflora.merging.in_place import UnmergeReport
 
 
 @app.command()

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from gguflora.compare import kl_divergence
 from gguflora.lora.convert import convert
 from gguflora.errors import HotSwapError
-from gguflora.merge import merge
-from gguflora.merge_report import MergeReport
+from gguflora.merging.merge import merge
+from gguflora.merging.report import MergeReport
 from gguflora.runtime import Adapters, attach
 
 HERE: Final = Path(__file__).parent

@@ -25,11 +25,11 @@ from gguflora.pipeline.state import write_json
 
 _MODULES: Final = {
     "convert": "gguflora.lora.convert",
-    "merge": "gguflora.merge",
+    "merge": "gguflora.merging.merge",
     "inspect": "gguflora.lora.inspect",
     "compare": "gguflora.compare",
-    "merge_part": "gguflora.merge_parts",
-    "assemble": "gguflora.merge_parts",
+    "merge_part": "gguflora.merging.parts",
+    "assemble": "gguflora.merging.parts",
     **{name: f"gguflora.lora.{name}" for name in ("combine", "resize", "extract", "export")},
 }
 _REPORTING: Final = {"inspect", "compare"}

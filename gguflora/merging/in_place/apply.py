@@ -12,12 +12,17 @@ from gguflora.errors import GgufloraError, OutputError
 from gguflora.files.sidecars import undo_path
 from gguflora.files.gguf import FilePart, GgufFile, Layout
 from gguflora.files.gguf_shard import GgufPart
-from gguflora.in_place.journal import Change, Journal, Model, locked
-from gguflora.in_place.unmerging import restore
-from gguflora.patch.format import Patch, Record, open_patch
-from gguflora.patch.making import Merged, write_patch
-from gguflora.patch.stream import ahead, new_bytes, old_bytes
-from gguflora.rewrite import Sink
+from gguflora.merging.in_place.journal import (
+    Change,
+    Journal,
+    Model,
+    locked,
+)
+from gguflora.merging.in_place.unmerge import restore
+from gguflora.merging.patch.format import Patch, Record, open_patch
+from gguflora.merging.patch.create import Merged, write_patch
+from gguflora.merging.patch.stream import ahead, new_bytes, old_bytes
+from gguflora.merging.rewriter import Sink
 
 
 def check_in_place(base: GgufFile, targets: Sequence[Target]) -> Layout:

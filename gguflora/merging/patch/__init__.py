@@ -3,6 +3,6 @@
 `coding` says how differences are stored, `format` how the file is laid out.
 """
 
-from gguflora.patch.making import Merged, write_patch
+from gguflora.merging.patch.create import Merged, write_patch
 
 __all__ = ["Merged", "write_patch"]

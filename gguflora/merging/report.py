@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gguflora.quants.kernels import SUMS, type_named
-from gguflora.rounding import Mode, Sums
+from gguflora.merging.rounding import Mode, Sums
 
 TOLERANCE: Final = 0.03
 MIN_SNR_DB: Final = -20.0

@@ -38,10 +38,20 @@ from gguflora.files.atomic import (
     check_target,
     check_targets,
 )
-from gguflora.merge_report import MergeReport
-from gguflora.prepared_merge import AdapterArgument, MergeOptions, PreparedMerge, prepared_merge
+from gguflora.merging.report import MergeReport
+from gguflora.merging.prepare import (
+    AdapterArgument,
+    MergeOptions,
+    PreparedMerge,
+    prepared_merge,
+)
 from gguflora.files.remote import is_remote, local_inputs, shown
-from gguflora.rewrite import Block, FileSink, Progress, Rewriter
+from gguflora.merging.rewriter import (
+    Block,
+    FileSink,
+    Progress,
+    Rewriter,
+)
 
 _END: Final = struct.Struct("<Q8s")
 _MAGIC: Final = b"GFLPART1"

@@ -18,11 +18,19 @@ from gguflora.placement.rows import Bytes
 from gguflora.files.gguf import GgufFile, Layout
 from gguflora.files.gguf_shard import GgufPart
 from gguflora.files.atomic import atomic_output
-from gguflora.patch.chain import Chain, write
-from gguflora.patch.coding import PLAIN, Grain, encode
-from gguflora.patch.format import MAX_LENGTH, Facts, Patch, Range, Record, checksum, write_patch_file
-from gguflora.patch.stream import files_sha256, result, sha256
-from gguflora.rewrite import Block, Sink
+from gguflora.merging.patch.chain import Chain, write
+from gguflora.merging.patch.coding import PLAIN, Grain, encode
+from gguflora.merging.patch.format import (
+    MAX_LENGTH,
+    Facts,
+    Patch,
+    Range,
+    Record,
+    checksum,
+    write_patch_file,
+)
+from gguflora.merging.patch.stream import files_sha256, result, sha256
+from gguflora.merging.rewriter import Block, Sink
 
 _COUNTS = 24
 """Bytes of a GGUF file before its first metadata entry: magic, version, number of tensors and of entries."""

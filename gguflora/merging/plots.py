@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.errors import OutputError
-from gguflora.merge_report import MergeReport
+from gguflora.merging.report import MergeReport
 
 Row = Mapping[str, Any]
 """A tensor of a report: ``name`` and measures."""

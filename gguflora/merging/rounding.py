@@ -41,7 +41,7 @@ from gguflora.placement.rows import (
 )
 from gguflora.adapters.deltas import Values
 from gguflora.errors import QuantizationError
-from gguflora.imatrix import importance_of
+from gguflora.merging.imatrix import importance_of
 
 _LEAST_REACHED: Final = 0.01
 

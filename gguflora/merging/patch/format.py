@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from gguflora._version import __version__
 from gguflora.placement.rows import Bytes
 from gguflora.errors import PatchError
-from gguflora.patch.coding import Grain
+from gguflora.merging.patch.coding import Grain
 
 MAGIC: Final = b"gguflora"
 VERSION: Final = 1

@@ -26,8 +26,8 @@ from gguflora.placement.place import (
     new_vocabulary,
     place,
 )
-from gguflora.rounding import Rounding
-from gguflora.vocabulary import grown_vocabulary
+from gguflora.merging.rounding import Rounding
+from gguflora.merging.vocabulary import grown_vocabulary
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,27 @@ from gguflora.errors import OutputError, PatchError
 from gguflora.files.sidecars import undo_path
 from gguflora.files.atomic import sync_folder
 from gguflora.files.shard_names import part_names, part_paths
-from gguflora.in_place.journal import Change, Journal, Model, locked
-from gguflora.patch.format import Patch, Record, checksum, open_patch
-from gguflora.patch.stream import Piece, ahead, copied_pieces, in_order, restored_bytes, sha256
-from gguflora.rewrite import Progress
+from gguflora.merging.in_place.journal import (
+    Change,
+    Journal,
+    Model,
+    locked,
+)
+from gguflora.merging.patch.format import (
+    Patch,
+    Record,
+    checksum,
+    open_patch,
+)
+from gguflora.merging.patch.stream import (
+    Piece,
+    ahead,
+    copied_pieces,
+    in_order,
+    restored_bytes,
+    sha256,
+)
+from gguflora.merging.rewriter import Progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from gguflora.placement.rows import (
 )
 from gguflora.errors import NonFiniteError
 from gguflora.files.gguf import GgufFile, Layout
-from gguflora.rounding import Rounding, RowsRounder, Sums
+from gguflora.merging.rounding import Rounding, RowsRounder, Sums
 
 Progress = Callable[[int, int], None]
 Task = Callable[[], int]

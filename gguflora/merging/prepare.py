@@ -18,12 +18,17 @@ from gguflora.architectures.base_model import describe
 from gguflora.placement.rows import Weights
 from gguflora.errors import AdapterError, QuantizationError
 from gguflora.files.gguf import GgufFile
-from gguflora.hf_model import HighPrecisionBase
-from gguflora.imatrix import read_imatrix
-from gguflora.merge_plan import OutputTypes, Plan, make_plan, merges_of
-from gguflora.merge_report import MergeReport, TensorReport, warnings_of
-from gguflora.patch import Merged
-from gguflora.rounding import Mode, Rounding, Sums
+from gguflora.merging.high_precision import HighPrecisionBase
+from gguflora.merging.imatrix import read_imatrix
+from gguflora.merging.plan import (
+    OutputTypes,
+    Plan,
+    make_plan,
+    merges_of,
+)
+from gguflora.merging.report import MergeReport, TensorReport, warnings_of
+from gguflora.merging.patch import Merged
+from gguflora.merging.rounding import Mode, Rounding, Sums
 
 AdapterPath = str | os.PathLike[str]
 AdapterArgument = AdapterPath | Sequence[AdapterPath | tuple[AdapterPath, float]]

@@ -16,9 +16,9 @@ import numpy as np
 
 from gguflora.placement.rows import Bytes
 from gguflora.errors import PatchError
-from gguflora.patch.chain import Chain
-from gguflora.patch.coding import backward, forward
-from gguflora.patch.format import Patch, Record, checksum
+from gguflora.merging.patch.chain import Chain
+from gguflora.merging.patch.coding import backward, forward
+from gguflora.merging.patch.format import Patch, Record, checksum
 
 Piece = tuple[int, Bytes]
 """Where bytes go, and the bytes."""

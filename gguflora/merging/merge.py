@@ -16,13 +16,19 @@ from pathlib import Path
 from gguflora.errors import OutputError
 from gguflora.files.gguf import GgufFile, part_paths
 from gguflora.files.atomic import atomic_outputs, check_targets
-from gguflora.in_place import check_in_place, merge_in_place
-from gguflora.merge_report import MergeReport
-from gguflora.patch import write_patch
-from gguflora.prepared_merge import MAX_SEED, AdapterArgument, AdapterPath, prepared_merge, with_scales
+from gguflora.merging.in_place import check_in_place, merge_in_place
+from gguflora.merging.report import MergeReport
+from gguflora.merging.patch import write_patch
+from gguflora.merging.prepare import (
+    MAX_SEED,
+    AdapterArgument,
+    AdapterPath,
+    prepared_merge,
+    with_scales,
+)
 from gguflora.files.remote import local_inputs
-from gguflora.rewrite import FileSink, Progress, Rewriter
-from gguflora.rounding import Mode, Sums
+from gguflora.merging.rewriter import FileSink, Progress, Rewriter
+from gguflora.merging.rounding import Mode, Sums
 
 __all__ = ["MAX_SEED", "AdapterArgument", "AdapterPath", "merge", "plan_merge", "with_scales"]
 

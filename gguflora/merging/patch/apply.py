@@ -13,11 +13,11 @@ from typing import Any
 from gguflora.errors import MismatchError, PatchError
 from gguflora.files.gguf import GgufFile, part_paths
 from gguflora.files.atomic import atomic_outputs, check_targets
-from gguflora.patch.chain import Chain
-from gguflora.patch.format import Facts, open_patch
-from gguflora.patch.stream import Piece, files_sha256, result
+from gguflora.merging.patch.chain import Chain
+from gguflora.merging.patch.format import Facts, open_patch
+from gguflora.merging.patch.stream import Piece, files_sha256, result
 from gguflora.files.remote import local_inputs
-from gguflora.rewrite import Progress
+from gguflora.merging.rewriter import Progress
 
 
 @dataclass(frozen=True, slots=True)

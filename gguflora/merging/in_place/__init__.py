@@ -19,7 +19,7 @@ moment, too, and called again. Last it removes the journal, then the undo file.
 Metadata cannot grow in place: the undo file is the record of what was merged.
 """
 
-from gguflora.in_place.merging import check_in_place, merge_in_place
-from gguflora.in_place.unmerging import UnmergeReport, unmerge
+from gguflora.merging.in_place.apply import check_in_place, merge_in_place
+from gguflora.merging.in_place.unmerge import UnmergeReport, unmerge
 
 __all__ = ["UnmergeReport", "check_in_place", "merge_in_place", "unmerge"]

@@ -19,8 +19,8 @@ from gguflora.placement.rows import Bytes
 from gguflora.errors import OutputError
 from gguflora.files.sidecars import journal_path, undo_path
 from gguflora.files.atomic import sync_folder
-from gguflora.patch.chain import Chain, read, write
-from gguflora.patch.format import MAX_LENGTH
+from gguflora.merging.patch.chain import Chain, read, write
+from gguflora.merging.patch.format import MAX_LENGTH
 
 CHUNK_BYTES: Final = 16 << 20
 """What is changed between two syncs, give or take a record."""
