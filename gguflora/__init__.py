@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gguflora.merging.patch.apply import ApplyReport, apply_patch
     from gguflora.pipeline import PipelineReport, run_pipeline
     from gguflora.run import RunReport, run
-    from gguflora.runtime import Adapters, attach
+    from gguflora.runtime.attached import Adapters, attach
     from gguflora.serve import ServeReport, serve
 
 __all__ = [
@@ -81,7 +81,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Adapters": "gguflora.runtime",
+    "Adapters": "gguflora.runtime.attached",
     "ApplyReport": "gguflora.merging.patch.apply",
     "CombineReport": "gguflora.lora.combine",
     "CompareReport": "gguflora.compare",
@@ -102,7 +102,7 @@ _HOMES = {
     "UnmergeReport": "gguflora.merging.in_place",
     "apply_patch": "gguflora.merging.patch.apply",
     "assemble": "gguflora.merging.parts",
-    "attach": "gguflora.runtime",
+    "attach": "gguflora.runtime.attached",
     "combine": "gguflora.lora.combine",
     "compare": "gguflora.compare",
     "convert": "gguflora.lora.convert",

@@ -21,7 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.errors import HotSwapError
-from gguflora.llama import Pointer, captured_log, free_lora, load_lora, set_loras
+from gguflora.runtime.bindings import (
+    Pointer,
+    captured_log,
+    free_lora,
+    load_lora,
+    set_loras,
+)
 
 POSITIONS: Final = 128
 """Tokens evaluated at once: enough to be as quick as more, and the logits stay small."""

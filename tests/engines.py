@@ -15,9 +15,9 @@ from hotswap import PROMPT, A, B, C
 from test_alora import alora_gguf
 from test_soft_prompts import trained
 
-from gguflora import runtime
+from gguflora.runtime import attached as runtime
 from gguflora.engine import Engine, Generation, Piece, Request, Sampling
-from gguflora.llama import free_lora, load_lora, set_loras
+from gguflora.runtime.bindings import free_lora, load_lora, set_loras
 
 GREEDY = Sampling(temperature=0)
 OPTIONS: dict[str, Any] = {"n_ctx": 256, "threads": 1, "kv_type": "F32"}

@@ -19,8 +19,8 @@ import torch
 from hotswap import A, gguf_lora, last_logits, logits, open_llama
 
 import gguflora
-from gguflora import runtime
-from gguflora.activation import n_in_common, segments, start_of
+from gguflora.runtime import attached
+from gguflora.runtime.alora import n_in_common, segments, start_of
 from gguflora.engine import Engine, Request, Sampling
 from gguflora.errors import HotSwapError
 
@@ -77,7 +77,7 @@ def llm():
 
 @pytest.fixture
 def adapters(llm):
-    adapters = runtime.attach(llm)
+    adapters = attached.attach(llm)
     adapters.load("x", alora())
     adapters.apply(x=1.0)
     return adapters
@@ -86,7 +86,7 @@ def adapters(llm):
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
 def test_logits_are_those_of_peft(arch, prompt):
-    with closing(open_llama(arch)) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama(arch)) as llm, attached.attach(llm) as adapters:
         base = logits(llm, prompt)
         adapters.load("x", alora_gguf(arch=arch))
         adapters.apply(x=1.0)
@@ -100,7 +100,7 @@ def test_logits_are_those_of_peft(arch, prompt):
 
 def test_whole_it_would_be_another_model(llm, adapters):
     """The tests here can fail: begun at the first token, as llama.cpp does by itself, the logits are far off."""
-    from gguflora.llama import set_loras
+    from gguflora.runtime.bindings import set_loras
 
     adapters.apply()
     set_loras(llm.ctx, [(adapters._set.loaded["x"].pointer, 1.0)])
@@ -201,7 +201,7 @@ def test_states_remember_where_it_began(llm, adapters):
 
 
 def test_texts_cannot_be_embedded(tmp_path):
-    with closing(open_llama(embedding=True, logits_all=False)) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama(embedding=True, logits_all=False)) as llm, attached.attach(llm) as adapters:
         adapters.load("x", alora())
         adapters.apply(x=1.0)
         with pytest.raises(HotSwapError, match="activated LoRA"):
@@ -214,7 +214,7 @@ def test_the_adapter_of_the_constructor(tmp_path):
     llm.eval(ONCE)
     whole = llm.scores[len(ONCE) - 1].copy()
     assert np.abs(whole - expected(ONCE)[-1]).max() > 0.3
-    with runtime.attach(llm) as adapters:
+    with attached.attach(llm) as adapters:
         assert adapters.active == {alora_gguf().stem: 1.0}
         assert_close(last_logits(llm, ONCE), expected(ONCE)[-1])
     llm.close()
@@ -257,7 +257,7 @@ def test_the_engine_answers_as_peft(engine):
 
 
 def test_the_engine_with_several(engine, llm):
-    adapters = runtime.attach(llm)
+    adapters = attached.attach(llm)
     for name, file in (("x", alora()), ("y", alora(OTHER, seed=6)), ("a", gguf_lora(A))):
         adapters.load(name, file)
     both = (*HEAD, *INVOCATION, *TAIL, *OTHER, 70, 71)

@@ -20,7 +20,7 @@ from hotswap import OTHER, PROMPT, A, B
 from hypothesis import given
 from hypothesis import strategies as st
 
-import gguflora.engine.loading as loading_module
+import gguflora.runtime.adapter_files as loading_module
 from gguflora import demo
 from gguflora.engine import Engine, Piece, Request, Sampling
 from gguflora.engine.text import AnswerText

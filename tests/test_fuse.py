@@ -13,12 +13,12 @@ import pytest
 from hotswap import PROMPT, A, B, C, expected, gguf_lora, kill_python, logits, open_llama
 
 import gguflora
-from gguflora import fuse as fuse_module
-from gguflora import runtime
+from gguflora.runtime import fused_adapters as fuse_module
+from gguflora.runtime import attached
 from gguflora.engine import Engine, Request, Sampling
 from gguflora.errors import HotSwapError
-from gguflora.fuse import FIXED_GRAPH, SEPARATE, fuse
-from gguflora.llama import free_lora, load_lora, set_loras
+from gguflora.runtime.fused_adapters import FIXED_GRAPH, SEPARATE, fuse
+from gguflora.runtime.bindings import free_lora, load_lora, set_loras
 
 MANY = 64
 SCALES = {"a": 0.5, "b": -0.75, "c": 1.0}
@@ -121,7 +121,7 @@ def test_64_at_once(tmp_path):
     on = [(path, scale) for path, scale in zip(paths, scales.values(), strict=True) if scale]
     with closing(open_llama()) as llm:
         base, wanted = logits(llm), side_by_side(llm, *zip(*on, strict=True))
-        with runtime.attach(llm) as adapters:
+        with attached.attach(llm) as adapters:
             for name, path in zip(scales, paths, strict=True):
                 adapters.load(name, path)
             adapters.apply(scales)
@@ -165,7 +165,7 @@ llm.eval([1, 2, 3])
 def test_64_at_once_where_there_is_no_room(qwen35):
     """64 times an adapter at 1/64 is the adapter: a GGUF file as well as a PEFT directory, in attach and the engine."""
     base, lora, folder = qwen35
-    with closing(open_llama_of(base, n_batch=8, n_ubatch=8)) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama_of(base, n_batch=8, n_ubatch=8)) as llm, attached.attach(llm) as adapters:
         for number in range(MANY):
             adapters.load(f"n{number}", folder if number == 5 else lora)
         adapters.apply(n0=1.0)
@@ -186,7 +186,7 @@ def test_a_file_that_has_changed_since(qwen35, tmp_path):
     base, lora, _ = qwen35
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(lora.read_bytes())
-    with closing(open_llama_of(base)) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama_of(base)) as llm, attached.attach(llm) as adapters:
         adapters.load("a", copy)
         adapters.load("b", lora)
         adapters.apply(a=1.0)
@@ -200,7 +200,7 @@ def test_a_file_that_has_changed_since(qwen35, tmp_path):
 
 def test_elsewhere_it_is_applied_side_by_side(tmp_path):
     paths = random_loras(tmp_path, SEPARATE + 1)
-    with closing(open_llama()) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama()) as llm, attached.attach(llm) as adapters:
         for number, path in enumerate(paths):
             adapters.load(f"n{number}", path)
             path.unlink()
@@ -212,7 +212,7 @@ def test_elsewhere_it_is_applied_side_by_side(tmp_path):
 def test_fused_adapters_are_freed(tmp_path, monkeypatch):
     paths, freed = random_loras(tmp_path, SEPARATE + 1), []
     monkeypatch.setattr(fuse_module, "free_lora", lambda pointer: (freed.append(pointer), free_lora(pointer)))
-    with closing(open_llama()) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama()) as llm, attached.attach(llm) as adapters:
         for number, path in enumerate(paths):
             adapters.load(f"n{number}", path)
         for step in range(7):

@@ -12,7 +12,7 @@ import pytest
 from hotswap import A, B, assert_answers, expected, gguf_lora, last_logits, logits, open_llama
 from llama_cpp.llama_cache import LlamaDiskCache, LlamaRAMCache
 
-from gguflora import llama, reuse, runtime
+from gguflora.runtime import bindings, guarded_llama, attached
 from gguflora.errors import HotSwapError
 
 # random tokens are broken UTF-8, on which create_completion waits for more: let it say "a" only
@@ -29,7 +29,7 @@ def llm():
 
 @pytest.fixture
 def adapters(llm):
-    adapters = runtime.attach(llm)
+    adapters = attached.attach(llm)
     adapters.load("a", gguf_lora(A))
     adapters.load("b", gguf_lora(B))
     return adapters
@@ -52,7 +52,7 @@ def test_a_shared_prefix_is_not_stale(llm, adapters):
 
 def test_without_the_clearing_it_would_be_stale(llm, adapters, monkeypatch):
     """The test above can fail: this is what llama-cpp-python does by itself."""
-    monkeypatch.setattr(runtime.Adapters, "_forget", lambda self: None)
+    monkeypatch.setattr(attached.Adapters, "_forget", lambda self: None)
     assert staleness(llm, adapters) > 0.1
 
 
@@ -123,9 +123,9 @@ def test_identity_tells_sets_apart():
         [("x", 1.0), ("x", 1.0)],
         [("x", 1.0), ("y", 0.5)],
     ]
-    assert len({reuse.identity_of(each) for each in sets}) == len(sets)
-    assert reuse.identity_of([("x", 1.0), ("y", 0.5)]) == reuse.identity_of([("y", 0.5), ("x", 1.0)])
-    assert reuse.identity_of([("x", 0.1)]) == reuse.identity_of([("x", float(np.float32(0.1)))])
+    assert len({guarded_llama.identity_of(each) for each in sets}) == len(sets)
+    assert guarded_llama.identity_of([("x", 1.0), ("y", 0.5)]) == guarded_llama.identity_of([("y", 0.5), ("x", 1.0)])
+    assert guarded_llama.identity_of([("x", 0.1)]) == guarded_llama.identity_of([("x", float(np.float32(0.1)))])
 
 
 # -- generators ------------------------------------------------------------------------------------
@@ -217,8 +217,8 @@ def test_caches_are_kept_apart_by_set(llm, adapters, cache, loads):
 
 def test_without_partitions_the_cache_would_be_stale(llm, adapters, cache, monkeypatch):
     """The test above can fail."""
-    monkeypatch.setattr(reuse.CachePartition, "_key", lambda self, tokens: tuple(tokens))
-    monkeypatch.setattr(reuse.GuardedLlama, "load_state", llama_cpp.Llama.load_state)
+    monkeypatch.setattr(guarded_llama.CachePartition, "_key", lambda self, tokens: tuple(tokens))
+    monkeypatch.setattr(guarded_llama.GuardedLlama, "load_state", llama_cpp.Llama.load_state)
     llm.set_cache(cache)
     adapters.apply(a=1.0)
     complete(llm, PROMPT)
@@ -230,7 +230,7 @@ def test_without_partitions_the_cache_would_be_stale(llm, adapters, cache, monke
 def test_what_was_cached_before_attach_and_by_the_base_stays_within_reach(llm, cache, loads):
     llm.set_cache(cache)
     complete(llm, PROMPT)
-    adapters = runtime.attach(llm)
+    adapters = attached.attach(llm)
     adapters.load("a", gguf_lora(A))
     adapters.apply(a=1.0)
     complete(llm, PROMPT)
@@ -270,7 +270,7 @@ def test_a_cache_that_knows_the_constructors_adapter(loads):
     llm = open_llama(lora_path=str(gguf_lora(A)))
     llm.set_cache(cache)
     complete(llm, PROMPT)
-    adapters = runtime.attach(llm)
+    adapters = attached.attach(llm)
     adapters.apply()
     complete(llm, OTHER)
     assert loads == []
@@ -279,7 +279,7 @@ def test_a_cache_that_knows_the_constructors_adapter(loads):
     complete(llm, PROMPT)
     complete(llm, OTHER)
     np.testing.assert_allclose(llm.scores[len(OTHER) - 1], expected(prompt=OTHER)[-1], atol=hotswap.TOLERANCE, rtol=0)
-    with runtime.attach(llm) as again:
+    with attached.attach(llm) as again:
         complete(llm, PROMPT)
         np.testing.assert_allclose(llm.scores[len(PROMPT) - 1], expected()[-1], atol=hotswap.TOLERANCE, rtol=0)
         assert again.active == {}
@@ -310,7 +310,7 @@ def test_a_state_belongs_to_its_set(llm, adapters):
 def test_a_state_from_before_attach_is_of_the_base(llm):
     llm.eval(PROMPT)
     state = llm.save_state()
-    adapters = runtime.attach(llm)
+    adapters = attached.attach(llm)
     llm.load_state(state)
     adapters.load("a", gguf_lora(A))
     adapters.apply(a=1.0)
@@ -333,7 +333,7 @@ class MyLlama(llama_cpp.Llama):
 
 def test_a_subclass_of_llama_keeps_its_methods(llm):
     llm.__class__ = MyLlama
-    with runtime.attach(llm):
+    with attached.attach(llm):
         assert isinstance(llm, MyLlama)
         llm.save_state()
         assert llm.saved
@@ -348,7 +348,7 @@ def test_a_copy_has_no_adapters(llm, adapters):
 
 
 def test_two_llamas_are_independent(llm, adapters):
-    with closing(open_llama()) as second, runtime.attach(second) as others:
+    with closing(open_llama()) as second, attached.attach(second) as others:
         others.load("a", gguf_lora(B))
         cache = LlamaRAMCache()
         llm.set_cache(cache)
@@ -370,5 +370,5 @@ def test_recurrent_memory_is_wiped(monkeypatch):
         for recurrent, hybrid in ((False, False), (True, False), (False, True)):
             monkeypatch.setattr(llama_cpp, "llama_model_is_recurrent", lambda model, answer=recurrent: answer)
             monkeypatch.setattr(llama_cpp, "llama_model_is_hybrid", lambda model, answer=hybrid: answer)
-            llama.clear_memory(llm.ctx, llm.n_vocab())
+            bindings.clear_memory(llm.ctx, llm.n_vocab())
     assert wiped == [False, True, True]

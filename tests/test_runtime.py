@@ -31,7 +31,7 @@ from hotswap import (
     run_python,
 )
 
-from gguflora import llama, runtime
+from gguflora.runtime import bindings, attached
 from gguflora.errors import GgufError, GgufloraError, HotSwapError
 
 
@@ -44,7 +44,7 @@ def llm():
 
 @pytest.fixture
 def adapters(llm):
-    adapters = runtime.attach(llm)
+    adapters = attached.attach(llm)
     adapters.load("a", gguf_lora(A))
     adapters.load("b", gguf_lora(B))
     return adapters
@@ -56,7 +56,7 @@ def adapters(llm):
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "phi3"])
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.75, -1.0])
 def test_logits_are_those_of_peft(arch, scale):
-    with closing(open_llama(arch)) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama(arch)) as llm, attached.attach(llm) as adapters:
         adapters.load("a", gguf_lora(A, arch))
         adapters.apply(a=scale)
         assert_answers(llm, (A, scale), arch=arch)
@@ -107,7 +107,7 @@ def test_peft_directory_is_converted_on_the_fly(llm, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     directory = builders.adapter("llama", A)
     before = sorted(directory.iterdir())
-    with runtime.attach(llm) as adapters:
+    with attached.attach(llm) as adapters:
         adapters.load("a", directory)
         adapters.apply(a=0.5)
         assert_answers(llm, (A, 0.5))
@@ -130,7 +130,7 @@ def test_peft_directory_that_cannot_be_converted_leaves_nothing(adapters, tmp_pa
 def test_logits_without_logits_all_and_greedy_text(adapters, llm):
     adapters.apply(a=1.0)
     tokens = list(itertools.islice(llm.generate(list(hotswap.PROMPT), temp=0.0), 8))
-    with closing(open_llama("llama")) as fresh, runtime.attach(fresh) as others:
+    with closing(open_llama("llama")) as fresh, attached.attach(fresh) as others:
         others.load("a", gguf_lora(A))
         others.apply(a=1.0)
         assert list(itertools.islice(fresh.generate(list(hotswap.PROMPT), temp=0.0), 8)) == tokens
@@ -140,7 +140,7 @@ def test_logits_without_logits_all_and_greedy_text(adapters, llm):
 
 def test_embeddings_follow_the_set():
     llm = open_llama(embedding=True, logits_all=False, pooling_type=llama_cpp.LLAMA_POOLING_TYPE_MEAN)
-    with runtime.attach(llm) as adapters:
+    with attached.attach(llm) as adapters:
         adapters.load("a", gguf_lora(A))
         base = np.array(llm.embed("the answer"))
         adapters.apply(a=1.0)
@@ -161,7 +161,7 @@ def test_speculative_decoding_across_a_swap():
         return list(itertools.islice(llm.generate(list(hotswap.PROMPT) * 2, temp=0.0), 12))
 
     plain, drafting = open_llama(), open_llama(draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4))
-    with runtime.attach(plain) as ours, runtime.attach(drafting) as theirs:
+    with attached.attach(plain) as ours, attached.attach(drafting) as theirs:
         for adapters in (ours, theirs):
             adapters.load("a", gguf_lora(A))
         for scales in ({"a": 1.0}, {}, {"a": -1.0}, {"a": 1.0}):
@@ -176,7 +176,7 @@ def test_speculative_decoding_across_a_swap():
 def test_random_walk_is_never_stale(llm):
     """Whatever the order of changes and evaluations, the logits are those of the set in force."""
     chance = random.Random(5)
-    adapters = runtime.attach(llm)
+    adapters = attached.attach(llm)
     specs = {"a": A, "b": B}
     prompts = [hotswap.PROMPT, hotswap.OTHER, hotswap.PROMPT[:12]]
     scales = [0, 0.5, 1.0, -1.0]
@@ -357,7 +357,7 @@ def test_missing_damaged_and_foreign_files(llm, adapters, tmp_path):
 
 
 def test_llama_cpps_own_words_are_in_the_exception(adapters, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(runtime, "check_loadable", lambda path, base: None)  # so that it gets as far as llama.cpp
+    monkeypatch.setattr(attached, "check_loadable", lambda path, base: None)  # so that it gets as far as llama.cpp
     path = hotswap.write_lora(tmp_path / "odd.gguf", {"blk.9.attn_q.weight.lora_a": np.ones((4, 96), np.float32)})
     with pytest.raises(HotSwapError, match=r"odd\.gguf.*blk\.9\.attn_q\.weight.*is missing one component"):
         adapters.load("c", path)
@@ -370,7 +370,7 @@ def test_the_log_listener_is_put_back(llm, tmp_path):
     listener = llama_cpp.llama_log_callback(lambda level, text, data: heard.append((level, text)))
     llama_cpp.llama_log_set(listener, None)
     try:
-        adapters = runtime.attach(llm)
+        adapters = attached.attach(llm)
         adapters.load("a", gguf_lora(A))
         assert any(b"loaded 28 tensors" in text for _, text in heard), "the listener must hear what is no error"
         heard.clear()
@@ -385,7 +385,7 @@ def test_a_listener_set_meanwhile_stays():
     heard = []
     listener = llama_cpp.llama_log_callback(lambda level, text, data: heard.append(text))
     try:
-        with llama.captured_log():
+        with bindings.captured_log():
             llama_cpp.llama_log_set(listener, None)
         assert not llama_cpp.llama_model_load_from_file(b"/none", llama_cpp.llama_model_default_params())
         assert heard
@@ -395,14 +395,14 @@ def test_a_listener_set_meanwhile_stays():
 
 def test_attach_wants_an_open_llama(llm):
     with pytest.raises(HotSwapError, match=r"needs a llama_cpp\.Llama, found str"):
-        runtime.attach("model.gguf")
+        attached.attach("model.gguf")
     llm.close()
     with pytest.raises(HotSwapError, match="closed"):
-        runtime.attach(llm)
+        attached.attach(llm)
 
 
 def test_attached_twice_it_is_the_same_set(llm, adapters):
-    again = runtime.attach(llm)
+    again = attached.attach(llm)
     again.apply(a=1.0)
     assert adapters.active == {"a": 1.0}
     adapters.close()
@@ -449,7 +449,7 @@ def test_the_llama_is_closed_first(llm, adapters):
 
 def test_as_a_context_manager(llm):
     base = logits(llm)
-    with pytest.raises(ZeroDivisionError), runtime.attach(llm) as adapters:
+    with pytest.raises(ZeroDivisionError), attached.attach(llm) as adapters:
         adapters.load("a", gguf_lora(A))
         adapters.apply(a=1.0)
         raise ZeroDivisionError
@@ -460,7 +460,7 @@ def test_as_a_context_manager(llm):
 def test_attach_again_after_close(llm, adapters):
     adapters.apply(a=1.0)
     adapters.close()
-    with runtime.attach(llm) as again:
+    with attached.attach(llm) as again:
         again.load("a", gguf_lora(B))
         again.apply(a=1.0)
         assert_answers(llm, (B, 1.0))
@@ -474,7 +474,7 @@ def test_dropping_the_llama_frees_it_at_once(monkeypatch):
     gc.disable()
     try:
         llm = open_llama()
-        adapters = runtime.attach(llm)
+        adapters = attached.attach(llm)
         adapters.load("a", gguf_lora(A))
         adapters.apply(a=1.0)
         logits(llm)
@@ -540,7 +540,7 @@ llm.eval([1, 2, 3])
 
 
 def test_the_process_survives_a_tied_embedding(tmp_path):
-    with closing(open_llama("gemma3")) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama("gemma3")) as llm, attached.attach(llm) as adapters:
         with pytest.raises(HotSwapError, match=r"no output\.weight.*merge the adapter"):
             adapters.load("tied", tied_lora(tmp_path))
         adapters.load("a", gguf_lora(A, "gemma3"))
@@ -556,7 +556,7 @@ def test_the_adapter_of_the_constructor_is_taken_over(tmp_path):
     path.write_bytes(gguf_lora(A).read_bytes())
     llm = open_llama(lora_path=str(path), lora_scale=0.5)
     with_a = logits(llm)
-    adapters = runtime.attach(llm)
+    adapters = attached.attach(llm)
     assert adapters.loaded == ["legal.v2"]
     assert adapters.active == {"legal.v2": 0.5}
     assert llm.n_tokens == len(hotswap.PROMPT)  # still good
@@ -567,7 +567,7 @@ def test_the_adapter_of_the_constructor_is_taken_over(tmp_path):
     np.testing.assert_array_equal(logits(llm), with_a)
     adapters.close()
     assert_answers(llm)
-    again = runtime.attach(llm)
+    again = attached.attach(llm)
     assert again.loaded == ["legal.v2"]
     assert again.active == {}
     again.unload("legal.v2")
@@ -582,7 +582,7 @@ def test_the_adapter_of_the_constructor_may_be_off_or_gone(tmp_path):
     path.write_bytes(gguf_lora(A).read_bytes())
     llm = open_llama(lora_path=str(path), lora_scale=0.0)
     path.unlink()
-    with runtime.attach(llm) as adapters:
+    with attached.attach(llm) as adapters:
         assert adapters.active == {}
         assert_answers(llm)
         adapters.apply(gone=1.0)
@@ -599,7 +599,7 @@ def resident_bytes() -> int:
 
 @pytest.mark.slow
 def test_200_cycles_leave_nothing_behind(llm):
-    adapters, path, directory = runtime.attach(llm), gguf_lora(A), builders.adapter("llama", B)
+    adapters, path, directory = attached.attach(llm), gguf_lora(A), builders.adapter("llama", B)
 
     def cycle(number):
         adapters.load("x", directory if number % 20 == 0 else path)
@@ -645,12 +645,12 @@ def test_a_diverged_adapter_leaves_no_nan_behind(llm, adapters):
 
 def test_without_the_wiping_it_would_leave_nan_behind(llm, adapters, monkeypatch):
     """The test above can fail. When this one does, llama.cpp masks NaN by itself."""
-    monkeypatch.setattr(llama, "_last_logits_hold_nan", lambda context, n_vocab: False)
+    monkeypatch.setattr(bindings, "_last_logits_hold_nan", lambda context, n_vocab: False)
     assert np.isnan(poisoned_logits(llm, adapters)).any()
 
 
 def test_changes_from_many_threads(llm):
-    adapters, failures = runtime.attach(llm), []
+    adapters, failures = attached.attach(llm), []
 
     def work(number):
         try:

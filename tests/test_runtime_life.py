@@ -15,10 +15,10 @@ import pytest
 from hotswap import PROMPT, A, B, expected, gguf_lora, logits, open_llama
 from test_runtime import resident_bytes, tied_lora
 
-from gguflora import runtime
+from gguflora.runtime import attached
 from gguflora.engine import Engine, Request, Sampling
 from gguflora.errors import EngineClosedError, GgufError, GgufloraError, HotSwapError, RequestError
-from gguflora.turn import Turn
+from gguflora.runtime.llama_lock import Turn
 
 GREEDY = Sampling(temperature=0)
 
@@ -60,7 +60,7 @@ def soft_prompt(folder: Path) -> Path:
 @pytest.mark.slow
 def test_1000_cycles_of_attach(tmp_path):
     soft, lora = soft_prompt(tmp_path / "soft"), gguf_lora(A)
-    with closing(open_llama()) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama()) as llm, attached.attach(llm) as adapters:
         base = logits(llm)
 
         def cycle(number):
@@ -117,7 +117,7 @@ def test_threads_that_share_a_llama_take_turns():
     def answer(prompt):
         return list(itertools.islice(llm.generate(prompt, temp=0.0), 8))
 
-    with closing(open_llama()) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama()) as llm, attached.attach(llm) as adapters:
         adapters.load("a", gguf_lora(A))
         adapters.apply(a=1.0)
         alone = [answer(prompt) for prompt in prompts]
@@ -130,7 +130,7 @@ def test_threads_that_share_a_llama_take_turns():
 
 
 def test_threads_with_completions_and_evaluations():
-    with closing(open_llama()) as llm, runtime.attach(llm):
+    with closing(open_llama()) as llm, attached.attach(llm):
         wanted = logits(llm)[-1]
 
         def work(number):
@@ -145,7 +145,7 @@ def test_threads_with_completions_and_evaluations():
 
 
 def test_different_llamas_do_not_wait_for_each_other():
-    with closing(open_llama()) as one, closing(open_llama()) as other, runtime.attach(one), runtime.attach(other):
+    with closing(open_llama()) as one, closing(open_llama()) as other, attached.attach(one), attached.attach(other):
         paused = one.generate(list(PROMPT), temp=0.0)
         next(paused)
 
@@ -157,7 +157,7 @@ def test_different_llamas_do_not_wait_for_each_other():
 
 
 def test_a_generation_that_another_call_has_ended():
-    with closing(open_llama()) as llm, runtime.attach(llm):
+    with closing(open_llama()) as llm, attached.attach(llm):
         tokens = llm.generate(list(PROMPT), temp=0.0)
         next(tokens)
         next(llm.generate(list(hotswap.OTHER), temp=0.0))
@@ -166,7 +166,7 @@ def test_a_generation_that_another_call_has_ended():
 
 
 def test_a_thread_that_ended_without_ending_its_generation():
-    with closing(open_llama()) as llm, runtime.attach(llm):
+    with closing(open_llama()) as llm, attached.attach(llm):
         kept = []
 
         def leave(_):
@@ -232,7 +232,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, type[GgufloraError]]]:
 
 
 def test_bad_input_leaves_attach_answering(tmp_path):
-    with closing(open_llama(n_ctx=256)) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama(n_ctx=256)) as llm, attached.attach(llm) as adapters:
         adapters.load("a", gguf_lora(A))
         adapters.apply(a=1.0)
         wanted = logits(llm)

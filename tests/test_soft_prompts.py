@@ -23,7 +23,7 @@ from hotswap import A, gguf_lora, last_logits
 from typer.testing import CliRunner
 
 import gguflora
-from gguflora import llama, reuse, runtime
+from gguflora.runtime import bindings, guarded_llama, attached
 from gguflora.chat import Chat
 from gguflora.cli.app import app
 from gguflora.engine import Engine, Generation, Request, Sampling
@@ -37,7 +37,7 @@ from gguflora.errors import (
     RequestError,
     UnsupportedAdapterError,
 )
-from gguflora.kv_state import fill_state
+from gguflora.runtime.kv_cache import fill_state
 from gguflora.server import Settings, create_app
 
 PROMPT = list(oracles.PROMPT)
@@ -140,7 +140,7 @@ INEXACT = {"gptoss": 0.05}
 def assert_is_pefts(arch: str, method: str, tolerance: float = 5e-3, **options: Any) -> None:
     folder, wanted, base = trained(arch, method)
     assert np.abs(wanted - base).max() > 0.5
-    with closing(open_llama(arch, **options)) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama(arch, **options)) as llm, attached.attach(llm) as adapters:
         without = logits(llm)
         adapters.load("soft", folder, task=TASK.get(method))
         adapters.apply(soft=1)
@@ -178,7 +178,7 @@ def test_prompts_and_soft_prompts_of_several_batches(method):
 
 def test_each_task_has_a_prompt_of_its_own():
     folder, _, _ = trained("llama", "MULTITASK_PROMPT_TUNING")
-    with closing(open_llama("llama")) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama("llama")) as llm, attached.attach(llm) as adapters:
         for task in range(3):
             adapters.load(f"t{task}", folder, task=task)
             adapters.apply({f"t{task}": 1.0})
@@ -194,7 +194,7 @@ def test_greedy_text_is_pefts():
     wanted = list(PROMPT)
     for _ in range(12):
         wanted.append(int(torch_logits(model, wanted)[-1].argmax()))
-    with closing(open_llama("llama", logits_all=False)) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama("llama", logits_all=False)) as llm, attached.attach(llm) as adapters:
         adapters.load("soft", folder)
         adapters.apply(soft=1)
         tokens = llm.generate(list(PROMPT), temp=0.0)
@@ -208,7 +208,7 @@ def test_nothing_is_stale(arch, method):
     soft, _, _ = trained(arch, method)
     other, _, _ = trained(arch, method, seed=1)
     prompts = [PROMPT, [*PROMPT[:20], 70, 71], PROMPT[:5], PROMPT]
-    with closing(open_llama(arch)) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama(arch)) as llm, attached.attach(llm) as adapters:
         adapters.load("soft", soft)
         adapters.load("other", other)
         for name, folder in (("soft", soft), (None, None), ("other", other), ("soft", soft)):
@@ -221,10 +221,10 @@ def test_nothing_is_stale(arch, method):
 def test_the_soft_prompt_is_decoded_once(monkeypatch):
     folder, _, _ = trained("llama", "PROMPT_TUNING")
     decoded = []
-    put = llama.put_prefix
-    for module in (llama, reuse):
+    put = bindings.put_prefix
+    for module in (bindings, guarded_llama):
         monkeypatch.setattr(module, "put_prefix", lambda *args: (decoded.append(args), put(*args)))
-    with closing(open_llama("llama")) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama("llama")) as llm, attached.attach(llm) as adapters:
         adapters.load("soft", folder)
         adapters.apply(soft=1)
         first = logits(llm)
@@ -241,7 +241,7 @@ def test_the_soft_prompt_is_decoded_once(monkeypatch):
 def test_a_window_that_has_moved_past_the_soft_prompt():
     """gemma3's window is 64 tokens here, and a small cache forgets what has left it."""
     folder, wanted, _ = trained("gemma3", "PROMPT_TUNING")
-    with closing(open_llama("gemma3", swa_full=False, n_batch=16)) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama("gemma3", swa_full=False, n_batch=16)) as llm, attached.attach(llm) as adapters:
         adapters.load("soft", folder)
         adapters.apply(soft=1)
         long = [50 + n % 40 for n in range(100)]
@@ -252,7 +252,7 @@ def test_a_window_that_has_moved_past_the_soft_prompt():
 def test_states_and_caches_know_the_soft_prompt():
     soft, wanted, _ = trained("llama", "PROMPT_TUNING")
     other, _, _ = trained("llama", "PROMPT_TUNING", seed=1)
-    with closing(open_llama("llama")) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama("llama")) as llm, attached.attach(llm) as adapters:
         adapters.load("soft", soft)
         adapters.load("other", other)
         adapters.apply(soft=1)
@@ -272,7 +272,7 @@ def test_with_a_lora_beside_it():
     folder, _, _ = trained("llama", "PROMPT_TUNING")
     merged = oracles.peft_model(builders.hf_model("llama"), builders.adapter("llama", A)).merge_and_unload()
     wanted = torch_logits(peft.PeftModel.from_pretrained(merged, folder))
-    with closing(open_llama("llama")) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama("llama")) as llm, attached.attach(llm) as adapters:
         adapters.load("soft", folder)
         adapters.load("a", gguf_lora(A))
         adapters.apply(soft=1, a=1)
@@ -284,7 +284,7 @@ def test_an_activated_lora_does_not_compute_it():
     from test_alora import HEAD, ONCE, alora_gguf
 
     folder, _, _ = trained("llama", "PROMPT_TUNING")
-    with closing(open_llama("llama")) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama("llama")) as llm, attached.attach(llm) as adapters:
         adapters.load("soft", folder)
         adapters.load("alora", alora_gguf())
         for prompt, n_equal in ((PROMPT, len(PROMPT)), (list(ONCE), len(HEAD))):
@@ -298,7 +298,7 @@ def test_an_activated_lora_does_not_compute_it():
 
 def test_a_soft_prompt_is_on_or_off():
     soft, _, _ = trained("llama", "PROMPT_TUNING")
-    with closing(open_llama("llama")) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama("llama")) as llm, attached.attach(llm) as adapters:
         adapters.load("soft", soft)
         adapters.load("more", soft)
         with pytest.raises(HotSwapError, match=r"on \(1\) or off \(0\); found the scale 0\.5"):
@@ -312,7 +312,7 @@ def test_a_soft_prompt_is_on_or_off():
 
 def test_it_takes_room_in_the_context():
     folder, _, _ = trained("llama", "PROMPT_TUNING")
-    with closing(open_llama("llama", n_ctx=256, n_batch=256)) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama("llama", n_ctx=256, n_batch=256)) as llm, attached.attach(llm) as adapters:
         size = llm.n_ctx()
         adapters.load("soft", folder)
         adapters.apply(soft=1)
@@ -329,13 +329,13 @@ def test_it_takes_room_in_the_context():
 def test_one_that_is_longer_than_the_context(tmp_path):
     folder = edited(tmp_path, values=np.zeros((256, 96), np.float32), num_virtual_tokens=256)
     refusal = pytest.raises(HotSwapError, match="256 tokens does not fit into the context of 256")
-    with closing(open_llama("llama", n_ctx=256)) as llm, runtime.attach(llm) as adapters, refusal:
+    with closing(open_llama("llama", n_ctx=256)) as llm, attached.attach(llm) as adapters, refusal:
         adapters.load("long", folder)
 
 
 def test_texts_cannot_be_embedded_with_it():
     folder, _, _ = trained("llama", "PROMPT_TUNING")
-    with closing(open_llama("llama", embedding=True, logits_all=False)) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama("llama", embedding=True, logits_all=False)) as llm, attached.attach(llm) as adapters:
         adapters.load("soft", folder)
         adapters.apply(soft=1)
         with pytest.raises(HotSwapError, match="soft prompt"):
@@ -478,7 +478,7 @@ BAD = {
 def test_bad_ones_are_refused(case, tmp_path):
     changes, error, said = BAD[case]
     folder = edited(tmp_path, **changes)
-    with closing(open_llama("llama")) as llm, runtime.attach(llm) as adapters:
+    with closing(open_llama("llama")) as llm, attached.attach(llm) as adapters:
         base = logits(llm)
         with pytest.raises(error, match=said):
             adapters.load("soft", folder)
@@ -492,7 +492,7 @@ def test_bad_ones_are_refused(case, tmp_path):
 def test_architectures_that_cannot_are_refused(arch, method):
     folder, _, _ = trained(arch, method)
     refusal = pytest.raises(UnsupportedAdapterError, match=f"{method} cannot be run on .*: {arch} ")
-    with closing(open_llama(arch)) as llm, runtime.attach(llm) as adapters, refusal:
+    with closing(open_llama(arch)) as llm, attached.attach(llm) as adapters, refusal:
         adapters.load("soft", folder)
 
 
@@ -515,7 +515,7 @@ def test_caches_that_cannot_be_written_are_refused_before_anything_is_asked(tmp_
         ("mamba", {}, recurrent, "recurrent"),
         ("llama", quantized, trained("llama", "PREFIX_TUNING")[0], r"quantized.*type_k"),
     ):
-        with closing(open_llama(arch, **options)) as llm, runtime.attach(llm) as adapters:
+        with closing(open_llama(arch, **options)) as llm, attached.attach(llm) as adapters:
             base = logits(llm)
             adapters.load("soft", folder)
             with pytest.raises(UnsupportedAdapterError, match=said):

@@ -21,7 +21,7 @@ from gguflora.lora.convert import convert
 from gguflora.errors import HotSwapError
 from gguflora.merging.merge import merge
 from gguflora.merging.report import MergeReport
-from gguflora.runtime import Adapters, attach
+from gguflora.runtime.attached import Adapters, attach
 
 HERE: Final = Path(__file__).parent
 BASE: Final = HERE / "base.gguf"

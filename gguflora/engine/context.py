@@ -20,8 +20,8 @@ from gguflora.engine.adapter_sets import Identity
 from gguflora.engine.model import Model
 from gguflora.engine.residents import NO_ADAPTERS, Embeddings, Phase
 from gguflora.errors import DivergedError, EngineError, GenerationError
-from gguflora.fuse import FusedAdapters
-from gguflora.llama import axes_of_embeddings, captured_log, put_prefix
+from gguflora.runtime.fused_adapters import FusedAdapters
+from gguflora.runtime.bindings import axes_of_embeddings, captured_log, put_prefix
 from gguflora.placement.prefix import Prefix
 
 Key: TypeAlias = Hashable

@@ -18,7 +18,7 @@ from gguflora.adapters.soft_prompt import is_soft_prompt, read_soft_prompt
 from gguflora.engine.adapter_sets import AdapterSet, canonical_set, parse_set
 from gguflora.engine.context import KV_TYPES, Context, ContextOptions
 from gguflora.engine.job import Job
-from gguflora.engine.loading import open_adapter
+from gguflora.runtime.adapter_files import open_adapter
 from gguflora.engine.model import Model
 from gguflora.engine.pool import Pool
 from gguflora.engine.requests import FinishReason, Generation, Request, Sink
@@ -32,8 +32,8 @@ from gguflora.errors import (
     PromptTooLongError,
     RequestError,
 )
-from gguflora.fuse import FusedAdapters
-from gguflora.llama import free_lora, invocation_of, load_lora
+from gguflora.runtime.fused_adapters import FusedAdapters
+from gguflora.runtime.bindings import free_lora, invocation_of, load_lora
 from gguflora.placement.prefix import fit_prefix
 from gguflora.lora.preflight import read_whole_base
 from gguflora.files.remote import local_inputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from gguflora.activation import starts_of
+from gguflora.runtime.alora import starts_of
 from gguflora.engine.context import Chunk, Context, Key, SavedSlot, Slot
 from gguflora.engine.model import Model
 from gguflora.engine.requests import Ending, FinishReason, Piece, Request, Sink, Timings, TokenLogprob, Usage

@@ -14,7 +14,7 @@ from llama_cpp import llama_chat_format
 from llama_cpp._logger import set_verbose
 
 from gguflora.errors import EngineError, RequestError
-from gguflora.llama import captured_log
+from gguflora.runtime.bindings import captured_log
 
 _PLAIN_TEMPLATE: Final = (
     "{% for message in messages %}"

@@ -8,7 +8,7 @@ from gguflora.engine.adapter_sets import AdapterSet
 from gguflora.engine.context import Context
 from gguflora.engine.residents import Resident, ResidentSet
 from gguflora.errors import EngineError
-from gguflora.llama import put_prefix
+from gguflora.runtime.bindings import put_prefix
 from gguflora.placement.prefix import Prefix
 
 

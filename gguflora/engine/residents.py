@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from gguflora.engine.adapter_sets import AdapterSet, Identity, check_name
 from gguflora.errors import AdapterNameError, RequestError
-from gguflora.fuse import Part
-from gguflora.llama import Pointer
+from gguflora.runtime.fused_adapters import Part
+from gguflora.runtime.bindings import Pointer
 from gguflora.placement.prefix import Prefix
 
 Embeddings: TypeAlias = NDArray[np.float32]

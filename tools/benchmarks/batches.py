@@ -13,7 +13,7 @@ from pathlib import Path
 
 import llama_cpp
 
-from gguflora.llama import free_lora, load_lora, set_loras
+from gguflora.runtime.bindings import free_lora, load_lora, set_loras
 
 UBATCH = 128
 FIRST_TOKEN = 300

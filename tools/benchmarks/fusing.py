@@ -10,8 +10,8 @@ from pathlib import Path
 import llama_cpp
 from models import LLAMAS, adapter_files, base_file
 
-from gguflora.fuse import fuse
-from gguflora.llama import free_lora, load_lora, set_loras
+from gguflora.runtime.fused_adapters import fuse
+from gguflora.runtime.bindings import free_lora, load_lora, set_loras
 
 COUNTS = (1, 2, 4, 8, 16, 32)
 TOKENS = 24

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.errors import HotSwapError, UnsupportedAdapterError
-from gguflora.kv_state import fill_state
+from gguflora.runtime.kv_cache import fill_state
 from gguflora.placement.prefix import Prefix
 
 Pointer: TypeAlias = Any

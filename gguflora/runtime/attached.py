@@ -35,8 +35,8 @@ from gguflora.lora.preflight import check_loadable, read_whole_base
 from gguflora.files.remote import local_inputs
 
 if TYPE_CHECKING:
-    from gguflora.llama import LoadedAdapter
-    from gguflora.reuse import AdapterSet
+    from gguflora.runtime.bindings import LoadedAdapter
+    from gguflora.runtime.guarded_llama import AdapterSet
 
 _CHUNK_BYTES = 1 << 20
 
@@ -52,28 +52,28 @@ def attach(llm: Any) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only w
     try:
         import llama_cpp  # noqa: PLC0415  (import gguflora does not load it)
 
-        from gguflora import reuse  # noqa: PLC0415
-        from gguflora.fuse import FusedAdapters  # noqa: PLC0415
+        from gguflora.runtime import guarded_llama  # noqa: PLC0415
+        from gguflora.runtime.fused_adapters import FusedAdapters  # noqa: PLC0415
     except ImportError as error:
         raise HotSwapError(f"hot-swapping needs llama-cpp-python: pip install 'gguflora[runtime]' ({error})") from error
     if not isinstance(llm, llama_cpp.Llama):
         raise HotSwapError(f"attach needs a llama_cpp.Llama, found {type(llm).__name__}")
     if llm._ctx.ctx is None:
         raise HotSwapError("attach needs an open Llama; this one is closed")
-    before = reuse.attached_set(llm)
+    before = guarded_llama.attached_set(llm)
     if before is not None and not before.closed:
         return Adapters(llm, before)
     open_file = partial(_as_gguf, base=llm.model_path)
     fused = FusedAdapters(llm.model, llm.metadata.get("general.architecture", ""), open_file)
-    adapters = reuse.AdapterSet(llm._ctx, llm._model, fused)
+    adapters = guarded_llama.AdapterSet(llm._ctx, llm._model, fused)
     _adopt(llm, adapters, active=before is None)
-    reuse.guard(llm, adapters)
+    guarded_llama.guard(llm, adapters)
     return Adapters(llm, adapters)
 
 
 def _adopt(llm: Any, adapters: AdapterSet, *, active: bool) -> None:  # noqa: ANN401
     """Take over the adapter of ``Llama(lora_path=...)``, which the Llama frees itself."""
-    from gguflora.llama import LoadedAdapter, clear_memory, invocation_of  # noqa: PLC0415
+    from gguflora.runtime.bindings import LoadedAdapter, clear_memory, invocation_of  # noqa: PLC0415
 
     pointer = llm._lora_adapter
     if not pointer:
@@ -147,7 +147,7 @@ class Adapters:
             adapters.loaded[name] = self._load(name, location, task)
 
     def _load(self, name: str, location: Path, task: int | None) -> LoadedAdapter:
-        from gguflora.llama import LoadedAdapter, invocation_of, load_lora  # noqa: PLC0415
+        from gguflora.runtime.bindings import LoadedAdapter, invocation_of, load_lora  # noqa: PLC0415
 
         if self._base is None:
             self._base = read_whole_base(Path(self._llm.model_path))
@@ -220,15 +220,15 @@ class Adapters:
 
     def close(self) -> None:
         """Unset and free all adapters: ``llm`` is the base model again. Idempotent, also after ``llm.close()``."""
-        from gguflora import reuse  # noqa: PLC0415
+        from gguflora.runtime import guarded_llama  # noqa: PLC0415
 
         with self._set.lock:
             identity = self._set.identity
             self._set.release()
             if self._set.identity != identity:
                 self._forget()
-            if reuse.attached_set(self._llm) is self._set:
-                reuse.unguard(self._llm)
+            if guarded_llama.attached_set(self._llm) is self._set:
+                guarded_llama.unguard(self._llm)
 
     def __enter__(self) -> Adapters:
         return self
@@ -237,7 +237,7 @@ class Adapters:
         self.close()
 
     def __repr__(self) -> str:
-        from gguflora.reuse import describe  # noqa: PLC0415
+        from gguflora.runtime.guarded_llama import describe  # noqa: PLC0415
 
         state = (
             "closed"
@@ -254,7 +254,7 @@ class Adapters:
             yield self._set
 
     def _change(self, active: Mapping[str, float]) -> None:
-        from gguflora import llama  # noqa: PLC0415
+        from gguflora.runtime import bindings  # noqa: PLC0415
 
         before = self._set.active
         if not self._set.set_active(active):
@@ -265,7 +265,7 @@ class Adapters:
             return
         try:
             self._set.begin(frozenset())  # an activated LoRA does not compute the soft prompt
-            llama.put_prefix(self._llm.ctx, prefix)
+            bindings.put_prefix(self._llm.ctx, prefix)
         except GgufloraError:
             self._set.set_active(before)
             self._forget()
@@ -273,7 +273,7 @@ class Adapters:
 
     def _forget(self) -> None:
         """Forget the tokens evaluated so far."""
-        from gguflora.llama import clear_memory  # noqa: PLC0415
+        from gguflora.runtime.bindings import clear_memory  # noqa: PLC0415
 
         clear_memory(self._llm.ctx, self._llm.n_vocab())
         self._llm.reset()

@@ -15,12 +15,24 @@ from typing import Any, Final, TypeAlias
 import llama_cpp
 import numpy as np
 
-from gguflora.activation import Starts, n_in_common, segments, starts_of
+from gguflora.runtime.alora import (
+    Starts,
+    n_in_common,
+    segments,
+    starts_of,
+)
 from gguflora.errors import HotSwapError
-from gguflora.fuse import FusedAdapters, Part
-from gguflora.llama import LoadedAdapter, begins_with, clear_memory, free_lora, is_stateful, put_prefix
+from gguflora.runtime.fused_adapters import FusedAdapters, Part
+from gguflora.runtime.bindings import (
+    LoadedAdapter,
+    begins_with,
+    clear_memory,
+    free_lora,
+    is_stateful,
+    put_prefix,
+)
 from gguflora.placement.prefix import Prefix
-from gguflora.turn import Turn
+from gguflora.runtime.llama_lock import Turn
 
 BASE: Final = ""
 """Identity of the empty adapter set."""

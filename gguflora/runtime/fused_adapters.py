@@ -20,7 +20,12 @@ from gguflora import quants
 from gguflora.adapters.gguf_lora import ALPHA_KEY
 from gguflora.errors import GgufloraError, HotSwapError
 from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, TensorEntry
-from gguflora.llama import Pointer, free_lora, load_lora, set_loras
+from gguflora.runtime.bindings import (
+    Pointer,
+    free_lora,
+    load_lora,
+    set_loras,
+)
 from gguflora.lora.gguf_writer import (
     LoraHeader,
     Stored,
