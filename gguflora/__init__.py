@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gguflora.merging.report import MergeReport, TensorReport
     from gguflora.merging.patch.apply import ApplyReport, apply_patch
     from gguflora.pipeline import PipelineReport, run_pipeline
-    from gguflora.run import RunReport, run
+    from gguflora.engine.run import RunReport, run
     from gguflora.runtime.attached import Adapters, attach
     from gguflora.serve import ServeReport, serve
 
@@ -96,7 +96,7 @@ _HOMES = {
     "PartReport": "gguflora.merging.parts",
     "PipelineReport": "gguflora.pipeline",
     "ResizeReport": "gguflora.lora.resize",
-    "RunReport": "gguflora.run",
+    "RunReport": "gguflora.engine.run",
     "ServeReport": "gguflora.serve",
     "TensorReport": "gguflora.merging.report",
     "UnmergeReport": "gguflora.merging.in_place",
@@ -116,7 +116,7 @@ _HOMES = {
     "plan_merge": "gguflora.merging.merge",
     "read_adapter": "gguflora.adapters",
     "resize": "gguflora.lora.resize",
-    "run": "gguflora.run",
+    "run": "gguflora.engine.run",
     "run_demo": "gguflora.demo",
     "run_pipeline": "gguflora.pipeline",
     "serve": "gguflora.serve",

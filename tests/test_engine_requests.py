@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import gguflora.runtime.adapter_files as loading_module
 from gguflora import demo
 from gguflora.engine import Engine, Piece, Request, Sampling
-from gguflora.engine.text import AnswerText
+from gguflora.engine.answer_text import AnswerText
 from gguflora.errors import (
     AdapterNameError,
     EngineClosedError,

@@ -13,7 +13,7 @@ import serving
 from serving import PROMPT, QUESTION, expected_text, lora_file, wait_until
 
 from gguflora import demo
-from gguflora.chat import HELP, Chat
+from gguflora.engine.chat import HELP, Chat
 from gguflora.engine import Sampling
 
 GREEDY = ("--temperature", "0", "--max-tokens", "60")

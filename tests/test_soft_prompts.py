@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 import gguflora
 from gguflora.runtime import bindings, guarded_llama, attached
-from gguflora.chat import Chat
+from gguflora.engine.chat import Chat
 from gguflora.cli.app import app
 from gguflora.engine import Engine, Generation, Request, Sampling
 from gguflora.errors import (

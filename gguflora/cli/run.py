@@ -16,8 +16,8 @@ from gguflora.cli.app import app, console, print_report, stderr
 from gguflora.cli.options import AsJson, Context, Task, Threads, named_and_scaled, named_tasks
 
 if TYPE_CHECKING:
-    from gguflora.chat import Answer
-    from gguflora.run import RunReport
+    from gguflora.engine.chat import Answer
+    from gguflora.engine.run import RunReport
 
 _COLUMNS = 3
 
@@ -74,7 +74,7 @@ def run(
         )
         print_report(report, _print_run, as_json=as_json)
         return
-    from gguflora.run import open_chat  # noqa: PLC0415  (loads llama_cpp)
+    from gguflora.engine.run import open_chat  # noqa: PLC0415  (loads llama_cpp)
 
     with open_chat(
         base,
@@ -96,7 +96,7 @@ def run(
 
 
 def _print_run(report: RunReport) -> None:
-    from gguflora.chat import describe  # noqa: PLC0415
+    from gguflora.engine.chat import describe  # noqa: PLC0415
 
     stderr.print(f"[{report.adapters}: {describe(report)}]", markup=False)
 
@@ -123,7 +123,7 @@ def _lines() -> Iterator[str]:
 
 
 def _show(answers: list[Answer]) -> None:
-    from gguflora.chat import describe  # noqa: PLC0415
+    from gguflora.engine.chat import describe  # noqa: PLC0415
 
     for first in range(0, len(answers), _COLUMNS):
         table = Table(box=box.SIMPLE_HEAD, expand=True)

@@ -28,7 +28,7 @@ from gguflora.engine.requests import (
     TokenLogprob,
     Usage,
 )
-from gguflora.engine.residents import LoadedAdapter
+from gguflora.engine.registry import LoadedAdapter
 
 __all__ = [
     "BASE",

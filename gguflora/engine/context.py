@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from gguflora.engine.adapter_sets import Identity
 from gguflora.engine.model import Model
-from gguflora.engine.residents import NO_ADAPTERS, Embeddings, Phase
+from gguflora.engine.registry import NO_ADAPTERS, Embeddings, Phase
 from gguflora.errors import DivergedError, EngineError, GenerationError
 from gguflora.runtime.fused_adapters import FusedAdapters
 from gguflora.runtime.bindings import axes_of_embeddings, captured_log, put_prefix

@@ -20,9 +20,15 @@ from gguflora.engine.context import KV_TYPES, Context, ContextOptions
 from gguflora.engine.job import Job
 from gguflora.runtime.adapter_files import open_adapter
 from gguflora.engine.model import Model
-from gguflora.engine.pool import Pool
+from gguflora.engine.context_pool import Pool
 from gguflora.engine.requests import FinishReason, Generation, Request, Sink
-from gguflora.engine.residents import Embeddings, LoadedAdapter, Resident, Residents, ResidentSet
+from gguflora.engine.registry import (
+    Embeddings,
+    LoadedAdapter,
+    Resident,
+    Residents,
+    ResidentSet,
+)
 from gguflora.engine.scheduler import Scheduler
 from gguflora.errors import (
     AdapterNameError,

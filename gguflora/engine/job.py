@@ -9,9 +9,9 @@ from gguflora.runtime.alora import starts_of
 from gguflora.engine.context import Chunk, Context, Key, SavedSlot, Slot
 from gguflora.engine.model import Model
 from gguflora.engine.requests import Ending, FinishReason, Piece, Request, Sink, Timings, TokenLogprob, Usage
-from gguflora.engine.residents import Embeddings, Phase, ResidentSet
+from gguflora.engine.registry import Embeddings, Phase, ResidentSet
 from gguflora.engine.sampler import Sampler, token_logprob
-from gguflora.engine.text import AnswerText
+from gguflora.engine.answer_text import AnswerText
 from gguflora.errors import EngineError
 from gguflora.placement.prefix import Prefix
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gguflora.chat import Answer, Chat
+from gguflora.engine.chat import Answer, Chat
 from gguflora.engine import Engine, Sampling
 from gguflora.engine.context_size import context_size
 from gguflora.files.remote import local_inputs
