@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from gguflora.pipeline import PipelineReport, run_pipeline
     from gguflora.engine.run import RunReport, run
     from gguflora.runtime.attached import Adapters, attach
-    from gguflora.serve import ServeReport, serve
+    from gguflora.server.serve import ServeReport, serve
 
 __all__ = [
     "Adapters",
@@ -97,7 +97,7 @@ _HOMES = {
     "PipelineReport": "gguflora.pipeline",
     "ResizeReport": "gguflora.lora.resize",
     "RunReport": "gguflora.engine.run",
-    "ServeReport": "gguflora.serve",
+    "ServeReport": "gguflora.server.serve",
     "TensorReport": "gguflora.merging.report",
     "UnmergeReport": "gguflora.merging.in_place",
     "apply_patch": "gguflora.merging.patch.apply",
@@ -119,7 +119,7 @@ _HOMES = {
     "run": "gguflora.engine.run",
     "run_demo": "gguflora.demo",
     "run_pipeline": "gguflora.pipeline",
-    "serve": "gguflora.serve",
+    "serve": "gguflora.server.serve",
     "unmerge": "gguflora.merging.in_place",
 }
 """The module of each public name."""

@@ -77,7 +77,7 @@ def test_changes_are_inspects(http):
 
 def test_changes_are_measured_once(http, monkeypatch):
     http.get("/lora-adapters/0/changes")
-    monkeypatch.setattr("gguflora.server.changes.inspect", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("gguflora.server.adapter_stats.inspect", lambda *_: pytest.fail("measured again"))
     assert http.get("/lora-adapters/0/changes").status_code == 200
 
 
@@ -86,7 +86,7 @@ def test_changes_that_cannot_be_measured_are_tried_again(http, monkeypatch):
         raise GgufloraError("gone")
 
     monkeypatch.setattr(http.changes, "_measured", {})
-    monkeypatch.setattr("gguflora.server.changes.inspect", fail)
+    monkeypatch.setattr("gguflora.server.adapter_stats.inspect", fail)
     assert http.get("/lora-adapters/0/changes").json()["error"]["message"] == "gone"
     monkeypatch.undo()
     with ThreadPoolExecutor(8) as pool:

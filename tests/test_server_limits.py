@@ -18,7 +18,7 @@ from serving import LONG, PROMPT, expected_text, lora_file, wait_until
 from gguflora import demo
 from gguflora.errors import GgufloraError
 from gguflora.server import Settings, create_app
-from gguflora.server.failures import failure_of
+from gguflora.server.errors import failure_of
 
 ENDLESS = {**LONG, "max_tokens": 30_000}
 GREEDY = {"model": "base", "prompt": PROMPT, "max_tokens": 60, "temperature": 0}
@@ -159,7 +159,7 @@ def test_unforeseen_errors_tell_nothing(monkeypatch, caplog):
             assert reply.status_code == 500
             assert reply.json()["error"]["message"].startswith("internal error")
         monkeypatch.undo()
-        monkeypatch.setattr("gguflora.server.answers.TextForm.delta", lambda *_: 1 / 0)
+        monkeypatch.setattr("gguflora.server.openai_format.TextForm.delta", lambda *_: 1 / 0)
         body = http.post("/v1/completions", json={**GREEDY, "stream": True}).text
         assert body.startswith('data: {"error": {"message": "internal error')
         assert "[DONE]" not in body

@@ -13,7 +13,7 @@ from gguflora.cli.app import app, print_warnings, stderr, to_json
 from gguflora.cli.options import AsJson, Context, Task, Threads, named_adapters, named_tasks
 
 if TYPE_CHECKING:
-    from gguflora.serve import ServeReport
+    from gguflora.server.serve import ServeReport
 
 
 @app.command()

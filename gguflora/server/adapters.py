@@ -15,7 +15,7 @@ from fastapi.responses import PlainTextResponse
 
 from gguflora.engine import LoadedAdapter
 from gguflora.errors import AdapterNameError
-from gguflora.server.failures import Failure
+from gguflora.server.errors import Failure
 from gguflora.server.schemas import LoadBody, LoraScale, UnloadBody
 from gguflora.server.service import BASE_MODEL, DEFAULT_MODEL, Service, service_of
 

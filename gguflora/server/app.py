@@ -13,9 +13,9 @@ from starlette.exceptions import HTTPException
 from gguflora.engine import Engine
 from gguflora.errors import GgufloraError
 from gguflora.server import adapters, completions
-from gguflora.server.changes import Changes
-from gguflora.server.failures import answer_failure
-from gguflora.server.gates import Gates
+from gguflora.server.adapter_stats import Changes
+from gguflora.server.errors import answer_failure
+from gguflora.server.middleware import Gates
 from gguflora.server.metrics import CONTENT_TYPE, Metrics, Timed
 from gguflora.server.service import Service, service_of
 from gguflora.server.settings import Settings

@@ -16,12 +16,19 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 
 from gguflora import engine
-from gguflora.server.answers import ChatForm, Choice, Form, TextForm, timings, usage
-from gguflora.server.failures import as_event, failure_of
+from gguflora.server.openai_format import (
+    ChatForm,
+    Choice,
+    Form,
+    TextForm,
+    timings,
+    usage,
+)
+from gguflora.server.errors import as_event, failure_of
 from gguflora.server.prompts import chat_requests, text_requests
 from gguflora.server.schemas import ChatBody, CompletionBody, GenerationBody
 from gguflora.server.service import BASE_MODEL, Service, service_of
-from gguflora.server.streams import Answers, EventStream, while_connected
+from gguflora.server.streaming import Answers, EventStream, while_connected
 
 _LOG: Final = logging.getLogger(__name__)
 router = APIRouter()

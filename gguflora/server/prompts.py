@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from gguflora.engine import AdapterSet, Request, Sampling
-from gguflora.server.failures import Failure
+from gguflora.server.errors import Failure
 from gguflora.server.schemas import ChatBody, CompletionBody, GenerationBody
 from gguflora.server.service import Service
 

@@ -11,8 +11,8 @@ from typing import Final
 from fastapi import Request
 
 from gguflora.engine import AdapterSet, Engine, LoadedAdapter
-from gguflora.server.changes import Changes
-from gguflora.server.failures import Failure
+from gguflora.server.adapter_stats import Changes
+from gguflora.server.errors import Failure
 from gguflora.server.metrics import Metrics
 from gguflora.server.schemas import LoraScale
 from gguflora.server.settings import Settings

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from gguflora.engine import Engine, Generation, Piece
 from gguflora.engine import Request as EngineRequest
-from gguflora.server.failures import Failure
+from gguflora.server.errors import Failure
 
 T = TypeVar("T")
 CLIENT_GONE = 499

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gguflora.server.failures import Failure, failure_of
+from gguflora.server.errors import Failure, failure_of
 from gguflora.server.settings import KEY_VARIABLE, Settings
 
 _LOG: Final = logging.getLogger(__name__)
