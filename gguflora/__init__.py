@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from gguflora.lora.export import ExportReport, export
     from gguflora.lora.extract import ExtractReport, extract
     from gguflora.lora.resize import ResizeReport, resize
-    from gguflora.compare import CompareReport, compare
+    from gguflora.diagnostics.compare import CompareReport, compare
     from gguflora.lora.convert import ConvertReport, convert
-    from gguflora.demo import DemoReport, run_demo
-    from gguflora.doctor import DoctorReport, doctor
+    from gguflora.diagnostics.demo import DemoReport, run_demo
+    from gguflora.diagnostics.doctor import DoctorReport, doctor
     from gguflora.merging.in_place import UnmergeReport, unmerge
     from gguflora.lora.inspect import InspectReport, inspect
     from gguflora.merging.merge import merge, plan_merge
@@ -84,11 +84,11 @@ _HOMES = {
     "Adapters": "gguflora.runtime.attached",
     "ApplyReport": "gguflora.merging.patch.apply",
     "CombineReport": "gguflora.lora.combine",
-    "CompareReport": "gguflora.compare",
+    "CompareReport": "gguflora.diagnostics.compare",
     "ConvertReport": "gguflora.lora.convert",
-    "DemoReport": "gguflora.demo",
+    "DemoReport": "gguflora.diagnostics.demo",
     "DiffReport": "gguflora.lora.diff",
-    "DoctorReport": "gguflora.doctor",
+    "DoctorReport": "gguflora.diagnostics.doctor",
     "ExportReport": "gguflora.lora.export",
     "ExtractReport": "gguflora.lora.extract",
     "InspectReport": "gguflora.lora.inspect",
@@ -104,10 +104,10 @@ _HOMES = {
     "assemble": "gguflora.merging.parts",
     "attach": "gguflora.runtime.attached",
     "combine": "gguflora.lora.combine",
-    "compare": "gguflora.compare",
+    "compare": "gguflora.diagnostics.compare",
     "convert": "gguflora.lora.convert",
     "diff": "gguflora.lora.diff",
-    "doctor": "gguflora.doctor",
+    "doctor": "gguflora.diagnostics.doctor",
     "export": "gguflora.lora.export",
     "extract": "gguflora.lora.extract",
     "inspect": "gguflora.lora.inspect",
@@ -117,7 +117,7 @@ _HOMES = {
     "read_adapter": "gguflora.adapters",
     "resize": "gguflora.lora.resize",
     "run": "gguflora.engine.run",
-    "run_demo": "gguflora.demo",
+    "run_demo": "gguflora.diagnostics.demo",
     "run_pipeline": "gguflora.pipeline",
     "serve": "gguflora.server.serve",
     "unmerge": "gguflora.merging.in_place",

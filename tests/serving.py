@@ -17,7 +17,7 @@ import openai
 import uvicorn
 
 import gguflora
-from gguflora import demo
+from gguflora.diagnostics import demo
 from gguflora.engine import Engine
 from gguflora.server import Settings, create_app
 

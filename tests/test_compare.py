@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import gguflora
-from gguflora.compare import BUILT_IN_TEXT, kl_divergence
+from gguflora.diagnostics.compare import BUILT_IN_TEXT, kl_divergence
 from gguflora.errors import FormatError, HotSwapError, MismatchError
 
 DEMO = Path(gguflora.__file__).parent / "demo"

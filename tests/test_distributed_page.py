@@ -12,7 +12,7 @@ import oracles
 from builders import Adapter
 
 import gguflora
-from gguflora import demo
+from gguflora.diagnostics import demo
 
 PAGE = (Path(__file__).parent.parent / "docs/distributed.md").read_text(encoding="utf-8")
 

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gguflora.runtime.adapter_files as loading_module
-from gguflora import demo
+from gguflora.diagnostics import demo
 from gguflora.engine import Engine, Piece, Request, Sampling
 from gguflora.engine.answer_text import AnswerText
 from gguflora.errors import (

@@ -19,7 +19,7 @@ import yaml
 from test_bad_input import run
 
 import gguflora
-from gguflora import demo
+from gguflora.diagnostics import demo
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES, DOCS = ROOT / "examples", ROOT / "docs"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gguflora import demo
+from gguflora.diagnostics import demo
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)

@@ -12,7 +12,7 @@ import pytest
 import serving
 from serving import PROMPT, QUESTION, expected_text, lora_file, wait_until
 
-from gguflora import demo
+from gguflora.diagnostics import demo
 from gguflora.engine.chat import HELP, Chat
 from gguflora.engine import Sampling
 

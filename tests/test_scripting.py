@@ -15,7 +15,7 @@ import typer
 from test_bad_input import run
 
 import gguflora
-from gguflora import demo
+from gguflora.diagnostics import demo
 from gguflora.cli.app import app
 from gguflora.errors import GgufloraError
 

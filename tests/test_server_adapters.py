@@ -10,7 +10,7 @@ import serving
 from serving import PROMPT, expected_text, lora_file
 
 import gguflora
-from gguflora import demo
+from gguflora.diagnostics import demo
 from gguflora.errors import GgufloraError
 from gguflora.server import Settings
 

@@ -15,7 +15,7 @@ import pytest
 import serving
 from serving import LONG, PROMPT, expected_text, lora_file, wait_until
 
-from gguflora import demo
+from gguflora.diagnostics import demo
 from gguflora.errors import GgufloraError
 from gguflora.server import Settings, create_app
 from gguflora.server.errors import failure_of

@@ -11,7 +11,7 @@ from rich.table import Table
 import gguflora
 from gguflora.cli.app import app, console, print_report, stderr
 from gguflora.cli.options import AsJson, Lora, LoraScaled, Threads, scaled_paths
-from gguflora.compare import CompareReport
+from gguflora.diagnostics.compare import CompareReport
 
 
 @app.command()

@@ -15,7 +15,7 @@ from gguflora.cli.app import app, console, print_report
 from gguflora.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from gguflora.demo import DemoReport
+    from gguflora.diagnostics.demo import DemoReport
 
 
 @app.command()

@@ -9,7 +9,7 @@ from gguflora.cli.app import app, console, print_report
 from gguflora.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from gguflora.doctor import DoctorReport
+    from gguflora.diagnostics.doctor import DoctorReport
 
 
 @app.command()

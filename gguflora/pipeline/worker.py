@@ -27,7 +27,7 @@ _MODULES: Final = {
     "convert": "gguflora.lora.convert",
     "merge": "gguflora.merging.merge",
     "inspect": "gguflora.lora.inspect",
-    "compare": "gguflora.compare",
+    "compare": "gguflora.diagnostics.compare",
     "merge_part": "gguflora.merging.parts",
     "assemble": "gguflora.merging.parts",
     **{name: f"gguflora.lora.{name}" for name in ("combine", "resize", "extract", "export")},

@@ -16,7 +16,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora.compare import kl_divergence
+from gguflora.diagnostics.compare import kl_divergence
 from gguflora.lora.convert import convert
 from gguflora.errors import HotSwapError
 from gguflora.merging.merge import merge

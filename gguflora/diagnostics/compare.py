@@ -28,7 +28,7 @@ from gguflora.lora.preflight import check_loadable, read_whole_base
 from gguflora.files.remote import local_inputs
 
 if TYPE_CHECKING:
-    from gguflora.evaluation import Context, Model
+    from gguflora.diagnostics.logits import Context, Model
 
 BUILT_IN_TEXT: Final = """\
 The ferry leaves the harbour at seven in the morning and comes back before dark. On the way it stops at two islands:
@@ -219,7 +219,7 @@ def _loras(base: Path, pairs: Sequence[tuple[str | os.PathLike[str], float]]) ->
 def _open(path: Path, threads: int, like: Model | None = None) -> Iterator[Model]:
     """A model, which must have the vocabulary of ``like``."""
     try:
-        from gguflora.evaluation import Model  # noqa: PLC0415  (import gguflora does not load llama_cpp)
+        from gguflora.diagnostics.logits import Model  # noqa: PLC0415  (import gguflora does not load llama_cpp)
     except ImportError as error:
         raise HotSwapError(f"comparing needs llama-cpp-python: pip install 'gguflora[runtime]' ({error})") from error
     with GgufFile(path) as file:
@@ -277,7 +277,7 @@ class _Tally:
 
 def _measure(windows: Sequence[list[int]], hot: Context, others: Mapping[str, Context]) -> dict[str, _Tally]:
     """All models over the text, side by side."""
-    from gguflora.evaluation import POSITIONS  # noqa: PLC0415
+    from gguflora.diagnostics.logits import POSITIONS  # noqa: PLC0415
 
     contexts = {"hot": hot, **others}
     tallies = {name: _Tally() for name in contexts}
