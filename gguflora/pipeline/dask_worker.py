@@ -10,7 +10,7 @@ from distributed import Status, get_worker
 from gguflora.files import remote
 from gguflora._version import __version__
 from gguflora.errors import ClusterError
-from gguflora.pipeline.workers import Answer, Request, Workers
+from gguflora.pipeline.local_workers import Answer, Request, Workers
 
 if TYPE_CHECKING:
     from distributed import Worker

@@ -20,7 +20,7 @@ from gguflora.pipeline.plan import Job, Location, Plan, identity, located, plan_
 from gguflora.pipeline.recipe import Merge, RecipeFile, read_recipe
 from gguflora.pipeline.results import PipelineReport, Status, StepResult, pack
 from gguflora.pipeline.state import Keys, Records, discard, discard_parts, inside, part_places, write_json
-from gguflora.pipeline.workers import Engine, Request, Workers
+from gguflora.pipeline.local_workers import Engine, Request, Workers
 
 _LOG = logging.getLogger("gguflora.pipeline")
 

@@ -59,7 +59,7 @@ class Workers:
     def run(self, request: Request, is_cancelled: Callable[[], bool] = lambda: False) -> Answer:
         """The answer to a job, which is ended when it is found to be cancelled."""
         if "memory://" in json.dumps(request):  # which is this process's own
-            from gguflora.pipeline.worker import do  # noqa: PLC0415  (so that it can be run as a program)
+            from gguflora.pipeline.job_process import do  # noqa: PLC0415  (so that it can be run as a program)
 
             answer_here: Answer = json.loads(json.dumps(do(request)))
             return answer_here
@@ -101,7 +101,7 @@ class _Worker:
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         self._complaints: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "gguflora.pipeline.worker"],
+            [sys.executable, "-P", "-m", "gguflora.pipeline.job_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._complaints,
