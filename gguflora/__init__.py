@@ -1,84 +1,57 @@
 """LoRA for GGUF: convert PEFT adapters, merge them into quantized models, hot-swap them at run time.
 
-A name's module is loaded when the name is first used, so that ``import gguflora`` costs next to nothing.
+The module of a name is loaded when the name is first used, so that ``import gguflora`` costs next to nothing.
 """
 
 import logging
-import sys
 from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from gguflora._version import __version__
-from gguflora.errors import GgufloraError
+from gguflora._version import __version__ as __version__
+from gguflora.errors import GgufloraError as GgufloraError
 
 if TYPE_CHECKING:
-    from gguflora.adapters import read_adapter
-    from gguflora.lora.combine import CombineReport, combine
-    from gguflora.lora.diff import DiffReport, diff
-    from gguflora.lora.export import ExportReport, export
-    from gguflora.lora.extract import ExtractReport, extract
-    from gguflora.lora.resize import ResizeReport, resize
-    from gguflora.diagnostics.compare import CompareReport, compare
-    from gguflora.lora.convert import ConvertReport, convert
-    from gguflora.diagnostics.demo import DemoReport, run_demo
-    from gguflora.diagnostics.doctor import DoctorReport, doctor
-    from gguflora.merging.in_place import UnmergeReport, unmerge
-    from gguflora.lora.inspect import InspectReport, inspect
-    from gguflora.merging.merge import merge, plan_merge
-    from gguflora.merging.parts import PartReport, assemble, merge_part
-    from gguflora.merging.report import MergeReport, TensorReport
-    from gguflora.merging.patch.apply import ApplyReport, apply_patch
-    from gguflora.pipeline import PipelineReport, run_pipeline
-    from gguflora.engine.run import RunReport, run
-    from gguflora.runtime.attached import Adapters, attach
-    from gguflora.server.serve import ServeReport, serve
-
-__all__ = [
-    "Adapters",
-    "ApplyReport",
-    "CombineReport",
-    "CompareReport",
-    "ConvertReport",
-    "DemoReport",
-    "DiffReport",
-    "DoctorReport",
-    "ExportReport",
-    "ExtractReport",
-    "GgufloraError",
-    "InspectReport",
-    "MergeReport",
-    "PartReport",
-    "PipelineReport",
-    "ResizeReport",
-    "RunReport",
-    "ServeReport",
-    "TensorReport",
-    "UnmergeReport",
-    "__version__",
-    "apply_patch",
-    "assemble",
-    "attach",
-    "combine",
-    "compare",
-    "convert",
-    "diff",
-    "doctor",
-    "export",
-    "extract",
-    "inspect",
-    "merge",
-    "merge_part",
-    "plan_merge",
-    "read_adapter",
-    "resize",
-    "run",
-    "run_demo",
-    "run_pipeline",
-    "serve",
-    "unmerge",
-]
+    from gguflora.adapters.adapter import read_adapter as read_adapter
+    from gguflora.diagnostics.compare import CompareReport as CompareReport
+    from gguflora.diagnostics.compare import compare as compare
+    from gguflora.diagnostics.demo import DemoReport as DemoReport
+    from gguflora.diagnostics.demo import run_demo as run_demo
+    from gguflora.diagnostics.doctor import DoctorReport as DoctorReport
+    from gguflora.diagnostics.doctor import doctor as doctor
+    from gguflora.engine.run import RunReport as RunReport
+    from gguflora.engine.run import run as run
+    from gguflora.lora.combine import CombineReport as CombineReport
+    from gguflora.lora.combine import combine as combine
+    from gguflora.lora.convert import ConvertReport as ConvertReport
+    from gguflora.lora.convert import convert as convert
+    from gguflora.lora.diff import DiffReport as DiffReport
+    from gguflora.lora.diff import diff as diff
+    from gguflora.lora.export import ExportReport as ExportReport
+    from gguflora.lora.export import export as export
+    from gguflora.lora.extract import ExtractReport as ExtractReport
+    from gguflora.lora.extract import extract as extract
+    from gguflora.lora.inspect import InspectReport as InspectReport
+    from gguflora.lora.inspect import inspect as inspect
+    from gguflora.lora.resize import ResizeReport as ResizeReport
+    from gguflora.lora.resize import resize as resize
+    from gguflora.merging.in_place.unmerge import UnmergeReport as UnmergeReport
+    from gguflora.merging.in_place.unmerge import unmerge as unmerge
+    from gguflora.merging.merge import merge as merge
+    from gguflora.merging.merge import plan_merge as plan_merge
+    from gguflora.merging.parts import PartReport as PartReport
+    from gguflora.merging.parts import assemble as assemble
+    from gguflora.merging.parts import merge_part as merge_part
+    from gguflora.merging.patch.apply import ApplyReport as ApplyReport
+    from gguflora.merging.patch.apply import apply_patch as apply_patch
+    from gguflora.merging.plots import plot_report as plot_report
+    from gguflora.merging.report import MergeReport as MergeReport
+    from gguflora.merging.report import TensorReport as TensorReport
+    from gguflora.pipeline import PipelineReport as PipelineReport
+    from gguflora.pipeline import run_pipeline as run_pipeline
+    from gguflora.runtime.attached import Adapters as Adapters
+    from gguflora.runtime.attached import attach as attach
+    from gguflora.server.serve import ServeReport as ServeReport
+    from gguflora.server.serve import serve as serve
 
 _HOMES = {
     "Adapters": "gguflora.runtime.attached",
@@ -99,7 +72,7 @@ _HOMES = {
     "RunReport": "gguflora.engine.run",
     "ServeReport": "gguflora.server.serve",
     "TensorReport": "gguflora.merging.report",
-    "UnmergeReport": "gguflora.merging.in_place",
+    "UnmergeReport": "gguflora.merging.in_place.unmerge",
     "apply_patch": "gguflora.merging.patch.apply",
     "assemble": "gguflora.merging.parts",
     "attach": "gguflora.runtime.attached",
@@ -114,30 +87,45 @@ _HOMES = {
     "merge": "gguflora.merging.merge",
     "merge_part": "gguflora.merging.parts",
     "plan_merge": "gguflora.merging.merge",
-    "read_adapter": "gguflora.adapters",
+    "plot_report": "gguflora.merging.plots",
+    "read_adapter": "gguflora.adapters.adapter",
     "resize": "gguflora.lora.resize",
     "run": "gguflora.engine.run",
     "run_demo": "gguflora.diagnostics.demo",
     "run_pipeline": "gguflora.pipeline",
     "serve": "gguflora.server.serve",
-    "unmerge": "gguflora.merging.in_place",
+    "unmerge": "gguflora.merging.in_place.unmerge",
 }
 """The module of each public name."""
 
+_PACKAGES = frozenset(
+    {
+        "adapters",
+        "architectures",
+        "cli",
+        "diagnostics",
+        "engine",
+        "errors",
+        "files",
+        "lora",
+        "merging",
+        "pipeline",
+        "placement",
+        "quants",
+        "runtime",
+        "server",
+        "system",
+    }
+)
+"""What ``import gguflora`` alone makes reachable, as ``gguflora.quants``."""
 
-class _Package(ModuleType):
-    """Keeps ``gguflora.merge`` the function when the module of that name is imported, which sets the attribute, too."""
-
-    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401  (any attribute)
-        if isinstance(value, ModuleType) and _HOMES.get(name) == value.__name__:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
+__all__ = sorted([*_HOMES, "GgufloraError", "__version__"])  # noqa: PLE0605  (ruff knows literals only)
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401  (a function, a class or a module)
+def __getattr__(name: str) -> Any:  # noqa: ANN401  (a function, a class or a package)
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
-    if not name.startswith("_") and find_spec(f"gguflora.{name}"):
+    if name in _PACKAGES:
         return import_module(f"gguflora.{name}")
     raise AttributeError(f"module 'gguflora' has no attribute {name!r}")
 
@@ -146,5 +134,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-sys.modules[__name__].__class__ = _Package
 logging.getLogger(__name__).addHandler(logging.NullHandler())

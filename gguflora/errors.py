@@ -32,6 +32,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 
 class GgufloraError(Exception):
     """Base of all errors gguflora raises on purpose."""
@@ -145,3 +147,9 @@ class RemoteError(GgufloraError):
 
 class ClusterError(GgufloraError):
     """A Dask cluster cannot be used, or a process died that did a pipeline's job."""
+
+
+def some(names: Collection[str], most: int = 8) -> str:
+    """A few names for a message."""
+    shown = ", ".join(sorted(names)[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import libggml
 import numpy as np
 
-from gguflora.quants.kernels import GgmlType
+from gguflora.quants.types import GgmlType
 
 F = np.float32
 CLIPPED_SHARE = 0.1

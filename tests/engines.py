@@ -15,8 +15,8 @@ from hotswap import PROMPT, A, B, C
 from test_alora import alora_gguf
 from test_soft_prompts import trained
 
-from gguflora.runtime import attached as runtime
 from gguflora.engine import Engine, Generation, Piece, Request, Sampling
+from gguflora.runtime import attached as runtime
 from gguflora.runtime.bindings import free_lora, load_lora, set_loras
 
 GREEDY = Sampling(temperature=0)

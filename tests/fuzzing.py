@@ -22,7 +22,7 @@ import numpy as np
 import safetensors.numpy
 
 import gguflora
-from gguflora.adapters import read_adapter
+from gguflora.adapters.adapter import read_adapter
 from gguflora.architectures.base_model import describe, read_base
 from gguflora.errors import GgufloraError
 from gguflora.files.gguf import GgufFile

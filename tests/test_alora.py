@@ -19,10 +19,10 @@ import torch
 from hotswap import A, gguf_lora, last_logits, logits, open_llama
 
 import gguflora
-from gguflora.runtime import attached
-from gguflora.runtime.alora import n_in_common, segments, start_of
 from gguflora.engine import Engine, Request, Sampling
 from gguflora.errors import HotSwapError
+from gguflora.runtime import attached
+from gguflora.runtime.alora import n_in_common, segments, start_of
 
 INVOCATION = (100, 101, 102)
 OTHER = (110, 111)

@@ -9,10 +9,11 @@ import oracles
 import pytest
 
 import gguflora
-from gguflora.architectures import KNOWN, can_untie, pieces_of
-from gguflora.architectures.base_model import read_base
 from gguflora.adapters.deltas import Replace
-from gguflora.placement.place import Placed, flat_shape
+from gguflora.architectures import KNOWN
+from gguflora.architectures.base_model import flat_shape, read_base
+from gguflora.architectures.mapping import can_untie, pieces_of
+from gguflora.placement.place import Placed
 
 RUN = (
     "mistral", "mixtral", "qwen2moe", "qwen3next", "qwen35", "qwen35moe", "gemma", "gpt2", "gptneox", "phi2", "falcon",

@@ -12,7 +12,7 @@ import pytest
 import gguflora
 
 ROOT = Path(__file__).parent.parent
-DEMO = Path(gguflora.__file__).parent / "demo"
+DEMO = Path(gguflora.__file__).parent / "diagnostics" / "demo_files"
 
 
 def bench(*arguments):

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import gguflora
-from gguflora.diagnostics.compare import BUILT_IN_TEXT, kl_divergence
+from gguflora.diagnostics.compare import BUILT_IN_TEXT
+from gguflora.diagnostics.divergence import kl_divergence
 from gguflora.errors import FormatError, HotSwapError, MismatchError
 
-DEMO = Path(gguflora.__file__).parent / "demo"
+DEMO = Path(gguflora.__file__).parent / "diagnostics" / "demo_files"
 N_CTX = 24
 TEXT = "the cat and the other animals are in the garden under another tree, thinner than ever"
 WEAK = builders.Adapter(seed=1, alpha=1)

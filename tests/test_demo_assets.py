@@ -9,7 +9,7 @@ from gguf.quants import dequantize
 
 import gguflora
 
-DEMO = Path(gguflora.__file__).parent / "demo"
+DEMO = Path(gguflora.__file__).parent / "diagnostics" / "demo_files"
 BASE = DEMO / "base.gguf"
 ADAPTERS = ("shout", "verse")
 PROMPT = "Q: Where does the otter live?\nA:"

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import weights
 
-from gguflora.quants import kernels
-from gguflora.quants.kernels import SUMS, TYPES, Product
 from gguflora.errors import NonFiniteError, QuantizationError
+from gguflora.quants import kernels
+from gguflora.quants._lib import isa_names
+from gguflora.quants.kernels import SUMS, Product
+from gguflora.quants.types import TYPES, type_named
 
-ISAS = kernels.isa_names()
+ISAS = isa_names()
 DITHERED = [kind for kind in TYPES.values() if kind.name in reference.VIEWS]
 by_name = pytest.mark.parametrize("kind", DITHERED, ids=lambda kind: kind.name)
 by_isa = pytest.mark.parametrize("isa", ISAS)
@@ -188,7 +190,7 @@ def test_bytes_do_not_depend_on_grouping(kind):
 
 def test_many_rows_of_a_wide_matrix():
     """More weights than one group of rows in the cache, and more searched blocks than are gathered at once."""
-    kind = kernels.type_named("Q4_K")
+    kind = type_named("Q4_K")
     src = rows_of(kind, 50, 4096, name="heavy-tailed")
     a, b = change_of(src, kind, 4096, 0.5)
     assert assert_equals_reference(src, kind, Product(a, b), None, product(a, b)) > 100
@@ -223,7 +225,7 @@ def test_mean_over_keys_is_the_target(kind):
 )
 def test_weak_changes_survive(name):
     """What nearest rounds away."""
-    kind = kernels.type_named(name)
+    kind = type_named(name)
     src = rows_of(kind, 64, 1024)
     a, b = change_of(src, kind, 1024, 0.002 if name in {"Q6_K", "Q5_K", "Q5_0", "Q5_1"} else 0.01, rank=8)
     out = np.empty_like(src)
@@ -297,7 +299,7 @@ def test_bad_numbers_are_named(kind):
 @by_isa
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K", "Q8_0"])
 def test_headers_that_overflow_are_not_taken(name, isa):
-    kind = kernels.type_named(name)
+    kind = type_named(name)
     src = rows_of(kind, 2, 512)
     delta = np.zeros((2, 512), np.float32)
     delta[0, 3], delta[1, 300] = 1e30, -3e38
@@ -315,7 +317,7 @@ def assert_equals_reference_of_huge(src, kind, delta, isa):
 
 
 def test_wrong_arguments_are_refused():
-    kind, other = kernels.type_named("Q4_K"), kernels.type_named("BF16")
+    kind, other = type_named("Q4_K"), type_named("BF16")
     src = rows_of(kind, 4, 512)
     delta = np.zeros((4, 512), np.float32)
     with pytest.raises(QuantizationError, match="BF16"):

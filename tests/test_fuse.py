@@ -13,12 +13,13 @@ import pytest
 from hotswap import PROMPT, A, B, C, expected, gguf_lora, kill_python, logits, open_llama
 
 import gguflora
-from gguflora.runtime import fused_adapters as fuse_module
-from gguflora.runtime import attached
 from gguflora.engine import Engine, Request, Sampling
 from gguflora.errors import HotSwapError
-from gguflora.runtime.fused_adapters import FIXED_GRAPH, SEPARATE, fuse
+from gguflora.lora.fuse import fuse
+from gguflora.runtime import attached
+from gguflora.runtime import fused_adapters as fuse_module
 from gguflora.runtime.bindings import free_lora, load_lora, set_loras
+from gguflora.runtime.fused_adapters import FIXED_GRAPH, SEPARATE
 
 MANY = 64
 SCALES = {"a": 0.5, "b": -0.75, "c": 1.0}

@@ -22,8 +22,8 @@ from test_vocabulary import resized
 
 import gguflora
 from gguflora.errors import FormatError, GgufError, OutputError, PatchError
-from gguflora.files.sidecars import journal_path, undo_path
 from gguflora.files.gguf import part_paths
+from gguflora.files.sidecars import journal_path, undo_path
 from gguflora.merging.in_place import journal
 
 WEAK = Adapter(seed=4)

@@ -16,7 +16,8 @@ import pytest
 import weights
 
 from gguflora.quants import kernels
-from gguflora.quants.kernels import TYPES, GgmlType
+from gguflora.quants._lib import isa_names
+from gguflora.quants.types import TYPES, GgmlType
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"][0]
@@ -132,8 +133,7 @@ def test_aarch64_equals_ggml(neon, kind, isa):
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
 @pytest.mark.parametrize("kind", TYPES.values(), ids=lambda kind: kind.name)
 def test_sanitizers_see_nothing(sanitized, kind, isa):
-    from gguflora.quants import kernels
 
-    if isa not in kernels.isa_names():
+    if isa not in isa_names():
         pytest.skip(f"this machine has no {isa}")
     assert_answers(sanitized, list(requests(kind, isa)))

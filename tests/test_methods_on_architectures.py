@@ -14,10 +14,10 @@ from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, 
 from test_architectures import ELSEWHERE, as_matrices, assert_close
 
 import gguflora
-from gguflora.architectures import pieces_of
-from gguflora.architectures.base_model import read_base
 from gguflora.adapters.deltas import Replace
-from gguflora.placement.place import Placed, flat_shape
+from gguflora.architectures.base_model import flat_shape, read_base
+from gguflora.architectures.mapping import pieces_of
+from gguflora.placement.place import Placed
 
 BLOCKS = BdLoraConfig(
     target_modules_bd_a=["o_proj", "down_proj", "dense"], target_modules_bd_b=["q_proj", "up_proj", "query"],

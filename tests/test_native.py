@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import weights
 
-from gguflora.quants import kernels
-from gguflora.quants.kernels import TYPES
 from gguflora.errors import NativeError, NonFiniteError, QuantizationError
+from gguflora.quants import kernels
+from gguflora.quants._lib import current_isa, isa_names
+from gguflora.quants.threads import run_rows
+from gguflora.quants.types import TYPES, type_named
 
-ISAS = kernels.isa_names()
+ISAS = isa_names()
 
 
 def merged(src, kind, a, b, isa, to=None):
@@ -45,7 +47,7 @@ def test_types_are_those_of_gguf(kind):
     qtype = gguf.GGMLQuantizationType(kind.id)
     assert qtype.name == kind.name
     assert gguf.GGML_QUANT_SIZES[qtype] == (kind.block_weights, kind.block_bytes)
-    assert kernels.type_named(kind.name.lower()) is kind
+    assert type_named(kind.name.lower()) is kind
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -60,7 +62,7 @@ def test_merge_equals_dequantize_add_quantize(kind, isa):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("rank", [0, 1, 2, 7, 64, 512, 600])
 def test_merge_of_any_rank(rank, isa):
-    kind = kernels.type_named("Q8_0")
+    kind = type_named("Q8_0")
     src = libggml.quantize(weights.rows("model-like", 6, 1056), kind.id)
     a, b = factors(6, 1056, rank)
     assert np.array_equal(merged(src, kind, a, b, isa), expected_merge(src, kind, a, b))
@@ -69,7 +71,7 @@ def test_merge_of_any_rank(rank, isa):
 @pytest.mark.parametrize("isa", ISAS)
 def test_merge_of_floats_of_any_width(isa):
     """Rows that no vector divides."""
-    kind = kernels.type_named("F32")
+    kind = type_named("F32")
     for n_in in (1, 2, 15, 17, 63, 65, 130):
         src = weights.rows("normal", 5, n_in).view(np.uint8)
         a, b = factors(5, n_in, 4)
@@ -78,14 +80,14 @@ def test_merge_of_floats_of_any_width(isa):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_merge_to_another_type(isa):
-    source, target = kernels.type_named("Q4_K"), kernels.type_named("Q6_K")
+    source, target = type_named("Q4_K"), type_named("Q6_K")
     src = libggml.quantize(weights.rows("model-like", 5, 1024), source.id)
     a, b = factors(5, 1024, 8)
     assert np.array_equal(merged(src, source, a, b, isa, target), expected_merge(src, source, a, b, target))
 
 
 def test_merge_does_not_depend_on_grouping():
-    kind = kernels.type_named("Q4_K")
+    kind = type_named("Q4_K")
     src = libggml.quantize(weights.rows("model-like", 61, 2816), kind.id)
     a, b = factors(61, 2816, 16)
     whole = merged(src, kind, a, b, None)
@@ -94,7 +96,7 @@ def test_merge_does_not_depend_on_grouping():
 
 
 def test_merge_in_place():
-    kind = kernels.type_named("Q6_K")
+    kind = type_named("Q6_K")
     src = libggml.quantize(weights.rows("model-like", 90, 1024), kind.id)
     a, b = factors(90, 1024, 8)
     expected = merged(src, kind, a, b, None)
@@ -103,7 +105,7 @@ def test_merge_in_place():
 
 
 def test_merge_refuses_bad_numbers_and_shapes():
-    kind = kernels.type_named("Q8_0")
+    kind = type_named("Q8_0")
     src = libggml.quantize(weights.rows("model-like", 70, 2816), kind.id)
     a, b = factors(70, 2816, 2)
     b[41] = 0
@@ -125,30 +127,30 @@ def test_output_must_be_writable():
     out = np.zeros((1, 34), np.uint8)
     out.flags.writeable = False
     with pytest.raises(ValueError, match=r"read-only|writable|writeable"):
-        kernels.quantize_rows(np.zeros((1, 32), np.float32), kernels.type_named("Q8_0"), out)
+        kernels.quantize_rows(np.zeros((1, 32), np.float32), type_named("Q8_0"), out)
 
 
 def test_isa_is_forced_by_environment(monkeypatch):
     assert ISAS[0] == "scalar"
     for isa in ISAS:
         monkeypatch.setenv("GGUFLORA_ISA", isa)
-        assert kernels.current_isa() == isa
+        assert current_isa() == isa
     monkeypatch.delenv("GGUFLORA_ISA")
-    assert kernels.current_isa() == ISAS[-1]
+    assert current_isa() == ISAS[-1]
 
 
 @pytest.mark.parametrize("name", ["sse9", "AVX2", "neon" if "neon" not in ISAS else "avx2"])
 def test_unknown_isa_names_the_valid_ones(monkeypatch, name):
     monkeypatch.setenv("GGUFLORA_ISA", name)
     with pytest.raises(NativeError, match=f"{name}.*scalar"):
-        kernels.current_isa()
+        current_isa()
     with pytest.raises(NativeError, match=f"{name}.*scalar"):
-        kernels.quantize_rows(np.zeros((1, 32), np.float32), kernels.type_named("Q8_0"), np.zeros((1, 34), np.uint8))
+        kernels.quantize_rows(np.zeros((1, 32), np.float32), type_named("Q8_0"), np.zeros((1, 34), np.uint8))
 
 
 def test_import_with_unknown_isa_is_no_error(monkeypatch):
     monkeypatch.setenv("GGUFLORA_ISA", "sse9")
-    subprocess.run([sys.executable, "-P", "-c", "import gguflora._native"], check=True)
+    subprocess.run([sys.executable, "-P", "-c", "import gguflora.quants.kernels"], check=True)
 
 
 def test_run_rows_covers_every_row_once():
@@ -158,7 +160,7 @@ def test_run_rows_covers_every_row_once():
         def work(start, stop, seen=seen):
             seen[start:stop] += 1
 
-        kernels.run_rows(103, 10, work, threads)
+        run_rows(103, 10, work, threads)
         assert (seen == 1).all()
 
 
@@ -173,5 +175,5 @@ def test_first_error_stops_the_rest(threads):
         raise QuantizationError(f"row {start}")
 
     with pytest.raises(QuantizationError, match="row"):
-        kernels.run_rows(100_000, 1, work, threads)
+        run_rows(100_000, 1, work, threads)
     assert len(begun) < 50_000

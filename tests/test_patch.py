@@ -20,7 +20,6 @@ from test_split import split
 from test_vocabulary import resized
 
 import gguflora
-from gguflora.quants.kernels import TYPES
 from gguflora.errors import AdapterError, GgufloraError, MismatchError, OutputError, PatchError
 from gguflora.files.gguf import part_paths
 from gguflora.merging.patch.coding import (
@@ -37,6 +36,7 @@ from gguflora.merging.patch.format import (
     open_patch,
     write_patch_file,
 )
+from gguflora.quants.types import TYPES
 
 WEAK = Adapter(seed=4)
 OUTTYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_1", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ4_XS"]

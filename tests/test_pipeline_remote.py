@@ -21,11 +21,11 @@ from moto.server import ThreadedMotoServer
 from remote_servers import Repository, Site, serving
 
 import gguflora
-from gguflora.files import remote
 from gguflora.errors import OutputError, RecipeError
+from gguflora.files import remote
+from gguflora.files.remote.location import split_checksum
 from gguflora.pipeline import lock
 from gguflora.pipeline.recipe import Recipe
-from gguflora.files.remote.location import split_checksum
 
 RECIPE = """
 output = "{root}/out"

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import gguflora
-from gguflora.merging import plots
 from gguflora.errors import OutputError
+from gguflora.merging import plots
 
 pytest.importorskip("matplotlib")
-DEMO = Path(gguflora.__file__).parent / "demo"
+DEMO = Path(gguflora.__file__).parent / "diagnostics" / "demo_files"
 
 
 @pytest.fixture(scope="module")

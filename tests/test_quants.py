@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from gguflora.quants import kernels
 from gguflora import quants
-from gguflora.quants.kernels import TYPES, GgmlType
 from gguflora.errors import NonFiniteError, QuantizationError
+from gguflora.quants import kernels
+from gguflora.quants._lib import isa_names
+from gguflora.quants.types import TYPES, GgmlType, type_named
 
-ISAS = kernels.isa_names()
+ISAS = isa_names()
 ALL_TYPES = list(TYPES.values())
 N_IN = 2816  # 11 super-blocks: an odd number, more than any vector's lanes
 
@@ -75,7 +76,7 @@ def test_shortcuts_are_right(name):
     sizes = 10.0 ** rng.uniform(-16, 4, (24, 128)).repeat(32, axis=1)
     for x in (noise, noise * sizes, noise - 3, np.abs(noise), levels, levels + 1e-4 * noise, levels + 1e-6 * noise):
         for isa in ISAS:
-            assert_same_bytes(x.astype(np.float32), kernels.type_named(name), isa)
+            assert_same_bytes(x.astype(np.float32), type_named(name), isa)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -180,7 +181,7 @@ def test_too_large_for_the_type(name, value, isa):
     x[1, 300:] = value
     x[1, 400:] = -value
     with pytest.raises(NonFiniteError, match="too large"):
-        quantized(x, kernels.type_named(name), isa)
+        quantized(x, type_named(name), isa)
 
 
 def test_shapes_and_types_are_checked():

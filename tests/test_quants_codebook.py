@@ -8,9 +8,9 @@ import pytest
 import test_quants
 import weights
 
-from gguflora.quants import kernels
-from gguflora.quants.kernels import TYPES, GgmlType
 from gguflora.errors import NonFiniteError
+from gguflora.quants._lib import current_isa
+from gguflora.quants.types import TYPES, GgmlType
 
 CODEBOOK = [
     t for t in TYPES.values() if t.name.startswith(("IQ", "TQ")) or t.name in {"MXFP4", "NVFP4", "Q1_0", "Q2_0"}
@@ -86,6 +86,6 @@ def test_first_search_of_many_threads(kind):
     x = weights.rows("normal", 2, 1024)
     imatrix = weights.importance("measured", 1024)
     with ThreadPoolExecutor(8) as pool:
-        packed = list(pool.map(lambda _: test_quants.quantized(x, kind, kernels.current_isa(), imatrix), range(16)))
+        packed = list(pool.map(lambda _: test_quants.quantized(x, kind, current_isa(), imatrix), range(16)))
     expected = libggml.quantize(x, kind.id, imatrix)
     assert all(np.array_equal(found, expected) for found in packed)

@@ -20,8 +20,8 @@ from remote_servers import Repository, Site, serving
 from test_bad_input import run
 
 import gguflora
-from gguflora.files import remote
 from gguflora.errors import GgufloraError, OutputError, RemoteError
+from gguflora.files import remote
 
 SIZE = 2_000_000
 BYTES = np.random.default_rng(0).bytes(SIZE)

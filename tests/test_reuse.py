@@ -12,8 +12,9 @@ import pytest
 from hotswap import A, B, assert_answers, expected, gguf_lora, last_logits, logits, open_llama
 from llama_cpp.llama_cache import LlamaDiskCache, LlamaRAMCache
 
-from gguflora.runtime import bindings, guarded_llama, attached
 from gguflora.errors import HotSwapError
+from gguflora.runtime import attached, bindings, guarded_llama
+from gguflora.runtime.adapter_set import identity_of
 
 # random tokens are broken UTF-8, on which create_completion waits for more: let it say "a" only
 ONLY_A = {64: 1000.0}
@@ -123,9 +124,9 @@ def test_identity_tells_sets_apart():
         [("x", 1.0), ("x", 1.0)],
         [("x", 1.0), ("y", 0.5)],
     ]
-    assert len({guarded_llama.identity_of(each) for each in sets}) == len(sets)
-    assert guarded_llama.identity_of([("x", 1.0), ("y", 0.5)]) == guarded_llama.identity_of([("y", 0.5), ("x", 1.0)])
-    assert guarded_llama.identity_of([("x", 0.1)]) == guarded_llama.identity_of([("x", float(np.float32(0.1)))])
+    assert len({identity_of(each) for each in sets}) == len(sets)
+    assert identity_of([("x", 1.0), ("y", 0.5)]) == identity_of([("y", 0.5), ("x", 1.0)])
+    assert identity_of([("x", 0.1)]) == identity_of([("x", float(np.float32(0.1)))])
 
 
 # -- generators ------------------------------------------------------------------------------------

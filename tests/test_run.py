@@ -13,8 +13,8 @@ import serving
 from serving import PROMPT, QUESTION, expected_text, lora_file, wait_until
 
 from gguflora.diagnostics import demo
-from gguflora.engine.chat import HELP, Chat
 from gguflora.engine import Sampling
+from gguflora.engine.chat import HELP, Chat
 
 GREEDY = ("--temperature", "0", "--max-tokens", "60")
 

@@ -31,8 +31,8 @@ from hotswap import (
     run_python,
 )
 
-from gguflora.runtime import bindings, attached
 from gguflora.errors import GgufError, GgufloraError, HotSwapError
+from gguflora.runtime import attached, bindings
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ import pytest
 from hotswap import PROMPT, A, B, expected, gguf_lora, logits, open_llama
 from test_runtime import resident_bytes, tied_lora
 
-from gguflora.runtime import attached
 from gguflora.engine import Engine, Request, Sampling
 from gguflora.errors import EngineClosedError, GgufError, GgufloraError, HotSwapError, RequestError
+from gguflora.runtime import attached
 from gguflora.runtime.llama_lock import Turn
 
 GREEDY = Sampling(temperature=0)

@@ -15,8 +15,8 @@ import typer
 from test_bad_input import run
 
 import gguflora
-from gguflora.diagnostics import demo
 from gguflora.cli.app import app
+from gguflora.diagnostics import demo
 from gguflora.errors import GgufloraError
 
 CLI = typer.main.get_command(app).commands
@@ -249,7 +249,7 @@ def test_quiet_unless_told(folder):
     told = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     assert json.loads(told.stdout)["adapter"] == "shout"
     assert "gguflora.adapters: read shout" in told.stderr
-    assert "gguflora.files.output: wrote made.gguf" in told.stderr
+    assert "gguflora.files.atomic: wrote made.gguf" in told.stderr
 
 
 def test_importing_modules_keeps_the_functions():

@@ -23,10 +23,9 @@ from hotswap import A, gguf_lora, last_logits
 from typer.testing import CliRunner
 
 import gguflora
-from gguflora.runtime import bindings, guarded_llama, attached
-from gguflora.engine.chat import Chat
 from gguflora.cli.app import app
 from gguflora.engine import Engine, Generation, Request, Sampling
+from gguflora.engine.chat import Chat
 from gguflora.errors import (
     AdapterError,
     AdapterNameError,
@@ -37,6 +36,7 @@ from gguflora.errors import (
     RequestError,
     UnsupportedAdapterError,
 )
+from gguflora.runtime import attached, bindings, guarded_llama
 from gguflora.runtime.kv_cache import fill_state
 from gguflora.server import Settings, create_app
 
@@ -527,8 +527,8 @@ def test_caches_that_cannot_be_written_are_refused_before_anything_is_asked(tmp_
 @pytest.mark.parametrize("cut", range(0, 60, 7))
 def test_states_that_are_not_as_expected(cut):
     """A llama.cpp with another layout must end in an error, never in garbage in the cache."""
-    prefix = gguflora.prefix.read_prefix(
-        trained("llama", "PREFIX_TUNING")[0], gguflora.base_model.read_base(builders.gguf_model("llama"))
+    prefix = gguflora.placement.prefix.read_prefix(
+        trained("llama", "PREFIX_TUNING")[0], gguflora.architectures.base_model.read_base(builders.gguf_model("llama"))
     )
     state = np.random.default_rng(cut).bytes(4 * cut)
     with pytest.raises(UnsupportedAdapterError, match="attention cache"):

@@ -1,4 +1,4 @@
-"""`gguflora.adapters.torch_rng` against torch."""
+"""`gguflora.adapters.numerics.torch_rng` against torch."""
 
 import numpy as np
 import pytest

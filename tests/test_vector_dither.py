@@ -7,12 +7,14 @@ import pytest
 import weights
 from scipy.optimize import linprog
 
-from gguflora.quants import kernels
-from gguflora.quants.kernels import SUMS, TYPES, Product
 from gguflora.errors import NonFiniteError
+from gguflora.quants import kernels
+from gguflora.quants._lib import isa_names
+from gguflora.quants.kernels import SUMS, Product
+from gguflora.quants.types import TYPES, type_named
 
 NAMES = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M")
-KINDS = [kernels.type_named(name) for name in NAMES]
+KINDS = [type_named(name) for name in NAMES]
 by_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 N_IN, KEY = 768, 0x1234_5678_9ABC_DEF0
 STAYING = {  # by type: bits of a block that a weak change leaves alone, scales and shifts
@@ -82,7 +84,7 @@ def test_bytes_do_not_depend_on_isa_or_grouping(kind, relative):
         start, fit, n_new = fitted(src, kind, delta, "scalar")
         out, sums = dithered(src, kind, start, delta, "scalar", 1.2, first_row=100)
         assert np.isfinite(libggml.dequantize(out, kind.id, N_IN)).all()
-        for isa in kernels.isa_names()[1:]:
+        for isa in isa_names()[1:]:
             same_start, same_fit, same_new = fitted(src, kind, delta, isa)
             same, same_sums = dithered(src, kind, start, delta, isa, 1.2, first_row=100)
             assert np.array_equal(start, same_start)
@@ -204,7 +206,7 @@ def test_any_bytes_as_base(kind):
         np.float32
     )
     found = []
-    for isa in kernels.isa_names():
+    for isa in isa_names():
         start, fit, _ = fitted(src, kind, delta, isa)
         out, sums = dithered(src, kind, start, delta, isa)
         assert np.isfinite(libggml.dequantize(out, kind.id, N_IN)).all()

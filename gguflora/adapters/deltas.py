@@ -18,9 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.files.safetensors import Array, as_float32
-
-Values = NDArray[np.float64]
-Indices = NDArray[np.intp]
+from gguflora.quants.arrays import Float64Array, Indices
 
 
 class Change(Protocol):
@@ -34,7 +32,7 @@ class Change(Protocol):
     def whole(self) -> bool:
         """Whether `delta` must be given all rows at once, in order."""
 
-    def delta(self, w: Values, rows: Indices) -> Values:
+    def delta(self, w: Float64Array, rows: Indices) -> Float64Array:
         """``W' - W`` for some rows of W.
 
         Args:
@@ -68,9 +66,9 @@ class LowRank:
         """Shape of the changed weight."""
         return self.b.shape[0], self.a.shape[1]
 
-    def delta(self, w: Values, rows: Indices) -> Values:
+    def delta(self, w: Float64Array, rows: Indices) -> Float64Array:
         """``factor * b[rows] @ a``."""
-        product: Values = self.factor * (as_float64(self.b[rows]) @ as_float64(self.a))
+        product: Float64Array = self.factor * (as_float64(self.b[rows]) @ as_float64(self.a))
         return product
 
     def at(self, rows: Indices | None, columns: Indices | None) -> LowRank:
@@ -102,7 +100,7 @@ class Replace:
         """Shape of the new weight."""
         return self.values.shape[0], self.values.shape[1]
 
-    def delta(self, w: Values, rows: Indices) -> Values:
+    def delta(self, w: Float64Array, rows: Indices) -> Float64Array:
         """``values[rows] - w``; 0 for rows the base has beyond them (a padded vocabulary)."""
         result = np.zeros_like(w)
         known = rows < self.values.shape[0]
@@ -130,7 +128,7 @@ class ReplaceRows:
         """Shape of the changed weight."""
         return self.n_out, self.values.shape[1]
 
-    def delta(self, w: Values, rows: Indices) -> Values:
+    def delta(self, w: Float64Array, rows: Indices) -> Float64Array:
         """``values - w`` in the rows that are replaced, 0 elsewhere."""
         result = np.zeros_like(w)
         _, here, there = np.intersect1d(rows, self.ids, return_indices=True)
@@ -150,11 +148,11 @@ class Formula:
     """
 
     shape: tuple[int, int]
-    function: Callable[[Values, Indices], Values]
+    function: Callable[[Float64Array, Indices], Float64Array]
     whole: bool = False
     caution: str = ""
 
-    def delta(self, w: Values, rows: Indices) -> Values:
+    def delta(self, w: Float64Array, rows: Indices) -> Float64Array:
         """The function's result."""
         return self.function(w, rows)
 
@@ -172,16 +170,16 @@ class WeightTimes:
 
     shape: tuple[int, int]
     weight: str
-    vector: Values
+    vector: Float64Array
     formula: Formula
     whole: bool = field(default=True, init=False)
 
-    def given(self, weight: Values) -> Formula:
+    def given(self, weight: Float64Array) -> Formula:
         """The change once the layer's weight (n_out, n_in) is known."""
         added = weight @ self.vector
         return Formula(self.shape, lambda w, rows: self.formula.delta(w, rows) + added[rows])
 
-    def delta(self, w: Values, rows: Indices) -> Values:
+    def delta(self, w: Float64Array, rows: Indices) -> Float64Array:
         """Not to be had from the bias alone: see `given`."""
         raise TypeError(f"needs {self.weight!r}")
 
@@ -204,7 +202,7 @@ class Unsized:
     def formula(
         cls,
         known: tuple[int | None, int | None],
-        function: Callable[[Values, Indices], Values],
+        function: Callable[[Float64Array, Indices], Float64Array],
         *,
         whole: bool = False,
         optional: bool = False,
@@ -221,7 +219,7 @@ def equal(one: Change, other: Change) -> bool:
     )
 
 
-def as_float64(array: Array) -> Values:
+def as_float64(array: Array) -> Float64Array:
     """The values of an array as float64; uint16 is taken for bfloat16 bits."""
     return (as_float32(array) if array.dtype == np.uint16 else array).astype(np.float64, copy=False)
 

@@ -12,20 +12,20 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from gguflora.adapters.peft.config import MLX, PeftConfig
-from gguflora.adapters.peft.lora_dora import with_magnitude
-from gguflora.adapters.peft.keys import (
-    Parts,
-    by_module,
-    expect,
-    take,
-)
 from gguflora.adapters.deltas import (
     Change,
     LowRank,
     Replace,
     Unsized,
 )
+from gguflora.adapters.peft.config import MLX, PeftConfig
+from gguflora.adapters.peft.keys import (
+    Parts,
+    by_module,
+    expect,
+    take,
+)
+from gguflora.adapters.peft.lora_dora import with_magnitude
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.safetensors import Array
 

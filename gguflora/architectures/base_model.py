@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from gguflora.errors import ArchitectureError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape, layer_of
 
@@ -213,3 +215,18 @@ def _shapes_of(architecture: str, sizes: Mapping[str, int], *, tied: bool) -> di
     for layer in range(sizes["num_hidden_layers"]):
         shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in block.items()}
     return shapes
+
+
+def read_whole_base(path: Path) -> BaseModel:
+    """The base at ``path`` as llama.cpp sees it: of a split model the tensors of all its files.
+
+    Raises:
+        GgufError: if a file is damaged or missing.
+    """
+    with GgufFile(path) as file:
+        return describe(file)
+
+
+def flat_shape(shape: Shape) -> tuple[int, int]:
+    """Rows and columns of a tensor with its leading dimensions flattened; a vector is one column."""
+    return (shape[0], 1) if len(shape) == 1 else (int(np.prod(shape[:-1])), shape[-1])

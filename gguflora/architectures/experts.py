@@ -12,10 +12,10 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.architectures.tensor_slice import Piece
-from gguflora.architectures.regions import region_of
 from gguflora.architectures.base_model import BaseModel
-from gguflora.adapters.deltas import Indices
+from gguflora.architectures.regions import region_of
+from gguflora.architectures.tensor_slice import Piece
+from gguflora.quants.arrays import Indices
 
 _LAYER: Final = r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?:\w+\.)?"
 _ONE: Final = r"experts\.(?P<expert>\d+)\.(?P<name>gate_proj|up_proj|down_proj|w1|w2|w3)(?P<kind>\.weight|\.bias)"

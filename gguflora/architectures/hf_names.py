@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from gguflora.architectures.modules import BLOCKS, LLAMA, modules_of_t5, stands_for_others
 from gguflora.architectures.base_model import BaseModel
+from gguflora.architectures.modules import BLOCKS, LLAMA, modules_of_t5, stands_for_others
 from gguflora.errors import ArchitectureError
 
 _OF_EXPERTS: Final = (".experts.gate_up_proj", ".experts.down_proj")

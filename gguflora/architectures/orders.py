@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gguflora.architectures.regions import rows_of
 from gguflora.architectures.base_model import BaseModel
-from gguflora.adapters.deltas import Indices
+from gguflora.architectures.regions import rows_of
 from gguflora.errors import MismatchError
+from gguflora.quants.arrays import Indices
 
 Order = Callable[[BaseModel, int, int], Indices]
 """From a base, a layer and the number of rows (or columns) to the order in which GGUF stores them."""

@@ -9,8 +9,8 @@ from typing import Final
 import numpy as np
 
 from gguflora.architectures.base_model import BaseModel
-from gguflora.adapters.deltas import Indices
 from gguflora.errors import MismatchError
+from gguflora.quants.arrays import Indices
 
 _BLOCK: Final = re.compile(r"blk\.(\d+)\.(\w+)(\.weight|\.bias)")
 _QKV: Final = ("attn_q", "attn_k", "attn_v")

@@ -8,12 +8,12 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.architectures.orders import Order, as_they_are, qkv_of_groups, rotary_k, rotary_q
-from gguflora.architectures.tensor_slice import Piece
-from gguflora.architectures.regions import rows_of
 from gguflora.architectures.base_model import BaseModel
-from gguflora.adapters.deltas import Indices
+from gguflora.architectures.orders import Order, as_they_are, qkv_of_groups, rotary_k, rotary_q
+from gguflora.architectures.regions import rows_of
+from gguflora.architectures.tensor_slice import Piece
 from gguflora.errors import MismatchError
+from gguflora.quants.arrays import Indices
 
 _NORM_OF_HEAD: Final = re.compile(
     r"(?:.*\.)?layers\.(?P<layer>\d+)\.self_attn\.(?P<kind>[qk])_layernorm\.norms\.(?P<head>\d+)\.weight"

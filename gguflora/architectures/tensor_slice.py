@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gguflora.adapters.deltas import Indices
+from gguflora.quants.arrays import Indices
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 import gguflora
-from gguflora.lora.combine import CombineReport
 from gguflora.cli.app import app, console, print_report, span
 from gguflora.cli.options import AdapterBase, AdapterOut, AsJson, Force, OutType
+from gguflora.lora.combine import CombineReport
 
 Method = Literal[
     "linear",

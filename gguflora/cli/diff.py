@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 import gguflora
-from gguflora.lora.diff import DiffReport
 from gguflora.cli.app import app, console, print_report
 from gguflora.cli.options import AdapterBase, AsJson
+from gguflora.lora.diff import DiffReport
 
 
 @app.command()

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 import gguflora
-from gguflora.lora.export import ExportReport
 from gguflora.cli.app import app, console, print_report, span
 from gguflora.cli.options import AsJson, Base, Force
+from gguflora.lora.export import ExportReport
 
 
 @app.command()

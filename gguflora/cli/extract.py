@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 import gguflora
-from gguflora.lora.extract import ExtractReport
 from gguflora.cli.app import app, console, print_errors, print_report, progress_bar, span
 from gguflora.cli.options import AdapterOut, AsJson, Force, OutType, Threads
+from gguflora.lora.extract import ExtractReport
 
 
 @app.command()

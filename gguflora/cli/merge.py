@@ -13,8 +13,8 @@ from gguflora.cli.app import app, console, print_report, progress_bar, to_json
 from gguflora.cli.options import AsJson, DryRun, Force, Lora, LoraScaled, Threads, scaled_paths
 from gguflora.files.atomic import atomic_output
 from gguflora.merging.merge import MAX_SEED
-from gguflora.merging.report import MergeReport
 from gguflora.merging.plots import plot_report
+from gguflora.merging.report import MergeReport
 from gguflora.merging.rounding import Mode as RoundingMode
 
 

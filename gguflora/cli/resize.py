@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 import gguflora
-from gguflora.lora.resize import ResizeReport
 from gguflora.cli.app import app, console, print_errors, print_report
 from gguflora.cli.options import AdapterBase, AdapterOut, AsJson, Force, OutType
+from gguflora.lora.resize import ResizeReport
 
 
 @app.command()

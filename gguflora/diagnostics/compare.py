@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora.lora.convert import convert
+from gguflora.architectures.base_model import read_whole_base
+from gguflora.diagnostics.divergence import _divergences, _log_softmax
 from gguflora.errors import FormatError, HotSwapError, MismatchError, UnsupportedAdapterError
 from gguflora.files.gguf import GgufFile
-from gguflora.merging.merge import AdapterArgument, merge, with_scales
-from gguflora.lora.preflight import check_loadable, read_whole_base
 from gguflora.files.remote import local_inputs
+from gguflora.lora.convert import convert
+from gguflora.lora.preflight import check_loadable
+from gguflora.merging.merge import AdapterArgument, merge, with_scales
 
 if TYPE_CHECKING:
     from gguflora.diagnostics.logits import Context, Model
@@ -58,27 +60,6 @@ POSITIONS_AT_ONCE: Final = 16
 """Positions whose distributions are compared together; a row of them is as long as the vocabulary."""
 MIN_CTX: Final = 16
 SPEED_PROMPT, SPEED_ANSWER, SPEED_TURNS = 128, 16, 3
-
-
-def kl_divergence(reference: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """Mean Kullback-Leibler divergence of ``other`` from ``reference``, in nats per position.
-
-    Args:
-        reference: logits (n_positions, n_vocab).
-        other: logits of the same shape.
-    """
-    return float(_divergences(_log_softmax(reference), _log_softmax(other)).mean())
-
-
-def _divergences(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDArray[np.float64]:
-    divergences: NDArray[np.float64] = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
-    return divergences
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    log_softmax: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return log_softmax
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,14 +16,14 @@ from typing import Any, Final, ParamSpec, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora.diagnostics.compare import kl_divergence
-from gguflora.lora.convert import convert
+from gguflora.diagnostics.divergence import kl_divergence
 from gguflora.errors import HotSwapError
+from gguflora.lora.convert import convert
 from gguflora.merging.merge import merge
 from gguflora.merging.report import MergeReport
 from gguflora.runtime.attached import Adapters, attach
 
-HERE: Final = Path(__file__).parent
+HERE: Final = Path(__file__).parent / "demo_files"
 BASE: Final = HERE / "base.gguf"
 ADAPTERS: Final = ("shout", "verse")
 MERGED: Final = "shout"

@@ -9,8 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-from gguflora.quants import kernels
 from gguflora._version import __version__
+from gguflora.quants._lib import current_isa, isa_names
+from gguflora.quants.types import TYPES
 
 PACKAGES: Final = ("numpy", "gguf", "safetensors", "llama-cpp-python", "torch", "peft")
 
@@ -76,11 +77,11 @@ def doctor() -> DoctorReport:
         cpu=_cpu_name(),
         usable_cores=len(os.sched_getaffinity(0)),
         cores=os.cpu_count(),
-        isa=kernels.current_isa(),
-        isas=tuple(kernels.isa_names()),
+        isa=current_isa(),
+        isas=tuple(isa_names()),
         types=tuple(
             QuantType(kind.name, kind.block_weights, kind.block_bytes, kind.needs_imatrix, kind.dithers)
-            for kind in kernels.TYPES.values()
+            for kind in TYPES.values()
         ),
         packages={package: _installed(package) for package in PACKAGES},
     )

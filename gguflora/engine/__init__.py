@@ -19,6 +19,7 @@ except ImportError as error:
 
 from gguflora.engine.adapter_sets import BASE, AdapterSet, describe_set
 from gguflora.engine.engine import ContextStats, Engine, EngineStats
+from gguflora.engine.registry import LoadedAdapter
 from gguflora.engine.requests import (
     Generation,
     Piece,
@@ -28,7 +29,6 @@ from gguflora.engine.requests import (
     TokenLogprob,
     Usage,
 )
-from gguflora.engine.registry import LoadedAdapter
 
 __all__ = [
     "BASE",

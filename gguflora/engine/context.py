@@ -20,9 +20,9 @@ from gguflora.engine.adapter_sets import Identity
 from gguflora.engine.model import Model
 from gguflora.engine.registry import NO_ADAPTERS, Embeddings, Phase
 from gguflora.errors import DivergedError, EngineError, GenerationError
-from gguflora.runtime.fused_adapters import FusedAdapters
-from gguflora.runtime.bindings import axes_of_embeddings, captured_log, put_prefix
 from gguflora.placement.prefix import Prefix
+from gguflora.runtime.bindings import axes_of_embeddings, captured_log, put_prefix
+from gguflora.runtime.fused_adapters import FusedAdapters
 
 Key: TypeAlias = Hashable
 """What is decoded at one position: a token; or (token, identity) where other adapters compute than from the first token

@@ -8,8 +8,8 @@ from gguflora.engine.adapter_sets import AdapterSet
 from gguflora.engine.context import Context
 from gguflora.engine.registry import Resident, ResidentSet
 from gguflora.errors import EngineError
-from gguflora.runtime.bindings import put_prefix
 from gguflora.placement.prefix import Prefix
+from gguflora.runtime.bindings import put_prefix
 
 
 class Pool:

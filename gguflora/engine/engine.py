@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 
 from gguflora.adapters.soft_prompt import is_soft_prompt, read_soft_prompt
+from gguflora.architectures.base_model import read_whole_base
 from gguflora.engine.adapter_sets import AdapterSet, canonical_set, parse_set
 from gguflora.engine.context import KV_TYPES, Context, ContextOptions
-from gguflora.engine.job import Job
-from gguflora.runtime.adapter_files import open_adapter
-from gguflora.engine.model import Model
 from gguflora.engine.context_pool import Pool
-from gguflora.engine.requests import FinishReason, Generation, Request, Sink
+from gguflora.engine.job import Job
+from gguflora.engine.model import Model
 from gguflora.engine.registry import (
     Embeddings,
     LoadedAdapter,
@@ -29,6 +28,7 @@ from gguflora.engine.registry import (
     Residents,
     ResidentSet,
 )
+from gguflora.engine.requests import FinishReason, Generation, Request, Sink
 from gguflora.engine.scheduler import Scheduler
 from gguflora.errors import (
     AdapterNameError,
@@ -38,11 +38,11 @@ from gguflora.errors import (
     PromptTooLongError,
     RequestError,
 )
-from gguflora.runtime.fused_adapters import FusedAdapters
-from gguflora.runtime.bindings import free_lora, invocation_of, load_lora
-from gguflora.placement.prefix import fit_prefix
-from gguflora.lora.preflight import read_whole_base
 from gguflora.files.remote import local_inputs
+from gguflora.placement.prefix import fit_prefix
+from gguflora.runtime.adapter_files import open_adapter
+from gguflora.runtime.bindings import free_lora, invocation_of, load_lora
+from gguflora.runtime.fused_adapters import FusedAdapters
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from gguflora.runtime.alora import starts_of
+from gguflora.engine.answer_text import AnswerText
 from gguflora.engine.context import Chunk, Context, Key, SavedSlot, Slot
 from gguflora.engine.model import Model
-from gguflora.engine.requests import Ending, FinishReason, Piece, Request, Sink, Timings, TokenLogprob, Usage
 from gguflora.engine.registry import Embeddings, Phase, ResidentSet
+from gguflora.engine.requests import Ending, FinishReason, Piece, Request, Sink, Timings, TokenLogprob, Usage
 from gguflora.engine.sampler import Sampler, token_logprob
-from gguflora.engine.answer_text import AnswerText
 from gguflora.errors import EngineError
 from gguflora.placement.prefix import Prefix
+from gguflora.runtime.alora import starts_of
 
 
 @dataclass(slots=True)

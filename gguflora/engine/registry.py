@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from gguflora.engine.adapter_sets import AdapterSet, Identity, check_name
 from gguflora.errors import AdapterNameError, RequestError
-from gguflora.runtime.fused_adapters import Part
-from gguflora.runtime.bindings import Pointer
 from gguflora.placement.prefix import Prefix
+from gguflora.runtime.bindings import Pointer
+from gguflora.runtime.fused_adapters import Part
 
 Embeddings: TypeAlias = NDArray[np.float32]
 

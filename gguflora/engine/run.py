@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gguflora.engine.chat import Answer, Chat
 from gguflora.engine import Engine, Sampling
+from gguflora.engine.chat import Answer, Chat
 from gguflora.engine.context_size import context_size
 from gguflora.files.remote import local_inputs
 
@@ -102,7 +102,7 @@ def open_chat(
     tell: Callable[[str], None] = lambda _: None,
     show: Callable[[list[Answer]], None] = lambda _: None,
 ) -> Iterator[Chat]:
-    """A conversation with an engine of its own; the arguments are those of `run` and of `gguflora.chat.Chat`."""
+    """A conversation with an engine of its own; the arguments are those of `run` and of `gguflora.engine.chat.Chat`."""
     scaled = {name: item if isinstance(item, tuple) else (item, 1.0) for name, item in adapters.items()}
     paths = {name: path for name, (path, _) in scaled.items()}
     n_ctx = context_size(base, ctx)

@@ -17,10 +17,10 @@ from typing import Final, TypeVar
 
 from gguflora.engine.adapter_sets import Identity
 from gguflora.engine.context import Chunk, Context
-from gguflora.engine.job import Job
 from gguflora.engine.context_pool import Pool
-from gguflora.engine.requests import FinishReason
+from gguflora.engine.job import Job
 from gguflora.engine.registry import ResidentSet
+from gguflora.engine.requests import FinishReason
 from gguflora.errors import EngineClosedError, EngineError, GenerationError, QueueFullError
 
 T = TypeVar("T")

@@ -15,13 +15,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gguflora.errors import SafetensorsError
 from gguflora.files.safetensors import as_float32, read_header, weight_files
-
-Floats = NDArray[np.float32]
-Indices = NDArray[np.intp]
+from gguflora.quants.arrays import Float32Array, Indices
 
 _FLOATS: Final = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -70,7 +67,7 @@ class Checkpoint:
                 for weight in _matrices(path, name, entry, start):
                     self.weights[weight.name] = weight
 
-    def read_rows(self, weight: StoredWeight, rows: Indices) -> Floats:
+    def read_rows(self, weight: StoredWeight, rows: Indices) -> Float32Array:
         """Rows of a weight in any order, float32 (len(rows), n_columns).
 
         Raises:

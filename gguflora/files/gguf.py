@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.errors import GgufError
-from gguflora.files.sidecars import check_finished
 from gguflora.files.copying import copy_range
 from gguflora.files.gguf_header import Metadata, encode_entry, encode_int32
 from gguflora.files.gguf_layout import FilePart, Forms, Layout, join, part_layout
 from gguflora.files.gguf_shard import MAGIC, GgufPart
 from gguflora.files.gguf_tensors import OUTPUT, TOKEN_EMBEDDING, Shape, TensorEntry, layer_of
 from gguflora.files.shard_names import PART_NAME, part_paths
+from gguflora.files.sidecars import check_finished
 
 __all__ = [
     "MAGIC",

@@ -7,9 +7,9 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gguflora.quants.kernels import GgmlType
 from gguflora.files.gguf_shard import MAGIC, GgufPart
 from gguflora.files.gguf_tensors import Shape, align, encode_tensor, n_bytes
+from gguflora.quants.types import GgmlType
 
 Forms = Mapping[str, tuple[Shape, GgmlType]]
 _Arrangement = tuple[bytes, dict[str, int], list[tuple[int, int, int]], int]

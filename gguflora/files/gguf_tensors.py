@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from gguflora.quants.kernels import TYPES, GgmlType
 from gguflora.errors import GgufError, QuantizationError
 from gguflora.files.gguf_header import Cursor, encode_string
+from gguflora.quants.types import TYPES, GgmlType
 
 MAX_DIMS: Final = 4
 TOKEN_EMBEDDING: Final = "token_embd.weight"  # noqa: S105  (not a password)

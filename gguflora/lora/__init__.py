@@ -1,1 +1,1 @@
-"""Computing with adapters: combine, resize, extract, export, compare; in numpy, without torch."""
+"""Everything whose result is a LoRA: convert, combine, resize, extract, export; and inspect, diff."""

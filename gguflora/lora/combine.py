@@ -14,26 +14,25 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora.adapters.peft.keys import some
-from gguflora.lora.output import check_output, write_adapter
+from gguflora.adapters.deltas import LowRank, as_float64
+from gguflora.architectures.base_model import BaseModel, read_base
+from gguflora.errors import AdapterError, MismatchError, some
+from gguflora.files.remote import local_inputs
+from gguflora.files.safetensors import Array, as_float32
 from gguflora.lora.factored import (
     FactoredAdapter,
     for_base,
     is_embedding,
     read_factored,
 )
+from gguflora.lora.low_rank import shrink, truncate
+from gguflora.lora.output import check_output, write_adapter
 from gguflora.lora.task_arithmetic import (
     METHODS,
     PRUNING,
     SIGNS,
     combine_arrays,
 )
-from gguflora.architectures.base_model import BaseModel, read_base
-from gguflora.adapters.deltas import LowRank, as_float64
-from gguflora.errors import AdapterError, MismatchError
-from gguflora.files.safetensors import Array, as_float32
-from gguflora.lora.low_rank import shrink, truncate
-from gguflora.files.remote import local_inputs
 
 COMBINATIONS: Final = (*METHODS, "cat", "svd", *(f"{method}_svd" for method in METHODS[1:]))
 

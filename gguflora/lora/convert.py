@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from gguflora.adapters import read_adapter
-from gguflora.adapters.peft.keys import some
-from gguflora.architectures import ignored_at_run_time, unknown_warning
+from gguflora.adapters.adapter import read_adapter
+from gguflora.architectures import ignored_at_run_time
 from gguflora.architectures.base_model import BaseModel, read_base
-from gguflora.errors import AdapterError
+from gguflora.architectures.mapping import unknown_warning
+from gguflora.errors import AdapterError, some
+from gguflora.files.atomic import atomic_output, path_of
+from gguflora.files.output_checks import check_target
+from gguflora.files.remote import local_inputs
 from gguflora.lora.factors import Factors, factor_adapter
-from gguflora.files.atomic import atomic_output, check_target, path_of
 from gguflora.lora.gguf_writer import (
     LoraHeader,
     Stored,
@@ -25,7 +27,6 @@ from gguflora.lora.gguf_writer import (
     store,
     write_lora,
 )
-from gguflora.files.remote import local_inputs
 
 
 @dataclass(frozen=True, slots=True)

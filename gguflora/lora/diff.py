@@ -10,16 +10,17 @@ from typing import Any, Final
 
 import numpy as np
 
+from gguflora.adapters.deltas import LowRank, as_float64
+from gguflora.architectures.base_model import BaseModel, read_base
+from gguflora.errors import MismatchError
+from gguflora.files.remote import local_inputs
 from gguflora.lora.factored import (
     NEARLY_ALL,
     FactoredAdapter,
     for_base,
     read_factored,
 )
-from gguflora.architectures.base_model import BaseModel, read_base
-from gguflora.adapters.deltas import LowRank, Values, as_float64
-from gguflora.errors import MismatchError
-from gguflora.files.remote import local_inputs
+from gguflora.quants.arrays import Float64Array
 
 _NEGLIGIBLE: Final = 1e-6
 """Singular values below this share of the largest span no direction."""
@@ -162,7 +163,7 @@ def _norm(change: LowRank) -> float:
     return math.sqrt(max(_inner(change, change), 0.0))
 
 
-def _directions(change: LowRank) -> tuple[Values, Values]:
+def _directions(change: LowRank) -> tuple[Float64Array, Float64Array]:
     """Orthonormal bases of the change's output and input directions, (n_out, r) and (n_in, r)."""
     q_b, r_b = np.linalg.qr(as_float64(change.b))
     q_a, r_a = np.linalg.qr(as_float64(change.a).T)
@@ -171,6 +172,6 @@ def _directions(change: LowRank) -> tuple[Values, Values]:
     return q_b @ u[:, :rank], q_a @ vt[:rank].T
 
 
-def _overlap(one: Values, other: Values) -> float:
+def _overlap(one: Float64Array, other: Float64Array) -> float:
     smaller = min(one.shape[1], other.shape[1])
     return float((np.square(one.T @ other)).sum()) / smaller if smaller else 0.0

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gguflora.lora.output import check_output, is_gguf, write_adapter
-from gguflora.lora.factored import read_factored
 from gguflora.architectures.base_model import read_base
 from gguflora.errors import OutputError
 from gguflora.files.remote import local_inputs
+from gguflora.lora.factored import read_factored
+from gguflora.lora.output import check_output, is_gguf, write_adapter
 
 
 @dataclass(frozen=True, slots=True)

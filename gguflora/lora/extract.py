@@ -3,7 +3,7 @@
 Each matrix of the difference D is approximated by a randomised SVD (Halko, Martinsson and Tropp 2011, algorithms 4.4
 and 5.1): a random subspace is multiplied by ``D^T D`` and made orthonormal a few times, and D is projected on it. D is
 never held: every pass reads both models in blocks of rows. What 16-bit rounding put between the models is seen through
-where it can be (`gguflora.algebra.unrounding`).
+where it can be (`gguflora.lora.weighted_svd`).
 """
 
 from __future__ import annotations
@@ -19,20 +19,16 @@ from typing import Any, Final
 
 import numpy as np
 
-from gguflora.quants.kernels import run_rows
-from gguflora.lora.model_difference import (
-    Difference,
-    Differences,
-    Floats,
-    open_differences,
-)
-from gguflora.lora.output import check_output, is_gguf, write_adapter
-from gguflora.lora.factored import FactoredAdapter
-from gguflora.lora.weighted_svd import HIGHEST_RANK, balanced, without_rounding
+from gguflora.adapters.deltas import LowRank
 from gguflora.architectures.base_model import read_base
-from gguflora.adapters.deltas import LowRank, Values
 from gguflora.errors import AdapterError
 from gguflora.files.remote import local_inputs
+from gguflora.lora.factored import FactoredAdapter
+from gguflora.lora.model_difference import Difference, Differences, open_differences
+from gguflora.lora.output import check_output, is_gguf, write_adapter
+from gguflora.lora.weighted_svd import HIGHEST_RANK, balanced, without_rounding
+from gguflora.quants.arrays import Float32Array, Float64Array
+from gguflora.quants.threads import run_rows
 
 Progress = Callable[[int, int], None]
 
@@ -241,7 +237,7 @@ def _approximate(
     return (change.transposed() if item.transposed else change), float(np.sqrt(left / norm))
 
 
-def _power(item: Difference, v: Values) -> tuple[Values, float]:
+def _power(item: Difference, v: Float64Array) -> tuple[Float64Array, float]:
     """An orthonormal basis of ``D^T D v``, and the squared norm of D."""
     z, norm, narrow = np.zeros(v.shape), 0.0, v.astype(np.float32)
     for _, block in item.blocks():
@@ -250,7 +246,7 @@ def _power(item: Difference, v: Values) -> tuple[Values, float]:
     return (np.linalg.qr(z)[0] if norm else v), norm
 
 
-def _project(item: Difference, v: Values) -> tuple[Values, float]:
+def _project(item: Difference, v: Float64Array) -> tuple[Float64Array, float]:
     """``D v``, and the squared norm of D."""
     y, norm = np.empty((item.n_rows, v.shape[1])), 0.0
     for first, block in item.blocks():
@@ -259,14 +255,16 @@ def _project(item: Difference, v: Values) -> tuple[Values, float]:
     return y, norm
 
 
-def _square(item: Difference, block: Floats) -> float:
+def _square(item: Difference, block: Float32Array) -> float:
     norm = float((block.astype(np.float64) ** 2).sum())
     if not np.isfinite(norm):
         raise AdapterError(f"{item.name}: one of the models holds NaN or infinity")
     return norm
 
 
-def _cut(y: Values, v: Values, norm: float, rank: int, energy: float | None) -> tuple[Values, Values, float]:
+def _cut(
+    y: Float64Array, v: Float64Array, norm: float, rank: int, energy: float | None
+) -> tuple[Float64Array, Float64Array, float]:
     """``y v^T`` as factors of the rank asked for, and their squared norm."""
     q, r = np.linalg.qr(y)
     u, sizes, w = np.linalg.svd(r)
@@ -277,7 +275,7 @@ def _cut(y: Values, v: Values, norm: float, rank: int, energy: float | None) -> 
     return (q @ u[:, :kept]) * sizes[:kept], w[:kept] @ v.T, float(sums[kept - 1])
 
 
-def _distance(item: Difference, b: Values, a: Values) -> float:
+def _distance(item: Difference, b: Float64Array, a: Float64Array) -> float:
     """The squared norm of ``D - b a``."""
     total = 0.0
     for first, block in item.blocks():

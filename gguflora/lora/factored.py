@@ -15,10 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from gguflora.adapters import Adapter, read_adapter
-from gguflora.adapters.peft.config import read_config
-from gguflora.adapters.peft.keys import some
-from gguflora.architectures.base_model import BaseModel
+from gguflora.adapters.adapter import Adapter, read_adapter
 from gguflora.adapters.deltas import (
     Change,
     LowRank,
@@ -26,10 +23,12 @@ from gguflora.adapters.deltas import (
     Unsized,
     fold,
 )
-from gguflora.errors import UnsupportedAdapterError
-from gguflora.lora.factors import Factors, factor_adapter
+from gguflora.adapters.peft.config import read_config
+from gguflora.architectures.base_model import BaseModel
+from gguflora.errors import UnsupportedAdapterError, some
 from gguflora.files.gguf import TOKEN_EMBEDDING
 from gguflora.files.safetensors import as_float32
+from gguflora.lora.factors import Factors, factor_adapter
 from gguflora.placement.place import place
 
 _EXPERT: Final = re.compile(r"(?P<tensor>(?:.+\.)?blk\..+)\.(?P<expert>\d+)")

@@ -7,30 +7,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gguflora.adapters import Adapter
-from gguflora.architectures import can_untie
+from gguflora.adapters.adapter import Adapter
+from gguflora.adapters.deltas import LowRank, Replace, ReplaceRows, as_float64, sum_factors
 from gguflora.architectures.base_model import BaseModel
-from gguflora.placement.rows import (
-    AnyRows,
-    Weights,
-    WholeWeights,
-    read_values,
-    target_of,
-    without_copies,
-)
-from gguflora.adapters.deltas import (
-    LowRank,
-    Replace,
-    ReplaceRows,
-    Values,
-    as_float64,
-    sum_factors,
-)
+from gguflora.architectures.mapping import can_untie
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
 from gguflora.files.safetensors import Array
 from gguflora.lora.low_rank import shrink, truncate
+from gguflora.placement.base_weights import Weights, WholeWeights, read_values
+from gguflora.placement.copies import without_copies
 from gguflora.placement.place import Placed, cautions, place
+from gguflora.placement.rows import AnyRows
+from gguflora.placement.target import target_of
+from gguflora.quants.arrays import Float64Array
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -209,7 +199,7 @@ def _joined(name: str, pairs: Sequence[tuple[LowRank, float]], shape: Shape) -> 
     return Factors(name, a, b, 1.0, max(error for _, error in pairs))
 
 
-def _padded(array: Values | Array, rank: int, axis: int) -> Array:
+def _padded(array: Float64Array | Array, rank: int, axis: int) -> Array:
     missing = [(0, 0), (0, 0)]
     missing[axis] = (0, rank - array.shape[axis])
     return np.pad(array, missing)

@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora import quants
-from gguflora.quants.kernels import type_named
 from gguflora._version import __version__
-from gguflora.adapters.gguf_lora import ALPHA_KEY, INVOCATION_KEY
 from gguflora.adapters.deltas import as_float64
+from gguflora.adapters.gguf_lora import ALPHA_KEY, INVOCATION_KEY
 from gguflora.errors import QuantizationError
-from gguflora.lora.factors import Factors
 from gguflora.files.gguf import TOKEN_EMBEDDING
 from gguflora.files.safetensors import Array, as_float32
+from gguflora.lora.factors import Factors
+from gguflora.quants.types import type_named
 
 OUTTYPES: Final = ("auto", "f32", "f16", "bf16", "q8_0")
 

@@ -10,32 +10,28 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from gguflora.adapters import Adapter, read_adapter
-from gguflora.adapters.soft_prompt import first_task, is_soft_prompt, read_soft_prompt
-from gguflora.architectures import aborts_at_run_time, ignored_at_run_time, unknown_warning, with_biases
-from gguflora.architectures.base_model import BaseModel, read_base
-from gguflora.placement.rows import (
-    AnyRows,
-    Target,
-    Weights,
-    WholeWeights,
-    read_values,
-    target_of,
-    without_copies,
-)
+from gguflora.adapters.adapter import Adapter, read_adapter
 from gguflora.adapters.deltas import (
     Change,
     LowRank,
     Unsized,
     as_float64,
 )
+from gguflora.adapters.soft_prompt import first_task, is_soft_prompt, read_soft_prompt
+from gguflora.architectures import aborts_at_run_time, ignored_at_run_time, with_biases
+from gguflora.architectures.base_model import BaseModel, read_base
+from gguflora.architectures.mapping import unknown_warning
 from gguflora.errors import HotSwapError, MismatchError, UnsupportedAdapterError
 from gguflora.files.gguf import GgufFile
+from gguflora.files.remote import local_inputs
 from gguflora.files.safetensors import weight_files
+from gguflora.lora.preflight import problems_of
+from gguflora.placement.base_weights import Weights, WholeWeights, read_values
+from gguflora.placement.copies import without_copies
 from gguflora.placement.place import Placed, place
 from gguflora.placement.prefix import fit_prefix
-from gguflora.lora.preflight import problems_of
-from gguflora.files.remote import local_inputs
+from gguflora.placement.rows import AnyRows
+from gguflora.placement.target import Target, target_of
 
 if TYPE_CHECKING:
     from gguflora.lora.spectra import RankChoice, Spectrum

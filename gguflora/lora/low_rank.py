@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from gguflora.adapters.deltas import LowRank, Values, as_float64
+from gguflora.adapters.deltas import LowRank, as_float64
 from gguflora.errors import AdapterError
+from gguflora.quants.arrays import Float64Array
 
 
-def truncate(delta: Values, rank: int | None, energy: float | None) -> tuple[LowRank, float]:
+def truncate(delta: Float64Array, rank: int | None, energy: float | None) -> tuple[LowRank, float]:
     """The closest matrix of rank ``rank``, or of the lowest rank that keeps a share ``energy`` of the squared norm.
 
     Args:
@@ -44,7 +45,7 @@ def shrink(change: LowRank, rank: int | None, energy: float | None) -> tuple[Low
     return LowRank(a.astype(np.float32), b.astype(np.float32), 1.0), error
 
 
-def _choose_rank(squares: Values, rank: int | None, energy: float | None) -> int:
+def _choose_rank(squares: Float64Array, rank: int | None, energy: float | None) -> int:
     if rank is not None:
         if rank < 1:
             raise AdapterError(f"rank is {rank}, expected a positive whole number")

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gguflora.quants import kernels
 from gguflora.architectures import KNOWN
 from gguflora.errors import MismatchError
 from gguflora.files.checkpoint import Checkpoint
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, TensorEntry
-
-Floats = NDArray[np.float32]
+from gguflora.quants import kernels
+from gguflora.quants.arrays import Float32Array
 
 _CONVOLUTION: Final = re.compile(r"conv1d\.")
 _STACKED: Final = re.compile(r"\.experts\.\w+\.\d+$")
@@ -47,9 +45,9 @@ class Difference:
     transposed: bool
     problem: str | None
     rounded_to: str | None
-    rows: Callable[[int, int], tuple[Floats, Floats]]
+    rows: Callable[[int, int], tuple[Float32Array, Float32Array]]
 
-    def blocks(self) -> Iterator[tuple[int, Floats]]:
+    def blocks(self) -> Iterator[tuple[int, Float32Array]]:
         """The difference in blocks of rows, each with the number of its first row."""
         for first, tuned, base in self.both():
             yield first, tuned - base
@@ -62,7 +60,7 @@ class Difference:
             base_norm += float((base.astype(np.float64) ** 2).sum())
         return float(np.sqrt(change / base_norm)) if base_norm else float(np.sqrt(change))
 
-    def both(self) -> Iterator[tuple[int, Floats, Floats]]:
+    def both(self) -> Iterator[tuple[int, Float32Array, Float32Array]]:
         """The values of both models in blocks of rows, each with the number of its first row."""
         step = max(1, _BLOCK // self.n_columns)
         for first in range(0, self.n_rows, step):
@@ -128,7 +126,7 @@ def _of_tensor(tuned: GgufFile, base: GgufFile, name: str, *, is_tied: bool) -> 
     for start in range(0, ours.n_rows, n_rows):
         expert = f".{start // n_rows}" if len(ours.shape) > 2 else ""
 
-        def rows(first: int, last: int, start: int = start) -> tuple[Floats, Floats]:
+        def rows(first: int, last: int, start: int = start) -> tuple[Float32Array, Float32Array]:
             return (
                 _read(tuned, ours, start + first, start + last),
                 _read(base, theirs, start + first, start + last),
@@ -137,7 +135,7 @@ def _of_tensor(tuned: GgufFile, base: GgufFile, name: str, *, is_tied: bool) -> 
         yield Difference(f"{name}{expert}", n_rows, ours.n_in, False, problem, _half(ours.type.name), rows)
 
 
-def _read(file: GgufFile, tensor: TensorEntry, first: int, last: int) -> Floats:
+def _read(file: GgufFile, tensor: TensorEntry, first: int, last: int) -> Float32Array:
     values = np.empty((last - first, tensor.n_in), np.float32)
     kernels.dequantize_rows(file.read_rows(tensor, first, last), tensor.type, values)
     return values
@@ -183,7 +181,7 @@ def _of_weight(tuned: Checkpoint, base: Checkpoint, name: str, config: dict[str,
     conv1d = KNOWN["gpt2"].conv1d if kind == "gpt2" else None
     transposed = bool(conv1d and conv1d.search(name)) or (kind in _TRANSPOSED_EXPERTS and bool(_STACKED.search(name)))
 
-    def rows(first: int, last: int) -> tuple[Floats, Floats]:
+    def rows(first: int, last: int) -> tuple[Float32Array, Float32Array]:
         numbers = np.arange(first, last)
         return tuned.read_rows(ours, numbers), base.read_rows(theirs, numbers)
 

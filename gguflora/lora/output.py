@@ -8,20 +8,13 @@ from pathlib import Path
 from typing import Final
 
 from gguflora.adapters.peft.config import FILE_NAME
-from gguflora.lora.factored import FactoredAdapter, for_base, stacked
-from gguflora.lora.peft_writer import peft_tensors, write_peft_directory
-from gguflora.lora.to_hf import for_model
 from gguflora.architectures.base_model import BaseModel
-from gguflora.lora.convert import about_architecture, about_types
 from gguflora.errors import AdapterError
+from gguflora.files.atomic import atomic_folder, atomic_output, path_of
+from gguflora.files.output_checks import check_folder_target, check_target
+from gguflora.lora.convert import about_architecture, about_types
+from gguflora.lora.factored import FactoredAdapter, for_base, stacked
 from gguflora.lora.factors import Factors
-from gguflora.files.atomic import (
-    atomic_folder,
-    atomic_output,
-    check_folder_target,
-    check_target,
-    path_of,
-)
 from gguflora.lora.gguf_writer import (
     LoraHeader,
     check_outtype,
@@ -29,6 +22,8 @@ from gguflora.lora.gguf_writer import (
     store,
     write_lora,
 )
+from gguflora.lora.peft_writer import peft_tensors, write_peft_directory
+from gguflora.lora.to_hf import for_model
 
 GGUF_SUFFIX: Final = ".gguf"
 

@@ -12,12 +12,12 @@ from typing import Any, Final
 import numpy as np
 
 from gguflora._version import __version__
+from gguflora.adapters.deltas import LowRank, fold
 from gguflora.adapters.peft.config import FILE_NAME
 from gguflora.adapters.peft.keys import PREFIX
-from gguflora.lora.factored import FactoredAdapter, Pairs, is_embedding
-from gguflora.adapters.deltas import LowRank, fold
 from gguflora.errors import UnsupportedAdapterError
 from gguflora.files.safetensors import Array, as_float32
+from gguflora.lora.factored import FactoredAdapter, Pairs, is_embedding
 from gguflora.lora.gguf_writer import exact_type
 
 WEIGHTS: Final = "adapter_model.safetensors"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gguflora.lora.spectra import Spectrum
 from gguflora.errors import OutputError
+from gguflora.lora.spectra import Spectrum
 
 
 def plot_spectra(spectra: Sequence[Spectrum], title: str, out: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from gguflora.architectures import aborts_at_run_time, ignored_at_run_time
-from gguflora.architectures.base_model import BaseModel, describe
+from gguflora.architectures.base_model import BaseModel
 from gguflora.errors import HotSwapError
 from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, Shape, TensorEntry
 
@@ -33,16 +33,6 @@ _EXPONENT: Final[dict[str, tuple[str, int]]] = {
 """Of the float types: how to read a number's bits, and those that are all set in infinity and NaN."""
 
 _CHUNK_BYTES: Final = 1 << 22
-
-
-def read_whole_base(path: Path) -> BaseModel:
-    """The base at ``path`` as llama.cpp sees it: of a split model the tensors of all its files.
-
-    Raises:
-        GgufError: if a file is damaged or missing.
-    """
-    with GgufFile(path) as file:
-        return describe(file)
 
 
 def check_loadable(path: Path, base: BaseModel) -> None:

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gguflora.lora.output import check_output, write_adapter
-from gguflora.lora.factored import read_factored
-from gguflora.architectures.base_model import read_base
 from gguflora.adapters.deltas import LowRank
+from gguflora.architectures.base_model import read_base
 from gguflora.errors import AdapterError
-from gguflora.lora.low_rank import shrink
 from gguflora.files.remote import local_inputs
+from gguflora.lora.factored import read_factored
+from gguflora.lora.low_rank import shrink
+from gguflora.lora.output import check_output, write_adapter
 
 
 @dataclass(frozen=True, slots=True)

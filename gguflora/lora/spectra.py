@@ -8,8 +8,9 @@ from typing import Final
 
 import numpy as np
 
+from gguflora.adapters.deltas import LowRank, as_float64
 from gguflora.architectures.names import layer_and_module
-from gguflora.adapters.deltas import LowRank, Values, as_float64
+from gguflora.quants.arrays import Float64Array
 
 WHOLE: Final = "all"
 
@@ -52,11 +53,11 @@ class RankChoice:
     saving: float
 
 
-def singular_values(change: LowRank) -> Values:
+def singular_values(change: LowRank) -> Float64Array:
     """The singular values of ``factor * b @ a``, largest first, without the product."""
     _, r_b = np.linalg.qr(change.factor * as_float64(change.b))
     _, r_a = np.linalg.qr(as_float64(change.a).T)
-    values: Values = np.linalg.svd(r_b @ r_a.T, compute_uv=False)
+    values: Float64Array = np.linalg.svd(r_b @ r_a.T, compute_uv=False)
     return values
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.floating[Any]]
+FloatingArray = NDArray[np.floating[Any]]
 Mask = Callable[[int, tuple[int, ...]], NDArray[np.bool_]]
 """From the number of an adapter and a shape to which values DARE keeps."""
 
@@ -23,8 +23,8 @@ SIGNS: Final = ("total", "frequency")
 
 
 def combine_arrays(
-    arrays: Sequence[Floats], weights: Sequence[float], method: str, density: float, sign: str, mask: Mask
-) -> Floats:
+    arrays: Sequence[FloatingArray], weights: Sequence[float], method: str, density: float, sign: str, mask: Mask
+) -> FloatingArray:
     """One array of several.
 
     Args:
@@ -45,18 +45,18 @@ def combine_arrays(
     agreed = _majority(arrays, sign)
     kept = _sum([array * keep for array, keep in zip(weighted, agreed, strict=True)])
     count = np.maximum(np.sum(agreed, axis=0), 1)
-    mean: Floats = (kept / count).astype(kept.dtype)
+    mean: FloatingArray = (kept / count).astype(kept.dtype)
     return mean
 
 
-def _sum(arrays: Sequence[Floats]) -> Floats:
+def _sum(arrays: Sequence[FloatingArray]) -> FloatingArray:
     total = arrays[0].copy()
     for array in arrays[1:]:
         total += array
     return total
 
 
-def _keep_largest(array: Floats, density: float) -> Floats:
+def _keep_largest(array: FloatingArray, density: float) -> FloatingArray:
     """The values of largest magnitude, the others 0."""
     if density >= 1:
         return array
@@ -67,12 +67,12 @@ def _keep_largest(array: Floats, density: float) -> Floats:
     return array * kept.reshape(array.shape)
 
 
-def _drop(array: Floats, density: float, keep: NDArray[np.bool_]) -> Floats:
+def _drop(array: FloatingArray, density: float, keep: NDArray[np.bool_]) -> FloatingArray:
     """Values dropped at random, the others made larger so that the expected sum stays."""
     return array if density >= 1 else array * keep / array.dtype.type(density)
 
 
-def _majority(arrays: Sequence[Floats], sign: str) -> list[NDArray[np.bool_]]:
+def _majority(arrays: Sequence[FloatingArray], sign: str) -> list[NDArray[np.bool_]]:
     """Where each array has the sign that most have."""
     votes = [np.sign(array) for array in arrays]
     elected = np.where(_sum(list(arrays) if sign == "total" else votes) >= 0, 1, -1)

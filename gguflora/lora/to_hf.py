@@ -8,13 +8,13 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.adapters.peft.keys import some
-from gguflora.lora.factored import FactoredAdapter, Pairs, for_base
-from gguflora.architectures import Piece, adaptable_weights
-from gguflora.architectures.base_model import BaseModel
 from gguflora.adapters.deltas import LowRank, as_float64
-from gguflora.errors import ArchitectureError
+from gguflora.architectures import Piece
+from gguflora.architectures.base_model import BaseModel
+from gguflora.architectures.mapping import adaptable_weights
+from gguflora.errors import ArchitectureError, some
 from gguflora.files.safetensors import Array, as_float32
+from gguflora.lora.factored import FactoredAdapter, Pairs, for_base
 
 _TRANSPOSED: Final = {"llama4"}
 """Where PEFT takes the experts' parameters (n_experts, n_in, n_out) for (n_experts, n_out, n_in)."""

@@ -17,8 +17,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora.lora.model_difference import Difference, Floats
-from gguflora.adapters.deltas import Values
+from gguflora.lora.model_difference import Difference
+from gguflora.quants.arrays import Float32Array, Float64Array
 
 HIGHEST_RANK: Final = 64
 """Work and memory grow with the square of the rank; above this they would be those of another program."""
@@ -34,7 +34,7 @@ _PRECISE: Final = 1 / 8
 _RIDGE: Final = 1e-6
 _AT_ONCE: Final = 512
 
-Factors = tuple[Values, Values]
+Factors = tuple[Float64Array, Float64Array]
 Pairs = tuple[NDArray[np.intp], NDArray[np.intp]]
 
 
@@ -48,7 +48,7 @@ class Rounding:
         total: sum of the variances of all weights.
     """
 
-    variances: Floats
+    variances: Float32Array
     precise: float
     total: float
 
@@ -64,19 +64,19 @@ class Rounding:
         precise = int(np.searchsorted(np.cumsum(counts), _PRECISE * counts.sum()))
         return cls(variances.astype(np.float32), float(variances[precise]), float(counts @ variances))
 
-    def around(self, tuned: Floats, base: Floats) -> Floats:
+    def around(self, tuned: Float32Array, base: Float32Array) -> Float32Array:
         """Variances of weights, in the model where they are larger: it is not known which was rounded."""
-        found: Floats = self.variances[_exponents(tuned, base)]
+        found: Float32Array = self.variances[_exponents(tuned, base)]
         return found
 
 
-def _exponents(tuned: Floats, base: Floats) -> NDArray[np.uint32]:
+def _exponents(tuned: Float32Array, base: Float32Array) -> NDArray[np.uint32]:
     larger = np.maximum(np.abs(tuned), np.abs(base))
     exponents: NDArray[np.uint32] = larger.view(np.uint32) >> np.uint32(23)
     return exponents
 
 
-def without_rounding(item: Difference, b: Values, a: Values, left: float) -> Factors | None:
+def without_rounding(item: Difference, b: Float64Array, a: Float64Array, left: float) -> Factors | None:
     """Factors that fit the precisely known weights better than an SVD's.
 
     Args:
@@ -148,7 +148,7 @@ def _sweep(item: Difference, rounding: Rounding, start: Factors, other: float) -
     return (scaled / sizes, a), max(excess / count, 1e-6 * other)
 
 
-def balanced(b: Values, a: Values) -> tuple[Values, Values, Values]:
+def balanced(b: Float64Array, a: Float64Array) -> tuple[Float64Array, Float64Array, Float64Array]:
     """The SVD of ``b a``: orthonormal columns (n_rows, rank), sizes, orthonormal rows (rank, n_columns)."""
     q_b, r_b = np.linalg.qr(b)
     q_a, r_a = np.linalg.qr(a.T)
@@ -156,13 +156,13 @@ def balanced(b: Values, a: Values) -> tuple[Values, Values, Values]:
     return q_b @ u, np.maximum(sizes, 1e-12 * sizes[0]), v @ q_a.T
 
 
-def _products(vectors: Floats, pairs: Pairs) -> Floats:
+def _products(vectors: Float32Array, pairs: Pairs) -> Float32Array:
     """Products of the pairs of columns."""
-    found: Floats = vectors[:, pairs[0]] * vectors[:, pairs[1]]
+    found: Float32Array = vectors[:, pairs[0]] * vectors[:, pairs[1]]
     return found
 
 
-def _solve(gram: NDArray[np.floating], right: NDArray[np.floating], pairs: Pairs) -> Values:
+def _solve(gram: NDArray[np.floating], right: NDArray[np.floating], pairs: Pairs) -> Float64Array:
     """Least squares (n, rank), of symmetric matrices given by the products of pairs."""
     n, rank = right.shape
     found = np.empty((n, rank))

@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Final, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gguflora.quants import kernels
-from gguflora.architectures import Piece, cut_positions, decay_of, is_conv1d, is_cut, is_transposed_expert, pieces_of
-from gguflora.architectures.base_model import BaseModel, describe
+from gguflora.architectures import Piece
+from gguflora.architectures.base_model import BaseModel, describe, flat_shape
+from gguflora.architectures.mapping import cut_positions, decay_of, is_conv1d, is_cut, is_transposed_expert, pieces_of
 from gguflora.errors import GgufError, MismatchError
-from gguflora.files.checkpoint import Checkpoint, Indices, StoredWeight
+from gguflora.files.checkpoint import Checkpoint, StoredWeight
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape, TensorEntry
-from gguflora.placement.place import flat_shape
-
-Floats = NDArray[np.float32]
+from gguflora.quants import kernels
+from gguflora.quants.arrays import Float32Array, Indices
+from gguflora.quants.types import TYPES
 
 _TOLERANCE: Final = {"F32": 1e-2, "F16": 1e-2, "BF16": 1e-2, "Q8_0": 2e-2}
 _QUANTIZED_TOLERANCE: Final = 0.8
@@ -35,7 +34,7 @@ _SAMPLES: Final = 16
 class _Source(Protocol):
     def check(self, tensor: str) -> None: ...
 
-    def rows(self, tensor: str, first: int, last: int) -> Floats: ...
+    def rows(self, tensor: str, first: int, last: int) -> Float32Array: ...
 
     def close(self) -> None: ...
 
@@ -79,7 +78,7 @@ class HighPrecisionBase:
                     f"more than quantization to {entry.type.name} explains; is it the same model?"
                 )
 
-    def rows(self, tensor: str, first: int, last: int) -> Floats:
+    def rows(self, tensor: str, first: int, last: int) -> Float32Array:
         """Rows ``first`` to ``last`` (exclusive) of a tensor of the quantized base, float32 (last - first, n_in).
 
         Leading dimensions count as rows; a vector is one row. May be called from several threads.
@@ -122,7 +121,7 @@ class _GgufWeights:
                 f"{self._file.path}: tensor {tensor!r} is {entry.shape}, but {shape} in {self._model.path}"
             )
 
-    def rows(self, tensor: str, first: int, last: int) -> Floats:
+    def rows(self, tensor: str, first: int, last: int) -> Float32Array:
         self.check(tensor)
         return _dequantized(self._file, self._file.tensors[tensor], first, last)
 
@@ -142,8 +141,8 @@ def _check_architecture(file: GgufFile, model: BaseModel) -> None:
         raise MismatchError(f"{file.path}: is {found!r}, but {model.path} is {model.architecture!r}")
 
 
-def _dequantized(file: GgufFile, tensor: TensorEntry, first: int, last: int) -> Floats:
-    if tensor.type.id not in kernels.TYPES:
+def _dequantized(file: GgufFile, tensor: TensorEntry, first: int, last: int) -> Float32Array:
+    if tensor.type.id not in TYPES:
         raise GgufError(f"{file.path}: tensor {tensor.name!r} is {tensor.type.name}, expected weights")
     values = np.empty((last - first, tensor.n_in), np.float32)
     kernels.dequantize_rows(file.read_rows(tensor, first, last), tensor.type, values)
@@ -192,7 +191,7 @@ class _HfWeights:
         self._model = model
         self._checkpoint = Checkpoint(folder)
         self._lock = threading.Lock()
-        self._flipped: tuple[str, Floats] | None = None
+        self._flipped: tuple[str, Float32Array] | None = None
         found: dict[str, list[_Part]] = {}
         for name, weight in self._checkpoint.weights.items():
             for part in _parts_of(model, name, weight):
@@ -217,7 +216,7 @@ class _HfWeights:
                 f"{self._model.shapes[tensor]}; is it the same model, with its weights in safetensors?"
             )
 
-    def rows(self, tensor: str, first: int, last: int) -> Floats:
+    def rows(self, tensor: str, first: int, last: int) -> Float32Array:
         self.check(tensor)
         if len(self._model.shapes[tensor]) == 1:
             return self._column(tensor)
@@ -228,12 +227,12 @@ class _HfWeights:
                 values[start - first : end - first] = self._read(part, start - part.piece.first, end - part.piece.first)
         return values
 
-    def _column(self, tensor: str) -> Floats:
+    def _column(self, tensor: str) -> Float32Array:
         """A vector, as one row."""
         columns = [self._read(part, 0, part.stored_shape[0]) for part in self._parts[tensor]]
         return np.concatenate(columns).reshape(1, -1)
 
-    def _read(self, part: _Part, first: int, last: int) -> Floats:
+    def _read(self, part: _Part, first: int, last: int) -> Float32Array:
         """Some rows of a piece, counted from its first, with GGUF's values."""
         piece, n_rows = part.piece, part.shape[0]
         numbers = np.arange(n_rows) if piece.rows is None else piece.rows
@@ -242,7 +241,7 @@ class _HfWeights:
         values = values.T[first:last] if piece.transposed else values
         return -np.exp(values) if part.decay else values + np.float32(piece.shift)
 
-    def _weight_rows(self, part: _Part, rows: Indices) -> Floats:
+    def _weight_rows(self, part: _Part, rows: Indices) -> Float32Array:
         if not part.flipped:
             return self._checkpoint.read_rows(part.weight, rows)
         with self._lock:  # rows lie across the whole weight: kept for the next block of them

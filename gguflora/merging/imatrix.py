@@ -20,12 +20,10 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gguflora.errors import FormatError, GgufError, MismatchError
 from gguflora.files.gguf import MAGIC, TOKEN_EMBEDDING, GgufFile, Shape, TensorEntry
-
-Floats = NDArray[np.float32]
+from gguflora.quants.arrays import Float32Array
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _SMALLEST_ENTRY: Final = 3 * 4 + 1 + 4
@@ -33,7 +31,7 @@ _SMALLEST_ENTRY: Final = 3 * 4 + 1 + 4
 _MAX_COUNT: Final = 2.0**53
 
 
-def read_imatrix(path: str | os.PathLike[str]) -> dict[str, Floats]:
+def read_imatrix(path: str | os.PathLike[str]) -> dict[str, Float32Array]:
     """The weights of the columns, float32 (n_in,) or (n_experts, n_in), by GGUF tensor.
 
     ``.dat`` files do not say how many experts there are: theirs are (n_experts * n_in,). See `importance_of`.
@@ -63,7 +61,7 @@ def _open(path: Path) -> Iterator[BinaryIO]:
         raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def importance_of(imatrix: Mapping[str, Floats], tensor: str, shape: Shape) -> Floats | None:
+def importance_of(imatrix: Mapping[str, Float32Array], tensor: str, shape: Shape) -> Float32Array | None:
     """The weights of a tensor's columns, float32 (n_matrices, n_in); None if the matrix does not have it.
 
     Args:
@@ -88,7 +86,7 @@ def importance_of(imatrix: Mapping[str, Floats], tensor: str, shape: Shape) -> F
     )
 
 
-def _read_gguf(path: Path) -> dict[str, Floats]:
+def _read_gguf(path: Path) -> dict[str, Float32Array]:
     with GgufFile(path) as file:
         names = {
             name.removesuffix(end): None for name in file.tensors for end in (_SUMS, _COUNTS) if name.endswith(end)
@@ -98,7 +96,7 @@ def _read_gguf(path: Path) -> dict[str, Floats]:
         return {name: _mean_squares(file, name) for name in names}
 
 
-def _mean_squares(file: GgufFile, name: str) -> Floats:
+def _mean_squares(file: GgufFile, name: str) -> Float32Array:
     entries = file.tensors.get(name + _SUMS), file.tensors.get(name + _COUNTS)
     if entries[0] is None or entries[1] is None:
         raise GgufError(f"{file.path}: has only one of {name + _SUMS!r} and {name + _COUNTS!r}; it is incomplete")
@@ -114,18 +112,18 @@ def _mean_squares(file: GgufFile, name: str) -> Floats:
     return weights if len(counts) > 1 else weights[0]
 
 
-def _floats(file: GgufFile, tensor: TensorEntry) -> Floats:
+def _floats(file: GgufFile, tensor: TensorEntry) -> Float32Array:
     if tensor.type.name != "F32":
         raise GgufError(f"{file.path}: tensor {tensor.name!r} is {tensor.type.name}, expected F32")
     return file.read_rows(tensor, 0, tensor.n_rows).reshape(-1).view(np.float32)
 
 
-def _read_dat(path: Path, file: BinaryIO) -> dict[str, Floats]:
+def _read_dat(path: Path, file: BinaryIO) -> dict[str, Float32Array]:
     reader = _Reader(path, file)
     count = reader.integer("the number of entries")
     if not 1 <= count <= reader.size // _SMALLEST_ENTRY:
         raise FormatError(f"{path}: claims {count} entries in {reader.size} bytes; it is no importance matrix")
-    entries: dict[str, Floats] = {}
+    entries: dict[str, Float32Array] = {}
     for number in range(count):
         length = reader.integer(f"the length of name {number}")
         raw = reader.take(length, f"name {number}").split(b"\0")[0]
@@ -136,7 +134,7 @@ def _read_dat(path: Path, file: BinaryIO) -> dict[str, Floats]:
         n_values = reader.integer(f"the number of values of {name!r:.80}")
         if n_values < 1:
             raise FormatError(f"{path}: {name!r:.80} claims {n_values} values, expected at least 1")
-        values: Floats = np.frombuffer(reader.take(4 * n_values, f"the values of {name!r:.80}"), "<f4")
+        values: Float32Array = np.frombuffer(reader.take(4 * n_values, f"the values of {name!r:.80}"), "<f4")
         with np.errstate(over="ignore", invalid="ignore"):  # as above
             entries[name] = np.divide(values, np.float32(max(calls, 1)), dtype=np.float32)
     return entries
@@ -166,7 +164,7 @@ class _Reader:
         return value
 
 
-def _check_weights(what: str, weights: Floats) -> None:
+def _check_weights(what: str, weights: Float32Array) -> None:
     if not (np.isfinite(weights) & (weights >= 0)).all():
         wrong = weights[~(np.isfinite(weights) & (weights >= 0))].flat[0]
         raise FormatError(f"{what} holds {wrong}, expected finite numbers of at least 0")

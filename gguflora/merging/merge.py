@@ -14,10 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from gguflora.errors import OutputError
+from gguflora.files.atomic import atomic_outputs
 from gguflora.files.gguf import GgufFile, part_paths
-from gguflora.files.atomic import atomic_outputs, check_targets
+from gguflora.files.output_checks import check_targets
+from gguflora.files.remote import local_inputs
 from gguflora.merging.in_place import check_in_place, merge_in_place
-from gguflora.merging.report import MergeReport
 from gguflora.merging.patch import write_patch
 from gguflora.merging.prepare import (
     MAX_SEED,
@@ -26,9 +27,10 @@ from gguflora.merging.prepare import (
     prepared_merge,
     with_scales,
 )
-from gguflora.files.remote import local_inputs
-from gguflora.merging.rewriter import FileSink, Progress, Rewriter
+from gguflora.merging.report import MergeReport
+from gguflora.merging.rewriter import Rewriter
 from gguflora.merging.rounding import Mode, Sums
+from gguflora.merging.sinks import FileSink, Progress
 
 __all__ = ["MAX_SEED", "AdapterArgument", "AdapterPath", "merge", "plan_merge", "with_scales"]
 
@@ -62,7 +64,7 @@ def merge(
         patch: instead of ``out``: write only what changes, for `gguflora.apply_patch`.
         in_place: instead of ``out``: write the changed rows into ``base`` itself, after an undo file beside it, for
             `gguflora.unmerge`.
-        rounding: ``adaptive`` keeps changes that are smaller than a quantization step (see `gguflora.rounding`);
+        rounding: ``adaptive`` keeps changes that are smaller than a quantization step (see docs/rounding.md);
             ``nearest`` makes exactly the bytes ggml would.
         seed: of the adaptive rounding; the same seed gives the same bytes.
         base_f16: the base before it was quantized, a GGUF file or a Hugging Face directory: changes are added to its

@@ -6,7 +6,7 @@ beyond one tensor. A part is a file of
 
 * the new rows of its tensors, one tensor after the other;
 * a JSON object: the ``plan`` it belongs to (a hash), ``seconds``, and by tensor its ``offset``, its ``sums`` (see
-  `gguflora._native.SUMS`) and its ``blocks``: first row, number of rows, CRC-32;
+  `gguflora.quants.kernels.SUMS`) and its ``blocks``: first row, number of rows, CRC-32;
 * 16 bytes: the length of the JSON (little-endian), ``GFLPART1``.
 """
 
@@ -15,46 +15,35 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
 import threading
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Final, Unpack
+from typing import IO, Any, Unpack
 
 import numpy as np
 
-from gguflora.placement.rows import Target
 from gguflora.errors import FormatError, OutputError
+from gguflora.files.atomic import atomic_output, atomic_outputs
 from gguflora.files.gguf import FilePart, GgufFile, Layout, part_paths
-from gguflora.files.atomic import (
-    atomic_output,
-    atomic_outputs,
-    check_target,
-    check_targets,
-)
-from gguflora.merging.report import MergeReport
+from gguflora.files.output_checks import check_target, check_targets
+from gguflora.files.remote import is_remote, local_inputs, shown
+from gguflora.merging.part_file import _END, _MAGIC, _check_rows, _open_part, _Part, _part_errors
 from gguflora.merging.prepare import (
     AdapterArgument,
     MergeOptions,
     PreparedMerge,
     prepared_merge,
 )
-from gguflora.files.remote import is_remote, local_inputs, shown
-from gguflora.merging.rewriter import (
-    Block,
-    FileSink,
-    Progress,
-    Rewriter,
-)
-
-_END: Final = struct.Struct("<Q8s")
-_MAGIC: Final = b"GFLPART1"
+from gguflora.merging.report import MergeReport
+from gguflora.merging.rewriter import Rewriter
+from gguflora.merging.sinks import Block, FileSink, Progress
+from gguflora.placement.target import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,66 +267,6 @@ class _PartSink:
         raise AssertionError  # a part's layout copies nothing
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A part file that has been read but for its rows."""
-
-    path: str
-    file: IO[bytes]
-    plan: str
-    seconds: float
-    tensors: dict[str, dict[str, Any]]
-
-    def put(self, sink: FileSink, targets: Mapping[str, Target]) -> None:
-        """Hand the rows to a sink, each block checked."""
-        for name, tensor in self.tensors.items():
-            target = targets[name]
-            row_bytes = target.type.row_bytes(target.shape[-1])
-            for first, n_rows, checksum in tensor["blocks"]:
-                with _part_errors(self.path):
-                    self.file.seek(tensor["offset"] + first * row_bytes)
-                    content = self.file.read(n_rows * row_bytes)
-                if len(content) != n_rows * row_bytes or zlib.crc32(content) != checksum:
-                    raise FormatError(f"{shown(self.path)}: is damaged: {name!r}, rows {first} to {first + n_rows}")
-                new = np.frombuffer(content, np.uint8).reshape(n_rows, row_bytes)
-                sink.put(Block(target, first, new[:0], new))
-
-
-def _open_part(path: str, opened: ExitStack) -> _Part:
-    with _part_errors(path):
-        file = opened.enter_context(_open(path))
-        end = file.seek(-_END.size, os.SEEK_END)
-        length, magic = _END.unpack(file.read())
-        if magic != _MAGIC or length > end:
-            raise ValueError(magic)
-        file.seek(end - length)
-        index = json.loads(file.read(length))
-        return _Part(path, file, str(index["plan"]), float(index["seconds"]), dict(index["tensors"]))
-
-
-def _open(path: str) -> IO[bytes]:
-    if not is_remote(path):
-        return Path(path).open("rb")
-    from gguflora.files.remote.stores import asking, open_store  # noqa: PLC0415  (needs fsspec)
-
-    with asking(path):
-        store, name = open_store(path)
-        file: IO[bytes] = store.open(name, "rb")
-    return file
-
-
-@contextmanager
-def _part_errors(path: str) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FormatError(f"{shown(path)}: does not exist; all parts are needed") from error
-    except OSError as error:
-        raise FormatError(f"{shown(path)}: cannot be read as a part of a merge: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{shown(path)}: is no part of a merge, or is cut off") from error
-
-
 def _check_parts(merging: PreparedMerge, parts: Sequence[_Part], plan: str) -> None:
     """Raise unless the parts belong to this merge and hold each row of each changed tensor once."""
     held: dict[str, str] = {}
@@ -356,14 +285,3 @@ def _check_parts(merging: PreparedMerge, parts: Sequence[_Part], plan: str) -> N
     for part in parts:
         with _part_errors(part.path):
             _check_rows(part, {target.name: target.n_rows for target in merging.plan.targets})
-
-
-def _check_rows(part: _Part, n_rows: Mapping[str, int]) -> None:
-    for name, tensor in part.tensors.items():
-        row = 0
-        for first, count, _ in tensor["blocks"]:
-            if first != row:
-                raise ValueError(first)
-            row += count
-        if row != n_rows[name] or tensor["offset"] < 0:
-            raise ValueError(row)

@@ -2,81 +2,34 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
-from gguflora.quants import kernels
-from gguflora.quants.kernels import GgmlType
 from gguflora._version import __version__
-from gguflora.adapters import Adapter
-from gguflora.architectures import can_untie, unknown_warning, with_biases
-from gguflora.architectures.base_model import BaseModel, describe
-from gguflora.placement.rows import Scaled, Target, without_copies
+from gguflora.adapters.adapter import Adapter
 from gguflora.adapters.deltas import LowRank, Replace
+from gguflora.architectures import with_biases
+from gguflora.architectures.base_model import BaseModel, describe
+from gguflora.architectures.mapping import can_untie, unknown_warning
 from gguflora.errors import QuantizationError, UnsupportedAdapterError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Layout, Shape, TensorEntry, encode_entry
+from gguflora.merging.output_types import OutputTypes
+from gguflora.merging.rounding import Rounding
+from gguflora.merging.vocabulary import grown_vocabulary
+from gguflora.placement.copies import without_copies
 from gguflora.placement.place import (
     Placed,
     cautions,
     new_vocabulary,
     place,
 )
-from gguflora.merging.rounding import Rounding
-from gguflora.merging.vocabulary import grown_vocabulary
-
-
-@dataclass(frozen=True, slots=True)
-class OutputTypes:
-    """In which types changed tensors are written.
-
-    Attributes:
-        general: for all matrices; None keeps each tensor's own.
-        patterns: for tensors whose name matches, a glob of the whole name or a regular expression found in it; the
-            first that matches counts.
-    """
-
-    general: GgmlType | None = None
-    patterns: tuple[tuple[str, GgmlType], ...] = ()
-
-    @classmethod
-    def named(cls, outtype: str, patterns: Mapping[str, str]) -> OutputTypes:
-        """From the names that a user gives.
-
-        Raises:
-            QuantizationError: for an unknown type.
-        """
-        general = None if outtype == "keep" else kernels.type_named(outtype)
-        return cls(general, tuple((pattern, kernels.type_named(name)) for pattern, name in patterns.items()))
-
-    def of(self, name: str, source: TensorEntry, *, only_floats: bool) -> GgmlType:
-        """The type of a changed tensor; what a quantized file holds in F32, it holds so for a reason."""
-        for pattern, kind in self.patterns:
-            if _matches(pattern, name):
-                return kind
-        stays = len(source.shape) < 2 or (source.type.name == "F32" and not only_floats) or name.endswith(_PRECISE)
-        return source.type if self.general is None or stays else self.general
-
-    def unused(self, names: Sequence[str]) -> list[str]:
-        """Patterns that match none of the names."""
-        return [pattern for pattern, _ in self.patterns if not any(_matches(pattern, name) for name in names)]
-
+from gguflora.placement.target import Scaled, Target
+from gguflora.quants.types import TYPES, type_named
 
 MERGED_NAMES: Final = "gguflora.merged.names"
-_PRECISE: Final = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d.weight")
-
-
-def _matches(pattern: str, name: str) -> bool:
-    if fnmatch.fnmatchcase(name, pattern):
-        return True
-    try:
-        return re.search(pattern, name) is not None
-    except re.error:
-        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +41,14 @@ class Plan:
     warnings: tuple[str, ...]
 
 
+_AS_BASE: Final = OutputTypes()
+
+
 def make_plan(
     file: GgufFile,
     sources: Sequence[tuple[Adapter, float]],
     rounding: Rounding,
-    types: OutputTypes = OutputTypes(),
+    types: OutputTypes = _AS_BASE,
     *,
     anew: bool = False,
 ) -> Plan:
@@ -165,7 +121,7 @@ def _vocabulary_of(file: GgufFile, changes: Mapping[str, Sequence[Scaled]]) -> i
 
 def _absent(name: str, shape: Shape) -> TensorEntry:
     """A bias that the base does not have: zeros that take no room."""
-    return TensorEntry(name, shape, kernels.type_named("F32"), 0, 0)
+    return TensorEntry(name, shape, type_named("F32"), 0, 0)
 
 
 def _is_nothing(item: Placed) -> bool:
@@ -200,7 +156,7 @@ def _same(one: Scaled, other: Scaled) -> bool:
 def _check_type(file: GgufFile, target: Target, rounding: Rounding, *, anew: bool) -> None:
     source, kind = target.source, target.type
     where = f"{file.path}: tensor {source.name!r}"
-    if source.type.id not in kernels.TYPES:
+    if source.type.id not in TYPES:
         raise QuantizationError(f"{where} is {source.type.name}, which cannot be quantized again")
     if source.n_in % kind.block_weights:
         raise QuantizationError(

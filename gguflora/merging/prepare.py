@@ -12,23 +12,19 @@ from typing import Any, Final, TypedDict, get_args
 
 import numpy as np
 
-from gguflora.quants.kernels import SUMS
-from gguflora.adapters import Adapter, read_adapter
+from gguflora.adapters.adapter import Adapter, read_adapter
 from gguflora.architectures.base_model import describe
-from gguflora.placement.rows import Weights
 from gguflora.errors import AdapterError, QuantizationError
 from gguflora.files.gguf import GgufFile
 from gguflora.merging.high_precision import HighPrecisionBase
 from gguflora.merging.imatrix import read_imatrix
-from gguflora.merging.plan import (
-    OutputTypes,
-    Plan,
-    make_plan,
-    merges_of,
-)
-from gguflora.merging.report import MergeReport, TensorReport, warnings_of
+from gguflora.merging.output_types import OutputTypes
 from gguflora.merging.patch import Merged
+from gguflora.merging.plan import Plan, make_plan, merges_of
+from gguflora.merging.report import MergeReport, TensorReport, warnings_of
 from gguflora.merging.rounding import Mode, Rounding, Sums
+from gguflora.placement.base_weights import Weights
+from gguflora.quants.kernels import SUMS
 
 AdapterPath = str | os.PathLike[str]
 AdapterArgument = AdapterPath | Sequence[AdapterPath | tuple[AdapterPath, float]]

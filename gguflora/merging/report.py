@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from gguflora.quants.kernels import SUMS, type_named
 from gguflora.merging.rounding import Mode, Sums
+from gguflora.quants.kernels import SUMS
+from gguflora.quants.types import type_named
 
 TOLERANCE: Final = 0.03
 MIN_SNR_DB: Final = -20.0
@@ -46,7 +47,7 @@ class TensorReport:
 
     @classmethod
     def of(cls, name: str, type: str, weights: int, sums: Sums) -> TensorReport:
-        """From the sums that the kernels make, see `gguflora._native.SUMS`."""
+        """From the sums that the kernels make, see `gguflora.quants.kernels.SUMS`."""
         weight2, delta2, moved, error2, clipped = (float(sums[SUMS.index(key)]) for key in SUMS)
         if not delta2:
             return cls(name, type, weights, clipped=clipped / weights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -10,83 +9,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Final, Protocol
+from typing import Final
 
 import numpy as np
 
-from gguflora.quants.kernels import SUMS
-from gguflora.placement.rows import (
-    AnyRows,
-    Bytes,
-    Target,
-    Weights,
-    WholeWeights,
-    split_rows,
-)
 from gguflora.errors import NonFiniteError
-from gguflora.files.gguf import GgufFile, Layout
+from gguflora.files.gguf import Layout
 from gguflora.merging.rounding import Rounding, RowsRounder, Sums
+from gguflora.merging.sinks import Block, Progress, Sink
+from gguflora.placement.base_weights import Weights, WholeWeights
+from gguflora.placement.rows import AnyRows, split_rows
+from gguflora.placement.target import Target
+from gguflora.quants.kernels import SUMS
 
-Progress = Callable[[int, int], None]
 Task = Callable[[], int]
 
 BLOCK_WEIGHTS: Final = 1 << 20
 """Weights of one task: enough to make Python's share of the time small, and a few megabytes of rows."""
 COPY_BYTES: Final = 64 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Some rows of a changed tensor.
-
-    Attributes:
-        target: the tensor.
-        first: number of the first row.
-        old: the base's bytes of the rows, as far as it has them.
-        new: bytes of the output.
-    """
-
-    target: Target
-    first: int
-    old: Bytes
-    new: Bytes
-
-
-class Sink(Protocol):
-    """Where the output goes; called from several threads."""
-
-    def put(self, block: Block) -> None:
-        """Take new rows of a changed tensor."""
-
-    def copy(self, first: int, last: int, to: int) -> None:
-        """Take a range of the base's bytes."""
-
-
-class FileSink:
-    """A GGUF file, or the files of a split model."""
-
-    def __init__(self, outputs: Sequence[IO[bytes]], base: GgufFile, layout: Layout) -> None:
-        self._handles, self._base, self._layout = [output.fileno() for output in outputs], base, layout
-        for handle, part in zip(self._handles, layout.parts, strict=True):
-            os.truncate(handle, part.size)
-            _write_at(handle, part.header, 0)
-
-    def put(self, block: Block) -> None:
-        """Write rows to their place."""
-        index, offset = self._layout.locate(self._layout.offsets[block.target.name])
-        _write_at(self._handles[index], block.new.data, offset + block.first * block.new.shape[1])
-
-    def copy(self, first: int, last: int, to: int) -> None:
-        """Copy bytes of the base, in the kernel."""
-        index, offset = self._layout.locate(to)
-        self._base.copy(first, last, self._handles[index], offset)
-
-
-def _write_at(handle: int, content: bytes | memoryview, offset: int) -> None:
-    view = memoryview(content).cast("B")
-    while view:
-        count = os.pwrite(handle, view, offset)
-        view, offset = view[count:], offset + count
 
 
 class Rewriter:

@@ -29,19 +29,14 @@ from typing import IO, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora.quants import kernels
-from gguflora.placement.rows import (
-    AnyRows,
-    Bytes,
-    Floats,
-    LowRankRows,
-    Target,
-    Weights,
-    read_or_zeros,
-)
-from gguflora.adapters.deltas import Values
 from gguflora.errors import QuantizationError
 from gguflora.merging.imatrix import importance_of
+from gguflora.placement.base_weights import Weights, read_or_zeros
+from gguflora.placement.rows import AnyRows, LowRankRows
+from gguflora.placement.target import Target
+from gguflora.quants import kernels
+from gguflora.quants.arrays import Bytes, Float32Array, Float64Array
+from gguflora.quants.types import type_named
 
 _LEAST_REACHED: Final = 0.01
 
@@ -63,14 +58,14 @@ class Rounding:
     mode: Mode = "adaptive"
     seed: int = 0
     merges: int = 0
-    imatrix: Mapping[str, Floats] = field(default_factory=dict)
+    imatrix: Mapping[str, Float32Array] = field(default_factory=dict)
 
     def key(self, name: str) -> int:
         """64 bits from which a tensor's random numbers are made."""
         text = f"{self.seed}:{self.merges}:{name}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
-    def importance(self, target: Target, first_row: int) -> Floats | None:
+    def importance(self, target: Target, first_row: int) -> Float32Array | None:
         """Importance of the columns in a row of a tensor, if it is known.
 
         Raises:
@@ -79,7 +74,7 @@ class Rounding:
         values = importance_of(self.imatrix, target.name, target.source.shape)
         if values is None:
             return None
-        row: Floats = values[0 if len(values) == 1 else first_row // target.shape[-2]]
+        row: Float32Array = values[0 if len(values) == 1 else first_row // target.shape[-2]]
         return row
 
     def period(self, target: Target) -> int | None:
@@ -197,7 +192,7 @@ class RowsRounder:
         sums[touched], new[touched] = self._to_nearest(stored[touched], delta[touched], wanted[touched])
         return new
 
-    def _to_nearest(self, stored: Values, delta: Values, wanted: Floats) -> tuple[Sums, Bytes]:
+    def _to_nearest(self, stored: Float64Array, delta: Float64Array, wanted: Float32Array) -> tuple[Sums, Bytes]:
         new = self._empty(len(wanted))
         nothing = kernels.Product(np.zeros((0, wanted.shape[1]), np.float32), np.zeros((len(wanted), 0), np.float32))
         source = np.ascontiguousarray(wanted).view(np.uint8)
@@ -209,10 +204,10 @@ class RowsRounder:
         return np.stack([(stored**2).sum(axis=1), (delta**2).sum(axis=1), moved, error, clipped], axis=1), new
 
 
-_FLOAT = kernels.type_named("F32")
+_FLOAT = type_named("F32")
 
 
-def _single(delta: kernels.Product | Values) -> kernels.Delta:
+def _single(delta: kernels.Product | Float64Array) -> kernels.Delta:
     return delta if isinstance(delta, kernels.Product) else np.ascontiguousarray(delta, np.float32)
 
 

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from gguflora.files import remote
 from gguflora._version import __version__
 from gguflora.errors import ClusterError, GgufloraError, RecipeError
+from gguflora.files import remote
 
 if not importlib.util.find_spec("distributed"):
     raise RecipeError("--scheduler needs Dask: pip install 'gguflora[distributed]'")
@@ -24,8 +24,8 @@ from distributed import CancelledError, Client, Future
 from distributed.scheduler import KilledWorker
 
 from gguflora.pipeline import dask_worker
-from gguflora.pipeline.plan import Location
 from gguflora.pipeline.local_workers import Answer, Request
+from gguflora.pipeline.plan import Location
 
 _LOG = logging.getLogger("gguflora.pipeline")
 _TIMEOUT: Final = 10

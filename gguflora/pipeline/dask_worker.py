@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from distributed import Status, get_worker
 
-from gguflora.files import remote
 from gguflora._version import __version__
 from gguflora.errors import ClusterError
+from gguflora.files import remote
 from gguflora.pipeline.local_workers import Answer, Request, Workers
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Final, NoReturn
 
-from gguflora.files import remote
 from gguflora.errors import GgufloraError
+from gguflora.files import remote
 from gguflora.pipeline.state import write_json
 
 _MODULES: Final = {

@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from gguflora.files import remote
 from gguflora.errors import GgufloraError, OutputError
+from gguflora.files import remote
 from gguflora.pipeline.plan import STATE, Location
 
 _LOG = logging.getLogger("gguflora.pipeline")

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from gguflora.files import remote
 from gguflora.errors import RecipeError, RemoteError
+from gguflora.files import remote
 from gguflora.files.shard_names import PART_NAME, part_names, part_paths
 from gguflora.pipeline.recipe import Merge, RecipeFile, Step, validated
 

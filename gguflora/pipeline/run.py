@@ -15,12 +15,12 @@ from typing import Any
 from gguflora.errors import GgufloraError, OutputError, RecipeError, RemoteError
 from gguflora.pipeline.checks import failed_checks
 from gguflora.pipeline.html import write_html
+from gguflora.pipeline.local_workers import Engine, Request, Workers
 from gguflora.pipeline.lock import locked
 from gguflora.pipeline.plan import Job, Location, Plan, identity, located, plan_jobs
 from gguflora.pipeline.recipe import Merge, RecipeFile, read_recipe
 from gguflora.pipeline.results import PipelineReport, Status, StepResult, pack
 from gguflora.pipeline.state import Keys, Records, discard, discard_parts, inside, part_places, write_json
-from gguflora.pipeline.local_workers import Engine, Request, Workers
 
 _LOG = logging.getLogger("gguflora.pipeline")
 

@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from gguflora.files import remote
 from gguflora._version import __version__
+from gguflora.files import remote
 from gguflora.files.atomic import atomic_output
 from gguflora.files.shard_names import part_names
 from gguflora.pipeline.plan import STATE, Job, Location, identity

@@ -9,10 +9,12 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.adapters import Adapter
+from gguflora.adapters.adapter import Adapter
+from gguflora.adapters.deltas import Change, Formula, LowRank, Replace, ReplaceRows, Unsized, as_float64, equal
 from gguflora.adapters.peft.pooler import is_left_out
-from gguflora.architectures import (
-    Piece,
+from gguflora.architectures import Piece
+from gguflora.architectures.base_model import BaseModel, flat_shape
+from gguflora.architectures.mapping import (
     check_known,
     cut_positions,
     decay_of,
@@ -22,20 +24,9 @@ from gguflora.architectures import (
     pieces_of,
 )
 from gguflora.architectures.modules import linear_modules
-from gguflora.architectures.base_model import BaseModel
-from gguflora.adapters.deltas import (
-    Change,
-    Formula,
-    LowRank,
-    Replace,
-    ReplaceRows,
-    Unsized,
-    Values,
-    as_float64,
-    equal,
-)
 from gguflora.errors import ArchitectureError, MismatchError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
+from gguflora.quants.arrays import Float64Array
 
 FLOATS: Final = {"F32", "F16", "BF16", "F64"}
 """Types that hold weights as they were trained."""
@@ -74,19 +65,19 @@ class Placed:
         """Whether `delta` can be had row by row; else `take` it from the change of the whole weight."""
         return not (self.change.whole or self.piece.transposed or self.piece.columns is not None)
 
-    def delta(self, stored: Values, first: int) -> Values:
+    def delta(self, stored: Float64Array, first: int) -> Float64Array:
         """The change of some of the piece's rows, given their values and which row of the piece they begin with."""
         numbers = np.arange(first, first + len(stored))
         rows = numbers if self.piece.rows is None else self.piece.rows[numbers]
         return self.change.delta(stored - self.piece.shift, rows)
 
-    def take(self, weight: Values) -> Values:
+    def take(self, weight: Float64Array) -> Float64Array:
         """This piece of an array that has the shape of the Hugging Face weight, as GGUF stores it."""
         part = weight if self.piece.rows is None else weight[self.piece.rows]
         part = part if self.piece.columns is None else part[:, self.piece.columns]
         return part.T if self.piece.transposed else part
 
-    def put(self, stored: Values, weight: Values) -> None:
+    def put(self, stored: Float64Array, weight: Float64Array) -> None:
         """The inverse of `take` for values: write the stored piece to where it belongs in the Hugging Face weight."""
         part = (stored.T if self.piece.transposed else stored) - self.piece.shift
         rows = np.arange(part.shape[0]) if self.piece.rows is None else self.piece.rows
@@ -351,8 +342,3 @@ def _check_fits(what: str, base: BaseModel, item: Placed, vocabulary: int) -> No
             f"{what} changes a weight of shape {item.change.shape}, but {tensor!r} of {base.path} is {shape}; "
             "is it the right base?"
         )
-
-
-def flat_shape(shape: Shape) -> tuple[int, int]:
-    """Rows and columns of a tensor with its leading dimensions flattened; a vector is one column."""
-    return (shape[0], 1) if len(shape) == 1 else (int(np.prod(shape[:-1])), shape[-1])

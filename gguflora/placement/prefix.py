@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gguflora.adapters.soft_prompt import SoftPrompt, read_soft_prompt
-from gguflora.architectures import KNOWN, key_order
+from gguflora.architectures import KNOWN
 from gguflora.architectures.base_model import BaseModel
+from gguflora.architectures.mapping import key_order
 from gguflora.errors import MismatchError, UnsupportedAdapterError
 from gguflora.files.gguf import TOKEN_EMBEDDING
-
-Values = NDArray[np.float32]
+from gguflora.quants.arrays import Float32Array
 
 _SCALED_AGAIN: Final = frozenset({"gemma", "gemma2"})
 """Whose graph multiplies embeddings given as numbers by sqrt(n_embd), which in transformers only the lookup does."""
@@ -50,9 +49,9 @@ class Prefix:
 
     sha256: str
     n_tokens: int
-    embeddings: Values | None
-    keys: tuple[Values, ...] = ()
-    values: tuple[Values, ...] = ()
+    embeddings: Float32Array | None
+    keys: tuple[Float32Array, ...] = ()
+    values: tuple[Float32Array, ...] = ()
 
 
 def read_prefix(path: Path, base: BaseModel, task: int | None = None) -> Prefix:

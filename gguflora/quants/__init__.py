@@ -7,15 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora.quants.kernels import (
-    TYPES,
-    GgmlType,
-    dequantize_rows,
-    quantize_rows,
-    run_rows,
-    type_named,
-)
 from gguflora.errors import NonFiniteError, QuantizationError
+from gguflora.quants.kernels import dequantize_rows, quantize_rows
+from gguflora.quants.threads import run_rows
+from gguflora.quants.types import TYPES, GgmlType, type_named
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType

@@ -2,122 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora._gguflora import ffi, lib
 from gguflora.errors import NativeError, NonFiniteError, QuantizationError
-
-Floats = NDArray[np.float32]
-Bytes = NDArray[np.uint8]
+from gguflora.quants._lib import _choose, ffi, lib
+from gguflora.quants.arrays import Bytes, Float32Array
+from gguflora.quants.types import GgmlType
 
 _NOT_FINITE, _OVERFLOWS, _UNKNOWN, _NO_MEMORY = 1, 2, 3, 4
 
 
-@dataclass(frozen=True)
-class GgmlType:
-    """A quant type: ggml's number and name for it, the size of its blocks, and what kernels need or can do.
-
-    Attributes:
-        id: ggml's number.
-        name: ggml's name.
-        block_weights: weights per block.
-        block_bytes: bytes per block.
-        needs_imatrix: whether ggml refuses to quantize without an importance matrix.
-        dithers: whether `fit_grids` and `dither_rows` know the type.
-    """
-
-    id: int
-    name: str
-    block_weights: int
-    block_bytes: int
-    needs_imatrix: bool = False
-    dithers: bool = False
-
-    @property
-    def quantizes(self) -> bool:
-        """Whether weights can be quantized to this type without an importance matrix."""
-        return not self.needs_imatrix
-
-    def row_bytes(self, n_in: int) -> int:
-        """Bytes of a row of ``n_in`` weights.
-
-        Raises:
-            QuantizationError: ``n_in`` is not a whole number of blocks.
-        """
-        if n_in % self.block_weights:
-            raise QuantizationError(
-                f"rows of {n_in} weights cannot be stored as {self.name}: must be a multiple of {self.block_weights}"
-            )
-        return n_in // self.block_weights * self.block_bytes
-
-
-def _read_types() -> dict[int, GgmlType]:
-    rows = (lib.gfl_type_at(index) for index in range(lib.gfl_type_count()))
-    return {
-        t.id: GgmlType(
-            t.id, ffi.string(t.name).decode(), t.block_weights, t.block_bytes, bool(t.needs_imatrix), bool(t.dithers)
-        )
-        for t in rows
-    }
-
-
-TYPES: dict[int, GgmlType] = _read_types()
-
-
-def type_named(name: str) -> GgmlType:
-    """The type ggml calls ``name`` (``Q4_K``; case does not matter).
-
-    Raises:
-        QuantizationError: gguflora has no such type.
-    """
-    for known in TYPES.values():
-        if known.name == name.upper():
-            return known
-    raise QuantizationError(f"unknown quant type {name!r}; known are {', '.join(t.name for t in TYPES.values())}")
-
-
-def isa_names() -> list[str]:
-    """Names of the instruction sets this machine can run, slowest first."""
-    return [_isa_name(isa) for isa in range(lib.gfl_isa_count()) if lib.gfl_isa_available(isa)]
-
-
-def _isa_name(isa: int) -> str:
-    name: str = ffi.string(lib.gfl_isa_name(isa)).decode()
-    return name
-
-
-def current_isa() -> str:
-    """The instruction set in use: ``GGUFLORA_ISA`` if that is set, else the fastest this machine has.
-
-    Raises:
-        NativeError: ``GGUFLORA_ISA`` names no instruction set of this machine.
-    """
-    return _isa_name(_isa_number(os.environ.get("GGUFLORA_ISA") or isa_names()[-1]))
-
-
-@cache
-def _isa_number(name: str) -> int:
-    for isa in range(lib.gfl_isa_count()):
-        if _isa_name(isa) == name and lib.gfl_isa_available(isa):
-            return isa
-    raise NativeError(f"instruction set {name!r} is not available here; GGUFLORA_ISA may be {', '.join(isa_names())}")
-
-
-def _choose(isa: str | None) -> int:
-    return _isa_number(isa or current_isa())
-
-
 def quantize_rows(
-    x: Floats, type: GgmlType, out: Bytes, *, imatrix: Floats | None = None, isa: str | None = None
+    x: Float32Array, type: GgmlType, out: Bytes, *, imatrix: Float32Array | None = None, isa: str | None = None
 ) -> None:
     """Quantize rows exactly as ggml does, on the calling thread, without the GIL.
 
@@ -140,7 +40,7 @@ def quantize_rows(
     )
 
 
-def dequantize_rows(src: Bytes, type: GgmlType, out: Floats, *, isa: str | None = None) -> None:
+def dequantize_rows(src: Bytes, type: GgmlType, out: Float32Array, *, isa: str | None = None) -> None:
     """The floats ggml reads from quantized rows.
 
     Args:
@@ -169,11 +69,11 @@ class Product:
         b: (n_rows, rank), factors folded in.
     """
 
-    a: Floats
-    b: Floats
+    a: Float32Array
+    b: Float32Array
 
 
-Delta = Product | Floats
+Delta = Product | Float32Array
 """A change of rows: a product, or itself, (n_rows, n_in)."""
 
 SUMS: Final = ("weight2", "delta2", "moved", "error2", "clipped")
@@ -190,7 +90,7 @@ def merge_rows(
     dst_type: GgmlType,
     delta: Delta,
     *,
-    imatrix: Floats | None = None,
+    imatrix: Float32Array | None = None,
     isa: str | None = None,
 ) -> NDArray[np.float64]:
     """``dst = quantize(dequantize(src) + delta)`` in groups of rows that stay in the cache, as ggml rounds.
@@ -240,7 +140,7 @@ def fit_grids(
     dst: Bytes,
     delta: Delta,
     *,
-    imatrix: Floats | None = None,
+    imatrix: Float32Array | None = None,
     isa: str | None = None,
 ) -> tuple[NDArray[np.float64], int]:
     """First pass of adaptive dither: choose the grid of each block.
@@ -341,40 +241,6 @@ def dither_rows(
     return sums
 
 
-def run_rows(n_rows: int, block_rows: int, work: Callable[[int, int], None], threads: int | None) -> None:
-    """Call ``work(start, stop)`` for ranges of at most ``block_rows`` rows on ``threads`` threads (default: all CPUs).
-
-    After the first error no new range is begun; that error is raised once running ranges have ended.
-    """
-    ranges = [(start, min(start + block_rows, n_rows)) for start in range(0, n_rows, block_rows)]
-    count = min(threads or len(os.sched_getaffinity(0)), len(ranges))
-    if count <= 1:
-        for start, stop in ranges:
-            work(start, stop)
-        return
-    left, lock, stopped = iter(ranges), threading.Lock(), threading.Event()
-
-    def drain() -> None:
-        while not stopped.is_set():
-            with lock:
-                piece = next(left, None)
-            if piece is None:
-                return
-            try:
-                work(*piece)
-            except BaseException:
-                stopped.set()
-                raise
-
-    with ThreadPoolExecutor(count) as pool:
-        futures = [pool.submit(drain) for _ in range(count)]
-        try:
-            for future in futures:
-                future.result()
-        finally:  # an interrupt of the waiting thread, too
-            stopped.set()
-
-
 def _raise_for(result: Any, type: GgmlType) -> None:  # noqa: ANN401  (a cffi struct)
     if result.status == 0:
         return
@@ -421,7 +287,7 @@ def _delta_shape(delta: Delta) -> tuple[int, int]:
     return n_rows, n_in
 
 
-def _importance(type: GgmlType, imatrix: Floats | None, n_in: int) -> Any:  # noqa: ANN401  (cffi pointers)
+def _importance(type: GgmlType, imatrix: Float32Array | None, n_in: int) -> Any:  # noqa: ANN401  (cffi pointers)
     if imatrix is None:
         if type.needs_imatrix:
             raise QuantizationError(f"{type.name} cannot be quantized without an importance matrix (imatrix)")
@@ -443,11 +309,11 @@ def _delta(delta: Delta) -> Any:  # noqa: ANN401
     return ffi.new("gfl_delta *", (ffi.NULL, ffi.NULL, 0, _floats(delta)))
 
 
-def _floats(array: Floats) -> Any:  # noqa: ANN401  (cffi pointers)
+def _floats(array: Float32Array) -> Any:  # noqa: ANN401  (cffi pointers)
     return ffi.from_buffer("float[]", array)
 
 
-def _floats_out(array: Floats) -> Any:  # noqa: ANN401
+def _floats_out(array: Float32Array) -> Any:  # noqa: ANN401
     return ffi.from_buffer("float[]", array, require_writable=True)
 
 

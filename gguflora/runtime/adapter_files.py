@@ -14,8 +14,8 @@ from typing import Final
 
 from gguflora._version import __version__
 from gguflora.architectures.base_model import BaseModel
-from gguflora.lora.convert import convert
 from gguflora.errors import HotSwapError
+from gguflora.lora.convert import convert
 from gguflora.lora.preflight import check_loadable
 
 _TIMES_THE_BASE: Final = 32

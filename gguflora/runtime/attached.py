@@ -28,15 +28,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gguflora.adapters.soft_prompt import is_soft_prompt
-from gguflora.architectures.base_model import BaseModel
+from gguflora.architectures.base_model import BaseModel, read_whole_base
 from gguflora.errors import GgufloraError, HotSwapError
-from gguflora.placement.prefix import read_prefix
-from gguflora.lora.preflight import check_loadable, read_whole_base
 from gguflora.files.remote import local_inputs
+from gguflora.lora.preflight import check_loadable
+from gguflora.placement.prefix import read_prefix
+from gguflora.runtime.adapter_set import AdapterSet, describe
 
 if TYPE_CHECKING:
+    from gguflora.runtime.adapter_set import AdapterSet, describe
     from gguflora.runtime.bindings import LoadedAdapter
-    from gguflora.runtime.guarded_llama import AdapterSet
 
 _CHUNK_BYTES = 1 << 20
 
@@ -65,7 +66,7 @@ def attach(llm: Any) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only w
         return Adapters(llm, before)
     open_file = partial(_as_gguf, base=llm.model_path)
     fused = FusedAdapters(llm.model, llm.metadata.get("general.architecture", ""), open_file)
-    adapters = guarded_llama.AdapterSet(llm._ctx, llm._model, fused)
+    adapters = AdapterSet(llm._ctx, llm._model, fused)
     _adopt(llm, adapters, active=before is None)
     guarded_llama.guard(llm, adapters)
     return Adapters(llm, adapters)
@@ -237,8 +238,6 @@ class Adapters:
         self.close()
 
     def __repr__(self) -> str:
-        from gguflora.runtime.guarded_llama import describe  # noqa: PLC0415
-
         state = (
             "closed"
             if self._set.closed

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.errors import HotSwapError, UnsupportedAdapterError
-from gguflora.runtime.kv_cache import fill_state
 from gguflora.placement.prefix import Prefix
+from gguflora.runtime.kv_cache import fill_state
 
 Pointer: TypeAlias = Any
 """A ``llama_adapter_lora *`` of ctypes; llama_cpp has no types."""

@@ -6,31 +6,19 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
-
-from gguflora import quants
-from gguflora.adapters.gguf_lora import ALPHA_KEY
 from gguflora.errors import GgufloraError, HotSwapError
-from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, TensorEntry
+from gguflora.lora.fuse import fuse, memory_file
 from gguflora.runtime.bindings import (
     Pointer,
     free_lora,
     load_lora,
     set_loras,
-)
-from gguflora.lora.gguf_writer import (
-    LoraHeader,
-    Stored,
-    exact_type,
-    write_lora,
 )
 
 SEPARATE: Final = 4
@@ -52,7 +40,6 @@ FIXED_GRAPH: Final = frozenset(
 _KEPT: Final = 4
 """Fused adapters stay loaded for so many sets, those used last."""
 
-Values: TypeAlias = NDArray[np.float32]
 Key: TypeAlias = tuple[tuple[str, float], ...]
 """SHA-256 and scale of each adapter of a set."""
 
@@ -65,45 +52,6 @@ class Part:
     path: Path
     sha256: str
     scale: float
-
-
-def fuse(adapters: Sequence[tuple[Path, float]], out: Path) -> None:
-    """Write the sum of GGUF LoRA files, each times its scale, as one GGUF LoRA file.
-
-    Factors are stored as F16 where they were and still are exact, else as F32.
-
-    Raises:
-        GgufError: if a file is damaged.
-    """
-    a: dict[str, list[Values]] = {}
-    b: dict[str, list[Values]] = {}
-    floats: set[str] = set()
-    for path, scale in adapters:
-        with GgufFile(path) as file:
-            architecture, alpha = file.architecture, float(file.metadata.get(ALPHA_KEY, 0.0))
-            for name in dict.fromkeys(name.rpartition(".")[0] for name in file.tensors):
-                first, second = (file.tensors[f"{name}.lora_{side}"] for side in "ab")
-                values = _values(file, second)
-                factor = scale * (alpha / values.shape[-1] if alpha else 1.0)
-                a.setdefault(name, []).append(_values(file, first))
-                b.setdefault(name, []).append(values * np.float32(factor))
-                floats |= {name for tensor in (first, second) if tensor.type.name != "F16"}
-    stored = []
-    for name, parts in a.items():
-        may_halve = name not in floats
-        rows = np.concatenate(parts, axis=-1 if name == TOKEN_EMBEDDING else -2)
-        stored.append(_stored(f"{name}.lora_a", rows, may_halve=may_halve))
-        stored.append(_stored(f"{name}.lora_b", np.concatenate(b[name], axis=-1), may_halve=may_halve))
-    write_lora(out, LoraHeader("fused", architecture, 0.0, {"source": f"{len(adapters)} adapters"}), stored)
-
-
-def _values(file: GgufFile, tensor: TensorEntry) -> Values:
-    return quants.dequantize(file.read_rows(tensor, 0, tensor.n_rows), tensor.type.id).reshape(tensor.shape)
-
-
-def _stored(name: str, values: Values, *, may_halve: bool) -> Stored:
-    kind = exact_type(values) if may_halve else "F32"
-    return Stored(name, kind, quants.quantize(values, kind).view(np.uint8))
 
 
 class FusedAdapters:
@@ -178,13 +126,3 @@ class FusedAdapters:
                         raise HotSwapError(f"{part.path}: has changed since it was loaded; unload it and load it again")
             fuse(files, target)
             return load_lora(self._model, target)
-
-
-@contextmanager
-def memory_file(name: str) -> Iterator[Path]:
-    """A file in memory, by a path that holds in this process; gone afterwards."""
-    descriptor = os.memfd_create(name)
-    try:
-        yield Path(f"/proc/self/fd/{descriptor}")
-    finally:
-        os.close(descriptor)

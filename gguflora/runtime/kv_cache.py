@@ -15,7 +15,8 @@ from typing import Any, Final
 
 from gguflora import quants
 from gguflora.errors import UnsupportedAdapterError
-from gguflora.placement.prefix import Prefix, Values
+from gguflora.placement.prefix import Prefix
+from gguflora.quants.arrays import Float32Array
 
 _FLOATS: Final[dict[int, int]] = {0: 4, 1: 2, 30: 2}
 """Size by ``enum ggml_type``: F32, F16, BF16. Quantized caches are rotated, too, and cannot be written."""
@@ -112,7 +113,7 @@ def _position(mould: _Mould, n_tokens: int) -> int:
     return int(position)
 
 
-def _put(mould: _Mould, kind: int, rows: Values, row_bytes: int) -> None:
+def _put(mould: _Mould, kind: int, rows: Float32Array, row_bytes: int) -> None:
     if kind not in _FLOATS:
         raise _Layout(f"its numbers are quantized (ggml type {kind}); open the model with type_k and type_v F16 or F32")
     if row_bytes != rows.shape[1] * _FLOATS[kind]:

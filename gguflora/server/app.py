@@ -15,8 +15,8 @@ from gguflora.errors import GgufloraError
 from gguflora.server import adapters, completions
 from gguflora.server.adapter_stats import Changes
 from gguflora.server.errors import answer_failure
-from gguflora.server.middleware import Gates
 from gguflora.server.metrics import CONTENT_TYPE, Metrics, Timed
+from gguflora.server.middleware import Gates
 from gguflora.server.service import Service, service_of
 from gguflora.server.settings import Settings
 

@@ -16,6 +16,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 
 from gguflora import engine
+from gguflora.server.errors import as_event, failure_of
 from gguflora.server.openai_format import (
     ChatForm,
     Choice,
@@ -24,7 +25,6 @@ from gguflora.server.openai_format import (
     timings,
     usage,
 )
-from gguflora.server.errors import as_event, failure_of
 from gguflora.server.prompts import chat_requests, text_requests
 from gguflora.server.schemas import ChatBody, CompletionBody, GenerationBody
 from gguflora.server.service import BASE_MODEL, Service, service_of

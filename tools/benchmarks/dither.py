@@ -23,7 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from gguflora.quants import kernels
-from gguflora.quants.kernels import TYPES, GgmlType, Product
+from gguflora.quants._lib import isa_names
+from gguflora.quants.kernels import Product
+from gguflora.quants.types import TYPES, GgmlType, type_named
 
 N_ROWS, RANK, MORE_RANKS = 64, 16, 128
 TASKS = ("merge_rows", "fit_grids", "dither_rows", "fit + dither")
@@ -73,7 +75,7 @@ def _medians(
 
 
 def _gflops(isas: list[str], repeats: int, seconds: float) -> dict[str, float]:
-    f32, x = kernels.type_named("F32"), _weights(N_ROWS).view(np.uint8)
+    f32, x = type_named("F32"), _weights(N_ROWS).view(np.uint8)
     out = np.empty_like(x)
     factors = [
         (np.ones((rank, N_IN), np.float32), np.ones((N_ROWS, rank), np.float32)) for rank in (16, 16 + MORE_RANKS)
@@ -98,8 +100,8 @@ def dither(
 ) -> None:
     """Add a change of rank 16 to quantized rows: to nearest, and both passes of the dither, on one core."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    kinds = [kernels.type_named(name) for name in types.split(",") if name] or [t for t in TYPES.values() if t.dithers]
-    isas = [name for name in isa.split(",") if name] or kernels.isa_names()
+    kinds = [type_named(name) for name in types.split(",") if name] or [t for t in TYPES.values() if t.dithers]
+    isas = [name for name in isa.split(",") if name] or isa_names()
     change, results = _change(relative), []
     table = Table(
         title=f"one core, millions of weights a second; a change of {relative:.1%} of the weights, rank {RANK}"

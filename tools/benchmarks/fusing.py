@@ -10,7 +10,7 @@ from pathlib import Path
 import llama_cpp
 from models import LLAMAS, adapter_files, base_file
 
-from gguflora.runtime.fused_adapters import fuse
+from gguflora.lora.fuse import fuse
 from gguflora.runtime.bindings import free_lora, load_lora, set_loras
 
 COUNTS = (1, 2, 4, 8, 16, 32)

@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gguflora.quants import kernels
-from gguflora.quants.kernels import TYPES, GgmlType
+from gguflora.quants._lib import isa_names
+from gguflora.quants.types import TYPES, GgmlType, type_named
 
 N_IN = 4096
 CACHED_ROWS = 16
@@ -117,7 +118,7 @@ def _table(results: list[dict[str, object]], isas: list[str]) -> Table:
     return table
 
 
-def kernels(
+def measure_kernels(
     types: Annotated[str, typer.Option(help="Types to measure, separated by commas; default all.")] = "",
     tasks: Annotated[str, typer.Option(help="Tasks, separated by commas; default all.")] = ",".join(TASKS),
     isa: Annotated[str, typer.Option(help="Instruction sets, separated by commas; default all of this machine.")] = "",
@@ -127,8 +128,8 @@ def kernels(
 ) -> None:
     """Quantize and dequantize: ggml and every instruction set in turns, on one core, bytes checked first."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    kinds = [kernels.type_named(name) for name in types.split(",") if name] or list(TYPES.values())
-    isas = [name for name in isa.split(",") if name] or kernels.isa_names()
+    kinds = [type_named(name) for name in types.split(",") if name] or list(TYPES.values())
+    isas = [name for name in isa.split(",") if name] or isa_names()
     results: list[dict[str, object]] = []
     for kind in kinds:
         for task in tasks.split(","):

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 
-from gguflora.adapters.deltas import Values
+from gguflora.quants.arrays import Float64Array
 
 
-def cayley(skew: Values) -> Values:
+def cayley(skew: Float64Array) -> Float64Array:
     """``(I - Q) (I + Q)^-1`` of skew-symmetric matrices Q, (blocks, b, b): orthogonal matrices."""
     unit = np.eye(skew.shape[-1])
     # X (I + Q) = I - Q, solved in its transposed form, where Q is -Q
-    rotation: Values = np.linalg.solve(unit - skew, unit + skew).astype(np.float64).swapaxes(-1, -2)
+    rotation: Float64Array = np.linalg.solve(unit - skew, unit + skew).astype(np.float64).swapaxes(-1, -2)
     return rotation
 
 
-def cayley_neumann(skew: Values, terms: int) -> Values:
+def cayley_neumann(skew: Float64Array, terms: int) -> Float64Array:
     """``cayley(-Q)`` by the first terms of its series: ``I + 2 Q + 2 Q^2 + ... + 2 Q^(terms - 2) + Q^(terms - 1)``.
 
     As in PEFT, two terms are ``I + 2 Q``, and three are four.
     """
-    rotation: Values = np.broadcast_to(np.eye(skew.shape[-1]), skew.shape).copy()
+    rotation: Float64Array = np.broadcast_to(np.eye(skew.shape[-1]), skew.shape).copy()
     last = max(terms, 4) - 1 if terms > 2 else terms - 1
     power = rotation.copy()
     for exponent in range(1, last + 1):
@@ -29,9 +29,9 @@ def cayley_neumann(skew: Values, terms: int) -> Values:
     return rotation
 
 
-def rotate_columns(w: Values, blocks: Values) -> Values:
+def rotate_columns(w: Float64Array, blocks: Float64Array) -> Float64Array:
     """``w @ R^T`` with the block-diagonal R of blocks (k, b, b); a single block stands for all."""
     size = blocks.shape[-1]
     parts = w.reshape(len(w), -1, size).swapaxes(0, 1)
-    rotated: Values = (parts @ blocks.swapaxes(-1, -2)).swapaxes(0, 1)
+    rotated: Float64Array = (parts @ blocks.swapaxes(-1, -2)).swapaxes(0, 1)
     return rotated.reshape(w.shape)

@@ -7,14 +7,10 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora.adapters.deltas import (
-    Formula,
-    Indices,
-    Values,
-    as_float64,
-)
+from gguflora.adapters.deltas import Formula, as_float64
 from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array, Indices
 
 
 def add_sparse(
@@ -35,7 +31,9 @@ def add_sparse(
     return Formula(shape, partial(_add, rows[order], columns[order], values[order]))
 
 
-def _add(sorted_rows: NDArray[np.int64], columns: NDArray[np.int64], values: Array, w: Values, rows: Indices) -> Values:
+def _add(
+    sorted_rows: NDArray[np.int64], columns: NDArray[np.int64], values: Array, w: Float64Array, rows: Indices
+) -> Float64Array:
     change = np.zeros_like(w)
     starts, ends = np.searchsorted(sorted_rows, rows), np.searchsorted(sorted_rows, rows, "right")
     counts = ends - starts

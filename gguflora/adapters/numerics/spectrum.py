@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.adapters.deltas import Values
+from gguflora.quants.arrays import Float64Array
 
 CAUTION: Final = (
     "the adapter refers to the SVD or QR factors of the base's weights, which are rebuilt from quantized ones: the "
@@ -14,16 +14,16 @@ CAUTION: Final = (
 )
 
 
-def largest(w: Values, count: int) -> Values:
+def largest(w: Float64Array, count: int) -> Float64Array:
     """The sum of the ``count`` largest singular triplets of a matrix."""
     u, s, v = np.linalg.svd(w, full_matrices=False)
-    top: Values = (u[:, :count] * s[:count]) @ v[:count]
+    top: Float64Array = (u[:, :count] * s[:count]) @ v[:count]
     return top
 
 
-def smallest(w: Values, count: int) -> Values:
+def smallest(w: Float64Array, count: int) -> Float64Array:
     """The sum of the ``count`` smallest singular triplets of a matrix (of min(n_out, n_in) in all)."""
     u, s, v = np.linalg.svd(w, full_matrices=False)
     keep = len(s) - count
-    rest: Values = (u[:, keep:] * s[keep:]) @ v[keep:]
+    rest: Float64Array = (u[:, keep:] * s[keep:]) @ v[keep:]
     return rest

@@ -14,9 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora.adapters.deltas import Indices
-
-Floats = NDArray[np.float32]
+from gguflora.quants.arrays import Float32Array, Indices
 
 _LARGE_PERMUTATION: Final = (2**32 - 1) // 20
 """From this length on, torch's `randperm` shuffles in another way, with 64-bit numbers."""
@@ -40,19 +38,19 @@ class TorchGenerator:
         high, low = self.random(2 * n).reshape(n, 2).T
         return (high << np.uint64(32)) | low
 
-    def uniform(self, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> Floats:
+    def uniform(self, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> Float32Array:
         """``torch.empty(shape).uniform_(low, high)``: 24 random bits a number."""
         unit = (self.random(math.prod(shape)) & np.uint64(0xFFFFFF)).astype(np.float64) * 2.0**-24
         start, width = np.float32(low), np.float32(high) - np.float32(low)
         # torch multiplies and adds with one rounding; in float64 the product is exact
         return (unit * np.float64(width) + np.float64(start)).astype(np.float32).reshape(shape)
 
-    def kaiming_uniform(self, shape: tuple[int, int]) -> Floats:
+    def kaiming_uniform(self, shape: tuple[int, int]) -> Float32Array:
         """``torch.nn.init.kaiming_uniform_``: within ``sqrt(6 / n_in)`` (https://arxiv.org/abs/1502.01852)."""
         bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
         return self.uniform(shape, -bound, bound)
 
-    def normal(self, shape: tuple[int, ...], mean: float = 0.0, std: float = 1.0) -> Floats:
+    def normal(self, shape: tuple[int, ...], mean: float = 0.0, std: float = 1.0) -> Float32Array:
         """``torch.normal(mean, std, shape)`` by the method of Box and Muller, in groups of 8 pairs if there are any."""
         size = math.prod(shape)
         if size < 16:
@@ -110,7 +108,7 @@ class TorchGenerator:
         return result
 
 
-def _box_muller(uniform: Floats) -> Floats:
+def _box_muller(uniform: Float32Array) -> Float32Array:
     pairs = uniform.reshape(-1, 2, 8)
     radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - pairs[:, 0]))
     angle = np.float32(2 * math.pi) * pairs[:, 1]

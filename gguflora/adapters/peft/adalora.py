@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from gguflora.adapters.deltas import Change, LowRank, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
-from gguflora.adapters.deltas import Change, LowRank, as_float64
 from gguflora.files.safetensors import Array
 
 

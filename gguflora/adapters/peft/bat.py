@@ -11,18 +11,12 @@ from functools import partial
 
 import numpy as np
 
+from gguflora.adapters.deltas import Change, Formula, Unsized, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
-from gguflora.adapters.deltas import (
-    Change,
-    Formula,
-    Indices,
-    Unsized,
-    Values,
-    as_float64,
-)
 from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array, Indices
 
 
 def read_bat(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change | Unsized]:
@@ -50,10 +44,10 @@ def _unsized(config: PeftConfig, module: str, blocks: Array) -> Unsized:
     return Unsized((blocks.shape[0] * blocks.shape[1], None), build)
 
 
-def _multiply(blocks: Array, w: Values, rows: Indices) -> Values:
+def _multiply(blocks: Array, w: Float64Array, rows: Indices) -> Float64Array:
     size = blocks.shape[1]
     # the product acts on a row's columns; what is added is the row of M that lies at its place in the block
     own = as_float64(blocks[rows // size])
     parts = w.reshape(len(w), -1, size)
-    change: Values = parts @ own + own[np.arange(len(w)), rows % size][:, None]
+    change: Float64Array = parts @ own + own[np.arange(len(w)), rows % size][:, None]
     return change.reshape(w.shape)

@@ -8,15 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
+from gguflora.adapters.deltas import Formula, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
-from gguflora.adapters.deltas import (
-    Formula,
-    Indices,
-    Values,
-    as_float64,
-)
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array, Indices
 
 
 def read_beft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Formula]:
@@ -29,5 +25,5 @@ def read_beft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, For
     return changes
 
 
-def _add(bias: Array, w: Values, rows: Indices) -> Values:
+def _add(bias: Array, w: Float64Array, rows: Indices) -> Float64Array:
     return as_float64(bias[rows])

@@ -14,17 +14,13 @@ from functools import lru_cache, partial
 
 import numpy as np
 
+from gguflora.adapters.deltas import Formula, as_float64
+from gguflora.adapters.numerics.rotation import cayley, rotate_columns
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
-from gguflora.adapters.numerics.rotation import cayley, rotate_columns
-from gguflora.adapters.deltas import (
-    Formula,
-    Indices,
-    Values,
-    as_float64,
-)
 from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array, Indices
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,7 +47,7 @@ def read_boft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, For
     return changes
 
 
-def _rotate(butterflies: _Butterflies, w: Values, rows: Indices) -> Values:
+def _rotate(butterflies: _Butterflies, w: Float64Array, rows: Indices) -> Float64Array:
     rotations = _rotations(butterflies)
     rotated = w
     for factor, blocks in enumerate(rotations):
@@ -62,7 +58,7 @@ def _rotate(butterflies: _Butterflies, w: Values, rows: Indices) -> Values:
 
 
 @lru_cache(maxsize=4)  # for the next rows of the same weight
-def _rotations(butterflies: _Butterflies) -> Values:
+def _rotations(butterflies: _Butterflies) -> Float64Array:
     x = as_float64(butterflies.blocks)
     return cayley((x - x.swapaxes(-1, -2)) / 2)
 

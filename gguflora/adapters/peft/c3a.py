@@ -11,15 +11,11 @@ from functools import partial
 
 import numpy as np
 
+from gguflora.adapters.deltas import Formula, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
-from gguflora.adapters.deltas import (
-    Formula,
-    Indices,
-    Values,
-    as_float64,
-)
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array, Indices
 
 
 def read_c3a(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Formula]:
@@ -33,9 +29,9 @@ def read_c3a(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Form
     return changes
 
 
-def _unroll(kernel: Array, w: Values, rows: Indices) -> Values:
+def _unroll(kernel: Array, w: Float64Array, rows: Indices) -> Float64Array:
     _, across, block = kernel.shape
     shifted = (np.arange(block) - rows[:, None]) % block
     values = as_float64(kernel[rows // block])
-    change: Values = np.take_along_axis(values, np.repeat(shifted[:, None], across, axis=1), axis=2) / w.shape[1]
+    change: Float64Array = np.take_along_axis(values, np.repeat(shifted[:, None], across, axis=1), axis=2) / w.shape[1]
     return change.reshape(w.shape)

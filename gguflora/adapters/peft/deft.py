@@ -12,15 +12,11 @@ from functools import partial
 
 import numpy as np
 
+from gguflora.adapters.deltas import Unsized, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
-from gguflora.adapters.deltas import (
-    Indices,
-    Unsized,
-    Values,
-    as_float64,
-)
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array, Indices
 
 
 def read_deft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
@@ -42,9 +38,11 @@ def read_deft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Uns
     return changes
 
 
-def _refill(p: Array, injected: Array | None, scale: float, orthonormal: bool, w: Values, rows: Indices) -> Values:
+def _refill(
+    p: Array, injected: Array | None, scale: float, orthonormal: bool, w: Float64Array, rows: Indices
+) -> Float64Array:
     q = np.linalg.qr(as_float64(p))[0] if orthonormal else as_float64(p)
     left = q if orthonormal else np.maximum(q, 0)
     removed = left.T @ w
-    change: Values = q @ (-removed if injected is None else scale * as_float64(injected) - removed)
+    change: Float64Array = q @ (-removed if injected is None else scale * as_float64(injected) - removed)
     return change

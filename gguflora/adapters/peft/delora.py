@@ -12,9 +12,9 @@ from typing import Final
 
 import numpy as np
 
+from gguflora.adapters.deltas import Change, LowRank, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
-from gguflora.adapters.deltas import Change, LowRank, as_float64
 from gguflora.files.safetensors import Array
 
 _PARTS: Final = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")

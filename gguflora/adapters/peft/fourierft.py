@@ -12,19 +12,13 @@ from functools import lru_cache, partial
 
 import numpy as np
 
+from gguflora.adapters.deltas import Change, Formula, Unsized, as_float64
+from gguflora.adapters.numerics.torch_rng import TorchGenerator
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
-from gguflora.adapters.numerics.torch_rng import TorchGenerator
-from gguflora.adapters.deltas import (
-    Change,
-    Formula,
-    Indices,
-    Unsized,
-    Values,
-    as_float64,
-)
 from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array, Indices
 
 
 def read_fourierft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
@@ -65,7 +59,9 @@ def _places(seed: int, shape: tuple[int, int], count: int) -> tuple[Indices, Ind
     return rows, columns
 
 
-def _transform(spectrum: Array, places: tuple[Indices, Indices], scaling: float, w: Values, rows: Indices) -> Values:
+def _transform(
+    spectrum: Array, places: tuple[Indices, Indices], scaling: float, w: Float64Array, rows: Indices
+) -> Float64Array:
     # the real part of the transform is the transform of the Hermitian part, of which half is enough
     n_out, n_in = w.shape
     half = np.zeros((n_out, n_in // 2 + 1))
@@ -74,5 +70,5 @@ def _transform(spectrum: Array, places: tuple[Indices, Indices], scaling: float,
         u, v = sign * places[0] % n_out, sign * places[1] % n_in
         kept = v <= n_in // 2
         np.add.at(half, (u[kept], v[kept]), values[kept])
-    change: Values = scaling * np.fft.irfft2(half, s=w.shape)
+    change: Float64Array = scaling * np.fft.irfft2(half, s=w.shape)
     return change

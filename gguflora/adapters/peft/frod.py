@@ -14,6 +14,7 @@ from typing import Final
 
 import numpy as np
 
+from gguflora.adapters.deltas import Unsized, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import (
     SHARED_PREFIX,
@@ -21,14 +22,9 @@ from gguflora.adapters.peft.keys import (
     expect,
     take,
 )
-from gguflora.adapters.deltas import (
-    Indices,
-    Unsized,
-    Values,
-    as_float64,
-)
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array, Indices
 
 _PARTS: Final = ("frod_lambda_l", "frod_lambda_s_values")
 _SHARED: Final = tuple(f"{SHARED_PREFIX}{name}." for name in ("frod_V", "frod_s_indices", "frod_s_size"))
@@ -74,7 +70,7 @@ def _role(module: str) -> str:
     return f"{parts[-2]}_{parts[-1]}"
 
 
-def _rebuild(v: Array, places: Array, values: Array, diagonal: Array, w: Values, rows: Indices) -> Values:
+def _rebuild(v: Array, places: Array, values: Array, diagonal: Array, w: Float64Array, rows: Indices) -> Float64Array:
     basis = as_float64(v)
     try:
         u = np.linalg.solve(basis, w.T).T
@@ -84,5 +80,5 @@ def _rebuild(v: Array, places: Array, values: Array, diagonal: Array, w: Values,
     u = np.divide(u, lengths, out=np.zeros_like(u), where=lengths > _SHORTEST)
     inner = np.diag(as_float64(diagonal))
     np.add.at(inner, tuple(places), as_float64(values))
-    change: Values = u @ inner @ basis.T - w
+    change: Float64Array = u @ inner @ basis.T - w
     return change

@@ -11,20 +11,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from gguflora.adapters.deltas import Change, Formula, LowRank, Unsized, WeightTimes, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import Parts, by_module, expect
-from gguflora.adapters.deltas import (
-    Change,
-    Formula,
-    Indices,
-    LowRank,
-    Unsized,
-    Values,
-    WeightTimes,
-    as_float64,
-)
 from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array, Indices
 
 _PARTS = [f"glora_{letter}.{kind}" for letter in "ABCDE" for kind in ("Xd", "Xu", "X", "zeros")]
 
@@ -54,7 +46,7 @@ def _path(config: PeftConfig, module: str, parts: Parts, letter: str) -> LowRank
     return None
 
 
-def _rows_of(path: LowRank | Array | None, w: Values, rows: Indices) -> Values:
+def _rows_of(path: LowRank | Array | None, w: Float64Array, rows: Indices) -> Float64Array:
     """Rows of a path, ready to be spread over those of the weight."""
     if path is None:
         return np.zeros((1, 1))
@@ -74,7 +66,7 @@ def _known(*paths: LowRank | Array | None) -> tuple[int | None, int | None]:
 
 
 def _weight(a: LowRank | Array | None, b: LowRank | Array | None) -> Unsized:
-    def change(w: Values, rows: Indices) -> Values:
+    def change(w: Float64Array, rows: Indices) -> Float64Array:
         return w * _rows_of(a, w, rows) + _rows_of(b, w, rows)
 
     return Unsized.formula(_known(a, b), change)
@@ -84,7 +76,7 @@ def _bias(module: str, c: LowRank | Array | None, d: LowRank | Array | None, e: 
     """C enters as a product with the layer's weight, so it makes the change one of two weights."""
 
     def build(shape: tuple[int, int]) -> Change:
-        def change(w: Values, rows: Indices) -> Values:
+        def change(w: Float64Array, rows: Indices) -> Float64Array:
             return w * _rows_of(d, w, rows) + _rows_of(e, w, rows)
 
         own = Formula(shape, change)

@@ -13,16 +13,12 @@ from typing import Final
 
 import numpy as np
 
+from gguflora.adapters.deltas import Change, LowRank, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
-from gguflora.adapters.deltas import (
-    Change,
-    LowRank,
-    Values,
-    as_float64,
-)
 from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array
 
 _BLOCKS: Final = ("gralora_A", "gralora_B")
 _GENERAL: Final = ("gralora_A_general", "gralora_B_general")
@@ -49,7 +45,7 @@ def read_gralora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, 
     return changes
 
 
-def _spread(a: Values, b: Values) -> tuple[Values, Values]:
+def _spread(a: Float64Array, b: Float64Array) -> tuple[Float64Array, Float64Array]:
     """Factors of the whole weight; term (i, j, t) is number t of the block in block row i and block column j."""
     k, width, rank = a.shape
     height, q = b.shape[2], rank // k

@@ -12,15 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
+from gguflora.adapters.deltas import Formula, LowRank
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
-from gguflora.adapters.deltas import (
-    Formula,
-    Indices,
-    LowRank,
-    Values,
-)
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array, Indices
 
 _LINEAR = ("hira_A", "hira_B")
 _EMBEDDING = ("hira_embedding_A", "hira_embedding_B")
@@ -41,6 +37,6 @@ def read_hira(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, For
     return changes
 
 
-def _multiply(factors: LowRank, w: Values, rows: Indices) -> Values:
-    change: Values = w * factors.delta(w, rows)
+def _multiply(factors: LowRank, w: Float64Array, rows: Indices) -> Float64Array:
+    change: Float64Array = w * factors.delta(w, rows)
     return change

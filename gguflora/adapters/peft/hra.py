@@ -12,16 +12,12 @@ from functools import partial
 
 import numpy as np
 
+from gguflora.adapters.deltas import Unsized, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
-from gguflora.adapters.deltas import (
-    Indices,
-    Unsized,
-    Values,
-    as_float64,
-)
 from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array, Indices
 
 
 def read_hra(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
@@ -41,14 +37,14 @@ def read_hra(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsi
     return changes
 
 
-def _reflect(u: Values, w: Values, rows: Indices) -> Values:
+def _reflect(u: Float64Array, w: Float64Array, rows: Indices) -> Float64Array:
     changed = w.copy()
     for column in u.T:
         changed -= 2 * np.outer(changed @ column, column)
     return changed - w
 
 
-def _reflect_once(q: Values, w: Values, rows: Indices) -> Values:
+def _reflect_once(q: Float64Array, w: Float64Array, rows: Indices) -> Float64Array:
     """All reflections at once: they commute where the columns of q are orthonormal."""
-    change: Values = -2 * (w @ q) @ q.T
+    change: Float64Array = -2 * (w @ q) @ q.T
     return change

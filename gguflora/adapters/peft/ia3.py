@@ -9,16 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
+from gguflora.adapters.deltas import Unsized, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, take
-from gguflora.adapters.deltas import (
-    Indices,
-    Unsized,
-    Values,
-    as_float64,
-)
 from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array, is_float
+from gguflora.quants.arrays import Float64Array, Indices
 
 
 def read_ia3(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
@@ -39,11 +35,11 @@ def read_ia3(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsi
     return changes
 
 
-def _scale_rows(scale: Array, w: Values, rows: Indices) -> Values:
-    change: Values = (as_float64(scale[rows]) - 1) * w
+def _scale_rows(scale: Array, w: Float64Array, rows: Indices) -> Float64Array:
+    change: Float64Array = (as_float64(scale[rows]) - 1) * w
     return change
 
 
-def _scale_columns(scale: Array, w: Values, rows: Indices) -> Values:
-    change: Values = (as_float64(scale) - 1) * w
+def _scale_columns(scale: Array, w: Float64Array, rows: Indices) -> Float64Array:
+    change: Float64Array = (as_float64(scale) - 1) * w
     return change

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Final
 
 from gguflora.adapters.peft.config import PeftConfig
-from gguflora.errors import AdapterError, UnsupportedAdapterError
+from gguflora.errors import AdapterError, UnsupportedAdapterError, some
 from gguflora.files.safetensors import Array, is_float
 
 PREFIX: Final = "base_model.model."
@@ -105,9 +105,3 @@ def expect(config: PeftConfig, module: str, name: str, array: Array, shape: tupl
             f"expected floating-point numbers of shape ({sizes})"
         )
     return array
-
-
-def some(names: Collection[str], most: int = 8) -> str:
-    """A few names for a message."""
-    shown = ", ".join(sorted(names)[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from gguflora.adapters.deltas import Replace
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect
-from gguflora.adapters.deltas import Replace
 from gguflora.files.safetensors import Array
 
 _PART = "ln_tuning_layers"

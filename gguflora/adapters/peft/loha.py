@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from gguflora.adapters.deltas import Change, LowRank, as_float64
+from gguflora.adapters.numerics.tucker import dense, from_core
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import (
     Parts,
@@ -20,8 +22,6 @@ from gguflora.adapters.peft.keys import (
     expect,
     take,
 )
-from gguflora.adapters.numerics.tucker import dense, from_core
-from gguflora.adapters.deltas import Change, LowRank, as_float64
 from gguflora.files.safetensors import Array
 
 _PARTS: Final = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")

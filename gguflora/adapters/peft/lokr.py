@@ -12,22 +12,13 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.adapters.peft.config import PeftConfig
-from gguflora.adapters.peft.keys import (
-    Parts,
-    by_module,
-    expect,
-    some,
-)
+from gguflora.adapters.deltas import Change, LowRank, as_float64
 from gguflora.adapters.numerics.tucker import check_size, dense, from_core
-from gguflora.adapters.deltas import (
-    Change,
-    LowRank,
-    Values,
-    as_float64,
-)
-from gguflora.errors import AdapterError
+from gguflora.adapters.peft.config import PeftConfig
+from gguflora.adapters.peft.keys import Parts, by_module, expect
+from gguflora.errors import AdapterError, some
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array
 
 _PARTS: Final = tuple(f"lokr_w{number}{suffix}" for number in (1, 2) for suffix in ("", "_a", "_b"))
 _CORE: Final = "lokr_t2"
@@ -58,7 +49,7 @@ def _pairs(parts: Parts) -> list[tuple[str, Array]]:
     return [(name, part) for name, part in parts.items() if name.endswith(("_a", "_b")) and part.ndim == 2]
 
 
-def _convolution(config: PeftConfig, module: str, parts: Parts, rank: int) -> Values | None:
+def _convolution(config: PeftConfig, module: str, parts: Parts, rank: int) -> Float64Array | None:
     """w2 of a convolution (n_out, inputs of a group, kernel..), taken from the parts; None if it is a matrix."""
     if _CORE in parts:
         a, b = parts.pop("lokr_w2_a", _NOTHING), parts.pop("lokr_w2_b", _NOTHING)
@@ -69,12 +60,12 @@ def _convolution(config: PeftConfig, module: str, parts: Parts, rank: int) -> Va
     return as_float64(parts.pop("lokr_w2"))
 
 
-def _kernelwise(w1: Values, w2: Values) -> Values:
+def _kernelwise(w1: Float64Array, w2: Float64Array) -> Float64Array:
     """w1 as PEFT's make_kron has it: with a kernel of one point, but only beside a kernel of two dimensions."""
     return w1[:, :, None, None] if w2.ndim == 4 else w1
 
 
-def _factors(config: PeftConfig, module: str, parts: Parts, name: str) -> tuple[Values, Values]:
+def _factors(config: PeftConfig, module: str, parts: Parts, name: str) -> tuple[Float64Array, Float64Array]:
     """Two matrices whose product is ``name``, of the lowest rank that is known."""
     pair = f"{name}_a", f"{name}_b"
     found = [part for part in (name, *pair) if part in parts]

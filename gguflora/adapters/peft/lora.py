@@ -12,25 +12,18 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
+from gguflora.adapters.deltas import Change, Formula, LowRank, Unsized, as_float64
 from gguflora.adapters.peft.config import PeftConfig
-from gguflora.adapters.peft.lora_dora import with_magnitude
-from gguflora.adapters.peft.lora_scaling import lora_factor
-from gguflora.adapters.peft.lora_kasa import with_diagonal
 from gguflora.adapters.peft.keys import Parts, by_module, expect
 from gguflora.adapters.peft.lora_compact import with_blocks, with_pooling
-from gguflora.adapters.peft.lora_target_parameters import read_parameter, split_wrapped
+from gguflora.adapters.peft.lora_dora import with_magnitude
 from gguflora.adapters.peft.lora_init import STARTS, without_start
-from gguflora.adapters.deltas import (
-    Change,
-    Formula,
-    Indices,
-    LowRank,
-    Unsized,
-    Values,
-    as_float64,
-)
+from gguflora.adapters.peft.lora_kasa import with_diagonal
+from gguflora.adapters.peft.lora_scaling import lora_factor
+from gguflora.adapters.peft.lora_target_parameters import read_parameter, split_wrapped
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.safetensors import Array, is_float
+from gguflora.quants.arrays import Float64Array, Indices
 
 _MAGNITUDE: Final = "lora_magnitude_vector"
 _DIAGONAL: Final = "lora_diag"
@@ -99,7 +92,7 @@ def _read_bias(config: PeftConfig, module: str, parts: Parts) -> Formula:
     terms = len(parts["lora_A"]) if "lora_A" in parts and parts["lora_A"].ndim else 0
     values = lora_factor(config, module, config.rank(module, terms)) * as_float64(bias)
 
-    def delta(w: Values, rows: Indices) -> Values:
+    def delta(w: Float64Array, rows: Indices) -> Float64Array:
         return values[rows, None]
 
     return Formula((len(values), 1), delta)

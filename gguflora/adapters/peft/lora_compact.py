@@ -11,13 +11,13 @@ from functools import partial
 
 import numpy as np
 
-from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.deltas import (
     Change,
     LowRank,
     Unsized,
     as_float64,
 )
+from gguflora.adapters.peft.config import PeftConfig
 from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
 

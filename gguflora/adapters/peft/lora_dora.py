@@ -14,16 +14,11 @@ from functools import partial
 
 import numpy as np
 
+from gguflora.adapters.deltas import Change, Formula, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import expect
-from gguflora.adapters.deltas import (
-    Change,
-    Formula,
-    Indices,
-    Values,
-    as_float64,
-)
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array, Indices
 
 
 def with_magnitude(
@@ -44,14 +39,14 @@ def with_magnitude(
     return Formula(change.shape, partial(function, change, magnitude), embedding or change.whole, caution)
 
 
-def _scaled_rows(change: Change, magnitude: Array, w: Values, rows: Indices) -> Values:
+def _scaled_rows(change: Change, magnitude: Array, w: Float64Array, rows: Indices) -> Float64Array:
     v = w + change.delta(w, rows)
     factors = as_float64(magnitude[rows]) / np.linalg.norm(v, axis=1)
-    result: Values = factors[:, None] * v - w
+    result: Float64Array = factors[:, None] * v - w
     return result
 
 
-def _scaled_columns(change: Change, magnitude: Array, w: Values, rows: Indices) -> Values:
+def _scaled_columns(change: Change, magnitude: Array, w: Float64Array, rows: Indices) -> Float64Array:
     v = w + change.delta(w, rows)
-    result: Values = as_float64(magnitude) / np.linalg.norm(v, axis=0) * v - w
+    result: Float64Array = as_float64(magnitude) / np.linalg.norm(v, axis=0) * v - w
     return result

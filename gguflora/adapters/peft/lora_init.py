@@ -13,13 +13,9 @@ from typing import Final
 
 import numpy as np
 
+from gguflora.adapters.deltas import Formula, LowRank
 from gguflora.adapters.numerics.spectrum import CAUTION, largest
-from gguflora.adapters.deltas import (
-    Formula,
-    Indices,
-    LowRank,
-    Values,
-)
+from gguflora.quants.arrays import Float64Array, Indices
 
 STARTS: Final = ("pissa", "olora")
 """``init_lora_weights`` whose start is a function of the base's weight alone (``pissa_niter_N`` is random, too)."""
@@ -36,11 +32,11 @@ def without_start(change: LowRank, start: str) -> Formula:
     return Formula(change.shape, partial(function, change), whole=True, caution=CAUTION)
 
 
-def _without_largest(change: LowRank, w: Values, rows: Indices) -> Values:
+def _without_largest(change: LowRank, w: Float64Array, rows: Indices) -> Float64Array:
     return change.delta(w, rows) - largest(w, change.rank)
 
 
-def _without_first(change: LowRank, w: Values, rows: Indices) -> Values:
+def _without_first(change: LowRank, w: Float64Array, rows: Indices) -> Float64Array:
     q, r = np.linalg.qr(w)
-    start: Values = change.factor * (q[:, : change.rank] @ r[: change.rank])
+    start: Float64Array = change.factor * (q[:, : change.rank] @ r[: change.rank])
     return change.delta(w, rows) - start

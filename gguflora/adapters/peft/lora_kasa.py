@@ -8,17 +8,12 @@ from __future__ import annotations
 
 from functools import partial
 
+from gguflora.adapters.deltas import Formula, LowRank, as_float64
+from gguflora.adapters.numerics.spectrum import CAUTION, smallest
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import expect
-from gguflora.adapters.numerics.spectrum import CAUTION, smallest
-from gguflora.adapters.deltas import (
-    Formula,
-    Indices,
-    LowRank,
-    Values,
-    as_float64,
-)
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array, Indices
 
 
 def with_diagonal(config: PeftConfig, module: str, change: LowRank, diagonal: Array) -> Formula:
@@ -35,5 +30,5 @@ def with_diagonal(config: PeftConfig, module: str, change: LowRank, diagonal: Ar
     return Formula(change.shape, partial(_replace, scaled), whole=True, caution=CAUTION)
 
 
-def _replace(change: LowRank, w: Values, rows: Indices) -> Values:
+def _replace(change: LowRank, w: Float64Array, rows: Indices) -> Float64Array:
     return change.delta(w, rows) - smallest(w, change.rank)

@@ -18,11 +18,11 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.adapters.peft.config import PeftConfig
-from gguflora.adapters.peft.lora_scaling import lora_factor
-from gguflora.adapters.peft.keys import Parts, some, take
 from gguflora.adapters.deltas import Change, LowRank, Unsized
-from gguflora.errors import AdapterError, UnsupportedAdapterError
+from gguflora.adapters.peft.config import PeftConfig
+from gguflora.adapters.peft.keys import Parts, take
+from gguflora.adapters.peft.lora_scaling import lora_factor
+from gguflora.errors import AdapterError, UnsupportedAdapterError, some
 from gguflora.files.safetensors import Array, is_float
 
 _WRAPPER: Final = ".base_layer"

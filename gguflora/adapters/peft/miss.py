@@ -10,10 +10,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from gguflora.adapters.deltas import Change, LowRank, Unsized
 from gguflora.adapters.peft.bat import read_bat
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
-from gguflora.adapters.deltas import Change, LowRank, Unsized
 from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
 

@@ -15,9 +15,9 @@ from typing import Final
 
 import numpy as np
 
+from gguflora.adapters.deltas import Change, Replace, ReplaceRows
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import PREFIX
-from gguflora.adapters.deltas import Change, Replace, ReplaceRows
 from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
 

@@ -15,19 +15,13 @@ from functools import lru_cache, partial
 
 import numpy as np
 
+from gguflora.adapters.deltas import Change, Formula, Unsized, as_float64
+from gguflora.adapters.numerics.rotation import cayley, cayley_neumann, rotate_columns
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
-from gguflora.adapters.numerics.rotation import cayley, cayley_neumann, rotate_columns
-from gguflora.adapters.deltas import (
-    Change,
-    Formula,
-    Indices,
-    Unsized,
-    Values,
-    as_float64,
-)
 from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array, Indices
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,12 +79,12 @@ def _unsized(config: PeftConfig, module: str, triangles: Array, *, inverse: bool
     return Unsized((None, None), build)
 
 
-def _rotate(rotation: _Rotation, w: Values, rows: Indices) -> Values:
+def _rotate(rotation: _Rotation, w: Float64Array, rows: Indices) -> Float64Array:
     return rotate_columns(w, _blocks(rotation)) - w
 
 
 @lru_cache(maxsize=4)  # for the next rows of the same weight
-def _blocks(rotation: _Rotation) -> Values:
+def _blocks(rotation: _Rotation) -> Float64Array:
     triangles, size = as_float64(rotation.triangles), rotation.size
     skew = np.zeros((len(triangles), size, size))
     above = np.triu_indices(size, 1)

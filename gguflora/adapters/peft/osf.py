@@ -10,17 +10,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
+from gguflora.adapters.deltas import Formula, as_float64
+from gguflora.adapters.numerics.spectrum import CAUTION, smallest
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
-from gguflora.adapters.numerics.spectrum import CAUTION, smallest
-from gguflora.adapters.deltas import (
-    Formula,
-    Indices,
-    Values,
-    as_float64,
-)
 from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array, Indices
 
 _PARTS: Final = tuple(f"osf_svd_params.{name}" for name in ("U_low", "S_low", "V_low"))
 
@@ -40,6 +36,6 @@ def read_osf(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Form
     return changes
 
 
-def _replace(u: Array, s: Array, v: Array, w: Values, rows: Indices) -> Values:
-    new: Values = (as_float64(u) * as_float64(s)) @ as_float64(v)
+def _replace(u: Array, s: Array, v: Array, w: Float64Array, rows: Indices) -> Float64Array:
+    new: Float64Array = (as_float64(u) * as_float64(s)) @ as_float64(v)
     return new - smallest(w, len(s))

@@ -15,33 +15,29 @@ from typing import Final
 
 import numpy as np
 
+from gguflora.adapters.deltas import Unsized, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
-from gguflora.adapters.deltas import (
-    Indices,
-    Unsized,
-    Values,
-    as_float64,
-)
 from gguflora.errors import UnsupportedAdapterError
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array, Indices
 
 
-def _sigmoid(x: Values) -> Values:
-    result: Values = 0.5 * (1 + np.tanh(0.5 * x))
+def _sigmoid(x: Float64Array) -> Float64Array:
+    result: Float64Array = 0.5 * (1 + np.tanh(0.5 * x))
     return result
 
 
-def _erf(x: Values) -> Values:
-    result: Values = np.vectorize(math.erf, otypes=[np.float64])(x)
+def _erf(x: Float64Array) -> Float64Array:
+    result: Float64Array = np.vectorize(math.erf, otypes=[np.float64])(x)
     return result
 
 
-def _softplus(x: Values) -> Values:
+def _softplus(x: Float64Array) -> Float64Array:
     return np.logaddexp(0, x)
 
 
-ACTIVATIONS: Final[dict[str, Callable[[Values], Values]]] = {
+ACTIVATIONS: Final[dict[str, Callable[[Float64Array], Float64Array]]] = {
     "relu": lambda x: np.maximum(x, 0),
     "relu2": lambda x: np.maximum(x, 0) ** 2,
     "relu6": lambda x: np.clip(x, 0, 6),
@@ -85,14 +81,14 @@ def read_peanut(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, U
 
 
 def _network(
-    activation: Callable[[Values], Values],
+    activation: Callable[[Float64Array], Float64Array],
     scaling: float,
     a: Array,
     b: Array,
     layers: list[Array],
-    w: Values,
+    w: Float64Array,
     rows: Indices,
-) -> Values:
+) -> Float64Array:
     h = activation(as_float64(a) @ w)
     depth, starts = len(layers) // 2, []
     for encoder in layers[:depth]:
@@ -100,5 +96,5 @@ def _network(
         h = activation(as_float64(encoder) @ h)
     for decoder, start in zip(layers[depth:], reversed(starts), strict=True):
         h = activation(as_float64(decoder) @ h) + start
-    change: Values = scaling * (as_float64(b) @ h)
+    change: Float64Array = scaling * (as_float64(b) @ h)
     return change

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.adapters.base_shapes import BaseWeights
+from gguflora.adapters.deltas import Change, Formula, LowRank, as_float64
+from gguflora.adapters.numerics.torch_rng import TorchGenerator
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import (
     SHARED_PREFIX,
@@ -26,17 +28,9 @@ from gguflora.adapters.peft.keys import (
     expect,
     take,
 )
-from gguflora.adapters.numerics.torch_rng import TorchGenerator
-from gguflora.adapters.deltas import (
-    Change,
-    Formula,
-    Indices,
-    LowRank,
-    Values,
-    as_float64,
-)
 from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array, Indices
 
 _SHARED = (f"{SHARED_PREFIX}randlora_A", f"{SHARED_PREFIX}randlora_B")
 _OWN = ("randlora_lambda", "randlora_gamma")
@@ -85,7 +79,7 @@ def _read_module(config: PeftConfig, module: str, parts: Parts, shape: tuple[int
     return Formula(shape, partial(_multiply, bases))
 
 
-def _multiply(bases: _Bases, w: Values, rows: Indices) -> Values:
+def _multiply(bases: _Bases, w: Float64Array, rows: Indices) -> Float64Array:
     return _factors(bases).delta(w, rows)
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from gguflora.adapters import mlx
+from gguflora.adapters.base_shapes import BaseWeights
+from gguflora.adapters.deltas import Change, Unsized
 from gguflora.adapters.peft import (
     adalora,
     beft,
@@ -38,10 +41,7 @@ from gguflora.adapters.peft import (
     vera,
     waveft,
 )
-from gguflora.adapters import mlx
-from gguflora.adapters.base_shapes import BaseWeights
 from gguflora.adapters.peft.config import MLX, PeftConfig
-from gguflora.adapters.deltas import Change, Unsized
 from gguflora.files.safetensors import Array
 
 Reader = Callable[[PeftConfig, Mapping[str, Array]], Mapping[str, Change | Unsized]]

@@ -15,16 +15,12 @@ from typing import Final
 
 import numpy as np
 
+from gguflora.adapters.deltas import Unsized, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
-from gguflora.adapters.deltas import (
-    Indices,
-    Unsized,
-    Values,
-    as_float64,
-)
 from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array, Indices
 
 # parameters for a row
 _VARIANTS: Final = {"road_1": 0.5, "road_2": 1, "road_4": 2}
@@ -54,7 +50,7 @@ def read_road(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Uns
     return changes
 
 
-def _columns(variant: str, group: int, theta: Values, alpha: Values) -> tuple[Values, Values]:
+def _columns(variant: str, group: int, theta: Float64Array, alpha: Float64Array) -> tuple[Float64Array, Float64Array]:
     """C and s of every row."""
     c, s = alpha * np.cos(theta), alpha * np.sin(theta)
     if variant == "road_1":
@@ -64,8 +60,8 @@ def _columns(variant: str, group: int, theta: Values, alpha: Values) -> tuple[Va
     return c.reshape(-1, 1), s.reshape(-1, 1)
 
 
-def _rotate(c: Values, s: Values, group: int, w: Values, rows: Indices) -> Values:
+def _rotate(c: Float64Array, s: Float64Array, group: int, w: Float64Array, rows: Indices) -> Float64Array:
     pairs = w.reshape(-1, 2, group // 2, w.shape[1])
     rotated = np.stack([-pairs[:, 1], pairs[:, 0]], axis=1).reshape(w.shape)
-    change: Values = (c - 1) * w + s * rotated
+    change: Float64Array = (c - 1) * w + s * rotated
     return change

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from gguflora.adapters.deltas import Change, Unsized
+from gguflora.adapters.numerics.sparse import add_sparse
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
-from gguflora.adapters.numerics.sparse import add_sparse
-from gguflora.adapters.deltas import Change, Unsized
 from gguflora.errors import AdapterError, MismatchError
 from gguflora.files.safetensors import Array
 

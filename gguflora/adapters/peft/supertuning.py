@@ -14,6 +14,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from gguflora.adapters.deltas import Change, Formula, LowRank, Unsized, as_float64
+from gguflora.adapters.numerics.sparse import add_sparse
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import (
     Parts,
@@ -21,18 +23,9 @@ from gguflora.adapters.peft.keys import (
     expect,
     take,
 )
-from gguflora.adapters.numerics.sparse import add_sparse
-from gguflora.adapters.deltas import (
-    Change,
-    Formula,
-    Indices,
-    LowRank,
-    Unsized,
-    Values,
-    as_float64,
-)
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array, Indices
 
 _SPARSE = ("supertuning_indices", "supertuning_values")
 _FACTORS = ("supertuning_lora_A", "supertuning_lora_B")
@@ -69,7 +62,7 @@ def _by_size(config: PeftConfig, module: str, parts: Parts, low_rank: LowRank | 
     expect(config, module, _SPARSE[1], values, (None,))
     largest = bool(config.fields.get("select_top", True))
 
-    def delta(w: Values, rows: Indices) -> Values:
+    def delta(w: Float64Array, rows: Indices) -> Float64Array:
         change = np.zeros(w.size)
         change[_find(where, w, len(values), largest=largest)] = as_float64(values)
         return change.reshape(w.shape) + (0.0 if low_rank is None else low_rank.delta(w, rows))
@@ -78,7 +71,7 @@ def _by_size(config: PeftConfig, module: str, parts: Parts, low_rank: LowRank | 
     return Unsized(known, lambda shape: Formula(shape, delta, whole=True))
 
 
-def _find(where: str, w: Values, count: int, *, largest: bool) -> Indices:
+def _find(where: str, w: Float64Array, count: int, *, largest: bool) -> Indices:
     """The elements that training chose, in its order.
 
     Raises:
@@ -107,7 +100,7 @@ def _find(where: str, w: Values, count: int, *, largest: bool) -> Indices:
     return chosen
 
 
-def _is_half(w: Values) -> bool:
+def _is_half(w: Float64Array) -> bool:
     """Whether all numbers are those of bfloat16 or float16, in which many are equal without being quantized."""
     single = w.astype(np.float32)
     return not (single.view(np.uint32) & 0xFFFF).any() or bool((single.astype(np.float16) == single).all())
@@ -124,7 +117,7 @@ def _read_factors(config: PeftConfig, module: str, parts: Parts) -> LowRank | No
 
 
 def _sum(sparse: Formula, low_rank: LowRank) -> Formula:
-    def change(w: Values, rows: Indices) -> Values:
+    def change(w: Float64Array, rows: Indices) -> Float64Array:
         return sparse.delta(w, rows) + low_rank.delta(w, rows)
 
     return Formula(sparse.shape, change)

@@ -15,6 +15,8 @@ from typing import Final
 
 import numpy as np
 
+from gguflora.adapters.deltas import Change, LowRank, as_float64
+from gguflora.adapters.numerics.torch_rng import TorchGenerator
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import (
     Parts,
@@ -23,15 +25,9 @@ from gguflora.adapters.peft.keys import (
     take,
 )
 from gguflora.adapters.peft.module_order import in_order
-from gguflora.adapters.numerics.torch_rng import TorchGenerator
-from gguflora.adapters.deltas import (
-    Change,
-    LowRank,
-    Values,
-    as_float64,
-)
 from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array
 
 _VECTOR: Final = re.compile(r"(?:base_model\.)?tinylora_v(?:\.[^.]+)?\.(\d+)")
 _PROJECTION: Final = "tinylora_P"
@@ -58,7 +54,7 @@ def _group(config: PeftConfig, number: int, n_modules: int) -> int:
     return min(number // max(1, n_modules // n_groups), n_groups - 1)
 
 
-def _read_module(config: PeftConfig, module: str, parts: Parts, vector: Values, number: int) -> LowRank:
+def _read_module(config: PeftConfig, module: str, parts: Parts, vector: Float64Array, number: int) -> LowRank:
     projection = parts.pop(_PROJECTION, None)
     a, b = take(config, module, parts, "tinylora_A", "tinylora_B")
     expect(config, module, "tinylora_A", a, (None, None))

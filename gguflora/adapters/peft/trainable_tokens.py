@@ -11,10 +11,10 @@ from typing import Final
 
 import numpy as np
 
+from gguflora.adapters.deltas import Change
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
 from gguflora.adapters.peft.modules_to_save import replaced_rows
-from gguflora.adapters.deltas import Change
 from gguflora.files.safetensors import Array
 
 _ROWS: Final = "trainable_tokens_delta"

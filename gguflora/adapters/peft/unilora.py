@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 
 from gguflora.adapters.base_shapes import BaseWeights
+from gguflora.adapters.deltas import Change, LowRank, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import (
     by_module,
@@ -22,15 +23,9 @@ from gguflora.adapters.peft.keys import (
     take,
 )
 from gguflora.adapters.peft.target_modules import is_target
-from gguflora.adapters.deltas import (
-    Change,
-    Indices,
-    LowRank,
-    Values,
-    as_float64,
-)
 from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array, Indices
 
 _THETA: Final = "unilora_theta_d"
 _PARTS: Final = ("unilora_indices_A", "unilora_scales_A", "unilora_indices_B", "unilora_scales_B")
@@ -56,7 +51,7 @@ def read_unilora(config: PeftConfig, tensors: Mapping[str, Array], base: BaseWei
     return changes
 
 
-def _dealt(config: PeftConfig, theta: Values, base: BaseWeights) -> dict[str, Change]:
+def _dealt(config: PeftConfig, theta: Float64Array, base: BaseWeights) -> dict[str, Change]:
     rank = config.integer("r", 4, least=1)
     weights = [f"{module}.weight" for module in base.linear_modules() if is_target(config, module)]
     shapes = {weight: base.shape(weight) for weight in weights}

@@ -13,6 +13,7 @@ from typing import Final
 
 import numpy as np
 
+from gguflora.adapters.deltas import Change, LowRank, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import (
     Parts,
@@ -20,14 +21,9 @@ from gguflora.adapters.peft.keys import (
     split_shared,
     take,
 )
-from gguflora.adapters.deltas import (
-    Change,
-    LowRank,
-    Values,
-    as_float64,
-)
 from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array
 
 _BANK: Final = "vblora_vector_bank"
 _LOGITS: Final = ("vblora_logits_A", "vblora_logits_B")
@@ -51,7 +47,7 @@ def read_vblora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, C
     return changes
 
 
-def _mix(config: PeftConfig, module: str, parts: Parts, name: str, bank: Values) -> Values:
+def _mix(config: PeftConfig, module: str, parts: Parts, name: str, bank: Float64Array) -> Float64Array:
     """Vectors (.., .., v) mixed from the bank."""
     where = f"{config.path.parent}: module {module!r}: {name}"
     if name in parts:
@@ -71,7 +67,7 @@ def _mix(config: PeftConfig, module: str, parts: Parts, name: str, bank: Values)
     return mixed
 
 
-def _choose(logits: Array, topk: int) -> tuple[Array, Values]:
+def _choose(logits: Array, topk: int) -> tuple[Array, Float64Array]:
     values = as_float64(logits)
     indices = np.argpartition(-values, min(topk, values.shape[-1]) - 1, axis=-1)[..., :topk]
     chosen = np.take_along_axis(values, indices, axis=-1)

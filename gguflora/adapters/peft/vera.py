@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from gguflora.adapters.base_shapes import BaseWeights
+from gguflora.adapters.deltas import Change, LowRank, as_float64
+from gguflora.adapters.numerics.torch_rng import TorchGenerator
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import (
     by_module,
@@ -20,8 +22,6 @@ from gguflora.adapters.peft.keys import (
     split_shared,
     take,
 )
-from gguflora.adapters.numerics.torch_rng import TorchGenerator
-from gguflora.adapters.deltas import Change, LowRank, as_float64
 from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
 

@@ -13,21 +13,15 @@ from functools import partial
 
 import numpy as np
 
+from gguflora.adapters.deltas import Change, Formula, Unsized, as_float64
+from gguflora.adapters.numerics.sparse import add_sparse
+from gguflora.adapters.numerics.wavelets import LOW_PASS
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.fourierft import random_places
 from gguflora.adapters.peft.keys import by_module, expect, take
-from gguflora.adapters.numerics.sparse import add_sparse
-from gguflora.adapters.numerics.wavelets import LOW_PASS
-from gguflora.adapters.deltas import (
-    Change,
-    Formula,
-    Indices,
-    Unsized,
-    Values,
-    as_float64,
-)
 from gguflora.errors import UnsupportedAdapterError
 from gguflora.files.safetensors import Array
+from gguflora.quants.arrays import Float64Array, Indices
 
 
 def read_waveft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
@@ -60,7 +54,9 @@ def _unsized(config: PeftConfig, module: str, spectrum: Array, family: str | Non
     return Unsized((None, None), build)
 
 
-def _transform(values: Values, places: tuple[Indices, Indices], low: Values, w: Values, rows: Indices) -> Values:
+def _transform(
+    values: Float64Array, places: tuple[Indices, Indices], low: Float64Array, w: Float64Array, rows: Indices
+) -> Float64Array:
     # PEFT pads by what the filter is longer than Haar's, then to even numbers
     padded = tuple(size + len(low) - 2 + (size + len(low)) % 2 for size in w.shape)
     matrix = np.zeros(padded)
@@ -73,7 +69,7 @@ def _transform(values: Values, places: tuple[Indices, Indices], low: Values, w: 
     return result[top : top + w.shape[0], left : left + w.shape[1]]
 
 
-def _synthesize(halves: Values, low: Values) -> Values:
+def _synthesize(halves: Float64Array, low: Float64Array) -> Float64Array:
     """One level of the inverse transform along the rows: the upper half of them is the smooth one."""
     count, taps = len(halves) // 2, len(low)
     high = low[::-1] * (-1.0) ** np.arange(taps)

@@ -12,11 +12,11 @@ from typing import Any, Final
 from urllib.parse import unquote
 
 from gguflora.errors import RemoteError
-from gguflora.files.shard_names import part_names
 from gguflora.files.remote import cache
 from gguflora.files.remote.location import Kind, shown
 from gguflora.files.remote.selection import RemoteFile, check_name, wanted
 from gguflora.files.remote.stores import asking
+from gguflora.files.shard_names import part_names
 
 _SCHEME: Final = "hf://"
 _PLACE: Final = re.compile(

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from gguflora.errors import GgufloraError, RemoteError
-from gguflora.files.shard_names import part_names
 from gguflora.files.remote.location import Kind, file_name, shown
 from gguflora.files.remote.selection import (
     NAMES,
@@ -17,6 +16,7 @@ from gguflora.files.remote.selection import (
     RemoteFile,
     wanted,
 )
+from gguflora.files.shard_names import part_names
 
 _CONTENT: Final = ("ETag", "etag", "md5Hash", "sha")
 _TIMES: Final = ("LastModified", "last_modified", "Last-Modified", "updated", "mtime", "modified", "created")

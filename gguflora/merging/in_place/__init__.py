@@ -1,7 +1,7 @@
 """Merge into the base file itself, such that the base can be had again: ``merge(..., in_place=True)``, ``unmerge``.
 
-Beside ``model.gguf`` lie ``model.gguf.undo``, a patch file (see `gguflora.patch`) of what was merged, and, while the
-model is being changed, ``model.gguf.journal``. A merge
+Beside ``model.gguf`` lie ``model.gguf.undo``, a patch file (see `gguflora.merging.patch`) of what was merged, and,
+while the model is being changed, ``model.gguf.journal``. A merge
 
 1. locks the model and writes the undo file, whole and synced, before any byte of the model changes;
 2. changes the model chunk by chunk: the chunk's present bytes go into the journal, which is synced; then the new ones

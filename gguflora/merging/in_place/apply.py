@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-from gguflora.placement.rows import Target
 from gguflora.errors import GgufloraError, OutputError
-from gguflora.files.sidecars import undo_path
 from gguflora.files.gguf import FilePart, GgufFile, Layout
 from gguflora.files.gguf_shard import GgufPart
+from gguflora.files.sidecars import undo_path
 from gguflora.merging.in_place.journal import (
     Change,
     Journal,
@@ -19,10 +18,11 @@ from gguflora.merging.in_place.journal import (
     locked,
 )
 from gguflora.merging.in_place.unmerge import restore
-from gguflora.merging.patch.format import Patch, Record, open_patch
 from gguflora.merging.patch.create import Merged, write_patch
+from gguflora.merging.patch.format import Patch, Record, open_patch
 from gguflora.merging.patch.stream import ahead, new_bytes, old_bytes
-from gguflora.merging.rewriter import Sink
+from gguflora.merging.sinks import Sink
+from gguflora.placement.target import Target
 
 
 def check_in_place(base: GgufFile, targets: Sequence[Target]) -> Layout:

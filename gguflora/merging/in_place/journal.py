@@ -15,12 +15,12 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.placement.rows import Bytes
 from gguflora.errors import OutputError
-from gguflora.files.sidecars import journal_path, undo_path
 from gguflora.files.atomic import sync_folder
+from gguflora.files.sidecars import journal_path, undo_path
 from gguflora.merging.patch.chain import Chain, read, write
 from gguflora.merging.patch.format import MAX_LENGTH
+from gguflora.quants.arrays import Bytes
 
 CHUNK_BYTES: Final = 16 << 20
 """What is changed between two syncs, give or take a record."""

@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gguflora.placement.rows import Bytes
 from gguflora.errors import OutputError, PatchError
-from gguflora.files.sidecars import undo_path
 from gguflora.files.atomic import sync_folder
 from gguflora.files.shard_names import part_names, part_paths
+from gguflora.files.sidecars import undo_path
 from gguflora.merging.in_place.journal import (
     Change,
     Journal,
@@ -35,7 +34,8 @@ from gguflora.merging.patch.stream import (
     restored_bytes,
     sha256,
 )
-from gguflora.merging.rewriter import Progress
+from gguflora.merging.sinks import Progress
+from gguflora.quants.arrays import Bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from gguflora.errors import MismatchError, PatchError
+from gguflora.files.atomic import atomic_outputs
 from gguflora.files.gguf import GgufFile, part_paths
-from gguflora.files.atomic import atomic_outputs, check_targets
+from gguflora.files.output_checks import check_targets
+from gguflora.files.remote import local_inputs
 from gguflora.merging.patch.chain import Chain
 from gguflora.merging.patch.format import Facts, open_patch
 from gguflora.merging.patch.stream import Piece, files_sha256, result
-from gguflora.files.remote import local_inputs
-from gguflora.merging.rewriter import Progress
+from gguflora.merging.sinks import Progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from itertools import accumulate
 
 import numpy as np
 
-from gguflora.placement.rows import Bytes
 from gguflora.errors import PatchError
 from gguflora.files.gguf import GgufFile
+from gguflora.quants.arrays import Bytes
 
 
 class Chain:

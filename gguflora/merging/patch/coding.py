@@ -17,9 +17,9 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.quants.kernels import GgmlType
-from gguflora.placement.rows import Bytes
 from gguflora.errors import PatchError
+from gguflora.quants.arrays import Bytes
+from gguflora.quants.types import GgmlType
 
 _FLOATS: Final = {"F16": 16, "BF16": 16, "F32": 32}
 _CODE_BITS: Final = {"Q2": 2, "Q3": 2, "TQ": 2, "Q4": 4, "Q5": 4, "Q6": 4, "IQ4": 4, "MXFP4": 4, "NVFP4": 4}

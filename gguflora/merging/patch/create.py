@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gguflora.placement.rows import Bytes
+from gguflora.files.atomic import atomic_output
 from gguflora.files.gguf import GgufFile, Layout
 from gguflora.files.gguf_shard import GgufPart
-from gguflora.files.atomic import atomic_output
 from gguflora.merging.patch.chain import Chain, write
 from gguflora.merging.patch.coding import PLAIN, Grain, encode
 from gguflora.merging.patch.format import (
@@ -30,7 +29,8 @@ from gguflora.merging.patch.format import (
     write_patch_file,
 )
 from gguflora.merging.patch.stream import files_sha256, result, sha256
-from gguflora.merging.rewriter import Block, Sink
+from gguflora.merging.sinks import Block, Sink
+from gguflora.quants.arrays import Bytes
 
 _COUNTS = 24
 """Bytes of a GGUF file before its first metadata entry: magic, version, number of tensors and of entries."""

@@ -6,7 +6,7 @@
     JSON: base and result (name, size, SHA-256), adapters, rounding        Facts
     ranges of the base that are copied                                     COPY each
     what is made of the base's bytes by a difference, or anew              RECORD each
-    the records' payloads, one after the other                             see `gguflora.patch.coding`
+    the records' payloads, one after the other                             see `gguflora.merging.patch.coding`
 
 All numbers are little-endian. Copies and records are in the order of the result and fill it without gaps. Every byte of
 the file is under a checksum, every length is checked before it is used, and nothing decompresses to more than its
@@ -30,9 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora._version import __version__
-from gguflora.placement.rows import Bytes
 from gguflora.errors import PatchError
 from gguflora.merging.patch.coding import Grain
+from gguflora.quants.arrays import Bytes
 
 MAGIC: Final = b"gguflora"
 VERSION: Final = 1

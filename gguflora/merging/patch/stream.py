@@ -14,11 +14,11 @@ from typing import Final, TypeVar
 
 import numpy as np
 
-from gguflora.placement.rows import Bytes
 from gguflora.errors import PatchError
 from gguflora.merging.patch.chain import Chain
 from gguflora.merging.patch.coding import backward, forward
 from gguflora.merging.patch.format import Patch, Record, checksum
+from gguflora.quants.arrays import Bytes
 
 Piece = tuple[int, Bytes]
 """Where bytes go, and the bytes."""

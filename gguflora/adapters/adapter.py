@@ -1,0 +1,174 @@
+"""Read an adapter: a PEFT or mlx-lm directory or a GGUF LoRA file, into deltas of weights."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from gguflora.adapters.base_shapes import BaseWeights
+from gguflora.adapters.deltas import Change, Unsized
+from gguflora.adapters.gguf_lora import read_gguf_lora
+from gguflora.adapters.peft.config import MLX, PeftConfig, read_config
+from gguflora.adapters.peft.modules_to_save import split_saved
+from gguflora.adapters.peft.pooler import about_pooler
+from gguflora.adapters.peft.unsupported import REFUSED
+from gguflora.errors import AdapterError, UnsupportedAdapterError, some
+from gguflora.files.remote import local_inputs
+from gguflora.files.safetensors import Array, as_float32, read_weights, weight_files
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter, read but not yet fitted to a base model.
+
+    Attributes:
+        name: of its directory, or its file without the suffix.
+        path: of the file with the weights, or of the index of several such files.
+        sha256: of the weights' files, in hexadecimal.
+        changes: of each weight, to be added, by the weight's name in the Hugging Face model or, with ``architecture``
+            set, in GGUF; but for those that only `changes_of` knows.
+        method: ``peft_type`` of a PEFT adapter, "MLX", or "GGUF LoRA".
+        architecture: of the base it was made for, where it is a GGUF LoRA; None for a PEFT directory.
+        warnings: what the user should know.
+        ties: whether any change of the token embedding holds for an output weight that is tied to it, too.
+        invocation_tokens: the tokens after which an activated LoRA begins; none of any other adapter.
+        shaped: reads the other changes, given the shapes of the base's weights.
+    """
+
+    name: str
+    path: Path
+    sha256: str
+    changes: Mapping[str, tuple[Change | Unsized, ...]]
+    method: str
+    architecture: str | None = None
+    warnings: tuple[str, ...] = ()
+    ties: bool = False
+    invocation_tokens: tuple[int, ...] = ()
+    shaped: Callable[[BaseWeights], Mapping[str, Change]] | None = field(default=None, repr=False)
+
+    def changes_of(self, base: BaseWeights) -> dict[str, tuple[Change | Unsized, ...]]:
+        """All changes, those of methods that depend on the shapes of several weights included.
+
+        Raises:
+            MismatchError: if the base does not have a weight of the adapter.
+        """
+        changes = dict(self.changes)
+        if self.shaped:
+            _add(changes, self.shaped(base))
+        return changes
+
+
+@local_inputs
+def read_adapter(path: str | os.PathLike[str]) -> Adapter:
+    """Read a PEFT directory or a GGUF LoRA file.
+
+    Raises:
+        AdapterError: if it is missing or makes no sense.
+        UnsupportedAdapterError: if its method or an option of it is not supported.
+        FormatError: if its weights are damaged.
+    """
+    location = Path(path)
+    if not location.exists():
+        raise AdapterError(
+            f"{location}: no such file or directory; expected a PEFT adapter directory or a GGUF LoRA file"
+        )
+    adapter = _read_peft(location) if location.is_dir() else _read_gguf(location)
+    _LOG.debug("read %s: %s, %d changes", location, adapter.method, len(adapter.changes))
+    return adapter
+
+
+def _read_gguf(location: Path) -> Adapter:
+    if location.suffix in {".safetensors", ".bin", ".json"}:
+        raise AdapterError(f"{location}: is one file of an adapter; give the directory it lies in")
+    lora = read_gguf_lora(location)
+    return Adapter(
+        location.stem,
+        location,
+        _sha256(location),
+        {name: (change,) for name, change in lora.changes.items()},
+        "GGUF LoRA",
+        lora.architecture,
+        invocation_tokens=lora.invocation_tokens,
+    )
+
+
+def _read_peft(folder: Path) -> Adapter:
+    from gguflora.adapters.peft.registry import READERS, SHAPED_READERS  # noqa: PLC0415  (some fifty modules)
+
+    config = read_config(folder)
+    if config.peft_type in REFUSED:
+        raise UnsupportedAdapterError(f"{config.path}: {config.peft_type}: {REFUSED[config.peft_type]}")
+    if config.peft_type not in READERS and config.peft_type not in SHAPED_READERS:
+        raise UnsupportedAdapterError(
+            f"{config.path}: peft_type {config.peft_type} is not supported; supported: "
+            + ", ".join(sorted([*READERS, *SHAPED_READERS]))
+        )
+    weights, tensors = read_weights(folder, "adapters" if config.peft_type == MLX else "adapter_model")
+    _check_finite(weights, tensors)
+    saved, own = split_saved(config, tensors)
+    changes: dict[str, tuple[Change | Unsized, ...]] = {name: (change,) for name, change in saved.items()}
+    shaped = None
+    if config.peft_type in READERS:
+        _add(changes, READERS[config.peft_type](config, own))
+    elif own:
+        shaped = partial(SHAPED_READERS[config.peft_type], config, own)
+    if not changes and not shaped:
+        raise AdapterError(f"{weights}: holds no tensor of an adapter; save it again")
+    unclear = config.unclear_alphas(name.removesuffix(".weight") for name in changes)
+    return Adapter(
+        folder.resolve().name,
+        weights,
+        _sha256(weights),
+        changes,
+        config.peft_type,
+        warnings=(*about_pooler(tensors), *_about_alphas(unclear)),
+        ties=config.flag("ensure_weight_tying") or config.peft_type == MLX,
+        invocation_tokens=_invocation_tokens(config),
+        shaped=shaped,
+    )
+
+
+def _invocation_tokens(config: PeftConfig) -> tuple[int, ...]:
+    """Of aLoRA (https://arxiv.org/abs/2504.12397), a LoRA that leaves what precedes these tokens to the base."""
+    tokens = config.fields.get("alora_invocation_tokens") or []
+    if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < 1 << 32 for token in tokens):
+        raise config.error("alora_invocation_tokens", "a list of tokens", tokens)
+    return tuple(tokens)
+
+
+def _about_alphas(modules: list[str]) -> tuple[str, ...]:
+    if not modules:
+        return ()
+    return (
+        f"several patterns of alpha_pattern match {some(modules, 3)}: the first is taken, as PEFT does when it loads "
+        "the file, but PEFT has sorted them when it wrote it; if another held in training, leave only that one",
+    )
+
+
+def _add(changes: dict[str, tuple[Change | Unsized, ...]], others: Mapping[str, Change | Unsized]) -> None:
+    for name, change in others.items():
+        changes[name] = (*changes.get(name, ()), change)
+
+
+def _check_finite(path: Path, tensors: Mapping[str, Array]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype.kind in "fu" and not np.isfinite(as_float32(tensor)).all():
+            raise AdapterError(f"{path}: tensor {name!r} holds NaN or infinity; its training has diverged")
+
+
+def _sha256(path: Path) -> str:
+    """Of a file; of shards, that of all of them one after the other."""
+    digest = hashlib.sha256()
+    for part in weight_files(path):
+        with part.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()

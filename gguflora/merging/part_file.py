@@ -1,0 +1,96 @@
+"""The file of a merge part: layout, writing, checked reading."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final
+
+import numpy as np
+
+from gguflora.errors import FormatError
+from gguflora.files.remote import is_remote, shown
+from gguflora.merging.sinks import Block, FileSink
+from gguflora.placement.target import Target
+
+_END: Final = struct.Struct("<Q8s")
+
+
+_MAGIC: Final = b"GFLPART1"
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part file that has been read but for its rows."""
+
+    path: str
+    file: IO[bytes]
+    plan: str
+    seconds: float
+    tensors: dict[str, dict[str, Any]]
+
+    def put(self, sink: FileSink, targets: Mapping[str, Target]) -> None:
+        """Hand the rows to a sink, each block checked."""
+        for name, tensor in self.tensors.items():
+            target = targets[name]
+            row_bytes = target.type.row_bytes(target.shape[-1])
+            for first, n_rows, checksum in tensor["blocks"]:
+                with _part_errors(self.path):
+                    self.file.seek(tensor["offset"] + first * row_bytes)
+                    content = self.file.read(n_rows * row_bytes)
+                if len(content) != n_rows * row_bytes or zlib.crc32(content) != checksum:
+                    raise FormatError(f"{shown(self.path)}: is damaged: {name!r}, rows {first} to {first + n_rows}")
+                new = np.frombuffer(content, np.uint8).reshape(n_rows, row_bytes)
+                sink.put(Block(target, first, new[:0], new))
+
+
+def _open_part(path: str, opened: ExitStack) -> _Part:
+    with _part_errors(path):
+        file = opened.enter_context(_open(path))
+        end = file.seek(-_END.size, os.SEEK_END)
+        length, magic = _END.unpack(file.read())
+        if magic != _MAGIC or length > end:
+            raise ValueError(magic)
+        file.seek(end - length)
+        index = json.loads(file.read(length))
+        return _Part(path, file, str(index["plan"]), float(index["seconds"]), dict(index["tensors"]))
+
+
+def _open(path: str) -> IO[bytes]:
+    if not is_remote(path):
+        return Path(path).open("rb")
+    from gguflora.files.remote.stores import asking, open_store  # noqa: PLC0415  (needs fsspec)
+
+    with asking(path):
+        store, name = open_store(path)
+        file: IO[bytes] = store.open(name, "rb")
+    return file
+
+
+@contextmanager
+def _part_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FormatError(f"{shown(path)}: does not exist; all parts are needed") from error
+    except OSError as error:
+        raise FormatError(f"{shown(path)}: cannot be read as a part of a merge: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{shown(path)}: is no part of a merge, or is cut off") from error
+
+
+def _check_rows(part: _Part, n_rows: Mapping[str, int]) -> None:
+    for name, tensor in part.tensors.items():
+        row = 0
+        for first, count, _ in tensor["blocks"]:
+            if first != row:
+                raise ValueError(first)
+            row += count
+        if row != n_rows[name] or tensor["offset"] < 0:
+            raise ValueError(row)

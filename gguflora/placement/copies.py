@@ -1,0 +1,45 @@
+"""Weights saved beside an adapter that only repeat the base's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from gguflora.adapters.deltas import Change, Replace, as_float64
+from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, TensorEntry
+from gguflora.placement.base_weights import read_values
+from gguflora.placement.place import Placed
+
+
+def without_copies(base: GgufFile, placed: Mapping[str, Sequence[Placed]]) -> dict[str, list[Placed]]:
+    """The changes without weights saved beside them only as a copy of the base's (PEFT: save_embedding_layers).
+
+    A copy differs from the base's weights by no more than their quantization.
+    """
+    kept = {}
+    for name, items in placed.items():
+        tensor = base.tensors.get(name) or base.tensors[TOKEN_EMBEDDING]
+        others = [item for item in items if not _is_copy(base, tensor, item.change)]
+        if others:
+            kept[name] = others
+    return kept
+
+
+def _is_copy(base: GgufFile, tensor: TensorEntry, change: Change) -> bool:
+    if not isinstance(change, Replace) or not change.frozen or change.shape[0] > tensor.n_rows:
+        return False
+    difference = norm = 0.0
+    step = max(1, (1 << 20) // tensor.n_in)
+    for first in range(0, change.shape[0], step):
+        values = as_float64(change.values[first : first + step])
+        stored = read_values(base, tensor, first, first + len(values))
+        difference += float(((values - stored) ** 2).sum())
+        norm += float((values**2).sum())
+    return difference <= _COPY_TOLERANCE.get(tensor.type.name, _QUANTIZED_TOLERANCE) ** 2 * norm
+
+
+# relative differences that rounding to a type may make; 2-bit types lose about a third
+_COPY_TOLERANCE: Final = {"F32": 1e-2, "F16": 1e-2, "BF16": 1e-2, "Q8_0": 2e-2}
+
+
+_QUANTIZED_TOLERANCE: Final = 0.4
