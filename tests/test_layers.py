@@ -1,4 +1,4 @@
-"""The import layers of the house: downwards only, nothing on one line, no circle inside a package; importing is cheap."""
+"""Import layers: downwards only, none on one line, no circle inside a package; importing is cheap."""
 
 import ast
 import subprocess
@@ -28,7 +28,7 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-"""From the ground up. A package imports only what lies in a layer below its own; docs/architecture.md shows the same."""
+"""From the ground up: a package imports only from the layers below its own, as docs/architecture.md shows."""
 
 LAYER_OF = {room: number for number, layer in enumerate(LAYERS) for room in layer}
 TO_COME = {"calibration", "training"}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from functools import cache
 
-from gguflora._gguflora import ffi as ffi
-from gguflora._gguflora import lib as lib
+from gguflora._gguflora import ffi, lib
 from gguflora.errors import NativeError
+
+__all__ = ["choose_isa", "current_isa", "ffi", "isa_names", "isa_number", "lib"]
 
 
 def isa_names() -> list[str]:
@@ -26,16 +27,17 @@ def current_isa() -> str:
     Raises:
         NativeError: ``GGUFLORA_ISA`` names no instruction set of this machine.
     """
-    return _isa_name(_isa_number(os.environ.get("GGUFLORA_ISA") or isa_names()[-1]))
+    return _isa_name(isa_number(os.environ.get("GGUFLORA_ISA") or isa_names()[-1]))
 
 
 @cache
-def _isa_number(name: str) -> int:
+def isa_number(name: str) -> int:
     for isa in range(lib.gfl_isa_count()):
         if _isa_name(isa) == name and lib.gfl_isa_available(isa):
             return isa
     raise NativeError(f"instruction set {name!r} is not available here; GGUFLORA_ISA may be {', '.join(isa_names())}")
 
 
-def _choose(isa: str | None) -> int:
-    return _isa_number(isa or current_isa())
+def choose_isa(isa: str | None) -> int:
+    """The number of the instruction set of this name; by default that of `current_isa`."""
+    return isa_number(isa or current_isa())

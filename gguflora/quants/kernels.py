@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.errors import NativeError, NonFiniteError, QuantizationError
-from gguflora.quants._lib import _choose, ffi, lib
+from gguflora.quants._lib import choose_isa, ffi, lib
 from gguflora.quants.arrays import Bytes, Float32Array
 from gguflora.quants.types import GgmlType
 
@@ -36,7 +36,7 @@ def quantize_rows(
     _expect_rows(out, n_rows, type.row_bytes(n_in), "output")
     importance = _importance(type, imatrix, n_in)
     _raise_for(
-        lib.gfl_quantize_rows(_choose(isa), type.id, _floats(x), n_rows, n_in, importance, _bytes_out(out)), type
+        lib.gfl_quantize_rows(choose_isa(isa), type.id, _floats(x), n_rows, n_in, importance, _bytes_out(out)), type
     )
 
 
@@ -54,7 +54,7 @@ def dequantize_rows(src: Bytes, type: GgmlType, out: Float32Array, *, isa: str |
     """
     n_rows, n_in = _rows(out, np.float32, "output")
     _expect_rows(src, n_rows, type.row_bytes(n_in), "quantized rows")
-    _raise_for(lib.gfl_dequantize_rows(_choose(isa), type.id, _bytes(src), n_rows, n_in, _floats_out(out)), type)
+    _raise_for(lib.gfl_dequantize_rows(choose_isa(isa), type.id, _bytes(src), n_rows, n_in, _floats_out(out)), type)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def merge_rows(
     sums = np.empty((n_rows, len(SUMS)))
     _raise_for(
         lib.gfl_merge_rows(
-            _choose(isa),
+            choose_isa(isa),
             src_type.id,
             _bytes(src),
             dst_type.id,
@@ -170,7 +170,7 @@ def fit_grids(
     sums, n_new = np.empty((n_rows, 2)), ffi.new("int64_t *")
     _raise_for(
         lib.gfl_fit_grids(
-            _choose(isa),
+            choose_isa(isa),
             type.id,
             _bytes(src),
             _bytes_out(dst),
@@ -224,7 +224,7 @@ def dither_rows(
     sums = np.empty((n_rows, len(SUMS)))
     _raise_for(
         lib.gfl_dither_rows(
-            _choose(isa),
+            choose_isa(isa),
             type.id,
             _bytes(src),
             _bytes_out(dst),
