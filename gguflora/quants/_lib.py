@@ -8,7 +8,7 @@ from functools import cache
 from gguflora._gguflora import ffi, lib
 from gguflora.errors import NativeError
 
-__all__ = ["choose_isa", "current_isa", "ffi", "isa_names", "isa_number", "lib"]
+__all__ = ["choose_isa", "current_isa", "ffi", "isa_names", "lib"]
 
 
 def isa_names() -> list[str]:
@@ -27,11 +27,11 @@ def current_isa() -> str:
     Raises:
         NativeError: ``GGUFLORA_ISA`` names no instruction set of this machine.
     """
-    return _isa_name(isa_number(os.environ.get("GGUFLORA_ISA") or isa_names()[-1]))
+    return _isa_name(_isa_number(os.environ.get("GGUFLORA_ISA") or isa_names()[-1]))
 
 
 @cache
-def isa_number(name: str) -> int:
+def _isa_number(name: str) -> int:
     for isa in range(lib.gfl_isa_count()):
         if _isa_name(isa) == name and lib.gfl_isa_available(isa):
             return isa
@@ -40,4 +40,4 @@ def isa_number(name: str) -> int:
 
 def choose_isa(isa: str | None) -> int:
     """The number of the instruction set of this name; by default that of `current_isa`."""
-    return isa_number(isa or current_isa())
+    return _isa_number(isa or current_isa())
