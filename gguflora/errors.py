@@ -149,7 +149,7 @@ class ClusterError(GgufloraError):
     """A Dask cluster cannot be used, or a process died that did a pipeline's job."""
 
 
-def some(names: Collection[str], most: int = 8) -> str:
+def listed(names: Collection[str], most: int = 8) -> str:
     """A few names for a message."""
     shown = ", ".join(sorted(names)[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -27,7 +27,7 @@ from gguflora.architectures.base_model import describe, read_base
 from gguflora.errors import GgufloraError
 from gguflora.files.gguf import GgufFile
 from gguflora.files.safetensors import as_float32, read_safetensors
-from gguflora.merging.high_precision import HighPrecisionBase
+from gguflora.merging.high_precision import UnquantizedBase
 from gguflora.merging.imatrix import importance_of, read_imatrix
 
 HIDDEN, FFN, HEADS, KV_HEADS, VOCABULARY, LAYERS = 32, 64, 4, 2, 40, 2
@@ -184,7 +184,7 @@ def read_weights(folder: Path) -> None:
 def read_checkpoint(folder: Path) -> None:
     """All rows of a base from its Hugging Face directory, by the base's GGUF file and by its configuration."""
     for model in (read_base(base()), read_base(folder)):
-        with HighPrecisionBase.open(folder, model) as source:
+        with UnquantizedBase.open(folder, model) as source:
             for name, shape in shapes().items():
                 source.rows(name, 0, shape[0] if len(shape) == 2 else 1)
 

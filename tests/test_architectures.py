@@ -12,8 +12,8 @@ import gguflora
 from gguflora.adapters.deltas import Replace
 from gguflora.architectures import KNOWN
 from gguflora.architectures.base_model import flat_shape, read_base
-from gguflora.architectures.mapping import can_untie, pieces_of
-from gguflora.placement.place import Placed
+from gguflora.architectures.mapping import can_untie, slices_of
+from gguflora.placement.place import PlacedDelta
 
 RUN = (
     "mistral", "mixtral", "qwen2moe", "qwen3next", "qwen35", "qwen35moe", "gemma", "gpt2", "gptneox", "phi2", "falcon",
@@ -43,7 +43,7 @@ ELSEWHERE = ("A_log", "pooler.dense.weight", "pooler.dense.bias")
 
 
 def as_matrices(name, weights):
-    """Matrices (n_out, n_in) by the names that `pieces_of` wants: experts one by one, vectors as columns."""
+    """Matrices (n_out, n_in) by the names that `slices_of` wants: experts one by one, vectors as columns."""
     for key, values in weights.items():
         is_stack = values.ndim == 3 and "conv1d" not in key
         matrices = {f"{key}.{e}": values[e] for e in range(len(values))} if is_stack else {key: values}
@@ -57,7 +57,7 @@ def assert_pieces_equal(name, gguf, weights):
     base, tensors = read_base(gguf), zoo.tensors(gguf)
     untouched = {tensor: np.ones(values.shape, bool) for tensor, values in tensors.items()}
     for path, matrix in as_matrices(name, weights):
-        pieces = pieces_of(base, path)
+        pieces = slices_of(base, path)
         if path.endswith(ELSEWHERE) or (path == "lm_head.weight" and not can_untie(base)):
             assert not pieces, path
             continue
@@ -66,7 +66,7 @@ def assert_pieces_equal(name, gguf, weights):
         if base.is_tied and pieces[0].tensor == "output.weight":
             continue
         for piece in pieces:
-            placed = Placed(path, Replace(matrix), piece)
+            placed = PlacedDelta(path, Replace(matrix), piece)
             rows = slice(piece.first, piece.first + placed.shape[0])
             stored = tensors[piece.tensor].reshape(flat_shape(tensors[piece.tensor].shape))
             np.testing.assert_allclose(stored[rows], placed.take(matrix) + piece.shift, atol=1e-6, err_msg=path)
@@ -187,8 +187,8 @@ def test_language_models_of_multimodal_and_bare_models(name, prefix):
     base = read_base(zoo.gguf_model(name))
     for path, _ in as_matrices(name, zoo.weights_in_memory(name)):
         other = re.sub(r"^model\.", prefix, path)
-        assert [vars_of(piece) for piece in pieces_of(base, other)] == [
-            vars_of(piece) for piece in pieces_of(base, path)
+        assert [vars_of(piece) for piece in slices_of(base, other)] == [
+            vars_of(piece) for piece in slices_of(base, path)
         ]
 
 
@@ -199,8 +199,8 @@ def test_bare_models(name):
     for path in zoo.weights_in_memory(name):
         bare = path.split(".", 1)[1]
         if not path.startswith(("lm_head", "embed_out")):
-            assert [vars_of(piece) for piece in pieces_of(base, bare)] == [
-                vars_of(piece) for piece in pieces_of(base, path)
+            assert [vars_of(piece) for piece in slices_of(base, bare)] == [
+                vars_of(piece) for piece in slices_of(base, path)
             ]
 
 
@@ -212,7 +212,7 @@ def vars_of(piece):
 def test_vision_towers_have_no_place():
     base = read_base(zoo.gguf_model("gemma3"))
     for weight in ("vision_tower.encoder.layers.0.self_attn.q_proj.weight", "visual.blocks.0.attn.qkv.weight"):
-        assert pieces_of(base, f"model.{weight}") == []
+        assert slices_of(base, f"model.{weight}") == []
 
 
 def test_vocabulary_padding_is_left_out(tmp_path):

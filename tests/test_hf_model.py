@@ -15,7 +15,7 @@ import transformers
 from gguflora.architectures.base_model import read_base
 from gguflora.errors import FormatError, GgufError, MismatchError, SafetensorsError
 from gguflora.files.gguf import GgufFile
-from gguflora.merging.high_precision import HighPrecisionBase
+from gguflora.merging.high_precision import UnquantizedBase
 
 
 def all_rows(source, name, tensor):
@@ -29,7 +29,7 @@ def all_rows(source, name, tensor):
 def test_hf_directory_equals_the_converters_f32(name):
     """Every tensor that the converter wrote, in GGUF's order and with GGUF's values."""
     gguf = zoo.gguf_model(name)
-    with HighPrecisionBase.open(zoo.checkpoint(name), read_base(gguf)) as source, GgufFile(gguf) as file:
+    with UnquantizedBase.open(zoo.checkpoint(name), read_base(gguf)) as source, GgufFile(gguf) as file:
         for tensor, expected in zoo.tensors(gguf).items():
             found = all_rows(source, tensor, expected)
             assert found.dtype == np.float32
@@ -40,7 +40,7 @@ def test_hf_directory_equals_the_converters_f32(name):
 @pytest.mark.parametrize("outtype", ["F32", "F16", "BF16", "Q8_0", "Q4_K_M"])
 def test_gguf_of_any_type(outtype):
     path = builders.gguf_model("llama", "wide", outtype)
-    with HighPrecisionBase.open(path, read_base(builders.gguf_model("llama", "wide", "Q4_0"))) as source:
+    with UnquantizedBase.open(path, read_base(builders.gguf_model("llama", "wide", "Q4_0"))) as source:
         for tensor, expected in oracles.tensors(path).items():
             np.testing.assert_array_equal(all_rows(source, tensor, expected), expected, err_msg=tensor)
 
@@ -54,7 +54,7 @@ def test_shards_of_any_float(dtype, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((builders.hf_model("llama") / name).read_bytes())
     gguf = oracles.convert_model(tmp_path, tmp_path / "model.gguf")
-    with HighPrecisionBase.open(tmp_path, read_base(gguf)) as source:
+    with UnquantizedBase.open(tmp_path, read_base(gguf)) as source:
         for tensor, expected in oracles.tensors(gguf).items():
             np.testing.assert_array_equal(all_rows(source, tensor, expected), expected, err_msg=tensor)
 
@@ -65,7 +65,7 @@ def test_output_of_a_tied_model(tmp_path):
     model = read_base(builders.gguf_model("gemma3"))
     embedding = model.shapes["token_embd.weight"]
     twice = type(model)(**{**vars(model), "shapes": {**model.shapes, "output.weight": embedding}})
-    with HighPrecisionBase.open(directory, twice) as source:
+    with UnquantizedBase.open(directory, twice) as source:
         np.testing.assert_array_equal(source.rows("output.weight", 3, 9), source.rows("token_embd.weight", 3, 9))
 
 
@@ -87,7 +87,7 @@ def opened(weights, **changed):
     directory, tensors = weights
     kept = {name: tensor for name, tensor in {**tensors, **changed}.items() if tensor is not None}
     safetensors.torch.save_file(kept, directory / "model.safetensors")
-    return HighPrecisionBase.open(directory, read_base(builders.gguf_model("llama")))
+    return UnquantizedBase.open(directory, read_base(builders.gguf_model("llama")))
 
 
 def test_missing_weight_is_named(weights):
@@ -109,9 +109,9 @@ def test_other_weights_of_the_same_shape(outtype):
     """Another model, or rows in another order, is no base of this one; its own weights are."""
     with GgufFile(builders.gguf_model("llama", "wide", outtype)) as file:
         model = read_base(file.path)
-        with HighPrecisionBase.open(builders.hf_model("llama", "wide"), model) as source:
+        with UnquantizedBase.open(builders.hf_model("llama", "wide"), model) as source:
             source.check(file, file.tensors)
-        other = HighPrecisionBase.open(builders.hf_model("llama", "wide", seed=1), model)
+        other = UnquantizedBase.open(builders.hf_model("llama", "wide", seed=1), model)
         with other, pytest.raises(MismatchError, match="same model"):
             other.check(file, [Q])
 
@@ -126,29 +126,29 @@ def test_whole_numbers_are_no_weights(weights):
 def test_damaged_index(index, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(SafetensorsError, match=r"index\.json"):
-        HighPrecisionBase.open(tmp_path, read_base(builders.gguf_model("llama")))
+        UnquantizedBase.open(tmp_path, read_base(builders.gguf_model("llama")))
 
 
 @pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "no-such.safetensors"])
 def test_index_that_leads_elsewhere(shard, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {Q_PROJ: shard}}))
     with pytest.raises(SafetensorsError):
-        HighPrecisionBase.open(tmp_path, read_base(builders.gguf_model("llama")))
+        UnquantizedBase.open(tmp_path, read_base(builders.gguf_model("llama")))
 
 
 def test_nothing_there(tmp_path):
     model = read_base(builders.gguf_model("llama"))
     with pytest.raises(FormatError, match="holds neither"):
-        HighPrecisionBase.open(tmp_path, model)
+        UnquantizedBase.open(tmp_path, model)
     with pytest.raises(GgufError):
-        HighPrecisionBase.open(tmp_path / "nowhere", model)
+        UnquantizedBase.open(tmp_path / "nowhere", model)
 
 
 def test_another_architecture():
     model = read_base(builders.gguf_model("llama"))
     with pytest.raises(MismatchError, match="qwen3"):
-        HighPrecisionBase.open(builders.gguf_model("qwen3"), model)
-    wide = HighPrecisionBase.open(builders.gguf_model("llama", "wide"), model)
+        UnquantizedBase.open(builders.gguf_model("qwen3"), model)
+    wide = UnquantizedBase.open(builders.gguf_model("llama", "wide"), model)
     with wide, pytest.raises(MismatchError, match="256"):
         wide.rows(Q, 0, 2)
 

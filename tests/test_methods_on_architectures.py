@@ -16,8 +16,8 @@ from test_architectures import ELSEWHERE, as_matrices, assert_close
 import gguflora
 from gguflora.adapters.deltas import Replace
 from gguflora.architectures.base_model import flat_shape, read_base
-from gguflora.architectures.mapping import pieces_of
-from gguflora.placement.place import Placed
+from gguflora.architectures.mapping import slices_of
+from gguflora.placement.place import PlacedDelta
 
 BLOCKS = BdLoraConfig(
     target_modules_bd_a=["o_proj", "down_proj", "dense"], target_modules_bd_b=["q_proj", "up_proj", "query"],
@@ -125,9 +125,9 @@ def laid_out(name, model):
     for path, matrix in as_matrices(name, weights):
         if path.endswith(ELSEWHERE):
             continue
-        for piece in pieces_of(base, path):
+        for piece in slices_of(base, path):
             if piece.tensor in tensors:
-                placed = Placed(path, Replace(matrix), piece)
+                placed = PlacedDelta(path, Replace(matrix), piece)
                 stored = tensors[piece.tensor].reshape(flat_shape(tensors[piece.tensor].shape))
                 stored[piece.first : piece.first + placed.shape[0]] = placed.take(matrix) + piece.shift
     return tensors

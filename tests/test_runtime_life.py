@@ -18,7 +18,7 @@ from test_runtime import resident_bytes, tied_lora
 from gguflora.engine import Engine, Request, Sampling
 from gguflora.errors import EngineClosedError, GgufError, GgufloraError, HotSwapError, RequestError
 from gguflora.runtime import attached
-from gguflora.runtime.llama_lock import Turn
+from gguflora.runtime.llama_lock import LlamaLock
 
 GREEDY = Sampling(temperature=0)
 
@@ -184,7 +184,7 @@ def test_a_turn_passes_items_and_what_is_sent():
         sent = yield 1
         yield sent * 2
 
-    tokens = Turn().generate(steps())
+    tokens = LlamaLock().generate(steps())
     assert next(tokens) == 1
     assert tokens.send(21) == 42
     with pytest.raises(StopIteration):

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from gguflora.adapters.base_shapes import BaseWeights
-from gguflora.adapters.deltas import Change, Unsized
+from gguflora.adapters.base_shapes import BaseShapes
+from gguflora.adapters.deltas import Delta, ShapeDependentDelta
 from gguflora.adapters.gguf_lora import read_gguf_lora
 from gguflora.adapters.peft.config import MLX, PeftConfig, read_config
 from gguflora.adapters.peft.modules_to_save import split_saved
 from gguflora.adapters.peft.pooler import about_pooler
 from gguflora.adapters.peft.unsupported import REFUSED
-from gguflora.errors import AdapterError, UnsupportedAdapterError, some
+from gguflora.errors import AdapterError, UnsupportedAdapterError, listed
 from gguflora.files.remote import local_inputs
 from gguflora.files.safetensors import Array, as_float32, read_weights, weight_files
 
@@ -47,15 +47,15 @@ class Adapter:
     name: str
     path: Path
     sha256: str
-    changes: Mapping[str, tuple[Change | Unsized, ...]]
+    changes: Mapping[str, tuple[Delta | ShapeDependentDelta, ...]]
     method: str
     architecture: str | None = None
     warnings: tuple[str, ...] = ()
     ties: bool = False
     invocation_tokens: tuple[int, ...] = ()
-    shaped: Callable[[BaseWeights], Mapping[str, Change]] | None = field(default=None, repr=False)
+    shaped: Callable[[BaseShapes], Mapping[str, Delta]] | None = field(default=None, repr=False)
 
-    def changes_of(self, base: BaseWeights) -> dict[str, tuple[Change | Unsized, ...]]:
+    def changes_of(self, base: BaseShapes) -> dict[str, tuple[Delta | ShapeDependentDelta, ...]]:
         """All changes, those of methods that depend on the shapes of several weights included.
 
         Raises:
@@ -115,7 +115,7 @@ def _read_peft(folder: Path) -> Adapter:
     weights, tensors = read_weights(folder, "adapters" if config.peft_type == MLX else "adapter_model")
     _check_finite(weights, tensors)
     saved, own = split_saved(config, tensors)
-    changes: dict[str, tuple[Change | Unsized, ...]] = {name: (change,) for name, change in saved.items()}
+    changes: dict[str, tuple[Delta | ShapeDependentDelta, ...]] = {name: (change,) for name, change in saved.items()}
     shaped = None
     if config.peft_type in READERS:
         _add(changes, READERS[config.peft_type](config, own))
@@ -149,12 +149,14 @@ def _about_alphas(modules: list[str]) -> tuple[str, ...]:
     if not modules:
         return ()
     return (
-        f"several patterns of alpha_pattern match {some(modules, 3)}: the first is taken, as PEFT does when it loads "
+        f"several patterns of alpha_pattern match {listed(modules, 3)}: the first is taken, as PEFT does when it loads "
         "the file, but PEFT has sorted them when it wrote it; if another held in training, leave only that one",
     )
 
 
-def _add(changes: dict[str, tuple[Change | Unsized, ...]], others: Mapping[str, Change | Unsized]) -> None:
+def _add(
+    changes: dict[str, tuple[Delta | ShapeDependentDelta, ...]], others: Mapping[str, Delta | ShapeDependentDelta]
+) -> None:
     for name, change in others.items():
         changes[name] = (*changes.get(name, ()), change)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 
-class BaseWeights(Protocol):
+class BaseShapes(Protocol):
     """A base model's weights."""
 
     def shape(self, weight: str) -> tuple[int, int]:

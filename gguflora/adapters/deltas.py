@@ -21,7 +21,7 @@ from gguflora.files.safetensors import Array, as_float32
 from gguflora.quants.arrays import Float64Array, Indices
 
 
-class Change(Protocol):
+class Delta(Protocol):
     """A change of one weight."""
 
     @property
@@ -137,7 +137,7 @@ class ReplaceRows:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Formula:
+class FunctionDelta:
     """A change by any formula of the base's weight.
 
     Attributes:
@@ -158,7 +158,7 @@ class Formula:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class WeightTimes:
+class BiasFromWeight:
     """A change of a bias by any formula of it, plus its layer's weight times a vector.
 
     Attributes:
@@ -171,13 +171,13 @@ class WeightTimes:
     shape: tuple[int, int]
     weight: str
     vector: Float64Array
-    formula: Formula
+    formula: FunctionDelta
     whole: bool = field(default=True, init=False)
 
-    def given(self, weight: Float64Array) -> Formula:
+    def given(self, weight: Float64Array) -> FunctionDelta:
         """The change once the layer's weight (n_out, n_in) is known."""
         added = weight @ self.vector
-        return Formula(self.shape, lambda w, rows: self.formula.delta(w, rows) + added[rows])
+        return FunctionDelta(self.shape, lambda w, rows: self.formula.delta(w, rows) + added[rows])
 
     def delta(self, w: Float64Array, rows: Indices) -> Float64Array:
         """Not to be had from the bias alone: see `given`."""
@@ -185,7 +185,7 @@ class WeightTimes:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Unsized:
+class ShapeDependentDelta:
     """A change of a weight whose shape only the base tells.
 
     Attributes:
@@ -195,7 +195,7 @@ class Unsized:
     """
 
     known: tuple[int | None, int | None]
-    build: Callable[[tuple[int, int]], Change]
+    build: Callable[[tuple[int, int]], Delta]
     optional: bool = False
 
     @classmethod
@@ -207,12 +207,12 @@ class Unsized:
         whole: bool = False,
         optional: bool = False,
         caution: str = "",
-    ) -> Unsized:
-        """A `Formula` that takes the base's shape."""
-        return cls(known, lambda shape: Formula(shape, function, whole, caution), optional)
+    ) -> ShapeDependentDelta:
+        """A `FunctionDelta` that takes the base's shape."""
+        return cls(known, lambda shape: FunctionDelta(shape, function, whole, caution), optional)
 
 
-def equal(one: Change, other: Change) -> bool:
+def equal(one: Delta, other: Delta) -> bool:
     """Whether two changes are the same, as far as their attributes tell."""
     return type(one) is type(other) and all(
         np.array_equal(getattr(one, name), getattr(other, name)) for name in type(one).__annotations__

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from typing import Final
 
 from gguflora.adapters.deltas import (
-    Change,
+    Delta,
     LowRank,
     Replace,
-    Unsized,
+    ShapeDependentDelta,
 )
 from gguflora.adapters.peft.config import MLX, PeftConfig
 from gguflora.adapters.peft.keys import (
@@ -33,7 +33,7 @@ _EMBEDDINGS: Final = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok
 _EXPERTS: Final = re.compile(r"(?P<owner>.+)\.(?:switch_mlp|experts)\.(?P<name>[^.]+)")
 
 
-def read_mlx(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change | Unsized]:
+def read_mlx(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta | ShapeDependentDelta]:
     """The change of every adapted weight, by its name in the Hugging Face model.
 
     Raises:
@@ -55,14 +55,14 @@ def read_mlx(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Chan
             f"{config.path}: lora_parameters has alpha, which mlx-lm divides by the rank up to version 0.18 and later "
             "ignores: remove it, or set scale to scale * alpha / rank first"
         )
-    changes: dict[str, Change | Unsized] = {}
+    changes: dict[str, Delta | ShapeDependentDelta] = {}
     for module, parts in by_module(config, tensors, ["lora_a", "lora_b", "m"]).items():
         changes |= _read_module(config, module, parts, scale)
     return changes
 
 
-def _read_full(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change | Unsized]:
-    changes: dict[str, Change | Unsized] = {}
+def _read_full(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta | ShapeDependentDelta]:
+    changes: dict[str, Delta | ShapeDependentDelta] = {}
     for name, values in tensors.items():
         module, _, kind = name.rpartition(".")
         experts = _expert_modules(module, len(values)) if values.ndim == 3 else []
@@ -77,7 +77,7 @@ def _read_full(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Ch
     return changes
 
 
-def _read_module(config: PeftConfig, module: str, parts: Parts, scale: float) -> dict[str, Change | Unsized]:
+def _read_module(config: PeftConfig, module: str, parts: Parts, scale: float) -> dict[str, Delta | ShapeDependentDelta]:
     magnitude = parts.pop("m", None)
     a, b = take(config, module, parts, "lora_a", "lora_b")
     if a.ndim == b.ndim == 3 and magnitude is None:
@@ -91,7 +91,9 @@ def _read_module(config: PeftConfig, module: str, parts: Parts, scale: float) ->
     return {f"{module}.weight": with_magnitude(config, module, change, magnitude)}
 
 
-def _read_experts(config: PeftConfig, module: str, a: Array, b: Array, scale: float) -> dict[str, Change | Unsized]:
+def _read_experts(
+    config: PeftConfig, module: str, a: Array, b: Array, scale: float
+) -> dict[str, Delta | ShapeDependentDelta]:
     experts = _expert_modules(module, len(a))
     if not experts or a.shape[:2] != (b.shape[0], b.shape[2]):
         raise AdapterError(

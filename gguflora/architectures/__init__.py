@@ -17,15 +17,15 @@ from gguflora.architectures.mapping import (
     is_cut,
     is_transposed_expert,
     key_order,
-    pieces_of,
+    slices_of,
     unknown_warning,
 )
 from gguflora.architectures.rules import KNOWN
-from gguflora.architectures.tensor_slice import Piece
+from gguflora.architectures.tensor_slice import TensorSlice
 
 __all__ = [
     "KNOWN",
-    "Piece",
+    "TensorSlice",
     "aborts_at_run_time",
     "adaptable_weights",
     "can_untie",
@@ -37,7 +37,7 @@ __all__ = [
     "is_cut",
     "is_transposed_expert",
     "key_order",
-    "pieces_of",
+    "slices_of",
     "unknown_warning",
     "with_biases",
 ]

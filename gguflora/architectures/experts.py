@@ -14,7 +14,7 @@ import numpy as np
 
 from gguflora.architectures.base_model import BaseModel
 from gguflora.architectures.regions import region_of
-from gguflora.architectures.tensor_slice import Piece
+from gguflora.architectures.tensor_slice import TensorSlice
 from gguflora.quants.arrays import Indices
 
 _LAYER: Final = r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?:\w+\.)?"
@@ -35,7 +35,7 @@ _TENSORS: Final = {
 """GGUF's names; what is not among them is gate and up in one."""
 
 
-def pieces_of_expert(base: BaseModel, path: str, *, interleaved: bool) -> list[Piece]:
+def slices_of_expert(base: BaseModel, path: str, *, interleaved: bool) -> list[TensorSlice]:
     """The pieces of an expert's weight, or of a stack of biases; none if ``path`` names no such thing.
 
     Args:
@@ -59,23 +59,23 @@ def _tensors(layer: int, name: str, kind: str) -> list[str]:
     return [f"blk.{layer}.{tensor}{kind}" for tensor in names]
 
 
-def _fused(base: BaseModel, tensors: list[str], expert: int, interleaved: bool) -> list[Piece]:
+def _fused(base: BaseModel, tensors: list[str], expert: int, interleaved: bool) -> list[TensorSlice]:
     regions = [region_of(base, tensor) for tensor in tensors]
     known = [region for region in regions if region is not None]
     if len(known) < len(tensors):
-        return [Piece(tensor) for tensor in tensors]
+        return [TensorSlice(tensor) for tensor in tensors]
     orders = _shares([region.n_rows for region in known], interleaved)
     return [
-        Piece(region.tensor, region.first + expert * region.stride, rows=rows)
+        TensorSlice(region.tensor, region.first + expert * region.stride, rows=rows)
         for region, rows in zip(known, orders, strict=True)
     ]
 
 
-def _bias_columns(base: BaseModel, tensors: list[str], interleaved: bool) -> list[Piece]:
+def _bias_columns(base: BaseModel, tensors: list[str], interleaved: bool) -> list[TensorSlice]:
     if any(tensor not in base.shapes for tensor in tensors):
-        return [Piece(tensor) for tensor in tensors]
+        return [TensorSlice(tensor) for tensor in tensors]
     orders = _shares([base.shapes[tensor][-1] for tensor in tensors], interleaved)
-    return [Piece(tensor, columns=columns) for tensor, columns in zip(tensors, orders, strict=True)]
+    return [TensorSlice(tensor, columns=columns) for tensor, columns in zip(tensors, orders, strict=True)]
 
 
 def _shares(sizes: list[int], interleaved: bool) -> list[Indices]:

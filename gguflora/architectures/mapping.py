@@ -1,16 +1,16 @@
-"""Where a Hugging Face weight lies in a base model: the tensor slices of `pieces_of`."""
+"""Where a Hugging Face weight lies in a base model: the tensor slices of `slices_of`."""
 
 from __future__ import annotations
 
 from gguflora.architectures.base_model import BaseModel
-from gguflora.architectures.experts import pieces_of_expert
+from gguflora.architectures.experts import slices_of_expert
 from gguflora.architectures.hf_names import candidates
 from gguflora.architectures.names import canonical, check_named, layer_and_module, tensor_of
 from gguflora.architectures.orders import as_they_are
 from gguflora.architectures.regions import region_of
 from gguflora.architectures.rules import KNOWN, PLAIN, Rules
 from gguflora.architectures.splits import norm_of_head
-from gguflora.architectures.tensor_slice import Piece
+from gguflora.architectures.tensor_slice import TensorSlice
 from gguflora.errors import MismatchError
 from gguflora.quants.arrays import Indices
 
@@ -18,7 +18,7 @@ _MOST = 1 << 10
 """Positions that RoBERTa may skip: one more than the number of its padding token."""
 
 
-def pieces_of(base: BaseModel, weight: str) -> list[Piece]:
+def slices_of(base: BaseModel, weight: str) -> list[TensorSlice]:
     """Where a Hugging Face weight lies in the base: its pieces, none if it has no place there.
 
     Args:
@@ -32,43 +32,43 @@ def pieces_of(base: BaseModel, weight: str) -> list[Piece]:
         MismatchError: if the base's tensors cannot hold the weight as its architecture says.
     """
     rules, path = KNOWN.get(base.architecture, PLAIN), canonical(weight)
-    pieces = pieces_of_expert(base, path, interleaved=rules.interleaved) or norm_of_head(base, path)
+    pieces = slices_of_expert(base, path, interleaved=rules.interleaved) or norm_of_head(base, path)
     if pieces:
         return pieces
     layer, module, kind = layer_and_module(path)
     if module in rules.splits:
         return rules.splits[module](base, layer, kind)
     tensor = tensor_of(base, path)
-    return [] if tensor is None else [_piece(base, rules, tensor)]
+    return [] if tensor is None else [_slice(base, rules, tensor)]
 
 
-def adaptable_weights(base: BaseModel) -> dict[str, list[Piece]]:
+def adaptable_weights(base: BaseModel) -> dict[str, list[TensorSlice]]:
     """The base's weights that a LoRA may change, with their pieces, by their names in the Hugging Face model.
 
     Raises:
         ArchitectureError: if the names of the architecture's modules are not known.
     """
-    placed = {weight: _pieces_if_any(base, weight) for weight in candidates(base)}
+    placed = {weight: _slices_if_any(base, weight) for weight in candidates(base)}
     return {weight: pieces for weight, pieces in placed.items() if pieces}
 
 
-def _pieces_if_any(base: BaseModel, weight: str) -> list[Piece]:
-    """`pieces_of` a weight that the base may have; none if it does not (a linear layer's in one of attention)."""
+def _slices_if_any(base: BaseModel, weight: str) -> list[TensorSlice]:
+    """`slices_of` a weight that the base may have; none if it does not (a linear layer's in one of attention)."""
     try:
-        pieces = pieces_of(base, weight)
+        pieces = slices_of(base, weight)
     except MismatchError:
         return []
     return pieces if all(piece.tensor in base.shapes for piece in pieces) else []
 
 
-def _piece(base: BaseModel, rules: Rules, tensor: str) -> Piece:
+def _slice(base: BaseModel, rules: Rules, tensor: str) -> TensorSlice:
     region = region_of(base, tensor)
     if region is None:
-        return Piece(tensor)
+        return TensorSlice(tensor)
     layer, module, _ = layer_and_module(tensor)
     rows, columns = rules.rows.get(module), rules.columns.get(module)
     shape = base.shapes[region.tensor]
-    return Piece(
+    return TensorSlice(
         region.tensor,
         region.first,
         rows=rows(base, layer, region.n_rows) if rows else region.all_rows,
@@ -101,7 +101,7 @@ def is_transposed_expert(base: BaseModel, weight: str) -> bool:
     return KNOWN.get(base.architecture, PLAIN).experts_transposed and expert.isdecimal() and ".experts." in stack
 
 
-def decay_of(base: BaseModel, weight: str) -> Piece | None:
+def decay_of(base: BaseModel, weight: str) -> TensorSlice | None:
     """The place of a state space's ``A_log``, which GGUF holds as ``-exp(A_log)``, or None if it is not that."""
     if not weight.endswith("A_log"):
         return None
@@ -109,7 +109,7 @@ def decay_of(base: BaseModel, weight: str) -> Piece | None:
     tensor = f"blk.{layer}.ssm_a"
     order = KNOWN.get(base.architecture, PLAIN).rows.get("ssm_dt")  # of the heads, as in the biases of time steps
     rows = order(base, layer, base.shapes[tensor][0]) if order and tensor in base.shapes else None
-    return Piece(tensor, rows=rows)
+    return TensorSlice(tensor, rows=rows)
 
 
 def can_untie(base: BaseModel) -> bool:

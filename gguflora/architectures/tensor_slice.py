@@ -8,7 +8,7 @@ from gguflora.quants.arrays import Indices
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Piece:
+class TensorSlice:
     """A part of a Hugging Face weight W and its place in a GGUF tensor.
 
     ``T[first : first + n] = W[rows][:, columns] + shift``, transposed before it is stored if ``transposed``. T's

@@ -16,7 +16,7 @@ from gguflora.cli.app import app, console, print_report, stderr
 from gguflora.cli.options import AsJson, Context, Task, Threads, named_and_scaled, named_tasks
 
 if TYPE_CHECKING:
-    from gguflora.engine.chat import Answer
+    from gguflora.engine.chat import ChatAnswer
     from gguflora.engine.run import RunReport
 
 _COLUMNS = 3
@@ -122,7 +122,7 @@ def _lines() -> Iterator[str]:
             return
 
 
-def _show(answers: list[Answer]) -> None:
+def _show(answers: list[ChatAnswer]) -> None:
     from gguflora.engine.chat import describe  # noqa: PLC0415
 
     for first in range(0, len(answers), _COLUMNS):

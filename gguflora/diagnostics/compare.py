@@ -30,7 +30,7 @@ from gguflora.lora.preflight import check_loadable
 from gguflora.merging.merge import AdapterArgument, merge, with_scales
 
 if TYPE_CHECKING:
-    from gguflora.diagnostics.logits import Context, Model
+    from gguflora.diagnostics.logits import LogitsContext, LogitsModel
 
 BUILT_IN_TEXT: Final = """\
 The ferry leaves the harbour at seven in the morning and comes back before dark. On the way it stops at two islands:
@@ -197,15 +197,15 @@ def _loras(base: Path, pairs: Sequence[tuple[str | os.PathLike[str], float]]) ->
 
 
 @contextmanager
-def _open(path: Path, threads: int, like: Model | None = None) -> Iterator[Model]:
+def _open(path: Path, threads: int, like: LogitsModel | None = None) -> Iterator[LogitsModel]:
     """A model, which must have the vocabulary of ``like``."""
     try:
-        from gguflora.diagnostics.logits import Model  # noqa: PLC0415  (import gguflora does not load llama_cpp)
+        from gguflora.diagnostics.logits import LogitsModel  # noqa: PLC0415  (import gguflora does not load llama_cpp)
     except ImportError as error:
         raise HotSwapError(f"comparing needs llama-cpp-python: pip install 'gguflora[runtime]' ({error})") from error
     with GgufFile(path) as file:
         first = file.path  # of a split model llama.cpp asks for the first file
-    with Model(first, threads) as model:
+    with LogitsModel(first, threads) as model:
         if like is not None and model.n_vocab != like.n_vocab:
             raise MismatchError(
                 f"{path}: has a vocabulary of {model.n_vocab} tokens, but {like.path} has {like.n_vocab}; "
@@ -214,7 +214,7 @@ def _open(path: Path, threads: int, like: Model | None = None) -> Iterator[Model
         yield model
 
 
-def _tokens(model: Model, text: str | os.PathLike[str] | None) -> list[int]:
+def _tokens(model: LogitsModel, text: str | os.PathLike[str] | None) -> list[int]:
     content = BUILT_IN_TEXT.encode() if text is None else Path(text).read_bytes()
     tokens = model.tokenize(content)
     if len(tokens) < 2:
@@ -256,7 +256,9 @@ class _Tally:
         return math.exp(self._loss / self.count)
 
 
-def _measure(windows: Sequence[list[int]], hot: Context, others: Mapping[str, Context]) -> dict[str, _Tally]:
+def _measure(
+    windows: Sequence[list[int]], hot: LogitsContext, others: Mapping[str, LogitsContext]
+) -> dict[str, _Tally]:
     """All models over the text, side by side."""
     from gguflora.diagnostics.logits import POSITIONS  # noqa: PLC0415
 
@@ -290,7 +292,7 @@ def _naive_merge(base: Path, pairs: AdapterArgument, threads: int) -> Iterator[P
         yield file
 
 
-def _speeds(contexts: Mapping[str, Context], tokens: Sequence[int], n_ctx: int) -> dict[str, Speed]:
+def _speeds(contexts: Mapping[str, LogitsContext], tokens: Sequence[int], n_ctx: int) -> dict[str, Speed]:
     """Medians over some turns: read a prompt, then go on token by token (of the text, so that all do the same)."""
     answer = min(SPEED_ANSWER, n_ctx // 2)
     prompt = min(SPEED_PROMPT, n_ctx - answer)
@@ -304,7 +306,7 @@ def _speeds(contexts: Mapping[str, Context], tokens: Sequence[int], n_ctx: int) 
     return {name: Speed(prompt / seconds[0], answer / seconds[1]) for name, seconds in medians.items()}
 
 
-def _time(context: Context, tokens: Sequence[int], prompt: int) -> tuple[float, float]:
+def _time(context: LogitsContext, tokens: Sequence[int], prompt: int) -> tuple[float, float]:
     """Seconds for the prompt and for the rest."""
     context.clear()
     moments = [time.perf_counter()]

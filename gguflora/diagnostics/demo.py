@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class DemoAnswer:
     """One row of the demo: which weights answered, what, and the seconds to get ready and to answer."""
 
     weights: str
@@ -58,7 +58,7 @@ class DemoReport:
     """
 
     prompt: str
-    answers: tuple[Answer, ...]
+    answers: tuple[DemoAnswer, ...]
     convert_seconds: dict[str, float]
     load_seconds: dict[str, float]
     merge: MergeReport
@@ -130,14 +130,14 @@ _SETS: Final[tuple[tuple[str, dict[str, float]], ...]] = (
 )
 
 
-def _hot_answer(llm: Any, adapters: Adapters, weights: str, scales: Mapping[str, float], prompt: str) -> Answer:  # noqa: ANN401
+def _hot_answer(llm: Any, adapters: Adapters, weights: str, scales: Mapping[str, float], prompt: str) -> DemoAnswer:  # noqa: ANN401
     _, seconds = _timed(adapters.apply, scales)
     return _answer(llm, weights, prompt, seconds)
 
 
-def _answer(llm: Any, weights: str, prompt: str, swap_seconds: float | None = None) -> Answer:  # noqa: ANN401
+def _answer(llm: Any, weights: str, prompt: str, swap_seconds: float | None = None) -> DemoAnswer:  # noqa: ANN401
     reply, seconds = _timed(llm, prompt, max_tokens=MAX_TOKENS, temperature=0.0)
-    return Answer(weights, reply["choices"][0]["text"], swap_seconds, seconds)
+    return DemoAnswer(weights, reply["choices"][0]["text"], swap_seconds, seconds)
 
 
 def _logits(llm: Any, adapters: Adapters, scales: Mapping[str, float], text: str) -> NDArray[np.float32]:  # noqa: ANN401

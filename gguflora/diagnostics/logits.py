@@ -33,7 +33,7 @@ POSITIONS: Final = 128
 """Tokens evaluated at once: enough to be as quick as more, and the logits stay small."""
 
 
-class Model:
+class LogitsModel:
     """A GGUF model in llama.cpp's memory; a context manager that frees it, and what was made of it.
 
     Raises:
@@ -76,7 +76,7 @@ class Model:
         adds = llama_cpp.llama_vocab_get_add_bos(self._vocabulary)
         return [llama_cpp.llama_vocab_bos(self._vocabulary)] if adds else []
 
-    def context(self, n_ctx: int, loras: Sequence[tuple[Path, float]] = ()) -> Context:
+    def context(self, n_ctx: int, loras: Sequence[tuple[Path, float]] = ()) -> LogitsContext:
         """A context of its own, with adapters (GGUF file, scale) applied.
 
         Raises:
@@ -93,7 +93,7 @@ class Model:
             raise HotSwapError(f"{self.path}: llama.cpp could not make a context of {n_ctx} tokens: {_said(log)}")
         self._resources.callback(llama_cpp.llama_free, pointer)
         set_loras(pointer, applied)
-        return Context(self, pointer)
+        return LogitsContext(self, pointer)
 
     def _load(self, path: Path) -> Pointer:
         lora = load_lora(self.pointer, path)
@@ -109,10 +109,10 @@ class Model:
         self._resources.close()
 
 
-class Context:
-    """Evaluates one text after another. It lives as long as its `Model`."""
+class LogitsContext:
+    """Evaluates one text after another. It lives as long as its `LogitsModel`."""
 
-    def __init__(self, model: Model, pointer: Any) -> None:  # noqa: ANN401  (llama_cpp has no types)
+    def __init__(self, model: LogitsModel, pointer: Any) -> None:  # noqa: ANN401  (llama_cpp has no types)
         self._model = model
         self._pointer = pointer
         self._count = 0

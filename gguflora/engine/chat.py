@@ -23,7 +23,7 @@ HELP: Final = """\
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ChatAnswer:
     """One answer and what it took.
 
     Attributes:
@@ -62,7 +62,7 @@ class Chat:
     engine: Engine
     write: Callable[[str], None]
     tell: Callable[[str], None]
-    show: Callable[[list[Answer]], None]
+    show: Callable[[list[ChatAnswer]], None]
     raw: bool = False
     max_tokens: int = 256
     sampling: Sampling = field(default_factory=Sampling)
@@ -82,7 +82,7 @@ class Chat:
             self.tell(f"error: {error}")
         return True
 
-    def say(self, text: str) -> Answer:
+    def say(self, text: str) -> ChatAnswer:
         """Answer a prompt; in a chat, both join the conversation.
 
         Raises:
@@ -95,7 +95,7 @@ class Chat:
         self.tell(f"[{answer.adapters}: {describe(answer)}]")
         return answer
 
-    def compare(self, prompt: str) -> list[Answer]:
+    def compare(self, prompt: str) -> list[ChatAnswer]:
         """Answers of the base, of each adapter alone, and of the set that is on, in turn; not remembered."""
         tokens = self._tokens(prompt, [{"role": "user", "content": prompt}])
         names = [adapter.name for adapter in self.engine.adapters()]
@@ -111,7 +111,9 @@ class Chat:
     def _tokens(self, text: str, messages: list[dict[str, str]]) -> list[int]:
         return self.engine.tokenize(text) if self.raw else self.engine.render_chat(messages)
 
-    def _answer(self, tokens: list[int], adapters: AdapterSet, write: Callable[[str], None] = lambda _: None) -> Answer:
+    def _answer(
+        self, tokens: list[int], adapters: AdapterSet, write: Callable[[str], None] = lambda _: None
+    ) -> ChatAnswer:
         started = time.perf_counter()
         request = Request(tokens, adapters, max_tokens=self.max_tokens, sampling=self.sampling)
         generation, text = self.engine.submit(request), ""
@@ -188,12 +190,12 @@ class Chat:
         self.tell("the conversation begins anew")
 
 
-def _measured(generation: Generation, adapters: str, text: str, seconds: float) -> Answer:
+def _measured(generation: Generation, adapters: str, text: str, seconds: float) -> ChatAnswer:
     tokens, timings = generation.usage.completion_tokens, generation.timings
     rate = (tokens - 1) / timings.decode if tokens > 1 and timings.decode else 0.0
-    return Answer(adapters, text, tokens, timings.ttft, seconds, rate)
+    return ChatAnswer(adapters, text, tokens, timings.ttft, seconds, rate)
 
 
-def describe(answer: Answer) -> str:
+def describe(answer: ChatAnswer) -> str:
     """What an answer took, in words."""
     return f"{answer.tokens} tokens, {answer.tokens_per_second:.1f} tokens/s, first after {answer.ttft * 1e3:.0f} ms"

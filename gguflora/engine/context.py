@@ -22,7 +22,7 @@ from gguflora.engine.registry import NO_ADAPTERS, Embeddings, Phase
 from gguflora.errors import DivergedError, EngineError, GenerationError
 from gguflora.placement.prefix import Prefix
 from gguflora.runtime.bindings import axes_of_embeddings, captured_log, put_prefix
-from gguflora.runtime.fused_adapters import FusedAdapters
+from gguflora.runtime.fused_adapters import ConcatenatedAdapters
 
 Key: TypeAlias = Hashable
 """What is decoded at one position: a token; or (token, identity) where other adapters compute than from the first token
@@ -117,7 +117,7 @@ class Context:
         EngineError: if llama.cpp cannot make it.
     """
 
-    def __init__(self, model: Model, options: ContextOptions, fused: FusedAdapters) -> None:
+    def __init__(self, model: Model, options: ContextOptions, fused: ConcatenatedAdapters) -> None:
         self._model = model
         self._fused = fused
         with captured_log(least=_INFO) as log:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from gguflora.engine.adapter_sets import AdapterSet
 from gguflora.engine.context import Context
-from gguflora.engine.registry import Resident, ResidentSet
+from gguflora.engine.registry import RegisteredAdapter, ResidentSet
 from gguflora.errors import EngineError
 from gguflora.placement.prefix import Prefix
 from gguflora.runtime.bindings import put_prefix
@@ -74,7 +74,7 @@ class Pool:
         finally:
             context.free()
 
-    def drop(self, resident: Resident) -> None:
+    def drop(self, resident: RegisteredAdapter) -> None:
         """Take an adapter that no request uses out of all contexts."""
         for context in self.contexts:
             if context.knows(resident.adapter.generation):

@@ -19,16 +19,16 @@ from gguflora.architectures.base_model import read_whole_base
 from gguflora.engine.adapter_sets import AdapterSet, canonical_set, parse_set
 from gguflora.engine.context import KV_TYPES, Context, ContextOptions
 from gguflora.engine.context_pool import Pool
-from gguflora.engine.job import Job
+from gguflora.engine.job import GenerationJob
 from gguflora.engine.model import Model
 from gguflora.engine.registry import (
+    AdapterRegistry,
     Embeddings,
     LoadedAdapter,
-    Resident,
-    Residents,
+    RegisteredAdapter,
     ResidentSet,
 )
-from gguflora.engine.requests import FinishReason, Generation, Request, Sink
+from gguflora.engine.requests import FinishReason, Generation, GenerationSink, Request
 from gguflora.engine.scheduler import Scheduler
 from gguflora.errors import (
     AdapterNameError,
@@ -42,7 +42,7 @@ from gguflora.files.remote import local_inputs
 from gguflora.placement.prefix import fit_prefix
 from gguflora.runtime.adapter_files import open_adapter
 from gguflora.runtime.bindings import free_lora, invocation_of, load_lora
-from gguflora.runtime.fused_adapters import FusedAdapters
+from gguflora.runtime.fused_adapters import ConcatenatedAdapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +140,11 @@ class Engine:
         self.model_name = path.stem
         self._lock = threading.Lock()
         self._closed = False
-        self._residents = Residents()
+        self._residents = AdapterRegistry()
         self._model = Model(path, verbose=verbose)
         self.n_vocab = self._model.n_vocab
         try:
-            fused = FusedAdapters(self._model.pointer, self._description.architecture, self._open_lora)
+            fused = ConcatenatedAdapters(self._model.pointer, self._description.architecture, self._open_lora)
             pool = Pool(lambda: Context(self._model, options, fused), max_contexts, max_kv_bytes)
         except BaseException:
             self._model.free()
@@ -207,7 +207,7 @@ class Engine:
         for name, location in adapters.items():
             self.load(location, name, task=tasks.get(name))
 
-    def _lora(self, location: Path, call: tuple[int, str, int, float], task: int | None) -> Resident:
+    def _lora(self, location: Path, call: tuple[int, str, int, float], task: int | None) -> RegisteredAdapter:
         """A LoRA in llama.cpp's memory; ``call`` is its id, name, generation and scale."""
         if task is not None:
             raise HotSwapError(f"{location}: is no soft prompt, so it has no task {task}")
@@ -215,14 +215,14 @@ class Engine:
         with open_adapter(location, self._description) as source:
             pointer = self._scheduler.call(lambda: load_lora(self._model.pointer, source.file))
         adapter = LoadedAdapter(number, name, location, source.sha256, source.size, source.method, generation, scale)
-        return Resident(adapter, pointer, invocation=invocation_of(pointer))
+        return RegisteredAdapter(adapter, pointer, invocation=invocation_of(pointer))
 
     @contextmanager
     def _open_lora(self, location: Path) -> Iterator[Path]:
         with open_adapter(location, self._description) as source:
             yield source.file
 
-    def _soft_prompt(self, location: Path, call: tuple[int, str, int, float], task: int | None) -> Resident:
+    def _soft_prompt(self, location: Path, call: tuple[int, str, int, float], task: int | None) -> RegisteredAdapter:
         """A soft prompt that fits the base and a context; ``call`` as of `_lora`."""
         number, name, generation, scale = call
         prompt = read_soft_prompt(location, task)
@@ -232,7 +232,7 @@ class Engine:
             self._scheduler.call(lambda: self._scheduler.pool.try_prefix(prefix))
         size = prompt.path.stat().st_size
         adapter = LoadedAdapter(number, name, location, prompt.sha256, size, prompt.method, generation, scale)
-        return Resident(adapter, None, prefix)
+        return RegisteredAdapter(adapter, None, prefix)
 
     def unload(self, name: str) -> None:
         """Forget an adapter. Requests that use it go on; its memory is freed with the last of them.
@@ -243,7 +243,7 @@ class Engine:
         self._check_open()
         self._forget(self._residents.remove(name))
 
-    def _forget(self, resident: Resident) -> None:
+    def _forget(self, resident: RegisteredAdapter) -> None:
         """Free an adapter that has lost its name, unless requests use it: then it is freed with the last of them."""
         self._scheduler.call(lambda: None if resident.users else self._free(resident))
 
@@ -308,7 +308,7 @@ class Engine:
         try:
             self._check_length(len(request.tokens) + taken.n_before)
             with self._open():
-                job = Job(request, taken, Sink.of(generation), self._model, self.n_ctx)
+                job = GenerationJob(request, taken, GenerationSink.of(generation), self._model, self.n_ctx)
                 self._scheduler.submit(job)
         except BaseException:
             self._give_back(taken)
@@ -369,7 +369,7 @@ class Engine:
             )
         return rows
 
-    def _finished(self, job: Job) -> None:
+    def _finished(self, job: GenerationJob) -> None:
         self._release(job.adapters)
 
     def _give_back(self, taken: ResidentSet) -> None:
@@ -381,7 +381,7 @@ class Engine:
         for resident in self._residents.give_back(taken):
             self._free(resident)
 
-    def _free(self, resident: Resident) -> None:
+    def _free(self, resident: RegisteredAdapter) -> None:
         """Free an adapter that no request can reach. In the scheduler's thread, as everything that llama.cpp shares."""
         self._scheduler.pool.drop(resident)
         self._fused.drop(resident.adapter.sha256)

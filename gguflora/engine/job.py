@@ -9,7 +9,7 @@ from gguflora.engine.answer_text import AnswerText
 from gguflora.engine.context import Chunk, Context, Key, SavedSlot, Slot
 from gguflora.engine.model import Model
 from gguflora.engine.registry import Embeddings, Phase, ResidentSet
-from gguflora.engine.requests import Ending, FinishReason, Piece, Request, Sink, Timings, TokenLogprob, Usage
+from gguflora.engine.requests import Ending, FinishReason, GenerationSink, Piece, Request, Timings, TokenLogprob, Usage
 from gguflora.engine.sampler import Sampler, token_logprob
 from gguflora.errors import EngineError
 from gguflora.placement.prefix import Prefix
@@ -73,7 +73,7 @@ class Course:
         return self.adapters.phase(frozenset(begun))
 
 
-class Job:
+class GenerationJob:
     """One request of the scheduler.
 
     Attributes:
@@ -82,7 +82,7 @@ class Job:
         saved: what its slot held when it was suspended.
     """
 
-    def __init__(self, request: Request, adapters: ResidentSet, sink: Sink, model: Model, n_ctx: int) -> None:
+    def __init__(self, request: Request, adapters: ResidentSet, sink: GenerationSink, model: Model, n_ctx: int) -> None:
         prompt = [int(token) for token in request.tokens]
         self.request = request
         self.adapters = adapters

@@ -48,7 +48,7 @@ class LoadedAdapter:
 
 
 @dataclass(slots=True, eq=False)
-class Resident:
+class RegisteredAdapter:
     """A loaded adapter in memory.
 
     Attributes:
@@ -93,7 +93,7 @@ class ResidentSet:
     """
 
     names: AdapterSet
-    members: tuple[tuple[Resident, float], ...]
+    members: tuple[tuple[RegisteredAdapter, float], ...]
     request_prefix: Embeddings | None = None
     _phases: dict[frozenset[str], Phase] = field(default_factory=dict, repr=False, compare=False)
 
@@ -132,7 +132,7 @@ class ResidentSet:
         written = self.keys_and_values.n_tokens if self.keys_and_values else 0
         return written + (0 if self.embeddings is None else len(self.embeddings))
 
-    def _phase(self, members: Sequence[tuple[Resident, float]]) -> Phase:
+    def _phase(self, members: Sequence[tuple[RegisteredAdapter, float]]) -> Phase:
         of = {(resident.adapter.sha256, resident.adapter.generation, scale) for resident, scale in members}
         if self.request_prefix is not None:
             of.add((hashlib.sha256(self.request_prefix.tobytes()).hexdigest(), -1, 1.0))
@@ -141,7 +141,7 @@ class ResidentSet:
         return Phase(frozenset(of), tuple(parts))
 
 
-def _check_soft_prompts(members: Sequence[tuple[Resident, float]]) -> None:
+def _check_soft_prompts(members: Sequence[tuple[RegisteredAdapter, float]]) -> None:
     soft = [(resident.adapter.name, scale) for resident, scale in members if resident.prefix]
     for name, scale in soft:
         if scale != 1:
@@ -150,12 +150,12 @@ def _check_soft_prompts(members: Sequence[tuple[Resident, float]]) -> None:
         raise RequestError(f"only one soft prompt can precede the prompt, found {', '.join(name for name, _ in soft)}")
 
 
-class Residents:
+class AdapterRegistry:
     """All loaded adapters by name. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._by_name: dict[str, Resident] = {}
+        self._by_name: dict[str, RegisteredAdapter] = {}
         self._numbers = itertools.count()
         self._reserved: dict[str, int] = {}
         self._generations = itertools.count()
@@ -181,7 +181,7 @@ class Residents:
         with self._lock:
             self._reserved.pop(name, None)
 
-    def add(self, resident: Resident) -> Resident | None:
+    def add(self, resident: RegisteredAdapter) -> RegisteredAdapter | None:
         """The load under way has succeeded; the adapter that had this name before, if any."""
         with self._lock:
             self._reserved.pop(resident.adapter.name, None)
@@ -191,7 +191,7 @@ class Residents:
             self._by_name[resident.adapter.name] = resident
             return replaced
 
-    def remove(self, name: str) -> Resident:
+    def remove(self, name: str) -> RegisteredAdapter:
         """Take an adapter out; requests that use it still do.
 
         Raises:
@@ -222,14 +222,14 @@ class Residents:
                 resident.users += 1
             return ResidentSet(names, members, prefix)
 
-    def give_back(self, taken: ResidentSet) -> list[Resident]:
+    def give_back(self, taken: ResidentSet) -> list[RegisteredAdapter]:
         """A user has ended; the adapters that nobody can reach any more."""
         with self._lock:
             for resident, _ in taken.members:
                 resident.users -= 1
             return [resident for resident, _ in taken.members if resident.removed and not resident.users]
 
-    def all(self) -> Sequence[Resident]:
+    def all(self) -> Sequence[RegisteredAdapter]:
         """Those that have names, by id."""
         with self._lock:
             return sorted(self._by_name.values(), key=lambda resident: resident.adapter.id)

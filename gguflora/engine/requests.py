@@ -240,7 +240,7 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True)
-class Sink:
+class GenerationSink:
     """The scheduler's end of a `Generation`; does not keep it alive."""
 
     _arrived: queue.SimpleQueue[Piece | Ending]
@@ -248,7 +248,7 @@ class Sink:
     cancelled: threading.Event
 
     @classmethod
-    def of(cls, generation: Generation) -> Sink:
+    def of(cls, generation: Generation) -> GenerationSink:
         """The other end of ``generation``."""
         return cls(generation._arrived, generation._notify, generation._cancelled)
 

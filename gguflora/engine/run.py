@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gguflora.engine import Engine, Sampling
-from gguflora.engine.chat import Answer, Chat
+from gguflora.engine.chat import Chat, ChatAnswer
 from gguflora.engine.context_size import context_size
 from gguflora.files.remote import local_inputs
 
@@ -20,7 +20,7 @@ Adapters = Mapping[str, AdapterPath | tuple[AdapterPath, float]]
 
 
 @dataclass(frozen=True, slots=True)
-class RunReport(Answer):
+class RunReport(ChatAnswer):
     """What `run` was answered.
 
     Attributes:
@@ -100,7 +100,7 @@ def open_chat(
     threads: int | None,
     write: Callable[[str], None],
     tell: Callable[[str], None] = lambda _: None,
-    show: Callable[[list[Answer]], None] = lambda _: None,
+    show: Callable[[list[ChatAnswer]], None] = lambda _: None,
 ) -> Iterator[Chat]:
     """A conversation with an engine of its own; the arguments are those of `run` and of `gguflora.engine.chat.Chat`."""
     scaled = {name: item if isinstance(item, tuple) else (item, 1.0) for name, item in adapters.items()}

@@ -18,7 +18,7 @@ from typing import Final, TypeVar
 from gguflora.engine.adapter_sets import Identity
 from gguflora.engine.context import Chunk, Context
 from gguflora.engine.context_pool import Pool
-from gguflora.engine.job import Job
+from gguflora.engine.job import GenerationJob
 from gguflora.engine.registry import ResidentSet
 from gguflora.engine.requests import FinishReason
 from gguflora.errors import EngineClosedError, EngineError, GenerationError, QueueFullError
@@ -42,8 +42,8 @@ class Lane:
     """
 
     adapters: ResidentSet
-    waiting: deque[Job] = field(default_factory=deque)
-    running: list[Job] = field(default_factory=list)
+    waiting: deque[GenerationJob] = field(default_factory=deque)
+    running: list[GenerationJob] = field(default_factory=list)
     context: Context | None = None
     spent: float = 0.0
     since: float = 0.0
@@ -58,14 +58,14 @@ class Scheduler:
         finished: told of every job that has ended, in the thread, before its caller is.
     """
 
-    def __init__(self, pool: Pool, queue_size: int, finished: Callable[[Job], None]) -> None:
+    def __init__(self, pool: Pool, queue_size: int, finished: Callable[[GenerationJob], None]) -> None:
         self.pool = pool
         self.ended: Counter[FinishReason] = Counter()
         self.tokens: Counter[str] = Counter()
         self._queue_size = queue_size
         self._finished = finished
         self._lanes: dict[Identity, Lane] = {}
-        self._arrived: deque[Job | Callable[[], None]] = deque()
+        self._arrived: deque[GenerationJob | Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._queued = 0
         self._closing = False
@@ -82,7 +82,7 @@ class Scheduler:
         """Jobs that have begun and not ended. In the thread only."""
         return sum(job.begun for lane in self._lanes.values() for job in [*lane.running, *lane.waiting])
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: GenerationJob) -> None:
         """Let a job wait for its turn.
 
         Raises:
@@ -143,7 +143,7 @@ class Scheduler:
                 self._arrived.clear()
                 closing = self._closing
             for item in arrived:
-                if isinstance(item, Job):
+                if isinstance(item, GenerationJob):
                     self._enqueue(item)
                 else:
                     item()
@@ -152,7 +152,7 @@ class Scheduler:
             if self._lanes:
                 return True
 
-    def _enqueue(self, job: Job) -> None:
+    def _enqueue(self, job: GenerationJob) -> None:
         identity = job.adapters.ground.identity
         if identity not in self._lanes:
             # not 0: a newcomer would have every turn until it has caught up
@@ -213,7 +213,7 @@ class Scheduler:
         lane.running.clear()
         lane.context = None
 
-    def _save(self, lane: Lane, job: Job) -> None:
+    def _save(self, lane: Lane, job: GenerationJob) -> None:
         """Keep what a job's slot holds, if there is memory for it; else it is computed again."""
         context, slot = lane.context, job.slot
         assert context is not None
@@ -222,7 +222,7 @@ class Scheduler:
         if slot.held and kept + context.state_bytes(slot) <= self.pool.saved_bytes:
             job.saved = context.save(slot)
 
-    def _start(self, lane: Lane, job: Job) -> bool:
+    def _start(self, lane: Lane, job: GenerationJob) -> bool:
         """Give ``job`` a slot of its lane's context, if there is one and room for it."""
         context = lane.context
         assert context is not None
@@ -250,7 +250,7 @@ class Scheduler:
             self._decode(lane, group)
         lane.spent += time.perf_counter() - started
 
-    def _decode(self, lane: Lane, group: Sequence[tuple[Job, Chunk]]) -> None:
+    def _decode(self, lane: Lane, group: Sequence[tuple[GenerationJob, Chunk]]) -> None:
         context = lane.context
         assert context is not None
         chunks = [chunk for _, chunk in group]
@@ -264,7 +264,7 @@ class Scheduler:
             if chunk.wants_logits:
                 self._advance(lane, job, context, next(indices))
 
-    def _advance(self, lane: Lane, job: Job, context: Context, index: int) -> None:
+    def _advance(self, lane: Lane, job: GenerationJob, context: Context, index: int) -> None:
         try:
             reason = job.advance(context, index)
         except EngineError as error:
@@ -274,7 +274,7 @@ class Scheduler:
             self._leave(lane, job)
             self._end(job, reason)
 
-    def _plan(self, lane: Lane) -> list[list[tuple[Job, Chunk]]]:
+    def _plan(self, lane: Lane) -> list[list[tuple[GenerationJob, Chunk]]]:
         """What to decode, by group: one token of each job that generates, then prompts in order of arrival."""
         context = lane.context
         assert context is not None
@@ -296,7 +296,7 @@ class Scheduler:
             self._leave_slot(lane, newest)
             lane.waiting.appendleft(newest)
 
-    def _leave(self, lane: Lane, job: Job) -> None:
+    def _leave(self, lane: Lane, job: GenerationJob) -> None:
         if job in lane.running:
             lane.running.remove(job)
             self._leave_slot(lane, job)
@@ -309,12 +309,12 @@ class Scheduler:
                     self._queued -= 1
 
     @staticmethod
-    def _leave_slot(lane: Lane, job: Job) -> None:
+    def _leave_slot(lane: Lane, job: GenerationJob) -> None:
         if job.slot is not None and lane.context is not None:
             lane.context.release(job.slot)
         job.slot = None
 
-    def _fail(self, lane: Lane, jobs: Sequence[Job], error: Exception) -> None:
+    def _fail(self, lane: Lane, jobs: Sequence[GenerationJob], error: Exception) -> None:
         context = lane.context
         told = error if isinstance(error, EngineError) else GenerationError(f"computing the request failed: {error}")
         for job in jobs:
@@ -323,7 +323,7 @@ class Scheduler:
             self._leave(lane, job)
             self._end(job, "error", told)
 
-    def _end(self, job: Job, reason: FinishReason, error: EngineError | None = None) -> None:
+    def _end(self, job: GenerationJob, reason: FinishReason, error: EngineError | None = None) -> None:
         if job.ended:
             return
         self.ended[reason] += 1
@@ -336,9 +336,9 @@ class Scheduler:
             job.end(reason, error)
 
 
-def _grouped(plan: Sequence[tuple[Job, Chunk]]) -> list[list[tuple[Job, Chunk]]]:
+def _grouped(plan: Sequence[tuple[GenerationJob, Chunk]]) -> list[list[tuple[GenerationJob, Chunk]]]:
     """Parts of the plan that can each be decoded in one batch."""
-    groups: dict[tuple[bool, bool, Identity], list[tuple[Job, Chunk]]] = {}
+    groups: dict[tuple[bool, bool, Identity], list[tuple[GenerationJob, Chunk]]] = {}
     for job, chunk in plan:
         groups.setdefault(chunk.group, []).append((job, chunk))
     return list(groups.values())

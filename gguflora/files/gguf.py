@@ -21,7 +21,7 @@ from gguflora.errors import GgufError
 from gguflora.files.copying import copy_range
 from gguflora.files.gguf_header import Metadata, encode_entry, encode_int32
 from gguflora.files.gguf_layout import FilePart, Forms, Layout, join, part_layout
-from gguflora.files.gguf_shard import MAGIC, GgufPart
+from gguflora.files.gguf_shard import MAGIC, GgufShard
 from gguflora.files.gguf_tensors import OUTPUT, TOKEN_EMBEDDING, Shape, TensorEntry, layer_of
 from gguflora.files.shard_names import PART_NAME, part_paths
 from gguflora.files.sidecars import check_finished
@@ -64,9 +64,9 @@ class GgufFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._parts: list[GgufPart] = []
+        self._parts: list[GgufShard] = []
         try:
-            self._parts.append(GgufPart(Path(path)))
+            self._parts.append(GgufShard(Path(path)))
             count = self._parts[0].metadata.get(_COUNT)
             if isinstance(count, int) and count > 1:
                 self._open_all(count)
@@ -125,7 +125,7 @@ class GgufFile:
         except EOFError as error:
             raise GgufError(f"{part.path}: became shorter while it was being copied") from error
 
-    def _locate(self, offset: int) -> tuple[GgufPart, int]:
+    def _locate(self, offset: int) -> tuple[GgufShard, int]:
         """The file that holds a byte, and where, counted as if the files were one after the other."""
         index = bisect_right(self._starts, offset) - 1
         return self._parts[index], offset - self._starts[index]
@@ -168,13 +168,13 @@ class GgufFile:
         self.close()
 
 
-def _open_part(path: Path, count: int) -> GgufPart:
+def _open_part(path: Path, count: int) -> GgufShard:
     if not path.exists():
         raise GgufError(f"{path}: does not exist; the model is split into {count} files, which must lie side by side")
-    return GgufPart(path)
+    return GgufShard(path)
 
 
-def _check_part(part: GgufPart, index: int, count: int) -> None:
+def _check_part(part: GgufShard, index: int, count: int) -> None:
     number, of = part.metadata.get(_NUMBER), part.metadata.get(_COUNT)
     if (number, of) != (index, count):
         raise GgufError(
@@ -183,7 +183,7 @@ def _check_part(part: GgufPart, index: int, count: int) -> None:
         )
 
 
-def _check_together(parts: list[GgufPart]) -> None:
+def _check_together(parts: list[GgufShard]) -> None:
     """Raise unless the parts of a split model together are one."""
     owners: dict[str, Path] = {}
     n_tensors = sum(len(part.tensors) for part in parts)

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gguflora.files.gguf_shard import MAGIC, GgufPart
+from gguflora.files.gguf_shard import MAGIC, GgufShard
 from gguflora.files.gguf_tensors import Shape, align, encode_tensor, n_bytes
 from gguflora.quants.types import GgmlType
 
@@ -58,7 +58,7 @@ class Layout:
         return index, offset - self.parts[index].start
 
 
-def part_layout(part: GgufPart, entries: Mapping[str, bytes], changed: Forms) -> Layout:
+def part_layout(part: GgufShard, entries: Mapping[str, bytes], changed: Forms) -> Layout:
     """The layout of one file with metadata and tensors changed or added; new tensors come last.
 
     Everything else stays byte for byte; while no tensor changes its size, its place after the header too.
@@ -86,7 +86,7 @@ def part_layout(part: GgufPart, entries: Mapping[str, bytes], changed: Forms) ->
     )
 
 
-def _in_place(part: GgufPart, changed: Forms, added: Forms) -> _Arrangement:
+def _in_place(part: GgufShard, changed: Forms, added: Forms) -> _Arrangement:
     """Tensors keep their offsets; what lies between the changed ones is copied, padding included."""
     tensor_list = _with_forms(part, changed) if _any_retyped(part, changed) else part.tensor_list
     replaced = sorted((part.tensors[name] for name in changed if name in part.tensors), key=lambda t: t.offset)
@@ -104,19 +104,19 @@ def _in_place(part: GgufPart, changed: Forms, added: Forms) -> _Arrangement:
     return tensor_list, offsets, copies, end
 
 
-def _any_retyped(part: GgufPart, changed: Forms) -> bool:
+def _any_retyped(part: GgufShard, changed: Forms) -> bool:
     """Whether a tensor changes its type or shape, if not its size (Q4_0 and IQ4_NL, F16 and BF16)."""
     old = part.tensors
     return any((old[name].shape, old[name].type) != form for name, form in changed.items() if name in old)
 
 
-def _with_forms(part: GgufPart, changed: Forms) -> bytes:
+def _with_forms(part: GgufShard, changed: Forms) -> bytes:
     forms = {name: changed.get(name, (tensor.shape, tensor.type)) for name, tensor in part.tensors.items()}
     offsets = {name: tensor.offset - part.data_start for name, tensor in part.tensors.items()}
     return b"".join(encode_tensor(name, *form, offsets[name]) for name, form in forms.items())
 
 
-def _moved(part: GgufPart, changed: Forms) -> _Arrangement:
+def _moved(part: GgufShard, changed: Forms) -> _Arrangement:
     """Tensors follow each other in the order of the file's list."""
     tensor_list, offsets, copies, end = b"", {}, [], 0
     for name, (shape, kind) in {**{t.name: (t.shape, t.type) for t in part.tensors.values()}, **changed}.items():

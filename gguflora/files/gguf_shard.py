@@ -15,7 +15,7 @@ DEFAULT_ALIGNMENT: Final = 32
 MAX_ALIGNMENT: Final = 1 << 20
 
 
-class GgufPart:
+class GgufShard:
     """One file.
 
     Attributes:

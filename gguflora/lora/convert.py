@@ -14,7 +14,7 @@ from gguflora.adapters.adapter import read_adapter
 from gguflora.architectures import ignored_at_run_time
 from gguflora.architectures.base_model import BaseModel, read_base
 from gguflora.architectures.mapping import unknown_warning
-from gguflora.errors import AdapterError, some
+from gguflora.errors import AdapterError, listed
 from gguflora.files.atomic import atomic_output, path_of
 from gguflora.files.output_checks import check_target
 from gguflora.files.remote import local_inputs
@@ -147,7 +147,7 @@ def about_architecture(model: BaseModel, factored: Sequence[Factors]) -> list[st
         if reason:
             ignored.setdefault(reason, []).append(factors.tensor)
     return [f"{model.path}: {unknown}"] * (unknown is not None) + [
-        f"{len(names)} of {len(factored)} changes will be ignored at run time: {reason} ({some(names)}); "
+        f"{len(names)} of {len(factored)} changes will be ignored at run time: {reason} ({listed(names)}); "
         "merge the adapter instead"
         for reason, names in ignored.items()
     ]

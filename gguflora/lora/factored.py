@@ -17,15 +17,15 @@ import numpy as np
 
 from gguflora.adapters.adapter import Adapter, read_adapter
 from gguflora.adapters.deltas import (
-    Change,
+    Delta,
     LowRank,
     Replace,
-    Unsized,
+    ShapeDependentDelta,
     fold,
 )
 from gguflora.adapters.peft.config import read_config
 from gguflora.architectures.base_model import BaseModel
-from gguflora.errors import UnsupportedAdapterError, some
+from gguflora.errors import UnsupportedAdapterError, listed
 from gguflora.files.gguf import TOKEN_EMBEDDING
 from gguflora.files.safetensors import as_float32
 from gguflora.lora.factors import Factors, factor_adapter
@@ -102,7 +102,7 @@ def read_factored(
         odd = [name for name, changes in adapter.changes.items() if not _is_plain(changes)]
         raise UnsupportedAdapterError(
             f"{adapter.path}: {adapter.method}: {len(odd) or 'all'} changes are no pair of factors without the base "
-            f"({some(odd) or 'they depend on its shapes'}); give it with --base"
+            f"({listed(odd) or 'they depend on its shapes'}); give it with --base"
         )
     factored = factor_adapter(adapter, base, rank, energy)
     texts = [f"{item.tensor}: approximated, relative error {item.error:.2g}" for item in factored if item.error]
@@ -122,11 +122,11 @@ def _plain_pairs(adapter: Adapter) -> Pairs | None:
     return low if low and len(low) == len(left) else None
 
 
-def _trained(changes: Sequence[Change | Unsized]) -> list[Change | Unsized]:
+def _trained(changes: Sequence[Delta | ShapeDependentDelta]) -> list[Delta | ShapeDependentDelta]:
     return [change for change in changes if not (isinstance(change, Replace) and change.frozen)]
 
 
-def _is_plain(changes: Sequence[Change | Unsized]) -> bool:
+def _is_plain(changes: Sequence[Delta | ShapeDependentDelta]) -> bool:
     return [isinstance(change, LowRank) for change in _trained(changes)] in ([], [True])
 
 

@@ -15,11 +15,11 @@ from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
 from gguflora.files.safetensors import Array
 from gguflora.lora.low_rank import shrink, truncate
-from gguflora.placement.base_weights import Weights, WholeWeights, read_values
+from gguflora.placement.base_weights import BaseTensors, WholeTensorDeltas, read_values
 from gguflora.placement.copies import without_copies
-from gguflora.placement.place import Placed, cautions, place
+from gguflora.placement.place import PlacedDelta, cautions, place
 from gguflora.placement.rows import AnyRows
-from gguflora.placement.target import target_of
+from gguflora.placement.target import changed_tensor
 from gguflora.quants.arrays import Float64Array
 
 
@@ -76,7 +76,7 @@ def factor_adapter(adapter: Adapter, base: BaseModel, rank: int | None, energy: 
         return _factor_all(adapter, base, file, placed, rank, energy)
 
 
-def _without_frozen(placed: dict[str, list[Placed]]) -> dict[str, list[Placed]]:
+def _without_frozen(placed: dict[str, list[PlacedDelta]]) -> dict[str, list[PlacedDelta]]:
     """The changes without copies of the base's weights, taken on trust where the base's are not at hand."""
     kept = {
         name: [item for item in items if not (isinstance(item.change, Replace) and item.change.frozen)]
@@ -85,7 +85,7 @@ def _without_frozen(placed: dict[str, list[Placed]]) -> dict[str, list[Placed]]:
     return {name: items for name, items in kept.items() if items}
 
 
-def _refuse_tied(adapter: Adapter, base: BaseModel, placed: dict[str, list[Placed]]) -> None:
+def _refuse_tied(adapter: Adapter, base: BaseModel, placed: dict[str, list[PlacedDelta]]) -> None:
     changed = [name for name in (TOKEN_EMBEDDING, OUTPUT) if name in placed]
     if base.is_tied and changed:
         what = " and ".join(item.weight for name in changed for item in placed[name][:1])
@@ -104,7 +104,7 @@ def _factor_all(
     adapter: Adapter,
     base: BaseModel,
     file: GgufFile | None,
-    placed: dict[str, list[Placed]],
+    placed: dict[str, list[PlacedDelta]],
     rank: int | None,
     energy: float | None,
 ) -> list[Factors]:
@@ -139,15 +139,17 @@ class _Maker:
     """Makes factors; opens the base's weights only for changes that need them."""
 
     def __init__(
-        self, file: GgufFile | None, placed: dict[str, list[Placed]], rank: int | None, energy: float | None
+        self, file: GgufFile | None, placed: dict[str, list[PlacedDelta]], rank: int | None, energy: float | None
     ) -> None:
         self._file, self._rank, self._energy = file, rank, energy
         self._approximate = rank is not None or energy is not None
         known = {} if file is None else {name: items for name, items in placed.items() if name in file.tensors}
-        self._targets = {} if file is None else {name: target_of(file, name, items) for name, items in known.items()}
-        self._whole = None if file is None else WholeWeights(Weights(file), list(self._targets.values()))
+        self._targets = (
+            {} if file is None else {name: changed_tensor(file, name, items) for name, items in known.items()}
+        )
+        self._whole = None if file is None else WholeTensorDeltas(BaseTensors(file), list(self._targets.values()))
 
-    def make(self, name: str, items: Sequence[Placed], shape: Shape) -> Factors | None:
+    def make(self, name: str, items: Sequence[PlacedDelta], shape: Shape) -> Factors | None:
         """The factors of one tensor's change; None if it has none."""
         if _is_vector(name, shape):
             return None
@@ -159,7 +161,7 @@ class _Maker:
         too_high = self._energy is not None or (self._rank is not None and stack.rank > self._rank)
         return self._shrunk(stack) if too_high else stack
 
-    def _low_rank(self, item: Placed) -> LowRank | None:
+    def _low_rank(self, item: PlacedDelta) -> LowRank | None:
         """The change of a piece as factors; replaced rows are their difference from the base's, times unit columns."""
         if isinstance(item.change, ReplaceRows) and self._file is not None and item.piece.rows is None:
             tensor = self._file.tensors[item.piece.tensor]
@@ -205,7 +207,7 @@ def _padded(array: Float64Array | Array, rank: int, axis: int) -> Array:
     return np.pad(array, missing)
 
 
-def _stack(name: str, items: Sequence[Placed], parts: Sequence[LowRank], shape: Shape) -> Factors:
+def _stack(name: str, items: Sequence[PlacedDelta], parts: Sequence[LowRank], shape: Shape) -> Factors:
     """The sum of the parts, each at its place in the tensor."""
     n_out, n_in = shape[-2:]
     if len(parts) == 1 and parts[0].shape == shape:

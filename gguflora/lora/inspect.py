@@ -12,9 +12,9 @@ import numpy as np
 
 from gguflora.adapters.adapter import Adapter, read_adapter
 from gguflora.adapters.deltas import (
-    Change,
+    Delta,
     LowRank,
-    Unsized,
+    ShapeDependentDelta,
     as_float64,
 )
 from gguflora.adapters.soft_prompt import first_task, is_soft_prompt, read_soft_prompt
@@ -26,12 +26,12 @@ from gguflora.files.gguf import GgufFile
 from gguflora.files.remote import local_inputs
 from gguflora.files.safetensors import weight_files
 from gguflora.lora.preflight import problems_of
-from gguflora.placement.base_weights import Weights, WholeWeights, read_values
+from gguflora.placement.base_weights import BaseTensors, WholeTensorDeltas, read_values
 from gguflora.placement.copies import without_copies
-from gguflora.placement.place import Placed, place
+from gguflora.placement.place import PlacedDelta, place
 from gguflora.placement.prefix import fit_prefix
 from gguflora.placement.rows import AnyRows
-from gguflora.placement.target import Target, target_of
+from gguflora.placement.target import ChangedTensor, changed_tensor
 
 if TYPE_CHECKING:
     from gguflora.lora.spectra import RankChoice, Spectrum
@@ -194,10 +194,10 @@ def _inspect_soft_prompt(folder: Path, base: str | os.PathLike[str] | None) -> I
     )
 
 
-def _alone(name: str, parts: Sequence[Change | Unsized]) -> InspectedChange:
+def _alone(name: str, parts: Sequence[Delta | ShapeDependentDelta]) -> InspectedChange:
     """A change as far as it is known without a base."""
     part = parts[0] if len(parts) == 1 else None
-    shape = None if isinstance(parts[0], Unsized) else parts[0].shape
+    shape = None if isinstance(parts[0], ShapeDependentDelta) else parts[0].shape
     if not isinstance(part, LowRank):
         return InspectedChange(name, shape, None, None, None, None, None)
     return InspectedChange(name, shape, part.rank, part.factor, _norm(part), None, None)
@@ -248,12 +248,14 @@ def _measured(source: Adapter, model: BaseModel) -> list[InspectedChange]:
         return [_placed(whole, name, items, norms[name]) for name, items in placed.items()]
 
 
-def _from_nothing(items: Sequence[Placed]) -> float:
+def _from_nothing(items: Sequence[PlacedDelta]) -> float:
     """Norm of the change of a bias that the base does not have."""
     return float(np.linalg.norm(sum(item.delta(np.zeros(item.shape), 0) for item in items)))
 
 
-def _placed(model: BaseModel, name: str, items: Sequence[Placed], norms: tuple[float, float] | None) -> InspectedChange:
+def _placed(
+    model: BaseModel, name: str, items: Sequence[PlacedDelta], norms: tuple[float, float] | None
+) -> InspectedChange:
     parts = [item.low_rank() for item in items]
     low = [part for part in parts if part is not None]
     ranks = _ranks(items, low) if len(low) == len(parts) else None
@@ -270,7 +272,7 @@ def _placed(model: BaseModel, name: str, items: Sequence[Placed], norms: tuple[f
     )
 
 
-def _ranks(items: Sequence[Placed], parts: Sequence[LowRank]) -> int:
+def _ranks(items: Sequence[PlacedDelta], parts: Sequence[LowRank]) -> int:
     """The rank of a sum of parts; of parts on top of each other, the highest."""
     by_place: dict[int, int] = {}
     for item, part in zip(items, parts, strict=True):
@@ -285,14 +287,14 @@ def _problem(model: BaseModel, name: str, *, is_low: bool) -> str | None:
     return None if is_low else "it is not of low rank: merge it, or convert with --rank or --energy"
 
 
-def _measure(file: GgufFile, placed: Mapping[str, Sequence[Placed]]) -> dict[str, tuple[float, float]]:
+def _measure(file: GgufFile, placed: Mapping[str, Sequence[PlacedDelta]]) -> dict[str, tuple[float, float]]:
     """Norms of the change and of the base's tensor."""
-    targets = {name: target_of(file, name, items) for name, items in placed.items()}
-    whole = WholeWeights(Weights(file), list(targets.values()))
+    targets = {name: changed_tensor(file, name, items) for name, items in placed.items()}
+    whole = WholeTensorDeltas(BaseTensors(file), list(targets.values()))
     return {name: _norms(file, target, whole) for name, target in targets.items()}
 
 
-def _norms(file: GgufFile, target: Target, whole: WholeWeights) -> tuple[float, float]:
+def _norms(file: GgufFile, target: ChangedTensor, whole: WholeTensorDeltas) -> tuple[float, float]:
     tensor, change, base = target.source, 0.0, 0.0
     n_rows = 1 if len(tensor.shape) == 1 else tensor.n_rows
     rows = AnyRows(tensor, 0, n_rows, target.changes, whole)

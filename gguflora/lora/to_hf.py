@@ -9,10 +9,10 @@ from typing import Final
 import numpy as np
 
 from gguflora.adapters.deltas import LowRank, as_float64
-from gguflora.architectures import Piece
+from gguflora.architectures import TensorSlice
 from gguflora.architectures.base_model import BaseModel
 from gguflora.architectures.mapping import adaptable_weights
-from gguflora.errors import ArchitectureError, some
+from gguflora.errors import ArchitectureError, listed
 from gguflora.files.safetensors import Array, as_float32
 from gguflora.lora.factored import FactoredAdapter, Pairs, for_base
 
@@ -47,7 +47,7 @@ def for_model(adapter: FactoredAdapter, base: BaseModel) -> FactoredAdapter:
     if strangers:
         raise ArchitectureError(
             f"{adapter.path}: {len(strangers)} of {len(pairs)} tensors have no module in a Hugging Face model of "
-            f"{base.architecture}: {some(strangers)}"
+            f"{base.architecture}: {listed(strangers)}"
         )
     found = {name: _gather(pairs, pieces, base) for name, pieces in weights.items()}
     changes = {name: change for name, change in found.items() if change is not None}
@@ -59,13 +59,13 @@ def for_model(adapter: FactoredAdapter, base: BaseModel) -> FactoredAdapter:
     return replace(adapter, pairs=changes, architecture=None, fields=fields)
 
 
-def _key(piece: Piece, base: BaseModel) -> str:
+def _key(piece: TensorSlice, base: BaseModel) -> str:
     """The name of the pair that holds a piece's change."""
     shape = base.shapes[piece.tensor]
     return f"{piece.tensor}.{piece.first // shape[-2]}" if len(shape) > 2 else piece.tensor
 
 
-def _gather(pairs: Pairs, pieces: Sequence[Piece], base: BaseModel) -> LowRank | None:
+def _gather(pairs: Pairs, pieces: Sequence[TensorSlice], base: BaseModel) -> LowRank | None:
     """The change of a weight from those of its pieces; None if none of them is changed."""
     known = [(piece, pairs[_key(piece, base)]) for piece in pieces if _key(piece, base) in pairs]
     parts = [_part(piece, change, base) for piece, change in known]
@@ -76,7 +76,7 @@ def _gather(pairs: Pairs, pieces: Sequence[Piece], base: BaseModel) -> LowRank |
     return _joined(changed, n_out)
 
 
-def _part(piece: Piece, change: LowRank, base: BaseModel) -> _Part | None:
+def _part(piece: TensorSlice, change: LowRank, base: BaseModel) -> _Part | None:
     """A piece's share of a tensor's change; None if it is a part of a fused tensor and left as it was."""
     stride = base.shapes[piece.tensor][-2]
     start = piece.first % stride

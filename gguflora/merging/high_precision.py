@@ -15,9 +15,9 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from gguflora.architectures import Piece
+from gguflora.architectures import TensorSlice
 from gguflora.architectures.base_model import BaseModel, describe, flat_shape
-from gguflora.architectures.mapping import cut_positions, decay_of, is_conv1d, is_cut, is_transposed_expert, pieces_of
+from gguflora.architectures.mapping import cut_positions, decay_of, is_conv1d, is_cut, is_transposed_expert, slices_of
 from gguflora.errors import GgufError, MismatchError
 from gguflora.files.checkpoint import Checkpoint, StoredWeight
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape, TensorEntry
@@ -39,7 +39,7 @@ class _Source(Protocol):
     def close(self) -> None: ...
 
 
-class HighPrecisionBase:
+class UnquantizedBase:
     """The weights of a base before it was quantized; see `open`."""
 
     def __init__(self, path: Path, source: _Source) -> None:
@@ -47,7 +47,7 @@ class HighPrecisionBase:
         self._source = source
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], model: BaseModel) -> HighPrecisionBase:
+    def open(cls, path: str | os.PathLike[str], model: BaseModel) -> UnquantizedBase:
         """Open a GGUF file or a Hugging Face directory that holds the weights of ``model``.
 
         Raises:
@@ -93,7 +93,7 @@ class HighPrecisionBase:
         """Close the files."""
         self._source.close()
 
-    def __enter__(self) -> HighPrecisionBase:
+    def __enter__(self) -> UnquantizedBase:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -160,7 +160,7 @@ class _Part:
     """
 
     weight: StoredWeight
-    piece: Piece
+    piece: TensorSlice
     fits: bool = True
     flipped: bool = False
     decay: bool = False
@@ -266,7 +266,7 @@ def _parts_of(model: BaseModel, name: str, weight: StoredWeight) -> list[_Part]:
     if decay is not None:
         return [_Part(weight, decay, decay=True)]
     try:
-        pieces = pieces_of(model, name)
+        pieces = slices_of(model, name)
     except MismatchError:  # where its place depends on tensors that the base lacks
         return []
     flipped = is_conv1d(model, name) or is_transposed_expert(model, name)
@@ -278,7 +278,7 @@ def _shape(weight: StoredWeight, *, flipped: bool) -> tuple[int, int]:
     return (weight.n_columns, weight.n_rows) if flipped else (weight.n_rows, weight.n_columns)
 
 
-def _cover(pieces: Sequence[Piece], n_out: int, n_in: int) -> bool:
+def _cover(pieces: Sequence[TensorSlice], n_out: int, n_in: int) -> bool:
     """Whether pieces that name their rows or columns name all of them."""
     rows = sum(len(piece.rows) for piece in pieces if piece.rows is not None)
     columns = sum(len(piece.columns) for piece in pieces if piece.columns is not None)

@@ -17,7 +17,7 @@ import numpy as np
 from gguflora.errors import FormatError
 from gguflora.files.remote import is_remote, shown
 from gguflora.merging.sinks import Block, FileSink
-from gguflora.placement.target import Target
+from gguflora.placement.target import ChangedTensor
 
 _END: Final = struct.Struct("<Q8s")
 
@@ -26,7 +26,7 @@ _MAGIC: Final = b"GFLPART1"
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class MergePart:
     """A part file that has been read but for its rows."""
 
     path: str
@@ -35,7 +35,7 @@ class _Part:
     seconds: float
     tensors: dict[str, dict[str, Any]]
 
-    def put(self, sink: FileSink, targets: Mapping[str, Target]) -> None:
+    def put(self, sink: FileSink, targets: Mapping[str, ChangedTensor]) -> None:
         """Hand the rows to a sink, each block checked."""
         for name, tensor in self.tensors.items():
             target = targets[name]
@@ -50,7 +50,7 @@ class _Part:
                 sink.put(Block(target, first, new[:0], new))
 
 
-def _open_part(path: str, opened: ExitStack) -> _Part:
+def open_part(path: str, opened: ExitStack) -> MergePart:
     with _part_errors(path):
         file = opened.enter_context(_open(path))
         end = file.seek(-_END.size, os.SEEK_END)
@@ -59,7 +59,7 @@ def _open_part(path: str, opened: ExitStack) -> _Part:
             raise ValueError(magic)
         file.seek(end - length)
         index = json.loads(file.read(length))
-        return _Part(path, file, str(index["plan"]), float(index["seconds"]), dict(index["tensors"]))
+        return MergePart(path, file, str(index["plan"]), float(index["seconds"]), dict(index["tensors"]))
 
 
 def _open(path: str) -> IO[bytes]:
@@ -85,7 +85,7 @@ def _part_errors(path: str) -> Iterator[None]:
         raise FormatError(f"{shown(path)}: is no part of a merge, or is cut off") from error
 
 
-def _check_rows(part: _Part, n_rows: Mapping[str, int]) -> None:
+def _check_rows(part: MergePart, n_rows: Mapping[str, int]) -> None:
     for name, tensor in part.tensors.items():
         row = 0
         for first, count, _ in tensor["blocks"]:

@@ -33,7 +33,7 @@ from gguflora.files.atomic import atomic_output, atomic_outputs
 from gguflora.files.gguf import FilePart, GgufFile, Layout, part_paths
 from gguflora.files.output_checks import check_target, check_targets
 from gguflora.files.remote import is_remote, local_inputs, shown
-from gguflora.merging.part_file import _END, _MAGIC, _check_rows, _open_part, _Part, _part_errors
+from gguflora.merging.part_file import _END, _MAGIC, MergePart, _check_rows, _part_errors, open_part
 from gguflora.merging.prepare import (
     AdapterArgument,
     MergeOptions,
@@ -43,7 +43,7 @@ from gguflora.merging.prepare import (
 from gguflora.merging.report import MergeReport
 from gguflora.merging.rewriter import Rewriter
 from gguflora.merging.sinks import Block, FileSink, Progress
-from gguflora.placement.target import Target
+from gguflora.placement.target import ChangedTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ def assemble(
     planned = options.copy()
     planned.pop("base_f16", None)
     with ExitStack() as stack:
-        opened = [_open_part(os.fspath(path), stack) for path in parts]
+        opened = [open_part(os.fspath(path), stack) for path in parts]
         merging = stack.enter_context(prepared_merge(base, adapters, **planned))
         layout = merging.plan.layout
         _check_parts(merging, opened, _hash(merging, options))
@@ -205,7 +205,7 @@ def assemble(
         )
 
 
-def shares(targets: Sequence[Target], count: int) -> list[list[Target]]:
+def shares(targets: Sequence[ChangedTensor], count: int) -> list[list[ChangedTensor]]:
     """Tensors divided into ``count`` shares of about the same size in bytes, some of them empty if need be.
 
     Tensors that one change touches stay together, for a formula may need the whole Hugging Face weight they come from.
@@ -226,11 +226,11 @@ def shares(targets: Sequence[Target], count: int) -> list[list[Target]]:
     return [[targets[number] for number in sorted(numbers)] for numbers in chosen]
 
 
-def _n_bytes(target: Target) -> int:
+def _n_bytes(target: ChangedTensor) -> int:
     return target.n_rows * target.type.row_bytes(target.shape[-1])
 
 
-def _part_layout(share: Sequence[Target]) -> Layout:
+def _part_layout(share: Sequence[ChangedTensor]) -> Layout:
     offsets, size = {}, 0
     for target in share:
         offsets[target.name], size = size, size + _n_bytes(target)
@@ -267,7 +267,7 @@ class _PartSink:
         raise AssertionError  # a part's layout copies nothing
 
 
-def _check_parts(merging: PreparedMerge, parts: Sequence[_Part], plan: str) -> None:
+def _check_parts(merging: PreparedMerge, parts: Sequence[MergePart], plan: str) -> None:
     """Raise unless the parts belong to this merge and hold each row of each changed tensor once."""
     held: dict[str, str] = {}
     for part in parts:

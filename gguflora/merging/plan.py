@@ -17,27 +17,27 @@ from gguflora.architectures.mapping import can_untie, unknown_warning
 from gguflora.errors import QuantizationError, UnsupportedAdapterError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Layout, Shape, TensorEntry, encode_entry
 from gguflora.merging.output_types import OutputTypes
-from gguflora.merging.rounding import Rounding
+from gguflora.merging.rounding import RoundingOptions
 from gguflora.merging.vocabulary import grown_vocabulary
 from gguflora.placement.copies import without_copies
 from gguflora.placement.place import (
-    Placed,
+    PlacedDelta,
     cautions,
     new_vocabulary,
     place,
 )
-from gguflora.placement.target import Scaled, Target
+from gguflora.placement.target import ChangedTensor, ScaledDelta
 from gguflora.quants.types import TYPES, type_named
 
 MERGED_NAMES: Final = "gguflora.merged.names"
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class MergePlan:
     """The layout of the output, what is not just copied from the base, and what the user should know."""
 
     layout: Layout
-    targets: Sequence[Target]
+    targets: Sequence[ChangedTensor]
     warnings: tuple[str, ...]
 
 
@@ -47,11 +47,11 @@ _AS_BASE: Final = OutputTypes()
 def make_plan(
     file: GgufFile,
     sources: Sequence[tuple[Adapter, float]],
-    rounding: Rounding,
+    rounding: RoundingOptions,
     types: OutputTypes = _AS_BASE,
     *,
     anew: bool = False,
-) -> Plan:
+) -> MergePlan:
     """Plan a merge.
 
     Args:
@@ -65,7 +65,7 @@ def make_plan(
         GgufloraError: if adapters and base do not fit together, or a tensor cannot be written as asked.
     """
     model = with_biases(describe(file))
-    changes: dict[str, list[Scaled]] = {}
+    changes: dict[str, list[ScaledDelta]] = {}
     unknown = unknown_warning(model)
     warnings = [] if unknown is None else [f"{file.path}: {unknown}"]
     for source, scale in sources:
@@ -91,15 +91,15 @@ def make_plan(
         entry = file.tensors.get(TOKEN_EMBEDDING if name in untied else name) or _absent(name, model.shapes[name])
         grown = n_tokens and name in {TOKEN_EMBEDDING, OUTPUT}
         shape = (n_tokens, entry.n_in) if grown else entry.shape
-        targets.append(Target(name, entry, shape, types.of(name, entry, only_floats=only_floats), items))
+        targets.append(ChangedTensor(name, entry, shape, types.of(name, entry, only_floats=only_floats), items))
     for target in targets:
         _check_type(file, target, rounding, anew=anew)
     warnings += [f"--type {pattern}: matches no changed tensor" for pattern in types.unused(list(changes))]
     layout = file.layout(entries, {target.name: (target.shape, target.type) for target in targets})
-    return Plan(layout, targets, tuple(warnings))
+    return MergePlan(layout, targets, tuple(warnings))
 
 
-def _vocabulary_of(file: GgufFile, changes: Mapping[str, Sequence[Scaled]]) -> int:
+def _vocabulary_of(file: GgufFile, changes: Mapping[str, Sequence[ScaledDelta]]) -> int:
     """Rows of the embedding and output where an adapter has more than the base, else 0."""
     names = [name for name in (TOKEN_EMBEDDING, OUTPUT) if name in changes or name in file.tensors]
     rows = {
@@ -124,11 +124,11 @@ def _absent(name: str, shape: Shape) -> TensorEntry:
     return TensorEntry(name, shape, type_named("F32"), 0, 0)
 
 
-def _is_nothing(item: Placed) -> bool:
+def _is_nothing(item: PlacedDelta) -> bool:
     return isinstance(item.change, LowRank) and item.change.factor == 0
 
 
-def _untie(model: BaseModel, changes: dict[str, list[Scaled]]) -> set[str]:
+def _untie(model: BaseModel, changes: dict[str, list[ScaledDelta]]) -> set[str]:
     """Where a tied embedding and output change differently, an output weight of its own.
 
     It begins as a copy of the embedding. Leaves ``changes`` with an entry for it, or without one if none is needed.
@@ -146,14 +146,14 @@ def _untie(model: BaseModel, changes: dict[str, list[Scaled]]) -> set[str]:
     return {OUTPUT}
 
 
-def _same(one: Scaled, other: Scaled) -> bool:
+def _same(one: ScaledDelta, other: ScaledDelta) -> bool:
     (a, scale_a), (b, scale_b) = (one[0].change, one[1]), (other[0].change, other[1])
     if isinstance(a, Replace) and isinstance(b, Replace) and a.shape == b.shape:
         return scale_a == scale_b and np.array_equal(a.values, b.values)
     return a is b and scale_a == scale_b
 
 
-def _check_type(file: GgufFile, target: Target, rounding: Rounding, *, anew: bool) -> None:
+def _check_type(file: GgufFile, target: ChangedTensor, rounding: RoundingOptions, *, anew: bool) -> None:
     source, kind = target.source, target.type
     where = f"{file.path}: tensor {source.name!r}"
     if source.type.id not in TYPES:
@@ -172,7 +172,7 @@ def _check_type(file: GgufFile, target: Target, rounding: Rounding, *, anew: boo
         )
 
 
-def _record(file: GgufFile, sources: Sequence[tuple[Adapter, float]], rounding: Rounding) -> dict[str, bytes]:
+def _record(file: GgufFile, sources: Sequence[tuple[Adapter, float]], rounding: RoundingOptions) -> dict[str, bytes]:
     """Metadata that says what was merged, after what an earlier merge has said."""
     earlier = len(file.metadata.get(MERGED_NAMES) or [])
     lists: dict[str, tuple[Any, list[Any]]] = {

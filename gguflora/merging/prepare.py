@@ -16,14 +16,14 @@ from gguflora.adapters.adapter import Adapter, read_adapter
 from gguflora.architectures.base_model import describe
 from gguflora.errors import AdapterError, QuantizationError
 from gguflora.files.gguf import GgufFile
-from gguflora.merging.high_precision import HighPrecisionBase
+from gguflora.merging.high_precision import UnquantizedBase
 from gguflora.merging.imatrix import read_imatrix
 from gguflora.merging.output_types import OutputTypes
 from gguflora.merging.patch import Merged
-from gguflora.merging.plan import Plan, make_plan, merges_of
+from gguflora.merging.plan import MergePlan, make_plan, merges_of
 from gguflora.merging.report import MergeReport, TensorReport, warnings_of
-from gguflora.merging.rounding import Mode, Rounding, Sums
-from gguflora.placement.base_weights import Weights
+from gguflora.merging.rounding import Mode, RoundingOptions, Sums
+from gguflora.placement.base_weights import BaseTensors
 from gguflora.quants.kernels import SUMS
 
 AdapterPath = str | os.PathLike[str]
@@ -56,9 +56,9 @@ class PreparedMerge:
 
     file: GgufFile
     sources: Sequence[tuple[Adapter, float]]
-    rounding: Rounding
-    plan: Plan
-    weights: Weights
+    rounding: RoundingOptions
+    plan: MergePlan
+    weights: BaseTensors
 
     @property
     def inputs(self) -> list[Path]:
@@ -112,9 +112,9 @@ def prepared_merge(
         plan = make_plan(file, sources, how, types, anew=base_f16 is not None)
         precise = None
         if base_f16 is not None:
-            precise = opened.enter_context(HighPrecisionBase.open(base_f16, describe(file)))
+            precise = opened.enter_context(UnquantizedBase.open(base_f16, describe(file)))
             precise.check(file, (changed.source.name for changed in plan.targets if changed.changes))
-        yield PreparedMerge(file, sources, how, plan, Weights(file, precise))
+        yield PreparedMerge(file, sources, how, plan, BaseTensors(file, precise))
 
 
 def with_scales(adapters: AdapterArgument) -> list[tuple[AdapterPath, float]]:
@@ -127,15 +127,15 @@ def with_scales(adapters: AdapterArgument) -> list[tuple[AdapterPath, float]]:
     return [(path, float(scale)) for path, scale in pairs]
 
 
-def _rounding(file: GgufFile, mode: Mode, seed: int, imatrix: str | os.PathLike[str] | None) -> Rounding:
+def _rounding(file: GgufFile, mode: Mode, seed: int, imatrix: str | os.PathLike[str] | None) -> RoundingOptions:
     if mode not in get_args(Mode):
         raise QuantizationError(f"rounding is {mode!r}, expected one of {', '.join(get_args(Mode))}")
     if not 0 <= seed <= MAX_SEED:
         raise QuantizationError(f"the seed is {seed}, expected a number from 0 to {MAX_SEED}")
-    return Rounding(mode, seed, merges_of(file), {} if imatrix is None else read_imatrix(imatrix))
+    return RoundingOptions(mode, seed, merges_of(file), {} if imatrix is None else read_imatrix(imatrix))
 
 
-def _reports(plan: Plan, sums: Mapping[str, Sums]) -> tuple[tuple[TensorReport, ...], TensorReport]:
+def _reports(plan: MergePlan, sums: Mapping[str, Sums]) -> tuple[tuple[TensorReport, ...], TensorReport]:
     """A report for each changed tensor, and one for all together; without sums, of what is planned."""
     changed = [target for target in plan.targets if target.changes]
     count = sum(math.prod(target.shape) for target in changed)

@@ -15,11 +15,11 @@ import numpy as np
 
 from gguflora.errors import NonFiniteError
 from gguflora.files.gguf import Layout
-from gguflora.merging.rounding import Rounding, RowsRounder, Sums
-from gguflora.merging.sinks import Block, Progress, Sink
-from gguflora.placement.base_weights import Weights, WholeWeights
+from gguflora.merging.rounding import RoundingOptions, RowsRounder, Sums
+from gguflora.merging.sinks import Block, Progress, RowSink
+from gguflora.placement.base_weights import BaseTensors, WholeTensorDeltas
 from gguflora.placement.rows import AnyRows, split_rows
-from gguflora.placement.target import Target
+from gguflora.placement.target import ChangedTensor
 from gguflora.quants.kernels import SUMS
 
 Task = Callable[[], int]
@@ -45,10 +45,10 @@ class Rewriter:
 
     def __init__(
         self,
-        weights: Weights,
+        weights: BaseTensors,
         layout: Layout,
-        targets: Sequence[Target],
-        rounding: Rounding,
+        targets: Sequence[ChangedTensor],
+        rounding: RoundingOptions,
         *,
         threads: int,
         folder: Path,
@@ -57,7 +57,7 @@ class Rewriter:
         self._totals: dict[str, list[Sums]] = {}
         self._weights, self._layout, self._targets = weights, layout, targets
         self._rounding, self._threads, self._folder = rounding, threads, folder
-        self._whole = WholeWeights(weights, targets)
+        self._whole = WholeTensorDeltas(weights, targets)
         self._progress = progress
         self._done = 0
         self._lock = threading.Lock()
@@ -68,7 +68,7 @@ class Rewriter:
         total: Sums = np.sum(self._totals[target], axis=0)
         return total
 
-    def write(self, sink: Sink) -> None:
+    def write(self, sink: RowSink) -> None:
         """Hand everything over; the first error stops all threads and is raised."""
         pending: set[Future[None]] = set()
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="gguflora")
@@ -90,7 +90,7 @@ class Rewriter:
             if self._progress and done:
                 self._progress(self._done, self._layout.data_size)
 
-    def _tasks(self, sink: Sink) -> Iterator[Task]:
+    def _tasks(self, sink: RowSink) -> Iterator[Task]:
         """Everything to do, about in the order of the output; a task returns the number of bytes it has handed over.
 
         What is to be measured before rows can be written is begun before the rows in front of them are written, so that
@@ -107,23 +107,23 @@ class Rewriter:
             behind = job.write
         yield from behind
 
-    def _jobs(self, sink: Sink) -> Iterator[_Job]:
+    def _jobs(self, sink: RowSink) -> Iterator[_RewriteJob]:
         places = [(to, self._copies(sink, first, last, to)) for first, last, to in self._layout.copies]
         places += [(self._layout.offsets[target.name], self._changes(sink, target)) for target in self._targets]
         for _, jobs in sorted(places, key=lambda place: place[0]):
             yield from jobs
 
-    def _copies(self, sink: Sink, start: int, end: int, to: int) -> Iterator[_Job]:
+    def _copies(self, sink: RowSink, start: int, end: int, to: int) -> Iterator[_RewriteJob]:
         firsts = range(start, end, COPY_BYTES)
         tasks = [partial(self._copy, sink, first, min(first + COPY_BYTES, end), to + first - start) for first in firsts]
-        yield _Job((), tasks, in_turn=False)
+        yield _RewriteJob((), tasks, in_turn=False)
 
-    def _copy(self, sink: Sink, first: int, last: int, to: int) -> int:
+    def _copy(self, sink: RowSink, first: int, last: int, to: int) -> int:
         if not self._cancelled.is_set():
             sink.copy(first, last, to)
         return last - first
 
-    def _changes(self, sink: Sink, target: Target) -> Iterator[_Job]:
+    def _changes(self, sink: RowSink, target: ChangedTensor) -> Iterator[_RewriteJob]:
         totals = self._totals[target.name] = []
         step = max(1, BLOCK_WEIGHTS // target.source.n_in)
         for rows in split_rows(target, self._whole, self._rounding.period(target)):
@@ -132,14 +132,14 @@ class Rewriter:
             blocks = [(first, min(first + step, rows.end)) for first in range(rows.start, rows.end, step)]
             measure = [partial(self._measure, rounder, target, *block) for block in blocks if rounder.two_passes]
             write = [partial(self._write, sink, rounder, target, *block) for block in blocks]
-            yield _Job(measure, write, in_turn=isinstance(rows, AnyRows))
+            yield _RewriteJob(measure, write, in_turn=isinstance(rows, AnyRows))
 
-    def _measure(self, rounder: RowsRounder, target: Target, first: int, last: int) -> int:
+    def _measure(self, rounder: RowsRounder, target: ChangedTensor, first: int, last: int) -> int:
         with self._naming(target, first):
             rounder.measure(first, last)  # even when cancelled, for another thread may wait for it
         return 0
 
-    def _write(self, sink: Sink, rounder: RowsRounder, target: Target, first: int, last: int) -> int:
+    def _write(self, sink: RowSink, rounder: RowsRounder, target: ChangedTensor, first: int, last: int) -> int:
         if self._cancelled.is_set():
             return 0
         with self._naming(target, first):
@@ -148,7 +148,7 @@ class Rewriter:
         return new.nbytes
 
     @contextmanager
-    def _naming(self, target: Target, first: int) -> Iterator[None]:
+    def _naming(self, target: ChangedTensor, first: int) -> Iterator[None]:
         try:
             yield
         except NonFiniteError as error:
@@ -162,7 +162,7 @@ class Rewriter:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _RewriteJob:
     """Tasks that belong together: all of ``measure`` must be begun before any of ``write`` is."""
 
     measure: Sequence[Task]

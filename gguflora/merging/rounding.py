@@ -31,9 +31,9 @@ from numpy.typing import NDArray
 
 from gguflora.errors import QuantizationError
 from gguflora.merging.imatrix import importance_of
-from gguflora.placement.base_weights import Weights, read_or_zeros
+from gguflora.placement.base_weights import BaseTensors, read_or_zeros
 from gguflora.placement.rows import AnyRows, LowRankRows
-from gguflora.placement.target import Target
+from gguflora.placement.target import ChangedTensor
 from gguflora.quants import kernels
 from gguflora.quants.arrays import Bytes, Float32Array, Float64Array
 from gguflora.quants.types import type_named
@@ -45,7 +45,7 @@ Sums = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Rounding:
+class RoundingOptions:
     """How to round.
 
     Attributes:
@@ -65,7 +65,7 @@ class Rounding:
         text = f"{self.seed}:{self.merges}:{name}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
-    def importance(self, target: Target, first_row: int) -> Float32Array | None:
+    def importance(self, target: ChangedTensor, first_row: int) -> Float32Array | None:
         """Importance of the columns in a row of a tensor, if it is known.
 
         Raises:
@@ -77,7 +77,7 @@ class Rounding:
         row: Float32Array = values[0 if len(values) == 1 else first_row // target.shape[-2]]
         return row
 
-    def period(self, target: Target) -> int | None:
+    def period(self, target: ChangedTensor) -> int | None:
         """Number of rows after which the importance changes, if it does."""
         return target.shape[-2] if target.name in self.imatrix and len(target.shape) > 2 else None
 
@@ -99,10 +99,10 @@ class RowsRounder:
 
     def __init__(
         self,
-        weights: Weights,
-        target: Target,
+        weights: BaseTensors,
+        target: ChangedTensor,
         rows: LowRankRows | AnyRows,
-        rounding: Rounding,
+        rounding: RoundingOptions,
         folder: Path,
         total: Sums,
     ) -> None:
@@ -207,7 +207,7 @@ class RowsRounder:
 _FLOAT = type_named("F32")
 
 
-def _single(delta: kernels.Product | Float64Array) -> kernels.Delta:
+def _single(delta: kernels.Product | Float64Array) -> kernels.KernelDelta:
     return delta if isinstance(delta, kernels.Product) else np.ascontiguousarray(delta, np.float32)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import IO, Protocol
 
 from gguflora.files.gguf import GgufFile, Layout
-from gguflora.placement.target import Target
+from gguflora.placement.target import ChangedTensor
 from gguflora.quants.arrays import Bytes
 
 Progress = Callable[[int, int], None]
@@ -25,13 +25,13 @@ class Block:
         new: bytes of the output.
     """
 
-    target: Target
+    target: ChangedTensor
     first: int
     old: Bytes
     new: Bytes
 
 
-class Sink(Protocol):
+class RowSink(Protocol):
     """Where the output goes; called from several threads."""
 
     def put(self, block: Block) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
 Request = dict[str, Any]
-"""A job, ready for JSON: ``action``, ``arguments`` and ``out`` are for `worker`, the rest is for an `Engine`.
+"""A job, ready for JSON: ``action``, ``arguments`` and ``out`` are for `worker`, the rest is for an `JobBackend`.
 
 That is ``key``, a hash of the output's place and of all that it depends on; ``memory``, its peak in MB; and, for a
 merge that may be done in parts, where these go, ``parts``.
@@ -25,7 +25,7 @@ Answer = dict[str, Any]
 _POLL_MILLISECONDS: Final = 200
 
 
-class Engine(Protocol):
+class JobBackend(Protocol):
     """Where jobs are done.
 
     Attributes:

@@ -43,7 +43,7 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class PipelineJob:
     """A step for one combination of its matrix.
 
     Attributes:
@@ -79,7 +79,7 @@ def _use(item: Any) -> tuple[str, float]:  # noqa: ANN401  (a path, or a table o
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RecipePlan:
     """What a recipe comes to.
 
     Attributes:
@@ -89,11 +89,11 @@ class Plan:
     """
 
     folder: Location
-    jobs: list[Job]
+    jobs: list[PipelineJob]
     found: Mapping[str, remote.Found]
 
 
-def plan_jobs(file: RecipeFile) -> Plan:
+def plan_jobs(file: RecipeFile) -> RecipePlan:
     """The jobs of a recipe.
 
     Raises:
@@ -104,7 +104,7 @@ def plan_jobs(file: RecipeFile) -> Plan:
         planner.plan(index, ())
     jobs = [job for step in planner.order for job in planner.jobs[step]]
     _check_outputs(file, jobs)
-    return Plan(planner.folder, jobs, _check_inputs(file, jobs))
+    return RecipePlan(planner.folder, jobs, _check_inputs(file, jobs))
 
 
 def _output_folder(file: RecipeFile) -> Location:
@@ -131,7 +131,7 @@ class _Planner:
     def __init__(self, file: RecipeFile, folder: Location) -> None:
         self._file, self.folder, self._root = file, folder, file.path.absolute().parent
         self._by_name = {step.name: index for index, step in enumerate(file.recipe.steps)}
-        self.jobs: dict[int, list[Job]] = {}
+        self.jobs: dict[int, list[PipelineJob]] = {}
         self.order: list[int] = []
 
     def plan(self, index: int, above: tuple[int, ...]) -> None:
@@ -188,7 +188,7 @@ class _Planner:
         names = glob.glob(pattern, root_dir=self._root, recursive=True, include_hidden=True)  # noqa: PTH207  (absolute ones)
         return _without_later_parts([self._root / name for name in names])
 
-    def _job(self, index: int, values: Mapping[str, Value]) -> Job:
+    def _job(self, index: int, values: Mapping[str, Value]) -> PipelineJob:
         step = self._file.recipe.steps[index]
         given = step.model_dump(by_alias=True, exclude_unset=True)
         fields = {
@@ -201,7 +201,7 @@ class _Planner:
                 fields[name] = self._located(fields[name])
         filled = validated(self._file, index, fields)
         name, out = self._output(index, _first_part(filled))
-        return Job(filled, index, name, out, _inputs(filled))
+        return PipelineJob(filled, index, name, out, _inputs(filled))
 
     def _output(self, index: int, text: str) -> tuple[str, Location]:
         """An output's name below the folder, and where it is."""
@@ -273,8 +273,8 @@ def _inputs(step: Step) -> dict[Location, remote.Kind]:
     return found
 
 
-def _check_outputs(file: RecipeFile, jobs: Sequence[Job]) -> None:
-    by_name: dict[PurePosixPath, Job] = {}
+def _check_outputs(file: RecipeFile, jobs: Sequence[PipelineJob]) -> None:
+    by_name: dict[PurePosixPath, PipelineJob] = {}
     for job in jobs:
         name = PurePosixPath(job.name)
         for other in (name, *name.parents):
@@ -287,7 +287,7 @@ def _check_outputs(file: RecipeFile, jobs: Sequence[Job]) -> None:
         by_name[name] = job
 
 
-def _check_inputs(file: RecipeFile, jobs: Sequence[Job]) -> dict[str, remote.Found]:
+def _check_inputs(file: RecipeFile, jobs: Sequence[PipelineJob]) -> dict[str, remote.Found]:
     """Look up all that no job makes."""
     made = {job.out for job in jobs}
     for job in jobs:
@@ -307,14 +307,14 @@ def _check_inputs(file: RecipeFile, jobs: Sequence[Job]) -> dict[str, remote.Fou
         return dict(zip(elsewhere, found, strict=True))
 
 
-def _look(file: RecipeFile, location: str, kind: remote.Kind, job: Job) -> remote.Found:
+def _look(file: RecipeFile, location: str, kind: remote.Kind, job: PipelineJob) -> remote.Found:
     try:
         return remote.look(location, kind)
     except RemoteError as error:
         raise _unusable(file, job, location, str(error)) from error
 
 
-def _unusable(file: RecipeFile, job: Job, location: Location, message: str) -> RecipeError:
+def _unusable(file: RecipeFile, job: PipelineJob, location: Location, message: str) -> RecipeError:
     """An error about an input, at the key that names it."""
     for source, given in file.recipe.sources.items():
         if str(location) in ([given] if isinstance(given, str) else given):

@@ -15,9 +15,9 @@ from typing import Any
 from gguflora.errors import GgufloraError, OutputError, RecipeError, RemoteError
 from gguflora.pipeline.checks import failed_checks
 from gguflora.pipeline.html import write_html
-from gguflora.pipeline.local_workers import Engine, Request, Workers
+from gguflora.pipeline.local_workers import JobBackend, Request, Workers
 from gguflora.pipeline.lock import locked
-from gguflora.pipeline.plan import Job, Location, Plan, identity, located, plan_jobs
+from gguflora.pipeline.plan import Location, PipelineJob, RecipePlan, identity, located, plan_jobs
 from gguflora.pipeline.recipe import Merge, RecipeFile, read_recipe
 from gguflora.pipeline.results import PipelineReport, Status, StepResult, pack
 from gguflora.pipeline.state import Keys, Records, discard, discard_parts, inside, part_places, write_json
@@ -72,7 +72,7 @@ def run_pipeline(
     return done
 
 
-def _graph(file: RecipeFile, jobs: list[Job]) -> dict[Location, set[Location]]:
+def _graph(file: RecipeFile, jobs: list[PipelineJob]) -> dict[Location, set[Location]]:
     """The outputs that each output is made from.
 
     Raises:
@@ -90,7 +90,7 @@ def _graph(file: RecipeFile, jobs: list[Job]) -> dict[Location, set[Location]]:
     return graph
 
 
-def _engine(folder: Location, scheduler: str | None, jobs: int | None, memory: int | None) -> Engine:
+def _engine(folder: Location, scheduler: str | None, jobs: int | None, memory: int | None) -> JobBackend:
     if scheduler is None:
         return Workers(jobs or 1, memory)
     from gguflora.pipeline.dask_client import DaskEngine  # noqa: PLC0415  (needs Dask)
@@ -110,7 +110,7 @@ def _write_report(folder: Path, report: PipelineReport) -> None:
 class _Runner:
     """Starts jobs when what they wait for is there, and there is memory for them."""
 
-    def __init__(self, plan: Plan, graph: dict[Location, set[Location]], engine: Engine) -> None:
+    def __init__(self, plan: RecipePlan, graph: dict[Location, set[Location]], engine: JobBackend) -> None:
         self._plan, self._jobs, self._graph = plan, {job.out: job for job in plan.jobs}, graph
         self._engine, self._has_failed = engine, False
         self._keys: dict[Location, str] = {}
@@ -184,13 +184,13 @@ class _Runner:
         failed = failed_checks(report, job.step.checks)
         return self._result(job, "failed" if failed else "kept", report=report, error="; ".join(failed) or None)
 
-    def _do(self, job: Job) -> StepResult:
+    def _do(self, job: PipelineJob) -> StepResult:
         try:
             return self._make(job)
         except GgufloraError as error:  # of the folder or store of the outputs
             return self._result(job, "failed", error=str(error))
 
-    def _make(self, job: Job) -> StepResult:
+    def _make(self, job: PipelineJob) -> StepResult:
         started = time.perf_counter()
         _LOG.info("%s: making %s", job.step.name, job.out)
         self._records.forget(job)
@@ -206,7 +206,7 @@ class _Runner:
         status: Status = "failed" if failed else "done"
         return self._result(job, status, seconds=seconds, report=answer["report"], error="; ".join(failed) or None)
 
-    def _request(self, job: Job) -> Request:
+    def _request(self, job: PipelineJob) -> Request:
         """The job with a share of the cores for commands that can use several."""
         step, arguments = job.step, job.arguments
         key = hashlib.sha256(f"{self._keys[job.out]} {job.out}".encode()).hexdigest()
@@ -233,7 +233,7 @@ class _Runner:
 
     def _result(
         self,
-        job: Job,
+        job: PipelineJob,
         status: Status,
         *,
         seconds: float = 0.0,

@@ -14,7 +14,7 @@ from gguflora._version import __version__
 from gguflora.files import remote
 from gguflora.files.atomic import atomic_output
 from gguflora.files.shard_names import part_names
-from gguflora.pipeline.plan import STATE, Job, Location, identity
+from gguflora.pipeline.plan import STATE, Location, PipelineJob, identity
 
 _HASHES: Final = "hashes.json"
 
@@ -35,7 +35,7 @@ class Keys:
         self._known: dict[str, list[Any]] = _read_json(self._file) or {}
         self._keys: dict[Location, str] = {}
 
-    def of(self, job: Job) -> str:
+    def of(self, job: PipelineJob) -> str:
         """The key of a job, whose inputs' jobs have been asked for before.
 
         Raises:
@@ -87,7 +87,7 @@ class Records:
             self._packed = {name: zlib.compress(content, 1) for name, content in records}
             self._add_stamps(remote.stamps_of(folder))
 
-    def kept_report(self, job: Job, key: str) -> dict[str, Any] | None:
+    def kept_report(self, job: PipelineJob, key: str) -> dict[str, Any] | None:
         """The report with which a job's output was made, if that output is there and nothing has changed since."""
         place = inside(self._folder, _record(job))
         packed = self._packed.get(_record(job))
@@ -97,7 +97,7 @@ class Records:
         report = record.get("report")
         return report if isinstance(report, dict) else None
 
-    def remember(self, job: Job, key: str, report: Mapping[str, Any]) -> None:
+    def remember(self, job: PipelineJob, key: str, report: Mapping[str, Any]) -> None:
         """Record a finished job."""
         if isinstance(job.out, str):
             stamps = remote.stamps_of(job.out)
@@ -105,7 +105,7 @@ class Records:
         content = {"key": key, "out": str(job.out), "stamp": self._stamp(job), "report": report}
         write_json(inside(self._folder, _record(job)), content)
 
-    def forget(self, job: Job) -> None:
+    def forget(self, job: PipelineJob) -> None:
         """Let a job be done again, whatever becomes of its output."""
         if isinstance(self._folder, Path) or self._packed.pop(_record(job), None) is not None:
             discard(inside(self._folder, _record(job)))
@@ -117,7 +117,7 @@ class Records:
             folder, _, name = path.rpartition("/")
             self._stamps.setdefault(folder, {})[name] = stamp
 
-    def _stamp(self, job: Job) -> list[list[Any]] | None:
+    def _stamp(self, job: PipelineJob) -> list[list[Any]] | None:
         """Names, sizes and times of an output's files; None if it is not there."""
         if isinstance(job.out, str):
             folder, _, name = job.name.rpartition("/")
@@ -140,7 +140,7 @@ def _files_of(path: Path) -> list[Path]:
     return [path.with_name(name) for name in part_names(path.name)]
 
 
-def _record(job: Job) -> str:
+def _record(job: PipelineJob) -> str:
     return f"{hashlib.sha256(job.name.encode()).hexdigest()[:24]}.json"
 
 

@@ -8,28 +8,28 @@ from typing import Protocol
 
 import numpy as np
 
-from gguflora.adapters.deltas import Change, LowRank, WeightTimes
+from gguflora.adapters.deltas import BiasFromWeight, Delta, LowRank
 from gguflora.architectures.base_model import describe
-from gguflora.architectures.mapping import pieces_of
+from gguflora.architectures.mapping import slices_of
 from gguflora.files.gguf import GgufFile, TensorEntry
-from gguflora.placement.place import Placed
-from gguflora.placement.target import Target
+from gguflora.placement.place import PlacedDelta
+from gguflora.placement.target import ChangedTensor
 from gguflora.quants import kernels
 from gguflora.quants.arrays import Bytes, Float32Array, Float64Array
 from gguflora.quants.types import GgmlType, type_named
 
 
-class PreciseWeights(Protocol):
+class UnquantizedRows(Protocol):
     """The base's weights before they were quantized."""
 
     def rows(self, tensor: str, first: int, last: int) -> Float32Array:
         """Values of a GGUF tensor's rows, leading dimensions flattened: (last - first, n_in)."""
 
 
-class Weights:
+class BaseTensors:
     """Values that changes are added to: the base's own, dequantized, or better ones if those are at hand."""
 
-    def __init__(self, base: GgufFile, precise: PreciseWeights | None = None) -> None:
+    def __init__(self, base: GgufFile, precise: UnquantizedRows | None = None) -> None:
         self.base = base
         self.is_precise = precise is not None
         self._precise = precise
@@ -57,13 +57,13 @@ class Weights:
         return values
 
 
-class WholeWeights:
+class WholeTensorDeltas:
     """Changes that need a whole Hugging Face weight at once, whose rows lie in any order and in several tensors."""
 
-    def __init__(self, weights: Weights, targets: Sequence[Target]) -> None:
+    def __init__(self, weights: BaseTensors, targets: Sequence[ChangedTensor]) -> None:
         self.weights = weights
         self._base = weights.base
-        self._pieces: dict[int, list[tuple[Placed, TensorEntry]]] = {}
+        self._pieces: dict[int, list[tuple[PlacedDelta, TensorEntry]]] = {}
         for target in targets:
             for item, _ in target.changes:
                 self._pieces.setdefault(id(item.change), []).append((item, target.source))
@@ -71,7 +71,7 @@ class WholeWeights:
         self._deltas: dict[int, Float64Array] = {}
         self._weight = ""
 
-    def delta(self, change: Change) -> Float64Array:
+    def delta(self, change: Delta) -> Float64Array:
         """``W' - W`` of the whole weight; those of the last weight are kept, for the next block of rows."""
         with self._lock:
             pieces = self._pieces[id(change)]
@@ -80,21 +80,21 @@ class WholeWeights:
                 self._deltas.clear()  # free them before the next is made
             if id(change) not in self._deltas:
                 weight = self._read(change.shape, pieces)
-                known = change.given(self._layer_weight(change)) if isinstance(change, WeightTimes) else change
+                known = change.given(self._layer_weight(change)) if isinstance(change, BiasFromWeight) else change
                 self._deltas[id(change)] = known.delta(weight, np.arange(change.shape[0]))
             return self._deltas[id(change)]
 
-    def _read(self, shape: tuple[int, int], pieces: Sequence[tuple[Placed, TensorEntry]]) -> Float64Array:
+    def _read(self, shape: tuple[int, int], pieces: Sequence[tuple[PlacedDelta, TensorEntry]]) -> Float64Array:
         weight = np.zeros(shape)
         for item, tensor in pieces:
             first = item.piece.first
             item.put(self.weights.values(tensor, first, first + item.shape[0]), weight)
         return weight
 
-    def _layer_weight(self, change: WeightTimes) -> Float64Array:
+    def _layer_weight(self, change: BiasFromWeight) -> Float64Array:
         shape = change.shape[0], len(change.vector)
         zero = LowRank(np.zeros((0, shape[1])), np.zeros((shape[0], 0)), 0.0)
-        pieces = [Placed(change.weight, zero, piece) for piece in pieces_of(describe(self._base), change.weight)]
+        pieces = [PlacedDelta(change.weight, zero, piece) for piece in slices_of(describe(self._base), change.weight)]
         return self._read(shape, [(item, self._base.tensors[item.piece.tensor]) for item in pieces])
 
 

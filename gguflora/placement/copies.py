@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from gguflora.adapters.deltas import Change, Replace, as_float64
+from gguflora.adapters.deltas import Delta, Replace, as_float64
 from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, TensorEntry
 from gguflora.placement.base_weights import read_values
-from gguflora.placement.place import Placed
+from gguflora.placement.place import PlacedDelta
 
 
-def without_copies(base: GgufFile, placed: Mapping[str, Sequence[Placed]]) -> dict[str, list[Placed]]:
+def without_copies(base: GgufFile, placed: Mapping[str, Sequence[PlacedDelta]]) -> dict[str, list[PlacedDelta]]:
     """The changes without weights saved beside them only as a copy of the base's (PEFT: save_embedding_layers).
 
     A copy differs from the base's weights by no more than their quantization.
@@ -25,7 +25,7 @@ def without_copies(base: GgufFile, placed: Mapping[str, Sequence[Placed]]) -> di
     return kept
 
 
-def _is_copy(base: GgufFile, tensor: TensorEntry, change: Change) -> bool:
+def _is_copy(base: GgufFile, tensor: TensorEntry, change: Delta) -> bool:
     if not isinstance(change, Replace) or not change.frozen or change.shape[0] > tensor.n_rows:
         return False
     difference = norm = 0.0

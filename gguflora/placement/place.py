@@ -10,9 +10,18 @@ from typing import Final
 import numpy as np
 
 from gguflora.adapters.adapter import Adapter
-from gguflora.adapters.deltas import Change, Formula, LowRank, Replace, ReplaceRows, Unsized, as_float64, equal
+from gguflora.adapters.deltas import (
+    Delta,
+    FunctionDelta,
+    LowRank,
+    Replace,
+    ReplaceRows,
+    ShapeDependentDelta,
+    as_float64,
+    equal,
+)
 from gguflora.adapters.peft.pooler import is_left_out
-from gguflora.architectures import Piece
+from gguflora.architectures import TensorSlice
 from gguflora.architectures.base_model import BaseModel, flat_shape
 from gguflora.architectures.mapping import (
     check_known,
@@ -21,7 +30,7 @@ from gguflora.architectures.mapping import (
     is_conv1d,
     is_cut,
     is_transposed_expert,
-    pieces_of,
+    slices_of,
 )
 from gguflora.architectures.modules import linear_modules
 from gguflora.errors import ArchitectureError, MismatchError
@@ -33,7 +42,7 @@ FLOATS: Final = {"F32", "F16", "BF16", "F64"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Placed:
+class PlacedDelta:
     """A change of a Hugging Face weight, at its place in a GGUF tensor.
 
     Attributes:
@@ -43,8 +52,8 @@ class Placed:
     """
 
     weight: str
-    change: Change
-    piece: Piece
+    change: Delta
+    piece: TensorSlice
 
     @property
     def shape(self) -> Shape:
@@ -86,7 +95,7 @@ class Placed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Weights:
+class _BaseModelShapes:
     """The `BaseWeights` of a base model."""
 
     base: BaseModel
@@ -95,7 +104,7 @@ class _Weights:
         if is_left_out(weight):
             width = self.base.shapes.get(TOKEN_EMBEDDING, (0, 0))[-1]
             return width, 1 if weight.endswith(".bias") else width
-        pieces = pieces_of(self.base, weight)
+        pieces = slices_of(self.base, weight)
         if not pieces:
             raise ArchitectureError(
                 f"{self.base.path} ({self.base.architecture}) has no place for the weight {weight!r}; is it the right "
@@ -113,14 +122,14 @@ class _Weights:
         if is_left_out(weight):
             return True
         try:
-            pieces = pieces_of(self.base, weight)
+            pieces = slices_of(self.base, weight)
         except MismatchError:  # where its place depends on tensors that this layer does not have
             return False
         tied = {OUTPUT} if self.base.is_tied else set()
         return bool(pieces) and all(piece.tensor in self.base.shapes.keys() | tied for piece in pieces)
 
 
-def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
+def place(adapter: Adapter, base: BaseModel) -> dict[str, list[PlacedDelta]]:
     """The adapter's changes by GGUF tensor, in the order of the base's tensors, every one checked against the base.
 
     Where the base's output weight is tied to its token embedding, changes of the output are listed under
@@ -136,9 +145,9 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
             f"{adapter.path}: was made for architecture {adapter.architecture!r}, "
             f"but {base.path} is {base.architecture!r}"
         )
-    placed: dict[str, list[Placed]] = {}
+    placed: dict[str, list[PlacedDelta]] = {}
     strangers = []
-    all_changes = adapter.changes_of(_Weights(base))
+    all_changes = adapter.changes_of(_BaseModelShapes(base))
     _check_stacks(adapter, base, all_changes)
     for weight, changes in all_changes.items():
         if (_are_optional(changes) and not _has(base, weight)) or is_left_out(weight):
@@ -150,7 +159,7 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
         turned = [_linear(base, weight, change) for change in changes]
         sized = [_sized(f"{adapter.path}: {weight!r}", base, change, pieces) for change in turned]
         for piece in pieces:
-            items = [Placed(weight, change, _without_padding(base, piece, change)) for change in sized]
+            items = [PlacedDelta(weight, change, _without_padding(base, piece, change)) for change in sized]
             _check_covers(f"{adapter.path}: {weight!r}", base, [item for item in items if item.piece is piece], pieces)
             vocabulary = new_vocabulary(item.change for item in items if item.piece.rows is None)
             for item in items:
@@ -168,24 +177,24 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[Placed]]:
     return dict(sorted(placed.items(), key=lambda entry: order.get(entry[0], len(order))))
 
 
-def _is_copy(item: Placed) -> bool:
+def _is_copy(item: PlacedDelta) -> bool:
     return isinstance(item.change, Replace) and item.change.frozen
 
 
-def _piece_of_tensor(base: BaseModel, name: str) -> Piece:
+def _piece_of_tensor(base: BaseModel, name: str) -> TensorSlice:
     """The place of a change of a GGUF LoRA: a tensor, or ``<tensor>.<e>``, expert e of it."""
     tensor, _, expert = name.rpartition(".")
     shape = base.shapes.get(tensor, ())
     if not expert.isdecimal() or len(shape) != 3:
-        return Piece(name)
-    return Piece(tensor, int(expert) * shape[1], rows=np.arange(shape[1]))
+        return TensorSlice(name)
+    return TensorSlice(tensor, int(expert) * shape[1], rows=np.arange(shape[1]))
 
 
 def _check_stacks(adapter: Adapter, base: BaseModel, weights: Iterable[str]) -> None:
     """Raise unless a change of stacked experts, ``<parameter>.<e>``, is one of all experts."""
     stacks = Counter(weight.rpartition(".")[0] for weight in weights if weight.rpartition(".")[2].isdecimal())
     for stack, count in stacks.items():
-        tensor = stack if adapter.architecture else next((piece.tensor for piece in pieces_of(base, f"{stack}.0")), "")
+        tensor = stack if adapter.architecture else next((piece.tensor for piece in slices_of(base, f"{stack}.0")), "")
         shape = base.shapes.get(tensor, ())
         if len(shape) == 3 and shape[0] != count:
             raise MismatchError(
@@ -194,20 +203,20 @@ def _check_stacks(adapter: Adapter, base: BaseModel, weights: Iterable[str]) -> 
             )
 
 
-def _pieces(base: BaseModel, weight: str, changes: Sequence[Change | Unsized]) -> list[Piece]:
-    """`pieces_of`, and the places of weights that only an adapter of the right kind can change.
+def _pieces(base: BaseModel, weight: str, changes: Sequence[Delta | ShapeDependentDelta]) -> list[TensorSlice]:
+    """`slices_of`, and the places of weights that only an adapter of the right kind can change.
 
     Of an architecture that GGUF knows only tied, the output weight has its place, too.
     """
     decay = decay_of(base, weight)
     if decay is not None:
         return [decay] if all(isinstance(change, Replace) for change in changes) else []
-    pieces = pieces_of(base, weight)
+    pieces = slices_of(base, weight)
     is_output = weight == "lm_head.weight" or weight.endswith(".lm_head.weight")
-    return [Piece(OUTPUT)] if not pieces and base.is_tied and is_output else pieces
+    return [TensorSlice(OUTPUT)] if not pieces and base.is_tied and is_output else pieces
 
 
-def _tie(adapter: Adapter, placed: dict[str, list[Placed]]) -> None:
+def _tie(adapter: Adapter, placed: dict[str, list[PlacedDelta]]) -> None:
     """Let a tied output share changes of the embedding, as PEFT does.
 
     Trained tokens hold for both; other changes if the adapter was trained tied, whether or not it says them twice.
@@ -226,7 +235,7 @@ def _tie(adapter: Adapter, placed: dict[str, list[Placed]]) -> None:
         placed[OUTPUT] = [*shared, *output]
 
 
-def _linear(base: BaseModel, weight: str, change: Change | Unsized) -> Change | Unsized:
+def _linear(base: BaseModel, weight: str, change: Delta | ShapeDependentDelta) -> Delta | ShapeDependentDelta:
     """The change as (n_out, n_in): weights saved whole lie as the Hugging Face model keeps them."""
     if not isinstance(change, Replace):
         return change
@@ -237,19 +246,19 @@ def _linear(base: BaseModel, weight: str, change: Change | Unsized) -> Change | 
     return change
 
 
-def _are_optional(changes: Sequence[Change | Unsized]) -> bool:
-    return all(isinstance(change, Unsized) and change.optional for change in changes)
+def _are_optional(changes: Sequence[Delta | ShapeDependentDelta]) -> bool:
+    return all(isinstance(change, ShapeDependentDelta) and change.optional for change in changes)
 
 
 def _has(base: BaseModel, weight: str) -> bool:
     try:
-        return any(piece.tensor in base.shapes.keys() - base.absent for piece in pieces_of(base, weight))
+        return any(piece.tensor in base.shapes.keys() - base.absent for piece in slices_of(base, weight))
     except MismatchError:  # where its place depends on the shape it should have
         return False
 
 
-def _sized(what: str, base: BaseModel, change: Change | Unsized, pieces: Sequence[Piece]) -> Change:
-    if not isinstance(change, Unsized):
+def _sized(what: str, base: BaseModel, change: Delta | ShapeDependentDelta, pieces: Sequence[TensorSlice]) -> Delta:
+    if not isinstance(change, ShapeDependentDelta):
         return change
     shape = _weight_shape(base, pieces)
     if shape is None:
@@ -263,7 +272,7 @@ def _sized(what: str, base: BaseModel, change: Change | Unsized, pieces: Sequenc
     return change.build(shape)
 
 
-def _weight_shape(base: BaseModel, pieces: Sequence[Piece]) -> tuple[int, int] | None:
+def _weight_shape(base: BaseModel, pieces: Sequence[TensorSlice]) -> tuple[int, int] | None:
     """Shape of the Hugging Face weight of which a base holds these pieces."""
     piece = pieces[0]
     shape = base.shapes.get(TOKEN_EMBEDDING if piece.tensor == OUTPUT and base.is_tied else piece.tensor)
@@ -274,14 +283,14 @@ def _weight_shape(base: BaseModel, pieces: Sequence[Piece]) -> tuple[int, int] |
     return _extent(pieces, n_out, n_in)
 
 
-def _extent(pieces: Sequence[Piece], n_out: int, n_in: int) -> tuple[int, int]:
+def _extent(pieces: Sequence[TensorSlice], n_out: int, n_in: int) -> tuple[int, int]:
     """Rows and columns of a weight by its pieces, of which those of no numbers are all of it."""
     rows = sum(len(piece.rows) for piece in pieces if piece.rows is not None)
     columns = sum(len(piece.columns) for piece in pieces if piece.columns is not None)
     return rows or n_out, columns or n_in
 
 
-def _without_padding(base: BaseModel, piece: Piece, change: Change) -> Piece:
+def _without_padding(base: BaseModel, piece: TensorSlice, change: Delta) -> TensorSlice:
     """The piece without rows that GGUF leaves out: those that pad a vocabulary to a multiple of 64, and positions."""
     skipped = cut_positions(base, piece.tensor, change.shape[0])
     if skipped:
@@ -293,20 +302,20 @@ def _without_padding(base: BaseModel, piece: Piece, change: Change) -> Piece:
     return replace(piece, rows=np.arange(rows))
 
 
-def cautions(base: GgufFile, placed: Mapping[str, Sequence[Placed]]) -> tuple[str, ...]:
+def cautions(base: GgufFile, placed: Mapping[str, Sequence[PlacedDelta]]) -> tuple[str, ...]:
     """What to warn of because changes depend on weights that are quantized."""
     found = [
         item.change.caution
         for name, items in placed.items()
         for item in items
-        if isinstance(item.change, Formula)
+        if isinstance(item.change, FunctionDelta)
         and item.change.caution
         and (base.tensors.get(name) or base.tensors[TOKEN_EMBEDDING]).type.name not in FLOATS
     ]
     return tuple(dict.fromkeys(found))
 
 
-def _check_covers(what: str, base: BaseModel, items: list[Placed], pieces: list[Piece]) -> None:
+def _check_covers(what: str, base: BaseModel, items: list[PlacedDelta], pieces: list[TensorSlice]) -> None:
     """The pieces of a weight hold each of its rows and columns once, so their numbers tell its shape."""
     for item in items:
         extent = _extent(pieces, *item.change.shape)
@@ -317,13 +326,13 @@ def _check_covers(what: str, base: BaseModel, items: list[Placed], pieces: list[
             )
 
 
-def new_vocabulary(changes: Iterable[Change]) -> int:
+def new_vocabulary(changes: Iterable[Delta]) -> int:
     """Rows that the embedding and output must have for these changes of them."""
     sizes = (change.shape[0] for change in changes if isinstance(change, Replace | ReplaceRows))
     return max(sizes, default=0)
 
 
-def _check_fits(what: str, base: BaseModel, item: Placed, vocabulary: int) -> None:
+def _check_fits(what: str, base: BaseModel, item: PlacedDelta, vocabulary: int) -> None:
     tensor, first = item.piece.tensor, item.piece.first
     shape = base.shapes.get(TOKEN_EMBEDDING if tensor == OUTPUT and base.is_tied else tensor)
     if shape is None:

@@ -10,8 +10,8 @@ import numpy as np
 
 from gguflora.adapters.deltas import LowRank, sum_factors
 from gguflora.files.gguf import TensorEntry
-from gguflora.placement.base_weights import WholeWeights
-from gguflora.placement.target import Scaled, Target
+from gguflora.placement.base_weights import WholeTensorDeltas
+from gguflora.placement.target import ChangedTensor, ScaledDelta
 from gguflora.quants import kernels
 from gguflora.quants.arrays import Float32Array, Float64Array
 
@@ -37,8 +37,8 @@ class AnyRows:
     tensor: TensorEntry
     start: int
     end: int
-    changes: Sequence[Scaled]
-    whole: WholeWeights
+    changes: Sequence[ScaledDelta]
+    whole: WholeTensorDeltas
 
     def change(self, first: int, last: int) -> Float64Array:
         """What is added to the rows ``first`` to ``last``; to a vector, as one column."""
@@ -58,7 +58,9 @@ class AnyRows:
         return total
 
 
-def split_rows(target: Target, whole: WholeWeights, period: int | None = None) -> Iterator[LowRankRows | AnyRows]:
+def split_rows(
+    target: ChangedTensor, whole: WholeTensorDeltas, period: int | None = None
+) -> Iterator[LowRankRows | AnyRows]:
     """The rows of a target in ranges with the same changes throughout (the experts of a stack, for example).
 
     With a period, no range reaches over a multiple of so many rows.
@@ -84,7 +86,7 @@ def split_rows(target: Target, whole: WholeWeights, period: int | None = None) -
             yield AnyRows(tensor, start, end, changes, whole)
 
 
-def _low_rank_of(changes: Sequence[Scaled], start: int, end: int) -> tuple[Float32Array, Float32Array] | None:
+def _low_rank_of(changes: Sequence[ScaledDelta], start: int, end: int) -> tuple[Float32Array, Float32Array] | None:
     """Factors a, b of the sum of the changes of some rows, if all are of low rank."""
     parts: list[tuple[LowRank, float]] = []
     for item, scale in changes:

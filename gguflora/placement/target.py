@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, Shape, TensorEntry
-from gguflora.placement.place import Placed
+from gguflora.placement.place import PlacedDelta
 from gguflora.quants.types import GgmlType
 
-Scaled = tuple[Placed, float]
+ScaledDelta = tuple[PlacedDelta, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ChangedTensor:
     """A tensor of the output that is not just copied.
 
     Attributes:
@@ -29,7 +29,7 @@ class Target:
     source: TensorEntry
     shape: Shape
     type: GgmlType
-    changes: Sequence[Scaled]
+    changes: Sequence[ScaledDelta]
 
     @property
     def n_rows(self) -> int:
@@ -37,7 +37,7 @@ class Target:
         return math.prod(self.shape[:-1])
 
 
-def target_of(file: GgufFile, name: str, items: Sequence[Placed]) -> Target:
+def changed_tensor(file: GgufFile, name: str, items: Sequence[PlacedDelta]) -> ChangedTensor:
     """The target of changes at scale 1; an output weight that the base does not have is made from the embedding."""
     source = file.tensors[name if name in file.tensors else TOKEN_EMBEDDING]
-    return Target(name, source, source.shape, source.type, [(item, 1.0) for item in items])
+    return ChangedTensor(name, source, source.shape, source.type, [(item, 1.0) for item in items])

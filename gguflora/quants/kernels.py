@@ -73,7 +73,7 @@ class Product:
     b: Float32Array
 
 
-Delta = Product | Float32Array
+KernelDelta = Product | Float32Array
 """A change of rows: a product, or itself, (n_rows, n_in)."""
 
 SUMS: Final = ("weight2", "delta2", "moved", "error2", "clipped")
@@ -88,7 +88,7 @@ def merge_rows(
     src_type: GgmlType,
     dst: Bytes,
     dst_type: GgmlType,
-    delta: Delta,
+    delta: KernelDelta,
     *,
     imatrix: Float32Array | None = None,
     isa: str | None = None,
@@ -138,7 +138,7 @@ def fit_grids(
     src: Bytes,
     type: GgmlType,
     dst: Bytes,
-    delta: Delta,
+    delta: KernelDelta,
     *,
     imatrix: Float32Array | None = None,
     isa: str | None = None,
@@ -190,7 +190,7 @@ def dither_rows(
     src: Bytes,
     type: GgmlType,
     dst: Bytes,
-    delta: Delta,
+    delta: KernelDelta,
     *,
     gain: float,
     key: int,
@@ -277,7 +277,7 @@ def _expect_dither(src: Bytes, type: GgmlType, dst: Bytes, n_rows: int, n_in: in
         raise QuantizationError("output: must not overlap the quantized rows it is made from")
 
 
-def _delta_shape(delta: Delta) -> tuple[int, int]:
+def _delta_shape(delta: KernelDelta) -> tuple[int, int]:
     if not isinstance(delta, Product):
         return _rows(delta, np.float32, "delta")
     rank, n_in = _rows(delta.a, np.float32, "a")
@@ -302,7 +302,7 @@ def _importance(type: GgmlType, imatrix: Float32Array | None, n_in: int) -> Any:
     return _floats(imatrix)
 
 
-def _delta(delta: Delta) -> Any:  # noqa: ANN401
+def _delta(delta: KernelDelta) -> Any:  # noqa: ANN401
     """A gfl_delta, valid as long as ``delta`` lives."""
     if isinstance(delta, Product):
         return ffi.new("gfl_delta *", (_floats(delta.a), _floats(delta.b), len(delta.a), ffi.NULL))

@@ -10,9 +10,9 @@ import numpy as np
 
 from gguflora.placement.prefix import Prefix
 from gguflora.runtime.alora import Starts
-from gguflora.runtime.bindings import LoadedAdapter, free_lora
-from gguflora.runtime.fused_adapters import FusedAdapters, Part
-from gguflora.runtime.llama_lock import Turn
+from gguflora.runtime.bindings import HotAdapter, free_lora
+from gguflora.runtime.fused_adapters import ConcatenatedAdapters, Part
+from gguflora.runtime.llama_lock import LlamaLock
 
 BASE: Final = ""
 """Identity of the empty adapter set."""
@@ -28,7 +28,7 @@ def identity_of(adapters: Sequence[tuple[str, float]]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else BASE
 
 
-class AdapterSet:
+class AttachedSet:
     """The adapters one Llama has loaded and applied. Belongs to the Llama and does not refer to it.
 
     Attributes:
@@ -44,13 +44,13 @@ class AdapterSet:
         planned: whether `starts` holds for what is evaluated next, too: while tokens are being generated.
     """
 
-    def __init__(self, context: _Untyped, model: _Untyped, fused: FusedAdapters) -> None:
+    def __init__(self, context: _Untyped, model: _Untyped, fused: ConcatenatedAdapters) -> None:
         self._context = context
         self._model = model
         self._fused = fused
-        self.turn: Final = Turn()
+        self.turn: Final = LlamaLock()
         self.lock: Final = self.turn.lock
-        self.loaded: dict[str, LoadedAdapter] = {}
+        self.loaded: dict[str, HotAdapter] = {}
         self.active: dict[str, float] = {}
         self.origin = self.identity = BASE
         self.changes = 0

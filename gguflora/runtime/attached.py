@@ -33,11 +33,11 @@ from gguflora.errors import GgufloraError, HotSwapError
 from gguflora.files.remote import local_inputs
 from gguflora.lora.preflight import check_loadable
 from gguflora.placement.prefix import read_prefix
-from gguflora.runtime.adapter_set import AdapterSet, describe
+from gguflora.runtime.adapter_set import AttachedSet, describe
 
 if TYPE_CHECKING:
-    from gguflora.runtime.adapter_set import AdapterSet, describe
-    from gguflora.runtime.bindings import LoadedAdapter
+    from gguflora.runtime.adapter_set import AttachedSet, describe
+    from gguflora.runtime.bindings import HotAdapter
 
 _CHUNK_BYTES = 1 << 20
 
@@ -54,7 +54,7 @@ def attach(llm: Any) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only w
         import llama_cpp  # noqa: PLC0415  (import gguflora does not load it)
 
         from gguflora.runtime import guarded_llama  # noqa: PLC0415
-        from gguflora.runtime.fused_adapters import FusedAdapters  # noqa: PLC0415
+        from gguflora.runtime.fused_adapters import ConcatenatedAdapters  # noqa: PLC0415
     except ImportError as error:
         raise HotSwapError(f"hot-swapping needs llama-cpp-python: pip install 'gguflora[runtime]' ({error})") from error
     if not isinstance(llm, llama_cpp.Llama):
@@ -65,16 +65,16 @@ def attach(llm: Any) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only w
     if before is not None and not before.closed:
         return Adapters(llm, before)
     open_file = partial(_as_gguf, base=llm.model_path)
-    fused = FusedAdapters(llm.model, llm.metadata.get("general.architecture", ""), open_file)
-    adapters = AdapterSet(llm._ctx, llm._model, fused)
+    fused = ConcatenatedAdapters(llm.model, llm.metadata.get("general.architecture", ""), open_file)
+    adapters = AttachedSet(llm._ctx, llm._model, fused)
     _adopt(llm, adapters, active=before is None)
     guarded_llama.guard(llm, adapters)
     return Adapters(llm, adapters)
 
 
-def _adopt(llm: Any, adapters: AdapterSet, *, active: bool) -> None:  # noqa: ANN401
+def _adopt(llm: Any, adapters: AttachedSet, *, active: bool) -> None:  # noqa: ANN401
     """Take over the adapter of ``Llama(lora_path=...)``, which the Llama frees itself."""
-    from gguflora.runtime.bindings import LoadedAdapter, clear_memory, invocation_of  # noqa: PLC0415
+    from gguflora.runtime.bindings import HotAdapter, clear_memory, invocation_of  # noqa: PLC0415
 
     pointer = llm._lora_adapter
     if not pointer:
@@ -85,7 +85,7 @@ def _adopt(llm: Any, adapters: AdapterSet, *, active: bool) -> None:  # noqa: AN
     except OSError:  # the file has gone since: like no other
         sha256 = uuid.uuid4().hex
     invocation = invocation_of(pointer)
-    adapters.loaded[path.stem] = LoadedAdapter(path.stem, sha256, pointer, path, owned=False, invocation=invocation)
+    adapters.loaded[path.stem] = HotAdapter(path.stem, sha256, pointer, path, owned=False, invocation=invocation)
     if active and _is_on(llm.lora_scale):
         adapters.set_active({path.stem: float(llm.lora_scale)})
         adapters.origin = f"whole {sha256}" if invocation else adapters.identity
@@ -108,7 +108,7 @@ class Adapters:
     Closing the Llama frees its adapters first; a method called after that, or after `close`, raises `HotSwapError`.
     """
 
-    def __init__(self, llm: Any, adapters: AdapterSet) -> None:  # noqa: ANN401
+    def __init__(self, llm: Any, adapters: AttachedSet) -> None:  # noqa: ANN401
         self._llm = llm
         self._set = adapters
         self._base: BaseModel | None = None
@@ -147,21 +147,21 @@ class Adapters:
                 )
             adapters.loaded[name] = self._load(name, location, task)
 
-    def _load(self, name: str, location: Path, task: int | None) -> LoadedAdapter:
-        from gguflora.runtime.bindings import LoadedAdapter, invocation_of, load_lora  # noqa: PLC0415
+    def _load(self, name: str, location: Path, task: int | None) -> HotAdapter:
+        from gguflora.runtime.bindings import HotAdapter, invocation_of, load_lora  # noqa: PLC0415
 
         if self._base is None:
             self._base = read_whole_base(Path(self._llm.model_path))
         if location.is_dir() and is_soft_prompt(location):
             prefix = read_prefix(location, self._base, task)
             _check_prefix_fits(location, prefix.n_tokens, self._llm.n_ctx())
-            return LoadedAdapter(name, prefix.sha256, None, location, prefix=prefix)
+            return HotAdapter(name, prefix.sha256, None, location, prefix=prefix)
         if task is not None:
             raise HotSwapError(f"{location}: is no soft prompt, so it has no task {task}")
         with _as_gguf(location, self._llm.model_path) as file:
             check_loadable(file, self._base)
             pointer = load_lora(self._llm.model, file)
-            return LoadedAdapter(name, _sha256(file), pointer, location, invocation=invocation_of(pointer))
+            return HotAdapter(name, _sha256(file), pointer, location, invocation=invocation_of(pointer))
 
     def apply(self, scales: Mapping[str, float] | None = None, /, **more: float) -> None:
         """Make these adapters, each at its scale, the complete set; without arguments the base model answers.
@@ -246,7 +246,7 @@ class Adapters:
         return f"<gguflora.Adapters {state}>"
 
     @contextmanager
-    def _open(self) -> Iterator[AdapterSet]:
+    def _open(self) -> Iterator[AttachedSet]:
         with self._set.lock:
             if self._set.closed or self._llm.ctx is None:
                 raise HotSwapError("these adapters are closed, or their Llama is; attach to an open Llama again")
@@ -280,14 +280,14 @@ class Adapters:
         self._llm._n_ctx = self._llm.n_ctx() - (prefix.n_tokens if prefix else 0)
 
 
-def _check_new_name(name: str, adapters: AdapterSet) -> None:
+def _check_new_name(name: str, adapters: AttachedSet) -> None:
     if not isinstance(name, str) or not name:
         raise HotSwapError(f"the name of an adapter is a non-empty string, found {name!r}")
     if name in adapters.loaded:
         raise HotSwapError(f"an adapter named {name!r} is loaded already; unload it first, or take another name")
 
 
-def _find(name: str, adapters: AdapterSet) -> LoadedAdapter:
+def _find(name: str, adapters: AttachedSet) -> HotAdapter:
     try:
         return adapters.loaded[name]
     except (KeyError, TypeError):
@@ -296,7 +296,7 @@ def _find(name: str, adapters: AdapterSet) -> LoadedAdapter:
 
 
 def _checked_scales(
-    scales: Mapping[str, float] | None, more: Mapping[str, float], adapters: AdapterSet
+    scales: Mapping[str, float] | None, more: Mapping[str, float], adapters: AttachedSet
 ) -> dict[str, float]:
     """Names and scales of the adapters to switch on."""
     if scales is not None and not isinstance(scales, Mapping):

@@ -97,7 +97,7 @@ def captured_log(least: int = _WARN, kept_back: int = _ERROR) -> Iterator[list[s
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LoadedAdapter:
+class HotAdapter:
     """An adapter in llama.cpp's memory.
 
     Attributes:

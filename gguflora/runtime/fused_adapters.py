@@ -54,7 +54,7 @@ class Part:
     scale: float
 
 
-class FusedAdapters:
+class ConcatenatedAdapters:
     """Fused adapters of one model, made when a set needs one and kept for those used last. For one thread at a time.
 
     Args:

@@ -17,7 +17,7 @@ import numpy as np
 
 from gguflora.errors import HotSwapError
 from gguflora.placement.prefix import Prefix
-from gguflora.runtime.adapter_set import BASE, AdapterSet, _Untyped, describe
+from gguflora.runtime.adapter_set import BASE, AttachedSet, _Untyped, describe
 from gguflora.runtime.alora import (
     n_in_common,
     segments,
@@ -238,8 +238,8 @@ def _ensure_prefix(llm: _Untyped, prefix: Prefix) -> None:
         put_prefix(llm.ctx, prefix)
 
 
-def _set_of(llm: _Untyped) -> AdapterSet:
-    adapters: AdapterSet = llm.__dict__[_ATTRIBUTE]
+def _set_of(llm: _Untyped) -> AttachedSet:
+    adapters: AttachedSet = llm.__dict__[_ATTRIBUTE]
     return adapters
 
 
@@ -259,13 +259,13 @@ def _guarded(kind: type) -> type:
     return _CLASSES[kind]
 
 
-def attached_set(llm: _Untyped) -> AdapterSet | None:
+def attached_set(llm: _Untyped) -> AttachedSet | None:
     """The adapter set ``llm`` has or last had; None if gguflora was never attached to it."""
-    adapters: AdapterSet | None = llm.__dict__.get(_ATTRIBUTE)
+    adapters: AttachedSet | None = llm.__dict__.get(_ATTRIBUTE)
     return adapters
 
 
-def guard(llm: _Untyped, adapters: AdapterSet) -> None:
+def guard(llm: _Untyped, adapters: AttachedSet) -> None:
     """Let ``llm`` reuse only what was computed under ``adapters``, and free them before its model when it is closed.
 
     The class of this one Llama is exchanged for a subclass: that also catches ``llm.cache = ...``, and unlike wrapped

@@ -21,7 +21,7 @@ class _Session:
         self.over = False
 
 
-class Turn:
+class LlamaLock:
     """Lets one call or one generation at a time use a Llama; those of other threads wait until it is over.
 
     A generation keeps its turn between tokens. If the thread that took its last token begins another call meanwhile,

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora.adapters.deltas import Formula, as_float64
+from gguflora.adapters.deltas import FunctionDelta, as_float64
 from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
 from gguflora.quants.arrays import Float64Array, Indices
@@ -15,7 +15,7 @@ from gguflora.quants.arrays import Float64Array, Indices
 
 def add_sparse(
     where: str, shape: tuple[int, int], rows: NDArray[np.int64], columns: NDArray[np.int64], values: Array
-) -> Formula:
+) -> FunctionDelta:
     """The change that adds ``values[k]`` at (rows[k], columns[k]), for an element named twice both.
 
     Raises:
@@ -28,7 +28,7 @@ def add_sparse(
                 "was made for another base"
             )
     order = np.argsort(rows, kind="stable")
-    return Formula(shape, partial(_add, rows[order], columns[order], values[order]))
+    return FunctionDelta(shape, partial(_add, rows[order], columns[order], values[order]))
 
 
 def _add(

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gguflora.adapters.deltas import Change, LowRank, as_float64
+from gguflora.adapters.deltas import Delta, LowRank, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
 from gguflora.files.safetensors import Array
 
 
-def read_adalora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change]:
+def read_adalora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta]:
     """The change of every adapted weight; modules that were pruned away have none."""
     rank = config.number("init_r", 12)
     alpha = config.number("lora_alpha", 8)
     factor = (alpha if alpha > 0 else rank) / (rank + 1e-5)
     # ranknum, which old files hold, is the rank before pruning
     kept = {key: tensor for key, tensor in tensors.items() if not key.endswith("ranknum") and ".ranknum." not in key}
-    changes: dict[str, Change] = {}
+    changes: dict[str, Delta] = {}
     for module, parts in by_module(config, kept, ["lora_A", "lora_B", "lora_E"]).items():
         a, b, e = take(config, module, parts, "lora_A", "lora_B", "lora_E")
         rows = a.shape[0] if a.ndim else None

@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from gguflora.adapters.deltas import Change, Formula, Unsized, as_float64
+from gguflora.adapters.deltas import Delta, FunctionDelta, ShapeDependentDelta, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
 from gguflora.errors import AdapterError
@@ -19,9 +19,9 @@ from gguflora.files.safetensors import Array
 from gguflora.quants.arrays import Float64Array, Indices
 
 
-def read_bat(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change | Unsized]:
+def read_bat(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta | ShapeDependentDelta]:
     """The change of every adapted weight."""
-    changes: dict[str, Change | Unsized] = {}
+    changes: dict[str, Delta | ShapeDependentDelta] = {}
     for module, parts in by_module(config, tensors, ["miss_block"]).items():
         (blocks,) = take(config, module, parts, "miss_block")
         expect(config, module, "miss_block", blocks, (None, None, None))
@@ -33,15 +33,15 @@ def read_bat(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Chan
     return changes
 
 
-def _unsized(config: PeftConfig, module: str, blocks: Array) -> Unsized:
-    def build(shape: tuple[int, int]) -> Change:
+def _unsized(config: PeftConfig, module: str, blocks: Array) -> ShapeDependentDelta:
+    def build(shape: tuple[int, int]) -> Delta:
         if shape[1] % blocks.shape[1]:
             raise AdapterError(
                 f"{config.path.parent}: module {module!r}: miss_block {blocks.shape} does not cover {shape[1]} columns"
             )
-        return Formula(shape, partial(_multiply, blocks))
+        return FunctionDelta(shape, partial(_multiply, blocks))
 
-    return Unsized((blocks.shape[0] * blocks.shape[1], None), build)
+    return ShapeDependentDelta((blocks.shape[0] * blocks.shape[1], None), build)
 
 
 def _multiply(blocks: Array, w: Float64Array, rows: Indices) -> Float64Array:

@@ -8,20 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from gguflora.adapters.deltas import Formula, as_float64
+from gguflora.adapters.deltas import FunctionDelta, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
 from gguflora.files.safetensors import Array
 from gguflora.quants.arrays import Float64Array, Indices
 
 
-def read_beft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Formula]:
+def read_beft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, FunctionDelta]:
     """The change of every adapted bias; a base without it cannot take the adapter."""
     changes = {}
     for module, parts in by_module(config, tensors, ["beft_bias"]).items():
         (bias,) = take(config, module, parts, "beft_bias")
         expect(config, module, "beft_bias", bias, (1, None))
-        changes[f"{module}.bias"] = Formula((bias.shape[1], 1), partial(_add, bias.T))
+        changes[f"{module}.bias"] = FunctionDelta((bias.shape[1], 1), partial(_add, bias.T))
     return changes
 
 

@@ -14,7 +14,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-from gguflora.adapters.deltas import Formula, as_float64
+from gguflora.adapters.deltas import FunctionDelta, as_float64
 from gguflora.adapters.numerics.rotation import cayley, rotate_columns
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
@@ -29,7 +29,7 @@ class _Butterflies:
     scale: Array
 
 
-def read_boft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Formula]:
+def read_boft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, FunctionDelta]:
     """The change of every adapted weight."""
     changes = {}
     for module, parts in by_module(config, tensors, ["boft_R", "boft_s"]).items():
@@ -43,7 +43,7 @@ def read_boft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, For
                 f"factors need blocks of an even size, and a multiple of {1 << (factors - 1)} of them"
             )
         shape = len(scale), count * size
-        changes[f"{module}.weight"] = Formula(shape, partial(_rotate, _Butterflies(blocks, scale)))
+        changes[f"{module}.weight"] = FunctionDelta(shape, partial(_rotate, _Butterflies(blocks, scale)))
     return changes
 
 

@@ -11,21 +11,21 @@ from functools import partial
 
 import numpy as np
 
-from gguflora.adapters.deltas import Formula, as_float64
+from gguflora.adapters.deltas import FunctionDelta, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
 from gguflora.files.safetensors import Array
 from gguflora.quants.arrays import Float64Array, Indices
 
 
-def read_c3a(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Formula]:
+def read_c3a(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, FunctionDelta]:
     """The change of every adapted weight."""
     changes = {}
     for module, parts in by_module(config, tensors, ["c3a_kernel"]).items():
         (kernel,) = take(config, module, parts, "c3a_kernel")
         expect(config, module, "c3a_kernel", kernel, (None, None, None))
         down, across, block = kernel.shape
-        changes[f"{module}.weight"] = Formula((down * block, across * block), partial(_unroll, kernel))
+        changes[f"{module}.weight"] = FunctionDelta((down * block, across * block), partial(_unroll, kernel))
     return changes
 
 

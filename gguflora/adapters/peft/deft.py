@@ -12,14 +12,14 @@ from functools import partial
 
 import numpy as np
 
-from gguflora.adapters.deltas import Unsized, as_float64
+from gguflora.adapters.deltas import ShapeDependentDelta, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
 from gguflora.files.safetensors import Array
 from gguflora.quants.arrays import Float64Array, Indices
 
 
-def read_deft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
+def read_deft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
     """The change of every adapted weight."""
     method = config.fields.get("decomposition_method", "relu")
     if method not in {"relu", "qr"}:
@@ -34,7 +34,7 @@ def read_deft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Uns
         scale = config.number("alpha", 0) / rank if config.fields.get("alpha") else 1.0
         known = n_out, (injected[0].shape[1] if injected else None)
         function = partial(_refill, p, injected[0] if injected else None, scale, method == "qr")
-        changes[f"{module}.weight"] = Unsized.formula(known, function, whole=True)
+        changes[f"{module}.weight"] = ShapeDependentDelta.formula(known, function, whole=True)
     return changes
 
 

@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.adapters.deltas import Change, LowRank, as_float64
+from gguflora.adapters.deltas import Delta, LowRank, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
 from gguflora.files.safetensors import Array
@@ -20,9 +20,9 @@ from gguflora.files.safetensors import Array
 _PARTS: Final = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
 
 
-def read_delora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change]:
+def read_delora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta]:
     """The change of every adapted weight."""
-    changes: dict[str, Change] = {}
+    changes: dict[str, Delta] = {}
     for module, parts in by_module(config, tensors, _PARTS).items():
         a, b, strength, column_norms = take(config, module, parts, *_PARTS)
         expect(config, module, "delora_A", a, (None, None))

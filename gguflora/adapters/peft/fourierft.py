@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-from gguflora.adapters.deltas import Change, Formula, Unsized, as_float64
+from gguflora.adapters.deltas import Delta, FunctionDelta, ShapeDependentDelta, as_float64
 from gguflora.adapters.numerics.torch_rng import TorchGenerator
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
@@ -21,7 +21,7 @@ from gguflora.files.safetensors import Array
 from gguflora.quants.arrays import Float64Array, Indices
 
 
-def read_fourierft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
+def read_fourierft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
     """The change of every adapted weight."""
     scaling = config.number("scaling", 150)
     changes = {}
@@ -32,12 +32,12 @@ def read_fourierft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str
     return changes
 
 
-def _unsized(config: PeftConfig, module: str, spectrum: Array, scaling: float) -> Unsized:
-    def build(shape: tuple[int, int]) -> Change:
+def _unsized(config: PeftConfig, module: str, spectrum: Array, scaling: float) -> ShapeDependentDelta:
+    def build(shape: tuple[int, int]) -> Delta:
         places = random_places(config, module, shape, len(spectrum))
-        return Formula(shape, partial(_transform, spectrum, places, scaling), whole=True)
+        return FunctionDelta(shape, partial(_transform, spectrum, places, scaling), whole=True)
 
-    return Unsized((None, None), build)
+    return ShapeDependentDelta((None, None), build)
 
 
 def random_places(config: PeftConfig, module: str, shape: tuple[int, int], count: int) -> tuple[Indices, Indices]:

@@ -14,7 +14,7 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.adapters.deltas import Unsized, as_float64
+from gguflora.adapters.deltas import ShapeDependentDelta, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import (
     SHARED_PREFIX,
@@ -31,7 +31,7 @@ _SHARED: Final = tuple(f"{SHARED_PREFIX}{name}." for name in ("frod_V", "frod_s_
 _SHORTEST: Final = 1e-12
 
 
-def read_frod(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
+def read_frod(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
     """The change of every adapted weight.
 
     Raises:
@@ -56,7 +56,7 @@ def read_frod(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Uns
         if places.shape != (2, len(values)) or (places.size and not (places.min() >= 0 and places.max() < width)):
             raise AdapterError(f"{config.path.parent}: frod_s_indices.{role} does not fit module {module!r}")
         function = partial(_rebuild, v, places, values, diagonal)
-        changes[f"{module}.weight"] = Unsized.formula((None, width), function, whole=True)
+        changes[f"{module}.weight"] = ShapeDependentDelta.formula((None, width), function, whole=True)
     return changes
 
 

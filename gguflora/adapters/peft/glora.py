@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gguflora.adapters.deltas import Change, Formula, LowRank, Unsized, WeightTimes, as_float64
+from gguflora.adapters.deltas import BiasFromWeight, Delta, FunctionDelta, LowRank, ShapeDependentDelta, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import Parts, by_module, expect
 from gguflora.errors import AdapterError
@@ -21,7 +21,7 @@ from gguflora.quants.arrays import Float64Array, Indices
 _PARTS = [f"glora_{letter}.{kind}" for letter in "ABCDE" for kind in ("Xd", "Xu", "X", "zeros")]
 
 
-def read_glora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
+def read_glora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
     """The change of every adapted weight, and of its bias if it has one."""
     changes = {}
     for module, parts in by_module(config, tensors, _PARTS).items():
@@ -65,24 +65,26 @@ def _known(*paths: LowRank | Array | None) -> tuple[int | None, int | None]:
     return None, None
 
 
-def _weight(a: LowRank | Array | None, b: LowRank | Array | None) -> Unsized:
+def _weight(a: LowRank | Array | None, b: LowRank | Array | None) -> ShapeDependentDelta:
     def change(w: Float64Array, rows: Indices) -> Float64Array:
         return w * _rows_of(a, w, rows) + _rows_of(b, w, rows)
 
-    return Unsized.formula(_known(a, b), change)
+    return ShapeDependentDelta.formula(_known(a, b), change)
 
 
-def _bias(module: str, c: LowRank | Array | None, d: LowRank | Array | None, e: LowRank | Array | None) -> Unsized:
+def _bias(
+    module: str, c: LowRank | Array | None, d: LowRank | Array | None, e: LowRank | Array | None
+) -> ShapeDependentDelta:
     """C enters as a product with the layer's weight, so it makes the change one of two weights."""
 
-    def build(shape: tuple[int, int]) -> Change:
+    def build(shape: tuple[int, int]) -> Delta:
         def change(w: Float64Array, rows: Indices) -> Float64Array:
             return w * _rows_of(d, w, rows) + _rows_of(e, w, rows)
 
-        own = Formula(shape, change)
+        own = FunctionDelta(shape, change)
         if c is None:
             return own
         vector = as_float64(c.b) @ as_float64(c.a) if isinstance(c, LowRank) else as_float64(c)
-        return WeightTimes(shape, f"{module}.weight", vector, own)
+        return BiasFromWeight(shape, f"{module}.weight", vector, own)
 
-    return Unsized((_known(d, e)[0], 1), build, optional=True)
+    return ShapeDependentDelta((_known(d, e)[0], 1), build, optional=True)

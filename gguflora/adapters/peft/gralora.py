@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.adapters.deltas import Change, LowRank, as_float64
+from gguflora.adapters.deltas import Delta, LowRank, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
 from gguflora.errors import AdapterError
@@ -24,10 +24,10 @@ _BLOCKS: Final = ("gralora_A", "gralora_B")
 _GENERAL: Final = ("gralora_A_general", "gralora_B_general")
 
 
-def read_gralora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change]:
+def read_gralora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta]:
     """The change of every adapted weight, of rank ``k r + h``."""
     hybrid = config.integer("hybrid_r", 0, least=0)
-    changes: dict[str, Change] = {}
+    changes: dict[str, Delta] = {}
     for module, parts in by_module(config, tensors, (*_BLOCKS, *_GENERAL)).items():
         a, b, *general = take(config, module, parts, *_BLOCKS, *(_GENERAL if hybrid else ()))
         expect(config, module, "gralora_A", a, (None, None, None))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from gguflora.adapters.deltas import Formula, LowRank
+from gguflora.adapters.deltas import FunctionDelta, LowRank
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
 from gguflora.files.safetensors import Array
@@ -22,7 +22,7 @@ _LINEAR = ("hira_A", "hira_B")
 _EMBEDDING = ("hira_embedding_A", "hira_embedding_B")
 
 
-def read_hira(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Formula]:
+def read_hira(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, FunctionDelta]:
     """The change of every adapted weight."""
     changes = {}
     for module, parts in by_module(config, tensors, [*_LINEAR, *_EMBEDDING]).items():
@@ -33,7 +33,7 @@ def read_hira(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, For
         factors = LowRank(a, b, 1.0)
         if names is _EMBEDDING:
             factors = factors.transposed()
-        changes[f"{module}.weight"] = Formula(factors.shape, partial(_multiply, factors))
+        changes[f"{module}.weight"] = FunctionDelta(factors.shape, partial(_multiply, factors))
     return changes
 
 

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from gguflora.adapters.deltas import Unsized, as_float64
+from gguflora.adapters.deltas import ShapeDependentDelta, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
 from gguflora.errors import AdapterError
@@ -20,7 +20,7 @@ from gguflora.files.safetensors import Array
 from gguflora.quants.arrays import Float64Array, Indices
 
 
-def read_hra(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
+def read_hra(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
     """The change of every adapted weight."""
     changes = {}
     for module, parts in by_module(config, tensors, ["hra_u"]).items():
@@ -33,7 +33,7 @@ def read_hra(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsi
             )
         u = u / lengths
         function = partial(_reflect_once, np.linalg.qr(u)[0]) if config.flag("apply_GS") else partial(_reflect, u)
-        changes[f"{module}.weight"] = Unsized.formula((None, u.shape[0]), function)
+        changes[f"{module}.weight"] = ShapeDependentDelta.formula((None, u.shape[0]), function)
     return changes
 
 

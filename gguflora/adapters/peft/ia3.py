@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from gguflora.adapters.deltas import Unsized, as_float64
+from gguflora.adapters.deltas import ShapeDependentDelta, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, take
 from gguflora.errors import AdapterError
@@ -17,7 +17,7 @@ from gguflora.files.safetensors import Array, is_float
 from gguflora.quants.arrays import Float64Array, Indices
 
 
-def read_ia3(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
+def read_ia3(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
     """The change of every adapted weight, and of its bias if it has one."""
     changes = {}
     for module, parts in by_module(config, tensors, ["ia3_l"]).items():
@@ -28,10 +28,14 @@ def read_ia3(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsi
                 "expected numbers of shape (n_out, 1) or (1, n_in)"
             )
         if scale.shape[0] == 1 != scale.shape[1]:
-            changes[f"{module}.weight"] = Unsized.formula((None, scale.shape[1]), partial(_scale_columns, scale))
+            changes[f"{module}.weight"] = ShapeDependentDelta.formula(
+                (None, scale.shape[1]), partial(_scale_columns, scale)
+            )
             continue
-        changes[f"{module}.weight"] = Unsized.formula((scale.shape[0], None), partial(_scale_rows, scale))
-        changes[f"{module}.bias"] = Unsized.formula((scale.shape[0], 1), partial(_scale_rows, scale), optional=True)
+        changes[f"{module}.weight"] = ShapeDependentDelta.formula((scale.shape[0], None), partial(_scale_rows, scale))
+        changes[f"{module}.bias"] = ShapeDependentDelta.formula(
+            (scale.shape[0], 1), partial(_scale_rows, scale), optional=True
+        )
     return changes
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Final
 
 from gguflora.adapters.peft.config import PeftConfig
-from gguflora.errors import AdapterError, UnsupportedAdapterError, some
+from gguflora.errors import AdapterError, UnsupportedAdapterError, listed
 from gguflora.files.safetensors import Array, is_float
 
 PREFIX: Final = "base_model.model."
@@ -46,7 +46,7 @@ def by_module(config: PeftConfig, tensors: Mapping[str, Array], parts: Collectio
     if strangers:
         raise UnsupportedAdapterError(
             f"{config.path.parent}: cannot place {len(strangers)} of {len(tensors)} tensors of a {config.peft_type} "
-            f"adapter: {some(strangers)}"
+            f"adapter: {listed(strangers)}"
         )
     return modules
 
@@ -82,10 +82,10 @@ def take(config: PeftConfig, module: str, parts: Parts, *names: str) -> list[Arr
     where = f"{config.path.parent}: module {module!r}"
     missing = [name for name in names if name not in parts]
     if missing:
-        raise AdapterError(f"{where} has no {missing[0]} (it has {some(list(parts))}); the adapter is incomplete")
+        raise AdapterError(f"{where} has no {missing[0]} (it has {listed(list(parts))}); the adapter is incomplete")
     others = [name for name in parts if name not in names]
     if others:
-        raise UnsupportedAdapterError(f"{where} has {some(others)} besides {', '.join(names)}")
+        raise UnsupportedAdapterError(f"{where} has {listed(others)} besides {', '.join(names)}")
     return [parts[name] for name in names]
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from gguflora.adapters.deltas import Change, LowRank, as_float64
+from gguflora.adapters.deltas import Delta, LowRank, as_float64
 from gguflora.adapters.numerics.tucker import dense, from_core
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import (
@@ -28,9 +28,9 @@ _PARTS: Final = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES: Final = ("hada_t1", "hada_t2")
 
 
-def read_loha(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change]:
+def read_loha(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta]:
     """The change of every adapted weight."""
-    changes: dict[str, Change] = {}
+    changes: dict[str, Delta] = {}
     for module, parts in by_module(config, tensors, (*_PARTS, *_CORES)).items():
         with_cores = any(core in parts for core in _CORES)
         changes[f"{module}.weight"] = (_of_cores if with_cores else _of_factors)(config, module, parts)

@@ -12,11 +12,11 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.adapters.deltas import Change, LowRank, as_float64
+from gguflora.adapters.deltas import Delta, LowRank, as_float64
 from gguflora.adapters.numerics.tucker import check_size, dense, from_core
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import Parts, by_module, expect
-from gguflora.errors import AdapterError, some
+from gguflora.errors import AdapterError, listed
 from gguflora.files.safetensors import Array
 from gguflora.quants.arrays import Float64Array
 
@@ -25,9 +25,9 @@ _CORE: Final = "lokr_t2"
 _NOTHING: Final = np.zeros(0)
 
 
-def read_lokr(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change]:
+def read_lokr(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta]:
     """The change of every adapted weight."""
-    changes: dict[str, Change] = {}
+    changes: dict[str, Delta] = {}
     for module, parts in by_module(config, tensors, (*_PARTS, _CORE)).items():
         ranks = [part.shape[int(name.endswith("_a") and _CORE not in parts)] for name, part in _pairs(parts)]
         rank = config.rank(module, ranks[0] if ranks else 0)
@@ -75,7 +75,7 @@ def _factors(config: PeftConfig, module: str, parts: Parts, name: str) -> tuple[
         return (np.eye(n_out), whole) if n_out < n_in else (whole, np.eye(n_in))
     if found != list(pair):
         raise AdapterError(
-            f"{config.path.parent}: module {module!r} has {some(found) or 'nothing'}, expected {name} or {pair[0]} and "
+            f"{config.path.parent}: module {module!r} has {listed(found) or 'nothing'}, expected {name} or {pair[0]} and "
             f"{pair[1]}"
         )
     left: Array = expect(config, module, pair[0], parts[pair[0]], (None, None))

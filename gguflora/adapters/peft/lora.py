@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from gguflora.adapters.deltas import Change, Formula, LowRank, Unsized, as_float64
+from gguflora.adapters.deltas import Delta, FunctionDelta, LowRank, ShapeDependentDelta, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import Parts, by_module, expect
 from gguflora.adapters.peft.lora_compact import with_blocks, with_pooling
@@ -49,7 +49,7 @@ _REFUSED: Final = {
 _UNUSED: Final = re.compile(r".*\.(?:lora_velora_embed|lora_monteclora_sampler)(?:\..*)?")
 
 
-def read_lora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change | Unsized]:
+def read_lora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta | ShapeDependentDelta]:
     """The change of every adapted weight, by its name in the Hugging Face model.
 
     Raises:
@@ -60,7 +60,7 @@ def read_lora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Cha
     used = {key: tensor for key, tensor in tensors.items() if not _UNUSED.fullmatch(key)}
     modules = by_module(config, used, [*(part for pair in _PAIRS for part in pair), _BIAS, _MAGNITUDE, _DIAGONAL])
     parameters, modules = split_wrapped(config, modules)
-    changes: dict[str, Change | Unsized] = {}
+    changes: dict[str, Delta | ShapeDependentDelta] = {}
     for parameter, parts in parameters.items():
         changes |= read_parameter(config, parameter, parts)
     for module, parts in modules.items():
@@ -86,7 +86,7 @@ def _check_options(config: PeftConfig) -> None:
         )
 
 
-def _read_bias(config: PeftConfig, module: str, parts: Parts) -> Formula:
+def _read_bias(config: PeftConfig, module: str, parts: Parts) -> FunctionDelta:
     """With ``lora_bias``, B has a bias, which is added to the layer's: ``b + factor * lora_B.bias``."""
     bias = expect(config, module, _BIAS, parts.pop(_BIAS), (None,))
     terms = len(parts["lora_A"]) if "lora_A" in parts and parts["lora_A"].ndim else 0
@@ -95,10 +95,10 @@ def _read_bias(config: PeftConfig, module: str, parts: Parts) -> Formula:
     def delta(w: Float64Array, rows: Indices) -> Float64Array:
         return values[rows, None]
 
-    return Formula((len(values), 1), delta)
+    return FunctionDelta((len(values), 1), delta)
 
 
-def _read_module(config: PeftConfig, module: str, parts: Parts) -> Change | Unsized:
+def _read_module(config: PeftConfig, module: str, parts: Parts) -> Delta | ShapeDependentDelta:
     embedding, extra = "lora_embedding_A" in parts, {name for name in (_MAGNITUDE, _DIAGONAL) if name in parts}
     low_rank = _read_factors(config, module, {name: part for name, part in parts.items() if name not in extra})
     wanted = {
@@ -110,7 +110,7 @@ def _read_module(config: PeftConfig, module: str, parts: Parts) -> Change | Unsi
             f"{', '.join(wanted) or 'no more than a pair of factors'}"
         )
     start = config.fields.get("init_lora_weights")
-    change: Change = low_rank
+    change: Delta = low_rank
     if start in STARTS and not embedding:
         change = without_start(low_rank, start)
     if _DIAGONAL in extra:

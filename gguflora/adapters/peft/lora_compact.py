@@ -12,9 +12,9 @@ from functools import partial
 import numpy as np
 
 from gguflora.adapters.deltas import (
-    Change,
+    Delta,
     LowRank,
-    Unsized,
+    ShapeDependentDelta,
     as_float64,
 )
 from gguflora.adapters.peft.config import PeftConfig
@@ -56,13 +56,13 @@ def _diagonal(config: PeftConfig, module: str, stored: Array, n_blocks: int) -> 
     return full.reshape(n_blocks * rows, n_blocks * width)
 
 
-def with_pooling(config: PeftConfig, change: LowRank) -> Unsized:
+def with_pooling(config: PeftConfig, change: LowRank) -> ShapeDependentDelta:
     """The change whose A stands for groups of inputs, or for single ones in layers that PEFT does not quantize."""
     group = config.integer("qalora_group_size", 16, least=1)
-    return Unsized((change.shape[0], None), partial(_pooled, change, group))
+    return ShapeDependentDelta((change.shape[0], None), partial(_pooled, change, group))
 
 
-def _pooled(change: LowRank, group: int, shape: tuple[int, int]) -> Change:
+def _pooled(change: LowRank, group: int, shape: tuple[int, int]) -> Delta:
     groups = change.a.shape[1]
     if groups == shape[1] or groups * group != shape[1]:
         return change

@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from gguflora.adapters.deltas import Change, Formula, as_float64
+from gguflora.adapters.deltas import Delta, FunctionDelta, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import expect
 from gguflora.files.safetensors import Array
@@ -22,8 +22,8 @@ from gguflora.quants.arrays import Float64Array, Indices
 
 
 def with_magnitude(
-    config: PeftConfig, module: str, change: Change, magnitude: Array, *, embedding: bool = False
-) -> Formula:
+    config: PeftConfig, module: str, change: Delta, magnitude: Array, *, embedding: bool = False
+) -> FunctionDelta:
     """The change of a weight by its low-rank change and its magnitudes.
 
     Args:
@@ -35,18 +35,18 @@ def with_magnitude(
     """
     expect(config, module, "lora_magnitude_vector", magnitude, (change.shape[int(embedding)],))
     function = _scaled_columns if embedding else _scaled_rows
-    caution = change.caution if isinstance(change, Formula) else ""
-    return Formula(change.shape, partial(function, change, magnitude), embedding or change.whole, caution)
+    caution = change.caution if isinstance(change, FunctionDelta) else ""
+    return FunctionDelta(change.shape, partial(function, change, magnitude), embedding or change.whole, caution)
 
 
-def _scaled_rows(change: Change, magnitude: Array, w: Float64Array, rows: Indices) -> Float64Array:
+def _scaled_rows(change: Delta, magnitude: Array, w: Float64Array, rows: Indices) -> Float64Array:
     v = w + change.delta(w, rows)
     factors = as_float64(magnitude[rows]) / np.linalg.norm(v, axis=1)
     result: Float64Array = factors[:, None] * v - w
     return result
 
 
-def _scaled_columns(change: Change, magnitude: Array, w: Float64Array, rows: Indices) -> Float64Array:
+def _scaled_columns(change: Delta, magnitude: Array, w: Float64Array, rows: Indices) -> Float64Array:
     v = w + change.delta(w, rows)
     result: Float64Array = as_float64(magnitude) / np.linalg.norm(v, axis=0) * v - w
     return result

@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.adapters.deltas import Formula, LowRank
+from gguflora.adapters.deltas import FunctionDelta, LowRank
 from gguflora.adapters.numerics.spectrum import CAUTION, largest
 from gguflora.quants.arrays import Float64Array, Indices
 
@@ -21,7 +21,7 @@ STARTS: Final = ("pissa", "olora")
 """``init_lora_weights`` whose start is a function of the base's weight alone (``pissa_niter_N`` is random, too)."""
 
 
-def without_start(change: LowRank, start: str) -> Formula:
+def without_start(change: LowRank, start: str) -> FunctionDelta:
     """The change of a weight that was trained without its start.
 
     Args:
@@ -29,7 +29,7 @@ def without_start(change: LowRank, start: str) -> Formula:
         start: one of `STARTS`.
     """
     function = _without_largest if start == "pissa" else _without_first
-    return Formula(change.shape, partial(function, change), whole=True, caution=CAUTION)
+    return FunctionDelta(change.shape, partial(function, change), whole=True, caution=CAUTION)
 
 
 def _without_largest(change: LowRank, w: Float64Array, rows: Indices) -> Float64Array:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from gguflora.adapters.deltas import Formula, LowRank, as_float64
+from gguflora.adapters.deltas import FunctionDelta, LowRank, as_float64
 from gguflora.adapters.numerics.spectrum import CAUTION, smallest
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import expect
@@ -16,7 +16,7 @@ from gguflora.files.safetensors import Array
 from gguflora.quants.arrays import Float64Array, Indices
 
 
-def with_diagonal(config: PeftConfig, module: str, change: LowRank, diagonal: Array) -> Formula:
+def with_diagonal(config: PeftConfig, module: str, change: LowRank, diagonal: Array) -> FunctionDelta:
     """The change of a weight by its low-rank factors and what is put between them.
 
     Args:
@@ -27,7 +27,7 @@ def with_diagonal(config: PeftConfig, module: str, change: LowRank, diagonal: Ar
     """
     expect(config, module, "lora_diag", diagonal, (change.rank,))
     scaled = LowRank(change.a, as_float64(change.b) * as_float64(diagonal), change.factor)
-    return Formula(change.shape, partial(_replace, scaled), whole=True, caution=CAUTION)
+    return FunctionDelta(change.shape, partial(_replace, scaled), whole=True, caution=CAUTION)
 
 
 def _replace(change: LowRank, w: Float64Array, rows: Indices) -> Float64Array:

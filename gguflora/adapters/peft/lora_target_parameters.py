@@ -18,11 +18,11 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.adapters.deltas import Change, LowRank, Unsized
+from gguflora.adapters.deltas import Delta, LowRank, ShapeDependentDelta
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import Parts, take
 from gguflora.adapters.peft.lora_scaling import lora_factor
-from gguflora.errors import AdapterError, UnsupportedAdapterError, some
+from gguflora.errors import AdapterError, UnsupportedAdapterError, listed
 from gguflora.files.safetensors import Array, is_float
 
 _WRAPPER: Final = ".base_layer"
@@ -60,7 +60,7 @@ def split_wrapped(config: PeftConfig, modules: Mapping[str, Parts]) -> tuple[dic
         if sorted(layers) != list(range(len(parameters))):
             raise AdapterError(
                 f"{config.path.parent}: {owner!r} has factors for {len(layers)} parameters, but target_parameters "
-                f"names {some(parameters)}"
+                f"names {listed(parameters)}"
             )
         named |= {f"{owner}.{parameters[-1 - depth]}": parts for depth, parts in layers.items()}
     return named, others
@@ -79,8 +79,8 @@ def _parameters_of(config: PeftConfig, owner: str) -> list[str]:
     unknown = [name for name in found if name not in _ORDER]
     if len(found) > 1 and unknown:
         raise UnsupportedAdapterError(
-            f"{config.path}: target_parameters names {some(found)} of one module; in which order it holds "
-            f"{some(unknown)} is not known"
+            f"{config.path}: target_parameters names {listed(found)} of one module; in which order it holds "
+            f"{listed(unknown)} is not known"
         )
     return sorted(found, key=_ORDER.index) if len(found) > 1 else list(found)
 
@@ -97,7 +97,7 @@ def _ends(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
 
 
-def read_parameter(config: PeftConfig, parameter: str, parts: Parts) -> dict[str, Change | Unsized]:
+def read_parameter(config: PeftConfig, parameter: str, parts: Parts) -> dict[str, Delta | ShapeDependentDelta]:
     """The change of a parameter, or of each expert's part of it.
 
     Raises:
@@ -118,12 +118,14 @@ def read_parameter(config: PeftConfig, parameter: str, parts: Parts) -> dict[str
         return {parameter: LowRank(a, b, factor)}
     of_a, of_b = a.reshape(n_experts, rank, -1), b.reshape(-1, rank, n_experts)
     return {
-        f"{parameter}.{e}": Unsized((None, None), partial(_of_expert, config, parameter, of_a[e], of_b[..., e], factor))
+        f"{parameter}.{e}": ShapeDependentDelta(
+            (None, None), partial(_of_expert, config, parameter, of_a[e], of_b[..., e], factor)
+        )
         for e in range(n_experts)
     }
 
 
-def _of_expert(config: PeftConfig, parameter: str, a: Array, b: Array, factor: float, shape: tuple[int, int]) -> Change:
+def _of_expert(config: PeftConfig, parameter: str, a: Array, b: Array, factor: float, shape: tuple[int, int]) -> Delta:
     if (b.shape[0], a.shape[1]) == shape:
         return LowRank(a, b, factor)
     if (a.shape[1], b.shape[0]) == shape:  # of a PEFT before 0.18

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gguflora.adapters.deltas import Change, LowRank, Unsized
+from gguflora.adapters.deltas import Delta, LowRank, ShapeDependentDelta
 from gguflora.adapters.peft.bat import read_bat
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
@@ -18,12 +18,12 @@ from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
 
 
-def read_miss(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change | Unsized]:
+def read_miss(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta | ShapeDependentDelta]:
     """The change of every adapted weight."""
     kind = config.fields.get("init_weights")
     if kind == "bat":
         return read_bat(config, tensors)
-    changes: dict[str, Change | Unsized] = {}
+    changes: dict[str, Delta | ShapeDependentDelta] = {}
     for module, parts in by_module(config, tensors, ["miss_block"]).items():
         (block,) = take(config, module, parts, "miss_block")
         expect(config, module, "miss_block", block, (None, None))
@@ -31,10 +31,10 @@ def read_miss(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Cha
     return changes
 
 
-def _repeated(config: PeftConfig, module: str, block: Array, *, mini: bool) -> Unsized:
+def _repeated(config: PeftConfig, module: str, block: Array, *, mini: bool) -> ShapeDependentDelta:
     rank, width = block.shape
 
-    def build(shape: tuple[int, int]) -> Change:
+    def build(shape: tuple[int, int]) -> Delta:
         n_out, n_in = shape
         if not width or n_out % width:
             raise AdapterError(
@@ -43,4 +43,4 @@ def _repeated(config: PeftConfig, module: str, block: Array, *, mini: bool) -> U
         a = (np.arange(n_in) % rank == np.arange(rank)[:, None]).astype(np.float32)
         return LowRank(a, np.tile(block, (1, n_out // width)).T, 1.0)
 
-    return Unsized((None if mini else width, None), build)
+    return ShapeDependentDelta((None if mini else width, None), build)

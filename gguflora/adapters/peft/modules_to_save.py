@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.adapters.deltas import Change, Replace, ReplaceRows
+from gguflora.adapters.deltas import Delta, Replace, ReplaceRows
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import PREFIX
 from gguflora.errors import AdapterError
@@ -35,9 +35,9 @@ _METHOD: Final = re.compile(
 )
 
 
-def split_saved(config: PeftConfig, tensors: Mapping[str, Array]) -> tuple[dict[str, Change], dict[str, Array]]:
+def split_saved(config: PeftConfig, tensors: Mapping[str, Array]) -> tuple[dict[str, Delta], dict[str, Array]]:
     """Weights that were saved whole, by their name in the Hugging Face model, and the method's own tensors."""
-    saved: dict[str, Change] = {}
+    saved: dict[str, Delta] = {}
     left = {}
     for key, tensor in tensors.items():
         if tokens := _TOKENS.fullmatch(key):
@@ -60,7 +60,7 @@ def _is_trained(config: PeftConfig, path: str) -> bool:
     return isinstance(names, list) and any(f".{name}." in f".{path}." for name in names)
 
 
-def _whole(config: PeftConfig, name: str, tensor: Array, *, frozen: bool) -> dict[str, Change]:
+def _whole(config: PeftConfig, name: str, tensor: Array, *, frozen: bool) -> dict[str, Delta]:
     """A weight as it is; of a stack of experts (n_experts, .., ..) each one's."""
     if tensor.ndim in {1, 2} or (tensor.ndim == 3 and "conv" in name):
         return {name: Replace(tensor.reshape(tensor.shape[0], -1), frozen)}

@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-from gguflora.adapters.deltas import Change, Formula, Unsized, as_float64
+from gguflora.adapters.deltas import Delta, FunctionDelta, ShapeDependentDelta, as_float64
 from gguflora.adapters.numerics.rotation import cayley, cayley_neumann, rotate_columns
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
@@ -43,7 +43,7 @@ class _Rotation:
     inverse: bool
 
 
-def read_oft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
+def read_oft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
     """The change of every adapted weight."""
     changes = {}
     for module, parts in by_module(config, tensors, ["oft_R", "oft_embedding_R"]).items():
@@ -54,7 +54,7 @@ def read_oft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsi
     return changes
 
 
-def _unsized(config: PeftConfig, module: str, triangles: Array, *, inverse: bool) -> Unsized:
+def _unsized(config: PeftConfig, module: str, triangles: Array, *, inverse: bool) -> ShapeDependentDelta:
     where = f"{config.path.parent}: module {module!r}"
     blocks, elements = triangles.shape
     size = (1 + math.isqrt(1 + 8 * elements)) // 2
@@ -69,14 +69,14 @@ def _unsized(config: PeftConfig, module: str, triangles: Array, *, inverse: bool
         inverse,
     )
 
-    def build(shape: tuple[int, int]) -> Change:
+    def build(shape: tuple[int, int]) -> Delta:
         n_in = shape[1]
         fits = n_in % size == 0 if config.flag("block_share") and blocks == 1 else n_in == blocks * size
         if not fits:
             raise AdapterError(f"{where}: oft_R has {blocks} blocks of size {size}, which do not cover {n_in} columns")
-        return Formula(shape, partial(_rotate, rotation))
+        return FunctionDelta(shape, partial(_rotate, rotation))
 
-    return Unsized((None, None), build)
+    return ShapeDependentDelta((None, None), build)
 
 
 def _rotate(rotation: _Rotation, w: Float64Array, rows: Indices) -> Float64Array:

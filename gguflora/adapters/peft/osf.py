@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
-from gguflora.adapters.deltas import Formula, as_float64
+from gguflora.adapters.deltas import FunctionDelta, as_float64
 from gguflora.adapters.numerics.spectrum import CAUTION, smallest
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
@@ -21,7 +21,7 @@ from gguflora.quants.arrays import Float64Array, Indices
 _PARTS: Final = tuple(f"osf_svd_params.{name}" for name in ("U_low", "S_low", "V_low"))
 
 
-def read_osf(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Formula]:
+def read_osf(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, FunctionDelta]:
     """The change of every adapted weight."""
     changes = {}
     for module, parts in by_module(config, tensors, _PARTS).items():
@@ -32,7 +32,7 @@ def read_osf(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Form
         shape = len(u), v.shape[1]
         if len(s) > min(shape):
             raise AdapterError(f"{config.path.parent}: module {module!r}: {len(s)} triplets of a weight {shape}")
-        changes[f"{module}.weight"] = Formula(shape, partial(_replace, u, s, v), whole=True, caution=CAUTION)
+        changes[f"{module}.weight"] = FunctionDelta(shape, partial(_replace, u, s, v), whole=True, caution=CAUTION)
     return changes
 
 

@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.adapters.deltas import Unsized, as_float64
+from gguflora.adapters.deltas import ShapeDependentDelta, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
 from gguflora.errors import UnsupportedAdapterError
@@ -57,7 +57,7 @@ ACTIVATIONS: Final[dict[str, Callable[[Float64Array], Float64Array]]] = {
 """What transformers' ``ACT2FN`` has for the names of ``act_fn``."""
 
 
-def read_peanut(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
+def read_peanut(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
     """The change of every adapted weight.
 
     Raises:
@@ -76,7 +76,7 @@ def read_peanut(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, U
         for layer, matrix in zip(layers, inner, strict=True):
             expect(config, module, layer, matrix, (rank, rank))
         function = partial(_network, ACTIVATIONS[name], scaling, a, b, inner)
-        changes[f"{module}.weight"] = Unsized.formula((n_out, None), function, whole=True)
+        changes[f"{module}.weight"] = ShapeDependentDelta.formula((n_out, None), function, whole=True)
     return changes
 
 

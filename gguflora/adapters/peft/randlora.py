@@ -17,8 +17,8 @@ from functools import lru_cache, partial
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora.adapters.base_shapes import BaseWeights
-from gguflora.adapters.deltas import Change, Formula, LowRank, as_float64
+from gguflora.adapters.base_shapes import BaseShapes
+from gguflora.adapters.deltas import Delta, FunctionDelta, LowRank, as_float64
 from gguflora.adapters.numerics.torch_rng import TorchGenerator
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import (
@@ -48,7 +48,7 @@ class _Bases:
     transposed: bool
 
 
-def read_randlora(config: PeftConfig, tensors: Mapping[str, Array], base: BaseWeights) -> dict[str, Change]:
+def read_randlora(config: PeftConfig, tensors: Mapping[str, Array], base: BaseShapes) -> dict[str, Delta]:
     """The change of every adapted weight."""
     own = {name: tensor for name, tensor in tensors.items() if name not in _SHARED}
     modules = by_module(config, own, [*_OWN, "randlora_A", "randlora_B"])
@@ -63,7 +63,9 @@ def read_randlora(config: PeftConfig, tensors: Mapping[str, Array], base: BaseWe
     }
 
 
-def _read_module(config: PeftConfig, module: str, parts: Parts, shape: tuple[int, int], a: Array, b: Array) -> Formula:
+def _read_module(
+    config: PeftConfig, module: str, parts: Parts, shape: tuple[int, int], a: Array, b: Array
+) -> FunctionDelta:
     low, high = min(shape), max(shape)
     scales, columns = take(config, module, {name: part for name, part in parts.items() if name in _OWN}, *_OWN)
     rank, count = expect(config, module, _OWN[0], scales, (int(config.number("r", 32)), None)).shape
@@ -76,7 +78,7 @@ def _read_module(config: PeftConfig, module: str, parts: Parts, shape: tuple[int
         )
     factor = config.number("randlora_alpha", 640) / rank
     bases = _Bases(a, b[:high, :count], scales, columns, factor, transposed=shape[0] < shape[1])
-    return Formula(shape, partial(_multiply, bases))
+    return FunctionDelta(shape, partial(_multiply, bases))
 
 
 def _multiply(bases: _Bases, w: Float64Array, rows: Indices) -> Float64Array:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from gguflora.adapters import mlx
-from gguflora.adapters.base_shapes import BaseWeights
-from gguflora.adapters.deltas import Change, Unsized
+from gguflora.adapters.base_shapes import BaseShapes
+from gguflora.adapters.deltas import Delta, ShapeDependentDelta
 from gguflora.adapters.peft import (
     adalora,
     beft,
@@ -44,8 +44,8 @@ from gguflora.adapters.peft import (
 from gguflora.adapters.peft.config import MLX, PeftConfig
 from gguflora.files.safetensors import Array
 
-Reader = Callable[[PeftConfig, Mapping[str, Array]], Mapping[str, Change | Unsized]]
-ShapedReader = Callable[[PeftConfig, Mapping[str, Array], BaseWeights], Mapping[str, Change]]
+Reader = Callable[[PeftConfig, Mapping[str, Array]], Mapping[str, Delta | ShapeDependentDelta]]
+ShapedReader = Callable[[PeftConfig, Mapping[str, Array], BaseShapes], Mapping[str, Delta]]
 
 READERS: Final[dict[str, Reader]] = {
     "ADALORA": adalora.read_adalora,

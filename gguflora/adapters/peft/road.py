@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.adapters.deltas import Unsized, as_float64
+from gguflora.adapters.deltas import ShapeDependentDelta, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
 from gguflora.errors import AdapterError
@@ -26,7 +26,7 @@ from gguflora.quants.arrays import Float64Array, Indices
 _VARIANTS: Final = {"road_1": 0.5, "road_2": 1, "road_4": 2}
 
 
-def read_road(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
+def read_road(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
     """The change of every adapted weight, and of its bias if it has one."""
     variant, group = config.fields.get("variant", "road_1"), config.number("group_size", 64)
     if variant not in _VARIANTS:
@@ -45,8 +45,8 @@ def read_road(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Uns
                 f"{group:g} rows cannot share"
             )
         function = partial(_rotate, *_columns(variant, int(group), as_float64(theta), as_float64(alpha)), int(group))
-        changes[f"{module}.weight"] = Unsized.formula((n_out, None), function, whole=True)
-        changes[f"{module}.bias"] = Unsized.formula((n_out, 1), function, whole=True, optional=True)
+        changes[f"{module}.weight"] = ShapeDependentDelta.formula((n_out, None), function, whole=True)
+        changes[f"{module}.bias"] = ShapeDependentDelta.formula((n_out, 1), function, whole=True, optional=True)
     return changes
 
 

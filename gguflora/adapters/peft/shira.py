@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gguflora.adapters.deltas import Change, Unsized
+from gguflora.adapters.deltas import Delta, ShapeDependentDelta
 from gguflora.adapters.numerics.sparse import add_sparse
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
@@ -17,7 +17,7 @@ from gguflora.errors import AdapterError, MismatchError
 from gguflora.files.safetensors import Array
 
 
-def read_shira(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
+def read_shira(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
     """The change of every adapted weight."""
     changes = {}
     for module, parts in by_module(config, tensors, ["shira_indices", "shira_weight"]).items():
@@ -32,8 +32,8 @@ def read_shira(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Un
     return changes
 
 
-def _elements(config: PeftConfig, module: str, indices: Array, values: Array) -> Unsized:
-    def build(shape: tuple[int, int]) -> Change:
+def _elements(config: PeftConfig, module: str, indices: Array, values: Array) -> ShapeDependentDelta:
+    def build(shape: tuple[int, int]) -> Delta:
         expected = int(config.number("r", 32)) * sum(shape)
         if len(values) != expected:
             raise MismatchError(
@@ -43,4 +43,4 @@ def _elements(config: PeftConfig, module: str, indices: Array, values: Array) ->
         rows, columns = indices.astype(np.int64)
         return add_sparse(f"{config.path.parent}: module {module!r}", shape, rows, columns, values)
 
-    return Unsized((None, None), build)
+    return ShapeDependentDelta((None, None), build)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gguflora.adapters.deltas import Change, Formula, LowRank, Unsized, as_float64
+from gguflora.adapters.deltas import Delta, FunctionDelta, LowRank, ShapeDependentDelta, as_float64
 from gguflora.adapters.numerics.sparse import add_sparse
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import (
@@ -31,13 +31,13 @@ _SPARSE = ("supertuning_indices", "supertuning_values")
 _FACTORS = ("supertuning_lora_A", "supertuning_lora_B")
 
 
-def read_supertuning(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
+def read_supertuning(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
     """The change of every adapted weight."""
     modules = by_module(config, tensors, [*_SPARSE, *_FACTORS])
     return {f"{module}.weight": _read_module(config, module, parts) for module, parts in modules.items()}
 
 
-def _read_module(config: PeftConfig, module: str, parts: Parts) -> Unsized:
+def _read_module(config: PeftConfig, module: str, parts: Parts) -> ShapeDependentDelta:
     where = f"{config.path.parent}: module {module!r}"
     low_rank = _read_factors(config, module, parts)
     if _SPARSE[0] not in parts:
@@ -47,15 +47,15 @@ def _read_module(config: PeftConfig, module: str, parts: Parts) -> Unsized:
     if indices.shape != values.shape or indices.dtype.kind not in "iu":
         raise AdapterError(f"{where}: {_SPARSE[0]} has shape {indices.shape}, expected {len(values)} whole numbers")
 
-    def build(shape: tuple[int, int]) -> Change:
+    def build(shape: tuple[int, int]) -> Delta:
         rows, columns = np.divmod(indices.astype(np.int64), shape[1])
         sparse = add_sparse(where, shape, rows, columns, values)
         return sparse if low_rank is None else _sum(sparse, low_rank)
 
-    return Unsized((None, None) if low_rank is None else low_rank.shape, build)
+    return ShapeDependentDelta((None, None) if low_rank is None else low_rank.shape, build)
 
 
-def _by_size(config: PeftConfig, module: str, parts: Parts, low_rank: LowRank | None) -> Unsized:
+def _by_size(config: PeftConfig, module: str, parts: Parts, low_rank: LowRank | None) -> ShapeDependentDelta:
     """The change of the weight's largest or smallest elements."""
     where = f"{config.path.parent}: module {module!r}"
     (values,) = take(config, module, {name: part for name, part in parts.items() if name in _SPARSE}, _SPARSE[1])
@@ -68,7 +68,7 @@ def _by_size(config: PeftConfig, module: str, parts: Parts, low_rank: LowRank | 
         return change.reshape(w.shape) + (0.0 if low_rank is None else low_rank.delta(w, rows))
 
     known = (None, None) if low_rank is None else low_rank.shape
-    return Unsized(known, lambda shape: Formula(shape, delta, whole=True))
+    return ShapeDependentDelta(known, lambda shape: FunctionDelta(shape, delta, whole=True))
 
 
 def _find(where: str, w: Float64Array, count: int, *, largest: bool) -> Indices:
@@ -116,8 +116,8 @@ def _read_factors(config: PeftConfig, module: str, parts: Parts) -> LowRank | No
     return LowRank(a, b, 2.0 if alpha is None else config.number("lora_alpha", 0) / a.shape[0])
 
 
-def _sum(sparse: Formula, low_rank: LowRank) -> Formula:
+def _sum(sparse: FunctionDelta, low_rank: LowRank) -> FunctionDelta:
     def change(w: Float64Array, rows: Indices) -> Float64Array:
         return sparse.delta(w, rows) + low_rank.delta(w, rows)
 
-    return Formula(sparse.shape, change)
+    return FunctionDelta(sparse.shape, change)

@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.adapters.deltas import Change, LowRank, as_float64
+from gguflora.adapters.deltas import Delta, LowRank, as_float64
 from gguflora.adapters.numerics.torch_rng import TorchGenerator
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import (
@@ -33,12 +33,12 @@ _VECTOR: Final = re.compile(r"(?:base_model\.)?tinylora_v(?:\.[^.]+)?\.(\d+)")
 _PROJECTION: Final = "tinylora_P"
 
 
-def read_tinylora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change]:
+def read_tinylora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta]:
     """The change of every adapted weight."""
     vectors = {int(found[1]): tensors[key] for key in tensors if (found := _VECTOR.fullmatch(key))}
     own = {key: tensor for key, tensor in tensors.items() if not _VECTOR.fullmatch(key)}
     modules = by_module(config, own, ["tinylora_A", "tinylora_B", _PROJECTION])
-    changes: dict[str, Change] = {}
+    changes: dict[str, Delta] = {}
     for number, module in enumerate(in_order(config, list(modules))):
         group = _group(config, number, len(modules))
         if group not in vectors:

@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.adapters.deltas import Change
+from gguflora.adapters.deltas import Delta
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import by_module, expect, take
 from gguflora.adapters.peft.modules_to_save import replaced_rows
@@ -28,10 +28,10 @@ def _without_tied(tensors: Mapping[str, Array]) -> dict[str, Array]:
     return others | kept
 
 
-def read_trainable_tokens(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change]:
+def read_trainable_tokens(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta]:
     """The replaced rows of every adapted embedding."""
     ids = config.fields.get("token_indices")
-    changes: dict[str, Change] = {}
+    changes: dict[str, Delta] = {}
     for module, parts in by_module(config, _without_tied(tensors), [_ROWS]).items():
         (values,) = take(config, module, parts, _ROWS)
         expect(config, module, _ROWS, values, (None, None))

@@ -13,8 +13,8 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.adapters.base_shapes import BaseWeights
-from gguflora.adapters.deltas import Change, LowRank, as_float64
+from gguflora.adapters.base_shapes import BaseShapes
+from gguflora.adapters.deltas import Delta, LowRank, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import (
     by_module,
@@ -31,14 +31,14 @@ _THETA: Final = "unilora_theta_d"
 _PARTS: Final = ("unilora_indices_A", "unilora_scales_A", "unilora_indices_B", "unilora_scales_B")
 
 
-def read_unilora(config: PeftConfig, tensors: Mapping[str, Array], base: BaseWeights) -> dict[str, Change]:
+def read_unilora(config: PeftConfig, tensors: Mapping[str, Array], base: BaseShapes) -> dict[str, Delta]:
     """The change of every adapted weight."""
     shared, own = split_shared(config, tensors, [_THETA])
     (saved,) = take(config, "base_model", shared, _THETA)
     theta = as_float64(expect(config, "base_model", _THETA, saved, (None,)))
     if not own:
         return _dealt(config, theta, base)
-    changes: dict[str, Change] = {}
+    changes: dict[str, Delta] = {}
     for module, parts in by_module(config, own, _PARTS).items():
         indices_a, scales_a, indices_b, scales_b = take(config, module, parts, *_PARTS)
         for indices, scales in ((indices_a, scales_a), (indices_b, scales_b)):
@@ -51,7 +51,7 @@ def read_unilora(config: PeftConfig, tensors: Mapping[str, Array], base: BaseWei
     return changes
 
 
-def _dealt(config: PeftConfig, theta: Float64Array, base: BaseWeights) -> dict[str, Change]:
+def _dealt(config: PeftConfig, theta: Float64Array, base: BaseShapes) -> dict[str, Delta]:
     rank = config.integer("r", 4, least=1)
     weights = [f"{module}.weight" for module in base.linear_modules() if is_target(config, module)]
     shapes = {weight: base.shape(weight) for weight in weights}
@@ -59,7 +59,7 @@ def _dealt(config: PeftConfig, theta: Float64Array, base: BaseWeights) -> dict[s
         raise AdapterError(f"{config.path}: target_modules names no module of the base; is it the right base?")
     indices = _draw(config, rank * sum(n_out + n_in for n_out, n_in in shapes.values()), len(theta))
     scaled = theta / np.sqrt(np.maximum(np.bincount(indices, minlength=len(theta)), 1))
-    changes: dict[str, Change] = {}
+    changes: dict[str, Delta] = {}
     start = 0
     for weight, (n_out, n_in) in shapes.items():
         middle, end = start + rank * n_in, start + rank * (n_in + n_out)

@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.adapters.deltas import Change, LowRank, as_float64
+from gguflora.adapters.deltas import Delta, LowRank, as_float64
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import (
     Parts,
@@ -29,14 +29,14 @@ _BANK: Final = "vblora_vector_bank"
 _LOGITS: Final = ("vblora_logits_A", "vblora_logits_B")
 
 
-def read_vblora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Change]:
+def read_vblora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta]:
     """The change of every adapted weight."""
     shared, own = split_shared(config, tensors, [_BANK])
     (bank,) = take(config, "base_model", shared, _BANK)
     if bank.ndim != 2:
         raise AdapterError(f"{config.path.parent}: {_BANK} has shape {bank.shape}, expected a matrix")
     parts_of_module = [f"{name}{suffix}" for name in _LOGITS for suffix in ("", "_topk_indices", "_topk_weights")]
-    changes: dict[str, Change] = {}
+    changes: dict[str, Delta] = {}
     for module, parts in by_module(config, own, parts_of_module).items():
         a, b = (_mix(config, module, parts, name, as_float64(bank)) for name in _LOGITS)
         rank = a.shape[0]

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from gguflora.adapters.base_shapes import BaseWeights
-from gguflora.adapters.deltas import Change, LowRank, as_float64
+from gguflora.adapters.base_shapes import BaseShapes
+from gguflora.adapters.deltas import Delta, LowRank, as_float64
 from gguflora.adapters.numerics.torch_rng import TorchGenerator
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import (
@@ -26,19 +26,19 @@ from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
 
 
-def read_vera(config: PeftConfig, tensors: Mapping[str, Array], base: BaseWeights) -> dict[str, Change]:
+def read_vera(config: PeftConfig, tensors: Mapping[str, Array], base: BaseShapes) -> dict[str, Delta]:
     """The change of every adapted weight of a VERA adapter."""
     return _read(config, tensors, base, "vera", 1)
 
 
-def read_pvera(config: PeftConfig, tensors: Mapping[str, Array], base: BaseWeights) -> dict[str, Change]:
+def read_pvera(config: PeftConfig, tensors: Mapping[str, Array], base: BaseShapes) -> dict[str, Delta]:
     """The change of every adapted weight of a PVERA adapter."""
     return _read(config, tensors, base, "pvera", 2)
 
 
 def _read(
-    config: PeftConfig, tensors: Mapping[str, Array], base: BaseWeights, method: str, multiple: int
-) -> dict[str, Change]:
+    config: PeftConfig, tensors: Mapping[str, Array], base: BaseShapes, method: str, multiple: int
+) -> dict[str, Delta]:
     shared, own = split_shared(config, tensors, [f"{method}_A", f"{method}_B"])
     names = f"{method}_lambda_b", f"{method}_lambda_d"
     modules = by_module(config, own, names)
@@ -47,7 +47,7 @@ def _read(
         a, b = take(config, "base_model", shared, f"{method}_A", f"{method}_B")
     else:
         a, b = _projections(config, list(shapes.values()), multiple)
-    changes: dict[str, Change] = {}
+    changes: dict[str, Delta] = {}
     for module, parts in modules.items():
         n_out, n_in = shapes[module]
         of_rows, of_rank = take(config, module, parts, *names)

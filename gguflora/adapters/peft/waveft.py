@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from gguflora.adapters.deltas import Change, Formula, Unsized, as_float64
+from gguflora.adapters.deltas import Delta, FunctionDelta, ShapeDependentDelta, as_float64
 from gguflora.adapters.numerics.sparse import add_sparse
 from gguflora.adapters.numerics.wavelets import LOW_PASS
 from gguflora.adapters.peft.config import PeftConfig
@@ -24,7 +24,7 @@ from gguflora.files.safetensors import Array
 from gguflora.quants.arrays import Float64Array, Indices
 
 
-def read_waveft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Unsized]:
+def read_waveft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
     """The change of every adapted weight.
 
     Raises:
@@ -42,16 +42,16 @@ def read_waveft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, U
     return changes
 
 
-def _unsized(config: PeftConfig, module: str, spectrum: Array, family: str | None) -> Unsized:
+def _unsized(config: PeftConfig, module: str, spectrum: Array, family: str | None) -> ShapeDependentDelta:
     values = as_float64(spectrum) * config.number("scaling", 25)
 
-    def build(shape: tuple[int, int]) -> Change:
+    def build(shape: tuple[int, int]) -> Delta:
         places = random_places(config, module, shape, len(spectrum))
         if family is None:
             return add_sparse(f"{config.path.parent}: module {module!r}", shape, *places, values)
-        return Formula(shape, partial(_transform, values, places, np.array(LOW_PASS[family])), whole=True)
+        return FunctionDelta(shape, partial(_transform, values, places, np.array(LOW_PASS[family])), whole=True)
 
-    return Unsized((None, None), build)
+    return ShapeDependentDelta((None, None), build)
 
 
 def _transform(

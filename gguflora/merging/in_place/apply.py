@@ -9,23 +9,23 @@ from functools import partial
 
 from gguflora.errors import GgufloraError, OutputError
 from gguflora.files.gguf import FilePart, GgufFile, Layout
-from gguflora.files.gguf_shard import GgufPart
+from gguflora.files.gguf_shard import GgufShard
 from gguflora.files.sidecars import undo_path
 from gguflora.merging.in_place.journal import (
     Change,
     Journal,
-    Model,
+    JournalModel,
     locked,
 )
 from gguflora.merging.in_place.unmerge import restore
 from gguflora.merging.patch.create import Merged, write_patch
 from gguflora.merging.patch.format import Patch, Record, open_patch
 from gguflora.merging.patch.stream import ahead, new_bytes, old_bytes
-from gguflora.merging.sinks import Sink
-from gguflora.placement.target import Target
+from gguflora.merging.sinks import RowSink
+from gguflora.placement.target import ChangedTensor
 
 
-def check_in_place(base: GgufFile, targets: Sequence[Target]) -> Layout:
+def check_in_place(base: GgufFile, targets: Sequence[ChangedTensor]) -> Layout:
     """Check, before any work, that targets can be written over the base's tensors.
 
     Returns:
@@ -53,13 +53,18 @@ def check_in_place(base: GgufFile, targets: Sequence[Target]) -> Layout:
     return replace(layout, parts=parts)
 
 
-def _with_header(part: FilePart, base: GgufPart) -> FilePart:
+def _with_header(part: FilePart, base: GgufShard) -> FilePart:
     """A file of the result whose header is the base's, byte for byte."""
     return replace(part, header=os.pread(base.fileno(), len(part.header), 0))
 
 
 def merge_in_place(
-    base: GgufFile, targets: Sequence[Target], rewrite: Callable[[Sink], None], merged: Merged, *, threads: int
+    base: GgufFile,
+    targets: Sequence[ChangedTensor],
+    rewrite: Callable[[RowSink], None],
+    merged: Merged,
+    *,
+    threads: int,
 ) -> int:
     """Write changed rows over the base's, after an undo file.
 
@@ -85,7 +90,7 @@ def merge_in_place(
     return size
 
 
-def _apply(model: Model, undo: Patch, threads: int) -> None:
+def _apply(model: JournalModel, undo: Patch, threads: int) -> None:
     journal = Journal(model, undo.facts.base_sha256)
     try:
         journal.change(_changes(model, undo, threads))
@@ -99,7 +104,7 @@ def _apply(model: Model, undo: Patch, threads: int) -> None:
         raise
 
 
-def _give_up(model: Model, undo: Patch, threads: int) -> None:
+def _give_up(model: JournalModel, undo: Patch, threads: int) -> None:
     try:
         restore(model, undo, threads)
     except (OSError, GgufloraError) as error:
@@ -109,11 +114,11 @@ def _give_up(model: Model, undo: Patch, threads: int) -> None:
         ) from error
 
 
-def _changes(model: Model, undo: Patch, threads: int) -> Iterator[Change]:
+def _changes(model: JournalModel, undo: Patch, threads: int) -> Iterator[Change]:
     moved = (record for record in undo.records if record.old != record.new)
     return ahead((partial(_change, model, undo, record) for record in moved), threads)
 
 
-def _change(model: Model, undo: Patch, record: Record) -> Change:
+def _change(model: JournalModel, undo: Patch, record: Record) -> Change:
     before = old_bytes(model.files, record)
     return record.to, before, new_bytes(undo, record, before)

@@ -34,7 +34,7 @@ Change = tuple[int, Bytes, Bytes]
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class JournalModel:
     """A locked model that can be written.
 
     Attributes:
@@ -52,7 +52,7 @@ class Model:
 
 
 @contextmanager
-def locked(paths: Sequence[Path]) -> Iterator[Model]:
+def locked(paths: Sequence[Path]) -> Iterator[JournalModel]:
     """A model that nobody else merges into or unmerges meanwhile.
 
     Raises:
@@ -64,7 +64,7 @@ def locked(paths: Sequence[Path]) -> Iterator[Model]:
             handles.append(_open(path))
             stack.callback(os.close, handles[-1])
             _lock(path, handles[-1])
-        yield Model(paths[0].resolve(), Chain(handles, [os.fstat(handle).st_size for handle in handles]))
+        yield JournalModel(paths[0].resolve(), Chain(handles, [os.fstat(handle).st_size for handle in handles]))
 
 
 def _open(path: Path) -> int:
@@ -91,7 +91,7 @@ class Journal:
         owner: SHA-256 of the base, in hexadecimal: a journal of another is not taken for this one's.
     """
 
-    def __init__(self, model: Model, owner: str) -> None:
+    def __init__(self, model: JournalModel, owner: str) -> None:
         self._model, self._owner = model, owner
         self._path = journal_path(model.path)
 

@@ -17,7 +17,7 @@ from gguflora.files.sidecars import undo_path
 from gguflora.merging.in_place.journal import (
     Change,
     Journal,
-    Model,
+    JournalModel,
     locked,
 )
 from gguflora.merging.patch.format import (
@@ -101,7 +101,7 @@ def unmerge(
     return UnmergeReport(path, facts.base_sha256, facts.base_size, changed, facts.adapters, seconds)
 
 
-def restore(model: Model, undo: Patch, threads: int, progress: Progress | None = None) -> int:
+def restore(model: JournalModel, undo: Patch, threads: int, progress: Progress | None = None) -> int:
     """Make the base of a merged or half-merged model, and remove journal and undo file.
 
     Returns:
@@ -133,14 +133,16 @@ def restore(model: Model, undo: Patch, threads: int, progress: Progress | None =
     return changed
 
 
-def _change(model: Model, undo: Patch, record: Record) -> Change | None:
+def _change(model: JournalModel, undo: Patch, record: Record) -> Change | None:
     """How to put a stretch back; None if it is as it was."""
     now = model.files.read(record.to, record.length)
     old = _base_bytes(model, undo, record, now)
     return None if old is now else (record.to, now, old)
 
 
-def _check(model: Model, undo: Patch, kept: Mapping[int, Bytes], threads: int, progress: Progress | None) -> None:
+def _check(
+    model: JournalModel, undo: Patch, kept: Mapping[int, Bytes], threads: int, progress: Progress | None
+) -> None:
     """Raise unless exactly the base would come out."""
     facts = undo.facts
     if model.files.size != facts.base_size:
@@ -153,7 +155,7 @@ def _check(model: Model, undo: Patch, kept: Mapping[int, Bytes], threads: int, p
         raise _changed_since(model, undo)
 
 
-def _base_pieces(model: Model, undo: Patch, kept: Mapping[int, Bytes], threads: int) -> Iterator[Piece]:
+def _base_pieces(model: JournalModel, undo: Patch, kept: Mapping[int, Bytes], threads: int) -> Iterator[Piece]:
     def made(record: Record) -> Piece:
         now = kept.get(record.to)
         now = model.files.read(record.to, record.length) if now is None else now
@@ -163,7 +165,7 @@ def _base_pieces(model: Model, undo: Patch, kept: Mapping[int, Bytes], threads: 
     return in_order([*copied_pieces(undo, model.files), *records], threads)
 
 
-def _base_bytes(model: Model, undo: Patch, record: Record, now: Bytes) -> Bytes:
+def _base_bytes(model: JournalModel, undo: Patch, record: Record, now: Bytes) -> Bytes:
     found = checksum(now)
     if found == record.old:
         return now
@@ -172,7 +174,7 @@ def _base_bytes(model: Model, undo: Patch, record: Record, now: Bytes) -> Bytes:
     return restored_bytes(undo, record, now)
 
 
-def _changed_since(model: Model, undo: Patch) -> PatchError:
+def _changed_since(model: JournalModel, undo: Patch) -> PatchError:
     return PatchError(
         f"{model.path}: was changed by something else since {undo.facts.merged} was merged in place, so the base "
         f"{undo.facts.base_name} cannot be had again from {undo.path.name}; nothing was written"

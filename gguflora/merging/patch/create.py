@@ -16,7 +16,7 @@ import numpy as np
 
 from gguflora.files.atomic import atomic_output
 from gguflora.files.gguf import GgufFile, Layout
-from gguflora.files.gguf_shard import GgufPart
+from gguflora.files.gguf_shard import GgufShard
 from gguflora.merging.patch.chain import Chain, write
 from gguflora.merging.patch.coding import PLAIN, Grain, encode
 from gguflora.merging.patch.format import (
@@ -29,7 +29,7 @@ from gguflora.merging.patch.format import (
     write_patch_file,
 )
 from gguflora.merging.patch.stream import files_sha256, result, sha256
-from gguflora.merging.sinks import Block, Sink
+from gguflora.merging.sinks import Block, RowSink
 from gguflora.quants.arrays import Bytes
 
 _COUNTS = 24
@@ -49,7 +49,7 @@ def write_patch(
     target: Path,
     base: GgufFile,
     layout: Layout,
-    rewrite: Callable[[Sink], None],
+    rewrite: Callable[[RowSink], None],
     merged: Merged,
     *,
     threads: int,
@@ -139,7 +139,7 @@ class PatchSink:
         for source, part, new in zip(starts, base.parts, self._layout.parts, strict=False):
             self._put_header(part, source, new.header, new.start)
 
-    def _put_header(self, part: GgufPart, source: int, header: bytes, start: int) -> None:
+    def _put_header(self, part: GgufShard, source: int, header: bytes, start: int) -> None:
         end = 0
         for first, last, to in header_copies(part, header):
             self._put_new(header[end:to], start + end)
@@ -173,14 +173,14 @@ class PatchSink:
             self._records.append(record)
 
 
-def header_copies(base: GgufPart, header: bytes) -> list[Range]:
+def header_copies(base: GgufShard, header: bytes) -> list[Range]:
     """Where a header repeats the base's, or metadata entries and tensor list of it."""
     if header == os.pread(base.fileno(), len(header), 0):
         return [(0, len(header), 0)]
     return joined(_repeated(base, header))
 
 
-def _repeated(base: GgufPart, header: bytes) -> Iterator[Range]:
+def _repeated(base: GgufShard, header: bytes) -> Iterator[Range]:
     first = to = _COUNTS
     for key in base.metadata:
         entry = base.metadata.raw(key)
