@@ -121,7 +121,7 @@ def test_patterns_that_peft_has_sorted(tmp_path):
     assert [ranks[f"model.layers.{n}.self_attn.v_proj.weight"] for n in (0, 1)] == [3, 4]
     (said,) = gguflora.merge(base, adapter, tmp_path / "out.gguf").warnings
     assert "several patterns of alpha_pattern match model.layers.1.self_attn.v_proj" in said
-    assert read.changes["model.layers.1.self_attn.v_proj.weight"][0].factor == 3 / 4
+    assert read.changes["model.layers.1.self_attn.v_proj.weight"][0].scaling == 3 / 4
 
 
 # -- outputs --

@@ -35,7 +35,7 @@ class Adapter:
         path: of the file with the weights, or of the index of several such files.
         sha256: of the weights' files, in hexadecimal.
         changes: of each weight, to be added, by the weight's name in the Hugging Face model or, with ``architecture``
-            set, in GGUF; but for those that only `changes_of` knows.
+            set, in GGUF; but for those that only `deltas_of` knows.
         method: ``peft_type`` of a PEFT adapter, "MLX", or "GGUF LoRA".
         architecture: of the base it was made for, where it is a GGUF LoRA; None for a PEFT directory.
         warnings: what the user should know.
@@ -47,7 +47,7 @@ class Adapter:
     name: str
     path: Path
     sha256: str
-    changes: Mapping[str, tuple[Delta | ShapeDependentDelta, ...]]
+    deltas: Mapping[str, tuple[Delta | ShapeDependentDelta, ...]]
     method: str
     architecture: str | None = None
     warnings: tuple[str, ...] = ()
@@ -55,16 +55,21 @@ class Adapter:
     invocation_tokens: tuple[int, ...] = ()
     shaped: Callable[[BaseShapes], Mapping[str, Delta]] | None = field(default=None, repr=False)
 
-    def changes_of(self, base: BaseShapes) -> dict[str, tuple[Delta | ShapeDependentDelta, ...]]:
+    @property
+    def changes(self) -> Mapping[str, tuple[Delta | ShapeDependentDelta, ...]]:
+        """`deltas` under their former name, which goes with the next release."""
+        return self.deltas
+
+    def deltas_of(self, base: BaseShapes) -> dict[str, tuple[Delta | ShapeDependentDelta, ...]]:
         """All changes, those of methods that depend on the shapes of several weights included.
 
         Raises:
             MismatchError: if the base does not have a weight of the adapter.
         """
-        changes = dict(self.changes)
+        deltas = dict(self.deltas)
         if self.shaped:
-            _add(changes, self.shaped(base))
-        return changes
+            _add(deltas, self.shaped(base))
+        return deltas
 
 
 @local_inputs
@@ -82,7 +87,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
             f"{location}: no such file or directory; expected a PEFT adapter directory or a GGUF LoRA file"
         )
     adapter = _read_peft(location) if location.is_dir() else _read_gguf(location)
-    _LOG.debug("read %s: %s, %d changes", location, adapter.method, len(adapter.changes))
+    _LOG.debug("read %s: %s, %d changes", location, adapter.method, len(adapter.deltas))
     return adapter
 
 
@@ -94,7 +99,7 @@ def _read_gguf(location: Path) -> Adapter:
         location.stem,
         location,
         _sha256(location),
-        {name: (change,) for name, change in lora.changes.items()},
+        {name: (delta,) for name, delta in lora.deltas.items()},
         "GGUF LoRA",
         lora.architecture,
         invocation_tokens=lora.invocation_tokens,
@@ -115,20 +120,20 @@ def _read_peft(folder: Path) -> Adapter:
     weights, tensors = read_weights(folder, "adapters" if config.peft_type == MLX else "adapter_model")
     _check_finite(weights, tensors)
     saved, own = split_saved(config, tensors)
-    changes: dict[str, tuple[Delta | ShapeDependentDelta, ...]] = {name: (change,) for name, change in saved.items()}
+    deltas: dict[str, tuple[Delta | ShapeDependentDelta, ...]] = {name: (delta,) for name, delta in saved.items()}
     shaped = None
     if config.peft_type in READERS:
-        _add(changes, READERS[config.peft_type](config, own))
+        _add(deltas, READERS[config.peft_type](config, own))
     elif own:
         shaped = partial(SHAPED_READERS[config.peft_type], config, own)
-    if not changes and not shaped:
+    if not deltas and not shaped:
         raise AdapterError(f"{weights}: holds no tensor of an adapter; save it again")
-    unclear = config.unclear_alphas(name.removesuffix(".weight") for name in changes)
+    unclear = config.unclear_alphas(name.removesuffix(".weight") for name in deltas)
     return Adapter(
         folder.resolve().name,
         weights,
         _sha256(weights),
-        changes,
+        deltas,
         config.peft_type,
         warnings=(*about_pooler(tensors), *_about_alphas(unclear)),
         ties=config.flag("ensure_weight_tying") or config.peft_type == MLX,
@@ -155,10 +160,10 @@ def _about_alphas(modules: list[str]) -> tuple[str, ...]:
 
 
 def _add(
-    changes: dict[str, tuple[Delta | ShapeDependentDelta, ...]], others: Mapping[str, Delta | ShapeDependentDelta]
+    deltas: dict[str, tuple[Delta | ShapeDependentDelta, ...]], others: Mapping[str, Delta | ShapeDependentDelta]
 ) -> None:
-    for name, change in others.items():
-        changes[name] = (*changes.get(name, ()), change)
+    for name, delta in others.items():
+        deltas[name] = (*deltas.get(name, ()), delta)
 
 
 def _check_finite(path: Path, tensors: Mapping[str, Array]) -> None:

@@ -30,9 +30,9 @@ class Delta(Protocol):
 
     @property
     def whole(self) -> bool:
-        """Whether `delta` must be given all rows at once, in order."""
+        """Whether `compute` must be given all rows at once, in order."""
 
-    def delta(self, w: Float64Array, rows: Indices) -> Float64Array:
+    def compute(self, w: Float64Array, rows: Indices) -> Float64Array:
         """``W' - W`` for some rows of W.
 
         Args:
@@ -43,17 +43,17 @@ class Delta(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """``W + factor * b @ a`` (LoRA: https://arxiv.org/abs/2106.09685); the only change a GGUF LoRA can hold.
+    """``W + scaling * b @ a`` (LoRA: https://arxiv.org/abs/2106.09685); the only change a GGUF LoRA can hold.
 
     Attributes:
         a: (rank, n_in).
         b: (n_out, rank).
-        factor: alpha / rank, or what the method puts in its place.
+        scaling: alpha / rank, or what the method puts in its place.
     """
 
     a: Array
     b: Array
-    factor: float
+    scaling: float
     whole: bool = field(default=False, init=False)
 
     @property
@@ -66,9 +66,9 @@ class LowRank:
         """Shape of the changed weight."""
         return self.b.shape[0], self.a.shape[1]
 
-    def delta(self, w: Float64Array, rows: Indices) -> Float64Array:
-        """``factor * b[rows] @ a``."""
-        product: Float64Array = self.factor * (as_float64(self.b[rows]) @ as_float64(self.a))
+    def compute(self, w: Float64Array, rows: Indices) -> Float64Array:
+        """``scaling * b[rows] @ a``."""
+        product: Float64Array = self.scaling * (as_float64(self.b[rows]) @ as_float64(self.a))
         return product
 
     def at(self, rows: Indices | None, columns: Indices | None) -> LowRank:
@@ -100,7 +100,7 @@ class Replace:
         """Shape of the new weight."""
         return self.values.shape[0], self.values.shape[1]
 
-    def delta(self, w: Float64Array, rows: Indices) -> Float64Array:
+    def compute(self, w: Float64Array, rows: Indices) -> Float64Array:
         """``values[rows] - w``; 0 for rows the base has beyond them (a padded vocabulary)."""
         result = np.zeros_like(w)
         known = rows < self.values.shape[0]
@@ -128,7 +128,7 @@ class ReplaceRows:
         """Shape of the changed weight."""
         return self.n_out, self.values.shape[1]
 
-    def delta(self, w: Float64Array, rows: Indices) -> Float64Array:
+    def compute(self, w: Float64Array, rows: Indices) -> Float64Array:
         """``values - w`` in the rows that are replaced, 0 elsewhere."""
         result = np.zeros_like(w)
         _, here, there = np.intersect1d(rows, self.ids, return_indices=True)
@@ -152,7 +152,7 @@ class FunctionDelta:
     whole: bool = False
     caution: str = ""
 
-    def delta(self, w: Float64Array, rows: Indices) -> Float64Array:
+    def compute(self, w: Float64Array, rows: Indices) -> Float64Array:
         """The function's result."""
         return self.function(w, rows)
 
@@ -177,9 +177,9 @@ class BiasFromWeight:
     def given(self, weight: Float64Array) -> FunctionDelta:
         """The change once the layer's weight (n_out, n_in) is known."""
         added = weight @ self.vector
-        return FunctionDelta(self.shape, lambda w, rows: self.formula.delta(w, rows) + added[rows])
+        return FunctionDelta(self.shape, lambda w, rows: self.formula.compute(w, rows) + added[rows])
 
-    def delta(self, w: Float64Array, rows: Indices) -> Float64Array:
+    def compute(self, w: Float64Array, rows: Indices) -> Float64Array:
         """Not to be had from the bias alone: see `given`."""
         raise TypeError(f"needs {self.weight!r}")
 
@@ -224,18 +224,18 @@ def as_float64(array: Array) -> Float64Array:
     return (as_float32(array) if array.dtype == np.uint16 else array).astype(np.float64, copy=False)
 
 
-def sum_factors(changes: Iterable[tuple[LowRank, float]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def sum_factors(deltas: Iterable[tuple[LowRank, float]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """One pair of float32 factors for a sum of low-rank changes, each times its scale.
 
     Returns:
-        a (sum of ranks, n_in) and b (n_out, sum of ranks) with ``b @ a = sum(scale * factor * b_i @ a_i)``.
+        a (sum of ranks, n_in) and b (n_out, sum of ranks) with ``b @ a = sum(scale * scaling * b_i @ a_i)``.
     """
-    pairs = list(changes)
-    a = np.concatenate([as_float32(change.a) for change, _ in pairs], axis=0)
-    b = np.concatenate([fold(change, scale) for change, scale in pairs], axis=1)
+    pairs = list(deltas)
+    a = np.concatenate([as_float32(delta.a) for delta, _ in pairs], axis=0)
+    b = np.concatenate([fold(delta, scale) for delta, scale in pairs], axis=1)
     return np.ascontiguousarray(a), np.ascontiguousarray(b)
 
 
-def fold(change: LowRank, scale: float = 1.0) -> NDArray[np.float32]:
-    """``scale * factor * b`` in float32, multiplied in float64 and rounded once."""
-    return (as_float64(change.b) * (scale * change.factor)).astype(np.float32)
+def fold(delta: LowRank, scale: float = 1.0) -> NDArray[np.float32]:
+    """``scale * scaling * b`` in float32, multiplied in float64 and rounded once."""
+    return (as_float64(delta.b) * (scale * delta.scaling)).astype(np.float32)

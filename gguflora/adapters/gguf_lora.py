@@ -2,7 +2,7 @@
 
 ``<tensor>.lora_a`` is (rank, n_in) and ``<tensor>.lora_b`` (n_out, rank) in numpy's order; of ``token_embd.weight``,
 whose product llama.cpp takes the other way round, (rows, rank) and (width, rank); of a stack of experts (n_experts,
-rank, n_in) and (n_experts, n_out, rank), and the change of expert e is named ``<tensor>.<e>``. The factor is alpha /
+rank, n_in) and (n_experts, n_out, rank), and the change of expert e is named ``<tensor>.<e>``. The scaling is alpha /
 rank, or 1 where alpha is 0 or absent.
 """
 
@@ -36,7 +36,7 @@ class GgufLora:
     """
 
     architecture: str
-    changes: dict[str, LowRank]
+    deltas: dict[str, LowRank]
     invocation_tokens: tuple[int, ...]
 
 
@@ -57,10 +57,10 @@ def read_gguf_lora(path: Path) -> GgufLora:
         alpha = file.metadata.get(ALPHA_KEY, 0.0)
         if not isinstance(alpha, float) or not math.isfinite(alpha):
             raise AdapterError(f"{path}: {ALPHA_KEY} is {alpha!r}, expected a finite number")
-        changes: dict[str, LowRank] = {}
+        deltas: dict[str, LowRank] = {}
         for name, (a, b) in _pair_up(path, file.tensors).items():
-            changes |= _read_pair(file, name, a, b, alpha)
-        return GgufLora(file.architecture, changes, _invocation_tokens(file))
+            deltas |= _read_pair(file, name, a, b, alpha)
+        return GgufLora(file.architecture, deltas, _invocation_tokens(file))
 
 
 def _invocation_tokens(file: GgufFile) -> tuple[int, ...]:
@@ -94,10 +94,10 @@ def _read_pair(file: GgufFile, name: str, a: TensorEntry, b: TensorEntry, alpha:
         left, right = right, left.T
     if left.shape[-1] != right.shape[-2]:
         raise AdapterError(f"{file.path}: {name!r} has factors {a.shape} and {b.shape}, which do not share a rank")
-    factor = alpha / rank if alpha else 1.0
+    scaling = alpha / rank if alpha else 1.0
     if right.ndim == 2:
-        return {name: LowRank(right, left, factor)}
-    return {f"{name}.{expert}": LowRank(right[expert], left[expert], factor) for expert in range(len(right))}
+        return {name: LowRank(right, left, scaling)}
+    return {f"{name}.{expert}": LowRank(right[expert], left[expert], scaling) for expert in range(len(right))}
 
 
 def _values(file: GgufFile, tensor: TensorEntry) -> Array:

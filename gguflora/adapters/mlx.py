@@ -55,26 +55,26 @@ def read_mlx(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delt
             f"{config.path}: lora_parameters has alpha, which mlx-lm divides by the rank up to version 0.18 and later "
             "ignores: remove it, or set scale to scale * alpha / rank first"
         )
-    changes: dict[str, Delta | ShapeDependentDelta] = {}
+    deltas: dict[str, Delta | ShapeDependentDelta] = {}
     for module, parts in by_module(config, tensors, ["lora_a", "lora_b", "m"]).items():
-        changes |= _read_module(config, module, parts, scale)
-    return changes
+        deltas |= _read_module(config, module, parts, scale)
+    return deltas
 
 
 def _read_full(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta | ShapeDependentDelta]:
-    changes: dict[str, Delta | ShapeDependentDelta] = {}
+    deltas: dict[str, Delta | ShapeDependentDelta] = {}
     for name, values in tensors.items():
         module, _, kind = name.rpartition(".")
         experts = _expert_modules(module, len(values)) if values.ndim == 3 else []
         if values.ndim in {1, 2}:
-            changes[name] = Replace(values.reshape(len(values), -1))
+            deltas[name] = Replace(values.reshape(len(values), -1))
         elif experts:
-            changes |= {f"{one}.{kind}": Replace(values[e]) for e, one in enumerate(experts)}
+            deltas |= {f"{one}.{kind}": Replace(values[e]) for e, one in enumerate(experts)}
         else:
             raise UnsupportedAdapterError(
                 f"{config.path.parent}: {name!r} has shape {values.shape}, expected a vector, a matrix or experts"
             )
-    return changes
+    return deltas
 
 
 def _read_module(config: PeftConfig, module: str, parts: Parts, scale: float) -> dict[str, Delta | ShapeDependentDelta]:
@@ -85,10 +85,10 @@ def _read_module(config: PeftConfig, module: str, parts: Parts, scale: float) ->
     expect(config, module, "lora_a", a, (None, None))
     expect(config, module, "lora_b", b, (a.shape[1], None))
     embedding = module.rpartition(".")[2] in _EMBEDDINGS
-    change = LowRank(b, a, scale) if embedding else LowRank(a.T, b.T, scale)
+    delta = LowRank(b, a, scale) if embedding else LowRank(a.T, b.T, scale)
     if magnitude is None:
-        return {f"{module}.weight": change}
-    return {f"{module}.weight": with_magnitude(config, module, change, magnitude)}
+        return {f"{module}.weight": delta}
+    return {f"{module}.weight": with_magnitude(config, module, delta, magnitude)}
 
 
 def _read_experts(

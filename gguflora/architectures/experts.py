@@ -36,7 +36,7 @@ _TENSORS: Final = {
 
 
 def slices_of_expert(base: BaseModel, path: str, *, interleaved: bool) -> list[TensorSlice]:
-    """The pieces of an expert's weight, or of a stack of biases; none if ``path`` names no such thing.
+    """The slices of an expert's weight, or of a stack of biases; none if ``path`` names no such thing.
 
     Args:
         base: the base model.
@@ -66,7 +66,7 @@ def _fused(base: BaseModel, tensors: list[str], expert: int, interleaved: bool) 
         return [TensorSlice(tensor) for tensor in tensors]
     orders = _shares([region.n_rows for region in known], interleaved)
     return [
-        TensorSlice(region.tensor, region.first + expert * region.stride, rows=rows)
+        TensorSlice(region.tensor, region.start + expert * region.stride, rows=rows)
         for region, rows in zip(known, orders, strict=True)
     ]
 
@@ -83,4 +83,4 @@ def _shares(sizes: list[int], interleaved: bool) -> list[Indices]:
     if interleaved and len(sizes) > 1:
         return [np.arange(index, len(sizes) * size, len(sizes)) for index, size in enumerate(sizes)]
     ends = np.cumsum(sizes)
-    return [np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    return [np.arange(stop - size, stop) for size, stop in zip(sizes, ends, strict=True)]

@@ -19,7 +19,7 @@ _MOST = 1 << 10
 
 
 def slices_of(base: BaseModel, weight: str) -> list[TensorSlice]:
-    """Where a Hugging Face weight lies in the base: its pieces, none if it has no place there.
+    """Where a Hugging Face weight lies in the base: its slices, none if it has no place there.
 
     Args:
         base: the base model.
@@ -32,9 +32,9 @@ def slices_of(base: BaseModel, weight: str) -> list[TensorSlice]:
         MismatchError: if the base's tensors cannot hold the weight as its architecture says.
     """
     rules, path = KNOWN.get(base.architecture, PLAIN), canonical(weight)
-    pieces = slices_of_expert(base, path, interleaved=rules.interleaved) or norm_of_head(base, path)
-    if pieces:
-        return pieces
+    slices = slices_of_expert(base, path, interleaved=rules.interleaved) or norm_of_head(base, path)
+    if slices:
+        return slices
     layer, module, kind = layer_and_module(path)
     if module in rules.splits:
         return rules.splits[module](base, layer, kind)
@@ -43,22 +43,22 @@ def slices_of(base: BaseModel, weight: str) -> list[TensorSlice]:
 
 
 def adaptable_weights(base: BaseModel) -> dict[str, list[TensorSlice]]:
-    """The base's weights that a LoRA may change, with their pieces, by their names in the Hugging Face model.
+    """The base's weights that a LoRA may change, with their slices, by their names in the Hugging Face model.
 
     Raises:
         ArchitectureError: if the names of the architecture's modules are not known.
     """
     placed = {weight: _slices_if_any(base, weight) for weight in candidates(base)}
-    return {weight: pieces for weight, pieces in placed.items() if pieces}
+    return {weight: slices for weight, slices in placed.items() if slices}
 
 
 def _slices_if_any(base: BaseModel, weight: str) -> list[TensorSlice]:
     """`slices_of` a weight that the base may have; none if it does not (a linear layer's in one of attention)."""
     try:
-        pieces = slices_of(base, weight)
+        slices = slices_of(base, weight)
     except MismatchError:
         return []
-    return pieces if all(piece.tensor in base.shapes for piece in pieces) else []
+    return slices if all(tensor_slice.tensor in base.shapes for tensor_slice in slices) else []
 
 
 def _slice(base: BaseModel, rules: Rules, tensor: str) -> TensorSlice:
@@ -70,7 +70,7 @@ def _slice(base: BaseModel, rules: Rules, tensor: str) -> TensorSlice:
     shape = base.shapes[region.tensor]
     return TensorSlice(
         region.tensor,
-        region.first,
+        region.start,
         rows=rows(base, layer, region.n_rows) if rows else region.all_rows,
         columns=columns(base, layer, shape[-1]) if columns else None,
         transposed=module == "ffn_gate_inp_shexp" and len(shape) == 1,  # older files have this one row as a vector

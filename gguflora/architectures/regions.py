@@ -19,10 +19,10 @@ _GATE_UP: Final = ("ffn_gate_exps", "ffn_up_exps")
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Rows ``first`` to ``first + n_rows`` of a tensor, and of each further expert ``stride`` rows below."""
+    """Rows ``start`` to ``start + n_rows`` of a tensor, and of each further expert ``stride`` rows below."""
 
     tensor: str
-    first: int
+    start: int
     n_rows: int
     stride: int
 

@@ -20,7 +20,7 @@ _NORM_OF_HEAD: Final = re.compile(
 )
 
 Split = Callable[[BaseModel, int, str], list[TensorSlice]]
-"""From a base, a layer and ``.weight`` or ``.bias`` to the pieces of a weight."""
+"""From a base, a layer and ``.weight`` or ``.bias`` to the slices of a weight."""
 
 ROTARY_QKV: Mapping[str, Order] = {"attn_q": rotary_q, "attn_k": rotary_k, "attn_v": as_they_are}
 
@@ -42,13 +42,13 @@ def grouped_qkv(base: BaseModel, layer: int, kind: str) -> list[TensorSlice]:
 
 
 def _cut(base: BaseModel, layer: int, kind: str, parts: Mapping[str, Order], rows: Indices) -> list[TensorSlice]:
-    pieces, first = [], 0
+    slices, start = [], 0
     for name, order in parts.items():
         tensor = f"blk.{layer}.{name}{kind}"
         n = rows_of(base, tensor)
-        pieces.append(TensorSlice(tensor, rows=rows[first : first + n][order(base, layer, n)]))
-        first += n
-    return pieces
+        slices.append(TensorSlice(tensor, rows=rows[start : start + n][order(base, layer, n)]))
+        start += n
+    return slices
 
 
 def shared_gate_up(base: BaseModel, layer: int, kind: str) -> list[TensorSlice]:
@@ -76,11 +76,11 @@ def latent_keys_and_values(base: BaseModel, layer: int, kind: str) -> list[Tenso
         )
     heads, latent, width_k = shape_k
     rows = np.arange(heads * (width_k + shape_v[1])).reshape(heads, -1)
-    pieces = []
+    slices = []
     for head, of_head in enumerate(rows):
-        pieces.append(TensorSlice(keys, head * latent, rows=of_head[:width_k], transposed=True))
-        pieces.append(TensorSlice(values, head * shape_v[1], rows=of_head[width_k:]))
-    return pieces
+        slices.append(TensorSlice(keys, head * latent, rows=of_head[:width_k], transposed=True))
+        slices.append(TensorSlice(values, head * shape_v[1], rows=of_head[width_k:]))
+    return slices
 
 
 def norm_of_head(base: BaseModel, path: str) -> list[TensorSlice]:

@@ -11,20 +11,20 @@ from gguflora.quants.arrays import Indices
 class TensorSlice:
     """A part of a Hugging Face weight W and its place in a GGUF tensor.
 
-    ``T[first : first + n] = W[rows][:, columns] + shift``, transposed before it is stored if ``transposed``. T's
+    ``T[start : start + n] = W[rows][:, columns] + shift``, transposed before it is stored if ``transposed``. T's
     leading dimensions are flattened: expert e of (E, n_out, n_in) begins at row ``e * n_out``.
 
     Attributes:
         tensor: name of the GGUF tensor.
-        first: row of the tensor with which the piece begins.
+        start: row of the tensor with which the slice begins.
         rows: which rows of W, in the order in which GGUF stores them; None for all as they are.
         columns: the same for columns.
-        transposed: whether GGUF stores the piece transposed.
+        transposed: whether GGUF stores the slice transposed.
         shift: what GGUF adds to the values (Gemma's norms are stored as 1 + w).
     """
 
     tensor: str
-    first: int = 0
+    start: int = 0
     rows: Indices | None = None
     columns: Indices | None = None
     transposed: bool = False

@@ -81,8 +81,8 @@ class GgufFile:
         self._starts = [0, *accumulate(part.size for part in self._parts)]
         self.size = self._starts.pop()
         self.tensors: dict[str, TensorEntry] = {}
-        for start, part in zip(self._starts, self._parts, strict=True):
-            self.tensors |= {t.name: replace(t, offset=t.offset + start) for t in part.tensors.values()}
+        for at, part in zip(self._starts, self._parts, strict=True):
+            self.tensors |= {t.name: replace(t, offset=t.offset + at) for t in part.tensors.values()}
 
     def _open_all(self, count: int) -> None:
         """Open the other files, and put all into their order."""
@@ -109,19 +109,19 @@ class GgufFile:
             raise GgufError(f"{self.path}: has no general.architecture; it is not a language model or adapter")
         return value
 
-    def read_rows(self, tensor: TensorEntry, first: int, last: int) -> NDArray[np.uint8]:
-        """Bytes of the rows ``first`` to ``last`` (exclusive): a fresh uint8 array (last - first, row_bytes)."""
+    def read_rows(self, tensor: TensorEntry, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes of the rows ``start`` to ``stop`` (exclusive): a fresh uint8 array (stop - start, row_bytes)."""
         row_bytes = tensor.type.row_bytes(tensor.n_in)
-        rows = np.empty((last - first, row_bytes), np.uint8)
+        rows = np.empty((stop - start, row_bytes), np.uint8)
         part, offset = self._locate(tensor.offset)
-        part.read_into(memoryview(rows.data).cast("B"), offset + first * row_bytes, f"tensor {tensor.name!r:.100}")
+        part.read_into(memoryview(rows.data).cast("B"), offset + start * row_bytes, f"tensor {tensor.name!r:.100}")
         return rows
 
-    def copy(self, first: int, last: int, target: int, to: int) -> None:
+    def copy(self, start: int, stop: int, target: int, to: int) -> None:
         """Copy a range of bytes within one of the files to a file descriptor, by the kernel where it can."""
-        part, offset = self._locate(first)
+        part, offset = self._locate(start)
         try:
-            copy_range(part.fileno(), offset, target, to, last - first)
+            copy_range(part.fileno(), offset, target, to, stop - start)
         except EOFError as error:
             raise GgufError(f"{part.path}: became shorter while it was being copied") from error
 

@@ -219,7 +219,7 @@ class _Job:
     ) -> tuple[dict[str, LowRank], dict[str, float]]:
         """The combined changes by name; and the errors of those that were approximated."""
         names = dict.fromkeys(name for source in sources for name in source.pairs)
-        ranks = [change.rank for source in sources for change in source.pairs.values()]
+        ranks = [delta.rank for source in sources for delta in source.pairs.values()]
         pairs, errors = {}, {}
         for name in names:
             terms = [
@@ -235,7 +235,7 @@ class _Job:
         return pairs, errors
 
     def _by_factors(self, name: str, terms: Sequence[_Term]) -> LowRank:
-        ranks = {term.change.rank for term in terms}
+        ranks = {term.delta.rank for term in terms}
         if len(ranks) > 1:
             raise MismatchError(
                 f"{name}: the adapters have ranks {listed([str(rank) for rank in ranks])}; {self.method} adds factors of "
@@ -243,12 +243,12 @@ class _Job:
             )
         # an embedding's factors have changed places, and the sign is on the one that PEFT calls A
         flip = is_embedding(name)
-        changes = [term.change.transposed() if flip else term.change for term in terms]
-        sizes = [term.weight * term.change.factor for term in terms]
+        deltas = [term.delta.transposed() if flip else term.delta for term in terms]
+        sizes = [term.weight * term.delta.scaling for term in terms]
         roots = [math.sqrt(abs(size)) for size in sizes]
         signed = [math.copysign(root, size) if size else 0.0 for root, size in zip(roots, sizes, strict=True)]
-        a = self._arrays(name, "a", terms, [change.a for change in changes], signed)
-        b = self._arrays(name, "b", terms, [change.b for change in changes], roots)
+        a = self._arrays(name, "a", terms, [delta.a for delta in deltas], signed)
+        b = self._arrays(name, "b", terms, [delta.b for delta in deltas], roots)
         combined = LowRank(a, b, 1.0)
         return combined.transposed() if flip else combined
 
@@ -264,7 +264,7 @@ class _Job:
     def _by_svd(self, name: str, terms: Sequence[_Term], rank: int) -> tuple[LowRank, float]:
         if self.method == "svd":
             return shrink(_side_by_side(terms), rank, None)
-        deltas = [_dense(term.change) for term in terms]
+        deltas = [_dense(term.delta) for term in terms]
         whole = self._arrays(name, "delta", terms, deltas, [term.weight for term in terms])
         return truncate(as_float64(whole), rank, None)
 
@@ -274,23 +274,23 @@ class _Term:
     """One adapter's share of a change."""
 
     adapter: int
-    change: LowRank
+    delta: LowRank
     weight: float
 
 
 def _check_shapes(name: str, terms: Sequence[_Term], sources: Sequence[FactoredAdapter]) -> None:
-    shapes = {term.change.shape for term in terms}
+    shapes = {term.delta.shape for term in terms}
     if len(shapes) > 1:
-        listed = ", ".join(f"{sources[term.adapter].path}: {term.change.shape}" for term in terms)
-        raise MismatchError(f"{name}: the adapters change weights of different shapes, so of different bases: {listed}")
+        found = ", ".join(f"{sources[term.adapter].path}: {term.delta.shape}" for term in terms)
+        raise MismatchError(f"{name}: the adapters change weights of different shapes, so of different bases: {found}")
 
 
 def _side_by_side(terms: Sequence[_Term]) -> LowRank:
     """The exact sum, of the sum of the ranks."""
-    a = [as_float64(term.change.a) * (term.weight * term.change.factor) for term in terms]
-    b = [as_float32(term.change.b) for term in terms]
+    a = [as_float64(term.delta.a) * (term.weight * term.delta.scaling) for term in terms]
+    b = [as_float32(term.delta.b) for term in terms]
     return LowRank(np.concatenate(a, axis=0).astype(np.float32), np.concatenate(b, axis=1), 1.0)
 
 
-def _dense(change: LowRank) -> NDArray[np.float32]:
-    return np.float32(change.factor) * (as_float32(change.b) @ as_float32(change.a))
+def _dense(delta: LowRank) -> NDArray[np.float32]:
+    return np.float32(delta.scaling) * (as_float32(delta.b) @ as_float32(delta.a))

@@ -101,7 +101,7 @@ def convert(
     if not abs(float(scale)) <= float(np.finfo(np.float32).max):
         raise AdapterError(f"scale is {scale}, expected a finite number")
     factored = [
-        replace(factors, factor=factors.factor * scale) for factors in factor_adapter(source, model, rank, energy)
+        replace(factors, scaling=factors.scaling * scale) for factors in factor_adapter(source, model, rank, energy)
     ]
     alpha = common_alpha(factored)
     stored = [item for factors in factored for item in store(factors, outtype, alpha)]

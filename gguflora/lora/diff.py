@@ -102,13 +102,13 @@ def diff(
     if one.architecture != other.architecture:
         one, other = _on_base(one, other, model)
     changes = tuple(
-        _compare(name, change, other.pairs[name]) for name, change in one.pairs.items() if name in other.pairs
+        _compare(name, delta, other.pairs[name]) for name, delta in one.pairs.items() if name in other.pairs
     )
-    only_a = {name: _norm(change) for name, change in one.pairs.items() if name not in other.pairs}
-    only_b = {name: _norm(change) for name, change in other.pairs.items() if name not in one.pairs}
-    norm_a = math.hypot(*(change.norms[0] for change in changes), *only_a.values())
-    norm_b = math.hypot(*(change.norms[1] for change in changes), *only_b.values())
-    product = sum(change.cosine * change.norms[0] * change.norms[1] for change in changes)
+    only_a = {name: _norm(delta) for name, delta in one.pairs.items() if name not in other.pairs}
+    only_b = {name: _norm(delta) for name, delta in other.pairs.items() if name not in one.pairs}
+    norm_a = math.hypot(*(delta.norms[0] for delta in changes), *only_a.values())
+    norm_b = math.hypot(*(delta.norms[1] for delta in changes), *only_b.values())
+    product = sum(delta.cosine * delta.norms[0] * delta.norms[1] for delta in changes)
     return DiffReport(
         a=Path(a),
         b=Path(b),
@@ -156,17 +156,17 @@ def _inner(one: LowRank, other: LowRank) -> float:
     """Sum of the products of all values: ``tr((b1 a1)^T b2 a2) = sum((b1^T b2) * (a1 a2^T))``."""
     left = as_float64(one.b).T @ as_float64(other.b)
     right = as_float64(one.a) @ as_float64(other.a).T
-    return one.factor * other.factor * float((left * right).sum())
+    return one.scaling * other.scaling * float((left * right).sum())
 
 
-def _norm(change: LowRank) -> float:
-    return math.sqrt(max(_inner(change, change), 0.0))
+def _norm(delta: LowRank) -> float:
+    return math.sqrt(max(_inner(delta, delta), 0.0))
 
 
-def _directions(change: LowRank) -> tuple[Float64Array, Float64Array]:
+def _directions(delta: LowRank) -> tuple[Float64Array, Float64Array]:
     """Orthonormal bases of the change's output and input directions, (n_out, r) and (n_in, r)."""
-    q_b, r_b = np.linalg.qr(as_float64(change.b))
-    q_a, r_a = np.linalg.qr(as_float64(change.a).T)
+    q_b, r_b = np.linalg.qr(as_float64(delta.b))
+    q_a, r_a = np.linalg.qr(as_float64(delta.a).T)
     u, sizes, vt = np.linalg.svd(r_b @ r_a.T)
     rank = int((sizes > _NEGLIGIBLE * sizes[0]).sum()) if sizes[0] else 0
     return q_b @ u[:, :rank], q_a @ vt[:rank].T

@@ -167,9 +167,9 @@ class _Work:
         self.left_out = dict(differences.left_out)
         self.unchanged = 0
 
-    def do(self, first: int, last: int) -> None:
+    def do(self, start: int, stop: int) -> None:
         """Find the changes of some weights."""
-        for item in self._found[first:last]:
+        for item in self._found[start:stop]:
             found = (
                 _approximate(item, self._rank, self._energy, self._iterations, self._seed) if not item.problem else None
             )
@@ -233,8 +233,8 @@ def _approximate(
             left = _distance(item, b, a)
     u, sizes, v = balanced(b, a)
     roots = np.sqrt(sizes)
-    change = LowRank((roots[:, None] * v).astype(np.float32), (u * roots).astype(np.float32), 1.0)
-    return (change.transposed() if item.transposed else change), float(np.sqrt(left / norm))
+    delta = LowRank((roots[:, None] * v).astype(np.float32), (u * roots).astype(np.float32), 1.0)
+    return (delta.transposed() if item.transposed else delta), float(np.sqrt(left / norm))
 
 
 def _power(item: Difference, v: Float64Array) -> tuple[Float64Array, float]:
@@ -249,8 +249,8 @@ def _power(item: Difference, v: Float64Array) -> tuple[Float64Array, float]:
 def _project(item: Difference, v: Float64Array) -> tuple[Float64Array, float]:
     """``D v``, and the squared norm of D."""
     y, norm = np.empty((item.n_rows, v.shape[1])), 0.0
-    for first, block in item.blocks():
-        y[first : first + len(block)] = block.astype(np.float64) @ v  # in float32 its error would hide small ones
+    for start, block in item.blocks():
+        y[start : start + len(block)] = block.astype(np.float64) @ v  # in float32 its error would hide small ones
         norm += _square(item, block)
     return y, norm
 
@@ -278,6 +278,6 @@ def _cut(
 def _distance(item: Difference, b: Float64Array, a: Float64Array) -> float:
     """The squared norm of ``D - b a``."""
     total = 0.0
-    for first, block in item.blocks():
-        total += float(((block - b[first : first + len(block)] @ a) ** 2).sum())
+    for start, block in item.blocks():
+        total += float(((block - b[start : start + len(block)] @ a) ** 2).sum())
     return total

@@ -99,7 +99,7 @@ def read_factored(
     if pairs is not None:
         return whole
     if base is None:
-        odd = [name for name, changes in adapter.changes.items() if not _is_plain(changes)]
+        odd = [name for name, deltas in adapter.deltas.items() if not _is_plain(deltas)]
         raise UnsupportedAdapterError(
             f"{adapter.path}: {adapter.method}: {len(odd) or 'all'} changes are no pair of factors without the base "
             f"({listed(odd) or 'they depend on its shapes'}); give it with --base"
@@ -115,19 +115,19 @@ def _plain_pairs(adapter: Adapter) -> Pairs | None:
     """The changes where each is one pair of factors; copies of the base's weights saved beside them are left out."""
     if adapter.shaped:
         return None
-    trained = {name: _trained(changes) for name, changes in adapter.changes.items()}
-    left = {name: changes for name, changes in trained.items() if changes}
-    pairs = {name: changes[0] for name, changes in left.items() if len(changes) == 1}
-    low = {name: change for name, change in pairs.items() if isinstance(change, LowRank)}
+    trained = {name: _trained(deltas) for name, deltas in adapter.deltas.items()}
+    left = {name: deltas for name, deltas in trained.items() if deltas}
+    pairs = {name: deltas[0] for name, deltas in left.items() if len(deltas) == 1}
+    low = {name: delta for name, delta in pairs.items() if isinstance(delta, LowRank)}
     return low if low and len(low) == len(left) else None
 
 
-def _trained(changes: Sequence[Delta | ShapeDependentDelta]) -> list[Delta | ShapeDependentDelta]:
-    return [change for change in changes if not (isinstance(change, Replace) and change.frozen)]
+def _trained(deltas: Sequence[Delta | ShapeDependentDelta]) -> list[Delta | ShapeDependentDelta]:
+    return [delta for delta in deltas if not (isinstance(delta, Replace) and delta.frozen)]
 
 
-def _is_plain(changes: Sequence[Delta | ShapeDependentDelta]) -> bool:
-    return [isinstance(change, LowRank) for change in _trained(changes)] in ([], [True])
+def _is_plain(deltas: Sequence[Delta | ShapeDependentDelta]) -> bool:
+    return [isinstance(delta, LowRank) for delta in _trained(deltas)] in ([], [True])
 
 
 def _fields(folder: Path) -> dict[str, Any]:
@@ -149,8 +149,8 @@ def for_base(adapter: FactoredAdapter, base: BaseModel) -> FactoredAdapter:
 
 
 def _as_adapter(adapter: FactoredAdapter) -> Adapter:
-    changes = {name: (change,) for name, change in adapter.pairs.items()}
-    return Adapter(adapter.name, adapter.path, adapter.sha256, changes, "LORA", adapter.architecture)
+    deltas = {name: (delta,) for name, delta in adapter.pairs.items()}
+    return Adapter(adapter.name, adapter.path, adapter.sha256, deltas, "LORA", adapter.architecture)
 
 
 def unstacked(factored: Sequence[Factors]) -> dict[str, LowRank]:
@@ -158,19 +158,19 @@ def unstacked(factored: Sequence[Factors]) -> dict[str, LowRank]:
     pairs = {}
     for item in factored:
         if item.a.ndim == 2:
-            pairs[item.tensor] = LowRank(item.a, item.b, item.factor)
+            pairs[item.tensor] = LowRank(item.a, item.b, item.scaling)
         else:
             for expert in range(len(item.a)):
-                pairs[f"{item.tensor}.{expert}"] = LowRank(item.a[expert], item.b[expert], item.factor)
+                pairs[f"{item.tensor}.{expert}"] = LowRank(item.a[expert], item.b[expert], item.scaling)
     return pairs
 
 
 def stacked(pairs: Pairs) -> list[Factors]:
     """The inverse of `unstacked`; experts of different rank are filled up with zeros."""
     groups: dict[str, dict[int, LowRank]] = {}
-    for name, change in pairs.items():
+    for name, delta in pairs.items():
         tensor, expert = split_expert(name)
-        groups.setdefault(tensor, {})[-1 if expert is None else expert] = change
+        groups.setdefault(tensor, {})[-1 if expert is None else expert] = delta
     return [_stack(tensor, group) for tensor, group in groups.items()]
 
 
@@ -182,17 +182,17 @@ def split_expert(name: str) -> tuple[str, int | None]:
 
 def _stack(tensor: str, group: Mapping[int, LowRank]) -> Factors:
     if group.keys() == {-1}:
-        return Factors(tensor, group[-1].a, group[-1].b, group[-1].factor)
-    n_experts, rank = max(group) + 1, max(change.rank for change in group.values())
-    same = len({(change.factor, change.rank) for change in group.values()}) == 1
-    factor = next(iter(group.values())).factor if same else 1.0
+        return Factors(tensor, group[-1].a, group[-1].b, group[-1].scaling)
+    n_experts, rank = max(group) + 1, max(delta.rank for delta in group.values())
+    same = len({(delta.scaling, delta.rank) for delta in group.values()}) == 1
+    scaling = next(iter(group.values())).scaling if same else 1.0
     n_out, n_in = next(iter(group.values())).shape
     a = np.zeros((n_experts, rank, n_in), np.float32)
     b = np.zeros((n_experts, n_out, rank), np.float32)
-    for expert, change in group.items():
-        a[expert, : change.rank] = as_float32(change.a)
-        b[expert, :, : change.rank] = as_float32(change.b) if same else fold(change)
-    return Factors(tensor, a, b, factor)
+    for expert, delta in group.items():
+        a[expert, : delta.rank] = as_float32(delta.a)
+        b[expert, :, : delta.rank] = as_float32(delta.b) if same else fold(delta)
+    return Factors(tensor, a, b, scaling)
 
 
 def is_embedding(name: str) -> bool:

@@ -25,13 +25,13 @@ from gguflora.quants.arrays import Float64Array
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factors:
-    """The change ``factor * b @ a`` of a tensor.
+    """The change ``scaling * b @ a`` of a tensor.
 
     Attributes:
         tensor: its GGUF name.
         a: (rank, n_in), or (n_experts, rank, n_in).
         b: (n_out, rank), or (n_experts, n_out, rank).
-        factor: alpha / rank.
+        scaling: alpha / rank.
         error: relative error, where the change was approximated.
         cautions: what to warn of.
     """
@@ -39,7 +39,7 @@ class Factors:
     tensor: str
     a: Array
     b: Array
-    factor: float
+    scaling: float
     error: float | None = None
     cautions: tuple[str, ...] = ()
 
@@ -79,7 +79,7 @@ def factor_adapter(adapter: Adapter, base: BaseModel, rank: int | None, energy: 
 def _without_frozen(placed: dict[str, list[PlacedDelta]]) -> dict[str, list[PlacedDelta]]:
     """The changes without copies of the base's weights, taken on trust where the base's are not at hand."""
     kept = {
-        name: [item for item in items if not (isinstance(item.change, Replace) and item.change.frozen)]
+        name: [item for item in items if not (isinstance(item.delta, Replace) and item.delta.frozen)]
         for name, items in placed.items()
     }
     return {name: items for name, items in kept.items() if items}
@@ -162,16 +162,16 @@ class _Maker:
         return self._shrunk(stack) if too_high else stack
 
     def _low_rank(self, item: PlacedDelta) -> LowRank | None:
-        """The change of a piece as factors; replaced rows are their difference from the base's, times unit columns."""
-        if isinstance(item.change, ReplaceRows) and self._file is not None and item.piece.rows is None:
-            tensor = self._file.tensors[item.piece.tensor]
-            ids = item.change.ids[item.change.ids < tensor.n_rows]
-            if len(ids) < len(item.change.ids):
+        """The change of a slice as factors; replaced rows are their difference from the base's, times unit columns."""
+        if isinstance(item.delta, ReplaceRows) and self._file is not None and item.tensor_slice.rows is None:
+            tensor = self._file.tensors[item.tensor_slice.tensor]
+            ids = item.delta.ids[item.delta.ids < tensor.n_rows]
+            if len(ids) < len(item.delta.ids):
                 return None
             old = np.concatenate([read_values(self._file, tensor, row, row + 1) for row in ids])
             b = np.zeros((tensor.n_rows, len(ids)), np.float32)
             b[ids, np.arange(len(ids))] = 1.0
-            return LowRank((as_float64(item.change.values) - old).astype(np.float32), b, 1.0)
+            return LowRank((as_float64(item.delta.values) - old).astype(np.float32), b, 1.0)
         return item.low_rank()
 
     def _approximated(self, name: str, shape: Shape) -> Factors | None:
@@ -180,15 +180,15 @@ class _Maker:
         target, n_out = self._targets[name], shape[-2]
         pairs = []
         for first in range(0, target.source.n_rows, n_out):
-            rows = AnyRows(target.source, first, first + n_out, target.changes, self._whole)
-            pairs.append(truncate(rows.change(first, first + n_out), self._rank, self._energy))
-        placed = {name: [item for item, _ in target.changes]}
+            rows = AnyRows(target.source, first, first + n_out, target.deltas, self._whole)
+            pairs.append(truncate(rows.delta(first, first + n_out), self._rank, self._energy))
+        placed = {name: [item for item, _ in target.deltas]}
         return replace(_joined(name, pairs, shape), cautions=cautions(self._file, placed))
 
     def _shrunk(self, factors: Factors) -> Factors:
         stacked = factors.a.ndim == 3
         a, b = (factors.a, factors.b) if stacked else (factors.a[None], factors.b[None])
-        pairs = [shrink(LowRank(x, y, factors.factor), self._rank, self._energy) for x, y in zip(a, b, strict=True)]
+        pairs = [shrink(LowRank(x, y, factors.scaling), self._rank, self._energy) for x, y in zip(a, b, strict=True)]
         return _joined(factors.tensor, pairs, (0,) * (3 if stacked else 2))
 
 
@@ -211,28 +211,28 @@ def _stack(name: str, items: Sequence[PlacedDelta], parts: Sequence[LowRank], sh
     """The sum of the parts, each at its place in the tensor."""
     n_out, n_in = shape[-2:]
     if len(parts) == 1 and parts[0].shape == shape:
-        return Factors(name, parts[0].a, parts[0].b, parts[0].factor)
-    factors = {part.factor for part in parts}
+        return Factors(name, parts[0].a, parts[0].b, parts[0].scaling)
+    factors = {part.scaling for part in parts}
     common = factors.pop() if len(factors) == 1 else None  # taken out, it leaves B as it was stored
     experts: dict[int, list[LowRank]] = {}
     for item, part in zip(items, parts, strict=True):
-        expert, row = divmod(item.piece.first, n_out)
-        plain = part if common is None else replace(part, factor=1.0)
+        expert, row = divmod(item.tensor_slice.start, n_out)
+        plain = part if common is None else replace(part, scaling=1.0)
         experts.setdefault(expert, []).append(_with_zero_rows(plain, row, n_out))
-    factor = 1.0 if common is None else common
+    scaling = 1.0 if common is None else common
     if len(shape) == 2:
         a, b = sum_factors((part, 1.0) for part in experts[0])
-        return Factors(name, a, b, factor)
+        return Factors(name, a, b, scaling)
     rank = max(sum(part.rank for part in group) for group in experts.values())
     a = np.zeros((shape[0], rank, n_in), np.float32)
     b = np.zeros((shape[0], n_out, rank), np.float32)
     for expert, group in experts.items():
         some_a, some_b = sum_factors((part, 1.0) for part in group)
         a[expert, : len(some_a)], b[expert, :, : len(some_a)] = some_a, some_b
-    return Factors(name, a, b, factor)
+    return Factors(name, a, b, scaling)
 
 
 def _with_zero_rows(part: LowRank, first: int, n_out: int) -> LowRank:
     """The same change in a taller matrix, beginning at row ``first``."""
     below = n_out - first - part.b.shape[0]
-    return part if not first and not below else LowRank(part.a, np.pad(part.b, [(first, below), (0, 0)]), part.factor)
+    return part if not first and not below else LowRank(part.a, np.pad(part.b, [(first, below), (0, 0)]), part.scaling)

@@ -33,9 +33,9 @@ def fuse(adapters: Sequence[tuple[Path, float]], out: Path) -> None:
             for name in dict.fromkeys(name.rpartition(".")[0] for name in file.tensors):
                 first, second = (file.tensors[f"{name}.lora_{side}"] for side in "ab")
                 values = _values(file, second)
-                factor = scale * (alpha / values.shape[-1] if alpha else 1.0)
+                scaling = scale * (alpha / values.shape[-1] if alpha else 1.0)
                 a.setdefault(name, []).append(_values(file, first))
-                b.setdefault(name, []).append(values * np.float32(factor))
+                b.setdefault(name, []).append(values * np.float32(scaling))
                 floats |= {name for tensor in (first, second) if tensor.type.name != "F16"}
     stored = []
     for name, parts in a.items():

@@ -59,11 +59,11 @@ def check_outtype(outtype: str) -> None:
 
 
 def common_alpha(factored: Sequence[Factors]) -> float:
-    """The alpha with ``factor = alpha / rank`` for every tensor, or 0 if there is none.
+    """The alpha with ``scaling = alpha / rank`` for every tensor, or 0 if there is none.
 
-    llama.cpp has one alpha for a file, a 32-bit float, and takes 0 as "factor 1".
+    llama.cpp has one alpha for a file, a 32-bit float, and takes 0 as "scaling 1".
     """
-    alphas = [float(np.float32(factors.factor * factors.rank)) for factors in factored]
+    alphas = [float(np.float32(factors.scaling * factors.rank)) for factors in factored]
     return alphas[0] if all(math.isclose(alpha, alphas[0], rel_tol=2**-23) for alpha in alphas) else 0.0
 
 
@@ -74,8 +74,8 @@ def store(factors: Factors, outtype: str, alpha: float) -> list[Stored]:
         QuantizationError: if a value is too large for the type.
     """
     a, b = factors.a, factors.b
-    if not alpha and factors.factor != 1.0:
-        b = (as_float64(b) * factors.factor).astype(np.float32)
+    if not alpha and factors.scaling != 1.0:
+        b = (as_float64(b) * factors.scaling).astype(np.float32)
     if factors.tensor == TOKEN_EMBEDDING:
         # llama.cpp looks rows up in A and multiplies them with B: the factors change places
         a, b = b, a.T

@@ -47,7 +47,7 @@ class InspectedChange:
         name: of the changed tensor in the base, or without a base of the weight in the Hugging Face model.
         shape: of the tensor; None where only a base would tell.
         rank: of the change; None if it is not known to be of low rank.
-        factor: alpha / rank, or what the method puts in its place; None for a sum of several parts.
+        scaling: alpha / rank, or what the method puts in its place; None for a sum of several parts.
         norm: Frobenius norm of the change; None where only a base would tell.
         relative: the same, divided by the norm of the base's tensor.
         problem: why llama.cpp could not apply it at run time.
@@ -99,7 +99,7 @@ class InspectReport:
     @property
     def problems(self) -> int:
         """Number of changes that llama.cpp could not apply at run time."""
-        return sum(change.problem is not None for change in self.changes)
+        return sum(delta.problem is not None for delta in self.changes)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
@@ -133,7 +133,7 @@ def inspect(
     spectra, choices = _spectra(adapter, model, plot) if ranks or plot is not None else ((), ())
     warnings = list(source.warnings)
     if model is None:
-        changes = tuple(_alone(name, parts) for name, parts in source.changes.items())
+        changes = tuple(_alone(name, parts) for name, parts in source.deltas.items())
         if source.shaped:
             warnings.append(f"what {source.method} changes depends on the base: give one with --base")
     else:
@@ -200,13 +200,13 @@ def _alone(name: str, parts: Sequence[Delta | ShapeDependentDelta]) -> Inspected
     shape = None if isinstance(parts[0], ShapeDependentDelta) else parts[0].shape
     if not isinstance(part, LowRank):
         return InspectedChange(name, shape, None, None, None, None, None)
-    return InspectedChange(name, shape, part.rank, part.factor, _norm(part), None, None)
+    return InspectedChange(name, shape, part.rank, part.scaling, _norm(part), None, None)
 
 
-def _norm(change: LowRank) -> float:
-    """Frobenius norm of ``factor * b @ a``, without the product."""
-    a, b = as_float64(change.a), as_float64(change.b)
-    return abs(change.factor) * float(np.sqrt(max(((b.T @ b) * (a @ a.T)).sum(), 0.0)))
+def _norm(delta: LowRank) -> float:
+    """Frobenius norm of ``scaling * b @ a``, without the product."""
+    a, b = as_float64(delta.a), as_float64(delta.b)
+    return abs(delta.scaling) * float(np.sqrt(max(((b.T @ b) * (a @ a.T)).sum(), 0.0)))
 
 
 def _on_base(source: Adapter, model: BaseModel) -> tuple[tuple[InspectedChange, ...], list[str]]:
@@ -216,11 +216,11 @@ def _on_base(source: Adapter, model: BaseModel) -> tuple[tuple[InspectedChange, 
         try:
             problems = problems_of(source.path, model)
         except HotSwapError as error:
-            changes = (_alone(name, parts) for name, parts in source.changes.items())
-            return tuple(replace(change, problem="see the warning") for change in changes), [str(error)]
-    fit = {name: parts for name, parts in source.changes.items() if _tensor_of(name) not in problems}
+            changes = (_alone(name, parts) for name, parts in source.deltas.items())
+            return tuple(replace(delta, problem="see the warning") for delta in changes), [str(error)]
+    fit = {name: parts for name, parts in source.deltas.items() if _tensor_of(name) not in problems}
     unfit = [_unfit(source, model, name, problem) for name, problem in problems.items()]
-    return (*_measured(replace(source, changes=fit), model), *unfit), []
+    return (*_measured(replace(source, deltas=fit), model), *unfit), []
 
 
 def _tensor_of(name: str) -> str:
@@ -231,10 +231,10 @@ def _tensor_of(name: str) -> str:
 
 def _unfit(source: Adapter, model: BaseModel, tensor: str, problem: str) -> InspectedChange:
     """A change that llama.cpp could not load or apply."""
-    parts = [part for name, parts in source.changes.items() if _tensor_of(name) == tensor for part in parts]
+    parts = [part for name, parts in source.deltas.items() if _tensor_of(name) == tensor for part in parts]
     low = [part for part in parts if isinstance(part, LowRank)]
     norm = sum(_norm(part) ** 2 for part in low) ** 0.5
-    return InspectedChange(tensor, model.shapes.get(tensor), low[0].rank, low[0].factor, norm, None, problem)
+    return InspectedChange(tensor, model.shapes.get(tensor), low[0].rank, low[0].scaling, norm, None, problem)
 
 
 def _measured(source: Adapter, model: BaseModel) -> list[InspectedChange]:
@@ -250,7 +250,7 @@ def _measured(source: Adapter, model: BaseModel) -> list[InspectedChange]:
 
 def _from_nothing(items: Sequence[PlacedDelta]) -> float:
     """Norm of the change of a bias that the base does not have."""
-    return float(np.linalg.norm(sum(item.delta(np.zeros(item.shape), 0) for item in items)))
+    return float(np.linalg.norm(sum(item.compute(np.zeros(item.shape), 0) for item in items)))
 
 
 def _placed(
@@ -259,7 +259,7 @@ def _placed(
     parts = [item.low_rank() for item in items]
     low = [part for part in parts if part is not None]
     ranks = _ranks(items, low) if len(low) == len(parts) else None
-    factors = {part.factor for part in low}
+    factors = {part.scaling for part in low}
     norm, base = norms or (None, None)
     return InspectedChange(
         name=name,
@@ -276,7 +276,7 @@ def _ranks(items: Sequence[PlacedDelta], parts: Sequence[LowRank]) -> int:
     """The rank of a sum of parts; of parts on top of each other, the highest."""
     by_place: dict[int, int] = {}
     for item, part in zip(items, parts, strict=True):
-        by_place[item.piece.first] = by_place.get(item.piece.first, 0) + part.rank
+        by_place[item.tensor_slice.start] = by_place.get(item.tensor_slice.start, 0) + part.rank
     return max(by_place.values())
 
 
@@ -295,12 +295,12 @@ def _measure(file: GgufFile, placed: Mapping[str, Sequence[PlacedDelta]]) -> dic
 
 
 def _norms(file: GgufFile, target: ChangedTensor, whole: WholeTensorDeltas) -> tuple[float, float]:
-    tensor, change, base = target.source, 0.0, 0.0
+    tensor, delta, base = target.source, 0.0, 0.0
     n_rows = 1 if len(tensor.shape) == 1 else tensor.n_rows
-    rows = AnyRows(tensor, 0, n_rows, target.changes, whole)
+    rows = AnyRows(tensor, 0, n_rows, target.deltas, whole)
     step = max(1, _BLOCK // tensor.n_in)
-    for first in range(0, n_rows, step):
-        last = min(first + step, n_rows)
-        change += float((rows.change(first, last) ** 2).sum())
-        base += float((read_values(file, tensor, first, last) ** 2).sum())
-    return change**0.5, base**0.5
+    for start in range(0, n_rows, step):
+        stop = min(start + step, n_rows)
+        delta += float((rows.delta(start, stop) ** 2).sum())
+        base += float((read_values(file, tensor, start, stop) ** 2).sum())
+    return delta**0.5, base**0.5

@@ -36,10 +36,10 @@ def truncate(delta: Float64Array, rank: int | None, energy: float | None) -> tup
     return LowRank(a.astype(np.float32), b.astype(np.float32), 1.0), error
 
 
-def shrink(change: LowRank, rank: int | None, energy: float | None) -> tuple[LowRank, float]:
+def shrink(delta: LowRank, rank: int | None, energy: float | None) -> tuple[LowRank, float]:
     """`truncate` for a change that has factors: by their QR decompositions, without the product."""
-    q_b, r_b = np.linalg.qr(change.factor * as_float64(change.b))
-    q_a, r_a = np.linalg.qr(as_float64(change.a).T)
+    q_b, r_b = np.linalg.qr(delta.scaling * as_float64(delta.b))
+    q_a, r_a = np.linalg.qr(as_float64(delta.a).T)
     core, error = truncate(r_b @ r_a.T, rank, energy)
     a, b = as_float64(core.a) @ q_a.T, q_b @ as_float64(core.b)
     return LowRank(a.astype(np.float32), b.astype(np.float32), 1.0), error

@@ -49,22 +49,22 @@ class Difference:
 
     def blocks(self) -> Iterator[tuple[int, Float32Array]]:
         """The difference in blocks of rows, each with the number of its first row."""
-        for first, tuned, base in self.both():
-            yield first, tuned - base
+        for start, tuned, base in self.both():
+            yield start, tuned - base
 
     def relative_norm(self) -> float:
         """Norm of the difference, divided by that of the base's values."""
-        change = base_norm = 0.0
+        delta = base_norm = 0.0
         for _, tuned, base in self.both():
-            change += float(((tuned - base).astype(np.float64) ** 2).sum())
+            delta += float(((tuned - base).astype(np.float64) ** 2).sum())
             base_norm += float((base.astype(np.float64) ** 2).sum())
-        return float(np.sqrt(change / base_norm)) if base_norm else float(np.sqrt(change))
+        return float(np.sqrt(delta / base_norm)) if base_norm else float(np.sqrt(delta))
 
     def both(self) -> Iterator[tuple[int, Float32Array, Float32Array]]:
         """The values of both models in blocks of rows, each with the number of its first row."""
         step = max(1, _BLOCK // self.n_columns)
-        for first in range(0, self.n_rows, step):
-            yield first, *self.rows(first, min(first + step, self.n_rows))
+        for start in range(0, self.n_rows, step):
+            yield start, *self.rows(start, min(start + step, self.n_rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,21 +123,21 @@ def _of_tensor(tuned: GgufFile, base: GgufFile, name: str, *, is_tied: bool) -> 
     elif name == TOKEN_EMBEDDING and is_tied:
         problem = "the token embedding, to which the output weight is tied: llama.cpp would abort on a LoRA of it"
     n_rows = ours.shape[-2] if len(ours.shape) > 1 else 1
-    for start in range(0, ours.n_rows, n_rows):
-        expert = f".{start // n_rows}" if len(ours.shape) > 2 else ""
+    for at in range(0, ours.n_rows, n_rows):
+        expert = f".{at // n_rows}" if len(ours.shape) > 2 else ""
 
-        def rows(first: int, last: int, start: int = start) -> tuple[Float32Array, Float32Array]:
+        def rows(start: int, stop: int, at: int = at) -> tuple[Float32Array, Float32Array]:
             return (
-                _read(tuned, ours, start + first, start + last),
-                _read(base, theirs, start + first, start + last),
+                _read(tuned, ours, at + start, at + stop),
+                _read(base, theirs, at + start, at + stop),
             )
 
         yield Difference(f"{name}{expert}", n_rows, ours.n_in, False, problem, _half(ours.type.name), rows)
 
 
-def _read(file: GgufFile, tensor: TensorEntry, first: int, last: int) -> Float32Array:
-    values = np.empty((last - first, tensor.n_in), np.float32)
-    kernels.dequantize_rows(file.read_rows(tensor, first, last), tensor.type, values)
+def _read(file: GgufFile, tensor: TensorEntry, start: int, stop: int) -> Float32Array:
+    values = np.empty((stop - start, tensor.n_in), np.float32)
+    kernels.dequantize_rows(file.read_rows(tensor, start, stop), tensor.type, values)
     return values
 
 
@@ -181,8 +181,8 @@ def _of_weight(tuned: Checkpoint, base: Checkpoint, name: str, config: dict[str,
     conv1d = KNOWN["gpt2"].conv1d if kind == "gpt2" else None
     transposed = bool(conv1d and conv1d.search(name)) or (kind in _TRANSPOSED_EXPERTS and bool(_STACKED.search(name)))
 
-    def rows(first: int, last: int) -> tuple[Float32Array, Float32Array]:
-        numbers = np.arange(first, last)
+    def rows(start: int, stop: int) -> tuple[Float32Array, Float32Array]:
+        numbers = np.arange(start, stop)
         return tuned.read_rows(ours, numbers), base.read_rows(theirs, numbers)
 
     return Difference(name, ours.n_rows, ours.n_columns, transposed, problem, _half(ours.dtype), rows)

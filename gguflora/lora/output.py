@@ -97,7 +97,7 @@ def _write_peft(adapter: FactoredAdapter, out: Path) -> Written:
     tensors, config = peft_tensors(adapter)
     with atomic_folder(out) as folder:
         write_peft_directory(folder, tensors, config)
-    ranks = [change.rank for change in adapter.pairs.values()]
+    ranks = [delta.rank for delta in adapter.pairs.values()]
     size = sum(tensor.nbytes for tensor in tensors.values())
     return Written(out, len(ranks), (min(ranks), max(ranks)), size, adapter.warnings)
 

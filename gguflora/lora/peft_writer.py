@@ -40,9 +40,9 @@ def peft_tensors(adapter: FactoredAdapter) -> tuple[dict[str, Array], dict[str, 
     if odd:
         raise UnsupportedAdapterError(f"{adapter.path}: PEFT's LoRA has no place for a change of {odd[0]!r}")
     tensors: dict[str, Array] = {}
-    for name, change in modules.items():
-        tensors |= _of_module(name, change)
-    forms = {name.removesuffix(".weight"): (change.rank, _alpha(change)) for name, change in modules.items()}
+    for name, delta in modules.items():
+        tensors |= _of_module(name, delta)
+    forms = {name.removesuffix(".weight"): (delta.rank, _alpha(delta)) for name, delta in modules.items()}
     for owner, found in parameters.items():
         stacks = {name: _even(list(found[name])) for name in _ORDER if name in found}
         tensors |= _of_owner(owner, stacks)
@@ -55,12 +55,12 @@ def _split(pairs: Pairs) -> tuple[dict[str, LowRank], dict[str, dict[str, list[L
     """Changes of modules; and those of experts, in their order, by owner and parameter."""
     modules: dict[str, LowRank] = {}
     found: dict[tuple[str, str], dict[int, LowRank]] = {}
-    for name, change in pairs.items():
+    for name, delta in pairs.items():
         match = _PARAMETER.fullmatch(name)
         if match is None:
-            modules[name] = change
+            modules[name] = delta
         else:
-            found.setdefault((match["owner"], match["parameter"]), {})[int(match["expert"])] = change
+            found.setdefault((match["owner"], match["parameter"]), {})[int(match["expert"])] = delta
     owners: dict[str, dict[str, list[LowRank]]] = {}
     for (owner, parameter), experts in found.items():
         if sorted(experts) != list(range(len(experts))):
@@ -71,11 +71,11 @@ def _split(pairs: Pairs) -> tuple[dict[str, LowRank], dict[str, dict[str, list[L
     return modules, owners
 
 
-def _of_module(name: str, change: LowRank) -> dict[str, Array]:
+def _of_module(name: str, delta: LowRank) -> dict[str, Array]:
     key = PREFIX + name.removesuffix(".weight")
     if is_embedding(name):
-        return {f"{key}.lora_embedding_A": _stored(change.b.T), f"{key}.lora_embedding_B": _stored(change.a.T)}
-    return {f"{key}.lora_A.weight": _stored(change.a), f"{key}.lora_B.weight": _stored(change.b)}
+        return {f"{key}.lora_embedding_A": _stored(delta.b.T), f"{key}.lora_embedding_B": _stored(delta.a.T)}
+    return {f"{key}.lora_A.weight": _stored(delta.a), f"{key}.lora_B.weight": _stored(delta.b)}
 
 
 def _of_owner(owner: str, stacks: Mapping[str, Sequence[LowRank]]) -> dict[str, Array]:
@@ -83,21 +83,21 @@ def _of_owner(owner: str, stacks: Mapping[str, Sequence[LowRank]]) -> dict[str, 
     tensors: dict[str, Array] = {}
     for depth, stack in enumerate(reversed(list(stacks.values()))):
         key = PREFIX + owner + ".base_layer" * depth
-        a = np.concatenate([as_float32(change.a) for change in stack], axis=0)
-        b = np.stack([as_float32(change.b) for change in stack], axis=-1)
+        a = np.concatenate([as_float32(delta.a) for delta in stack], axis=0)
+        b = np.stack([as_float32(delta.b) for delta in stack], axis=-1)
         tensors |= {f"{key}.lora_A.weight": _stored(a), f"{key}.lora_B.weight": _stored(b.reshape(len(b), -1))}
     return tensors
 
 
 def _even(stack: list[LowRank]) -> list[LowRank]:
-    """The experts' changes with one rank and one factor."""
-    rank = max(change.rank for change in stack)
-    if len({(change.rank, change.factor) for change in stack}) == 1:
+    """The experts' changes with one rank and one scaling."""
+    rank = max(delta.rank for delta in stack)
+    if len({(delta.rank, delta.scaling) for delta in stack}) == 1:
         return stack
     even = []
-    for change in stack:
-        more = (0, rank - change.rank)
-        a, b = np.pad(as_float32(change.a), (more, (0, 0))), np.pad(fold(change), ((0, 0), more))
+    for delta in stack:
+        more = (0, rank - delta.rank)
+        a, b = np.pad(as_float32(delta.a), (more, (0, 0))), np.pad(fold(delta), ((0, 0), more))
         even.append(LowRank(a, b, 1.0))
     return even
 
@@ -108,9 +108,9 @@ def _stored(array: Array) -> Array:
     return np.ascontiguousarray(values, _DTYPES[exact_type(values)])
 
 
-def _alpha(change: LowRank) -> float:
+def _alpha(delta: LowRank) -> float:
     """The alpha of a change: a whole number where rounding has only just missed one."""
-    alpha = change.factor * change.rank
+    alpha = delta.scaling * delta.rank
     nearest = round(alpha)
     return nearest if abs(alpha - nearest) < 1e-9 * max(1.0, abs(alpha)) else alpha
 

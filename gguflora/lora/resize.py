@@ -79,14 +79,14 @@ def resize(
     check_output(target, inputs, outtype=outtype, force=force)
     source = read_factored(adapter, model, rank, energy)
     resized, errors = {}, {}
-    for name, change in source.pairs.items():
-        resized[name], error = _resized(change, rank, energy)
+    for name, delta in source.pairs.items():
+        resized[name], error = _resized(delta, rank, energy)
         if error is not None:
             errors[name] = error
     new = replace(source, pairs=resized)
     made_from = {"source": source.path.name, "source.sha256": source.sha256, "resized": _asked(rank, energy)}
     written = write_adapter(new, target, model, outtype, made_from)
-    ranks = [change.rank for change in source.pairs.values()]
+    ranks = [delta.rank for delta in source.pairs.values()]
     return ResizeReport(
         output=target,
         adapter=source.name,
@@ -104,9 +104,9 @@ def _asked(rank: int | None, energy: float | None) -> str:
     return f"rank {rank}" if rank is not None else f"energy {energy}"
 
 
-def _resized(change: LowRank, rank: int | None, energy: float | None) -> tuple[LowRank, float | None]:
+def _resized(delta: LowRank, rank: int | None, energy: float | None) -> tuple[LowRank, float | None]:
     """The change with its new rank, and the error if that is lower than before."""
-    if rank is not None and change.rank <= rank:
-        return change, None
-    smaller, error = shrink(change, rank, energy)
-    return (smaller, error) if smaller.rank < change.rank else (change, None)
+    if rank is not None and delta.rank <= rank:
+        return delta, None
+    smaller, error = shrink(delta, rank, energy)
+    return (smaller, error) if smaller.rank < delta.rank else (delta, None)

@@ -53,23 +53,23 @@ class RankChoice:
     saving: float
 
 
-def singular_values(change: LowRank) -> Float64Array:
-    """The singular values of ``factor * b @ a``, largest first, without the product."""
-    _, r_b = np.linalg.qr(change.factor * as_float64(change.b))
-    _, r_a = np.linalg.qr(as_float64(change.a).T)
+def singular_values(delta: LowRank) -> Float64Array:
+    """The singular values of ``scaling * b @ a``, largest first, without the product."""
+    _, r_b = np.linalg.qr(delta.scaling * as_float64(delta.b))
+    _, r_a = np.linalg.qr(as_float64(delta.a).T)
     values: Float64Array = np.linalg.svd(r_b @ r_a.T, compute_uv=False)
     return values
 
 
 def spectra_of(pairs: Mapping[str, LowRank]) -> tuple[Spectrum, ...]:
     """The spectrum of each change."""
-    return tuple(_spectrum(name, change) for name, change in pairs.items())
+    return tuple(_spectrum(name, delta) for name, delta in pairs.items())
 
 
-def _spectrum(name: str, change: LowRank) -> Spectrum:
-    n_out, n_in = change.shape
-    size = n_out * change.b.dtype.itemsize + n_in * change.a.dtype.itemsize
-    return Spectrum(name, kind_of(name), change.rank, tuple(singular_values(change).tolist()), size)
+def _spectrum(name: str, delta: LowRank) -> Spectrum:
+    n_out, n_in = delta.shape
+    size = n_out * delta.b.dtype.itemsize + n_in * delta.a.dtype.itemsize
+    return Spectrum(name, kind_of(name), delta.rank, tuple(singular_values(delta).tolist()), size)
 
 
 def kind_of(name: str) -> str:

@@ -34,7 +34,7 @@ _SAMPLES: Final = 16
 class _Source(Protocol):
     def check(self, tensor: str) -> None: ...
 
-    def rows(self, tensor: str, first: int, last: int) -> Float32Array: ...
+    def rows(self, tensor: str, start: int, stop: int) -> Float32Array: ...
 
     def close(self) -> None: ...
 
@@ -78,8 +78,8 @@ class UnquantizedBase:
                     f"more than quantization to {entry.type.name} explains; is it the same model?"
                 )
 
-    def rows(self, tensor: str, first: int, last: int) -> Float32Array:
-        """Rows ``first`` to ``last`` (exclusive) of a tensor of the quantized base, float32 (last - first, n_in).
+    def rows(self, tensor: str, start: int, stop: int) -> Float32Array:
+        """Rows ``start`` to ``stop`` (exclusive) of a tensor of the quantized base, float32 (stop - start, n_in).
 
         Leading dimensions count as rows; a vector is one row. May be called from several threads.
 
@@ -87,7 +87,7 @@ class UnquantizedBase:
             MismatchError: if the weights of high precision lack the tensor.
             FormatError: if they cannot be read.
         """
-        return self._source.rows(tensor, first, last)
+        return self._source.rows(tensor, start, stop)
 
     def close(self) -> None:
         """Close the files."""
@@ -121,9 +121,9 @@ class _GgufWeights:
                 f"{self._file.path}: tensor {tensor!r} is {entry.shape}, but {shape} in {self._model.path}"
             )
 
-    def rows(self, tensor: str, first: int, last: int) -> Float32Array:
+    def rows(self, tensor: str, start: int, stop: int) -> Float32Array:
         self.check(tensor)
-        return _dequantized(self._file, self._file.tensors[tensor], first, last)
+        return _dequantized(self._file, self._file.tensors[tensor], start, stop)
 
     def close(self) -> None:
         self._file.close()
@@ -141,26 +141,26 @@ def _check_architecture(file: GgufFile, model: BaseModel) -> None:
         raise MismatchError(f"{file.path}: is {found!r}, but {model.path} is {model.architecture!r}")
 
 
-def _dequantized(file: GgufFile, tensor: TensorEntry, first: int, last: int) -> Float32Array:
+def _dequantized(file: GgufFile, tensor: TensorEntry, start: int, stop: int) -> Float32Array:
     if tensor.type.id not in TYPES:
         raise GgufError(f"{file.path}: tensor {tensor.name!r} is {tensor.type.name}, expected weights")
-    values = np.empty((last - first, tensor.n_in), np.float32)
-    kernels.dequantize_rows(file.read_rows(tensor, first, last), tensor.type, values)
+    values = np.empty((stop - start, tensor.n_in), np.float32)
+    kernels.dequantize_rows(file.read_rows(tensor, start, stop), tensor.type, values)
     return values
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A piece of a GGUF tensor and the weight that it is taken from.
+    """A slice of a GGUF tensor and the weight that it is taken from.
 
     Attributes:
-        fits: whether the weight has as many rows and columns as its pieces.
+        fits: whether the weight has as many rows and columns as its slices.
         flipped: whether the weight lies on disk as (n_in, n_out).
         decay: whether GGUF stores -exp of the values.
     """
 
     weight: StoredWeight
-    piece: TensorSlice
+    tensor_slice: TensorSlice
     fits: bool = True
     flipped: bool = False
     decay: bool = False
@@ -172,16 +172,16 @@ class _Part:
 
     @property
     def stored_shape(self) -> tuple[int, int]:
-        """Rows and columns of the piece as GGUF stores it."""
+        """Rows and columns of the slice as GGUF stores it."""
         n_rows, n_columns = self.shape
-        n_rows = n_rows if self.piece.rows is None else len(self.piece.rows)
-        n_columns = n_columns if self.piece.columns is None else len(self.piece.columns)
-        return (n_columns, n_rows) if self.piece.transposed else (n_rows, n_columns)
+        n_rows = n_rows if self.tensor_slice.rows is None else len(self.tensor_slice.rows)
+        n_columns = n_columns if self.tensor_slice.columns is None else len(self.tensor_slice.columns)
+        return (n_columns, n_rows) if self.tensor_slice.transposed else (n_rows, n_columns)
 
     @property
-    def end(self) -> int:
-        """Row of the tensor after the piece's last."""
-        return self.piece.first + self.stored_shape[0]
+    def stop(self) -> int:
+        """Row of the tensor after the slice's last."""
+        return self.tensor_slice.start + self.stored_shape[0]
 
 
 class _HfWeights:
@@ -195,8 +195,8 @@ class _HfWeights:
         found: dict[str, list[_Part]] = {}
         for name, weight in self._checkpoint.weights.items():
             for part in _parts_of(model, name, weight):
-                if part.piece.tensor in model.shapes:
-                    found.setdefault(part.piece.tensor, []).append(part)
+                if part.tensor_slice.tensor in model.shapes:
+                    found.setdefault(part.tensor_slice.tensor, []).append(part)
         if OUTPUT in model.shapes and OUTPUT not in found:  # tied in the one, not in the other
             found[OUTPUT] = found.get(TOKEN_EMBEDDING, [])
         self._parts = {tensor: _in_order(parts) for tensor, parts in found.items()}
@@ -206,9 +206,9 @@ class _HfWeights:
         parts = self._parts.get(tensor, [])
         at, (n_rows, n_columns) = 0, flat_shape(_shape_in(self._model, tensor))
         for part in parts:
-            if not part.fits or part.piece.first != at or part.stored_shape[1] != n_columns:
+            if not part.fits or part.tensor_slice.start != at or part.stored_shape[1] != n_columns:
                 break
-            at = part.end
+            at = part.stop
         if at != n_rows:
             found = ", ".join(f"{part.weight.name!r} {part.shape}" for part in parts[:8]) or "no weight"
             raise MismatchError(
@@ -216,15 +216,17 @@ class _HfWeights:
                 f"{self._model.shapes[tensor]}; is it the same model, with its weights in safetensors?"
             )
 
-    def rows(self, tensor: str, first: int, last: int) -> Float32Array:
+    def rows(self, tensor: str, start: int, stop: int) -> Float32Array:
         self.check(tensor)
         if len(self._model.shapes[tensor]) == 1:
             return self._column(tensor)
-        values = np.empty((last - first, self._model.shapes[tensor][-1]), np.float32)
+        values = np.empty((stop - start, self._model.shapes[tensor][-1]), np.float32)
         for part in self._parts[tensor]:
-            start, end = max(part.piece.first, first), min(part.end, last)
-            if start < end:
-                values[start - first : end - first] = self._read(part, start - part.piece.first, end - part.piece.first)
+            low, high = max(part.tensor_slice.start, start), min(part.stop, stop)
+            if low < high:
+                values[low - start : high - start] = self._read(
+                    part, low - part.tensor_slice.start, high - part.tensor_slice.start
+                )
         return values
 
     def _column(self, tensor: str) -> Float32Array:
@@ -232,14 +234,14 @@ class _HfWeights:
         columns = [self._read(part, 0, part.stored_shape[0]) for part in self._parts[tensor]]
         return np.concatenate(columns).reshape(1, -1)
 
-    def _read(self, part: _Part, first: int, last: int) -> Float32Array:
-        """Some rows of a piece, counted from its first, with GGUF's values."""
-        piece, n_rows = part.piece, part.shape[0]
-        numbers = np.arange(n_rows) if piece.rows is None else piece.rows
-        values = self._weight_rows(part, numbers if piece.transposed else numbers[first:last])
-        values = values if piece.columns is None else values[:, piece.columns]
-        values = values.T[first:last] if piece.transposed else values
-        return -np.exp(values) if part.decay else values + np.float32(piece.shift)
+    def _read(self, part: _Part, start: int, stop: int) -> Float32Array:
+        """Some rows of a slice, counted from its first, with GGUF's values."""
+        tensor_slice, n_rows = part.tensor_slice, part.shape[0]
+        numbers = np.arange(n_rows) if tensor_slice.rows is None else tensor_slice.rows
+        values = self._weight_rows(part, numbers if tensor_slice.transposed else numbers[start:stop])
+        values = values if tensor_slice.columns is None else values[:, tensor_slice.columns]
+        values = values.T[start:stop] if tensor_slice.transposed else values
+        return -np.exp(values) if part.decay else values + np.float32(tensor_slice.shift)
 
     def _weight_rows(self, part: _Part, rows: Indices) -> Float32Array:
         if not part.flipped:
@@ -256,8 +258,8 @@ class _HfWeights:
 
 def _in_order(parts: Sequence[_Part]) -> list[_Part]:
     """Parts by their rows; a checkpoint may hold one weight under several names, of which the first is taken."""
-    by_place = {(part.piece.first, part.stored_shape): part for part in reversed(parts)}
-    return sorted(by_place.values(), key=lambda part: part.piece.first)
+    by_place = {(part.tensor_slice.start, part.stored_shape): part for part in reversed(parts)}
+    return sorted(by_place.values(), key=lambda part: part.tensor_slice.start)
 
 
 def _parts_of(model: BaseModel, name: str, weight: StoredWeight) -> list[_Part]:
@@ -266,31 +268,31 @@ def _parts_of(model: BaseModel, name: str, weight: StoredWeight) -> list[_Part]:
     if decay is not None:
         return [_Part(weight, decay, decay=True)]
     try:
-        pieces = slices_of(model, name)
+        slices = slices_of(model, name)
     except MismatchError:  # where its place depends on tensors that the base lacks
         return []
     flipped = is_conv1d(model, name) or is_transposed_expert(model, name)
-    fits = _cover(pieces, *_shape(weight, flipped=flipped))
-    return [_without_padding(model, _Part(weight, piece, fits, flipped)) for piece in pieces]
+    fits = _cover(slices, *_shape(weight, flipped=flipped))
+    return [_without_padding(model, _Part(weight, tensor_slice, fits, flipped)) for tensor_slice in slices]
 
 
 def _shape(weight: StoredWeight, *, flipped: bool) -> tuple[int, int]:
     return (weight.n_columns, weight.n_rows) if flipped else (weight.n_rows, weight.n_columns)
 
 
-def _cover(pieces: Sequence[TensorSlice], n_out: int, n_in: int) -> bool:
-    """Whether pieces that name their rows or columns name all of them."""
-    rows = sum(len(piece.rows) for piece in pieces if piece.rows is not None)
-    columns = sum(len(piece.columns) for piece in pieces if piece.columns is not None)
+def _cover(slices: Sequence[TensorSlice], n_out: int, n_in: int) -> bool:
+    """Whether slices that name their rows or columns name all of them."""
+    rows = sum(len(tensor_slice.rows) for tensor_slice in slices if tensor_slice.rows is not None)
+    columns = sum(len(tensor_slice.columns) for tensor_slice in slices if tensor_slice.columns is not None)
     return rows in {0, n_out} and columns in {0, n_in}
 
 
 def _without_padding(model: BaseModel, part: _Part) -> _Part:
     """The part without the rows of a vocabulary, or of positions, that GGUF leaves out."""
-    skipped = cut_positions(model, part.piece.tensor, part.shape[0])
+    skipped = cut_positions(model, part.tensor_slice.tensor, part.shape[0])
     if skipped:
-        return replace(part, piece=replace(part.piece, rows=np.arange(skipped, part.shape[0])))
-    rows = model.shapes.get(part.piece.tensor, (0,))[0] if is_cut(model) else 0
-    if part.piece.tensor not in {TOKEN_EMBEDDING, OUTPUT} or not 0 < rows < part.shape[0]:
+        return replace(part, tensor_slice=replace(part.tensor_slice, rows=np.arange(skipped, part.shape[0])))
+    rows = model.shapes.get(part.tensor_slice.tensor, (0,))[0] if is_cut(model) else 0
+    if part.tensor_slice.tensor not in {TOKEN_EMBEDDING, OUTPUT} or not 0 < rows < part.shape[0]:
         return part
-    return replace(part, piece=replace(part.piece, rows=np.arange(rows)))
+    return replace(part, tensor_slice=replace(part.tensor_slice, rows=np.arange(rows)))

@@ -40,24 +40,24 @@ class MergePart:
         for name, tensor in self.tensors.items():
             target = targets[name]
             row_bytes = target.type.row_bytes(target.shape[-1])
-            for first, n_rows, checksum in tensor["blocks"]:
+            for start, n_rows, checksum in tensor["blocks"]:
                 with _part_errors(self.path):
-                    self.file.seek(tensor["offset"] + first * row_bytes)
+                    self.file.seek(tensor["offset"] + start * row_bytes)
                     content = self.file.read(n_rows * row_bytes)
                 if len(content) != n_rows * row_bytes or zlib.crc32(content) != checksum:
-                    raise FormatError(f"{shown(self.path)}: is damaged: {name!r}, rows {first} to {first + n_rows}")
+                    raise FormatError(f"{shown(self.path)}: is damaged: {name!r}, rows {start} to {start + n_rows}")
                 new = np.frombuffer(content, np.uint8).reshape(n_rows, row_bytes)
-                sink.put(Block(target, first, new[:0], new))
+                sink.put(Block(target, start, new[:0], new))
 
 
 def open_part(path: str, opened: ExitStack) -> MergePart:
     with _part_errors(path):
         file = opened.enter_context(_open(path))
-        end = file.seek(-_END.size, os.SEEK_END)
+        trailer = file.seek(-_END.size, os.SEEK_END)
         length, magic = _END.unpack(file.read())
-        if magic != _MAGIC or length > end:
+        if magic != _MAGIC or length > trailer:
             raise ValueError(magic)
-        file.seek(end - length)
+        file.seek(trailer - length)
         index = json.loads(file.read(length))
         return MergePart(path, file, str(index["plan"]), float(index["seconds"]), dict(index["tensors"]))
 
@@ -88,9 +88,9 @@ def _part_errors(path: str) -> Iterator[None]:
 def _check_rows(part: MergePart, n_rows: Mapping[str, int]) -> None:
     for name, tensor in part.tensors.items():
         row = 0
-        for first, count, _ in tensor["blocks"]:
-            if first != row:
-                raise ValueError(first)
+        for start, count, _ in tensor["blocks"]:
+            if start != row:
+                raise ValueError(start)
             row += count
         if row != n_rows[name] or tensor["offset"] < 0:
             raise ValueError(row)

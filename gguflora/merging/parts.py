@@ -210,13 +210,13 @@ def shares(targets: Sequence[ChangedTensor], count: int) -> list[list[ChangedTen
 
     Tensors that one change touches stay together, for a formula may need the whole Hugging Face weight they come from.
     """
-    changes = [{id(item.change) for item, _ in target.changes} for target in targets]
+    deltas = [{id(item.delta) for item, _ in target.deltas} for target in targets]
     groups: dict[int, list[int]] = {}
     group_of: dict[int, int] = {}
     for number in range(len(targets)):
-        joined = {group_of[change] for change in changes[number] if change in group_of}
+        joined = {group_of[delta] for delta in deltas[number] if delta in group_of}
         groups[number] = [number, *(other for group in joined for other in groups.pop(group))]
-        group_of |= {change: number for member in groups[number] for change in changes[member]}
+        group_of |= {delta: number for member in groups[number] for delta in deltas[member]}
     sizes = {number: sum(_n_bytes(targets[member]) for member in group) for number, group in groups.items()}
     loads, chosen = [0] * count, [list[int]() for _ in range(count)]
     for number in sorted(groups, key=lambda number: -sizes[number]):
@@ -260,10 +260,10 @@ class _PartSink:
     def put(self, block: Block) -> None:
         checksum = zlib.crc32(block.new.data)
         with self._lock:
-            self.blocks[block.target.name].append((block.first, len(block.new), checksum))
+            self.blocks[block.target.name].append((block.start, len(block.new), checksum))
         self._rows.put(block)
 
-    def copy(self, first: int, last: int, to: int) -> None:
+    def copy(self, start: int, stop: int, to: int) -> None:
         raise AssertionError  # a part's layout copies nothing
 
 

@@ -65,7 +65,7 @@ def make_plan(
         GgufloraError: if adapters and base do not fit together, or a tensor cannot be written as asked.
     """
     model = with_biases(describe(file))
-    changes: dict[str, list[ScaledDelta]] = {}
+    deltas: dict[str, list[ScaledDelta]] = {}
     unknown = unknown_warning(model)
     warnings = [] if unknown is None else [f"{file.path}: {unknown}"]
     for source, scale in sources:
@@ -79,31 +79,31 @@ def make_plan(
         for name, placed_items in placed.items():
             effective = [(item, scale) for item in placed_items if scale and not _is_nothing(item)]
             if effective:
-                changes.setdefault(name, []).extend(effective)
-    untied = _untie(model, changes) if model.is_tied else set()
+                deltas.setdefault(name, []).extend(effective)
+    untied = _untie(model, deltas) if model.is_tied else set()
     entries = _record(file, sources, rounding)
-    n_tokens = _vocabulary_of(file, changes)
+    n_tokens = _vocabulary_of(file, deltas)
     if n_tokens:
         for source, _ in sources:
             entries |= grown_vocabulary(file, source.path.parent, n_tokens)
     targets, only_floats = [], not any(tensor.type.block_weights > 1 for tensor in file.tensors.values())
-    for name, items in changes.items():
+    for name, items in deltas.items():
         entry = file.tensors.get(TOKEN_EMBEDDING if name in untied else name) or _absent(name, model.shapes[name])
         grown = n_tokens and name in {TOKEN_EMBEDDING, OUTPUT}
         shape = (n_tokens, entry.n_in) if grown else entry.shape
         targets.append(ChangedTensor(name, entry, shape, types.of(name, entry, only_floats=only_floats), items))
     for target in targets:
         _check_type(file, target, rounding, anew=anew)
-    warnings += [f"--type {pattern}: matches no changed tensor" for pattern in types.unused(list(changes))]
+    warnings += [f"--type {pattern}: matches no changed tensor" for pattern in types.unused(list(deltas))]
     layout = file.layout(entries, {target.name: (target.shape, target.type) for target in targets})
     return MergePlan(layout, targets, tuple(warnings))
 
 
-def _vocabulary_of(file: GgufFile, changes: Mapping[str, Sequence[ScaledDelta]]) -> int:
+def _vocabulary_of(file: GgufFile, deltas: Mapping[str, Sequence[ScaledDelta]]) -> int:
     """Rows of the embedding and output where an adapter has more than the base, else 0."""
-    names = [name for name in (TOKEN_EMBEDDING, OUTPUT) if name in changes or name in file.tensors]
+    names = [name for name in (TOKEN_EMBEDDING, OUTPUT) if name in deltas or name in file.tensors]
     rows = {
-        name: new_vocabulary(item.change for item, _ in changes.get(name, ()) if item.piece.rows is None)
+        name: new_vocabulary(item.delta for item, _ in deltas.get(name, ()) if item.tensor_slice.rows is None)
         for name in names
     }
     n_tokens = max(rows.values(), default=0)
@@ -125,29 +125,29 @@ def _absent(name: str, shape: Shape) -> TensorEntry:
 
 
 def _is_nothing(item: PlacedDelta) -> bool:
-    return isinstance(item.change, LowRank) and item.change.factor == 0
+    return isinstance(item.delta, LowRank) and item.delta.scaling == 0
 
 
-def _untie(model: BaseModel, changes: dict[str, list[ScaledDelta]]) -> set[str]:
+def _untie(model: BaseModel, deltas: dict[str, list[ScaledDelta]]) -> set[str]:
     """Where a tied embedding and output change differently, an output weight of its own.
 
-    It begins as a copy of the embedding. Leaves ``changes`` with an entry for it, or without one if none is needed.
+    It begins as a copy of the embedding. Leaves ``deltas`` with an entry for it, or without one if none is needed.
     """
-    embedding, output = changes.get(TOKEN_EMBEDDING, []), changes.get(OUTPUT, [])
+    embedding, output = deltas.get(TOKEN_EMBEDDING, []), deltas.get(OUTPUT, [])
     if len(embedding) == len(output) and all(map(_same, embedding, output)):
-        changes.pop(OUTPUT, None)
+        deltas.pop(OUTPUT, None)
         return set()
     if not can_untie(model):
         raise UnsupportedAdapterError(
             f"{model.path}: its token embedding is also the output weight, and the adapters change them differently; "
             f"llama.cpp's {model.architecture} cannot have an output weight of its own"
         )
-    changes[OUTPUT] = output
+    deltas[OUTPUT] = output
     return {OUTPUT}
 
 
 def _same(one: ScaledDelta, other: ScaledDelta) -> bool:
-    (a, scale_a), (b, scale_b) = (one[0].change, one[1]), (other[0].change, other[1])
+    (a, scale_a), (b, scale_b) = (one[0].delta, one[1]), (other[0].delta, other[1])
     if isinstance(a, Replace) and isinstance(b, Replace) and a.shape == b.shape:
         return scale_a == scale_b and np.array_equal(a.values, b.values)
     return a is b and scale_a == scale_b

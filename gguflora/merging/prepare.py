@@ -113,7 +113,7 @@ def prepared_merge(
         precise = None
         if base_f16 is not None:
             precise = opened.enter_context(UnquantizedBase.open(base_f16, describe(file)))
-            precise.check(file, (changed.source.name for changed in plan.targets if changed.changes))
+            precise.check(file, (changed.source.name for changed in plan.targets if changed.deltas))
         yield PreparedMerge(file, sources, how, plan, BaseTensors(file, precise))
 
 
@@ -137,7 +137,7 @@ def _rounding(file: GgufFile, mode: Mode, seed: int, imatrix: str | os.PathLike[
 
 def _reports(plan: MergePlan, sums: Mapping[str, Sums]) -> tuple[tuple[TensorReport, ...], TensorReport]:
     """A report for each changed tensor, and one for all together; without sums, of what is planned."""
-    changed = [target for target in plan.targets if target.changes]
+    changed = [target for target in plan.targets if target.deltas]
     count = sum(math.prod(target.shape) for target in changed)
     if not sums:
         reports = (TensorReport(target.name, target.type.name, math.prod(target.shape)) for target in changed)

@@ -108,20 +108,20 @@ class Rewriter:
         yield from behind
 
     def _jobs(self, sink: RowSink) -> Iterator[_RewriteJob]:
-        places = [(to, self._copies(sink, first, last, to)) for first, last, to in self._layout.copies]
+        places = [(to, self._copies(sink, start, stop, to)) for start, stop, to in self._layout.copies]
         places += [(self._layout.offsets[target.name], self._changes(sink, target)) for target in self._targets]
         for _, jobs in sorted(places, key=lambda place: place[0]):
             yield from jobs
 
-    def _copies(self, sink: RowSink, start: int, end: int, to: int) -> Iterator[_RewriteJob]:
-        firsts = range(start, end, COPY_BYTES)
-        tasks = [partial(self._copy, sink, first, min(first + COPY_BYTES, end), to + first - start) for first in firsts]
+    def _copies(self, sink: RowSink, start: int, stop: int, to: int) -> Iterator[_RewriteJob]:
+        places = range(start, stop, COPY_BYTES)
+        tasks = [partial(self._copy, sink, at, min(at + COPY_BYTES, stop), to + at - start) for at in places]
         yield _RewriteJob((), tasks, in_turn=False)
 
-    def _copy(self, sink: RowSink, first: int, last: int, to: int) -> int:
+    def _copy(self, sink: RowSink, start: int, stop: int, to: int) -> int:
         if not self._cancelled.is_set():
-            sink.copy(first, last, to)
-        return last - first
+            sink.copy(start, stop, to)
+        return stop - start
 
     def _changes(self, sink: RowSink, target: ChangedTensor) -> Iterator[_RewriteJob]:
         totals = self._totals[target.name] = []
@@ -129,30 +129,30 @@ class Rewriter:
         for rows in split_rows(target, self._whole, self._rounding.period(target)):
             totals.append(np.zeros(len(SUMS)))
             rounder = RowsRounder(self._weights, target, rows, self._rounding, self._folder, totals[-1])
-            blocks = [(first, min(first + step, rows.end)) for first in range(rows.start, rows.end, step)]
+            blocks = [(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
             measure = [partial(self._measure, rounder, target, *block) for block in blocks if rounder.two_passes]
             write = [partial(self._write, sink, rounder, target, *block) for block in blocks]
             yield _RewriteJob(measure, write, in_turn=isinstance(rows, AnyRows))
 
-    def _measure(self, rounder: RowsRounder, target: ChangedTensor, first: int, last: int) -> int:
-        with self._naming(target, first):
-            rounder.measure(first, last)  # even when cancelled, for another thread may wait for it
+    def _measure(self, rounder: RowsRounder, target: ChangedTensor, start: int, stop: int) -> int:
+        with self._naming(target, start):
+            rounder.measure(start, stop)  # even when cancelled, for another thread may wait for it
         return 0
 
-    def _write(self, sink: RowSink, rounder: RowsRounder, target: ChangedTensor, first: int, last: int) -> int:
+    def _write(self, sink: RowSink, rounder: RowsRounder, target: ChangedTensor, start: int, stop: int) -> int:
         if self._cancelled.is_set():
             return 0
-        with self._naming(target, first):
-            old, new = rounder.new(first, last)
-        sink.put(Block(target, first, old, new))
+        with self._naming(target, start):
+            old, new = rounder.new(start, stop)
+        sink.put(Block(target, start, old, new))
         return new.nbytes
 
     @contextmanager
-    def _naming(self, target: ChangedTensor, first: int) -> Iterator[None]:
+    def _naming(self, target: ChangedTensor, start: int) -> Iterator[None]:
         try:
             yield
         except NonFiniteError as error:
-            row = first + error.row
+            row = start + error.row
             raise NonFiniteError(
                 f"{self._weights.base.path}: tensor {target.name!r}, row {row}, column {error.column}: {error}; the "
                 "base, an adapter, or their sum at this scale is out of range",

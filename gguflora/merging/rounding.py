@@ -109,7 +109,7 @@ class RowsRounder:
         self._weights, self._target, self._rows, self._rounding = weights, target, rows, rounding
         self._source, self._type = target.source.type, target.type
         self._importance = rounding.importance(target, rows.start)
-        self._changes_anything = isinstance(rows, LowRankRows) or bool(rows.changes)
+        self._changes_anything = isinstance(rows, LowRankRows) or bool(rows.deltas)
         self.two_passes = (
             rounding.mode == "adaptive"
             and self._type == self._source
@@ -118,46 +118,46 @@ class RowsRounder:
             and self._changes_anything
         )
         self._total = total
-        self._measured = _RowSums(rows.end - rows.start, 2)
-        self._written = _RowSums(rows.end - rows.start, len(kernels.SUMS))
+        self._measured = _RowSums(rows.stop - rows.start, 2)
+        self._written = _RowSums(rows.stop - rows.start, len(kernels.SUMS))
         self._grids = _Grids(folder, self._type.row_bytes(target.source.n_in))
 
-    def measure(self, first: int, last: int) -> None:
-        """First pass over the rows ``first`` to ``last``: choose grids, measure what clipping takes."""
-        start = self._rows.start
-        with self._measured.of(first - start, last - start) as sums:
-            rows = self._read(first, last)
-            grids, delta = np.empty_like(rows), _single(self._rows.change(first, last))
+    def measure(self, start: int, stop: int) -> None:
+        """First pass over the rows ``start`` to ``stop``: choose grids, measure what clipping takes."""
+        offset = self._rows.start
+        with self._measured.rows(start - offset, stop - offset) as sums:
+            rows = self._read(start, stop)
+            grids, delta = np.empty_like(rows), _single(self._rows.delta(start, stop))
             sums[:], n_new = kernels.fit_grids(rows, self._type, grids, delta, imatrix=self._importance)
             if n_new:
-                self._grids.put(first - start, grids)
+                self._grids.put(start - offset, grids)
 
-    def new(self, first: int, last: int) -> tuple[Bytes, Bytes]:
-        """The base's bytes of the rows ``first`` to ``last``, and the new ones."""
-        start, rows = self._rows.start, self._read(first, last)
-        with self._written.of(first - start, last - start) as sums:
-            new = self._round(rows, first, last, sums)
+    def new(self, start: int, stop: int) -> tuple[Bytes, Bytes]:
+        """The base's bytes of the rows ``start`` to ``stop``, and the new ones."""
+        offset, rows = self._rows.start, self._read(start, stop)
+        with self._written.rows(start - offset, stop - offset) as sums:
+            new = self._round(rows, start, stop, sums)
         if self._written.is_complete():
             self._total[:] = self._written.total()
             self._grids.close()
         return rows, new
 
-    def _round(self, rows: Bytes, first: int, last: int, sums: Sums) -> Bytes:
+    def _round(self, rows: Bytes, start: int, stop: int, sums: Sums) -> Bytes:
         if not self._changes_anything and self._type == self._source:
             return rows
         if self.two_passes:
-            return self._dither(rows, first, last, sums)
+            return self._dither(rows, start, stop, sums)
         if isinstance(self._rows, LowRankRows):
-            return self._nearest_product(self._rows, rows, first, last, sums)
-        return self._nearest(rows, first, last, sums)
+            return self._nearest_product(self._rows, rows, start, stop, sums)
+        return self._nearest(rows, start, stop, sums)
 
-    def _read(self, first: int, last: int) -> Bytes:
-        return read_or_zeros(self._weights.base, self._target.source, first, last)
+    def _read(self, start: int, stop: int) -> Bytes:
+        return read_or_zeros(self._weights.base, self._target.source, start, stop)
 
     def _empty(self, n_rows: int) -> Bytes:
         return np.empty((n_rows, self._type.row_bytes(self._target.source.n_in)), np.uint8)
 
-    def _dither(self, rows: Bytes, first: int, last: int, sums: Sums) -> Bytes:
+    def _dither(self, rows: Bytes, start: int, stop: int, sums: Sums) -> Bytes:
         reached, wanted = self._measured.total()
         if not (
             np.isfinite(wanted) and reached >= _LEAST_REACHED * wanted
@@ -167,24 +167,24 @@ class RowsRounder:
                 f"{self._type.name}; is the adapter's scale right?"
             )
         gain = 1 / float(np.clip(reached / wanted, 0.5, 1)) if wanted > 0 else 1.0
-        new = self._grids.take(first - self._rows.start, len(rows))
+        new = self._grids.take(start - self._rows.start, len(rows))
         new = rows.copy() if new is None else new
-        delta = _single(self._rows.change(first, last))
+        delta = _single(self._rows.delta(start, stop))
         sums[:] = kernels.dither_rows(
-            rows, self._type, new, delta, gain=gain, key=self._rounding.key(self._target.name), first_row=first
+            rows, self._type, new, delta, gain=gain, key=self._rounding.key(self._target.name), first_row=start
         )
         return new
 
-    def _nearest_product(self, added: LowRankRows, rows: Bytes, first: int, last: int, sums: Sums) -> Bytes:
-        new, (src, kind) = self._empty(len(rows)), self._weights.stored(self._target.source, rows, first, last)
-        delta = added.change(first, last)
+    def _nearest_product(self, added: LowRankRows, rows: Bytes, start: int, stop: int, sums: Sums) -> Bytes:
+        new, (src, kind) = self._empty(len(rows)), self._weights.stored(self._target.source, rows, start, stop)
+        delta = added.delta(start, stop)
         sums[:] = kernels.merge_rows(src, kind, new, self._type, delta, imatrix=self._importance)
         return new
 
-    def _nearest(self, rows: Bytes, first: int, last: int, sums: Sums) -> Bytes:
+    def _nearest(self, rows: Bytes, start: int, stop: int, sums: Sums) -> Bytes:
         """Summed in float64 and rounded once, since a change may be a replacement; unchanged rows keep their bytes."""
-        delta = np.asarray(self._rows.change(first, last), np.float64).reshape(len(rows), -1)
-        stored = self._weights.values(self._target.source, first, last).reshape(delta.shape)
+        delta = np.asarray(self._rows.delta(start, stop), np.float64).reshape(len(rows), -1)
+        stored = self._weights.values(self._target.source, start, stop).reshape(delta.shape)
         wanted = (stored + delta).astype(np.float32)
         keeps = self._type == self._source
         touched = delta.any(axis=1) if keeps else np.ones(len(rows), bool)
@@ -221,13 +221,13 @@ class _RowSums:
         self._complete = threading.Event()
 
     @contextmanager
-    def of(self, first: int, last: int) -> Iterator[Sums]:
+    def rows(self, start: int, stop: int) -> Iterator[Sums]:
         """The sums of some rows, to be filled in; counted even if that fails, for nobody may wait for ever."""
         try:
-            yield self._sums[first:last]
+            yield self._sums[start:stop]
         finally:
             with self._lock:
-                self._left -= last - first
+                self._left -= stop - start
                 if not self._left:
                     self._complete.set()
 

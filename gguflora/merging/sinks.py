@@ -20,13 +20,13 @@ class Block:
 
     Attributes:
         target: the tensor.
-        first: number of the first row.
+        start: number of its first row.
         old: the base's bytes of the rows, as far as it has them.
         new: bytes of the output.
     """
 
     target: ChangedTensor
-    first: int
+    start: int
     old: Bytes
     new: Bytes
 
@@ -37,7 +37,7 @@ class RowSink(Protocol):
     def put(self, block: Block) -> None:
         """Take new rows of a changed tensor."""
 
-    def copy(self, first: int, last: int, to: int) -> None:
+    def copy(self, start: int, stop: int, to: int) -> None:
         """Take a range of the base's bytes."""
 
 
@@ -53,12 +53,12 @@ class FileSink:
     def put(self, block: Block) -> None:
         """Write rows to their place."""
         index, offset = self._layout.locate(self._layout.offsets[block.target.name])
-        _write_at(self._handles[index], block.new.data, offset + block.first * block.new.shape[1])
+        _write_at(self._handles[index], block.new.data, offset + block.start * block.new.shape[1])
 
-    def copy(self, first: int, last: int, to: int) -> None:
+    def copy(self, start: int, stop: int, to: int) -> None:
         """Copy bytes of the base, in the kernel."""
         index, offset = self._layout.locate(to)
-        self._base.copy(first, last, self._handles[index], offset)
+        self._base.copy(start, stop, self._handles[index], offset)
 
 
 def _write_at(handle: int, content: bytes | memoryview, offset: int) -> None:

@@ -19,20 +19,20 @@ def without_copies(base: GgufFile, placed: Mapping[str, Sequence[PlacedDelta]]) 
     kept = {}
     for name, items in placed.items():
         tensor = base.tensors.get(name) or base.tensors[TOKEN_EMBEDDING]
-        others = [item for item in items if not _is_copy(base, tensor, item.change)]
+        others = [item for item in items if not _is_copy(base, tensor, item.delta)]
         if others:
             kept[name] = others
     return kept
 
 
-def _is_copy(base: GgufFile, tensor: TensorEntry, change: Delta) -> bool:
-    if not isinstance(change, Replace) or not change.frozen or change.shape[0] > tensor.n_rows:
+def _is_copy(base: GgufFile, tensor: TensorEntry, delta: Delta) -> bool:
+    if not isinstance(delta, Replace) or not delta.frozen or delta.shape[0] > tensor.n_rows:
         return False
     difference = norm = 0.0
     step = max(1, (1 << 20) // tensor.n_in)
-    for first in range(0, change.shape[0], step):
-        values = as_float64(change.values[first : first + step])
-        stored = read_values(base, tensor, first, first + len(values))
+    for start in range(0, delta.shape[0], step):
+        values = as_float64(delta.values[start : start + step])
+        stored = read_values(base, tensor, start, start + len(values))
         difference += float(((values - stored) ** 2).sum())
         norm += float((values**2).sum())
     return difference <= _COPY_TOLERANCE.get(tensor.type.name, _QUANTIZED_TOLERANCE) ** 2 * norm

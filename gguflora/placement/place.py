@@ -48,49 +48,49 @@ class PlacedDelta:
     Attributes:
         weight: name of the Hugging Face weight (of the GGUF tensor, if the adapter is a GGUF LoRA).
         change: what happens to it.
-        piece: which part of it lies where.
+        tensor_slice: which part of it lies where.
     """
 
     weight: str
-    change: Delta
-    piece: TensorSlice
+    delta: Delta
+    tensor_slice: TensorSlice
 
     @property
     def shape(self) -> Shape:
-        """Shape of the piece as GGUF stores it."""
-        columns = self.change.shape[1] if self.piece.columns is None else len(self.piece.columns)
-        n_rows = self.change.shape[0] if self.piece.rows is None else len(self.piece.rows)
-        return (columns, n_rows) if self.piece.transposed else (n_rows, columns)
+        """Shape of the slice as GGUF stores it."""
+        columns = self.delta.shape[1] if self.tensor_slice.columns is None else len(self.tensor_slice.columns)
+        n_rows = self.delta.shape[0] if self.tensor_slice.rows is None else len(self.tensor_slice.rows)
+        return (columns, n_rows) if self.tensor_slice.transposed else (n_rows, columns)
 
     def low_rank(self) -> LowRank | None:
-        """The change of the piece as GGUF stores it, if it is of low rank."""
-        if not isinstance(self.change, LowRank):
+        """The change of the slice as GGUF stores it, if it is of low rank."""
+        if not isinstance(self.delta, LowRank):
             return None
-        part = self.change.at(self.piece.rows, self.piece.columns)
-        return part.transposed() if self.piece.transposed else part
+        part = self.delta.at(self.tensor_slice.rows, self.tensor_slice.columns)
+        return part.transposed() if self.tensor_slice.transposed else part
 
     @property
     def by_rows(self) -> bool:
-        """Whether `delta` can be had row by row; else `take` it from the change of the whole weight."""
-        return not (self.change.whole or self.piece.transposed or self.piece.columns is not None)
+        """Whether `compute` can be had row by row; else `take` it from the change of the whole weight."""
+        return not (self.delta.whole or self.tensor_slice.transposed or self.tensor_slice.columns is not None)
 
-    def delta(self, stored: Float64Array, first: int) -> Float64Array:
-        """The change of some of the piece's rows, given their values and which row of the piece they begin with."""
-        numbers = np.arange(first, first + len(stored))
-        rows = numbers if self.piece.rows is None else self.piece.rows[numbers]
-        return self.change.delta(stored - self.piece.shift, rows)
+    def compute(self, stored: Float64Array, start: int) -> Float64Array:
+        """The change of some of the slice's rows, given their values and which row of the slice they begin with."""
+        numbers = np.arange(start, start + len(stored))
+        rows = numbers if self.tensor_slice.rows is None else self.tensor_slice.rows[numbers]
+        return self.delta.compute(stored - self.tensor_slice.shift, rows)
 
     def take(self, weight: Float64Array) -> Float64Array:
-        """This piece of an array that has the shape of the Hugging Face weight, as GGUF stores it."""
-        part = weight if self.piece.rows is None else weight[self.piece.rows]
-        part = part if self.piece.columns is None else part[:, self.piece.columns]
-        return part.T if self.piece.transposed else part
+        """This slice of an array that has the shape of the Hugging Face weight, as GGUF stores it."""
+        part = weight if self.tensor_slice.rows is None else weight[self.tensor_slice.rows]
+        part = part if self.tensor_slice.columns is None else part[:, self.tensor_slice.columns]
+        return part.T if self.tensor_slice.transposed else part
 
     def put(self, stored: Float64Array, weight: Float64Array) -> None:
-        """The inverse of `take` for values: write the stored piece to where it belongs in the Hugging Face weight."""
-        part = (stored.T if self.piece.transposed else stored) - self.piece.shift
-        rows = np.arange(part.shape[0]) if self.piece.rows is None else self.piece.rows
-        columns = np.arange(part.shape[1]) if self.piece.columns is None else self.piece.columns
+        """The inverse of `take` for values: write the stored slice to where it belongs in the Hugging Face weight."""
+        part = (stored.T if self.tensor_slice.transposed else stored) - self.tensor_slice.shift
+        rows = np.arange(part.shape[0]) if self.tensor_slice.rows is None else self.tensor_slice.rows
+        columns = np.arange(part.shape[1]) if self.tensor_slice.columns is None else self.tensor_slice.columns
         weight[np.ix_(rows, columns)] = part
 
 
@@ -104,15 +104,15 @@ class _BaseModelShapes:
         if is_left_out(weight):
             width = self.base.shapes.get(TOKEN_EMBEDDING, (0, 0))[-1]
             return width, 1 if weight.endswith(".bias") else width
-        pieces = slices_of(self.base, weight)
-        if not pieces:
+        slices = slices_of(self.base, weight)
+        if not slices:
             raise ArchitectureError(
                 f"{self.base.path} ({self.base.architecture}) has no place for the weight {weight!r}; is it the right "
                 "base?"
             )
-        shape = _weight_shape(self.base, pieces)
+        shape = _weight_shape(self.base, slices)
         if shape is None:
-            raise MismatchError(f"{self.base.path} does not have {pieces[0].tensor!r} for {weight!r}")
+            raise MismatchError(f"{self.base.path} does not have {slices[0].tensor!r} for {weight!r}")
         return shape
 
     def linear_modules(self) -> list[str]:
@@ -122,11 +122,11 @@ class _BaseModelShapes:
         if is_left_out(weight):
             return True
         try:
-            pieces = slices_of(self.base, weight)
+            slices = slices_of(self.base, weight)
         except MismatchError:  # where its place depends on tensors that this layer does not have
             return False
         tied = {OUTPUT} if self.base.is_tied else set()
-        return bool(pieces) and all(piece.tensor in self.base.shapes.keys() | tied for piece in pieces)
+        return bool(slices) and all(tensor_slice.tensor in self.base.shapes.keys() | tied for tensor_slice in slices)
 
 
 def place(adapter: Adapter, base: BaseModel) -> dict[str, list[PlacedDelta]]:
@@ -147,24 +147,29 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[PlacedDelta]]:
         )
     placed: dict[str, list[PlacedDelta]] = {}
     strangers = []
-    all_changes = adapter.changes_of(_BaseModelShapes(base))
+    all_changes = adapter.deltas_of(_BaseModelShapes(base))
     _check_stacks(adapter, base, all_changes)
-    for weight, changes in all_changes.items():
-        if (_are_optional(changes) and not _has(base, weight)) or is_left_out(weight):
+    for weight, deltas in all_changes.items():
+        if (_are_optional(deltas) and not _has(base, weight)) or is_left_out(weight):
             continue
-        pieces = _pieces(base, weight, changes) if adapter.architecture is None else [_piece_of_tensor(base, weight)]
-        if not pieces:
+        slices = _slices(base, weight, deltas) if adapter.architecture is None else [_slice_of_tensor(base, weight)]
+        if not slices:
             strangers.append(weight)
             continue
-        turned = [_linear(base, weight, change) for change in changes]
-        sized = [_sized(f"{adapter.path}: {weight!r}", base, change, pieces) for change in turned]
-        for piece in pieces:
-            items = [PlacedDelta(weight, change, _without_padding(base, piece, change)) for change in sized]
-            _check_covers(f"{adapter.path}: {weight!r}", base, [item for item in items if item.piece is piece], pieces)
-            vocabulary = new_vocabulary(item.change for item in items if item.piece.rows is None)
+        turned = [_linear(base, weight, delta) for delta in deltas]
+        sized = [_sized(f"{adapter.path}: {weight!r}", base, delta, slices) for delta in turned]
+        for tensor_slice in slices:
+            items = [PlacedDelta(weight, delta, _without_padding(base, tensor_slice, delta)) for delta in sized]
+            _check_covers(
+                f"{adapter.path}: {weight!r}",
+                base,
+                [item for item in items if item.tensor_slice is tensor_slice],
+                slices,
+            )
+            vocabulary = new_vocabulary(item.delta for item in items if item.tensor_slice.rows is None)
             for item in items:
                 _check_fits(f"{adapter.path}: {weight!r}", base, item, vocabulary)
-            placed.setdefault(piece.tensor, []).extend(items)
+            placed.setdefault(tensor_slice.tensor, []).extend(items)
     if strangers:
         raise ArchitectureError(
             f"{adapter.path}: {len(strangers)} of {len(all_changes)} weights have no place in {base.path} "
@@ -178,10 +183,10 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[PlacedDelta]]:
 
 
 def _is_copy(item: PlacedDelta) -> bool:
-    return isinstance(item.change, Replace) and item.change.frozen
+    return isinstance(item.delta, Replace) and item.delta.frozen
 
 
-def _piece_of_tensor(base: BaseModel, name: str) -> TensorSlice:
+def _slice_of_tensor(base: BaseModel, name: str) -> TensorSlice:
     """The place of a change of a GGUF LoRA: a tensor, or ``<tensor>.<e>``, expert e of it."""
     tensor, _, expert = name.rpartition(".")
     shape = base.shapes.get(tensor, ())
@@ -194,7 +199,11 @@ def _check_stacks(adapter: Adapter, base: BaseModel, weights: Iterable[str]) -> 
     """Raise unless a change of stacked experts, ``<parameter>.<e>``, is one of all experts."""
     stacks = Counter(weight.rpartition(".")[0] for weight in weights if weight.rpartition(".")[2].isdecimal())
     for stack, count in stacks.items():
-        tensor = stack if adapter.architecture else next((piece.tensor for piece in slices_of(base, f"{stack}.0")), "")
+        tensor = (
+            stack
+            if adapter.architecture
+            else next((tensor_slice.tensor for tensor_slice in slices_of(base, f"{stack}.0")), "")
+        )
         shape = base.shapes.get(tensor, ())
         if len(shape) == 3 and shape[0] != count:
             raise MismatchError(
@@ -203,17 +212,17 @@ def _check_stacks(adapter: Adapter, base: BaseModel, weights: Iterable[str]) -> 
             )
 
 
-def _pieces(base: BaseModel, weight: str, changes: Sequence[Delta | ShapeDependentDelta]) -> list[TensorSlice]:
+def _slices(base: BaseModel, weight: str, deltas: Sequence[Delta | ShapeDependentDelta]) -> list[TensorSlice]:
     """`slices_of`, and the places of weights that only an adapter of the right kind can change.
 
     Of an architecture that GGUF knows only tied, the output weight has its place, too.
     """
     decay = decay_of(base, weight)
     if decay is not None:
-        return [decay] if all(isinstance(change, Replace) for change in changes) else []
-    pieces = slices_of(base, weight)
+        return [decay] if all(isinstance(delta, Replace) for delta in deltas) else []
+    slices = slices_of(base, weight)
     is_output = weight == "lm_head.weight" or weight.endswith(".lm_head.weight")
-    return [TensorSlice(OUTPUT)] if not pieces and base.is_tied and is_output else pieces
+    return [TensorSlice(OUTPUT)] if not slices and base.is_tied and is_output else slices
 
 
 def _tie(adapter: Adapter, placed: dict[str, list[PlacedDelta]]) -> None:
@@ -225,129 +234,129 @@ def _tie(adapter: Adapter, placed: dict[str, list[PlacedDelta]]) -> None:
     output = [item for item in placed.get(OUTPUT, []) if not _is_copy(item)]
     trained = [item for item in embedding if not _is_copy(item)]
     if len(trained) == len(output) and all(
-        equal(one.change, other.change) for one, other in zip(trained, output, strict=True)
+        equal(one.delta, other.delta) for one, other in zip(trained, output, strict=True)
     ):
         placed[OUTPUT] = embedding
         return
     alike = adapter.ties and not output
-    shared = [item for item in embedding if alike or _is_copy(item) or isinstance(item.change, ReplaceRows)]
+    shared = [item for item in embedding if alike or _is_copy(item) or isinstance(item.delta, ReplaceRows)]
     if shared:
         placed[OUTPUT] = [*shared, *output]
 
 
-def _linear(base: BaseModel, weight: str, change: Delta | ShapeDependentDelta) -> Delta | ShapeDependentDelta:
+def _linear(base: BaseModel, weight: str, delta: Delta | ShapeDependentDelta) -> Delta | ShapeDependentDelta:
     """The change as (n_out, n_in): weights saved whole lie as the Hugging Face model keeps them."""
-    if not isinstance(change, Replace):
-        return change
+    if not isinstance(delta, Replace):
+        return delta
     if is_conv1d(base, weight) or is_transposed_expert(base, weight):
-        return replace(change, values=change.values.T)
+        return replace(delta, values=delta.values.T)
     if decay_of(base, weight) is not None:
-        return replace(change, values=-np.exp(as_float64(change.values)))
-    return change
+        return replace(delta, values=-np.exp(as_float64(delta.values)))
+    return delta
 
 
-def _are_optional(changes: Sequence[Delta | ShapeDependentDelta]) -> bool:
-    return all(isinstance(change, ShapeDependentDelta) and change.optional for change in changes)
+def _are_optional(deltas: Sequence[Delta | ShapeDependentDelta]) -> bool:
+    return all(isinstance(delta, ShapeDependentDelta) and delta.optional for delta in deltas)
 
 
 def _has(base: BaseModel, weight: str) -> bool:
     try:
-        return any(piece.tensor in base.shapes.keys() - base.absent for piece in slices_of(base, weight))
+        return any(tensor_slice.tensor in base.shapes.keys() - base.absent for tensor_slice in slices_of(base, weight))
     except MismatchError:  # where its place depends on the shape it should have
         return False
 
 
-def _sized(what: str, base: BaseModel, change: Delta | ShapeDependentDelta, pieces: Sequence[TensorSlice]) -> Delta:
-    if not isinstance(change, ShapeDependentDelta):
-        return change
-    shape = _weight_shape(base, pieces)
+def _sized(what: str, base: BaseModel, delta: Delta | ShapeDependentDelta, slices: Sequence[TensorSlice]) -> Delta:
+    if not isinstance(delta, ShapeDependentDelta):
+        return delta
+    shape = _weight_shape(base, slices)
     if shape is None:
-        raise MismatchError(f"{what} changes {pieces[0].tensor!r}, which {base.path} does not have")
-    if any(known not in {None, found} for known, found in zip(change.known, shape, strict=True)):
-        known = ", ".join("any" if size is None else str(size) for size in change.known)
+        raise MismatchError(f"{what} changes {slices[0].tensor!r}, which {base.path} does not have")
+    if any(known not in {None, found} for known, found in zip(delta.known, shape, strict=True)):
+        known = ", ".join("any" if size is None else str(size) for size in delta.known)
         raise MismatchError(
-            f"{what} changes a weight of shape ({known}), but {pieces[0].tensor!r} of {base.path} holds one of shape "
+            f"{what} changes a weight of shape ({known}), but {slices[0].tensor!r} of {base.path} holds one of shape "
             f"{shape}; is it the right base?"
         )
-    return change.build(shape)
+    return delta.build(shape)
 
 
-def _weight_shape(base: BaseModel, pieces: Sequence[TensorSlice]) -> tuple[int, int] | None:
-    """Shape of the Hugging Face weight of which a base holds these pieces."""
-    piece = pieces[0]
-    shape = base.shapes.get(TOKEN_EMBEDDING if piece.tensor == OUTPUT and base.is_tied else piece.tensor)
+def _weight_shape(base: BaseModel, slices: Sequence[TensorSlice]) -> tuple[int, int] | None:
+    """Shape of the Hugging Face weight of which a base holds these slices."""
+    tensor_slice = slices[0]
+    shape = base.shapes.get(TOKEN_EMBEDDING if tensor_slice.tensor == OUTPUT and base.is_tied else tensor_slice.tensor)
     if shape is None:
         return None
     n_out, n_in = (shape[0], 1) if len(shape) == 1 else shape[-2:]
-    n_out, n_in = (n_in, n_out) if piece.transposed else (n_out, n_in)
-    return _extent(pieces, n_out, n_in)
+    n_out, n_in = (n_in, n_out) if tensor_slice.transposed else (n_out, n_in)
+    return _extent(slices, n_out, n_in)
 
 
-def _extent(pieces: Sequence[TensorSlice], n_out: int, n_in: int) -> tuple[int, int]:
-    """Rows and columns of a weight by its pieces, of which those of no numbers are all of it."""
-    rows = sum(len(piece.rows) for piece in pieces if piece.rows is not None)
-    columns = sum(len(piece.columns) for piece in pieces if piece.columns is not None)
+def _extent(slices: Sequence[TensorSlice], n_out: int, n_in: int) -> tuple[int, int]:
+    """Rows and columns of a weight by its slices, of which those of no numbers are all of it."""
+    rows = sum(len(tensor_slice.rows) for tensor_slice in slices if tensor_slice.rows is not None)
+    columns = sum(len(tensor_slice.columns) for tensor_slice in slices if tensor_slice.columns is not None)
     return rows or n_out, columns or n_in
 
 
-def _without_padding(base: BaseModel, piece: TensorSlice, change: Delta) -> TensorSlice:
-    """The piece without rows that GGUF leaves out: those that pad a vocabulary to a multiple of 64, and positions."""
-    skipped = cut_positions(base, piece.tensor, change.shape[0])
+def _without_padding(base: BaseModel, tensor_slice: TensorSlice, delta: Delta) -> TensorSlice:
+    """The slice without rows that GGUF leaves out: those that pad a vocabulary to a multiple of 64, and positions."""
+    skipped = cut_positions(base, tensor_slice.tensor, delta.shape[0])
     if skipped:
-        return replace(piece, rows=np.arange(skipped, change.shape[0]))
-    rows = base.shapes[TOKEN_EMBEDDING][0] if piece.tensor in {TOKEN_EMBEDDING, OUTPUT} and is_cut(base) else 0
-    excess = change.shape[0] - rows
-    if not rows or change.shape[0] % 64 or not 0 < excess <= 64:
-        return piece
-    return replace(piece, rows=np.arange(rows))
+        return replace(tensor_slice, rows=np.arange(skipped, delta.shape[0]))
+    rows = base.shapes[TOKEN_EMBEDDING][0] if tensor_slice.tensor in {TOKEN_EMBEDDING, OUTPUT} and is_cut(base) else 0
+    excess = delta.shape[0] - rows
+    if not rows or delta.shape[0] % 64 or not 0 < excess <= 64:
+        return tensor_slice
+    return replace(tensor_slice, rows=np.arange(rows))
 
 
 def cautions(base: GgufFile, placed: Mapping[str, Sequence[PlacedDelta]]) -> tuple[str, ...]:
     """What to warn of because changes depend on weights that are quantized."""
     found = [
-        item.change.caution
+        item.delta.caution
         for name, items in placed.items()
         for item in items
-        if isinstance(item.change, FunctionDelta)
-        and item.change.caution
+        if isinstance(item.delta, FunctionDelta)
+        and item.delta.caution
         and (base.tensors.get(name) or base.tensors[TOKEN_EMBEDDING]).type.name not in FLOATS
     ]
     return tuple(dict.fromkeys(found))
 
 
-def _check_covers(what: str, base: BaseModel, items: list[PlacedDelta], pieces: list[TensorSlice]) -> None:
-    """The pieces of a weight hold each of its rows and columns once, so their numbers tell its shape."""
+def _check_covers(what: str, base: BaseModel, items: list[PlacedDelta], slices: list[TensorSlice]) -> None:
+    """The slices of a weight hold each of its rows and columns once, so their numbers tell its shape."""
     for item in items:
-        extent = _extent(pieces, *item.change.shape)
-        if extent != item.change.shape:
+        extent = _extent(slices, *item.delta.shape)
+        if extent != item.delta.shape:
             raise MismatchError(
-                f"{what} changes a weight of shape {item.change.shape}, but {item.piece.tensor!r} of {base.path} holds "
+                f"{what} changes a weight of shape {item.delta.shape}, but {item.tensor_slice.tensor!r} of {base.path} holds "
                 f"one of shape {extent}; is it the right base?"
             )
 
 
-def new_vocabulary(changes: Iterable[Delta]) -> int:
+def new_vocabulary(deltas: Iterable[Delta]) -> int:
     """Rows that the embedding and output must have for these changes of them."""
-    sizes = (change.shape[0] for change in changes if isinstance(change, Replace | ReplaceRows))
+    sizes = (delta.shape[0] for delta in deltas if isinstance(delta, Replace | ReplaceRows))
     return max(sizes, default=0)
 
 
 def _check_fits(what: str, base: BaseModel, item: PlacedDelta, vocabulary: int) -> None:
-    tensor, first = item.piece.tensor, item.piece.first
+    tensor, start = item.tensor_slice.tensor, item.tensor_slice.start
     shape = base.shapes.get(TOKEN_EMBEDDING if tensor == OUTPUT and base.is_tied else tensor)
     if shape is None:
         raise MismatchError(f"{what} changes {tensor!r}, which {base.path} does not have; is it the right base?")
     rows, columns = flat_shape(shape)
     part_rows, part_columns = item.shape
-    if isinstance(item.change, Replace | ReplaceRows) and tensor in {TOKEN_EMBEDDING, OUTPUT}:
+    if isinstance(item.delta, Replace | ReplaceRows) and tensor in {TOKEN_EMBEDDING, OUTPUT}:
         fits = part_columns == columns  # a resized vocabulary has other rows
-    elif first or len(shape) > 2 or item.piece.rows is not None:
-        fits = part_columns == columns and first + part_rows <= rows
+    elif start or len(shape) > 2 or item.tensor_slice.rows is not None:
+        fits = part_columns == columns and start + part_rows <= rows
     else:
         rows = max(rows, vocabulary) if tensor in {TOKEN_EMBEDDING, OUTPUT} else rows
         fits = (part_rows, part_columns) == (rows, columns)
     if not fits:
         raise MismatchError(
-            f"{what} changes a weight of shape {item.change.shape}, but {tensor!r} of {base.path} is {shape}; "
+            f"{what} changes a weight of shape {item.delta.shape}, but {tensor!r} of {base.path} is {shape}; "
             "is it the right base?"
         )

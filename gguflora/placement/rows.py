@@ -18,43 +18,43 @@ from gguflora.quants.arrays import Float32Array, Float64Array
 
 @dataclass(frozen=True, slots=True)
 class LowRankRows:
-    """Rows ``start`` to ``end`` of a tensor, to which ``b @ a`` is added."""
+    """Rows ``start`` to ``stop`` of a tensor, to which ``b @ a`` is added."""
 
     start: int
-    end: int
+    stop: int
     a: Float32Array
     b: Float32Array
 
-    def change(self, first: int, last: int) -> kernels.Product:
-        """What is added to the rows ``first`` to ``last``."""
-        return kernels.Product(self.a, self.b[first - self.start : last - self.start])
+    def delta(self, start: int, stop: int) -> kernels.Product:
+        """What is added to the rows ``start`` to ``stop``."""
+        return kernels.Product(self.a, self.b[start - self.start : stop - self.start])
 
 
 @dataclass(frozen=True, slots=True)
 class AnyRows:
-    """Rows ``start`` to ``end`` of a tensor, changed by any formulas, or by none."""
+    """Rows ``start`` to ``stop`` of a tensor, changed by any formulas, or by none."""
 
     tensor: TensorEntry
     start: int
-    end: int
-    changes: Sequence[ScaledDelta]
+    stop: int
+    deltas: Sequence[ScaledDelta]
     whole: WholeTensorDeltas
 
-    def change(self, first: int, last: int) -> Float64Array:
-        """What is added to the rows ``first`` to ``last``; to a vector, as one column."""
-        return self._sum(self.whole.weights.values(self.tensor, first, last), first)
+    def delta(self, start: int, stop: int) -> Float64Array:
+        """What is added to the rows ``start`` to ``stop``; to a vector, as one column."""
+        return self._sum(self.whole.weights.values(self.tensor, start, stop), start)
 
-    def _sum(self, stored: Float64Array, first: int) -> Float64Array:
+    def _sum(self, stored: Float64Array, start: int) -> Float64Array:
         total = np.zeros_like(stored)
-        for item, scale in self.changes:
-            start = max(item.piece.first - first, 0)  # row of the block with which the piece begins
-            inner = max(first - item.piece.first, 0)  # row of the piece with which the block begins
-            count = max(min(len(stored) - start, item.shape[0] - inner), 0)
-            here, there = slice(start, start + count), slice(inner, inner + count)
+        for item, scale in self.deltas:
+            outer = max(item.tensor_slice.start - start, 0)  # row of the block with which the slice begins
+            inner = max(start - item.tensor_slice.start, 0)  # row of the slice with which the block begins
+            count = max(min(len(stored) - outer, item.shape[0] - inner), 0)
+            here, there = slice(outer, outer + count), slice(inner, inner + count)
             if item.by_rows:
-                total[here] += scale * item.delta(stored[here], inner)
+                total[here] += scale * item.compute(stored[here], inner)
             else:
-                total[here] += scale * item.take(self.whole.delta(item.change))[there]
+                total[here] += scale * item.take(self.whole.compute(item.delta))[there]
         return total
 
 
@@ -67,33 +67,33 @@ def split_rows(
     """
     tensor = target.source
     if len(tensor.shape) == 1:
-        yield AnyRows(tensor, 0, 1, target.changes, whole)
+        yield AnyRows(tensor, 0, 1, target.deltas, whole)
         return
     edges = {0, target.n_rows, *(range(0, target.n_rows, period) if period else ())}
-    for item, _ in target.changes:
-        edges |= {item.piece.first, min(item.piece.first + item.shape[0], target.n_rows)}
+    for item, _ in target.deltas:
+        edges |= {item.tensor_slice.start, min(item.tensor_slice.start + item.shape[0], target.n_rows)}
     bounds = sorted(edges)
-    for start, end in pairwise(bounds):
-        changes = [
+    for start, stop in pairwise(bounds):
+        deltas = [
             (item, scale)
-            for item, scale in target.changes
-            if item.piece.first <= start and end <= item.piece.first + item.shape[0]
+            for item, scale in target.deltas
+            if item.tensor_slice.start <= start and stop <= item.tensor_slice.start + item.shape[0]
         ]
-        factors = _low_rank_of(changes, start, end)
+        factors = _low_rank_of(deltas, start, stop)
         if factors:
-            yield LowRankRows(start, end, *factors)
+            yield LowRankRows(start, stop, *factors)
         else:
-            yield AnyRows(tensor, start, end, changes, whole)
+            yield AnyRows(tensor, start, stop, deltas, whole)
 
 
-def _low_rank_of(changes: Sequence[ScaledDelta], start: int, end: int) -> tuple[Float32Array, Float32Array] | None:
+def _low_rank_of(deltas: Sequence[ScaledDelta], start: int, stop: int) -> tuple[Float32Array, Float32Array] | None:
     """Factors a, b of the sum of the changes of some rows, if all are of low rank."""
     parts: list[tuple[LowRank, float]] = []
-    for item, scale in changes:
-        change = item.low_rank()
-        if change is None:
+    for item, scale in deltas:
+        delta = item.low_rank()
+        if delta is None:
             return None
-        rows = np.arange(start - item.piece.first, end - item.piece.first)
-        whole = item.piece.first == start and item.shape[0] == end - start
-        parts.append((change if whole else change.at(rows, None), scale))
+        rows = np.arange(start - item.tensor_slice.start, stop - item.tensor_slice.start)
+        whole = item.tensor_slice.start == start and item.shape[0] == stop - start
+        parts.append((delta if whole else delta.at(rows, None), scale))
     return sum_factors(parts) if parts else None

@@ -29,7 +29,7 @@ class ChangedTensor:
     source: TensorEntry
     shape: Shape
     type: GgmlType
-    changes: Sequence[ScaledDelta]
+    deltas: Sequence[ScaledDelta]
 
     @property
     def n_rows(self) -> int:

@@ -34,11 +34,11 @@ def add_sparse(
 def _add(
     sorted_rows: NDArray[np.int64], columns: NDArray[np.int64], values: Array, w: Float64Array, rows: Indices
 ) -> Float64Array:
-    change = np.zeros_like(w)
+    delta = np.zeros_like(w)
     starts, ends = np.searchsorted(sorted_rows, rows), np.searchsorted(sorted_rows, rows, "right")
     counts = ends - starts
     here = np.repeat(np.arange(len(rows)), counts)
     # positions start..end of each row, one after another
     there = np.arange(counts.sum()) + np.repeat(starts - np.cumsum(counts) + counts, counts)
-    np.add.at(change, (here, columns[there]), as_float64(values[there]))
-    return change
+    np.add.at(delta, (here, columns[there]), as_float64(values[there]))
+    return delta

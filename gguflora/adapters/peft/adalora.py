@@ -1,7 +1,7 @@
-"""ADALORA: ``W + factor * B diag(E) A`` (https://arxiv.org/abs/2303.10512; PEFT: tuners/adalora/layer.py).
+"""ADALORA: ``W + scaling * B diag(E) A`` (https://arxiv.org/abs/2303.10512; PEFT: tuners/adalora/layer.py).
 
 Tensors of a module: ``lora_A`` (r, n_in), ``lora_E`` (r, 1) and ``lora_B`` (n_out, r), without ``.weight``. Training
-prunes r module by module, but the factor stays ``lora_alpha / (init_r + 1e-5)``; without a positive alpha init_r takes
+prunes r module by module, but the scaling stays ``lora_alpha / (init_r + 1e-5)``; without a positive alpha init_r takes
 its place.
 """
 
@@ -19,10 +19,10 @@ def read_adalora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, 
     """The change of every adapted weight; modules that were pruned away have none."""
     rank = config.number("init_r", 12)
     alpha = config.number("lora_alpha", 8)
-    factor = (alpha if alpha > 0 else rank) / (rank + 1e-5)
+    scaling = (alpha if alpha > 0 else rank) / (rank + 1e-5)
     # ranknum, which old files hold, is the rank before pruning
     kept = {key: tensor for key, tensor in tensors.items() if not key.endswith("ranknum") and ".ranknum." not in key}
-    changes: dict[str, Delta] = {}
+    deltas: dict[str, Delta] = {}
     for module, parts in by_module(config, kept, ["lora_A", "lora_B", "lora_E"]).items():
         a, b, e = take(config, module, parts, "lora_A", "lora_B", "lora_E")
         rows = a.shape[0] if a.ndim else None
@@ -30,5 +30,5 @@ def read_adalora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, 
         expect(config, module, "lora_B", b, (None, rows))
         expect(config, module, "lora_E", e, (rows, 1))
         if rows:
-            changes[f"{module}.weight"] = LowRank(a, as_float64(b) * as_float64(e).T, factor)
-    return changes
+            deltas[f"{module}.weight"] = LowRank(a, as_float64(b) * as_float64(e).T, scaling)
+    return deltas

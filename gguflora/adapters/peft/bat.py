@@ -21,7 +21,7 @@ from gguflora.quants.arrays import Float64Array, Indices
 
 def read_bat(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta | ShapeDependentDelta]:
     """The change of every adapted weight."""
-    changes: dict[str, Delta | ShapeDependentDelta] = {}
+    deltas: dict[str, Delta | ShapeDependentDelta] = {}
     for module, parts in by_module(config, tensors, ["miss_block"]).items():
         (blocks,) = take(config, module, parts, "miss_block")
         expect(config, module, "miss_block", blocks, (None, None, None))
@@ -29,8 +29,8 @@ def read_bat(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delt
             raise AdapterError(
                 f"{config.path.parent}: module {module!r}: miss_block {blocks.shape} has no square blocks"
             )
-        changes[f"{module}.weight"] = _unsized(config, module, blocks)
-    return changes
+        deltas[f"{module}.weight"] = _unsized(config, module, blocks)
+    return deltas
 
 
 def _unsized(config: PeftConfig, module: str, blocks: Array) -> ShapeDependentDelta:
@@ -49,5 +49,5 @@ def _multiply(blocks: Array, w: Float64Array, rows: Indices) -> Float64Array:
     # the product acts on a row's columns; what is added is the row of M that lies at its place in the block
     own = as_float64(blocks[rows // size])
     parts = w.reshape(len(w), -1, size)
-    change: Float64Array = parts @ own + own[np.arange(len(w)), rows % size][:, None]
-    return change.reshape(w.shape)
+    delta: Float64Array = parts @ own + own[np.arange(len(w)), rows % size][:, None]
+    return delta.reshape(w.shape)

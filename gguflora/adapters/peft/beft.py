@@ -17,12 +17,12 @@ from gguflora.quants.arrays import Float64Array, Indices
 
 def read_beft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, FunctionDelta]:
     """The change of every adapted bias; a base without it cannot take the adapter."""
-    changes = {}
+    deltas = {}
     for module, parts in by_module(config, tensors, ["beft_bias"]).items():
         (bias,) = take(config, module, parts, "beft_bias")
         expect(config, module, "beft_bias", bias, (1, None))
-        changes[f"{module}.bias"] = FunctionDelta((bias.shape[1], 1), partial(_add, bias.T))
-    return changes
+        deltas[f"{module}.bias"] = FunctionDelta((bias.shape[1], 1), partial(_add, bias.T))
+    return deltas
 
 
 def _add(bias: Array, w: Float64Array, rows: Indices) -> Float64Array:

@@ -31,7 +31,7 @@ class _Butterflies:
 
 def read_boft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, FunctionDelta]:
     """The change of every adapted weight."""
-    changes = {}
+    deltas = {}
     for module, parts in by_module(config, tensors, ["boft_R", "boft_s"]).items():
         blocks, scale = take(config, module, parts, "boft_R", "boft_s")
         expect(config, module, "boft_s", scale, (None, 1))
@@ -43,8 +43,8 @@ def read_boft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Fun
                 f"factors need blocks of an even size, and a multiple of {1 << (factors - 1)} of them"
             )
         shape = len(scale), count * size
-        changes[f"{module}.weight"] = FunctionDelta(shape, partial(_rotate, _Butterflies(blocks, scale)))
-    return changes
+        deltas[f"{module}.weight"] = FunctionDelta(shape, partial(_rotate, _Butterflies(blocks, scale)))
+    return deltas
 
 
 def _rotate(butterflies: _Butterflies, w: Float64Array, rows: Indices) -> Float64Array:

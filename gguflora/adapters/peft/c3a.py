@@ -20,18 +20,18 @@ from gguflora.quants.arrays import Float64Array, Indices
 
 def read_c3a(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, FunctionDelta]:
     """The change of every adapted weight."""
-    changes = {}
+    deltas = {}
     for module, parts in by_module(config, tensors, ["c3a_kernel"]).items():
         (kernel,) = take(config, module, parts, "c3a_kernel")
         expect(config, module, "c3a_kernel", kernel, (None, None, None))
         down, across, block = kernel.shape
-        changes[f"{module}.weight"] = FunctionDelta((down * block, across * block), partial(_unroll, kernel))
-    return changes
+        deltas[f"{module}.weight"] = FunctionDelta((down * block, across * block), partial(_unroll, kernel))
+    return deltas
 
 
 def _unroll(kernel: Array, w: Float64Array, rows: Indices) -> Float64Array:
     _, across, block = kernel.shape
     shifted = (np.arange(block) - rows[:, None]) % block
     values = as_float64(kernel[rows // block])
-    change: Float64Array = np.take_along_axis(values, np.repeat(shifted[:, None], across, axis=1), axis=2) / w.shape[1]
-    return change.reshape(w.shape)
+    delta: Float64Array = np.take_along_axis(values, np.repeat(shifted[:, None], across, axis=1), axis=2) / w.shape[1]
+    return delta.reshape(w.shape)

@@ -25,7 +25,7 @@ def read_deft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Sha
     if method not in {"relu", "qr"}:
         raise config.error("decomposition_method", "'relu' or 'qr'", method)
     names = ["deft_P"] if config.flag("para") else ["deft_P", "deft_R"]
-    changes = {}
+    deltas = {}
     for module, parts in by_module(config, tensors, ["deft_P", "deft_R"]).items():
         p, *injected = take(config, module, parts, *names)
         n_out, rank = expect(config, module, "deft_P", p, (None, None)).shape
@@ -34,8 +34,8 @@ def read_deft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Sha
         scale = config.number("alpha", 0) / rank if config.fields.get("alpha") else 1.0
         known = n_out, (injected[0].shape[1] if injected else None)
         function = partial(_refill, p, injected[0] if injected else None, scale, method == "qr")
-        changes[f"{module}.weight"] = ShapeDependentDelta.formula(known, function, whole=True)
-    return changes
+        deltas[f"{module}.weight"] = ShapeDependentDelta.formula(known, function, whole=True)
+    return deltas
 
 
 def _refill(
@@ -44,5 +44,5 @@ def _refill(
     q = np.linalg.qr(as_float64(p))[0] if orthonormal else as_float64(p)
     left = q if orthonormal else np.maximum(q, 0)
     removed = left.T @ w
-    change: Float64Array = q @ (-removed if injected is None else scale * as_float64(injected) - removed)
-    return change
+    delta: Float64Array = q @ (-removed if injected is None else scale * as_float64(injected) - removed)
+    return delta

@@ -22,7 +22,7 @@ _PARTS: Final = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
 
 def read_delora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta]:
     """The change of every adapted weight."""
-    changes: dict[str, Delta] = {}
+    deltas: dict[str, Delta] = {}
     for module, parts in by_module(config, tensors, _PARTS).items():
         a, b, strength, column_norms = take(config, module, parts, *_PARTS)
         expect(config, module, "delora_A", a, (None, None))
@@ -32,5 +32,5 @@ def read_delora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, D
         left, right = as_float64(b), as_float64(a)
         norms = np.maximum(np.linalg.norm(right, axis=1), 1e-4) * np.maximum(np.linalg.norm(left, axis=0), 1e-4)
         scaled = left * (float(as_float64(strength)[0]) / len(right) / norms)
-        changes[f"{module}.weight"] = LowRank(right * as_float64(column_norms), scaled, 1.0)
-    return changes
+        deltas[f"{module}.weight"] = LowRank(right * as_float64(column_norms), scaled, 1.0)
+    return deltas

@@ -24,12 +24,12 @@ from gguflora.quants.arrays import Float64Array, Indices
 def read_fourierft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
     """The change of every adapted weight."""
     scaling = config.number("scaling", 150)
-    changes = {}
+    deltas = {}
     for module, parts in by_module(config, tensors, ["fourierft_spectrum"]).items():
         (spectrum,) = take(config, module, parts, "fourierft_spectrum")
         expect(config, module, "fourierft_spectrum", spectrum, (None,))
-        changes[f"{module}.weight"] = _unsized(config, module, spectrum, scaling)
-    return changes
+        deltas[f"{module}.weight"] = _unsized(config, module, spectrum, scaling)
+    return deltas
 
 
 def _unsized(config: PeftConfig, module: str, spectrum: Array, scaling: float) -> ShapeDependentDelta:
@@ -70,5 +70,5 @@ def _transform(
         u, v = sign * places[0] % n_out, sign * places[1] % n_in
         kept = v <= n_in // 2
         np.add.at(half, (u[kept], v[kept]), values[kept])
-    change: Float64Array = scaling * np.fft.irfft2(half, s=w.shape)
-    return change
+    delta: Float64Array = scaling * np.fft.irfft2(half, s=w.shape)
+    return delta

@@ -39,7 +39,7 @@ def read_frod(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Sha
     """
     shared = {name: tensor for name, tensor in tensors.items() if name.startswith(_SHARED)}
     own = {name: tensor for name, tensor in tensors.items() if name not in shared}
-    changes = {}
+    deltas = {}
     for module, parts in by_module(config, own, _PARTS).items():
         role = _role(module)
         missing = [name for name in _SHARED[:2] if name + role not in shared]
@@ -56,8 +56,8 @@ def read_frod(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Sha
         if places.shape != (2, len(values)) or (places.size and not (places.min() >= 0 and places.max() < width)):
             raise AdapterError(f"{config.path.parent}: frod_s_indices.{role} does not fit module {module!r}")
         function = partial(_rebuild, v, places, values, diagonal)
-        changes[f"{module}.weight"] = ShapeDependentDelta.formula((None, width), function, whole=True)
-    return changes
+        deltas[f"{module}.weight"] = ShapeDependentDelta.formula((None, width), function, whole=True)
+    return deltas
 
 
 def _role(module: str) -> str:
@@ -80,5 +80,5 @@ def _rebuild(v: Array, places: Array, values: Array, diagonal: Array, w: Float64
     u = np.divide(u, lengths, out=np.zeros_like(u), where=lengths > _SHORTEST)
     inner = np.diag(as_float64(diagonal))
     np.add.at(inner, tuple(places), as_float64(values))
-    change: Float64Array = u @ inner @ basis.T - w
-    return change
+    delta: Float64Array = u @ inner @ basis.T - w
+    return delta

@@ -23,13 +23,13 @@ _PARTS = [f"glora_{letter}.{kind}" for letter in "ABCDE" for kind in ("Xd", "Xu"
 
 def read_glora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
     """The change of every adapted weight, and of its bias if it has one."""
-    changes = {}
+    deltas = {}
     for module, parts in by_module(config, tensors, _PARTS).items():
         paths = {letter: _path(config, module, parts, letter) for letter in "ABCDE"}
-        changes[f"{module}.weight"] = _weight(paths["A"], paths["B"])
+        deltas[f"{module}.weight"] = _weight(paths["A"], paths["B"])
         if any(paths[letter] is not None for letter in "CDE"):
-            changes[f"{module}.bias"] = _bias(module, paths["C"], paths["D"], paths["E"])
-    return changes
+            deltas[f"{module}.bias"] = _bias(module, paths["C"], paths["D"], paths["E"])
+    return deltas
 
 
 def _path(config: PeftConfig, module: str, parts: Parts, letter: str) -> LowRank | Array | None:
@@ -51,7 +51,7 @@ def _rows_of(path: LowRank | Array | None, w: Float64Array, rows: Indices) -> Fl
     if path is None:
         return np.zeros((1, 1))
     if isinstance(path, LowRank):
-        return path.delta(w, rows)
+        return path.compute(w, rows)
     return as_float64(path if len(path) == 1 else path[rows])
 
 
@@ -66,10 +66,10 @@ def _known(*paths: LowRank | Array | None) -> tuple[int | None, int | None]:
 
 
 def _weight(a: LowRank | Array | None, b: LowRank | Array | None) -> ShapeDependentDelta:
-    def change(w: Float64Array, rows: Indices) -> Float64Array:
+    def delta(w: Float64Array, rows: Indices) -> Float64Array:
         return w * _rows_of(a, w, rows) + _rows_of(b, w, rows)
 
-    return ShapeDependentDelta.formula(_known(a, b), change)
+    return ShapeDependentDelta.formula(_known(a, b), delta)
 
 
 def _bias(
@@ -78,10 +78,10 @@ def _bias(
     """C enters as a product with the layer's weight, so it makes the change one of two weights."""
 
     def build(shape: tuple[int, int]) -> Delta:
-        def change(w: Float64Array, rows: Indices) -> Float64Array:
+        def delta(w: Float64Array, rows: Indices) -> Float64Array:
             return w * _rows_of(d, w, rows) + _rows_of(e, w, rows)
 
-        own = FunctionDelta(shape, change)
+        own = FunctionDelta(shape, delta)
         if c is None:
             return own
         vector = as_float64(c.b) @ as_float64(c.a) if isinstance(c, LowRank) else as_float64(c)

@@ -27,7 +27,7 @@ _GENERAL: Final = ("gralora_A_general", "gralora_B_general")
 def read_gralora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta]:
     """The change of every adapted weight, of rank ``k r + h``."""
     hybrid = config.integer("hybrid_r", 0, least=0)
-    changes: dict[str, Delta] = {}
+    deltas: dict[str, Delta] = {}
     for module, parts in by_module(config, tensors, (*_BLOCKS, *_GENERAL)).items():
         a, b, *general = take(config, module, parts, *_BLOCKS, *(_GENERAL if hybrid else ()))
         expect(config, module, "gralora_A", a, (None, None, None))
@@ -41,8 +41,8 @@ def read_gralora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, 
             expect(config, module, _GENERAL[1], general[1], (left.shape[0], hybrid))
             right = np.concatenate([right, as_float64(general[0])])
             left = np.concatenate([left, as_float64(general[1])], axis=1)
-        changes[f"{module}.weight"] = LowRank(right, left, config.number("alpha", 64) / (rank + hybrid))
-    return changes
+        deltas[f"{module}.weight"] = LowRank(right, left, config.number("alpha", 64) / (rank + hybrid))
+    return deltas
 
 
 def _spread(a: Float64Array, b: Float64Array) -> tuple[Float64Array, Float64Array]:

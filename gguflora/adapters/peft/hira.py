@@ -24,7 +24,7 @@ _EMBEDDING = ("hira_embedding_A", "hira_embedding_B")
 
 def read_hira(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, FunctionDelta]:
     """The change of every adapted weight."""
-    changes = {}
+    deltas = {}
     for module, parts in by_module(config, tensors, [*_LINEAR, *_EMBEDDING]).items():
         names = _EMBEDDING if _EMBEDDING[0] in parts else _LINEAR
         a, b = take(config, module, parts, *names)
@@ -33,10 +33,10 @@ def read_hira(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Fun
         factors = LowRank(a, b, 1.0)
         if names is _EMBEDDING:
             factors = factors.transposed()
-        changes[f"{module}.weight"] = FunctionDelta(factors.shape, partial(_multiply, factors))
-    return changes
+        deltas[f"{module}.weight"] = FunctionDelta(factors.shape, partial(_multiply, factors))
+    return deltas
 
 
 def _multiply(factors: LowRank, w: Float64Array, rows: Indices) -> Float64Array:
-    change: Float64Array = w * factors.delta(w, rows)
-    return change
+    delta: Float64Array = w * factors.compute(w, rows)
+    return delta

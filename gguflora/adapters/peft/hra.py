@@ -22,7 +22,7 @@ from gguflora.quants.arrays import Float64Array, Indices
 
 def read_hra(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
     """The change of every adapted weight."""
-    changes = {}
+    deltas = {}
     for module, parts in by_module(config, tensors, ["hra_u"]).items():
         (vectors,) = take(config, module, parts, "hra_u")
         u = as_float64(expect(config, module, "hra_u", vectors, (None, None)))
@@ -33,8 +33,8 @@ def read_hra(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Shap
             )
         u = u / lengths
         function = partial(_reflect_once, np.linalg.qr(u)[0]) if config.flag("apply_GS") else partial(_reflect, u)
-        changes[f"{module}.weight"] = ShapeDependentDelta.formula((None, u.shape[0]), function)
-    return changes
+        deltas[f"{module}.weight"] = ShapeDependentDelta.formula((None, u.shape[0]), function)
+    return deltas
 
 
 def _reflect(u: Float64Array, w: Float64Array, rows: Indices) -> Float64Array:
@@ -46,5 +46,5 @@ def _reflect(u: Float64Array, w: Float64Array, rows: Indices) -> Float64Array:
 
 def _reflect_once(q: Float64Array, w: Float64Array, rows: Indices) -> Float64Array:
     """All reflections at once: they commute where the columns of q are orthonormal."""
-    change: Float64Array = -2 * (w @ q) @ q.T
-    return change
+    delta: Float64Array = -2 * (w @ q) @ q.T
+    return delta

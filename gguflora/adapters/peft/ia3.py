@@ -19,7 +19,7 @@ from gguflora.quants.arrays import Float64Array, Indices
 
 def read_ia3(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
     """The change of every adapted weight, and of its bias if it has one."""
-    changes = {}
+    deltas = {}
     for module, parts in by_module(config, tensors, ["ia3_l"]).items():
         (scale,) = take(config, module, parts, "ia3_l")
         if scale.ndim != 2 or 1 not in scale.shape or not is_float(scale):
@@ -28,22 +28,22 @@ def read_ia3(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Shap
                 "expected numbers of shape (n_out, 1) or (1, n_in)"
             )
         if scale.shape[0] == 1 != scale.shape[1]:
-            changes[f"{module}.weight"] = ShapeDependentDelta.formula(
+            deltas[f"{module}.weight"] = ShapeDependentDelta.formula(
                 (None, scale.shape[1]), partial(_scale_columns, scale)
             )
             continue
-        changes[f"{module}.weight"] = ShapeDependentDelta.formula((scale.shape[0], None), partial(_scale_rows, scale))
-        changes[f"{module}.bias"] = ShapeDependentDelta.formula(
+        deltas[f"{module}.weight"] = ShapeDependentDelta.formula((scale.shape[0], None), partial(_scale_rows, scale))
+        deltas[f"{module}.bias"] = ShapeDependentDelta.formula(
             (scale.shape[0], 1), partial(_scale_rows, scale), optional=True
         )
-    return changes
+    return deltas
 
 
 def _scale_rows(scale: Array, w: Float64Array, rows: Indices) -> Float64Array:
-    change: Float64Array = (as_float64(scale[rows]) - 1) * w
-    return change
+    delta: Float64Array = (as_float64(scale[rows]) - 1) * w
+    return delta
 
 
 def _scale_columns(scale: Array, w: Float64Array, rows: Indices) -> Float64Array:
-    change: Float64Array = (as_float64(scale) - 1) * w
-    return change
+    delta: Float64Array = (as_float64(scale) - 1) * w
+    return delta

@@ -17,10 +17,10 @@ _PART = "ln_tuning_layers"
 
 def read_ln_tuning(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Replace]:
     """The new values of every trained norm."""
-    changes = {}
+    deltas = {}
     for module, parts in by_module(config, tensors, [_PART]).items():
         for part, values in parts.items():
             kind = "bias" if part.endswith(".bias") else "weight"
             column = expect(config, module, part, values, (None,)).reshape(-1, 1)
-            changes[f"{module}.{kind}"] = Replace(column)
-    return changes
+            deltas[f"{module}.{kind}"] = Replace(column)
+    return deltas

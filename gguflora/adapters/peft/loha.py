@@ -1,6 +1,6 @@
-"""LOHA: ``W + factor * (a1 b1) o (a2 b2)``, a product of entries (https://arxiv.org/abs/2108.06098; PEFT: tuners/loha).
+"""LOHA: ``W + scaling * (a1 b1) o (a2 b2)``, a product of entries (https://arxiv.org/abs/2108.06098; PEFT: tuners/loha).
 
-Tensors of a module: ``hada_w1_a``, ``hada_w2_a`` (n_out, r) and ``hada_w1_b``, ``hada_w2_b`` (r, n_in); factor is
+Tensors of a module: ``hada_w1_a``, ``hada_w2_a`` (n_out, r) and ``hada_w1_b``, ``hada_w2_b`` (r, n_in); scaling is
 alpha / r. The product of two matrices of rank r entry by entry is of rank r^2: its factors are the products of all
 pairs of columns of a1, a2 and of rows of b1, b2.
 
@@ -30,11 +30,11 @@ _CORES: Final = ("hada_t1", "hada_t2")
 
 def read_loha(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta]:
     """The change of every adapted weight."""
-    changes: dict[str, Delta] = {}
+    deltas: dict[str, Delta] = {}
     for module, parts in by_module(config, tensors, (*_PARTS, *_CORES)).items():
         with_cores = any(core in parts for core in _CORES)
-        changes[f"{module}.weight"] = (_of_cores if with_cores else _of_factors)(config, module, parts)
-    return changes
+        deltas[f"{module}.weight"] = (_of_cores if with_cores else _of_factors)(config, module, parts)
+    return deltas
 
 
 def _factor(config: PeftConfig, module: str, rank: int) -> float:

@@ -1,7 +1,7 @@
-"""LOKR: ``W + factor * kron(w1, w2)`` (https://arxiv.org/abs/2212.10650, https://arxiv.org/abs/2309.14859).
+"""LOKR: ``W + scaling * kron(w1, w2)`` (https://arxiv.org/abs/2212.10650, https://arxiv.org/abs/2309.14859).
 
 Each of w1 and w2 is saved whole (``lokr_w1``, ``lokr_w2``) or as two factors of rank r (``lokr_w1_a``, ``lokr_w1_b``,
-...); factor is alpha / r in either case. The Kronecker product of products is the product of Kronecker products, so
+...); scaling is alpha / r in either case. The Kronecker product of products is the product of Kronecker products, so
 factors of w1 and w2 (one of them the identity, where a matrix is whole) make factors of the change.
 """
 
@@ -27,21 +27,21 @@ _NOTHING: Final = np.zeros(0)
 
 def read_lokr(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta]:
     """The change of every adapted weight."""
-    changes: dict[str, Delta] = {}
+    deltas: dict[str, Delta] = {}
     for module, parts in by_module(config, tensors, (*_PARTS, _CORE)).items():
         ranks = [part.shape[int(name.endswith("_a") and _CORE not in parts)] for name, part in _pairs(parts)]
         rank = config.rank(module, ranks[0] if ranks else 0)
-        factor = config.for_module("alpha", "alpha_pattern", module, 8) / rank
+        scaling = config.for_module("alpha", "alpha_pattern", module, 8) / rank
         convolution = _convolution(config, module, parts, rank)
         left_1, right_1 = _factors(config, module, parts, "lokr_w1")
         if convolution is not None:
             product = np.kron(_kernelwise(left_1 @ right_1, convolution), convolution)
             values = check_size(config, module, as_float64(product), len(left_1) * len(convolution))
-            changes[f"{module}.weight"] = dense(values, factor)
+            deltas[f"{module}.weight"] = dense(values, scaling)
             continue
         left_2, right_2 = _factors(config, module, parts, "lokr_w2")
-        changes[f"{module}.weight"] = LowRank(np.kron(right_1, right_2), np.kron(left_1, left_2), factor)
-    return changes
+        deltas[f"{module}.weight"] = LowRank(np.kron(right_1, right_2), np.kron(left_1, left_2), scaling)
+    return deltas
 
 
 def _pairs(parts: Parts) -> list[tuple[str, Array]]:

@@ -1,7 +1,7 @@
-"""LORA: ``W + factor * B A`` (https://arxiv.org/abs/2106.09685), with rsLoRA's factor (https://arxiv.org/abs/2312.03732).
+"""LORA: ``W + scaling * B A`` (https://arxiv.org/abs/2106.09685), with rsLoRA's scaling (https://arxiv.org/abs/2312.03732).
 
 Tensors of a module: ``lora_A.weight`` (r, n_in) and ``lora_B.weight`` (n_out, r); of an embedding ``lora_embedding_A``
-(r, rows) and ``lora_embedding_B`` (width, r), which change its (rows, width) weight by ``factor * (B A)^T``. The
+(r, rows) and ``lora_embedding_B`` (width, r), which change its (rows, width) weight by ``scaling * (B A)^T``. The
 factors of a ``fan_in_fan_out`` layer (GPT-2's Conv1D) are laid out like any other layer's: PEFT transposes their
 product, GGUF the weight.
 """
@@ -19,7 +19,7 @@ from gguflora.adapters.peft.lora_compact import with_blocks, with_pooling
 from gguflora.adapters.peft.lora_dora import with_magnitude
 from gguflora.adapters.peft.lora_init import STARTS, without_start
 from gguflora.adapters.peft.lora_kasa import with_diagonal
-from gguflora.adapters.peft.lora_scaling import lora_factor
+from gguflora.adapters.peft.lora_scaling import lora_scaling
 from gguflora.adapters.peft.lora_target_parameters import read_parameter, split_wrapped
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.safetensors import Array, is_float
@@ -60,14 +60,14 @@ def read_lora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Del
     used = {key: tensor for key, tensor in tensors.items() if not _UNUSED.fullmatch(key)}
     modules = by_module(config, used, [*(part for pair in _PAIRS for part in pair), _BIAS, _MAGNITUDE, _DIAGONAL])
     parameters, modules = split_wrapped(config, modules)
-    changes: dict[str, Delta | ShapeDependentDelta] = {}
+    deltas: dict[str, Delta | ShapeDependentDelta] = {}
     for parameter, parts in parameters.items():
-        changes |= read_parameter(config, parameter, parts)
+        deltas |= read_parameter(config, parameter, parts)
     for module, parts in modules.items():
         if _BIAS in parts:
-            changes[f"{module}.bias"] = _read_bias(config, module, parts)
-        changes[f"{module}.weight"] = _read_module(config, module, parts)
-    return changes
+            deltas[f"{module}.bias"] = _read_bias(config, module, parts)
+        deltas[f"{module}.weight"] = _read_module(config, module, parts)
+    return deltas
 
 
 def _check_options(config: PeftConfig) -> None:
@@ -87,15 +87,15 @@ def _check_options(config: PeftConfig) -> None:
 
 
 def _read_bias(config: PeftConfig, module: str, parts: Parts) -> FunctionDelta:
-    """With ``lora_bias``, B has a bias, which is added to the layer's: ``b + factor * lora_B.bias``."""
+    """With ``lora_bias``, B has a bias, which is added to the layer's: ``b + scaling * lora_B.bias``."""
     bias = expect(config, module, _BIAS, parts.pop(_BIAS), (None,))
     terms = len(parts["lora_A"]) if "lora_A" in parts and parts["lora_A"].ndim else 0
-    values = lora_factor(config, module, config.rank(module, terms)) * as_float64(bias)
+    values = lora_scaling(config, module, config.rank(module, terms)) * as_float64(bias)
 
-    def delta(w: Float64Array, rows: Indices) -> Float64Array:
+    def compute(w: Float64Array, rows: Indices) -> Float64Array:
         return values[rows, None]
 
-    return FunctionDelta((len(values), 1), delta)
+    return FunctionDelta((len(values), 1), compute)
 
 
 def _read_module(config: PeftConfig, module: str, parts: Parts) -> Delta | ShapeDependentDelta:
@@ -110,16 +110,16 @@ def _read_module(config: PeftConfig, module: str, parts: Parts) -> Delta | Shape
             f"{', '.join(wanted) or 'no more than a pair of factors'}"
         )
     start = config.fields.get("init_lora_weights")
-    change: Delta = low_rank
+    delta: Delta = low_rank
     if start in STARTS and not embedding:
-        change = without_start(low_rank, start)
+        delta = without_start(low_rank, start)
     if _DIAGONAL in extra:
         return with_diagonal(config, module, low_rank, parts[_DIAGONAL])
     if _MAGNITUDE in extra:
-        return with_magnitude(config, module, change, parts[_MAGNITUDE], embedding=embedding)
-    if config.flag("use_qalora") and not embedding and change is low_rank:
+        return with_magnitude(config, module, delta, parts[_MAGNITUDE], embedding=embedding)
+    if config.flag("use_qalora") and not embedding and delta is low_rank:
         return with_pooling(config, low_rank)
-    return change
+    return delta
 
 
 def _read_factors(config: PeftConfig, module: str, parts: Parts) -> LowRank:
@@ -143,9 +143,9 @@ def read_pair(config: PeftConfig, module: str, a: Array, b: Array) -> LowRank:
             f"{where}: A is {a.shape} and B is {b.shape}, expected two matrices: LoRA of a convolution in groups mixes "
             "its channels, so that no weight is equal to it, and PEFT cannot merge it either; train without this module"
         )
-    for name, factor in (("A", a), ("B", b)):
-        if not is_float(factor):
-            raise AdapterError(f"{where}: {name} holds {factor.dtype}, expected floating-point numbers")
+    for name, matrix in (("A", a), ("B", b)):
+        if not is_float(matrix):
+            raise AdapterError(f"{where}: {name} holds {matrix.dtype}, expected floating-point numbers")
     rank = config.rank(module, a.shape[0])
     terms = min(rank, len(b), a.shape[1]) if config.fields.get("init_lora_weights") in STARTS else rank
     if a.shape[0] != terms or b.shape[1] != terms:
@@ -153,4 +153,4 @@ def read_pair(config: PeftConfig, module: str, a: Array, b: Array) -> LowRank:
             f"{where}: A is {a.shape} and B is {b.shape}, expected rank {terms} as {config.path.name} says: "
             f"({terms}, n_in) and (n_out, {terms})"
         )
-    return LowRank(a, b, lora_factor(config, module, rank))
+    return LowRank(a, b, lora_scaling(config, module, rank))

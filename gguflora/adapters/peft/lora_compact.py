@@ -56,14 +56,14 @@ def _diagonal(config: PeftConfig, module: str, stored: Array, n_blocks: int) -> 
     return full.reshape(n_blocks * rows, n_blocks * width)
 
 
-def with_pooling(config: PeftConfig, change: LowRank) -> ShapeDependentDelta:
+def with_pooling(config: PeftConfig, delta: LowRank) -> ShapeDependentDelta:
     """The change whose A stands for groups of inputs, or for single ones in layers that PEFT does not quantize."""
     group = config.integer("qalora_group_size", 16, least=1)
-    return ShapeDependentDelta((change.shape[0], None), partial(_pooled, change, group))
+    return ShapeDependentDelta((delta.shape[0], None), partial(_pooled, delta, group))
 
 
-def _pooled(change: LowRank, group: int, shape: tuple[int, int]) -> Delta:
-    groups = change.a.shape[1]
+def _pooled(delta: LowRank, group: int, shape: tuple[int, int]) -> Delta:
+    groups = delta.a.shape[1]
     if groups == shape[1] or groups * group != shape[1]:
-        return change
-    return LowRank(np.repeat(as_float64(change.a), group, axis=1), change.b, change.factor * groups / group)
+        return delta
+    return LowRank(np.repeat(as_float64(delta.a), group, axis=1), delta.b, delta.scaling * groups / group)

@@ -1,7 +1,7 @@
 """KaSA: the smallest singular triplets of the weight replaced by a low-rank change (https://arxiv.org/abs/2412.06071).
 
 LORA with ``kasa_config``: besides LoRA's factors a module has ``lora_diag`` (r,), and ``W' = (W without its r smallest
-singular triplets) + factor * B diag(lora_diag) A`` (``peft.tuners.lora.variants``, ``KasaLinearVariant``).
+singular triplets) + scaling * B diag(lora_diag) A`` (``peft.tuners.lora.variants``, ``KasaLinearVariant``).
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from gguflora.files.safetensors import Array
 from gguflora.quants.arrays import Float64Array, Indices
 
 
-def with_diagonal(config: PeftConfig, module: str, change: LowRank, diagonal: Array) -> FunctionDelta:
+def with_diagonal(config: PeftConfig, module: str, delta: LowRank, diagonal: Array) -> FunctionDelta:
     """The change of a weight by its low-rank factors and what is put between them.
 
     Args:
         config: of the adapter, for messages.
         module: the same.
-        change: ``factor * B A``.
+        change: ``scaling * B A``.
         diagonal: (r,).
     """
-    expect(config, module, "lora_diag", diagonal, (change.rank,))
-    scaled = LowRank(change.a, as_float64(change.b) * as_float64(diagonal), change.factor)
-    return FunctionDelta(change.shape, partial(_replace, scaled), whole=True, caution=CAUTION)
+    expect(config, module, "lora_diag", diagonal, (delta.rank,))
+    scaled = LowRank(delta.a, as_float64(delta.b) * as_float64(diagonal), delta.scaling)
+    return FunctionDelta(delta.shape, partial(_replace, scaled), whole=True, caution=CAUTION)
 
 
-def _replace(change: LowRank, w: Float64Array, rows: Indices) -> Float64Array:
-    return change.delta(w, rows) - smallest(w, change.rank)
+def _replace(delta: LowRank, w: Float64Array, rows: Indices) -> Float64Array:
+    return delta.compute(w, rows) - smallest(w, delta.rank)

@@ -7,7 +7,7 @@ import math
 from gguflora.adapters.peft.config import PeftConfig
 
 
-def lora_factor(config: PeftConfig, module: str, rank: int) -> float:
-    """The factor alpha / rank, or alpha / sqrt(rank) for rsLoRA (https://arxiv.org/abs/2312.03732)."""
+def lora_scaling(config: PeftConfig, module: str, rank: int) -> float:
+    """alpha / rank, or alpha / sqrt(rank) for rsLoRA (https://arxiv.org/abs/2312.03732)."""
     alpha = config.for_module("lora_alpha", "alpha_pattern", module, 8)
     return alpha / (math.sqrt(rank) if config.flag("use_rslora") else rank)

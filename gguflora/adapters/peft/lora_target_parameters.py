@@ -21,7 +21,7 @@ import numpy as np
 from gguflora.adapters.deltas import Delta, LowRank, ShapeDependentDelta
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import Parts, take
-from gguflora.adapters.peft.lora_scaling import lora_factor
+from gguflora.adapters.peft.lora_scaling import lora_scaling
 from gguflora.errors import AdapterError, UnsupportedAdapterError, listed
 from gguflora.files.safetensors import Array, is_float
 
@@ -107,7 +107,7 @@ def read_parameter(config: PeftConfig, parameter: str, parts: Parts) -> dict[str
     terms = a.shape[0] if a.ndim == 2 else 0
     ranks = config.ranks(parameter)
     rank = next((rank for rank in ranks if terms % rank == 0), ranks[0])
-    factor = lora_factor(config, parameter, rank)
+    scaling = lora_scaling(config, parameter, rank)
     if b.ndim != 2 or not terms or terms % rank or b.shape[1] != terms or not (is_float(a) and is_float(b)):
         raise AdapterError(
             f"{config.path.parent}: parameter {parameter!r}: A is {a.shape} and B is {b.shape}, expected floats "
@@ -115,21 +115,21 @@ def read_parameter(config: PeftConfig, parameter: str, parts: Parts) -> dict[str
         )
     n_experts = terms // rank
     if n_experts == 1:
-        return {parameter: LowRank(a, b, factor)}
+        return {parameter: LowRank(a, b, scaling)}
     of_a, of_b = a.reshape(n_experts, rank, -1), b.reshape(-1, rank, n_experts)
     return {
         f"{parameter}.{e}": ShapeDependentDelta(
-            (None, None), partial(_of_expert, config, parameter, of_a[e], of_b[..., e], factor)
+            (None, None), partial(_of_expert, config, parameter, of_a[e], of_b[..., e], scaling)
         )
         for e in range(n_experts)
     }
 
 
-def _of_expert(config: PeftConfig, parameter: str, a: Array, b: Array, factor: float, shape: tuple[int, int]) -> Delta:
+def _of_expert(config: PeftConfig, parameter: str, a: Array, b: Array, scaling: float, shape: tuple[int, int]) -> Delta:
     if (b.shape[0], a.shape[1]) == shape:
-        return LowRank(a, b, factor)
+        return LowRank(a, b, scaling)
     if (a.shape[1], b.shape[0]) == shape:  # of a PEFT before 0.18
-        return LowRank(np.ascontiguousarray(b.T), np.ascontiguousarray(a.T), factor)
+        return LowRank(np.ascontiguousarray(b.T), np.ascontiguousarray(a.T), scaling)
     raise AdapterError(
         f"{config.path.parent}: parameter {parameter!r}: one expert's A is {a.shape} and B is {b.shape}, which do not "
         f"fit the base's {shape}; is it the right base?"

@@ -23,12 +23,12 @@ def read_miss(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Del
     kind = config.fields.get("init_weights")
     if kind == "bat":
         return read_bat(config, tensors)
-    changes: dict[str, Delta | ShapeDependentDelta] = {}
+    deltas: dict[str, Delta | ShapeDependentDelta] = {}
     for module, parts in by_module(config, tensors, ["miss_block"]).items():
         (block,) = take(config, module, parts, "miss_block")
         expect(config, module, "miss_block", block, (None, None))
-        changes[f"{module}.weight"] = _repeated(config, module, block, mini=kind == "mini")
-    return changes
+        deltas[f"{module}.weight"] = _repeated(config, module, block, mini=kind == "mini")
+    return deltas
 
 
 def _repeated(config: PeftConfig, module: str, block: Array, *, mini: bool) -> ShapeDependentDelta:

@@ -45,13 +45,13 @@ class _Rotation:
 
 def read_oft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
     """The change of every adapted weight."""
-    changes = {}
+    deltas = {}
     for module, parts in by_module(config, tensors, ["oft_R", "oft_embedding_R"]).items():
         name = "oft_embedding_R" if "oft_embedding_R" in parts else "oft_R"
         (triangles,) = take(config, module, parts, name)
         expect(config, module, name, triangles, (None, None))
-        changes[f"{module}.weight"] = _unsized(config, module, triangles, inverse=name == "oft_R")
-    return changes
+        deltas[f"{module}.weight"] = _unsized(config, module, triangles, inverse=name == "oft_R")
+    return deltas
 
 
 def _unsized(config: PeftConfig, module: str, triangles: Array, *, inverse: bool) -> ShapeDependentDelta:

@@ -23,7 +23,7 @@ _PARTS: Final = tuple(f"osf_svd_params.{name}" for name in ("U_low", "S_low", "V
 
 def read_osf(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, FunctionDelta]:
     """The change of every adapted weight."""
-    changes = {}
+    deltas = {}
     for module, parts in by_module(config, tensors, _PARTS).items():
         u, s, v = take(config, module, parts, *_PARTS)
         expect(config, module, _PARTS[1], s, (None,))
@@ -32,8 +32,8 @@ def read_osf(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Func
         shape = len(u), v.shape[1]
         if len(s) > min(shape):
             raise AdapterError(f"{config.path.parent}: module {module!r}: {len(s)} triplets of a weight {shape}")
-        changes[f"{module}.weight"] = FunctionDelta(shape, partial(_replace, u, s, v), whole=True, caution=CAUTION)
-    return changes
+        deltas[f"{module}.weight"] = FunctionDelta(shape, partial(_replace, u, s, v), whole=True, caution=CAUTION)
+    return deltas
 
 
 def _replace(u: Array, s: Array, v: Array, w: Float64Array, rows: Indices) -> Float64Array:

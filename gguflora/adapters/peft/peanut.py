@@ -68,7 +68,7 @@ def read_peanut(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, S
         raise UnsupportedAdapterError(f"{config.path}: act_fn is {name!r}; supported: {', '.join(ACTIVATIONS)}")
     depth, scaling = int(config.number("depth", 0)), config.number("scaling", 1.0)
     layers = [f"peanut_{side}.{index}" for side in ("encoders", "decoders") for index in range(depth)]
-    changes = {}
+    deltas = {}
     for module, parts in by_module(config, tensors, ["peanut_A", "peanut_B", *layers]).items():
         a, b, *inner = take(config, module, parts, "peanut_A", "peanut_B", *layers)
         rank, n_out = expect(config, module, "peanut_A", a, (None, None)).shape
@@ -76,8 +76,8 @@ def read_peanut(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, S
         for layer, matrix in zip(layers, inner, strict=True):
             expect(config, module, layer, matrix, (rank, rank))
         function = partial(_network, ACTIVATIONS[name], scaling, a, b, inner)
-        changes[f"{module}.weight"] = ShapeDependentDelta.formula((n_out, None), function, whole=True)
-    return changes
+        deltas[f"{module}.weight"] = ShapeDependentDelta.formula((n_out, None), function, whole=True)
+    return deltas
 
 
 def _network(
@@ -96,5 +96,5 @@ def _network(
         h = activation(as_float64(encoder) @ h)
     for decoder, start in zip(layers[depth:], reversed(starts), strict=True):
         h = activation(as_float64(decoder) @ h) + start
-    change: Float64Array = scaling * (as_float64(b) @ h)
-    return change
+    delta: Float64Array = scaling * (as_float64(b) @ h)
+    return delta

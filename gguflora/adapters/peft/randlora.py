@@ -44,7 +44,7 @@ class _Bases:
     b: Array
     scales: Array
     columns: Array
-    factor: float
+    scaling: float
     transposed: bool
 
 
@@ -76,13 +76,13 @@ def _read_module(
         raise AdapterError(
             f"{config.path.parent}: randlora_A {a.shape} and randlora_B {b.shape} are too small for {module!r} {shape}"
         )
-    factor = config.number("randlora_alpha", 640) / rank
-    bases = _Bases(a, b[:high, :count], scales, columns, factor, transposed=shape[0] < shape[1])
+    scaling = config.number("randlora_alpha", 640) / rank
+    bases = _Bases(a, b[:high, :count], scales, columns, scaling, transposed=shape[0] < shape[1])
     return FunctionDelta(shape, partial(_multiply, bases))
 
 
 def _multiply(bases: _Bases, w: Float64Array, rows: Indices) -> Float64Array:
-    return _factors(bases).delta(w, rows)
+    return _factors(bases).compute(w, rows)
 
 
 @lru_cache(maxsize=2)  # for the next rows of the same weight; each is about as large as the weight
@@ -90,7 +90,7 @@ def _factors(bases: _Bases) -> LowRank:
     scales, columns = as_float64(bases.scales), as_float64(bases.columns)
     a = scales[:, :, None] * as_float64(bases.a[:, :, : columns.shape[1]]) * columns
     b = as_float64(bases.b)
-    product = LowRank(a.reshape(-1, a.shape[2]), b.reshape(len(b), -1), bases.factor)
+    product = LowRank(a.reshape(-1, a.shape[2]), b.reshape(len(b), -1), bases.scaling)
     return product.transposed() if bases.transposed else product
 
 

@@ -33,7 +33,7 @@ def read_road(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Sha
         raise config.error("variant", "one of " + ", ".join(_VARIANTS), variant)
     if group != int(group) or group < 2 or group % 2:
         raise config.error("group_size", "an even whole number", group)
-    changes = {}
+    deltas = {}
     for module, parts in by_module(config, tensors, ["road_theta", "road_alpha"]).items():
         theta, alpha = take(config, module, parts, "road_theta", "road_alpha")
         expect(config, module, "road_theta", theta, (None,))
@@ -45,9 +45,9 @@ def read_road(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Sha
                 f"{group:g} rows cannot share"
             )
         function = partial(_rotate, *_columns(variant, int(group), as_float64(theta), as_float64(alpha)), int(group))
-        changes[f"{module}.weight"] = ShapeDependentDelta.formula((n_out, None), function, whole=True)
-        changes[f"{module}.bias"] = ShapeDependentDelta.formula((n_out, 1), function, whole=True, optional=True)
-    return changes
+        deltas[f"{module}.weight"] = ShapeDependentDelta.formula((n_out, None), function, whole=True)
+        deltas[f"{module}.bias"] = ShapeDependentDelta.formula((n_out, 1), function, whole=True, optional=True)
+    return deltas
 
 
 def _columns(variant: str, group: int, theta: Float64Array, alpha: Float64Array) -> tuple[Float64Array, Float64Array]:
@@ -63,5 +63,5 @@ def _columns(variant: str, group: int, theta: Float64Array, alpha: Float64Array)
 def _rotate(c: Float64Array, s: Float64Array, group: int, w: Float64Array, rows: Indices) -> Float64Array:
     pairs = w.reshape(-1, 2, group // 2, w.shape[1])
     rotated = np.stack([-pairs[:, 1], pairs[:, 0]], axis=1).reshape(w.shape)
-    change: Float64Array = (c - 1) * w + s * rotated
-    return change
+    delta: Float64Array = (c - 1) * w + s * rotated
+    return delta

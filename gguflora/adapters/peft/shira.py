@@ -19,7 +19,7 @@ from gguflora.files.safetensors import Array
 
 def read_shira(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
     """The change of every adapted weight."""
-    changes = {}
+    deltas = {}
     for module, parts in by_module(config, tensors, ["shira_indices", "shira_weight"]).items():
         indices, values = take(config, module, parts, "shira_indices", "shira_weight")
         expect(config, module, "shira_weight", values, (None,))
@@ -28,8 +28,8 @@ def read_shira(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Sh
                 f"{config.path.parent}: module {module!r}: shira_indices has shape {indices.shape} and type "
                 f"{indices.dtype}, expected whole numbers of shape (2, {len(values)})"
             )
-        changes[f"{module}.weight"] = _elements(config, module, indices, values)
-    return changes
+        deltas[f"{module}.weight"] = _elements(config, module, indices, values)
+    return deltas
 
 
 def _elements(config: PeftConfig, module: str, indices: Array, values: Array) -> ShapeDependentDelta:

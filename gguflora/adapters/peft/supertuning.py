@@ -62,13 +62,13 @@ def _by_size(config: PeftConfig, module: str, parts: Parts, low_rank: LowRank | 
     expect(config, module, _SPARSE[1], values, (None,))
     largest = bool(config.fields.get("select_top", True))
 
-    def delta(w: Float64Array, rows: Indices) -> Float64Array:
-        change = np.zeros(w.size)
-        change[_find(where, w, len(values), largest=largest)] = as_float64(values)
-        return change.reshape(w.shape) + (0.0 if low_rank is None else low_rank.delta(w, rows))
+    def compute(w: Float64Array, rows: Indices) -> Float64Array:
+        delta = np.zeros(w.size)
+        delta[_find(where, w, len(values), largest=largest)] = as_float64(values)
+        return delta.reshape(w.shape) + (0.0 if low_rank is None else low_rank.compute(w, rows))
 
     known = (None, None) if low_rank is None else low_rank.shape
-    return ShapeDependentDelta(known, lambda shape: FunctionDelta(shape, delta, whole=True))
+    return ShapeDependentDelta(known, lambda shape: FunctionDelta(shape, compute, whole=True))
 
 
 def _find(where: str, w: Float64Array, count: int, *, largest: bool) -> Indices:
@@ -117,7 +117,7 @@ def _read_factors(config: PeftConfig, module: str, parts: Parts) -> LowRank | No
 
 
 def _sum(sparse: FunctionDelta, low_rank: LowRank) -> FunctionDelta:
-    def change(w: Float64Array, rows: Indices) -> Float64Array:
-        return sparse.delta(w, rows) + low_rank.delta(w, rows)
+    def delta(w: Float64Array, rows: Indices) -> Float64Array:
+        return sparse.compute(w, rows) + low_rank.compute(w, rows)
 
-    return FunctionDelta(sparse.shape, change)
+    return FunctionDelta(sparse.shape, delta)

@@ -38,14 +38,14 @@ def read_tinylora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str,
     vectors = {int(found[1]): tensors[key] for key in tensors if (found := _VECTOR.fullmatch(key))}
     own = {key: tensor for key, tensor in tensors.items() if not _VECTOR.fullmatch(key)}
     modules = by_module(config, own, ["tinylora_A", "tinylora_B", _PROJECTION])
-    changes: dict[str, Delta] = {}
+    deltas: dict[str, Delta] = {}
     for number, module in enumerate(in_order(config, list(modules))):
         group = _group(config, number, len(modules))
         if group not in vectors:
             raise AdapterError(f"{config.path.parent}: module {module!r} needs tinylora_v.{group}, which is missing")
         expect(config, module, f"tinylora_v.{group}", vectors[group], (None,))
-        changes[f"{module}.weight"] = _read_module(config, module, modules[module], as_float64(vectors[group]), number)
-    return changes
+        deltas[f"{module}.weight"] = _read_module(config, module, modules[module], as_float64(vectors[group]), number)
+    return deltas
 
 
 def _group(config: PeftConfig, number: int, n_modules: int) -> int:

@@ -31,9 +31,9 @@ def _without_tied(tensors: Mapping[str, Array]) -> dict[str, Array]:
 def read_trainable_tokens(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta]:
     """The replaced rows of every adapted embedding."""
     ids = config.fields.get("token_indices")
-    changes: dict[str, Delta] = {}
+    deltas: dict[str, Delta] = {}
     for module, parts in by_module(config, _without_tied(tensors), [_ROWS]).items():
         (values,) = take(config, module, parts, _ROWS)
         expect(config, module, _ROWS, values, (None, None))
-        changes[f"{module}.weight"] = replaced_rows(config, module, ids, values)
-    return changes
+        deltas[f"{module}.weight"] = replaced_rows(config, module, ids, values)
+    return deltas

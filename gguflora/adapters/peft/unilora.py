@@ -38,7 +38,7 @@ def read_unilora(config: PeftConfig, tensors: Mapping[str, Array], base: BaseSha
     theta = as_float64(expect(config, "base_model", _THETA, saved, (None,)))
     if not own:
         return _dealt(config, theta, base)
-    changes: dict[str, Delta] = {}
+    deltas: dict[str, Delta] = {}
     for module, parts in by_module(config, own, _PARTS).items():
         indices_a, scales_a, indices_b, scales_b = take(config, module, parts, *_PARTS)
         for indices, scales in ((indices_a, scales_a), (indices_b, scales_b)):
@@ -47,8 +47,8 @@ def read_unilora(config: PeftConfig, tensors: Mapping[str, Array], base: BaseSha
             if indices.size and not 0 <= indices.min() <= indices.max() < len(theta):
                 raise AdapterError(f"{config.path.parent}: module {module!r}: indices exceed {_THETA}'s {len(theta)}")
         a, b = theta[indices_a] * as_float64(scales_a), theta[indices_b] * as_float64(scales_b)
-        changes[f"{module}.weight"] = LowRank(a, b, 1.0)
-    return changes
+        deltas[f"{module}.weight"] = LowRank(a, b, 1.0)
+    return deltas
 
 
 def _dealt(config: PeftConfig, theta: Float64Array, base: BaseShapes) -> dict[str, Delta]:
@@ -59,13 +59,13 @@ def _dealt(config: PeftConfig, theta: Float64Array, base: BaseShapes) -> dict[st
         raise AdapterError(f"{config.path}: target_modules names no module of the base; is it the right base?")
     indices = _draw(config, rank * sum(n_out + n_in for n_out, n_in in shapes.values()), len(theta))
     scaled = theta / np.sqrt(np.maximum(np.bincount(indices, minlength=len(theta)), 1))
-    changes: dict[str, Delta] = {}
+    deltas: dict[str, Delta] = {}
     start = 0
     for weight, (n_out, n_in) in shapes.items():
         middle, end = start + rank * n_in, start + rank * (n_in + n_out)
         a, b = scaled[indices[start:middle]].reshape(rank, n_in), scaled[indices[middle:end]].reshape(n_out, rank)
-        changes[weight], start = LowRank(a, b, 1.0), end
-    return changes
+        deltas[weight], start = LowRank(a, b, 1.0), end
+    return deltas
 
 
 def _draw(config: PeftConfig, n: int, n_choices: int) -> Indices:

@@ -36,15 +36,15 @@ def read_vblora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, D
     if bank.ndim != 2:
         raise AdapterError(f"{config.path.parent}: {_BANK} has shape {bank.shape}, expected a matrix")
     parts_of_module = [f"{name}{suffix}" for name in _LOGITS for suffix in ("", "_topk_indices", "_topk_weights")]
-    changes: dict[str, Delta] = {}
+    deltas: dict[str, Delta] = {}
     for module, parts in by_module(config, own, parts_of_module).items():
         a, b = (_mix(config, module, parts, name, as_float64(bank)) for name in _LOGITS)
         rank = a.shape[0]
         if b.shape[1] != rank:
             raise AdapterError(f"{config.path.parent}: module {module!r}: A and B do not share a rank")
         # (n_out / v, r, v) to (n_out, r)
-        changes[f"{module}.weight"] = LowRank(a.reshape(rank, -1), b.swapaxes(1, 2).reshape(-1, rank), 1.0)
-    return changes
+        deltas[f"{module}.weight"] = LowRank(a.reshape(rank, -1), b.swapaxes(1, 2).reshape(-1, rank), 1.0)
+    return deltas
 
 
 def _mix(config: PeftConfig, module: str, parts: Parts, name: str, bank: Float64Array) -> Float64Array:

@@ -47,7 +47,7 @@ def _read(
         a, b = take(config, "base_model", shared, f"{method}_A", f"{method}_B")
     else:
         a, b = _projections(config, list(shapes.values()), multiple)
-    changes: dict[str, Delta] = {}
+    deltas: dict[str, Delta] = {}
     for module, parts in modules.items():
         n_out, n_in = shapes[module]
         of_rows, of_rank = take(config, module, parts, *names)
@@ -61,8 +61,8 @@ def _read(
             )
         left = as_float64(of_rows)[:, None] * as_float64(b[:n_out])
         right = as_float64(of_rank)[:rank, None] * as_float64(a[:rank, :n_in])
-        changes[f"{module}.weight"] = LowRank(right, left, 1.0)
-    return changes
+        deltas[f"{module}.weight"] = LowRank(right, left, 1.0)
+    return deltas
 
 
 def _projections(config: PeftConfig, shapes: Sequence[tuple[int, int]], multiple: int) -> tuple[Array, Array]:

@@ -34,12 +34,12 @@ def read_waveft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, S
     inverse = config.fields.get("use_idwt", True) is not False
     if inverse and family not in LOW_PASS:
         raise UnsupportedAdapterError(f"{config.path}: wavelet_family is {family!r}; supported: {', '.join(LOW_PASS)}")
-    changes = {}
+    deltas = {}
     for module, parts in by_module(config, tensors, ["waveft_spectrum"]).items():
         (spectrum,) = take(config, module, parts, "waveft_spectrum")
         expect(config, module, "waveft_spectrum", spectrum, (None,))
-        changes[f"{module}.weight"] = _unsized(config, module, spectrum, family if inverse else None)
-    return changes
+        deltas[f"{module}.weight"] = _unsized(config, module, spectrum, family if inverse else None)
+    return deltas
 
 
 def _unsized(config: PeftConfig, module: str, spectrum: Array, family: str | None) -> ShapeDependentDelta:

@@ -119,19 +119,19 @@ class PatchSink:
     def put(self, block: Block) -> None:
         """Take new rows of a changed tensor."""
         target, grain = block.target, Grain.of(block.target.type)
-        to = self._layout.offsets[target.name] + block.first * block.new.shape[1]
+        to = self._layout.offsets[target.name] + block.start * block.new.shape[1]
         alike = target.type == target.source.type and target.shape[-1] == target.source.n_in
-        n_known = max(0, min(len(block.new), target.source.n_rows - block.first)) if alike else 0
+        n_known = max(0, min(len(block.new), target.source.n_rows - block.start)) if alike else 0
         known = n_known * block.new.shape[1]
         new = block.new.reshape(-1)
-        source = target.source.offset + block.first * block.new.shape[1]
+        source = target.source.offset + block.start * block.new.shape[1]
         self._add(to, source, block.old.reshape(-1)[:known], new[:known], grain)
         self._add(to + known, None, np.zeros(len(new) - known, np.uint8), new[known:], grain)
 
-    def copy(self, first: int, last: int, to: int) -> None:
+    def copy(self, start: int, stop: int, to: int) -> None:
         """Take a range of the base's bytes."""
         with self._lock:
-            self._copies.append((first, last, to))
+            self._copies.append((start, stop, to))
 
     def put_headers(self, base: GgufFile) -> None:
         """Take the headers of the result's files, most of which are the base's: tokenizers are large."""
@@ -139,13 +139,13 @@ class PatchSink:
         for source, part, new in zip(starts, base.parts, self._layout.parts, strict=False):
             self._put_header(part, source, new.header, new.start)
 
-    def _put_header(self, part: GgufShard, source: int, header: bytes, start: int) -> None:
-        end = 0
-        for first, last, to in header_copies(part, header):
-            self._put_new(header[end:to], start + end)
-            self.copy(source + first, source + last, start + to)
-            end = to + last - first
-        self._put_new(header[end:], start + end)
+    def _put_header(self, part: GgufShard, source: int, header: bytes, at: int) -> None:
+        done = 0
+        for start, stop, to in header_copies(part, header):
+            self._put_new(header[done:to], at + done)
+            self.copy(source + start, source + stop, at + to)
+            done = to + stop - start
+        self._put_new(header[done:], at + done)
 
     def _put_new(self, content: bytes, to: int) -> None:
         new = np.frombuffer(content, np.uint8)
@@ -181,26 +181,26 @@ def header_copies(base: GgufShard, header: bytes) -> list[Range]:
 
 
 def _repeated(base: GgufShard, header: bytes) -> Iterator[Range]:
-    first = to = _COUNTS
+    start = to = _COUNTS
     for key in base.metadata:
         entry = base.metadata.raw(key)
         if header.startswith(entry, to):
-            yield first, first + len(entry), to
+            yield start, start + len(entry), to
             to += len(entry)
-        first += len(entry)
-    end = min((tensor.offset for tensor in base.tensors.values()), default=first)
-    tail = os.pread(base.fileno(), end - first, first).rstrip(b"\0")
+        start += len(entry)
+    stop = min((tensor.offset for tensor in base.tensors.values()), default=start)
+    tail = os.pread(base.fileno(), stop - start, start).rstrip(b"\0")
     at = header.rfind(tail) if tail else -1
     if at >= to:
-        yield first, first + len(tail), at
+        yield start, start + len(tail), at
 
 
 def joined(ranges: Sequence[Range] | Iterator[Range]) -> list[Range]:
     """Ranges in the order of the result, of which those that follow each other are one."""
     whole: list[Range] = []
-    for first, last, to in sorted(ranges, key=lambda copied: copied[2]):
-        if whole and whole[-1][1] == first and whole[-1][2] + whole[-1][1] - whole[-1][0] == to:
-            whole[-1] = whole[-1][0], last, whole[-1][2]
+    for start, stop, to in sorted(ranges, key=lambda copied: copied[2]):
+        if whole and whole[-1][1] == start and whole[-1][2] + whole[-1][1] - whole[-1][0] == to:
+            whole[-1] = whole[-1][0], stop, whole[-1][2]
         else:
-            whole.append((first, last, to))
+            whole.append((start, stop, to))
     return whole

@@ -46,9 +46,9 @@ def result(patch: Patch, base: Chain, threads: int) -> Iterator[Piece]:
 def copied_pieces(patch: Patch, base: Chain) -> list[tuple[int, Task]]:
     """What reads the ranges that a patch copies, with their places in the result."""
     return [
-        (to + at - first, partial(_copied, base, at, min(at + _COPY_BYTES, last), to + at - first))
-        for first, last, to in patch.copies
-        for at in range(first, last, _COPY_BYTES)
+        (to + at - start, partial(_copied, base, at, min(at + _COPY_BYTES, stop), to + at - start))
+        for start, stop, to in patch.copies
+        for at in range(start, stop, _COPY_BYTES)
     ]
 
 
@@ -57,8 +57,8 @@ def in_order(tasks: Sequence[tuple[int, Task]], threads: int) -> Iterator[Piece]
     return ahead((task for _, task in sorted(tasks, key=lambda item: item[0])), threads)
 
 
-def _copied(base: Chain, first: int, last: int, to: int) -> Piece:
-    return to, base.read(first, last - first)
+def _copied(base: Chain, start: int, stop: int, to: int) -> Piece:
+    return to, base.read(start, stop - start)
 
 
 def _made(patch: Patch, base: Chain, record: Record) -> Piece:
