@@ -14,6 +14,8 @@
     |-- QuantizationError         values or shapes a quant type cannot hold
     |   `-- NonFiniteError        NaN or infinity; carries row and column
     |-- OutputError               the target cannot be written (exists, no space, not writable)
+    |-- UsageError                an argument is out of range, or arguments contradict each other
+    |-- MissingExtraError         a package is missing that an extra of gguflora installs
     |-- RemoteError               a remote file cannot be found, read or written, or its checksum is wrong
     |-- RecipeError               a pipeline's recipe does not make sense
     |-- ClusterError              a Dask cluster cannot be used, or a process died that did a pipeline's job
@@ -37,6 +39,26 @@ from collections.abc import Collection
 
 class GgufloraError(Exception):
     """Base of all errors gguflora raises on purpose."""
+
+
+class UsageError(GgufloraError):
+    """An argument is out of range, or arguments contradict each other."""
+
+
+class MissingExtraError(GgufloraError):
+    """A package is missing that an extra of gguflora installs.
+
+    Args:
+        what: what needs the package.
+        package: the package's name.
+        extra: the extra of gguflora that installs it.
+        otherwise: another way out.
+    """
+
+    def __init__(self, what: str, package: str, extra: str, otherwise: str = "") -> None:
+        way_out = f"pip install 'gguflora[{extra}]'" + (f", {otherwise}" if otherwise else "")
+        super().__init__(f"{what} needs {package}: {way_out}")
+        self.extra = extra
 
 
 class FormatError(GgufloraError):

@@ -307,7 +307,7 @@ def test_worker_with_another_version(other, said, cluster, others, tmp_path):
 
 def test_client_with_another_version_than_a_worker_that_came_later(cluster):
     with client_of(cluster) as client:
-        assert "expected 0.0.2" in client.submit(dask_worker.do, {"version": "0.0.2"}).result()["error"]
+        assert "expected 0.0.2" in client.submit(dask_worker.run_job, {"version": "0.0.2"}).result()["error"]
 
 
 def test_workers_that_do_not_share_the_folder(cluster, tmp_path, monkeypatch):
@@ -315,7 +315,7 @@ def test_workers_that_do_not_share_the_folder(cluster, tmp_path, monkeypatch):
     recipe_in(tmp_path, "small")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ClusterError, match="does not see /proc/self/cwd as this machine does"):
-        dask_client.DaskEngine(cluster.address, at_a_time=1, memory=None, store=Path("/proc/self/cwd"))
+        dask_client.DaskEngine(cluster.address, max_concurrency=1, memory=None, store=Path("/proc/self/cwd"))
 
 
 def test_scheduler_that_dies(cluster, tmp_path):

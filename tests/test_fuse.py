@@ -15,11 +15,11 @@ from hotswap import PROMPT, A, B, C, expected, gguf_lora, kill_python, logits, o
 import gguflora
 from gguflora.engine import Engine, Request, Sampling
 from gguflora.errors import HotSwapError
-from gguflora.lora.fuse import fuse
+from gguflora.lora.concatenate import concatenate
 from gguflora.runtime import attached
-from gguflora.runtime import fused_adapters as fuse_module
+from gguflora.runtime import concatenated_adapters as fuse_module
 from gguflora.runtime.bindings import free_lora, load_lora, set_loras
-from gguflora.runtime.fused_adapters import FIXED_GRAPH, SEPARATE
+from gguflora.runtime.concatenated_adapters import FIXED_GRAPH, SEPARATE
 
 MANY = 64
 SCALES = {"a": 0.5, "b": -0.75, "c": 1.0}
@@ -55,7 +55,7 @@ def side_by_side(llm, paths, scales):
 
 
 def fused_logits(llm, paths, scales, out):
-    fuse(list(zip(paths, scales, strict=True)), out)
+    concatenate(list(zip(paths, scales, strict=True)), out)
     return side_by_side(llm, [out], [1.0])
 
 
@@ -80,7 +80,7 @@ def test_logits_are_those_of_side_by_side(tmp_path, count):
 
 def test_a_fused_file_is_the_exact_sum(tmp_path):
     paths, scales = random_loras(tmp_path, 5), (0.5, -1, 2, 0.25, 1)
-    fuse(list(zip(paths, scales, strict=True)), tmp_path / "fused.gguf")
+    concatenate(list(zip(paths, scales, strict=True)), tmp_path / "fused.gguf")
     parts, total = [oracles.lora_changes(path) for path in paths], oracles.lora_changes(tmp_path / "fused.gguf")
     for name, change in total.items():
         wanted = sum(scale * part[name] for scale, part in zip(scales, parts, strict=True))
@@ -90,7 +90,7 @@ def test_a_fused_file_is_the_exact_sum(tmp_path):
 def test_halves_stay_halves_where_that_is_exact(tmp_path):
     paths = random_loras(tmp_path, 2, dtype=np.float16)
     for scales, kinds in (((2, -4), {"F16"}), ((0.3, 0.7), {"F16", "F32"})):
-        fuse(list(zip(paths, scales, strict=True)), tmp_path / "fused.gguf")
+        concatenate(list(zip(paths, scales, strict=True)), tmp_path / "fused.gguf")
         found = {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "fused.gguf").tensors}
         assert found == kinds
 

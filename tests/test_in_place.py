@@ -371,9 +371,9 @@ def test_unmerge_stopped_anywhere(loses, tiny, monkeypatch, tmp_path):
 KILLED = """
 import os, signal, sys
 import gguflora
-from gguflora.files.beside import journal_path, undo_path
+from gguflora.files.sidecars import journal_path, undo_path
 from gguflora.files.gguf import part_paths
-from gguflora.in_place import journal
+from gguflora.merging.in_place import journal
 journal.CHUNK_BYTES = 10_000
 base, adapter, last = sys.argv[1], sys.argv[2], int(sys.argv[3])
 real, calls = os.pwrite, [0]

@@ -19,7 +19,7 @@ import gguflora
 from gguflora.errors import FormatError, OutputError
 from gguflora.files.gguf import part_paths
 from gguflora.merging.parts import assemble, merge_part, shares
-from gguflora.merging.prepare import prepared_merge
+from gguflora.merging.prepare import MergeOptions, prepared_merge
 
 ONE = Adapter(seed=3)
 TWO = Adapter(targets=("q_proj", "down_proj"), rank=3, seed=8)
@@ -100,7 +100,7 @@ def test_bytes_and_report_of_the_merge_in_one_go(case, tmp_path):
 
 def test_shares_are_alike_and_keep_together_what_one_formula_changes(tmp_path):
     base, adapters, _ = quantized(tmp_path)
-    with prepared_merge(base, adapters) as merging:
+    with prepared_merge(base, adapters, MergeOptions()) as merging:
         targets = merging.plan.targets
         for count in (1, 3, 100):
             divided = shares(targets, count)
@@ -109,7 +109,7 @@ def test_shares_are_alike_and_keep_together_what_one_formula_changes(tmp_path):
         sizes = [sum(np.prod(target.shape) for target in share) for share in shares(targets, 3)]
         assert max(sizes) < 1.3 * min(sizes)
     base, adapters, _ = whole_weights(tmp_path)
-    with prepared_merge(base, adapters) as merging:
+    with prepared_merge(base, adapters, MergeOptions()) as merging:
         share_of = {t.name: number for number, share in enumerate(shares(merging.plan.targets, 9)) for t in share}
     for layer in range(2):
         assert share_of[f"blk.{layer}.attn_k_b.weight"] == share_of[f"blk.{layer}.attn_v_b.weight"]

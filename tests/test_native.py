@@ -166,14 +166,14 @@ def test_run_rows_covers_every_row_once():
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_first_error_stops_the_rest(threads):
-    begun = []
+    started = []
     lock = threading.Lock()
 
     def work(start, stop):
         with lock:
-            begun.append(start)
+            started.append(start)
         raise QuantizationError(f"row {start}")
 
     with pytest.raises(QuantizationError, match="row"):
         run_rows(100_000, 1, work, threads)
-    assert len(begun) < 50_000
+    assert len(started) < 50_000

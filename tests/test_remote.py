@@ -92,18 +92,18 @@ def test_revisions_and_paths(site):
     same = remote.fetch(f"hf://org/legal@{commit}", "adapter")
     assert (same / weights).read_bytes() == (other / weights).read_bytes()
     assert remote.fetch("hf://org/models/a/b/big.gguf").read_bytes() == BYTES
-    assert remote.find("hf://org/legal/*.safetensors") == [f"hf://org/legal/{weights}"]
-    assert remote.find("hf://org/models@main/a/*") == ["hf://org/models@main/a/b"]
+    assert remote.list_matching("hf://org/legal/*.safetensors") == [f"hf://org/legal/{weights}"]
+    assert remote.list_matching("hf://org/models@main/a/*") == ["hf://org/models@main/a/b"]
 
 
 def test_offline(site, monkeypatch, tmp_path):
     before = remote.fetch("hf://org/legal", "adapter")
     remote.fetch(f"{site.url}/big.bin")
-    look = remote.look("hf://org/legal", "adapter")
+    look = remote.stat("hf://org/legal", "adapter")
     monkeypatch.setenv("GGUFLORA_OFFLINE", "1")
     site.asked.clear()
     assert remote.fetch("hf://org/legal", "adapter") == before
-    assert remote.look("hf://org/legal", "adapter") == look
+    assert remote.stat("hf://org/legal", "adapter") == look
     assert remote.fetch(f"{site.url}/big.bin").read_bytes() == BYTES
     for missing in ("hf://org/models/base.gguf", "hf://org/legal@v2", f"{site.url}/legal/"):
         with pytest.raises(RemoteError, match="was not fetched before, and GGUFLORA_OFFLINE forbids"):
@@ -127,9 +127,9 @@ def test_a_download_that_is_cut_short_goes_on(site, place, monkeypatch):
 def test_the_next_process_goes_on(site, tmp_path):
     site.cut = {"/big.bin": (900_000, 1)}
     code = """
-import sys, gguflora.remote.download as d
+import sys, gguflora.files.remote.download as d
 d._ATTEMPTS = 1
-from gguflora import remote
+from gguflora.files import remote
 remote.fetch(sys.argv[1])
 """
     done = subprocess.run(
@@ -275,7 +275,7 @@ def test_a_split_model(site, tmp_path):
 
 
 def test_one_download_at_a_time(site):
-    code = "import sys; from gguflora import remote; print(remote.fetch(sys.argv[1]))"
+    code = "import sys; from gguflora.files import remote; print(remote.fetch(sys.argv[1]))"
     command = [sys.executable, "-P", "-c", code, f"{site.url}/big.bin"]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert len({process.communicate()[0] for process in running}) == 1
@@ -302,9 +302,9 @@ def test_every_command_with_inputs_is_one():
     for command in typer.main.get_command(app).commands:
         function = getattr(gguflora, command.replace("-", "_"), None)
         if command in {"demo", "doctor", "pipeline", "unmerge"}:  # no inputs; a recipe's own; changed in place
-            assert command not in remote.KINDS
+            assert not remote.input_kinds(function or gguflora.run_pipeline)
             continue
-        assert remote.KINDS[function.__name__].keys() <= inspect.signature(function).parameters.keys()
+        assert remote.input_kinds(function).keys() <= inspect.signature(function).parameters.keys()
         assert function.__wrapped__, command
 
 
@@ -386,7 +386,7 @@ import importlib.util as u, sys
 find = u.find_spec
 u.find_spec = lambda name, *more: None if name == {missing!r} else find(name, *more)
 sys.modules[{missing!r}] = None
-from gguflora import remote
+from gguflora.files import remote
 try: remote.fetch({place!r})
 except remote.location.RemoteError as error: print(error)
 """

@@ -489,7 +489,8 @@ def test_dropping_the_llama_frees_it_at_once(monkeypatch):
 OPEN = """
 import sys
 import llama_cpp
-from gguflora import llama, runtime
+from gguflora import runtime
+from gguflora.runtime import bindings as llama
 base, lora = sys.argv[1:3]
 llm = llama_cpp.Llama(base, n_ctx=64, n_threads=1, verbose=False)
 def attached():

@@ -500,8 +500,8 @@ def test_llama_cpp_aborts_on_embeddings_of_glm4(tmp_path):
     """Why it is refused."""
     code = """
 import sys, llama_cpp, numpy as np
-from gguflora import llama
-from gguflora.prefix import Prefix
+from gguflora.runtime import bindings as llama
+from gguflora.placement.prefix import Prefix
 llm = llama_cpp.Llama(sys.argv[1], n_ctx=64, n_threads=1, verbose=False)
 llama.put_prefix(llm.ctx, Prefix("", 3, np.zeros((3, 64), np.float32)))
 """

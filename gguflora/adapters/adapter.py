@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -16,11 +15,12 @@ from gguflora.adapters.base_shapes import BaseShapes
 from gguflora.adapters.deltas import Delta, ShapeDependentDelta
 from gguflora.adapters.gguf_lora import read_gguf_lora
 from gguflora.adapters.peft.config import MLX, PeftConfig, read_config
-from gguflora.adapters.peft.modules_to_save import split_saved
+from gguflora.adapters.peft.modules_to_save import split_modules_to_save
 from gguflora.adapters.peft.pooler import about_pooler
 from gguflora.adapters.peft.unsupported import REFUSED
 from gguflora.errors import AdapterError, UnsupportedAdapterError, listed
-from gguflora.files.remote import local_inputs
+from gguflora.files.checksum import sha256_of
+from gguflora.files.remote import remote_inputs
 from gguflora.files.safetensors import Array, as_float32, read_weights, weight_files
 
 _LOG = logging.getLogger(__name__)
@@ -51,9 +51,9 @@ class Adapter:
     method: str
     architecture: str | None = None
     warnings: tuple[str, ...] = ()
-    ties: bool = False
+    ensure_weight_tying: bool = False
     invocation_tokens: tuple[int, ...] = ()
-    shaped: Callable[[BaseShapes], Mapping[str, Delta]] | None = field(default=None, repr=False)
+    from_base_shapes: Callable[[BaseShapes], Mapping[str, Delta]] | None = field(default=None, repr=False)
 
     @property
     def changes(self) -> Mapping[str, tuple[Delta | ShapeDependentDelta, ...]]:
@@ -67,12 +67,12 @@ class Adapter:
             MismatchError: if the base does not have a weight of the adapter.
         """
         deltas = dict(self.deltas)
-        if self.shaped:
-            _add(deltas, self.shaped(base))
+        if self.from_base_shapes:
+            _add(deltas, self.from_base_shapes(base))
         return deltas
 
 
-@local_inputs
+@remote_inputs(path="adapter")
 def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     """Read a PEFT directory or a GGUF LoRA file.
 
@@ -98,7 +98,7 @@ def _read_gguf(location: Path) -> Adapter:
     return Adapter(
         location.stem,
         location,
-        _sha256(location),
+        sha256_of(location),
         {name: (delta,) for name, delta in lora.deltas.items()},
         "GGUF LoRA",
         lora.architecture,
@@ -119,26 +119,26 @@ def _read_peft(folder: Path) -> Adapter:
         )
     weights, tensors = read_weights(folder, "adapters" if config.peft_type == MLX else "adapter_model")
     _check_finite(weights, tensors)
-    saved, own = split_saved(config, tensors)
+    saved, own = split_modules_to_save(config, tensors)
     deltas: dict[str, tuple[Delta | ShapeDependentDelta, ...]] = {name: (delta,) for name, delta in saved.items()}
-    shaped = None
+    from_base_shapes = None
     if config.peft_type in READERS:
         _add(deltas, READERS[config.peft_type](config, own))
     elif own:
-        shaped = partial(SHAPED_READERS[config.peft_type], config, own)
-    if not deltas and not shaped:
+        from_base_shapes = partial(SHAPED_READERS[config.peft_type], config, own)
+    if not deltas and not from_base_shapes:
         raise AdapterError(f"{weights}: holds no tensor of an adapter; save it again")
     unclear = config.unclear_alphas(name.removesuffix(".weight") for name in deltas)
     return Adapter(
         folder.resolve().name,
         weights,
-        _sha256(weights),
+        sha256_of(*weight_files(weights)),
         deltas,
         config.peft_type,
         warnings=(*about_pooler(tensors), *_about_alphas(unclear)),
-        ties=config.flag("ensure_weight_tying") or config.peft_type == MLX,
+        ensure_weight_tying=config.flag("ensure_weight_tying") or config.peft_type == MLX,
         invocation_tokens=_invocation_tokens(config),
-        shaped=shaped,
+        from_base_shapes=from_base_shapes,
     )
 
 
@@ -170,12 +170,3 @@ def _check_finite(path: Path, tensors: Mapping[str, Array]) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype.kind in "fu" and not np.isfinite(as_float32(tensor)).all():
             raise AdapterError(f"{path}: tensor {name!r} holds NaN or infinity; its training has diverged")
-
-
-def _sha256(path: Path) -> str:
-    """Of a file; of shards, that of all of them one after the other."""
-    digest = hashlib.sha256()
-    for part in weight_files(path):
-        with part.open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-    return digest.hexdigest()

@@ -92,7 +92,7 @@ class Replace:
     """
 
     values: Array
-    frozen: bool = False
+    is_base_copy: bool = False
     whole: bool = field(default=False, init=False)
 
     @property

@@ -22,12 +22,19 @@ from numpy.typing import NDArray
 
 from gguflora.architectures.base_model import read_whole_base
 from gguflora.diagnostics.divergence import _divergences, _log_softmax
-from gguflora.errors import FormatError, HotSwapError, MismatchError, UnsupportedAdapterError
+from gguflora.errors import (
+    FormatError,
+    HotSwapError,
+    MismatchError,
+    MissingExtraError,
+    UnsupportedAdapterError,
+    UsageError,
+)
 from gguflora.files.gguf import GgufFile
-from gguflora.files.remote import local_inputs
-from gguflora.lora.convert import convert
-from gguflora.lora.preflight import check_loadable
+from gguflora.files.remote import remote_inputs
 from gguflora.merging.merge import AdapterArgument, merge, with_scales
+from gguflora.runtime.adapter_files import open_adapter
+from gguflora.system.cpus import thread_count
 
 if TYPE_CHECKING:
     from gguflora.diagnostics.logits import LogitsContext, LogitsModel
@@ -116,7 +123,7 @@ class CompareReport:
         return {**asdict(self), "base": str(self.base), "merged": str(self.merged)}
 
 
-@local_inputs
+@remote_inputs(base="file", merged="file", adapters="adapter", text="file")
 def compare(
     base: str | os.PathLike[str],
     merged: str | os.PathLike[str],
@@ -142,15 +149,18 @@ def compare(
         threads: by default one for each core this process may use.
 
     Raises:
-        HotSwapError: if an adapter cannot be applied at run time, llama.cpp refuses a file, or it is not installed.
+        UsageError: if ``n_ctx`` is too small.
+        MissingExtraError: if llama-cpp-python is not installed.
+        HotSwapError: if an adapter cannot be applied at run time, or llama.cpp refuses a file.
         MismatchError: if the models have different vocabularies.
         GgufloraError: if a file cannot be read.
     """
     if n_ctx < MIN_CTX:
-        raise HotSwapError(f"n_ctx is {n_ctx}, expected at least {MIN_CTX} tokens")
+        raise UsageError(f"n_ctx is {n_ctx}, expected at least {MIN_CTX} tokens")
     base_path, merged_path, pairs = Path(base), Path(merged), with_scales(adapters)
-    used_threads = threads or len(os.sched_getaffinity(0))
-    with _loras(base_path, pairs) as loras, _open(base_path, used_threads) as base_model:
+    used_threads = thread_count(threads)
+    loras = _loras(base_path, pairs)
+    with _open(base_path, used_threads) as base_model:
         tokens, window = _tokens(base_model, text), min(n_ctx, base_model.n_ctx_train)
         windows = list(_windows(tokens, base_model.first_tokens, window))
         hot = base_model.context(window, loras)
@@ -174,26 +184,19 @@ def compare(
     )
 
 
-@contextmanager
-def _loras(base: Path, pairs: Sequence[tuple[str | os.PathLike[str], float]]) -> Iterator[list[tuple[Path, float]]]:
+def _loras(base: Path, pairs: Sequence[tuple[str | os.PathLike[str], float]]) -> list[tuple[Path, float]]:
     """The adapters as GGUF LoRA files that llama.cpp can apply to the base."""
     model = read_whole_base(base)
-    with tempfile.TemporaryDirectory(prefix="gguflora-") as folder:
-        loras = []
-        for number, (path, scale) in enumerate(pairs):
-            file = Path(path)
-            try:
-                if file.is_dir():
-                    file = Path(folder) / f"{number}.gguf"
-                    convert(path, base, file)
-                check_loadable(file, model)
-            except (HotSwapError, UnsupportedAdapterError) as error:
-                raise HotSwapError(
-                    f"{path}: cannot be applied at run time, and only with that can a merge be compared: {error}. "
-                    "What 'gguflora convert --rank N' makes of it can: an approximation, with the error it reports"
-                ) from error
-            loras.append((file, scale))
-        yield loras
+    loras = []
+    for path, scale in pairs:
+        try:
+            loras.append((open_adapter(Path(path), model).file, scale))
+        except (HotSwapError, UnsupportedAdapterError) as error:
+            raise HotSwapError(
+                f"{path}: cannot be applied at run time, and only with that can a merge be compared: {error}. "
+                "What 'gguflora convert --rank N' makes of it can: an approximation, with the error it reports"
+            ) from error
+    return loras
 
 
 @contextmanager
@@ -202,7 +205,7 @@ def _open(path: Path, threads: int, like: LogitsModel | None = None) -> Iterator
     try:
         from gguflora.diagnostics.logits import LogitsModel  # noqa: PLC0415  (import gguflora does not load llama_cpp)
     except ImportError as error:
-        raise HotSwapError(f"comparing needs llama-cpp-python: pip install 'gguflora[runtime]' ({error})") from error
+        raise MissingExtraError("comparing", "llama-cpp-python", "runtime") from error
     with GgufFile(path) as file:
         first = file.path  # of a split model llama.cpp asks for the first file
     with LogitsModel(first, threads) as model:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.diagnostics.divergence import kl_divergence
-from gguflora.errors import HotSwapError
+from gguflora.errors import MissingExtraError
 from gguflora.lora.convert import convert
 from gguflora.merging.merge import merge
 from gguflora.merging.report import MergeReport
@@ -156,7 +156,7 @@ def _open(path: Path) -> Any:  # noqa: ANN401
     try:
         import llama_cpp  # noqa: PLC0415  (only here is it needed)
     except ImportError as error:
-        raise HotSwapError("the demo needs llama-cpp-python: pip install 'gguflora[runtime]'") from error
+        raise MissingExtraError("the demo", "llama-cpp-python", "runtime") from error
     return llama_cpp.Llama(str(path), n_ctx=256, logits_all=True, seed=0, verbose=False)
 
 

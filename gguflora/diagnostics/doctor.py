@@ -12,6 +12,7 @@ from typing import Any, Final
 from gguflora._version import __version__
 from gguflora.quants._lib import current_isa, isa_names
 from gguflora.quants.types import TYPES
+from gguflora.system.cpus import usable_cpus
 
 PACKAGES: Final = ("numpy", "gguf", "safetensors", "llama-cpp-python", "torch", "peft")
 
@@ -75,7 +76,7 @@ def doctor() -> DoctorReport:
         python=platform.python_version(),
         platform=platform.platform(),
         cpu=_cpu_name(),
-        usable_cores=len(os.sched_getaffinity(0)),
+        usable_cores=usable_cpus(),
         cores=os.cpu_count(),
         isa=current_isa(),
         isas=tuple(isa_names()),

@@ -10,25 +10,16 @@
 Needs llama-cpp-python.
 """
 
-try:
-    import llama_cpp as _llama_cpp  # noqa: F401
-except ImportError as error:
-    from gguflora.errors import HotSwapError
+from typing import TYPE_CHECKING, Final
 
-    raise HotSwapError(f"the engine needs llama-cpp-python: pip install 'gguflora[runtime]' ({error})") from error
+from gguflora.errors import MissingExtraError
+from gguflora.system.extras import lazy_face
 
-from gguflora.engine.adapter_sets import BASE, AdapterSet, describe_set
-from gguflora.engine.engine import ContextStats, Engine, EngineStats
-from gguflora.engine.registry import LoadedAdapter
-from gguflora.engine.requests import (
-    Generation,
-    Piece,
-    Request,
-    Sampling,
-    Timings,
-    TokenLogprob,
-    Usage,
-)
+if TYPE_CHECKING:
+    from gguflora.engine.adapter_sets import BASE, AdapterSet, describe_set
+    from gguflora.engine.engine import ContextStats, Engine, EngineStats
+    from gguflora.engine.registry import LoadedAdapter
+    from gguflora.engine.requests import Generation, Piece, Request, Sampling, Timings, TokenLogprob, Usage
 
 __all__ = [
     "BASE",
@@ -46,3 +37,23 @@ __all__ = [
     "Usage",
     "describe_set",
 ]
+
+_HOMES: Final = {
+    "BASE": "gguflora.engine.adapter_sets",
+    "AdapterSet": "gguflora.engine.adapter_sets",
+    "ContextStats": "gguflora.engine.engine",
+    "Engine": "gguflora.engine.engine",
+    "EngineStats": "gguflora.engine.engine",
+    "Generation": "gguflora.engine.requests",
+    "LoadedAdapter": "gguflora.engine.registry",
+    "Piece": "gguflora.engine.requests",
+    "Request": "gguflora.engine.requests",
+    "Sampling": "gguflora.engine.requests",
+    "Timings": "gguflora.engine.requests",
+    "TokenLogprob": "gguflora.engine.requests",
+    "Usage": "gguflora.engine.requests",
+    "describe_set": "gguflora.engine.adapter_sets",
+}
+"""The module of each public name."""
+
+__getattr__ = lazy_face(__name__, _HOMES, "llama_cpp", MissingExtraError("the engine", "llama-cpp-python", "runtime"))

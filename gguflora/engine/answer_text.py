@@ -59,9 +59,9 @@ class AnswerText:
     def _cut(self, n_chars: int) -> Piece:
         """The last piece: also tokens of which only a part is given out."""
         end = self._given + n_chars
-        begun = [entry for entry in self._tokens if entry[1] < end or entry[2] <= end]
+        started = [entry for entry in self._tokens if entry[1] < end or entry[2] <= end]
         self._tokens = []
-        return _piece(self._held[:n_chars], begun)
+        return _piece(self._held[:n_chars], started)
 
 
 def _piece(text: str, entries: list[tuple[int, int, int, TokenLogprob | None]]) -> Piece:

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from gguflora.engine.adapter_sets import Identity
 from gguflora.engine.model import Model
-from gguflora.engine.registry import NO_ADAPTERS, Embeddings, Phase
+from gguflora.engine.registry import NO_ADAPTERS, AdapterPhase, Embeddings
 from gguflora.errors import DivergedError, EngineError, GenerationError
 from gguflora.placement.prefix import Prefix
 from gguflora.runtime.bindings import axes_of_embeddings, captured_log, put_prefix
-from gguflora.runtime.fused_adapters import ConcatenatedAdapters
+from gguflora.runtime.concatenated_adapters import ConcatenatedAdapters
 
 Key: TypeAlias = Hashable
 """What is decoded at one position: a token; or (token, identity) where other adapters compute than from the first token
@@ -81,7 +81,7 @@ class Chunk:
     slot: Slot
     keys: Sequence[Key]
     inputs: Sequence[int] | Embeddings | Prefix
-    phase: Phase
+    phase: AdapterPhase
     wants_logits: bool
 
     @property
@@ -155,7 +155,7 @@ class Context:
         """Tokens held by all slots; shared prefixes count for each."""
         return sum(len(slot.held) for slot in self.slots)
 
-    def adopt(self, identity: Identity | None) -> None:
+    def reset_to(self, identity: Identity | None) -> None:
         """Forget everything computed under the adapters before; ``identity`` is that of those to come."""
         self.forget()
         self._apply(NO_ADAPTERS)
@@ -301,7 +301,7 @@ class Context:
         self._unproven.discard(self._outputs[index].id)
         return logits
 
-    def _apply(self, phase: Phase) -> None:
+    def _apply(self, phase: AdapterPhase) -> None:
         if phase.identity != self._applied.identity:
             self._fused.apply(self.pointer, phase.parts)
             self._applied = phase

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from gguflora.engine.adapter_sets import AdapterSet
 from gguflora.engine.context import Context
-from gguflora.engine.registry import RegisteredAdapter, ResidentSet
+from gguflora.engine.registry import RegisteredAdapter, ResolvedSet
 from gguflora.errors import EngineError
 from gguflora.placement.prefix import Prefix
 from gguflora.runtime.bindings import put_prefix
 
 
-class Pool:
+class ContextPool:
     """Contexts by adapter set; the one unused for longest is given to another set. For one thread.
 
     Attributes:
@@ -39,16 +39,16 @@ class Pool:
             self.saved_bytes = min(kv_bytes, max_kv_bytes - self._most * kv_bytes)
         self.swaps = 0
 
-    def context_of(self, adapters: ResidentSet) -> Context | None:
+    def context_of(self, adapters: ResolvedSet) -> Context | None:
         """The context with this set's ground, given to it if need be; None if all others are at work."""
-        identity = adapters.ground.identity
+        identity = adapters.base_phase.identity
         for context in self.contexts:
             if context.identity == identity:
                 return context
         unused = self._unused()
         if unused is not None:
             self.swaps += 1
-            unused.adopt(identity)
+            unused.reset_to(identity)
             self.names[unused] = adapters.names
         return unused
 
@@ -78,7 +78,7 @@ class Pool:
         """Take an adapter that no request uses out of all contexts."""
         for context in self.contexts:
             if context.knows(resident.adapter.generation):
-                context.adopt(None)
+                context.reset_to(None)
                 self.names.pop(context, None)
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from gguflora.adapters.soft_prompt import is_soft_prompt, read_soft_prompt
 from gguflora.architectures.base_model import read_whole_base
 from gguflora.engine.adapter_sets import AdapterSet, canonical_set, parse_set
 from gguflora.engine.context import KV_TYPES, Context, ContextOptions
-from gguflora.engine.context_pool import Pool
+from gguflora.engine.context_pool import ContextPool
 from gguflora.engine.job import GenerationJob
 from gguflora.engine.model import Model
 from gguflora.engine.registry import (
@@ -26,7 +26,7 @@ from gguflora.engine.registry import (
     Embeddings,
     LoadedAdapter,
     RegisteredAdapter,
-    ResidentSet,
+    ResolvedSet,
 )
 from gguflora.engine.requests import FinishReason, Generation, GenerationSink, Request
 from gguflora.engine.scheduler import Scheduler
@@ -38,11 +38,12 @@ from gguflora.errors import (
     PromptTooLongError,
     RequestError,
 )
-from gguflora.files.remote import local_inputs
+from gguflora.files.remote import remote_inputs
 from gguflora.placement.prefix import fit_prefix
 from gguflora.runtime.adapter_files import open_adapter
 from gguflora.runtime.bindings import free_lora, invocation_of, load_lora
-from gguflora.runtime.fused_adapters import ConcatenatedAdapters
+from gguflora.runtime.concatenated_adapters import ConcatenatedAdapters
+from gguflora.system.cpus import usable_cpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +145,8 @@ class Engine:
         self._model = Model(path, verbose=verbose)
         self.n_vocab = self._model.n_vocab
         try:
-            fused = ConcatenatedAdapters(self._model.pointer, self._description.architecture, self._open_lora)
-            pool = Pool(lambda: Context(self._model, options, fused), max_contexts, max_kv_bytes)
+            fused = ConcatenatedAdapters(self._model.pointer, self._description.architecture, self._lora_file)
+            pool = ContextPool(lambda: Context(self._model, options, fused), max_contexts, max_kv_bytes)
         except BaseException:
             self._model.free()
             raise
@@ -158,7 +159,7 @@ class Engine:
             self.close()
             raise
 
-    @local_inputs
+    @remote_inputs(path="adapter")
     def load(
         self,
         path: str | os.PathLike[str],
@@ -212,15 +213,13 @@ class Engine:
         if task is not None:
             raise HotSwapError(f"{location}: is no soft prompt, so it has no task {task}")
         number, name, generation, scale = call
-        with open_adapter(location, self._description) as source:
-            pointer = self._scheduler.call(lambda: load_lora(self._model.pointer, source.file))
+        source = open_adapter(location, self._description)
+        pointer = self._scheduler.call(lambda: load_lora(self._model.pointer, source.file))
         adapter = LoadedAdapter(number, name, location, source.sha256, source.size, source.method, generation, scale)
         return RegisteredAdapter(adapter, pointer, invocation=invocation_of(pointer))
 
-    @contextmanager
-    def _open_lora(self, location: Path) -> Iterator[Path]:
-        with open_adapter(location, self._description) as source:
-            yield source.file
+    def _lora_file(self, location: Path) -> Path:
+        return open_adapter(location, self._description).file
 
     def _soft_prompt(self, location: Path, call: tuple[int, str, int, float], task: int | None) -> RegisteredAdapter:
         """A soft prompt that fits the base and a context; ``call`` as of `_lora`."""
@@ -372,12 +371,12 @@ class Engine:
     def _finished(self, job: GenerationJob) -> None:
         self._release(job.adapters)
 
-    def _give_back(self, taken: ResidentSet) -> None:
+    def _give_back(self, taken: ResolvedSet) -> None:
         """As `_release`, from any thread."""
         with suppress(EngineClosedError):  # then everything is freed anyway
             self._scheduler.call(lambda: self._release(taken))
 
-    def _release(self, taken: ResidentSet) -> None:
+    def _release(self, taken: ResolvedSet) -> None:
         for resident in self._residents.give_back(taken):
             self._free(resident)
 
@@ -421,7 +420,7 @@ def _options(n_ctx: int, n_parallel: int, n_batch: int, threads: int | None, kv_
         _expect("threads", threads, 1, 1024)
     if kv_type not in KV_TYPES:
         raise EngineError(f"kv_type is {kv_type!r:.80}, expected one of {', '.join(KV_TYPES)}")
-    spare_one = max(len(os.sched_getaffinity(0)) - 1, 1)
+    spare_one = max(usable_cpus() - 1, 1)
     return ContextOptions(n_ctx, n_parallel, max(n_batch, n_parallel), threads or spare_one, kv_type)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gguflora.engine.answer_text import AnswerText
 from gguflora.engine.context import Chunk, Context, Key, SavedSlot, Slot
 from gguflora.engine.model import Model
-from gguflora.engine.registry import Embeddings, Phase, ResidentSet
+from gguflora.engine.registry import AdapterPhase, Embeddings, ResolvedSet
 from gguflora.engine.requests import Ending, FinishReason, GenerationSink, Piece, Request, Timings, TokenLogprob, Usage
 from gguflora.engine.sampler import Sampler, token_logprob
 from gguflora.errors import EngineError
@@ -17,7 +17,7 @@ from gguflora.runtime.alora import starts_of
 
 
 @dataclass(slots=True)
-class Course:
+class TokenPlan:
     """What is decoded at each position of a request: a soft prompt, then tokens, the last perhaps by more adapters.
 
     Attributes:
@@ -26,13 +26,13 @@ class Course:
         starts: positions from which on activated LoRAs compute, too; None for those that never do.
     """
 
-    adapters: ResidentSet
+    adapters: ResolvedSet
     keys: list[Key]
     tokens: list[int]
     starts: dict[str, int | None]
 
     @classmethod
-    def of(cls, adapters: ResidentSet, prompt: list[int]) -> Course:
+    def of(cls, adapters: ResolvedSet, prompt: list[int]) -> TokenPlan:
         """That of a prompt."""
         n_before = adapters.n_before
         starts = {
@@ -47,7 +47,7 @@ class Course:
     def append(self, token: int) -> None:
         """A token more."""
         phase = self._phase(len(self.keys))
-        self.keys.append(token if phase is self.adapters.ground else (token, phase.identity))
+        self.keys.append(token if phase is self.adapters.base_phase else (token, phase.identity))
         self.tokens.append(token)
 
     def chunk(self, slot: Slot, most: int) -> Chunk:
@@ -68,9 +68,9 @@ class Course:
             inputs = self.tokens[first - n_before : end - n_before]
         return Chunk(slot, self.keys[first:end], inputs, self._phase(first), end == len(self.keys))
 
-    def _phase(self, position: int) -> Phase:
-        begun = (name for name, start in self.starts.items() if start is not None and position >= start)
-        return self.adapters.phase(frozenset(begun))
+    def _phase(self, position: int) -> AdapterPhase:
+        started = (name for name, start in self.starts.items() if start is not None and position >= start)
+        return self.adapters.phase(frozenset(started))
 
 
 class GenerationJob:
@@ -82,13 +82,13 @@ class GenerationJob:
         saved: what its slot held when it was suspended.
     """
 
-    def __init__(self, request: Request, adapters: ResidentSet, sink: GenerationSink, model: Model, n_ctx: int) -> None:
+    def __init__(self, request: Request, adapters: ResolvedSet, sink: GenerationSink, model: Model, n_ctx: int) -> None:
         prompt = [int(token) for token in request.tokens]
         self.request = request
         self.adapters = adapters
         self.slot: Slot | None = None
         self.saved: SavedSlot | None = None
-        self._course = Course.of(adapters, prompt)
+        self._course = TokenPlan.of(adapters, prompt)
         self._n_prompt = len(self._course.keys)
         self._last = min(self._n_prompt + request.max_tokens, n_ctx)  # positions at most
         self._sink = sink
@@ -101,7 +101,7 @@ class GenerationJob:
         self.ended = False
 
     @property
-    def begun(self) -> bool:
+    def started(self) -> bool:
         """Whether it has ever run."""
         return self._reused is not None
 

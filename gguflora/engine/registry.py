@@ -18,7 +18,7 @@ from gguflora.engine.adapter_sets import AdapterSet, Identity, check_name
 from gguflora.errors import AdapterNameError, RequestError
 from gguflora.placement.prefix import Prefix
 from gguflora.runtime.bindings import Pointer
-from gguflora.runtime.fused_adapters import Part
+from gguflora.runtime.concatenated_adapters import Part
 
 Embeddings: TypeAlias = NDArray[np.float32]
 
@@ -68,7 +68,7 @@ class RegisteredAdapter:
 
 
 @dataclass(frozen=True, slots=True)
-class Phase:
+class AdapterPhase:
     """The adapters that compute a stretch of a request's tokens.
 
     Attributes:
@@ -80,11 +80,11 @@ class Phase:
     parts: tuple[Part, ...]
 
 
-NO_ADAPTERS: Final = Phase(frozenset(), ())
+NO_ADAPTERS: Final = AdapterPhase(frozenset(), ())
 
 
 @dataclass(frozen=True)
-class ResidentSet:
+class ResolvedSet:
     """An adapter set of one request, resolved: what its names meant when it was submitted.
 
     Attributes:
@@ -95,10 +95,10 @@ class ResidentSet:
     names: AdapterSet
     members: tuple[tuple[RegisteredAdapter, float], ...]
     request_prefix: Embeddings | None = None
-    _phases: dict[frozenset[str], Phase] = field(default_factory=dict, repr=False, compare=False)
+    _phases: dict[frozenset[str], AdapterPhase] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
-    def ground(self) -> Phase:
+    def base_phase(self) -> AdapterPhase:
         """What computes from the first token on: all but activated LoRAs. Requests that share it share a context."""
         return self.phase(frozenset())
 
@@ -107,12 +107,12 @@ class ResidentSet:
         """Invocation tokens of the activated LoRAs, by name."""
         return {resident.adapter.name: resident.invocation for resident, _ in self.members if resident.invocation}
 
-    def phase(self, begun: frozenset[str]) -> Phase:
+    def phase(self, started: frozenset[str]) -> AdapterPhase:
         """What computes where these of the activated LoRAs have begun."""
-        if begun not in self._phases:
-            waiting = self.invocations.keys() - begun
-            self._phases[begun] = self._phase([m for m in self.members if m[0].adapter.name not in waiting])
-        return self._phases[begun]
+        if started not in self._phases:
+            waiting = self.invocations.keys() - started
+            self._phases[started] = self._phase([m for m in self.members if m[0].adapter.name not in waiting])
+        return self._phases[started]
 
     @cached_property
     def keys_and_values(self) -> Prefix | None:
@@ -132,13 +132,13 @@ class ResidentSet:
         written = self.keys_and_values.n_tokens if self.keys_and_values else 0
         return written + (0 if self.embeddings is None else len(self.embeddings))
 
-    def _phase(self, members: Sequence[tuple[RegisteredAdapter, float]]) -> Phase:
+    def _phase(self, members: Sequence[tuple[RegisteredAdapter, float]]) -> AdapterPhase:
         of = {(resident.adapter.sha256, resident.adapter.generation, scale) for resident, scale in members}
         if self.request_prefix is not None:
             of.add((hashlib.sha256(self.request_prefix.tobytes()).hexdigest(), -1, 1.0))
         loras = [(resident, scale) for resident, scale in members if resident.pointer is not None]
         parts = [Part(each.pointer, each.adapter.path, each.adapter.sha256, scale) for each, scale in loras]
-        return Phase(frozenset(of), tuple(parts))
+        return AdapterPhase(frozenset(of), tuple(parts))
 
 
 def _check_soft_prompts(members: Sequence[tuple[RegisteredAdapter, float]]) -> None:
@@ -205,7 +205,7 @@ class AdapterRegistry:
             resident.removed = True
             return resident
 
-    def take(self, names: AdapterSet, prefix: Embeddings | None = None) -> ResidentSet:
+    def take(self, names: AdapterSet, prefix: Embeddings | None = None) -> ResolvedSet:
         """Resolve a set (with what the request puts before its tokens), and count its user until `give_back`.
 
         Raises:
@@ -220,9 +220,9 @@ class AdapterRegistry:
             _check_soft_prompts(members)
             for resident, _ in members:
                 resident.users += 1
-            return ResidentSet(names, members, prefix)
+            return ResolvedSet(names, members, prefix)
 
-    def give_back(self, taken: ResidentSet) -> list[RegisteredAdapter]:
+    def give_back(self, taken: ResolvedSet) -> list[RegisteredAdapter]:
         """A user has ended; the adapters that nobody can reach any more."""
         with self._lock:
             for resident, _ in taken.members:

@@ -12,7 +12,7 @@ from typing import Any
 from gguflora.engine import Engine, Sampling
 from gguflora.engine.chat import Chat, ChatAnswer
 from gguflora.engine.context_size import context_size
-from gguflora.files.remote import local_inputs
+from gguflora.files.remote import remote_inputs
 
 AdapterPath = str | os.PathLike[str]
 Adapters = Mapping[str, AdapterPath | tuple[AdapterPath, float]]
@@ -36,7 +36,7 @@ class RunReport(ChatAnswer):
         return {**asdict(self), "base": str(self.base)}
 
 
-@local_inputs
+@remote_inputs(base="file", adapters="adapter")
 def run(
     base: str | os.PathLike[str],
     prompt: str,
@@ -85,7 +85,7 @@ def run(
     return RunReport(**asdict(answer), base=Path(base), prompt=prompt)
 
 
-@local_inputs
+@remote_inputs(base="file", adapters="adapter")
 @contextmanager
 def open_chat(
     base: str | os.PathLike[str],

@@ -17,9 +17,9 @@ from typing import Final, TypeVar
 
 from gguflora.engine.adapter_sets import Identity
 from gguflora.engine.context import Chunk, Context
-from gguflora.engine.context_pool import Pool
+from gguflora.engine.context_pool import ContextPool
 from gguflora.engine.job import GenerationJob
-from gguflora.engine.registry import ResidentSet
+from gguflora.engine.registry import ResolvedSet
 from gguflora.engine.requests import FinishReason
 from gguflora.errors import EngineClosedError, EngineError, GenerationError, QueueFullError
 
@@ -33,7 +33,7 @@ _MIXED_SHARE: Final = 4
 
 
 @dataclass(slots=True, eq=False)
-class Lane:
+class AdapterQueue:
     """All requests of one adapter set.
 
     Attributes:
@@ -41,7 +41,7 @@ class Lane:
         since: `spent` when it got its context.
     """
 
-    adapters: ResidentSet
+    adapters: ResolvedSet
     waiting: deque[GenerationJob] = field(default_factory=deque)
     running: list[GenerationJob] = field(default_factory=list)
     context: Context | None = None
@@ -58,13 +58,13 @@ class Scheduler:
         finished: told of every job that has ended, in the thread, before its caller is.
     """
 
-    def __init__(self, pool: Pool, queue_size: int, finished: Callable[[GenerationJob], None]) -> None:
+    def __init__(self, pool: ContextPool, queue_size: int, finished: Callable[[GenerationJob], None]) -> None:
         self.pool = pool
         self.ended: Counter[FinishReason] = Counter()
         self.tokens: Counter[str] = Counter()
         self._queue_size = queue_size
         self._finished = finished
-        self._lanes: dict[Identity, Lane] = {}
+        self._queues: dict[Identity, AdapterQueue] = {}
         self._arrived: deque[GenerationJob | Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._queued = 0
@@ -80,7 +80,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Jobs that have begun and not ended. In the thread only."""
-        return sum(job.begun for lane in self._lanes.values() for job in [*lane.running, *lane.waiting])
+        return sum(job.started for queue in self._queues.values() for job in [*queue.running, *queue.waiting])
 
     def submit(self, job: GenerationJob) -> None:
         """Let a job wait for its turn.
@@ -126,18 +126,18 @@ class Scheduler:
         while self._receive():
             self._sweep()
             self._admit()
-            lane = self._next_lane()
-            if lane is not None:
-                self._guarded(lane, self._step)
-        for lane in self._lanes.values():
-            for job in [*lane.running, *lane.waiting]:
+            queue = self._next_queue()
+            if queue is not None:
+                self._guarded(queue, self._step)
+        for queue in self._queues.values():
+            for job in [*queue.running, *queue.waiting]:
                 self._end(job, "cancelled")
 
     def _receive(self) -> bool:
         """Take in what has arrived, waiting for it if there is nothing else to do; False once closed."""
         while True:
             with self._wake:
-                while not (self._arrived or self._closing or self._lanes):
+                while not (self._arrived or self._closing or self._queues):
                     self._wake.wait()
                 arrived = list(self._arrived)
                 self._arrived.clear()
@@ -149,178 +149,178 @@ class Scheduler:
                     item()
             if closing:
                 return False
-            if self._lanes:
+            if self._queues:
                 return True
 
     def _enqueue(self, job: GenerationJob) -> None:
-        identity = job.adapters.ground.identity
-        if identity not in self._lanes:
+        identity = job.adapters.base_phase.identity
+        if identity not in self._queues:
             # not 0: a newcomer would have every turn until it has caught up
-            spent = min((lane.spent for lane in self._lanes.values()), default=0.0)
-            self._lanes[identity] = Lane(job.adapters, spent=spent)
-        self._lanes[identity].waiting.append(job)
+            spent = min((queue.spent for queue in self._queues.values()), default=0.0)
+            self._queues[identity] = AdapterQueue(job.adapters, spent=spent)
+        self._queues[identity].waiting.append(job)
 
     def _sweep(self) -> None:
         """End jobs that were cancelled or are out of time; forget lanes without jobs."""
-        for identity, lane in list(self._lanes.items()):
-            for job in [*lane.running, *lane.waiting]:
+        for identity, queue in list(self._queues.items()):
+            for job in [*queue.running, *queue.waiting]:
                 reason = job.interruption
                 if reason is not None:
-                    self._leave(lane, job)
+                    self._leave(queue, job)
                     self._end(job, reason)
-            if not lane.running and not lane.waiting:
-                del self._lanes[identity]
+            if not queue.running and not queue.waiting:
+                del self._queues[identity]
 
     def _admit(self) -> None:
         """Let waiting jobs into their contexts, the lanes with the least time first."""
-        for lane in sorted(self._lanes.values(), key=lambda lane: lane.spent):
-            if lane.waiting:
-                self._guarded(lane, self._fill)
+        for queue in sorted(self._queues.values(), key=lambda queue: queue.spent):
+            if queue.waiting:
+                self._guarded(queue, self._fill)
 
-    def _guarded(self, lane: Lane, work: Callable[[Lane], None]) -> None:
+    def _guarded(self, queue: AdapterQueue, work: Callable[[AdapterQueue], None]) -> None:
         """Whatever goes wrong in one lane ends the jobs of that lane only."""
         try:
-            work(lane)
+            work(queue)
         except Exception as error:
-            self._fail(lane, [*lane.running, *lane.waiting], error)
+            self._fail(queue, [*queue.running, *queue.waiting], error)
 
-    def _fill(self, lane: Lane) -> None:
-        """Start jobs of ``lane`` while there is a context and room in it."""
-        if lane.context is None and not self._find_context(lane):
+    def _fill(self, queue: AdapterQueue) -> None:
+        """Start jobs of ``queue`` while there is a context and room in it."""
+        if queue.context is None and not self._find_context(queue):
             return
-        while lane.waiting and self._start(lane, lane.waiting[0]):
-            lane.running.append(lane.waiting.popleft())
+        while queue.waiting and self._start(queue, queue.waiting[0]):
+            queue.running.append(queue.waiting.popleft())
 
-    def _find_context(self, lane: Lane) -> bool:
-        """Give ``lane`` a context, if need be that of a lane whose slice is over; whether it has one."""
-        context = self.pool.context_of(lane.adapters)
+    def _find_context(self, queue: AdapterQueue) -> bool:
+        """Give ``queue`` a context, if need be that of a lane whose slice is over; whether it has one."""
+        context = self.pool.context_of(queue.adapters)
         if context is None:
-            holders = [other for other in self._lanes.values() if other.context is not None]
+            holders = [other for other in self._queues.values() if other.context is not None]
             over = [other for other in holders if other.spent - other.since >= SLICE_SECONDS]
             if not over:
                 return False
             self._suspend(max(over, key=lambda other: other.spent))
-            context = self.pool.context_of(lane.adapters)
-        lane.context, lane.since = context, lane.spent
+            context = self.pool.context_of(queue.adapters)
+        queue.context, queue.since = context, queue.spent
         return context is not None
 
-    def _suspend(self, lane: Lane) -> None:
+    def _suspend(self, queue: AdapterQueue) -> None:
         """Take a lane's context away; its jobs wait for their next turn."""
-        for job in reversed(lane.running):
-            self._save(lane, job)
-            self._leave_slot(lane, job)
-            lane.waiting.appendleft(job)
-        lane.running.clear()
-        lane.context = None
+        for job in reversed(queue.running):
+            self._save(queue, job)
+            self._leave_slot(queue, job)
+            queue.waiting.appendleft(job)
+        queue.running.clear()
+        queue.context = None
 
-    def _save(self, lane: Lane, job: GenerationJob) -> None:
+    def _save(self, queue: AdapterQueue, job: GenerationJob) -> None:
         """Keep what a job's slot holds, if there is memory for it; else it is computed again."""
-        context, slot = lane.context, job.slot
+        context, slot = queue.context, job.slot
         assert context is not None
         assert slot is not None
-        kept = sum(len(job.saved.data) for other in self._lanes.values() for job in other.waiting if job.saved)
+        kept = sum(len(job.saved.data) for other in self._queues.values() for job in other.waiting if job.saved)
         if slot.held and kept + context.state_bytes(slot) <= self.pool.saved_bytes:
             job.saved = context.save(slot)
 
-    def _start(self, lane: Lane, job: GenerationJob) -> bool:
+    def _start(self, queue: AdapterQueue, job: GenerationJob) -> bool:
         """Give ``job`` a slot of its lane's context, if there is one and room for it."""
-        context = lane.context
+        context = queue.context
         assert context is not None
-        in_use = sum(len(running.keys) for running in lane.running)
-        if lane.running and in_use + len(job.keys) + len(lane.running) + 1 > context.n_cells:
+        in_use = sum(len(running.keys) for running in queue.running)
+        if queue.running and in_use + len(job.keys) + len(queue.running) + 1 > context.n_cells:
             return False
         slot = context.restore(job.saved) if job.saved else None
         slot = slot or context.take(job.keys)
         if slot is None:
             return False
-        if not job.begun:
+        if not job.started:
             with self._wake:
                 self._queued -= 1
         job.start(slot)
         return True
 
-    def _next_lane(self) -> Lane | None:
-        running = [lane for lane in self._lanes.values() if lane.running]
-        return min(running, key=lambda lane: lane.spent) if running else None
+    def _next_queue(self) -> AdapterQueue | None:
+        running = [queue for queue in self._queues.values() if queue.running]
+        return min(running, key=lambda queue: queue.spent) if running else None
 
-    def _step(self, lane: Lane) -> None:
+    def _step(self, queue: AdapterQueue) -> None:
         """Decode what is next of every job, and choose the next token of those whose turn has come."""
         started = time.perf_counter()
-        for group in self._plan(lane):
-            self._decode(lane, group)
-        lane.spent += time.perf_counter() - started
+        for group in self._plan(queue):
+            self._decode(queue, group)
+        queue.spent += time.perf_counter() - started
 
-    def _decode(self, lane: Lane, group: Sequence[tuple[GenerationJob, Chunk]]) -> None:
-        context = lane.context
+    def _decode(self, queue: AdapterQueue, group: Sequence[tuple[GenerationJob, Chunk]]) -> None:
+        context = queue.context
         assert context is not None
         chunks = [chunk for _, chunk in group]
         try:
             indices = iter(context.decode(chunks))
         except EngineError as error:
-            self._fail(lane, [job for job, _ in group], error)
+            self._fail(queue, [job for job, _ in group], error)
             return
         self.tokens["decoded"] += sum(len(chunk.keys) for chunk in chunks)
         for job, chunk in group:
             if chunk.wants_logits:
-                self._advance(lane, job, context, next(indices))
+                self._advance(queue, job, context, next(indices))
 
-    def _advance(self, lane: Lane, job: GenerationJob, context: Context, index: int) -> None:
+    def _advance(self, queue: AdapterQueue, job: GenerationJob, context: Context, index: int) -> None:
         try:
             reason = job.advance(context, index)
         except EngineError as error:
-            self._fail(lane, [job], error)
+            self._fail(queue, [job], error)
             return
         if reason is not None:
-            self._leave(lane, job)
+            self._leave(queue, job)
             self._end(job, reason)
 
-    def _plan(self, lane: Lane) -> list[list[tuple[GenerationJob, Chunk]]]:
+    def _plan(self, queue: AdapterQueue) -> list[list[tuple[GenerationJob, Chunk]]]:
         """What to decode, by group: one token of each job that generates, then prompts in order of arrival."""
-        context = lane.context
+        context = queue.context
         assert context is not None
-        generating = any(job.remaining == 1 for other in self._lanes.values() for job in other.running)
+        generating = any(job.remaining == 1 for other in self._queues.values() for job in other.running)
         budget = context.n_batch // _MIXED_SHARE if generating else context.n_batch
-        budget = max(budget, len(lane.running))
+        budget = max(budget, len(queue.running))
         while True:
             plan, left = [], budget
-            for job in sorted(lane.running, key=lambda job: job.remaining > 1):
+            for job in sorted(queue.running, key=lambda job: job.remaining > 1):
                 if left:
                     chunk = job.chunk(left)
                     plan.append((job, chunk))
                     left = max(left - len(chunk.keys), 0)
             if context.make_room(sum(len(chunk.keys) for _, chunk in plan)):
                 return _grouped(plan)
-            if len(lane.running) == 1:
+            if len(queue.running) == 1:
                 raise GenerationError("the context is full")
-            newest = lane.running.pop()  # it waits until the others have done
-            self._leave_slot(lane, newest)
-            lane.waiting.appendleft(newest)
+            newest = queue.running.pop()  # it waits until the others have done
+            self._leave_slot(queue, newest)
+            queue.waiting.appendleft(newest)
 
-    def _leave(self, lane: Lane, job: GenerationJob) -> None:
-        if job in lane.running:
-            lane.running.remove(job)
-            self._leave_slot(lane, job)
-            if not lane.running:
-                lane.context = None
-        elif job in lane.waiting:
-            lane.waiting.remove(job)
-            if not job.begun:
+    def _leave(self, queue: AdapterQueue, job: GenerationJob) -> None:
+        if job in queue.running:
+            queue.running.remove(job)
+            self._leave_slot(queue, job)
+            if not queue.running:
+                queue.context = None
+        elif job in queue.waiting:
+            queue.waiting.remove(job)
+            if not job.started:
                 with self._wake:
                     self._queued -= 1
 
     @staticmethod
-    def _leave_slot(lane: Lane, job: GenerationJob) -> None:
-        if job.slot is not None and lane.context is not None:
-            lane.context.release(job.slot)
+    def _leave_slot(queue: AdapterQueue, job: GenerationJob) -> None:
+        if job.slot is not None and queue.context is not None:
+            queue.context.release(job.slot)
         job.slot = None
 
-    def _fail(self, lane: Lane, jobs: Sequence[GenerationJob], error: Exception) -> None:
-        context = lane.context
+    def _fail(self, queue: AdapterQueue, jobs: Sequence[GenerationJob], error: Exception) -> None:
+        context = queue.context
         told = error if isinstance(error, EngineError) else GenerationError(f"computing the request failed: {error}")
         for job in jobs:
             if context is not None and job.slot is not None:
                 context.keep(job.slot, 0)
-            self._leave(lane, job)
+            self._leave(queue, job)
             self._end(job, "error", told)
 
     def _end(self, job: GenerationJob, reason: FinishReason, error: EngineError | None = None) -> None:

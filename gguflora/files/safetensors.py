@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora.errors import SafetensorsError
+from gguflora.errors import MissingExtraError, SafetensorsError
 
 Array = NDArray[Any]
 
@@ -146,14 +146,14 @@ def read_torch_bin(path: Path) -> dict[str, Array]:
     """All tensors of a ``.bin`` file written by ``torch.save``; nothing in it is executed.
 
     Raises:
-        SafetensorsError: if torch is not installed or refuses the file.
+        MissingExtraError: if torch is not installed.
+        SafetensorsError: if torch refuses the file.
     """
     try:
         import torch  # noqa: PLC0415  (heavy, and only for these files)
     except ImportError as error:
-        raise SafetensorsError(
-            f"{path}: .bin files are read with torch, which is not installed: pip install 'gguflora[torch]', "
-            "or save the adapter as safetensors"
+        raise MissingExtraError(
+            f"{path}: a .bin file", "torch", "torch", "or save the adapter as safetensors"
         ) from error
     try:
         with warnings.catch_warnings():

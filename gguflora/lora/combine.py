@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from gguflora.adapters.deltas import LowRank, as_float64
 from gguflora.architectures.base_model import BaseModel, read_base
 from gguflora.errors import AdapterError, MismatchError, listed
-from gguflora.files.remote import local_inputs
+from gguflora.files.remote import remote_inputs
 from gguflora.files.safetensors import Array, as_float32
 from gguflora.lora.factored import (
     FactoredAdapter,
@@ -70,7 +70,7 @@ class CombineReport:
         return {**asdict(self), "output": str(self.output)}
 
 
-@local_inputs
+@remote_inputs(adapters="adapter", base="config")
 def combine(
     adapters: Sequence[AdapterPath | tuple[AdapterPath, float]],
     out: str | os.PathLike[str],
@@ -238,8 +238,8 @@ class _Job:
         ranks = {term.delta.rank for term in terms}
         if len(ranks) > 1:
             raise MismatchError(
-                f"{name}: the adapters have ranks {listed([str(rank) for rank in ranks])}; {self.method} adds factors of "
-                "one rank: use cat or svd, or resize the adapters first"
+                f"{name}: the adapters have ranks {listed([str(rank) for rank in ranks])}; {self.method} adds factors "
+                "of one rank: use cat or svd, or resize the adapters first"
             )
         # an embedding's factors have changed places, and the sign is on the one that PEFT calls A
         flip = is_embedding(name)

@@ -17,7 +17,7 @@ from gguflora.architectures.mapping import unknown_warning
 from gguflora.errors import AdapterError, listed
 from gguflora.files.atomic import atomic_output, path_of
 from gguflora.files.output_checks import check_target
-from gguflora.files.remote import local_inputs
+from gguflora.files.remote import remote_inputs
 from gguflora.lora.factors import Factors, factor_adapter
 from gguflora.lora.gguf_writer import (
     LoraHeader,
@@ -64,7 +64,7 @@ class ConvertReport:
         return {**asdict(self), "output": str(self.output)}
 
 
-@local_inputs
+@remote_inputs(adapter="adapter", base="config")
 def convert(
     adapter: str | os.PathLike[str],
     base: str | os.PathLike[str],

@@ -13,7 +13,7 @@ import numpy as np
 from gguflora.adapters.deltas import LowRank, as_float64
 from gguflora.architectures.base_model import BaseModel, read_base
 from gguflora.errors import MismatchError
-from gguflora.files.remote import local_inputs
+from gguflora.files.remote import remote_inputs
 from gguflora.lora.factored import (
     NEARLY_ALL,
     FactoredAdapter,
@@ -82,7 +82,7 @@ class DiffReport:
         return {**asdict(self), "a": str(self.a), "b": str(self.b), "norm_ratio": ratio}
 
 
-@local_inputs
+@remote_inputs(a="adapter", b="adapter", base="config")
 def diff(
     a: str | os.PathLike[str], b: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None
 ) -> DiffReport:

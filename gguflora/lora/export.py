@@ -9,7 +9,7 @@ from typing import Any
 
 from gguflora.architectures.base_model import read_base
 from gguflora.errors import OutputError
-from gguflora.files.remote import local_inputs
+from gguflora.files.remote import remote_inputs
 from gguflora.lora.factored import read_factored
 from gguflora.lora.output import check_output, is_gguf, write_adapter
 
@@ -41,7 +41,7 @@ class ExportReport:
         return {**asdict(self), "output": str(self.output)}
 
 
-@local_inputs
+@remote_inputs(lora="adapter", base="config")
 def export(
     lora: str | os.PathLike[str],
     base: str | os.PathLike[str],

@@ -22,7 +22,7 @@ import numpy as np
 from gguflora.adapters.deltas import LowRank
 from gguflora.architectures.base_model import read_base
 from gguflora.errors import AdapterError
-from gguflora.files.remote import local_inputs
+from gguflora.files.remote import remote_inputs
 from gguflora.lora.factored import FactoredAdapter
 from gguflora.lora.model_difference import Difference, Differences, open_differences
 from gguflora.lora.output import check_output, is_gguf, write_adapter
@@ -70,7 +70,7 @@ class ExtractReport:
         return {**asdict(self), "output": str(self.output)}
 
 
-@local_inputs
+@remote_inputs(finetuned="model", base="model")
 def extract(
     finetuned: str | os.PathLike[str],
     base: str | os.PathLike[str],

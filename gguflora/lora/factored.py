@@ -113,7 +113,7 @@ def read_factored(
 
 def _plain_pairs(adapter: Adapter) -> Pairs | None:
     """The changes where each is one pair of factors; copies of the base's weights saved beside them are left out."""
-    if adapter.shaped:
+    if adapter.from_base_shapes:
         return None
     trained = {name: _trained(deltas) for name, deltas in adapter.deltas.items()}
     left = {name: deltas for name, deltas in trained.items() if deltas}
@@ -123,7 +123,7 @@ def _plain_pairs(adapter: Adapter) -> Pairs | None:
 
 
 def _trained(deltas: Sequence[Delta | ShapeDependentDelta]) -> list[Delta | ShapeDependentDelta]:
-    return [delta for delta in deltas if not (isinstance(delta, Replace) and delta.frozen)]
+    return [delta for delta in deltas if not (isinstance(delta, Replace) and delta.is_base_copy)]
 
 
 def _is_plain(deltas: Sequence[Delta | ShapeDependentDelta]) -> bool:

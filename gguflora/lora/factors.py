@@ -79,7 +79,7 @@ def factor_adapter(adapter: Adapter, base: BaseModel, rank: int | None, energy: 
 def _without_frozen(placed: dict[str, list[PlacedDelta]]) -> dict[str, list[PlacedDelta]]:
     """The changes without copies of the base's weights, taken on trust where the base's are not at hand."""
     kept = {
-        name: [item for item in items if not (isinstance(item.delta, Replace) and item.delta.frozen)]
+        name: [item for item in items if not (isinstance(item.delta, Replace) and item.delta.is_base_copy)]
         for name, items in placed.items()
     }
     return {name: items for name, items in kept.items() if items}

@@ -23,7 +23,7 @@ from gguflora.architectures.base_model import BaseModel, read_base
 from gguflora.architectures.mapping import unknown_warning
 from gguflora.errors import HotSwapError, MismatchError, UnsupportedAdapterError
 from gguflora.files.gguf import GgufFile
-from gguflora.files.remote import local_inputs
+from gguflora.files.remote import remote_inputs
 from gguflora.files.safetensors import weight_files
 from gguflora.lora.preflight import problems_of
 from gguflora.placement.base_weights import BaseTensors, WholeTensorDeltas, read_values
@@ -107,7 +107,7 @@ class InspectReport:
         return {**asdict(self), **paths, "problems": self.problems}
 
 
-@local_inputs
+@remote_inputs(adapter="adapter", base="config")
 def inspect(
     adapter: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,
@@ -134,7 +134,7 @@ def inspect(
     warnings = list(source.warnings)
     if model is None:
         changes = tuple(_alone(name, parts) for name, parts in source.deltas.items())
-        if source.shaped:
+        if source.from_base_shapes:
             warnings.append(f"what {source.method} changes depends on the base: give one with --base")
     else:
         changes, about_file = _on_base(source, model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gguflora.errors import OutputError
+from gguflora.errors import MissingExtraError, OutputError
 from gguflora.lora.spectra import Spectrum
 
 
@@ -13,12 +13,13 @@ def plot_spectra(spectra: Sequence[Spectrum], title: str, out: Path) -> None:
     """Draw the singular values of each change, a panel for each kind of module.
 
     Raises:
-        OutputError: if matplotlib is not installed, or the picture cannot be written.
+        MissingExtraError: if matplotlib is not installed.
+        OutputError: if or the picture cannot be written.
     """
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415  (heavy, and only for pictures)
     except ImportError as error:
-        raise OutputError(f"{out}: drawing needs matplotlib: pip install 'gguflora[plot]'") from error
+        raise MissingExtraError("drawing", "matplotlib", "plot") from error
     kinds = list(dict.fromkeys(spectrum.kind for spectrum in spectra))
     columns = min(3, len(kinds))
     rows = -(-len(kinds) // columns)

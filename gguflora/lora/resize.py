@@ -10,7 +10,7 @@ from typing import Any
 from gguflora.adapters.deltas import LowRank
 from gguflora.architectures.base_model import read_base
 from gguflora.errors import AdapterError
-from gguflora.files.remote import local_inputs
+from gguflora.files.remote import remote_inputs
 from gguflora.lora.factored import read_factored
 from gguflora.lora.low_rank import shrink
 from gguflora.lora.output import check_output, write_adapter
@@ -47,7 +47,7 @@ class ResizeReport:
         return {**asdict(self), "output": str(self.output)}
 
 
-@local_inputs
+@remote_inputs(adapter="adapter", base="config")
 def resize(
     adapter: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -10,20 +10,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from gguflora.errors import OutputError
 from gguflora.files.atomic import atomic_outputs
 from gguflora.files.gguf import GgufFile, part_paths
 from gguflora.files.output_checks import check_targets
-from gguflora.files.remote import local_inputs
+from gguflora.files.remote import remote_inputs
 from gguflora.merging.in_place import check_in_place, merge_in_place
 from gguflora.merging.patch import write_patch
 from gguflora.merging.prepare import (
     MAX_SEED,
     AdapterArgument,
     AdapterPath,
+    MergeOptions,
     prepared_merge,
     with_scales,
 )
@@ -31,11 +33,12 @@ from gguflora.merging.report import MergeReport
 from gguflora.merging.rewriter import Rewriter
 from gguflora.merging.rounding import Mode, Sums
 from gguflora.merging.sinks import FileSink, Progress
+from gguflora.system.cpus import thread_count
 
 __all__ = ["MAX_SEED", "AdapterArgument", "AdapterPath", "merge", "plan_merge", "with_scales"]
 
 
-@local_inputs
+@remote_inputs(base="file", adapters="adapter", base_f16="model", imatrix="file")
 def merge(
     base: str | os.PathLike[str],
     adapters: AdapterArgument,
@@ -84,10 +87,9 @@ def merge(
     if (out is not None) + (patch is not None) + in_place != 1:
         raise OutputError("say where the result goes with exactly one of --out, --patch and --in-place")
     started = time.perf_counter()
-    used_threads = threads or len(os.sched_getaffinity(0))
-    with prepared_merge(
-        base, adapters, rounding=rounding, seed=seed, base_f16=base_f16, outtype=outtype, type=type, imatrix=imatrix
-    ) as merging:
+    used_threads = thread_count(threads)
+    options = MergeOptions(rounding, seed, base_f16, outtype, type, imatrix)
+    with prepared_merge(base, adapters, options) as merging:
         file, plan = merging.file, merging.plan
         outputs = _outputs(file, out, patch)
         if in_place:
@@ -132,31 +134,20 @@ def plan_merge(
     base: str | os.PathLike[str],
     adapters: AdapterArgument,
     out: str | os.PathLike[str] = "merged.gguf",
-    *,
-    rounding: Mode = "adaptive",
-    seed: int = 0,
-    base_f16: str | os.PathLike[str] | None = None,
-    outtype: str = "keep",
-    type: Mapping[str, str] | None = None,
-    imatrix: str | os.PathLike[str] | None = None,
+    **options: Any,  # noqa: ANN401  (the fields of MergeOptions)
 ) -> MergeReport:
     """What `merge` with the same arguments would do: every check made, nothing written.
+
+    Args:
+        base: as `merge` has it.
+        adapters: the same.
+        out: the same.
+        options: those of `merge` that `MergeOptions` lists.
 
     Raises:
         GgufloraError: as `merge` would.
     """
-    return merge(
-        base,
-        adapters,
-        out,
-        rounding=rounding,
-        seed=seed,
-        base_f16=base_f16,
-        outtype=outtype,
-        type=type,
-        imatrix=imatrix,
-        dry_run=True,
-    )
+    return merge(base, adapters, out, **asdict(MergeOptions(**options)), dry_run=True)
 
 
 def _outputs(

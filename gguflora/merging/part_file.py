@@ -15,7 +15,7 @@ from typing import IO, Any, Final
 import numpy as np
 
 from gguflora.errors import FormatError
-from gguflora.files.remote import is_remote, shown
+from gguflora.files.remote import is_remote, redacted
 from gguflora.merging.sinks import Block, FileSink
 from gguflora.placement.target import ChangedTensor
 
@@ -45,12 +45,17 @@ class MergePart:
                     self.file.seek(tensor["offset"] + start * row_bytes)
                     content = self.file.read(n_rows * row_bytes)
                 if len(content) != n_rows * row_bytes or zlib.crc32(content) != checksum:
-                    raise FormatError(f"{shown(self.path)}: is damaged: {name!r}, rows {start} to {start + n_rows}")
+                    raise FormatError(f"{redacted(self.path)}: is damaged: {name!r}, rows {start} to {start + n_rows}")
                 new = np.frombuffer(content, np.uint8).reshape(n_rows, row_bytes)
                 sink.put(Block(target, start, new[:0], new))
 
 
 def open_part(path: str, opened: ExitStack) -> MergePart:
+    """Open a part, local or remote, and check what it says of itself.
+
+    Raises:
+        FormatError: if it is no part of a merge, or damaged.
+    """
     with _part_errors(path):
         file = opened.enter_context(_open(path))
         trailer = file.seek(-_END.size, os.SEEK_END)
@@ -78,11 +83,11 @@ def _part_errors(path: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise FormatError(f"{shown(path)}: does not exist; all parts are needed") from error
+        raise FormatError(f"{redacted(path)}: does not exist; all parts are needed") from error
     except OSError as error:
-        raise FormatError(f"{shown(path)}: cannot be read as a part of a merge: {error.strerror}") from error
+        raise FormatError(f"{redacted(path)}: cannot be read as a part of a merge: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{shown(path)}: is no part of a merge, or is cut off") from error
+        raise FormatError(f"{redacted(path)}: is no part of a merge, or is cut off") from error
 
 
 def _check_rows(part: MergePart, n_rows: Mapping[str, int]) -> None:

@@ -22,9 +22,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Unpack
+from typing import IO, Any
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from gguflora.errors import FormatError, OutputError
 from gguflora.files.atomic import atomic_output, atomic_outputs
 from gguflora.files.gguf import FilePart, GgufFile, Layout, part_paths
 from gguflora.files.output_checks import check_target, check_targets
-from gguflora.files.remote import is_remote, local_inputs, shown
+from gguflora.files.remote import is_remote, redacted, remote_inputs
 from gguflora.merging.part_file import _END, _MAGIC, MergePart, _check_rows, _part_errors, open_part
 from gguflora.merging.prepare import (
     AdapterArgument,
@@ -44,6 +44,7 @@ from gguflora.merging.report import MergeReport
 from gguflora.merging.rewriter import Rewriter
 from gguflora.merging.sinks import Block, FileSink, Progress
 from gguflora.placement.target import ChangedTensor
+from gguflora.system.cpus import thread_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ class PartReport:
         return {**asdict(self), "output": str(self.output)}
 
 
-@local_inputs
+@remote_inputs(base="file", adapters="adapter", base_f16="model", imatrix="file")
 def merge_part(
     base: str | os.PathLike[str],
     adapters: AdapterArgument,
@@ -80,7 +81,7 @@ def merge_part(
     threads: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
-    **options: Unpack[MergeOptions],
+    **options: Any,  # noqa: ANN401  (the fields of MergeOptions)
 ) -> PartReport:
     """Make one of the parts of a merge.
 
@@ -93,7 +94,7 @@ def merge_part(
         threads: number of threads; by default one for each core this process may use.
         force: overwrite ``out``.
         progress: called with (bytes done, bytes in all), from several threads but never at once.
-        options: ``rounding``, ``seed``, ``base_f16``, ``outtype``, ``type``, ``imatrix`` of `gguflora.merge`.
+        options: those of `gguflora.merge` that `MergeOptions` lists.
 
     Raises:
         GgufloraError: as `gguflora.merge` would.
@@ -101,8 +102,9 @@ def merge_part(
     if not 1 <= number <= count:
         raise OutputError(f"{out}: is to be part {number} of {count}, expected a number from 1 to {count}")
     started, target = time.perf_counter(), Path(out)
-    used_threads = threads or len(os.sched_getaffinity(0))
-    with prepared_merge(base, adapters, **options) as merging:
+    used_threads = thread_count(threads)
+    chosen = MergeOptions(**options)
+    with prepared_merge(base, adapters, chosen) as merging:
         share = shares(merging.plan.targets, count)[number - 1]
         layout = _part_layout(share)
         check_target(target, merging.inputs, force=force, size=layout.size)
@@ -128,14 +130,14 @@ def merge_part(
                 for each in share
             }
             seconds = time.perf_counter() - started
-            index = json.dumps({"plan": _hash(merging, options), "seconds": seconds, "tensors": tensors}).encode()
+            index = json.dumps({"plan": _hash(merging, chosen), "seconds": seconds, "tensors": tensors}).encode()
             output.seek(layout.size)
             output.write(index + _END.pack(len(index), _MAGIC))
             written = output.tell()
     return PartReport(target, tuple(each.name for each in share), written, seconds, used_threads)
 
 
-@local_inputs
+@remote_inputs(base="file", adapters="adapter", imatrix="file")
 def assemble(
     base: str | os.PathLike[str],
     adapters: AdapterArgument,
@@ -144,7 +146,7 @@ def assemble(
     *,
     threads: int | None = None,
     force: bool = False,
-    **options: Unpack[MergeOptions],
+    **options: Any,  # noqa: ANN401  (the fields of MergeOptions)
 ) -> MergeReport:
     """Write the merged model from all of its parts, which stay.
 
@@ -165,14 +167,13 @@ def assemble(
         GgufloraError: as `gguflora.merge` would.
     """
     started = time.perf_counter()
-    used_threads = threads or len(os.sched_getaffinity(0))
-    planned = options.copy()
-    planned.pop("base_f16", None)
+    used_threads = thread_count(threads)
+    chosen = MergeOptions(**options)
     with ExitStack() as stack:
         opened = [open_part(os.fspath(path), stack) for path in parts]
-        merging = stack.enter_context(prepared_merge(base, adapters, **planned))
+        merging = stack.enter_context(prepared_merge(base, adapters, replace(chosen, base_f16=None)))
         layout = merging.plan.layout
-        _check_parts(merging, opened, _hash(merging, options))
+        _check_parts(merging, opened, _hash(merging, chosen))
         outputs = part_paths(Path(out), len(merging.file.paths))
         check_targets(
             outputs,
@@ -245,7 +246,7 @@ def _hash(merging: PreparedMerge, options: MergeOptions) -> str:
     for name, values in sorted(rounding.imatrix.items()):
         digest.update(name.encode() + values.tobytes())
     digest.update(repr((merging.plan.layout.copies, merging.plan.layout.offsets, rounding.merges)).encode())
-    digest.update(repr(options.get("base_f16") is not None).encode())
+    digest.update(repr(options.base_f16 is not None).encode())
     return digest.hexdigest()
 
 
@@ -273,11 +274,11 @@ def _check_parts(merging: PreparedMerge, parts: Sequence[MergePart], plan: str) 
     for part in parts:
         if part.plan != plan:
             raise FormatError(
-                f"{shown(part.path)}: belongs to another merge; base, adapters and options must be those of the parts"
+                f"{redacted(part.path)}: belongs to another merge; all parts need the same base, adapters and options"
             )
         for name in part.tensors:
             if name in held:
-                raise FormatError(f"{shown(part.path)}: holds {name!r}, as {shown(held[name])} does")
+                raise FormatError(f"{redacted(part.path)}: holds {name!r}, as {redacted(held[name])} does")
             held[name] = part.path
     for target in merging.plan.targets:
         if target.name not in held:

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora.errors import OutputError
+from gguflora.errors import MissingExtraError, OutputError
 from gguflora.merging.report import MergeReport
 
 Row = Mapping[str, Any]
@@ -30,12 +30,13 @@ def plot_report(report: MergeReport | Mapping[str, Any], out: Path) -> None:
         out: the picture: PNG, SVG or PDF.
 
     Raises:
-        OutputError: if matplotlib is not installed, nothing was measured, or the picture cannot be written.
+        MissingExtraError: if matplotlib is not installed.
+        OutputError: if nothing was measured, or the picture cannot be written.
     """
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415  (heavy, and only for pictures)
     except ImportError as error:
-        raise OutputError(f"{out}: drawing needs matplotlib: pip install 'gguflora[plot]'") from error
+        raise MissingExtraError("drawing", "matplotlib", "plot") from error
     content = report.to_dict() if isinstance(report, MergeReport) else report
     rows = [row for row in content["tensors"] if row["sv"] is not None]
     if not rows:

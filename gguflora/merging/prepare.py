@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypedDict, get_args
+from typing import Any, Final, get_args
 
 import numpy as np
 
@@ -31,15 +31,16 @@ AdapterArgument = AdapterPath | Sequence[AdapterPath | tuple[AdapterPath, float]
 MAX_SEED: Final = 2**31 - 1
 
 
-class MergeOptions(TypedDict, total=False):
-    """What decides the bytes of a merge, beside base and adapters: see `gguflora.merge`."""
+@dataclass(frozen=True, slots=True)
+class MergeOptions:
+    """What decides the bytes of a merge, beside base and adapters; `gguflora.merge` says what each does."""
 
-    rounding: Mode
-    seed: int
-    base_f16: str | os.PathLike[str] | None
-    outtype: str
-    type: Mapping[str, str] | None
-    imatrix: str | os.PathLike[str] | None
+    rounding: Mode = "adaptive"
+    seed: int = 0
+    base_f16: str | os.PathLike[str] | None = None
+    outtype: str = "keep"
+    type: Mapping[str, str] | None = None
+    imatrix: str | os.PathLike[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,32 +90,24 @@ class PreparedMerge:
 
 @contextmanager
 def prepared_merge(
-    base: str | os.PathLike[str],
-    adapters: AdapterArgument,
-    *,
-    rounding: Mode = "adaptive",
-    seed: int = 0,
-    base_f16: str | os.PathLike[str] | None = None,
-    outtype: str = "keep",
-    type: Mapping[str, str] | None = None,
-    imatrix: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str], adapters: AdapterArgument, options: MergeOptions
 ) -> Iterator[PreparedMerge]:
-    """Open, check and plan a merge; arguments as `gguflora.merge` has them.
+    """Open, check and plan a merge.
 
     Raises:
         GgufloraError: if something cannot be read or does not fit together.
     """
-    types = OutputTypes.named(outtype, type or {})
+    types = OutputTypes.named(options.outtype, options.type or {})
     with ExitStack() as opened:
         file = opened.enter_context(GgufFile(base))
         sources = [(read_adapter(path), scale) for path, scale in with_scales(adapters)]
-        how = _rounding(file, rounding, seed, imatrix)
-        plan = make_plan(file, sources, how, types, anew=base_f16 is not None)
-        precise = None
-        if base_f16 is not None:
-            precise = opened.enter_context(UnquantizedBase.open(base_f16, describe(file)))
-            precise.check(file, (changed.source.name for changed in plan.targets if changed.deltas))
-        yield PreparedMerge(file, sources, how, plan, BaseTensors(file, precise))
+        rounding = _rounding(file, options)
+        plan = make_plan(file, sources, rounding, types, anew=options.base_f16 is not None)
+        unquantized = None
+        if options.base_f16 is not None:
+            unquantized = opened.enter_context(UnquantizedBase.open(options.base_f16, describe(file)))
+            unquantized.check(file, (changed.source.name for changed in plan.targets if changed.deltas))
+        yield PreparedMerge(file, sources, rounding, plan, BaseTensors(file, unquantized))
 
 
 def with_scales(adapters: AdapterArgument) -> list[tuple[AdapterPath, float]]:
@@ -127,12 +120,14 @@ def with_scales(adapters: AdapterArgument) -> list[tuple[AdapterPath, float]]:
     return [(path, float(scale)) for path, scale in pairs]
 
 
-def _rounding(file: GgufFile, mode: Mode, seed: int, imatrix: str | os.PathLike[str] | None) -> RoundingOptions:
+def _rounding(file: GgufFile, options: MergeOptions) -> RoundingOptions:
+    mode, seed = options.rounding, options.seed
     if mode not in get_args(Mode):
         raise QuantizationError(f"rounding is {mode!r}, expected one of {', '.join(get_args(Mode))}")
     if not 0 <= seed <= MAX_SEED:
         raise QuantizationError(f"the seed is {seed}, expected a number from 0 to {MAX_SEED}")
-    return RoundingOptions(mode, seed, merges_of(file), {} if imatrix is None else read_imatrix(imatrix))
+    imatrix = {} if options.imatrix is None else read_imatrix(options.imatrix)
+    return RoundingOptions(mode, seed, merges_of(file), imatrix)
 
 
 def _reports(plan: MergePlan, sums: Mapping[str, Sums]) -> tuple[tuple[TensorReport, ...], TensorReport]:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from gguflora._version import __version__
-from gguflora.errors import ClusterError, GgufloraError, RecipeError
+from gguflora.errors import ClusterError, GgufloraError, MissingExtraError
 from gguflora.files import remote
 
 if not importlib.util.find_spec("distributed"):
-    raise RecipeError("--scheduler needs Dask: pip install 'gguflora[distributed]'")
+    raise MissingExtraError("--scheduler", "Dask", "distributed")
 
 from distributed import CancelledError, Client, Future
 from distributed.scheduler import KilledWorker
@@ -47,7 +47,7 @@ class DaskEngine:
         ClusterError: if the scheduler cannot be reached or has no workers, or they cannot do the jobs.
     """
 
-    def __init__(self, address: str, *, at_a_time: int | None, memory: int | None, store: Location) -> None:
+    def __init__(self, address: str, *, max_concurrency: int | None, memory: int | None, store: Location) -> None:
         self._address, self._run = address, secrets.token_hex(4)
         self._lock, self._futures, self._closed = threading.Lock(), set[Future](), False
         self._client = _connected(address)
@@ -57,9 +57,9 @@ class DaskEngine:
             self._client.close()
             raise
         self._most = max((facts["declared"] for facts in workers if facts["declared"]), default=None)
-        self.at_a_time = at_a_time or sum(facts["threads"] for facts in workers)
+        self.max_concurrency = max_concurrency or sum(facts["threads"] for facts in workers)
         self.memory, self.threads = memory or _memory_of(workers), 1  # a worker's thread stands for a core
-        _LOG.info("%s: %d workers, %d jobs at a time", address, len(workers), self.at_a_time)
+        _LOG.info("%s: %d workers, %d jobs at a time", address, len(workers), self.max_concurrency)
 
     def run(self, request: Request) -> Answer:
         """The answer to a job; waits for it, and may be called from several threads.
@@ -127,7 +127,7 @@ class DaskEngine:
             if self._closed:
                 return None
             future = self._client.submit(
-                dask_worker.do,
+                dask_worker.run_job,
                 {**request, "version": __version__},
                 key=f"{request['action']}-{request['key'][:32]}-{self._run}",
                 resources=need,

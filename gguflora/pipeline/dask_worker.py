@@ -21,7 +21,7 @@ MEMORY: Final = "memory_mb"
 _PROCESSES: Final = Workers()
 
 
-def do(request: Request) -> Answer:
+def run_job(request: Request) -> Answer:
     """Do a job; it is ended when Dask cancels the task, or the worker is told to go.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Jobs: `do` a request here. As a program, do those on stdin, so that nothing they do can take others down.
+"""Jobs: `run_job` a request here. As a program, do those on stdin, so that nothing they do can take others down.
 
 A request is a JSON object: ``action`` (a command), ``arguments`` (its keywords) and ``out`` (where its output goes); in
 all of them a path is a location, local or remote. The answer has the command's ``report``, or an ``error``.
@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -21,22 +20,14 @@ from typing import Any, Final, NoReturn
 
 from gguflora.errors import GgufloraError
 from gguflora.files import remote
+from gguflora.pipeline.commands import commands
 from gguflora.pipeline.state import write_json
 
-_MODULES: Final = {
-    "convert": "gguflora.lora.convert",
-    "merge": "gguflora.merging.merge",
-    "inspect": "gguflora.lora.inspect",
-    "compare": "gguflora.diagnostics.compare",
-    "merge_part": "gguflora.merging.parts",
-    "assemble": "gguflora.merging.parts",
-    **{name: f"gguflora.lora.{name}" for name in ("combine", "resize", "extract", "export")},
-}
 _REPORTING: Final = {"inspect", "compare"}
 """Actions that write nothing but their report."""
 
 
-def do(request: Mapping[str, Any]) -> dict[str, Any]:
+def run_job(request: Mapping[str, Any]) -> dict[str, Any]:
     """Do a job: remote inputs are fetched into the cache, the output is put into its place when it is whole."""
     try:
         return {"report": _run(request["action"], dict(request["arguments"]), request["out"])}
@@ -51,21 +42,21 @@ def do(request: Mapping[str, Any]) -> dict[str, Any]:
 def _run(action: str, arguments: dict[str, Any], out: str) -> dict[str, Any]:
     if not remote.is_remote(out):
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        return run_job(action, arguments, Path(out))
+        return run_command(action, arguments, Path(out))
     with tempfile.TemporaryDirectory(prefix="gguflora-") as folder:
-        report = run_job(action, arguments, Path(folder) / remote.file_name(out))
+        report = run_command(action, arguments, Path(folder) / remote.file_name(out))
         for made in sorted(Path(folder).iterdir(), reverse=True):  # of a split model the first file last
             remote.put(made, remote.join(out.rpartition("/")[0], made.name))
     return report | ({"output": out} if "output" in report else {})
 
 
-def run_job(action: str, arguments: dict[str, Any], out: Path) -> dict[str, Any]:
+def run_command(action: str, arguments: dict[str, Any], out: Path) -> dict[str, Any]:
     """Run one command; returns its report, ready for JSON.
 
     Raises:
         GgufloraError: as the command does.
     """
-    command = getattr(import_module(_MODULES[action]), action)
+    command = commands()[action]
     if "adapters" in arguments:
         arguments["adapters"] = [tuple(item) for item in arguments["adapters"]]
     if action not in _REPORTING:
@@ -89,7 +80,7 @@ def main() -> None:
     Thread(target=_read, args=(requests,), daemon=True).start()
     with suppress(KeyboardInterrupt, BrokenPipeError):
         while True:
-            print(json.dumps(do(json.loads(requests.get()))), file=answers, flush=True)
+            print(json.dumps(run_job(json.loads(requests.get()))), file=answers, flush=True)
 
 
 def _read(requests: SimpleQueue[str]) -> None:

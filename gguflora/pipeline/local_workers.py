@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
+from gguflora.system.cpus import usable_cpus
+
 Request = dict[str, Any]
 """A job, ready for JSON: ``action``, ``arguments`` and ``out`` are for `worker`, the rest is for an `JobBackend`.
 
@@ -34,7 +36,7 @@ class JobBackend(Protocol):
         threads: how many threads a job should use.
     """
 
-    at_a_time: int
+    max_concurrency: int
     memory: int
     threads: int
 
@@ -48,9 +50,9 @@ class JobBackend(Protocol):
 class Workers:
     """As many processes of `worker` on this machine as there are jobs at a time; `close` ends them."""
 
-    def __init__(self, at_a_time: int = 1, memory: int | None = None) -> None:
-        self.at_a_time, self.memory = at_a_time, memory or _free_memory()
-        self.threads = max(1, len(os.sched_getaffinity(0)) // at_a_time)
+    def __init__(self, max_concurrency: int = 1, memory: int | None = None) -> None:
+        self.max_concurrency, self.memory = max_concurrency, memory or _free_memory()
+        self.threads = max(1, usable_cpus() // max_concurrency)
         self._lock = threading.Lock()
         self._all: set[_Worker] = set()
         self._idle: list[_Worker] = []
@@ -59,9 +61,9 @@ class Workers:
     def run(self, request: Request, is_cancelled: Callable[[], bool] = lambda: False) -> Answer:
         """The answer to a job, which is ended when it is found to be cancelled."""
         if "memory://" in json.dumps(request):  # which is this process's own
-            from gguflora.pipeline.job_process import do  # noqa: PLC0415  (so that it can be run as a program)
+            from gguflora.pipeline.job_process import run_job  # noqa: PLC0415  (so that it can be run as a program)
 
-            answer_here: Answer = json.loads(json.dumps(do(request)))
+            answer_here: Answer = json.loads(json.dumps(run_job(request)))
             return answer_here
         with self._lock:
             if self._closed:

@@ -182,7 +182,7 @@ class _Planner:
     def _matches(self, pattern: str) -> Sequence[Location]:
         if remote.is_remote(pattern):  # the question mark of a web address is none of a pattern
             is_web = pattern.startswith(("http://", "https://"))
-            return remote.find(pattern) if re.search(r"[*\[]" if is_web else r"[*?\[]", pattern) else [pattern]
+            return remote.list_matching(pattern) if re.search(r"[*\[]" if is_web else r"[*?\[]", pattern) else [pattern]
         if not re.search(r"[*?\[]", pattern):
             return [self._root / pattern]
         names = glob.glob(pattern, root_dir=self._root, recursive=True, include_hidden=True)  # noqa: PTH207  (absolute ones)
@@ -309,7 +309,7 @@ def _check_inputs(file: RecipeFile, jobs: Sequence[PipelineJob]) -> dict[str, re
 
 def _look(file: RecipeFile, location: str, kind: remote.Kind, job: PipelineJob) -> remote.Found:
     try:
-        return remote.look(location, kind)
+        return remote.stat(location, kind)
     except RemoteError as error:
         raise _unusable(file, job, location, str(error)) from error
 

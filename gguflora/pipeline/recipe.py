@@ -12,7 +12,8 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gguflora.errors import RecipeError
-from gguflora.files.remote import KINDS, Kind
+from gguflora.files.remote import Kind, input_kinds
+from gguflora.pipeline.commands import commands
 
 Template = Annotated[str, Field(pattern=r"^\{\w+\}$")]
 """A number that is taken from the matrix."""
@@ -62,7 +63,7 @@ class Step(_Strict):
     @property
     def inputs(self) -> Mapping[str, Kind]:
         """The keys that name inputs, and as what a folder is fetched from elsewhere."""
-        return KINDS[self.model_dump(include={"action"})["action"]]
+        return input_kinds(commands()[self.model_dump(include={"action"})["action"]])
 
 
 class Convert(Step):
@@ -91,6 +92,7 @@ class Merge(Step):
     seed: Whole = 0
     base_f16: str | None = None
     outtype: str = "keep"
+    type: dict[str, str] | None = None
     imatrix: str | None = None
     split: int | None = Field(default=None, ge=2)
     threads: int | None = Field(default=None, ge=1)

@@ -24,7 +24,7 @@ class StepResult:
         seconds: wall time.
         key: hash of what the output depends on.
         error: why it failed, or what it waited for.
-        packed: the `report`, of which a run of many steps has many: from `pack`.
+        packed: the `report`, of which a run of many steps has many: from `compress`.
     """
 
     step: str
@@ -46,7 +46,7 @@ class StepResult:
         return {**fields, "out": str(self.out)}
 
 
-def pack(report: Mapping[str, Any] | None) -> bytes | None:
+def compress(report: Mapping[str, Any] | None) -> bytes | None:
     """A report in about a tenth of its size."""
     return None if report is None else zlib.compress(json.dumps(report).encode(), level=1)
 

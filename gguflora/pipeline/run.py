@@ -19,7 +19,7 @@ from gguflora.pipeline.local_workers import JobBackend, Request, Workers
 from gguflora.pipeline.lock import locked
 from gguflora.pipeline.plan import Location, PipelineJob, RecipePlan, identity, located, plan_jobs
 from gguflora.pipeline.recipe import Merge, RecipeFile, read_recipe
-from gguflora.pipeline.results import PipelineReport, Status, StepResult, pack
+from gguflora.pipeline.results import PipelineReport, Status, StepResult, compress
 from gguflora.pipeline.state import Keys, Records, discard, discard_parts, inside, part_places, write_json
 
 _LOG = logging.getLogger("gguflora.pipeline")
@@ -95,7 +95,7 @@ def _engine(folder: Location, scheduler: str | None, jobs: int | None, memory: i
         return Workers(jobs or 1, memory)
     from gguflora.pipeline.dask_client import DaskEngine  # noqa: PLC0415  (needs Dask)
 
-    return DaskEngine(scheduler, at_a_time=jobs, memory=memory, store=inside(folder, ""))
+    return DaskEngine(scheduler, max_concurrency=jobs, memory=memory, store=inside(folder, ""))
 
 
 def _write_report(folder: Path, report: PipelineReport) -> None:
@@ -125,7 +125,7 @@ class _Runner:
         sorter.prepare()
         waiting: list[Location] = []
         running: dict[Future[StepResult], Location] = {}
-        with ThreadPoolExecutor(self._engine.at_a_time) as pool:
+        with ThreadPoolExecutor(self._engine.max_concurrency) as pool:
             try:
                 discard_parts(self._plan.folder)
                 self._check_space(order)
@@ -157,7 +157,7 @@ class _Runner:
         free = self._engine.memory - sum(self._jobs[out].step.memory for out in running)
         chosen: list[Location] = []
         for out in waiting:
-            if len(running) + len(chosen) == self._engine.at_a_time:
+            if len(running) + len(chosen) == self._engine.max_concurrency:
                 break
             need = self._jobs[out].step.memory
             alone = not running and not chosen
@@ -240,7 +240,7 @@ class _Runner:
         report: dict[str, Any] | None = None,
         error: str | None = None,
     ) -> StepResult:
-        return StepResult(job.step.name, job.out, status, seconds, self._keys.get(job.out, ""), error, pack(report))
+        return StepResult(job.step.name, job.out, status, seconds, self._keys.get(job.out, ""), error, compress(report))
 
     def _finish(self, result: StepResult) -> None:
         level = logging.ERROR if result.status == "failed" else logging.INFO

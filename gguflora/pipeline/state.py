@@ -13,6 +13,7 @@ from typing import Any, Final
 from gguflora._version import __version__
 from gguflora.files import remote
 from gguflora.files.atomic import atomic_output
+from gguflora.files.checksum import sha256_of
 from gguflora.files.shard_names import part_names
 from gguflora.pipeline.plan import STATE, Location, PipelineJob, identity
 
@@ -66,8 +67,7 @@ class Keys:
         place, stat = str(path.resolve()), path.stat()
         stamp = [stat.st_size, stat.st_mtime_ns]
         if self._known.get(place, [])[:2] != stamp:
-            with path.open("rb") as file:
-                self._known[place] = [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
+            self._known[place] = [*stamp, sha256_of(path)]
         return str(self._known[place][2])
 
     def save(self) -> None:

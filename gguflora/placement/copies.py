@@ -26,7 +26,7 @@ def without_copies(base: GgufFile, placed: Mapping[str, Sequence[PlacedDelta]]) 
 
 
 def _is_copy(base: GgufFile, tensor: TensorEntry, delta: Delta) -> bool:
-    if not isinstance(delta, Replace) or not delta.frozen or delta.shape[0] > tensor.n_rows:
+    if not isinstance(delta, Replace) or not delta.is_base_copy or delta.shape[0] > tensor.n_rows:
         return False
     difference = norm = 0.0
     step = max(1, (1 << 20) // tensor.n_in)

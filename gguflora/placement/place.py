@@ -47,7 +47,7 @@ class PlacedDelta:
 
     Attributes:
         weight: name of the Hugging Face weight (of the GGUF tensor, if the adapter is a GGUF LoRA).
-        change: what happens to it.
+        delta: what happens to it.
         tensor_slice: which part of it lies where.
     """
 
@@ -183,7 +183,7 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[PlacedDelta]]:
 
 
 def _is_copy(item: PlacedDelta) -> bool:
-    return isinstance(item.delta, Replace) and item.delta.frozen
+    return isinstance(item.delta, Replace) and item.delta.is_base_copy
 
 
 def _slice_of_tensor(base: BaseModel, name: str) -> TensorSlice:
@@ -238,7 +238,7 @@ def _tie(adapter: Adapter, placed: dict[str, list[PlacedDelta]]) -> None:
     ):
         placed[OUTPUT] = embedding
         return
-    alike = adapter.ties and not output
+    alike = adapter.ensure_weight_tying and not output
     shared = [item for item in embedding if alike or _is_copy(item) or isinstance(item.delta, ReplaceRows)]
     if shared:
         placed[OUTPUT] = [*shared, *output]
@@ -330,8 +330,8 @@ def _check_covers(what: str, base: BaseModel, items: list[PlacedDelta], slices: 
         extent = _extent(slices, *item.delta.shape)
         if extent != item.delta.shape:
             raise MismatchError(
-                f"{what} changes a weight of shape {item.delta.shape}, but {item.tensor_slice.tensor!r} of {base.path} holds "
-                f"one of shape {extent}; is it the right base?"
+                f"{what} changes a weight of shape {item.delta.shape}, but {item.tensor_slice.tensor!r} of {base.path} "
+                f"holds one of shape {extent}; is it the right base?"
             )
 
 

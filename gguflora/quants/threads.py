@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+
+from gguflora.system.cpus import thread_count
 
 
 def run_rows(n_rows: int, block_rows: int, work: Callable[[int, int], None], threads: int | None) -> None:
@@ -14,7 +15,7 @@ def run_rows(n_rows: int, block_rows: int, work: Callable[[int, int], None], thr
     After the first error no new range is begun; that error is raised once running ranges have ended.
     """
     ranges = [(start, min(start + block_rows, n_rows)) for start in range(0, n_rows, block_rows)]
-    count = min(threads or len(os.sched_getaffinity(0)), len(ranges))
+    count = min(thread_count(threads), len(ranges))
     if count <= 1:
         for start, stop in ranges:
             work(start, stop)

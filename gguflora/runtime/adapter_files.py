@@ -6,8 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,6 +14,7 @@ from typing import Final
 from gguflora._version import __version__
 from gguflora.architectures.base_model import BaseModel
 from gguflora.errors import HotSwapError
+from gguflora.files.checksum import sha256_of
 from gguflora.lora.convert import convert
 from gguflora.lora.preflight import check_loadable
 
@@ -35,8 +35,7 @@ class AdapterSource:
     method: str
 
 
-@contextmanager
-def open_adapter(location: Path, base: BaseModel) -> Iterator[AdapterSource]:
+def open_adapter(location: Path, base: BaseModel) -> AdapterSource:
     """The GGUF LoRA at ``location``, or the one converted of the PEFT directory there, checked against ``base``.
 
     Raises:
@@ -50,13 +49,7 @@ def open_adapter(location: Path, base: BaseModel) -> Iterator[AdapterSource]:
     else:
         file, method = location, "LORA"
     check_loadable(file, base)
-    yield AdapterSource(file, sha256_of(file), file.stat().st_size, method)
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return AdapterSource(file, sha256_of(file), file.stat().st_size, method)
 
 
 def cache_folder() -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 from gguflora.placement.prefix import Prefix
 from gguflora.runtime.alora import Starts
 from gguflora.runtime.bindings import HotAdapter, free_lora
-from gguflora.runtime.fused_adapters import ConcatenatedAdapters, Part
+from gguflora.runtime.concatenated_adapters import ConcatenatedAdapters, Part
 from gguflora.runtime.llama_lock import LlamaLock
 
 BASE: Final = ""
@@ -48,8 +48,8 @@ class AttachedSet:
         self._context = context
         self._model = model
         self._fused = fused
-        self.turn: Final = LlamaLock()
-        self.lock: Final = self.turn.lock
+        self.llama_lock: Final = LlamaLock()
+        self.lock: Final = self.llama_lock.lock
         self.loaded: dict[str, HotAdapter] = {}
         self.active: dict[str, float] = {}
         self.origin = self.identity = BASE
@@ -79,9 +79,9 @@ class AttachedSet:
         self._context.__dict__["shift"] = self.prefix.n_tokens if self.prefix else 0
         return changed
 
-    def begin(self, begun: frozenset[str]) -> None:
+    def set_started(self, started: frozenset[str]) -> None:
         """Let the context compute with the applied adapters, of the activated LoRAs only with those that have begun."""
-        waiting = self.invocations.keys() - begun
+        waiting = self.invocations.keys() - started
         self._set({name: scale for name, scale in self.active.items() if name not in waiting})
 
     def _set(self, active: Mapping[str, float]) -> None:

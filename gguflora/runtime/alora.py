@@ -43,5 +43,5 @@ def segments(first: int, last: int, starts: Starts) -> Iterator[tuple[int, int, 
     """The tokens ``first`` to ``last`` - 1 cut where an adapter begins: (begin, end, adapters that have begun)."""
     known = {name: start for name, start in starts.items() if start is not None}
     borders = sorted({first, last, *(start for start in known.values() if first < start < last)})
-    for begin, end in pairwise(borders):
-        yield begin, end, frozenset(name for name, start in known.items() if start <= begin)
+    for set_started, end in pairwise(borders):
+        yield set_started, end, frozenset(name for name, start in known.items() if start <= set_started)

@@ -13,15 +13,13 @@ Changing the set forgets the tokens evaluated so far (``llm.n_tokens`` is 0): no
 
 from __future__ import annotations
 
-import hashlib
 import math
 import numbers
 import os
-import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,17 +27,15 @@ import numpy as np
 
 from gguflora.adapters.soft_prompt import is_soft_prompt
 from gguflora.architectures.base_model import BaseModel, read_whole_base
-from gguflora.errors import GgufloraError, HotSwapError
-from gguflora.files.remote import local_inputs
-from gguflora.lora.preflight import check_loadable
+from gguflora.errors import GgufloraError, HotSwapError, MissingExtraError
+from gguflora.files.checksum import sha256_of
+from gguflora.files.remote import remote_inputs
 from gguflora.placement.prefix import read_prefix
+from gguflora.runtime.adapter_files import open_adapter
 from gguflora.runtime.adapter_set import AttachedSet, describe
 
 if TYPE_CHECKING:
-    from gguflora.runtime.adapter_set import AttachedSet, describe
     from gguflora.runtime.bindings import HotAdapter
-
-_CHUNK_BYTES = 1 << 20
 
 
 def attach(llm: Any) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only where it is used, and has no types)
@@ -48,15 +44,16 @@ def attach(llm: Any) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only w
     The adapter of ``Llama(lora_path=...)`` is taken over under the file's stem, loaded and active with its scale.
 
     Raises:
-        HotSwapError: if ``llm`` is no open Llama, or llama-cpp-python is not installed.
+        HotSwapError: if ``llm`` is no open Llama.
+        MissingExtraError: if llama-cpp-python is not installed.
     """
     try:
         import llama_cpp  # noqa: PLC0415  (import gguflora does not load it)
 
         from gguflora.runtime import guarded_llama  # noqa: PLC0415
-        from gguflora.runtime.fused_adapters import ConcatenatedAdapters  # noqa: PLC0415
+        from gguflora.runtime.concatenated_adapters import ConcatenatedAdapters  # noqa: PLC0415
     except ImportError as error:
-        raise HotSwapError(f"hot-swapping needs llama-cpp-python: pip install 'gguflora[runtime]' ({error})") from error
+        raise MissingExtraError("hot-swapping", "llama-cpp-python", "runtime") from error
     if not isinstance(llm, llama_cpp.Llama):
         raise HotSwapError(f"attach needs a llama_cpp.Llama, found {type(llm).__name__}")
     if llm._ctx.ctx is None:
@@ -64,8 +61,10 @@ def attach(llm: Any) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only w
     before = guarded_llama.attached_set(llm)
     if before is not None and not before.closed:
         return Adapters(llm, before)
-    open_file = partial(_as_gguf, base=llm.model_path)
-    fused = ConcatenatedAdapters(llm.model, llm.metadata.get("general.architecture", ""), open_file)
+    base = cache(partial(read_whole_base, Path(llm.model_path)))
+    fused = ConcatenatedAdapters(
+        llm.model, llm.metadata.get("general.architecture", ""), lambda path: open_adapter(path, base()).file
+    )
     adapters = AttachedSet(llm._ctx, llm._model, fused)
     _adopt(llm, adapters, active=before is None)
     guarded_llama.guard(llm, adapters)
@@ -81,7 +80,7 @@ def _adopt(llm: Any, adapters: AttachedSet, *, active: bool) -> None:  # noqa: A
         return
     path = Path(llm.lora_path)
     try:
-        sha256 = _sha256(path)
+        sha256 = sha256_of(path)
     except OSError:  # the file has gone since: like no other
         sha256 = uuid.uuid4().hex
     invocation = invocation_of(pointer)
@@ -123,7 +122,7 @@ class Adapters:
         """Names of the loaded adapters, in the order of loading."""
         return list(self._set.loaded)
 
-    @local_inputs
+    @remote_inputs(path="adapter")
     def load(self, name: str, path: str | os.PathLike[str], *, task: int | None = None) -> None:
         """Load an adapter without applying it.
 
@@ -141,10 +140,6 @@ class Adapters:
         location = Path(path)
         with self._open() as adapters:
             _check_new_name(name, adapters)
-            if not location.exists():
-                raise HotSwapError(
-                    f"{location}: no such file or directory; expected a GGUF LoRA file or a PEFT directory"
-                )
             adapters.loaded[name] = self._load(name, location, task)
 
     def _load(self, name: str, location: Path, task: int | None) -> HotAdapter:
@@ -158,10 +153,9 @@ class Adapters:
             return HotAdapter(name, prefix.sha256, None, location, prefix=prefix)
         if task is not None:
             raise HotSwapError(f"{location}: is no soft prompt, so it has no task {task}")
-        with _as_gguf(location, self._llm.model_path) as file:
-            check_loadable(file, self._base)
-            pointer = load_lora(self._llm.model, file)
-            return HotAdapter(name, _sha256(file), pointer, location, invocation=invocation_of(pointer))
+        source = open_adapter(location, self._base)
+        pointer = load_lora(self._llm.model, source.file)
+        return HotAdapter(name, source.sha256, pointer, location, invocation=invocation_of(pointer))
 
     def apply(self, scales: Mapping[str, float] | None = None, /, **more: float) -> None:
         """Make these adapters, each at its scale, the complete set; without arguments the base model answers.
@@ -263,7 +257,7 @@ class Adapters:
         if prefix is None:
             return
         try:
-            self._set.begin(frozenset())  # an activated LoRA does not compute the soft prompt
+            self._set.set_started(frozenset())  # an activated LoRA does not compute the soft prompt
             bindings.put_prefix(self._llm.ctx, prefix)
         except GgufloraError:
             self._set.set_active(before)
@@ -346,25 +340,3 @@ def _as_float32(scale: float) -> float:
             return float(np.float32(float(scale)))
     except OverflowError:  # an int larger than any float
         return math.inf
-
-
-@contextmanager
-def _as_gguf(location: Path, base: str) -> Iterator[Path]:
-    """The GGUF LoRA file at ``location``, or one made of the PEFT directory there, which is gone afterwards."""
-    if not location.is_dir():
-        yield location
-        return
-    from gguflora.lora.convert import convert  # noqa: PLC0415
-
-    with tempfile.TemporaryDirectory(prefix="gguflora-") as folder:
-        file = Path(folder) / f"{location.resolve().name}.gguf"
-        convert(location, base, file, force=True)
-        yield file
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_CHUNK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

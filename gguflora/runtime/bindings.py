@@ -42,7 +42,7 @@ class _Log:
     """
 
     def __init__(self) -> None:
-        self.turn = threading.Lock()
+        self.llama_lock = threading.Lock()
         self.kept: list[str] = []
         self._least, self._kept_back = _WARN, _ERROR
         self.callback: Final = llama_cpp.llama_log_callback(self._hear)
@@ -88,7 +88,7 @@ def captured_log(least: int = _WARN, kept_back: int = _ERROR) -> Iterator[list[s
 
     Until then that one hears only what is below ``kept_back``.
     """
-    with _LOG.turn:
+    with _LOG.llama_lock:
         _LOG.start(least, kept_back)
         try:
             yield _LOG.kept

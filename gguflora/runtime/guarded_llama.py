@@ -102,7 +102,7 @@ class GuardedLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp has no t
             HotSwapError: if the state was saved under another adapter set.
         """
         adapters = _set_of(self)
-        with adapters.turn.call():
+        with adapters.llama_lock.call():
             if getattr(state, _TAG, adapters.origin) != adapters.identity:
                 raise HotSwapError(
                     "this state was saved under another adapter set than the one in force "
@@ -118,21 +118,21 @@ class GuardedLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp has no t
             HotSwapError: if the tokens do not fit into the context.
         """
         adapters = _set_of(self)
-        with adapters.turn.call():
+        with adapters.llama_lock.call():
             tokens = list(tokens)
             if adapters.invocations and not adapters.planned:
                 tokens = self._plan([*self.input_ids[: self.n_tokens].tolist(), *tokens])
             self._check_room(len(tokens))
             if not self.n_tokens and adapters.prefix:
-                adapters.begin(frozenset())
+                adapters.set_started(frozenset())
                 _ensure_prefix(self, adapters.prefix)
             if not adapters.invocations:
                 super().eval(tokens)
                 return
             first = self.n_tokens
-            for begin, end, begun in segments(first, first + len(tokens), adapters.starts):
-                adapters.begin(begun)
-                super().eval(tokens[begin - first : end - first])
+            for set_started, end, started in segments(first, first + len(tokens), adapters.starts):
+                adapters.set_started(started)
+                super().eval(tokens[set_started - first : end - first])
 
     def _plan(self, tokens: list[int]) -> list[int]:
         """Decide where activated LoRAs begin in ``tokens``, the whole sequence; forget what was computed otherwise.
@@ -169,7 +169,7 @@ class GuardedLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp has no t
             HotSwapError: if a soft prompt or an activated LoRA is applied, with which no texts can be embedded.
         """
         adapters = _set_of(self)
-        with adapters.turn.call():
+        with adapters.llama_lock.call():
             if adapters.prefix or adapters.invocations:
                 raise HotSwapError("embeddings of texts cannot be had with a soft prompt or an activated LoRA applied")
             return super().embed(*args, **kwargs)
@@ -180,7 +180,7 @@ class GuardedLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp has no t
         Raises:
             HotSwapError: if the adapter set changes while tokens are still being taken.
         """
-        return _set_of(self).turn.generate(self._tokens(list(tokens), *args, **kwargs))
+        return _set_of(self).llama_lock.generate(self._tokens(list(tokens), *args, **kwargs))
 
     def _tokens(self, tokens: list[int], *args: _Untyped, **kwargs: _Untyped) -> Generator[int, Any, None]:
         adapters = _set_of(self)
@@ -207,7 +207,7 @@ class GuardedLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp has no t
             sent = yield token
 
     def _create_completion(self, *args: _Untyped, **kwargs: _Untyped) -> Iterator[_Untyped]:
-        return _set_of(self).turn.generate(super()._create_completion(*args, **kwargs))
+        return _set_of(self).llama_lock.generate(super()._create_completion(*args, **kwargs))
 
     def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., Any], tuple[type], Any]:
         # Llama pickles as its constructor's arguments: the copy has no adapters and is a plain Llama
@@ -220,8 +220,8 @@ class _ShiftedContext(llama_cpp.internals.LlamaContext):  # type: ignore[misc]  
     shift = 0
 
     def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
-        begin, end = (place if place < 0 else place + self.shift for place in (p0, p1))
-        removed: bool = super().kv_cache_seq_rm(seq_id, begin, end)
+        set_started, end = (place if place < 0 else place + self.shift for place in (p0, p1))
+        removed: bool = super().kv_cache_seq_rm(seq_id, set_started, end)
         return removed
 
     def decode(self, batch: _Untyped) -> None:

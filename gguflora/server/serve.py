@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
+import socket
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from gguflora.engine import Engine
 from gguflora.engine.context_size import context_size
-from gguflora.errors import ServerError
-from gguflora.files.remote import local_inputs
+from gguflora.errors import MissingExtraError, ServerError
+from gguflora.files.remote import remote_inputs
+from gguflora.server.settings import KEY_VARIABLE, Settings
 
 _NEEDED: Final = ("fastapi", "uvicorn", "prometheus_client")
-_LOCAL: Final = {"127.0.0.1", "localhost", "::1"}
+_LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
+_BACKLOG: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,7 @@ class ServeReport:
         return asdict(self)
 
 
-@local_inputs
+@remote_inputs(base="file", adapters="adapter")
 def serve(
     base: str | os.PathLike[str],
     *,
@@ -78,24 +83,23 @@ def serve(
         ready: called when requests are taken.
 
     Raises:
-        ServerError: if the extra ``server`` is not installed, or the address cannot be had.
+        MissingExtraError: if the extra ``server`` is not installed.
+        ServerError: if nothing can listen at the address.
         GgufloraError: if something cannot be read or does not fit together.
     """
     missing = [name for name in _NEEDED if not importlib.util.find_spec(name)]
     if missing:
-        raise ServerError(f"serve needs {', '.join(missing)}: pip install 'gguflora[server]'")
-    from gguflora import server  # noqa: PLC0415  (no other command needs FastAPI)
-
-    key = os.environ.get(server.KEY_VARIABLE) or None
+        raise MissingExtraError("serve", ", ".join(missing), "server")
+    key = os.environ.get(KEY_VARIABLE) or None
     warnings: tuple[str, ...] = ()
-    if key is None and host not in _LOCAL:
-        warnings = (f"whoever reaches {host} can use this server; set {server.KEY_VARIABLE} to ask for a key",)
+    if key is None and host not in _LOOPBACK:
+        warnings = (f"whoever reaches {host} can use this server; set {KEY_VARIABLE} to ask for a key",)
     folder = None if allow_load is None else Path(allow_load)
     if folder is not None and not folder.is_dir():
         raise ServerError(f"{folder}: is no directory to load adapters from")
-    settings = server.Settings(api_key=key, allow_load=folder, max_tokens=max_tokens, timeout=timeout)
+    settings = Settings(api_key=key, allow_load=folder, max_tokens=max_tokens, timeout=timeout)
     with (
-        server.listen(host, port) as listener,
+        listen(host, port) as listener,
         Engine(
             base,
             adapters=adapters or {},
@@ -108,7 +112,52 @@ def serve(
         ) as engine,
     ):
         names = tuple(adapter.name for adapter in engine.adapters())
-        report = ServeReport(server.url_of(listener), engine.model_name, names, warnings)
+        report = ServeReport(url_of(listener), engine.model_name, names, warnings)
         ready(report)
-        server.serve(engine, Path(base), listener, settings)
+        run_server(engine, Path(base), listener, settings)
     return report
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at this address; port 0 takes a free one.
+
+    Raises:
+        ServerError: if the address cannot be had.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ServerError(f"cannot listen on {host}, port {port}: {error.strerror}; try another --port") from error
+
+
+def run_server(engine: Engine, base: Path, listener: socket.socket, settings: Settings) -> None:
+    """Answer requests until SIGINT or SIGTERM, then let running ones end, for ``settings.timeout`` seconds at most.
+
+    Args:
+        engine: stays open.
+        base: the file of its weights.
+        listener: from `listen`.
+        settings: limits and permissions.
+    """
+    import uvicorn  # noqa: PLC0415  (no other command needs it)
+
+    from gguflora.server.app import create_app  # noqa: PLC0415  (nor FastAPI)
+
+    if settings.api_key is None and listener.getsockname()[0] in _LOOPBACK:
+        settings = replace(settings, hosts=_LOOPBACK)
+    config = uvicorn.Config(
+        create_app(engine, base, settings),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(settings.timeout),
+    )
+    with suppress(KeyboardInterrupt):  # uvicorn raises the signal again when it has ended
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where clients find the server."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import llama_cpp
 from models import LLAMAS, adapter_files, base_file
 
-from gguflora.lora.fuse import fuse
+from gguflora.lora.concatenate import concatenate
 from gguflora.runtime.bindings import free_lora, load_lora, set_loras
 
 COUNTS = (1, 2, 4, 8, 16, 32)
@@ -28,7 +28,7 @@ def main(size: str, folder: Path) -> None:
         side = rate(llm, [(pointer, 1 / count) for pointer in pointers])
         with tempfile.TemporaryDirectory() as work:
             begin = time.perf_counter()
-            fuse([(lora, 1 / count)] * count, Path(work) / "fused.gguf")
+            concatenate([(lora, 1 / count)] * count, Path(work) / "fused.gguf")
             fused = load_lora(llm.model, Path(work) / "fused.gguf")
             seconds = time.perf_counter() - begin
         one = rate(llm, [(fused, 1.0)])

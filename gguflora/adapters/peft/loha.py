@@ -1,4 +1,6 @@
-"""LOHA: ``W + scaling * (a1 b1) o (a2 b2)``, a product of entries (https://arxiv.org/abs/2108.06098; PEFT: tuners/loha).
+"""LOHA: ``W + scaling * (a1 b1) o (a2 b2)``, a product of entries (https://arxiv.org/abs/2108.06098).
+
+PEFT: tuners/loha.
 
 Tensors of a module: ``hada_w1_a``, ``hada_w2_a`` (n_out, r) and ``hada_w1_b``, ``hada_w2_b`` (r, n_in); scaling is
 alpha / r. The product of two matrices of rank r entry by entry is of rank r^2: its factors are the products of all

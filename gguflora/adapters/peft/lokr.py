@@ -75,8 +75,8 @@ def _factors(config: PeftConfig, module: str, parts: Parts, name: str) -> tuple[
         return (np.eye(n_out), whole) if n_out < n_in else (whole, np.eye(n_in))
     if found != list(pair):
         raise AdapterError(
-            f"{config.path.parent}: module {module!r} has {listed(found) or 'nothing'}, expected {name} or {pair[0]} and "
-            f"{pair[1]}"
+            f"{config.path.parent}: module {module!r} has {listed(found) or 'nothing'}, expected {name} or {pair[0]} "
+            f"and {pair[1]}"
         )
     left: Array = expect(config, module, pair[0], parts[pair[0]], (None, None))
     right = expect(config, module, pair[1], parts[pair[1]], (left.shape[1], None))

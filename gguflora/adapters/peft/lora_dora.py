@@ -29,7 +29,7 @@ def with_magnitude(
     Args:
         config: of the adapter, for messages.
         module: the same.
-        change: ``scaling * B A``, for PiSSA and OLoRA without their start.
+        delta: ``scaling * B A``, for PiSSA and OLoRA without their start.
         magnitude: (n_out,), or (n_in,) of an embedding's weight (rows, width).
         embedding: whether the module is an embedding.
     """

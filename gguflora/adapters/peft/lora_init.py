@@ -2,8 +2,8 @@
 
 An adapter saved without ``path_initial_model_for_weight_conversion`` holds the trained factors only, so the start is
 rebuilt from the base: ``W' = W - start + scaling * B A`` (``peft.tuners.lora.layer``). The start is the sum of the r
-largest singular triplets of W (PiSSA, https://arxiv.org/abs/2404.02948), or ``scaling * Q R`` of the first r columns and
-rows of its QR decomposition (OLoRA, https://arxiv.org/abs/2406.01775).
+largest singular triplets of W (PiSSA, https://arxiv.org/abs/2404.02948), or ``scaling * Q R`` of the first r columns
+and rows of its QR decomposition (OLoRA, https://arxiv.org/abs/2406.01775).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def without_start(delta: LowRank, start: str) -> FunctionDelta:
     """The change of a weight that was trained without its start.
 
     Args:
-        change: ``scaling * B A``.
+        delta: ``scaling * B A``.
         start: one of `STARTS`.
     """
     function = _without_largest if start == "pissa" else _without_first

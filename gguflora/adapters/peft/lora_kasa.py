@@ -22,7 +22,7 @@ def with_diagonal(config: PeftConfig, module: str, delta: LowRank, diagonal: Arr
     Args:
         config: of the adapter, for messages.
         module: the same.
-        change: ``scaling * B A``.
+        delta: ``scaling * B A``.
         diagonal: (r,).
     """
     expect(config, module, "lora_diag", diagonal, (delta.rank,))

@@ -35,7 +35,9 @@ _METHOD: Final = re.compile(
 )
 
 
-def split_saved(config: PeftConfig, tensors: Mapping[str, Array]) -> tuple[dict[str, Delta], dict[str, Array]]:
+def split_modules_to_save(
+    config: PeftConfig, tensors: Mapping[str, Array]
+) -> tuple[dict[str, Delta], dict[str, Array]]:
     """Weights that were saved whole, by their name in the Hugging Face model, and the method's own tensors."""
     saved: dict[str, Delta] = {}
     left = {}
@@ -45,10 +47,10 @@ def split_saved(config: PeftConfig, tensors: Mapping[str, Array]) -> tuple[dict[
         elif _METHOD.search(key):
             left[key] = tensor
         elif whole := _WHOLE.fullmatch(key):
-            frozen = whole["kind"] == "weight" and not _is_trained(config, whole["module"])
-            saved |= _whole(config, f"{whole['module']}.{whole['kind']}", tensor, frozen=frozen)
+            is_base_copy = whole["kind"] == "weight" and not _is_trained(config, whole["module"])
+            saved |= _whole(config, f"{whole['module']}.{whole['kind']}", tensor, is_base_copy=is_base_copy)
         elif _is_trained(config, name := _WRAPPER.sub("", key.removeprefix(PREFIX))):
-            saved |= _whole(config, name, tensor, frozen=False)
+            saved |= _whole(config, name, tensor, is_base_copy=False)
         else:
             left[key] = tensor
     return saved, left
@@ -60,12 +62,12 @@ def _is_trained(config: PeftConfig, path: str) -> bool:
     return isinstance(names, list) and any(f".{name}." in f".{path}." for name in names)
 
 
-def _whole(config: PeftConfig, name: str, tensor: Array, *, frozen: bool) -> dict[str, Delta]:
+def _whole(config: PeftConfig, name: str, tensor: Array, *, is_base_copy: bool) -> dict[str, Delta]:
     """A weight as it is; of a stack of experts (n_experts, .., ..) each one's."""
     if tensor.ndim in {1, 2} or (tensor.ndim == 3 and "conv" in name):
-        return {name: Replace(tensor.reshape(tensor.shape[0], -1), frozen)}
+        return {name: Replace(tensor.reshape(tensor.shape[0], -1), is_base_copy)}
     if tensor.ndim == 3:
-        return {f"{name}.{expert}": Replace(values, frozen) for expert, values in enumerate(tensor)}
+        return {f"{name}.{expert}": Replace(values, is_base_copy) for expert, values in enumerate(tensor)}
     raise AdapterError(
         f"{config.path.parent}: {name!r} has shape {tensor.shape}, expected a vector, a matrix or a stack of matrices"
     )

@@ -23,7 +23,7 @@ from gguflora.adapters.peft.keys import (
     expect,
     take,
 )
-from gguflora.errors import AdapterError, UnsupportedAdapterError
+from gguflora.errors import AdapterError, MissingExtraError, UnsupportedAdapterError
 from gguflora.files.safetensors import Array
 from gguflora.quants.arrays import Float64Array, Indices
 
@@ -91,9 +91,11 @@ def _find(where: str, w: Float64Array, count: int, *, largest: bool) -> Indices:
     try:
         import torch  # noqa: PLC0415  (heavy, and only for these)
     except ImportError as error:
-        raise UnsupportedAdapterError(
-            f"{where} has no {_SPARSE[0]}: some of the weights it changes are of equal size, and only torch's sort "
-            f"tells their order: pip install 'gguflora[torch]', or {hint}"
+        raise MissingExtraError(
+            f"{where} has no {_SPARSE[0]}, and some of the weights it changes are of equal size: their order",
+            "torch's sort",
+            "torch",
+            f"or {hint}",
         ) from error
     scores = torch.from_numpy(np.abs(w).astype(np.float32).ravel())
     chosen: Indices = torch.topk(scores, count, largest=largest).indices.numpy()

@@ -7,21 +7,21 @@ work, are loaded when the first such location is used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gguflora.files.remote.inputs import KINDS, local_inputs
+from gguflora.files.remote.inputs import input_kinds, remote_inputs
 from gguflora.files.remote.location import (
     Kind,
     file_name,
     is_remote,
     join,
-    shown,
+    redacted,
 )
 
 if TYPE_CHECKING:
     from gguflora.files.remote.fetching import (
         Found,
         fetch,
-        find,
-        look,
+        list_matching,
+        stat,
     )
     from gguflora.files.remote.outputs import (
         create_bytes,
@@ -35,28 +35,28 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "KINDS",
     "Found",
     "Kind",
     "create_bytes",
     "fetch",
     "file_name",
-    "find",
+    "input_kinds",
     "is_remote",
     "join",
-    "local_inputs",
-    "look",
+    "list_matching",
     "put",
     "read_all",
     "read_bytes",
+    "redacted",
+    "remote_inputs",
     "remove",
-    "shown",
     "stamps_of",
+    "stat",
     "writable",
     "write_bytes",
 ]
 
-_FETCHING = {"Found", "fetch", "find", "look"}
+_FETCHING = {"Found", "fetch", "list_matching", "stat"}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401  (a function or a class)

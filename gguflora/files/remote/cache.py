@@ -11,7 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gguflora.errors import OutputError, RemoteError
-from gguflora.files.remote.location import shown
+from gguflora.files.checksum import sha256_of
+from gguflora.files.remote.location import redacted
 
 
 def cache_folder() -> Path:
@@ -32,7 +33,7 @@ def is_offline(url: str) -> bool:
 def not_fetched(url: str) -> RemoteError:
     """The error of a file that is asked for offline and not in the cache."""
     variable = "GGUFLORA_OFFLINE" if is_on("GGUFLORA_OFFLINE") else "HF_HUB_OFFLINE"
-    return RemoteError(f"{shown(url)}: was not fetched before, and {variable} forbids to fetch it now")
+    return RemoteError(f"{redacted(url)}: was not fetched before, and {variable} forbids to fetch it now")
 
 
 def is_on(variable: str) -> bool:
@@ -113,14 +114,8 @@ def check_sha256(location: str, found: str, *expected: str | None) -> None:
     for one in expected:
         if one is not None and one != found:
             raise RemoteError(
-                f"{shown(location)}: its SHA-256 is {found}, expected {one}; it was damaged on its way or replaced"
+                f"{redacted(location)}: its SHA-256 is {found}, expected {one}; it was damaged on its way or replaced"
             )
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _record_of(path: Path) -> Path:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from gguflora.errors import OutputError, RemoteError
+from gguflora.files.checksum import sha256_of
 from gguflora.files.remote import cache
-from gguflora.files.remote.location import shown
+from gguflora.files.remote.location import redacted
 from gguflora.files.remote.selection import RemoteFile
 from gguflora.files.remote.stores import asking, reason
 
@@ -39,9 +40,9 @@ def download(store: Any, file: RemoteFile, target: Path, sha256: str | None) -> 
         if not file.stamp:  # what is there may be of another file
             part.unlink(missing_ok=True)
         _check_room(file, part)
-        _LOG.info("fetching %s", shown(file.path))
+        _LOG.info("fetching %s", redacted(file.path))
         _attempt(store, file, part)
-        found = cache.sha256_of(part)
+        found = sha256_of(part)
         try:
             cache.check_sha256(file.path, found, sha256, file.sha256)
         except RemoteError:
@@ -56,7 +57,7 @@ def _check_room(file: RemoteFile, part: Path) -> None:
     free = shutil.disk_usage(part.parent).free
     if need > free:
         raise OutputError(
-            f"{shown(file.path)}: needs {need:,} bytes in the cache {cache.cache_folder()}, but only {free:,} are "
+            f"{redacted(file.path)}: needs {need:,} bytes in the cache {cache.cache_folder()}, but only {free:,} are "
             "free; GGUFLORA_CACHE names another place"
         )
 
@@ -95,7 +96,7 @@ def _append(store: Any, file: RemoteFile, part: Path) -> None:  # noqa: ANN401
         size = target.tell()
     if file.size is not None and size > file.size:
         part.unlink()
-        raise RemoteError(f"{shown(file.path)}: has more than the {file.size:,} bytes that the store promised")
+        raise RemoteError(f"{redacted(file.path)}: has more than the {file.size:,} bytes that the store promised")
     if file.size is not None and size < file.size:
         raise ConnectionError(f"ended after {size:,} of {file.size:,} bytes")
 
@@ -120,7 +121,7 @@ def _stream(store: Any, file: RemoteFile, target: IO[bytes]) -> None:  # noqa: A
         stream.r.raise_for_status()
         etag = stream.r.headers.get("ETag")
         if file.content and etag and file.content.split(" ")[0] != etag.strip('"'):
-            raise RemoteError(f"{shown(file.path)}: was changed while it was read; try again")
+            raise RemoteError(f"{redacted(file.path)}: was changed while it was read; try again")
         if done and stream.r.status != 206:
             target.truncate(0)
             target.seek(0)

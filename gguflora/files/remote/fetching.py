@@ -15,7 +15,7 @@ from gguflora.files.remote.download import download
 from gguflora.files.remote.location import (
     Kind,
     file_name,
-    shown,
+    redacted,
     split_checksum,
 )
 from gguflora.files.remote.selection import ALLOW_PICKLE, RemoteFile, check_name
@@ -42,7 +42,7 @@ def fetch(location: str, kind: Kind = "file", *, offline: bool | None = None, al
         return _newest(url)
     files, is_folder = _list(url, kind, offline=offline, allow_pickle=allow_pickle)
     if sha256 and (is_folder or len(files) > 1):
-        raise RemoteError(f"{shown(url)}: is not one file, so #sha256= cannot be checked")
+        raise RemoteError(f"{redacted(url)}: is not one file, so #sha256= cannot be checked")
     if hub.is_hub(url):
         return hub.fetch(url, files, is_folder=is_folder, offline=offline, sha256=sha256)
     version = digest_of(*(f"{file.name} {file.stamp}" for file in files))
@@ -69,7 +69,7 @@ class Found:
     size: int | None
 
 
-def look(location: str, kind: Kind = "file") -> Found:
+def stat(location: str, kind: Kind = "file") -> Found:
     """Ask for a location without fetching it.
 
     Raises:
@@ -86,13 +86,13 @@ def look(location: str, kind: Kind = "file") -> Found:
     return Found(sha256 or content, sum(known) if len(known) == len(files) else None)
 
 
-def find(pattern: str) -> list[str]:
+def list_matching(pattern: str) -> list[str]:
     """All locations that fit a pattern with ``*``, ``?`` or ``[...]``, sorted.
 
     Raises:
         RemoteError: if the store cannot be asked.
     """
-    return hub.find(pattern) if hub.is_hub(pattern) else stores.find(pattern)
+    return hub.list_matching(pattern) if hub.is_hub(pattern) else stores.list_matching(pattern)
 
 
 def _list(url: str, kind: Kind, *, offline: bool, allow_pickle: bool | None) -> tuple[list[RemoteFile], bool]:

@@ -11,10 +11,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 from urllib.parse import unquote
 
-from gguflora.errors import RemoteError
+from gguflora.errors import MissingExtraError, RemoteError
+from gguflora.files.checksum import sha256_of
 from gguflora.files.remote import cache
-from gguflora.files.remote.location import Kind, shown
-from gguflora.files.remote.selection import RemoteFile, check_name, wanted
+from gguflora.files.remote.location import Kind, redacted
+from gguflora.files.remote.selection import RemoteFile, check_name, files_to_fetch
 from gguflora.files.remote.stores import asking
 from gguflora.files.shard_names import part_names
 
@@ -48,7 +49,9 @@ def place_of(url: str) -> Place:
     """
     found = _PLACE.fullmatch(url)
     if not found or ".." in (found["path"] or "").split("/"):
-        raise RemoteError(f"{shown(url)}: expected hf://org/name, hf://org/name@revision or hf://org/name/path/of/file")
+        raise RemoteError(
+            f"{redacted(url)}: expected hf://org/name, hf://org/name@revision or hf://org/name/path/of/file"
+        )
     return Place(found["repo"], unquote(found["revision"] or "main"), found["path"] or "")
 
 
@@ -65,12 +68,12 @@ def list_files(url: str, kind: Kind, *, offline: bool, allow_pickle: bool) -> tu
         paths = [place.path, *(_inside(folder, name) for name in part_names(own) if name != own)]
         missing = [path for path in paths if path not in held]
         if missing:
-            raise RemoteError(f"{shown(url)}: the repository has no {missing[0]!r}")
+            raise RemoteError(f"{redacted(url)}: the repository has no {missing[0]!r}")
         return [held[path] for path in paths], False
     names = [file.name for file in held.values() if file.path == _inside(place.path, file.name)]
     if place.path and not any(path.startswith(f"{place.path}/") for path in held):
-        raise RemoteError(f"{shown(url)}: the repository has no such file or folder")
-    chosen = wanted(url, names, kind, allow_pickle=allow_pickle)
+        raise RemoteError(f"{redacted(url)}: the repository has no such file or folder")
+    chosen = files_to_fetch(url, names, kind, allow_pickle=allow_pickle)
     return [held[_inside(place.path, name)] for name in chosen], True
 
 
@@ -125,7 +128,7 @@ def fetch(url: str, files: Sequence[RemoteFile], *, is_folder: bool, offline: bo
     found = [_download(url, place, file, offline=offline, sha256=sha256) for file in files]
     commits = {path.parts[-1 - file.path.count("/") - 1] for path, file in zip(found, files, strict=True)}
     if len(commits) > 1:
-        raise RemoteError(f"{shown(url)}: the repository was changed while it was read; try again")
+        raise RemoteError(f"{redacted(url)}: the repository was changed while it was read; try again")
     return _linked(url, place, commits.pop(), found) if is_folder else found[0]
 
 
@@ -140,7 +143,7 @@ def _download(url: str, place: Place, file: RemoteFile, *, offline: bool, sha256
         blob = Path(os.path.realpath(path))
         with cache.held(cache.make_folder(cache.cache_folder() / "checksums") / blob.name):
             was_sound = cache.has_record(blob)
-            found = cache.recorded_sha256(blob) or cache.sha256_of(blob)
+            found = cache.recorded_sha256(blob) or sha256_of(blob)
             try:
                 cache.check_sha256(f"{url}, {file.path}", found, file.sha256, _sha256_in(blob.name))
             except RemoteError:
@@ -159,7 +162,7 @@ def _linked(url: str, place: Place, commit: str, files: Sequence[Path]) -> Path:
     """A folder named as the one on the Hub, which holds nothing but these files."""
     names = "\n".join(path.name for path in files)
     name = _name(place.path) or _name(place.repo)
-    folder = cache.cache_folder() / "hub" / cache.digest_of(shown(url), commit, names) / name
+    folder = cache.cache_folder() / "hub" / cache.digest_of(redacted(url), commit, names) / name
     cache.make_folder(folder)
     for path in files:
         link, draft = folder / path.name, folder / f".{path.name}.{os.getpid()}"
@@ -169,7 +172,7 @@ def _linked(url: str, place: Place, commit: str, files: Sequence[Path]) -> Path:
     return folder
 
 
-def find(pattern: str) -> list[str]:
+def list_matching(pattern: str) -> list[str]:
     """The files and folders of a repository that fit a pattern, sorted.
 
     Raises:
@@ -201,7 +204,7 @@ def _name(path: str) -> str:
 
 def _library(url: str) -> Any:  # noqa: ANN401  (loaded only when a repository is named)
     if not importlib.util.find_spec("huggingface_hub"):
-        raise RemoteError(f"{shown(url)}: hf:// needs huggingface_hub: pip install 'gguflora[remote]'")
+        raise MissingExtraError(f"{redacted(url)}: hf://", "huggingface_hub", "remote")
     import huggingface_hub.constants  # noqa: PLC0415
 
     return huggingface_hub

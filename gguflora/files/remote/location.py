@@ -47,11 +47,11 @@ def split_checksum(location: str) -> tuple[str, str | None]:
     if not found:
         return location, None
     if len(found[1]) != 64:
-        raise RemoteError(f"{shown(location)}: #sha256= needs 64 hexadecimal digits, found {len(found[1])}")
+        raise RemoteError(f"{redacted(location)}: #sha256= needs 64 hexadecimal digits, found {len(found[1])}")
     return location[: found.start()], found[1].lower()
 
 
-def shown(location: str | os.PathLike[str]) -> str:
+def redacted(location: str | os.PathLike[str]) -> str:
     """A location as messages may show it: without passwords, and without queries, which hold signatures."""
     text = os.fspath(location)
     if not _URL.match(text):

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from gguflora.errors import OutputError, RemoteError
 from gguflora.files.remote.hub import is_hub
-from gguflora.files.remote.location import shown
+from gguflora.files.remote.location import redacted
 from gguflora.files.remote.stores import asking, open_store, remote_file
 
 _OBJECT_STORES: Final = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"}
@@ -163,7 +163,9 @@ def stamps_of(url: str) -> dict[str, str]:
 def _checked(url: str) -> str:
     """The URL, unless nothing is ever written there."""
     if url.startswith(("http://", "https://")) or is_hub(url):
-        raise RemoteError(f"{shown(url)}: cannot be written; outputs go to a folder, or to s3://, gs:// and the like")
+        raise RemoteError(
+            f"{redacted(url)}: cannot be written; outputs go to a folder, or to s3://, gs:// and the like"
+        )
     return url
 
 

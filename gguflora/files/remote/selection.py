@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from gguflora.errors import RemoteError
-from gguflora.files.remote.location import Kind, shown
+from gguflora.files.remote.location import Kind, redacted
 
 ALLOW_PICKLE: Final = "GGUFLORA_ALLOW_PICKLE"
 """Environment variable that, set to 1, lets ``.bin`` files be fetched, too."""
@@ -48,7 +48,7 @@ class RemoteFile:
     sha256: str | None = None
 
 
-def wanted(location: str, names: Iterable[str], kind: Kind, *, allow_pickle: bool) -> list[str]:
+def files_to_fetch(location: str, names: Iterable[str], kind: Kind, *, allow_pickle: bool) -> list[str]:
     """The files of a folder that are fetched: weights as safetensors, and what describes them.
 
     Raises:
@@ -59,7 +59,7 @@ def wanted(location: str, names: Iterable[str], kind: Kind, *, allow_pickle: boo
     chosen = [name for name in held if name in known or (kind == "model" and _SHARD.fullmatch(name))]
     problem = _problem(kind, chosen, held)
     if problem:
-        raise RemoteError(f"{shown(location)}: {problem}; found: {', '.join(held)[:300] or 'nothing'}")
+        raise RemoteError(f"{redacted(location)}: {problem}; found: {', '.join(held)[:300] or 'nothing'}")
     return chosen
 
 
@@ -84,4 +84,4 @@ def check_name(location: str, name: str) -> None:
         RemoteError: if it is one.
     """
     if name in {"", ".", ".."} or "/" in name or "\\" in name or "\0" in name:
-        raise RemoteError(f"{shown(location)}: {name!r} is no name of a file")
+        raise RemoteError(f"{redacted(location)}: {name!r} is no name of a file")

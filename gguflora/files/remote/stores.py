@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
-from gguflora.errors import GgufloraError, RemoteError
-from gguflora.files.remote.location import Kind, file_name, shown
+from gguflora.errors import GgufloraError, MissingExtraError, RemoteError
+from gguflora.files.remote.location import Kind, file_name, redacted
 from gguflora.files.remote.selection import (
     NAMES,
     PICKLES,
     RemoteFile,
-    wanted,
+    files_to_fetch,
 )
 from gguflora.files.shard_names import part_names
 
@@ -49,7 +49,7 @@ def open_store(url: str) -> tuple[Any, str]:
         RemoteError: if the protocol is unknown, or a package for it is missing.
     """
     if not importlib.util.find_spec("fsspec"):
-        raise RemoteError(f"{shown(url)}: remote files need fsspec: pip install 'gguflora[remote]'")
+        raise MissingExtraError(f"{redacted(url)}: a remote file", "fsspec", "remote")
     from fsspec.core import url_to_fs  # noqa: PLC0415  (import gguflora does not load it)
 
     is_web = url.startswith(("http://", "https://"))
@@ -58,7 +58,7 @@ def open_store(url: str) -> tuple[Any, str]:
         try:
             store, path = url_to_fs(url, **options)
         except (ImportError, ValueError) as error:
-            raise RemoteError(f"{shown(url)}: cannot be opened: {error}") from error
+            raise RemoteError(f"{redacted(url)}: cannot be opened: {error}") from error
         store.invalidate_cache()
     return store, path
 
@@ -68,7 +68,7 @@ def _patience() -> Any:  # noqa: ANN401  (aiohttp is loaded only here)
     try:
         import aiohttp  # noqa: PLC0415
     except ImportError as error:
-        raise RemoteError("http:// and https:// need aiohttp: pip install 'gguflora[remote]'") from error
+        raise MissingExtraError("http:// or https://", "aiohttp", "remote") from error
     return aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
 
 
@@ -84,7 +84,7 @@ def asking(location: str) -> Iterator[None]:
     except GgufloraError:
         raise
     except Exception as error:  # each store has exceptions of its own
-        raise RemoteError(f"{shown(location)}: {reason(error)}") from error
+        raise RemoteError(f"{redacted(location)}: {reason(error)}") from error
 
 
 def reason(error: BaseException) -> str:
@@ -138,7 +138,7 @@ def list_files(url: str, kind: Kind, *, allow_pickle: bool) -> tuple[list[Remote
             return [first, *(remote_file(name, store.info(other)) for name, other in others)], False
         entries = {one["name"].rstrip("/").rpartition("/")[2]: one for one in store.ls(path, detail=True)}
     names = [name for name, one in entries.items() if one["type"] != "directory"]
-    chosen = wanted(url, names, kind, allow_pickle=allow_pickle)
+    chosen = files_to_fetch(url, names, kind, allow_pickle=allow_pickle)
     return [remote_file(name, entries[name]) for name in chosen], True
 
 
@@ -165,7 +165,7 @@ def _list_web(store: Any, url: str, kind: Kind, *, allow_pickle: bool) -> tuple[
             found[name] = folder + name
     if problem and not found:
         raise problem
-    chosen = wanted(url, found, kind, allow_pickle=allow_pickle)
+    chosen = files_to_fetch(url, found, kind, allow_pickle=allow_pickle)
     return [remote_file(name, store.info(found[name])) for name in chosen], True
 
 
@@ -184,7 +184,7 @@ def remote_file(name: str, entry: Mapping[str, Any]) -> RemoteFile:
     )
 
 
-def find(url: str) -> list[str]:
+def list_matching(url: str) -> list[str]:
     """All locations that fit a pattern, sorted.
 
     Raises:

@@ -36,6 +36,7 @@ from gguflora.merging.patch.stream import (
 )
 from gguflora.merging.sinks import Progress
 from gguflora.quants.arrays import Bytes
+from gguflora.system.cpus import thread_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def unmerge(
         paths = part_paths(path, len(undo.facts.merged_sizes))
     with locked(paths) as model, open_patch(model.undo) as undo:
         try:
-            changed = restore(model, undo, threads or len(os.sched_getaffinity(0)), progress)
+            changed = restore(model, undo, thread_count(threads), progress)
         except OSError as error:
             raise OutputError(
                 f"{path}: cannot be changed: {error.strerror or error}; when that is mended, run unmerge again"

@@ -14,11 +14,12 @@ from gguflora.errors import MismatchError, PatchError
 from gguflora.files.atomic import atomic_outputs
 from gguflora.files.gguf import GgufFile, part_paths
 from gguflora.files.output_checks import check_targets
-from gguflora.files.remote import local_inputs
+from gguflora.files.remote import remote_inputs
 from gguflora.merging.patch.chain import Chain
 from gguflora.merging.patch.format import Facts, open_patch
 from gguflora.merging.patch.stream import Piece, files_sha256, result
 from gguflora.merging.sinks import Progress
+from gguflora.system.cpus import thread_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class ApplyReport:
         }
 
 
-@local_inputs
+@remote_inputs(base="file", patch="file")
 def apply_patch(
     base: str | os.PathLike[str],
     patch: str | os.PathLike[str],
@@ -82,7 +83,7 @@ def apply_patch(
         GgufloraError: if something cannot be read or written; ``out`` is then as it was.
     """
     started = time.perf_counter()
-    used_threads = threads or len(os.sched_getaffinity(0))
+    used_threads = thread_count(threads)
     with open_patch(Path(patch)) as opened, GgufFile(base) as file:
         facts = opened.facts
         targets, files = part_paths(Path(out), len(facts.merged_sizes)), Chain.of(file)

@@ -16,7 +16,7 @@ from gguflora.lora.gguf_writer import LoraHeader, Stored, exact_type, write_lora
 from gguflora.quants.arrays import Float32Array
 
 
-def fuse(adapters: Sequence[tuple[Path, float]], out: Path) -> None:
+def concatenate(adapters: Sequence[tuple[Path, float]], out: Path) -> None:
     """Write the sum of GGUF LoRA files, each times its scale, as one GGUF LoRA file.
 
     Factors are stored as F16 where they were and still are exact, else as F32.

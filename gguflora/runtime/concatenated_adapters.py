@@ -5,15 +5,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
 
 from gguflora.errors import GgufloraError, HotSwapError
-from gguflora.lora.fuse import fuse, memory_file
+from gguflora.files.checksum import sha256_of
+from gguflora.lora.concatenate import concatenate, memory_file
 from gguflora.runtime.bindings import (
     Pointer,
     free_lora,
@@ -60,15 +59,13 @@ class ConcatenatedAdapters:
     Args:
         model: the ``llama_model *``.
         architecture: of the model.
-        open_file: gives the GGUF LoRA file of an adapter again, from where it was loaded.
+        lora_file: gives the GGUF LoRA file of an adapter again, from where it was loaded.
     """
 
-    def __init__(
-        self, model: int, architecture: str, open_file: Callable[[Path], AbstractContextManager[Path]]
-    ) -> None:
+    def __init__(self, model: int, architecture: str, lora_file: Callable[[Path], Path]) -> None:
         self._model = model
         self._is_fixed = architecture in FIXED_GRAPH
-        self._open_file = open_file
+        self._lora_file = lora_file
         self._made: dict[Key, Pointer] = {}
         self._users: dict[int, Key] = {}
 
@@ -118,11 +115,10 @@ class ConcatenatedAdapters:
         self._users.pop(context, None)
 
     def _load(self, parts: Sequence[Part]) -> Pointer:
-        with ExitStack() as stack, memory_file("gguflora-fused") as target:
-            files = [(stack.enter_context(self._open_file(part.path)), part.scale) for part in parts]
+        with memory_file("gguflora-concatenated") as target:
+            files = [(self._lora_file(part.path), part.scale) for part in parts]
             for (file, _), part in zip(files, parts, strict=True):
-                with file.open("rb") as content:
-                    if hashlib.file_digest(content, "sha256").hexdigest() != part.sha256:
-                        raise HotSwapError(f"{part.path}: has changed since it was loaded; unload it and load it again")
-            fuse(files, target)
+                if sha256_of(file) != part.sha256:
+                    raise HotSwapError(f"{part.path}: has changed since it was loaded; unload it and load it again")
+            concatenate(files, target)
             return load_lora(self._model, target)

@@ -1,0 +1,34 @@
+"""The commands that a recipe's steps may name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+
+@cache
+def commands() -> Mapping[str, Callable[..., Any]]:
+    """The function of each action; imported when first asked for, since together they are most of gguflora."""
+    from gguflora.diagnostics.compare import compare  # noqa: PLC0415
+    from gguflora.lora.combine import combine  # noqa: PLC0415
+    from gguflora.lora.convert import convert  # noqa: PLC0415
+    from gguflora.lora.export import export  # noqa: PLC0415
+    from gguflora.lora.extract import extract  # noqa: PLC0415
+    from gguflora.lora.inspect import inspect  # noqa: PLC0415
+    from gguflora.lora.resize import resize  # noqa: PLC0415
+    from gguflora.merging.merge import merge  # noqa: PLC0415
+    from gguflora.merging.parts import assemble, merge_part  # noqa: PLC0415
+
+    return {
+        "assemble": assemble,
+        "combine": combine,
+        "compare": compare,
+        "convert": convert,
+        "export": export,
+        "extract": extract,
+        "inspect": inspect,
+        "merge": merge,
+        "merge_part": merge_part,
+        "resize": resize,
+    }
