@@ -63,7 +63,7 @@ def serving(settings: Settings | None = None, **options: Any) -> Iterator[httpx.
         try:
             with httpx.Client(base_url=f"http://{host}:{port}", timeout=60) as client:
                 client.engine = opened  # type: ignore[attr-defined]
-                client.changes = app.state.service.changes  # type: ignore[attr-defined]
+                client.changes = app.state.service.adapter_stats  # type: ignore[attr-defined]
                 yield client
         finally:
             server.should_exit = True

@@ -271,7 +271,7 @@ def test_an_error_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("share", [0.0, 0.003, 0.1, 0.49, 0.51, 1.0])
 @pytest.mark.parametrize("name", [kind.name for kind in TYPES.values()])
 def test_coding_comes_back(name, share):
-    grain = Grain.of(next(kind for kind in TYPES.values() if kind.name == name))
+    grain = Grain.from_type(next(kind for kind in TYPES.values() if kind.name == name))
     rng = np.random.default_rng(1)
     old = rng.integers(0, 256, grain.block * 4 * 700, np.uint8)
     new = np.where(rng.random(len(old)) < share, rng.integers(0, 256, len(old), np.uint8), old)
@@ -290,7 +290,7 @@ def test_coding_of_far_changes(distance):
 @pytest.mark.parametrize(("name", "width"), [("Q4_K", 4), ("Q6_K", 4), ("Q8_0", 8), ("Q2_K", 2), ("F16", 16)])
 def test_coding_subtracts_field_by_field(name, width):
     """A code that goes one up costs the same wherever it was: no borrow, no carry."""
-    grain = Grain.of(next(kind for kind in TYPES.values() if kind.name == name))
+    grain = Grain.from_type(next(kind for kind in TYPES.values() if kind.name == name))
     rng = np.random.default_rng(2)
     codes = rng.integers(0, 1 << width, grain.block * 8 // width * (80_000 // grain.block))
     moved = (codes + 1) % (1 << width)
@@ -310,7 +310,7 @@ def test_coding_subtracts_field_by_field(name, width):
 @pytest.mark.parametrize("moved", [0.01, 0.04, 0.1, 0.3])
 def test_size_is_near_the_entropy(moved):
     """Codes of four bits, some of which go one up or down."""
-    grain = Grain.of(next(kind for kind in TYPES.values() if kind.name == "Q4_K"))
+    grain = Grain.from_type(next(kind for kind in TYPES.values() if kind.name == "Q4_K"))
     rng = np.random.default_rng(3)
     n_codes = grain.block * 2 * 4000
     codes = rng.integers(1, 15, n_codes)

@@ -40,7 +40,7 @@ def test_every_tensor_is_in_its_cell(report, monkeypatch, tmp_path):
     for tensor in report.tensors:
         _, layer, module, _ = tensor.name.split(".")
         at = int(layer), modules.index(module)
-        assert shown["sv"][at] == tensor.sv
+        assert shown["retention"][at] == tensor.retention
         assert shown["relative_change"][at] == pytest.approx(100 * tensor.relative_change)
         assert shown["snr_db"][at] == tensor.snr_db
     assert all(heat.shape == (4, 7) and np.isfinite(heat).all() for heat in shown.values())
@@ -54,8 +54,8 @@ def test_tensors_outside_of_layers_and_gaps(report, monkeypatch, tmp_path):
     ]
     shown = drawn(content, monkeypatch, tmp_path / "out.svg")
     rows = {plots._place(tensor["name"])[0] for tensor in content["tensors"]}
-    assert shown["sv"].shape[0] == len(rows)
-    assert np.isfinite(shown["sv"]).sum() == 9
+    assert shown["retention"].shape[0] == len(rows)
+    assert np.isfinite(shown["retention"]).sum() == 9
     assert np.isfinite(shown["snr_db"]).sum() == 8
     assert b"<svg" in (tmp_path / "out.svg").read_bytes()[:600]
 

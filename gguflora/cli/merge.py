@@ -136,9 +136,9 @@ def _print_merge(report: MergeReport, *, in_place: bool) -> None:
             f"the {what} has {report.written / 1e6:.1f} MB, {report.written / report.size:.1%} of the model",
             markup=False,
         )
-    if report.total.sv is not None:
+    if report.total.retention is not None:
         console.print(
-            f"{report.rounding} rounding: {report.total.sv:.1%} of the change survives, "
+            f"{report.rounding} rounding: {report.total.retention:.1%} of the change survives, "
             f"{report.total.relative_change:.2%} of the weights' norm, SNR {report.total.snr_db:.1f} dB",
             markup=False,
         )

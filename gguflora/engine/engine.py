@@ -307,7 +307,7 @@ class Engine:
         try:
             self._check_length(len(request.tokens) + taken.n_before)
             with self._open():
-                job = GenerationJob(request, taken, GenerationSink.of(generation), self._model, self.n_ctx)
+                job = GenerationJob(request, taken, GenerationSink.from_generation(generation), self._model, self.n_ctx)
                 self._scheduler.submit(job)
         except BaseException:
             self._give_back(taken)

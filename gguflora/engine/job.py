@@ -32,17 +32,17 @@ class TokenPlan:
     starts: dict[str, int | None]
 
     @classmethod
-    def of(cls, adapters: ResolvedSet, prompt: list[int]) -> TokenPlan:
-        """That of a prompt."""
+    def from_prompt(cls, adapters: ResolvedSet, prompt: list[int]) -> TokenPlan:
+        """The plan of a prompt."""
         n_before = adapters.n_before
         starts = {
             name: None if start is None else n_before + start
             for name, start in starts_of(prompt, adapters.invocations).items()
         }
-        course = cls(adapters, [-1 - row for row in range(n_before)], [], starts)
+        plan = cls(adapters, [-1 - row for row in range(n_before)], [], starts)
         for token in prompt:
-            course.append(token)
-        return course
+            plan.append(token)
+        return plan
 
     def append(self, token: int) -> None:
         """A token more."""
@@ -88,8 +88,8 @@ class GenerationJob:
         self.adapters = adapters
         self.slot: Slot | None = None
         self.saved: SavedSlot | None = None
-        self._course = TokenPlan.of(adapters, prompt)
-        self._n_prompt = len(self._course.keys)
+        self._plan = TokenPlan.from_prompt(adapters, prompt)
+        self._n_prompt = len(self._plan.keys)
         self._last = min(self._n_prompt + request.max_tokens, n_ctx)  # positions at most
         self._sink = sink
         self._model = model
@@ -108,7 +108,7 @@ class GenerationJob:
     @property
     def keys(self) -> list[Key]:
         """Of all positions so far."""
-        return self._course.keys
+        return self._plan.keys
 
     @property
     def remaining(self) -> int:
@@ -135,7 +135,7 @@ class GenerationJob:
     def chunk(self, most: int) -> Chunk:
         """What to decode next, at most so many positions."""
         assert self.slot is not None
-        return self._course.chunk(self.slot, most)
+        return self._plan.chunk(self.slot, most)
 
     def advance(self, context: Context, index: int) -> FinishReason | None:
         """Choose the next token by the logits at ``index``; why the request ends with it, or None.
@@ -151,7 +151,7 @@ class GenerationJob:
         token = self._sampler.sample(context.pointer, index)
         wanted = self.request.logprobs
         logprob = None if wanted is None else token_logprob(logits, token, wanted, self._model.piece)
-        self._course.append(token)
+        self._plan.append(token)
         if self._model.is_end(token):
             return "stop"
         self._give(token, logprob)

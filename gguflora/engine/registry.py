@@ -18,7 +18,7 @@ from gguflora.engine.adapter_sets import AdapterSet, Identity, check_name
 from gguflora.errors import AdapterNameError, RequestError
 from gguflora.placement.prefix import Prefix
 from gguflora.runtime.bindings import Pointer
-from gguflora.runtime.concatenated_adapters import Part
+from gguflora.runtime.concatenated_adapters import ScaledLora
 
 Embeddings: TypeAlias = NDArray[np.float32]
 
@@ -77,7 +77,7 @@ class AdapterPhase:
     """
 
     identity: Identity
-    parts: tuple[Part, ...]
+    parts: tuple[ScaledLora, ...]
 
 
 NO_ADAPTERS: Final = AdapterPhase(frozenset(), ())
@@ -137,7 +137,7 @@ class ResolvedSet:
         if self.request_prefix is not None:
             of.add((hashlib.sha256(self.request_prefix.tobytes()).hexdigest(), -1, 1.0))
         loras = [(resident, scale) for resident, scale in members if resident.pointer is not None]
-        parts = [Part(each.pointer, each.adapter.path, each.adapter.sha256, scale) for each, scale in loras]
+        parts = [ScaledLora(each.pointer, each.adapter.path, each.adapter.sha256, scale) for each, scale in loras]
         return AdapterPhase(frozenset(of), tuple(parts))
 
 

@@ -248,7 +248,7 @@ class GenerationSink:
     cancelled: threading.Event
 
     @classmethod
-    def of(cls, generation: Generation) -> GenerationSink:
+    def from_generation(cls, generation: Generation) -> GenerationSink:
         """The other end of ``generation``."""
         return cls(generation._arrived, generation._notify, generation._cancelled)
 

@@ -17,7 +17,7 @@ _Arrangement = tuple[bytes, dict[str, int], list[tuple[int, int, int]], int]
 
 
 @dataclass(frozen=True, slots=True)
-class FilePart:
+class ShardLayout:
     """One file of the output.
 
     Attributes:
@@ -42,7 +42,7 @@ class Layout:
         size: of all files.
     """
 
-    parts: tuple[FilePart, ...]
+    parts: tuple[ShardLayout, ...]
     copies: tuple[tuple[int, int, int], ...]
     offsets: dict[str, int]
     size: int
@@ -79,7 +79,7 @@ def part_layout(part: GgufShard, entries: Mapping[str, bytes], changed: Forms) -
     header += bytes(align(len(header), part.alignment) - len(header))
     size = len(header) + end
     return Layout(
-        (FilePart(0, header, size),),
+        (ShardLayout(0, header, size),),
         tuple((first, last, len(header) + to) for first, last, to in copies),
         {name: len(header) + offset for name, offset in offsets.items()},
         size,
@@ -136,12 +136,12 @@ def join(layouts: Sequence[Layout], sizes: Sequence[int]) -> Layout:
         layouts: one for each file.
         sizes: of the files that they are changes of.
     """
-    parts: list[FilePart] = []
+    parts: list[ShardLayout] = []
     copies: list[tuple[int, int, int]] = []
     offsets: dict[str, int] = {}
     start = source = 0
     for layout, size in zip(layouts, sizes, strict=True):
-        parts.append(FilePart(start, layout.parts[0].header, layout.size))
+        parts.append(ShardLayout(start, layout.parts[0].header, layout.size))
         copies += [(first + source, last + source, to + start) for first, last, to in layout.copies]
         offsets |= {name: offset + start for name, offset in layout.offsets.items()}
         start, source = start + layout.size, source + size

@@ -123,7 +123,7 @@ def combine(
     sources = _same_names([read_factored(path, model, rank) for path, _ in weighted], model)
     # of one adapter PEFT only scales the factors, whatever the method
     effective, kept = method if len(sources) > 1 else "linear", 1.0 if density is None else density
-    job = _Job(effective, rank, kept, sign, masks or partial(_mask, seed, kept))
+    job = _Combination(effective, rank, kept, sign, masks or partial(_mask, seed, kept))
     pairs, errors = job.run(sources, weights)
     combined = replace(sources[0], name=target.stem, pairs=pairs, warnings=_warnings(sources))
     combined = replace(combined, invocation_tokens=_invocation_tokens(sources))
@@ -205,7 +205,7 @@ def _mask(seed: int, density: float, adapter: int, name: str, part: str, shape: 
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _Combination:
     """How to combine."""
 
     method: str

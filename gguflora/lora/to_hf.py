@@ -24,7 +24,7 @@ _TASKS: Final = {"bert": "FEATURE_EXTRACTION", "t5": "SEQ_2_SEQ_LM"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Part:
+class _DeltaPart:
     """The change of one slice of a weight: LowRank in the slice's own rows and columns, and which rows these are."""
 
     delta: LowRank
@@ -70,7 +70,7 @@ def _gather(pairs: Pairs, slices: Sequence[TensorSlice], base: BaseModel) -> Low
     known = [
         (tensor_slice, pairs[_key(tensor_slice, base)]) for tensor_slice in slices if _key(tensor_slice, base) in pairs
     ]
-    parts = [_part(tensor_slice, delta, base) for tensor_slice, delta in known]
+    parts = [_delta_part(tensor_slice, delta, base) for tensor_slice, delta in known]
     changed = [part for part in parts if part is not None]
     if not changed:
         return None
@@ -78,7 +78,7 @@ def _gather(pairs: Pairs, slices: Sequence[TensorSlice], base: BaseModel) -> Low
     return _joined(changed, n_out)
 
 
-def _part(tensor_slice: TensorSlice, delta: LowRank, base: BaseModel) -> _Part | None:
+def _delta_part(tensor_slice: TensorSlice, delta: LowRank, base: BaseModel) -> _DeltaPart | None:
     """A slice's share of a tensor's change; None if it is a part of a fused tensor and left as it was."""
     stride = base.shapes[tensor_slice.tensor][-2]
     start = tensor_slice.start % stride
@@ -93,10 +93,10 @@ def _part(tensor_slice: TensorSlice, delta: LowRank, base: BaseModel) -> _Part |
         a = np.empty_like(own.a)
         a[:, tensor_slice.columns] = own.a
         own = replace(own, a=a)
-    return _Part(own, np.arange(own.b.shape[0]) if tensor_slice.rows is None else tensor_slice.rows)
+    return _DeltaPart(own, np.arange(own.b.shape[0]) if tensor_slice.rows is None else tensor_slice.rows)
 
 
-def _joined(parts: Sequence[_Part], n_out: int) -> LowRank:
+def _joined(parts: Sequence[_DeltaPart], n_out: int) -> LowRank:
     """One change of a whole weight; parts that share A, as those do that were cut from one weight, share it again."""
     first = parts[0].delta
     if all(part.delta.scaling == first.scaling and _same(part.delta.a, first.a) for part in parts):
@@ -116,7 +116,7 @@ def _below(deltas: Sequence[LowRank]) -> Array:
     return np.concatenate([as_float32(delta.a) for delta in deltas], axis=0)
 
 
-def _spread(part: _Part, n_out: int) -> Array:
+def _spread(part: _DeltaPart, n_out: int) -> Array:
     """B of a part in the rows of the whole weight."""
     b = np.zeros((n_out, part.delta.rank), np.float32)
     b[part.rows] = as_float32(part.delta.b)

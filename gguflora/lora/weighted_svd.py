@@ -39,7 +39,7 @@ Pairs = tuple[NDArray[np.intp], NDArray[np.intp]]
 
 
 @dataclass(frozen=True, slots=True)
-class Rounding:
+class RoundingVariance:
     """The errors that rounding may have made.
 
     Attributes:
@@ -53,7 +53,7 @@ class Rounding:
     total: float
 
     @classmethod
-    def of(cls, item: Difference) -> Rounding:
+    def from_difference(cls, item: Difference) -> RoundingVariance:
         """Of a model of 16-bit values."""
         bits, lowest = _MANTISSA[str(item.rounded_to)]
         exponents = np.maximum(np.arange(256) - 127, lowest) - bits
@@ -88,7 +88,7 @@ def without_rounding(item: Difference, b: Float64Array, a: Float64Array, left: f
     Returns:
         None if there is much more than rounding between the models: then the SVD's are the ones to take.
     """
-    rounding = Rounding.of(item)
+    rounding = RoundingVariance.from_difference(item)
     if left > _EXPLAINED * rounding.total:
         return None
     other = left / (item.n_rows * item.n_columns)
@@ -113,7 +113,7 @@ def _beyond(last: Factors, now: Factors) -> Factors:
     return u[:, :rank] * sizes[:rank], v[:rank]
 
 
-def _sweep(item: Difference, rounding: Rounding, start: Factors, other: float) -> tuple[Factors, float]:
+def _sweep(item: Difference, rounding: RoundingVariance, start: Factors, other: float) -> tuple[Factors, float]:
     """Fit the rows of b, block by block, then the columns of a, whose equations are summed over the blocks.
 
     Args:

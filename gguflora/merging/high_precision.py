@@ -150,7 +150,7 @@ def _dequantized(file: GgufFile, tensor: TensorEntry, start: int, stop: int) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _WeightPart:
     """A slice of a GGUF tensor and the weight that it is taken from.
 
     Attributes:
@@ -192,9 +192,9 @@ class _HfWeights:
         self._checkpoint = Checkpoint(folder)
         self._lock = threading.Lock()
         self._flipped: tuple[str, Float32Array] | None = None
-        found: dict[str, list[_Part]] = {}
+        found: dict[str, list[_WeightPart]] = {}
         for name, weight in self._checkpoint.weights.items():
-            for part in _parts_of(model, name, weight):
+            for part in _weight_parts(model, name, weight):
                 if part.tensor_slice.tensor in model.shapes:
                     found.setdefault(part.tensor_slice.tensor, []).append(part)
         if OUTPUT in model.shapes and OUTPUT not in found:  # tied in the one, not in the other
@@ -234,7 +234,7 @@ class _HfWeights:
         columns = [self._read(part, 0, part.stored_shape[0]) for part in self._parts[tensor]]
         return np.concatenate(columns).reshape(1, -1)
 
-    def _read(self, part: _Part, start: int, stop: int) -> Float32Array:
+    def _read(self, part: _WeightPart, start: int, stop: int) -> Float32Array:
         """Some rows of a slice, counted from its first, with GGUF's values."""
         tensor_slice, n_rows = part.tensor_slice, part.shape[0]
         numbers = np.arange(n_rows) if tensor_slice.rows is None else tensor_slice.rows
@@ -243,7 +243,7 @@ class _HfWeights:
         values = values.T[start:stop] if tensor_slice.transposed else values
         return -np.exp(values) if part.decay else values + np.float32(tensor_slice.shift)
 
-    def _weight_rows(self, part: _Part, rows: Indices) -> Float32Array:
+    def _weight_rows(self, part: _WeightPart, rows: Indices) -> Float32Array:
         if not part.flipped:
             return self._checkpoint.read_rows(part.weight, rows)
         with self._lock:  # rows lie across the whole weight: kept for the next block of them
@@ -256,24 +256,24 @@ class _HfWeights:
         self._checkpoint.close()
 
 
-def _in_order(parts: Sequence[_Part]) -> list[_Part]:
+def _in_order(parts: Sequence[_WeightPart]) -> list[_WeightPart]:
     """Parts by their rows; a checkpoint may hold one weight under several names, of which the first is taken."""
     by_place = {(part.tensor_slice.start, part.stored_shape): part for part in reversed(parts)}
     return sorted(by_place.values(), key=lambda part: part.tensor_slice.start)
 
 
-def _parts_of(model: BaseModel, name: str, weight: StoredWeight) -> list[_Part]:
+def _weight_parts(model: BaseModel, name: str, weight: StoredWeight) -> list[_WeightPart]:
     """The places of a weight; none if GGUF does not have it."""
     decay = decay_of(model, name)
     if decay is not None:
-        return [_Part(weight, decay, decay=True)]
+        return [_WeightPart(weight, decay, decay=True)]
     try:
         slices = slices_of(model, name)
     except MismatchError:  # where its place depends on tensors that the base lacks
         return []
     flipped = is_conv1d(model, name) or is_transposed_expert(model, name)
     fits = _cover(slices, *_shape(weight, flipped=flipped))
-    return [_without_padding(model, _Part(weight, tensor_slice, fits, flipped)) for tensor_slice in slices]
+    return [_without_padding(model, _WeightPart(weight, tensor_slice, fits, flipped)) for tensor_slice in slices]
 
 
 def _shape(weight: StoredWeight, *, flipped: bool) -> tuple[int, int]:
@@ -287,7 +287,7 @@ def _cover(slices: Sequence[TensorSlice], n_out: int, n_in: int) -> bool:
     return rows in {0, n_out} and columns in {0, n_in}
 
 
-def _without_padding(model: BaseModel, part: _Part) -> _Part:
+def _without_padding(model: BaseModel, part: _WeightPart) -> _WeightPart:
     """The part without the rows of a vocabulary, or of positions, that GGUF leaves out."""
     skipped = cut_positions(model, part.tensor_slice.tensor, part.shape[0])
     if skipped:

@@ -35,7 +35,7 @@ class OutputTypes:
         general = None if outtype == "keep" else type_named(outtype)
         return cls(general, tuple((pattern, type_named(name)) for pattern, name in patterns.items()))
 
-    def of(self, name: str, source: TensorEntry, *, only_floats: bool) -> GgmlType:
+    def type_of(self, name: str, source: TensorEntry, *, only_floats: bool) -> GgmlType:
         """The type of a changed tensor; what a quantized file holds in F32, it holds so for a reason."""
         for pattern, kind in self.patterns:
             if _matches(pattern, name):

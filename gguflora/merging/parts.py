@@ -30,7 +30,7 @@ import numpy as np
 
 from gguflora.errors import FormatError, OutputError
 from gguflora.files.atomic import atomic_output, atomic_outputs
-from gguflora.files.gguf import FilePart, GgufFile, Layout, part_paths
+from gguflora.files.gguf import GgufFile, Layout, ShardLayout, part_paths
 from gguflora.files.output_checks import check_target, check_targets
 from gguflora.files.remote import is_remote, redacted, remote_inputs
 from gguflora.merging.part_file import _END, _MAGIC, MergePart, _check_rows, _part_errors, open_part
@@ -235,7 +235,7 @@ def _part_layout(share: Sequence[ChangedTensor]) -> Layout:
     offsets, size = {}, 0
     for target in share:
         offsets[target.name], size = size, size + _n_bytes(target)
-    return Layout((FilePart(0, b"", size),), (), offsets, size)
+    return Layout((ShardLayout(0, b"", size),), (), offsets, size)
 
 
 def _hash(merging: PreparedMerge, options: MergeOptions) -> str:

@@ -91,7 +91,7 @@ def make_plan(
         entry = file.tensors.get(TOKEN_EMBEDDING if name in untied else name) or _absent(name, model.shapes[name])
         grown = n_tokens and name in {TOKEN_EMBEDDING, OUTPUT}
         shape = (n_tokens, entry.n_in) if grown else entry.shape
-        targets.append(ChangedTensor(name, entry, shape, types.of(name, entry, only_floats=only_floats), items))
+        targets.append(ChangedTensor(name, entry, shape, types.type_of(name, entry, only_floats=only_floats), items))
     for target in targets:
         _check_type(file, target, rounding, anew=anew)
     warnings += [f"--type {pattern}: matches no changed tensor" for pattern in types.unused(list(deltas))]

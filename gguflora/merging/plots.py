@@ -19,11 +19,11 @@ Row = Mapping[str, Any]
 _LAYER: Final = re.compile(r"(.*?)blk\.(\d+)\.(.*)")
 _NO_LAYER: Final = -1
 _LEAST_SPREAD: Final = 0.1
-"""Distance from 1 at which survival is drawn in the strongest colours, unless one lies further out."""
+"""Distance from 1 at which retention is drawn in the strongest colours, unless one lies further out."""
 
 
 def plot_report(report: MergeReport | Mapping[str, Any], out: Path) -> None:
-    """Draw survival, size and signal to noise of every tensor's change as heat maps, layers by modules.
+    """Draw retention, size and signal to noise of every tensor's change as heat maps, layers by modules.
 
     Args:
         report: of a merge, or its ``to_dict()``, which is what ``gguflora merge --report`` writes.
@@ -38,13 +38,13 @@ def plot_report(report: MergeReport | Mapping[str, Any], out: Path) -> None:
     except ImportError as error:
         raise MissingExtraError("drawing", "matplotlib", "plot") from error
     content = report.to_dict() if isinstance(report, MergeReport) else report
-    rows = [row for row in content["tensors"] if row["sv"] is not None]
+    rows = [row for row in content["tensors"] if row["retention"] is not None]
     if not rows:
         raise OutputError(f"{out}: nothing to draw: no change was measured (a dry run, or adapters without effect)")
     layers, modules = _axes(rows)
     figure = Figure(figsize=(4.5 + 1.1 * len(modules), 1.8 + 0.2 * max(len(layers), 6)), layout="constrained")
     figure.suptitle(
-        f"{Path(content['output']).name}: {content['rounding']} rounding, {content['total']['sv']:.1%} survives"
+        f"{Path(content['output']).name}: {content['rounding']} rounding, retention {content['total']['retention']:.1%}"
     )
     for axis, (key, title) in zip(figure.subplots(1, 3, sharey=True), _TITLES.items(), strict=True):
         _draw(figure, axis, _heat(rows, key, layers, modules), key)
@@ -59,7 +59,7 @@ def plot_report(report: MergeReport | Mapping[str, Any], out: Path) -> None:
 
 
 _TITLES: Final = {
-    "sv": "survival (1 is right)",
+    "retention": "retention (1 is right)",
     "relative_change": "change, % of the weights",
     "snr_db": "signal to noise, dB",
 }
@@ -90,7 +90,7 @@ def _heat(rows: Sequence[Row], key: str, layers: list[int], modules: list[str]) 
 
 def _draw(figure: Any, axis: Any, heat: NDArray[np.float64], key: str) -> None:  # noqa: ANN401  (matplotlib's)
     options: dict[str, Any] = {"cmap": "viridis"}
-    if key == "sv":
+    if key == "retention":
         spread = max(_LEAST_SPREAD, float(np.abs(heat - 1)[np.isfinite(heat)].max(initial=0.0)))
         options = {"cmap": "RdBu", "vmin": 1 - spread, "vmax": 1 + spread}
     image = axis.imshow(np.ma.masked_invalid(heat), aspect="auto", interpolation="nearest", **options)

@@ -138,7 +138,8 @@ def _reports(plan: MergePlan, sums: Mapping[str, Sums]) -> tuple[tuple[TensorRep
         reports = (TensorReport(target.name, target.type.name, math.prod(target.shape)) for target in changed)
         return tuple(reports), TensorReport("all", "", count)
     reports = (
-        TensorReport.of(target.name, target.type.name, math.prod(target.shape), sums[target.name]) for target in changed
+        TensorReport.from_sums(target.name, target.type.name, math.prod(target.shape), sums[target.name])
+        for target in changed
     )
     total = np.sum([sums[target.name] for target in changed], axis=0) if changed else np.zeros(len(SUMS))
-    return tuple(reports), TensorReport.of("all", "", max(count, 1), total)
+    return tuple(reports), TensorReport.from_sums("all", "", max(count, 1), total)

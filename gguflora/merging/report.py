@@ -1,4 +1,4 @@
-"""What a merge did: how much of each tensor's change has survived the rounding."""
+"""What a merge did: how much of each tensor's change the rounding has kept."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ class TensorReport:
         name: of the tensor.
         type: of the output.
         weights: number of them.
-        sv: survival, ``<W' - W, delta> / <delta, delta>``: the share of the wanted change that the written weights
-            have; 1 is right, 0 means the adapter is gone.
+        retention: ``<W' - W, delta> / <delta, delta>``: the share of the wanted change that the written weights have;
+            1 is right, 0 means the adapter is gone.
         relative_change: ``|delta| / |W|``.
         snr_db: signal to noise, ``|delta|^2 / |W' - (W + delta)|^2``, in decibels.
         clipped: share of the weights that lie outside of their block's grid.
-        sv_error: standard error that independent rounding gives ``sv``.
+        retention_error: standard error that independent rounding gives ``retention``.
     """
 
     name: str
     type: str
     weights: int
-    sv: float | None = None
+    retention: float | None = None
     relative_change: float | None = None
     snr_db: float | None = None
     clipped: float | None = None
-    sv_error: float | None = None
+    retention_error: float | None = None
 
     @classmethod
-    def of(cls, name: str, type: str, weights: int, sums: Sums) -> TensorReport:
+    def from_sums(cls, name: str, type: str, weights: int, sums: Sums) -> TensorReport:
         """From the sums that the kernels make, see `gguflora.quants.kernels.SUMS`."""
         weight2, delta2, moved, error2, clipped = (float(sums[SUMS.index(key)]) for key in SUMS)
         if not delta2:
@@ -55,17 +55,31 @@ class TensorReport:
             name,
             type,
             weights,
-            sv=moved / delta2,
+            retention=moved / delta2,
             relative_change=math.sqrt(delta2 / weight2) if weight2 else math.inf,
             snr_db=10 * math.log10(delta2 / error2) if error2 else math.inf,
             clipped=clipped / weights,
-            sv_error=math.sqrt(error2 / weights / delta2),
+            retention_error=math.sqrt(error2 / weights / delta2),
         )
 
     @property
     def is_off(self) -> bool:
-        """Whether the survival is not 1, beyond what chance explains."""
-        return self.sv is not None and abs(1 - self.sv) > TOLERANCE + 2 * (self.sv_error or 0.0)
+        """Whether the retention is not 1, beyond what chance explains."""
+        return self.retention is not None and abs(1 - self.retention) > TOLERANCE + 2 * (self.retention_error or 0.0)
+
+    @property
+    def sv(self) -> float | None:
+        """`retention` under its former name, which goes with the next release."""
+        return self.retention
+
+    @property
+    def sv_error(self) -> float | None:
+        """`retention_error` under its former name, which goes with the next release."""
+        return self.retention_error
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON, and two of them under their former names, too."""
+        return {**asdict(self), "sv": self.sv, "sv_error": self.sv_error}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +137,8 @@ class MergeReport:
             **asdict(self),
             "output": str(self.output),
             "adapters": adapters,
+            "tensors": [tensor.to_dict() for tensor in self.tensors],
+            "total": self.total.to_dict(),
             "types": self.types,
             "weights": self.weights,
             "weights_per_second": self.weights_per_second,
@@ -131,7 +147,7 @@ class MergeReport:
 
 def warnings_of(tensors: Sequence[TensorReport], total: TensorReport, rounding: Mode) -> list[str]:
     """What the user should know of the rounding."""
-    found = (_survival_warning(tensors, total, rounding), _noise_warning(total))
+    found = (_retention_warning(tensors, total, rounding), _noise_warning(total))
     return [warning for warning in found if warning is not None]
 
 
@@ -146,16 +162,16 @@ def _noise_warning(total: TensorReport) -> str | None:
     )
 
 
-def _survival_warning(tensors: Sequence[TensorReport], total: TensorReport, rounding: Mode) -> str | None:
+def _retention_warning(tensors: Sequence[TensorReport], total: TensorReport, rounding: Mode) -> str | None:
     """What to say if tensors keep too little or too much of their change."""
     off = [tensor for tensor in tensors if tensor.is_off]
-    if not off or total.sv is None:
+    if not off or total.retention is None:
         return None
-    worst = max(off, key=lambda tensor: abs(1 - (tensor.sv or 0.0)))
+    worst = max(off, key=lambda tensor: abs(1 - (tensor.retention or 0.0)))
     hint = f"; {_remedy(worst, rounding)}"
     return (
         f"{len(off)} of {len(tensors)} tensors do not keep their change: the worst, {worst.name} ({worst.type}), has "
-        f"{worst.sv:.0%} of it, all together have {total.sv:.0%}{hint}"
+        f"{worst.retention:.0%} of it, all together have {total.retention:.0%}{hint}"
     )
 
 

@@ -175,7 +175,7 @@ class _Runner:
         if self._has_failed and not keep_going:
             return self._result(job, "left", error="another step failed; --keep-going goes on with the rest")
         try:
-            self._keys[out] = keys.of(job)
+            self._keys[out] = keys.key_of(job)
         except RemoteError as error:
             return self._result(job, "failed", error=str(error))
         report = self._records.kept_report(job, self._keys[out]) if resume else None

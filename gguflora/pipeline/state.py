@@ -36,7 +36,7 @@ class Keys:
         self._known: dict[str, list[Any]] = _read_json(self._file) or {}
         self._keys: dict[Location, str] = {}
 
-    def of(self, job: PipelineJob) -> str:
+    def key_of(self, job: PipelineJob) -> str:
         """The key of a job, whose inputs' jobs have been asked for before.
 
         Raises:

@@ -11,7 +11,7 @@ import numpy as np
 from gguflora.placement.prefix import Prefix
 from gguflora.runtime.alora import Starts
 from gguflora.runtime.bindings import HotAdapter, free_lora
-from gguflora.runtime.concatenated_adapters import ConcatenatedAdapters, Part
+from gguflora.runtime.concatenated_adapters import ConcatenatedAdapters, ScaledLora
 from gguflora.runtime.llama_lock import LlamaLock
 
 BASE: Final = ""
@@ -86,7 +86,7 @@ class AttachedSet:
 
     def _set(self, active: Mapping[str, float]) -> None:
         loaded = [(self.loaded[name], scale) for name, scale in active.items()]
-        parts = [Part(each.pointer, each.path, each.sha256, scale) for each, scale in loaded if each.pointer]
+        parts = [ScaledLora(each.pointer, each.path, each.sha256, scale) for each, scale in loaded if each.pointer]
         self._fused.apply(self._context.ctx, parts)
 
     def free(self, name: str) -> None:

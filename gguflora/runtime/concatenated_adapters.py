@@ -44,7 +44,7 @@ Key: TypeAlias = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ScaledLora:
     """A loaded adapter of a set: where it came from, and its SHA-256 as a GGUF LoRA file."""
 
     pointer: Pointer
@@ -69,7 +69,7 @@ class ConcatenatedAdapters:
         self._made: dict[Key, Pointer] = {}
         self._users: dict[int, Key] = {}
 
-    def apply(self, context: int, parts: Sequence[Part]) -> None:
+    def apply(self, context: int, parts: Sequence[ScaledLora]) -> None:
         """Make these adapters the complete set of ``context`` (a ``llama_context *``), fused where they are many.
 
         Raises:
@@ -88,7 +88,7 @@ class ConcatenatedAdapters:
     def _should_fuse(self, count: int) -> bool:
         return count > (1 if self._is_fixed else SEPARATE)
 
-    def _has(self, key: Key, parts: Sequence[Part]) -> bool:
+    def _has(self, key: Key, parts: Sequence[ScaledLora]) -> bool:
         """Whether there is one for this set, made now if need be."""
         try:
             self._made[key] = self._made.pop(key) if key in self._made else self._load(parts)
@@ -114,7 +114,7 @@ class ConcatenatedAdapters:
         """A context has been freed."""
         self._users.pop(context, None)
 
-    def _load(self, parts: Sequence[Part]) -> Pointer:
+    def _load(self, parts: Sequence[ScaledLora]) -> Pointer:
         with memory_file("gguflora-concatenated") as target:
             files = [(self._lora_file(part.path), part.scale) for part in parts]
             for (file, _), part in zip(files, parts, strict=True):

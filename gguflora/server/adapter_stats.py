@@ -15,7 +15,7 @@ _LAYER: Final = re.compile(r"blk\.\d+\.")
 Rows = list[dict[str, Any]]
 
 
-class Changes:
+class AdapterStats:
     """Measures adapters with `gguflora.inspect`; each file once, however many ask, and one at a time."""
 
     def __init__(self, base: Path) -> None:
@@ -24,7 +24,7 @@ class Changes:
         self._turn = threading.Lock()
         self._measured: dict[str, Future[Rows]] = {}
 
-    def of(self, path: Path, sha256: str) -> Future[Rows]:
+    def measure(self, path: Path, sha256: str) -> Future[Rows]:
         """The changes of the adapter at ``path``, one row for each tensor, when they are measured.
 
         A `GgufloraError` if the adapter or the base cannot be read any more; the next call tries again.

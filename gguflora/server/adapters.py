@@ -58,7 +58,7 @@ def set_scales(scales: list[LoraScale], service: Offered) -> dict[str, bool]:
 async def show_changes(adapter_id: int, service: Offered) -> dict[str, Any]:
     """How much an adapter changes each tensor at scale 1, relative to the tensor's norm."""
     adapter = service.find(adapter_id)
-    measured = asyncio.wrap_future(service.changes.of(adapter.path, adapter.sha256))
+    measured = asyncio.wrap_future(service.adapter_stats.measure(adapter.path, adapter.sha256))
     rows = await asyncio.shield(measured)  # others may wait for the same
     return {"id": adapter.id, "name": adapter.name, "changes": rows}
 

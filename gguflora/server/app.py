@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from gguflora.engine import Engine
 from gguflora.errors import GgufloraError
 from gguflora.server import adapters, completions
-from gguflora.server.adapter_stats import Changes
+from gguflora.server.adapter_stats import AdapterStats
 from gguflora.server.errors import answer_failure
 from gguflora.server.metrics import CONTENT_TYPE, Metrics, Timed
 from gguflora.server.middleware import Gates
@@ -39,7 +39,7 @@ def create_app(engine: Engine, base: Path, settings: Settings | None = None) -> 
     settings = settings or Settings()
     metrics = Metrics(engine)
     app = FastAPI(title="gguflora", docs_url=None, redoc_url=None, strict_content_type=False)  # curl -d sends a form
-    app.state.service = Service(engine, base, settings, metrics, Changes(base))
+    app.state.service = Service(engine, base, settings, metrics, AdapterStats(base))
     for part in (router, completions.router, adapters.router):
         app.include_router(part)
     for path, (name, kind) in _FILES.items():

@@ -67,7 +67,7 @@ async def complete(body: CompletionBody, request: Request, service: Offered) -> 
     adapters = service.adapter_set(body.model, body.lora)
     answers = Answers(at_once=bool(body.stream))
     await run_in_threadpool(lambda: answers.begin(service.engine, text_requests(service, body, adapters)))
-    return await _Job(service, TextForm(), body, answers, body.logprobs is not None).respond(request)
+    return await _Completion(service, TextForm(), body, answers, body.logprobs is not None).respond(request)
 
 
 @router.post("/v1/chat/completions")
@@ -76,11 +76,11 @@ async def chat(body: ChatBody, request: Request, service: Offered) -> Response:
     adapters = service.adapter_set(body.model, body.lora)
     answers = Answers(at_once=bool(body.stream))
     await run_in_threadpool(lambda: answers.begin(service.engine, chat_requests(service, body, adapters)))
-    return await _Job(service, ChatForm(), body, answers, bool(body.logprobs)).respond(request)
+    return await _Completion(service, ChatForm(), body, answers, bool(body.logprobs)).respond(request)
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _Completion:
     """One request that is being answered."""
 
     service: Service

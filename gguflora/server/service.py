@@ -11,7 +11,7 @@ from typing import Final
 from fastapi import Request
 
 from gguflora.engine import AdapterSet, Engine, LoadedAdapter
-from gguflora.server.adapter_stats import Changes
+from gguflora.server.adapter_stats import AdapterStats
 from gguflora.server.errors import Failure
 from gguflora.server.metrics import Metrics
 from gguflora.server.schemas import LoraScale
@@ -37,7 +37,7 @@ class Service:
     base: Path
     settings: Settings
     metrics: Metrics
-    changes: Changes
+    adapter_stats: AdapterStats
     scales: dict[str, float] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from gguflora.errors import GgufloraError, OutputError
-from gguflora.files.gguf import FilePart, GgufFile, Layout
+from gguflora.files.gguf import GgufFile, Layout, ShardLayout
 from gguflora.files.gguf_shard import GgufShard
 from gguflora.files.sidecars import undo_path
 from gguflora.merging.in_place.journal import (
@@ -53,7 +53,7 @@ def check_in_place(base: GgufFile, targets: Sequence[ChangedTensor]) -> Layout:
     return replace(layout, parts=parts)
 
 
-def _with_header(part: FilePart, base: GgufShard) -> FilePart:
+def _with_header(part: ShardLayout, base: GgufShard) -> ShardLayout:
     """A file of the result whose header is the base's, byte for byte."""
     return replace(part, header=os.pread(base.fileno(), len(part.header), 0))
 

@@ -86,7 +86,7 @@ def apply_patch(
     used_threads = thread_count(threads)
     with open_patch(Path(patch)) as opened, GgufFile(base) as file:
         facts = opened.facts
-        targets, files = part_paths(Path(out), len(facts.merged_sizes)), Chain.of(file)
+        targets, files = part_paths(Path(out), len(facts.merged_sizes)), Chain.from_model(file)
         check_targets(targets, [*file.paths, opened.path], force=force, size=facts.merged_size)
         check_base(file, facts, opened.path)
         with atomic_outputs(targets, force=force) as outputs:
@@ -105,7 +105,7 @@ def check_base(file: GgufFile, facts: Facts, patch: Path) -> None:
     """Raise ``MismatchError`` unless the file is the base of a patch."""
     found = f"{file.size:,} bytes"
     if file.size == facts.base_size:
-        digest = files_sha256(Chain.of(file))
+        digest = files_sha256(Chain.from_model(file))
         if digest == facts.base_sha256:
             return
         found = f"SHA-256 {digest}"

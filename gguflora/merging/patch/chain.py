@@ -31,7 +31,7 @@ class Chain:
         self.size = self._starts.pop()
 
     @classmethod
-    def of(cls, model: GgufFile) -> Chain:
+    def from_model(cls, model: GgufFile) -> Chain:
         """The files of a model, for reading."""
         return cls([part.fileno() for part in model.parts], [part.size for part in model.parts])
 

@@ -38,7 +38,7 @@ class Grain:
     width: int
 
     @classmethod
-    def of(cls, type: GgmlType) -> Grain:
+    def from_type(cls, type: GgmlType) -> Grain:
         """The grain of a quant type."""
         prefix, _, _ = type.name.partition("_")
         width = _FLOATS.get(type.name) or next((bits for key, bits in _CODE_BITS.items() if prefix.startswith(key)), 8)

@@ -79,7 +79,7 @@ def write_patch(
         tempfile.TemporaryFile(dir=target.parent) as spill,
         atomic_output(target, force=force) as output,
     ):
-        files = Chain.of(base)
+        files = Chain.from_model(base)
         base_sha256 = background.submit(files_sha256, files)
         sink = PatchSink(spill.fileno(), layout)
         sink.put_headers(base)
@@ -118,7 +118,7 @@ class PatchSink:
 
     def put(self, block: Block) -> None:
         """Take new rows of a changed tensor."""
-        target, grain = block.target, Grain.of(block.target.type)
+        target, grain = block.target, Grain.from_type(block.target.type)
         to = self._layout.offsets[target.name] + block.start * block.new.shape[1]
         alike = target.type == target.source.type and target.shape[-1] == target.source.n_in
         n_known = max(0, min(len(block.new), target.source.n_rows - block.start)) if alike else 0
