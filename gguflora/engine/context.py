@@ -6,7 +6,6 @@ The KV cells are one pool for all slots (``kv_unified``): a prefix that two of t
 from __future__ import annotations
 
 import ctypes
-import re
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from gguflora.errors import DivergedError, EngineError, GenerationError
 from gguflora.placement.prefix import Prefix
 from gguflora.runtime.bindings import axes_of_embeddings, captured_log, put_prefix
 from gguflora.runtime.concatenated_adapters import ConcatenatedAdapters
+from gguflora.runtime.llama_internals import kv_bytes_of
 
 Key: TypeAlias = Hashable
 """What is decoded at one position: a token; or (token, identity) where other adapters compute than from the first token
@@ -36,8 +36,6 @@ KV_TYPES: Final = {
 
 _FLASH_ATTN: Final = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
 _INFO: Final = 2  # of enum ggml_log_level
-_CACHE_SIZE: Final = re.compile(r"size = +([\d.]+) MiB \( *\d+ cells")
-"""How llama.cpp tells the bytes of a KV cache or recurrent state when a context is made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +108,7 @@ class Context:
     Attributes:
         identity: of the adapters that compute from the first token on; None before the first.
         n_cells: tokens that all slots together can hold.
-        kv_bytes: of the KV cache (and recurrent states).
+        kv_bytes: of the KV cache (and recurrent states); None where llama.cpp does not tell.
         used: when a request last worked in it.
 
     Raises:
@@ -126,7 +124,7 @@ class Context:
             raise EngineError(f"llama.cpp could not make a context of {options.n_ctx} tokens: {' '.join(log).strip()}")
         self.pointer: Any = pointer
         self._memory = llama_cpp.llama_get_memory(pointer)
-        self.kv_bytes = sum(round(float(size) * 2**20) for size in _CACHE_SIZE.findall("".join(log)))
+        self.kv_bytes = kv_bytes_of("".join(log)) if self._memory else 0
         self.n_cells = int(llama_cpp.llama_n_ctx(pointer))
         self.n_batch = int(llama_cpp.llama_n_batch(pointer))
         self.slots = [Slot(number) for number in range(options.n_parallel)]

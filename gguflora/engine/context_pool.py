@@ -27,8 +27,11 @@ class ContextPool:
         self.names: dict[Context, AdapterSet] = {}
         self.contexts = [make()]
         self._most = max_contexts
-        kv_bytes = self.contexts[0].kv_bytes
-        self.saved_bytes = kv_bytes
+        told = self.contexts[0].kv_bytes
+        kv_bytes = self.saved_bytes = told or 0
+        if max_kv_bytes is not None and told is None:
+            self.close()
+            raise EngineError("this llama.cpp does not tell how large a KV cache is, so max_kv_bytes cannot be kept")
         if max_kv_bytes is not None and kv_bytes:
             if kv_bytes > max_kv_bytes:
                 self.close()

@@ -391,7 +391,7 @@ class Engine:
         contexts = tuple(
             ContextStats(
                 scheduler.pool.names.get(context),
-                context.kv_bytes,
+                context.kv_bytes or 0,
                 context.n_held,
                 sum(s.busy for s in context.slots),
             )

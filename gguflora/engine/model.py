@@ -11,10 +11,10 @@ from typing import Any, Final
 
 import llama_cpp
 from llama_cpp import llama_chat_format
-from llama_cpp._logger import set_verbose
 
 from gguflora.errors import EngineError, RequestError
 from gguflora.runtime.bindings import captured_log
+from gguflora.runtime.llama_internals import silence
 
 _PLAIN_TEMPLATE: Final = (
     "{% for message in messages %}"
@@ -36,7 +36,7 @@ class Model:
     """
 
     def __init__(self, path: Path, *, verbose: bool) -> None:
-        set_verbose(verbose)
+        silence(verbose=verbose)
         llama_cpp.llama_backend_init()
         parameters = llama_cpp.llama_model_default_params()
         with captured_log() as log:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from gguflora.errors import GgufError
 from gguflora.files.copying import copy_range
 from gguflora.files.gguf_header import Metadata, encode_entry, encode_int32
-from gguflora.files.gguf_layout import Forms, Layout, join, part_layout
+from gguflora.files.gguf_layout import Forms, Layout, ShardLayout, join, part_layout
 from gguflora.files.gguf_shard import MAGIC, GgufShard
 from gguflora.files.gguf_tensors import OUTPUT, TOKEN_EMBEDDING, Shape, TensorEntry, layer_of
 from gguflora.files.shard_names import PART_NAME, part_paths

@@ -50,13 +50,14 @@ def attach(llm: Any) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only w
     try:
         import llama_cpp  # noqa: PLC0415  (import gguflora does not load it)
 
-        from gguflora.runtime import guarded_llama  # noqa: PLC0415
+        from gguflora.runtime import guarded_llama, llama_internals  # noqa: PLC0415
         from gguflora.runtime.concatenated_adapters import ConcatenatedAdapters  # noqa: PLC0415
     except ImportError as error:
         raise MissingExtraError("hot-swapping", "llama-cpp-python", "runtime") from error
     if not isinstance(llm, llama_cpp.Llama):
         raise HotSwapError(f"attach needs a llama_cpp.Llama, found {type(llm).__name__}")
-    if llm._ctx.ctx is None:
+    llama_internals.check_internals(llm)
+    if not llama_internals.is_open(llm):
         raise HotSwapError("attach needs an open Llama; this one is closed")
     before = guarded_llama.attached_set(llm)
     if before is not None and not before.closed:
@@ -65,7 +66,7 @@ def attach(llm: Any) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only w
     fused = ConcatenatedAdapters(
         llm.model, llm.metadata.get("general.architecture", ""), lambda path: open_adapter(path, base()).file
     )
-    adapters = AttachedSet(llm._ctx, llm._model, fused)
+    adapters = AttachedSet(*llama_internals.wrappers_of(llm), fused)
     _adopt(llm, adapters, active=before is None)
     guarded_llama.guard(llm, adapters)
     return Adapters(llm, adapters)
@@ -74,8 +75,9 @@ def attach(llm: Any) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only w
 def _adopt(llm: Any, adapters: AttachedSet, *, active: bool) -> None:  # noqa: ANN401
     """Take over the adapter of ``Llama(lora_path=...)``, which the Llama frees itself."""
     from gguflora.runtime.bindings import HotAdapter, clear_memory, invocation_of  # noqa: PLC0415
+    from gguflora.runtime.llama_internals import own_adapter  # noqa: PLC0415
 
-    pointer = llm._lora_adapter
+    pointer = own_adapter(llm)
     if not pointer:
         return
     path = Path(llm.lora_path)
@@ -267,11 +269,12 @@ class Adapters:
     def _forget(self) -> None:
         """Forget the tokens evaluated so far."""
         from gguflora.runtime.bindings import clear_memory  # noqa: PLC0415
+        from gguflora.runtime.llama_internals import set_room  # noqa: PLC0415
 
         clear_memory(self._llm.ctx, self._llm.n_vocab())
         self._llm.reset()
         prefix = self._set.prefix
-        self._llm._n_ctx = self._llm.n_ctx() - (prefix.n_tokens if prefix else 0)
+        set_room(self._llm, self._llm.n_ctx() - (prefix.n_tokens if prefix else 0))
 
 
 def _check_new_name(name: str, adapters: AttachedSet) -> None:

@@ -29,13 +29,12 @@ from gguflora.runtime.bindings import (
     is_stateful,
     put_prefix,
 )
+from gguflora.runtime.llama_internals import Guarded, LlamaContext, call_on_close, go_back, reset_asked, wrappers_of
 
 _ATTRIBUTE: Final = "_gguflora"
 _TAG: Final = "adapter_set"
 _STARTS: Final = "adapter_starts"
 _TOKEN_BITS: Final = 32
-_RESET: Final = 6
-"""Place of ``reset`` among the arguments of `llama_cpp.Llama.generate` after the tokens."""
 
 
 class CachePartition:
@@ -71,7 +70,7 @@ def _namespace(identity: str) -> int:
     return int(hashlib.sha256(f"gguflora {identity}".encode()).hexdigest()[:32], 16) | 1
 
 
-class GuardedLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp has no types
+class GuardedLlama(Guarded, llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp has no types
     """A Llama that reuses nothing across adapter sets. An existing Llama becomes one by `guard`."""
 
     n_tokens: int
@@ -145,10 +144,10 @@ class GuardedLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp has no t
         kept = n_in_common(adapters.starts, starts, self.n_tokens)
         adapters.starts = starts
         if kept < self.n_tokens:
-            if is_stateful(self._model.model):  # cannot go back by a few tokens
+            if is_stateful(self.model):  # cannot go back by a few tokens
                 self.reset()
                 kept = 0
-            self.n_tokens, self._requires_eval = kept, True
+            go_back(self, kept)
         return tokens[kept:]
 
     def _check_room(self, n_tokens: int) -> None:
@@ -185,7 +184,7 @@ class GuardedLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp has no t
     def _tokens(self, tokens: list[int], *args: _Untyped, **kwargs: _Untyped) -> Generator[int, Any, None]:
         adapters = _set_of(self)
         changes, sent = adapters.changes, None
-        resets = kwargs.get("reset", args[_RESET] if len(args) > _RESET else True)
+        resets = reset_asked(llama_cpp.Llama, args, kwargs)
         if adapters.invocations:
             whole = tokens if resets else [*self.input_ids[: self.n_tokens].tolist(), *tokens]
             rest = self._plan(whole)
@@ -214,7 +213,7 @@ class GuardedLlama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp has no t
         return copyreg.__newobj__, (_class_before(self),), self.__getstate__()  # type: ignore[attr-defined]
 
 
-class _ShiftedContext(llama_cpp.internals.LlamaContext):  # type: ignore[misc]  # llama_cpp has no types
+class _ShiftedContext(LlamaContext):  # type: ignore[misc]  # llama_cpp has no types
     """A context whose tokens stand ``shift`` positions further on, behind a soft prompt."""
 
     shift = 0
@@ -273,9 +272,10 @@ def guard(llm: _Untyped, adapters: AttachedSet) -> None:
     """
     llm.__dict__[_ATTRIBUTE] = adapters
     llm.__class__ = _guarded(type(llm))
-    if type(llm._ctx) is llama_cpp.internals.LlamaContext:
-        llm._ctx.__class__ = _ShiftedContext
-    llm._stack.callback(adapters.release)  # last in, first out: before context and model
+    context, _ = wrappers_of(llm)
+    if type(context) is LlamaContext:
+        context.__class__ = _ShiftedContext
+    call_on_close(llm, adapters.release)
 
 
 def unguard(llm: _Untyped) -> None:
