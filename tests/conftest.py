@@ -1,5 +1,6 @@
 """What every test needs before the heavy libraries are imported: no network, no progress bars, few threads, Ctrl+C."""
 
+import contextlib
 import os
 import signal
 
@@ -9,6 +10,11 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+with contextlib.suppress(ImportError):
+    import llama_cpp  # noqa: F401  (before torch, in every process of tests)
+
+pytest.register_assert_rewrite("support")
 
 # the same examples everywhere, and no verdict on how fast the machine is
 hypothesis.settings.register_profile(

@@ -8,21 +8,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import builders
-import hotswap
 import llama_cpp
 import numpy as np
-import oracles
 import peft
 import pytest
 import torch
-from hotswap import A, gguf_lora, last_logits, logits, open_llama
 
 import gguflora
 from gguflora.engine import Engine, Request, Sampling
 from gguflora.errors import HotSwapError
 from gguflora.runtime import attached
 from gguflora.runtime.alora import n_in_common, segments, start_of
+from support import builders, hotswap, oracles
+from support.hotswap import A, gguf_lora, last_logits, logits, open_llama
 
 INVOCATION = (100, 101, 102)
 OTHER = (110, 111)

@@ -3,9 +3,7 @@
 import re
 from functools import cache
 
-import architecture_models as zoo
 import numpy as np
-import oracles
 import pytest
 
 import gguflora
@@ -14,6 +12,7 @@ from gguflora.architectures import KNOWN
 from gguflora.architectures.base_model import flat_shape, read_base
 from gguflora.architectures.mapping import can_untie, slices_of
 from gguflora.placement.place import PlacedDelta
+from support import oracles, zoo
 
 RUN = (
     "mistral", "mixtral", "qwen2moe", "qwen3next", "qwen35", "qwen35moe", "gemma", "gpt2", "gptneox", "phi2", "falcon",

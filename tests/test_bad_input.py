@@ -16,16 +16,15 @@ import zipfile
 from pathlib import Path
 from unittest import mock
 
-import builders
 import gguf
 import numpy as np
-import oracles
 import pytest
 import safetensors.numpy
-from builders import Adapter
 
 import gguflora.cli
 from gguflora.files.gguf import encode_entry
+from support import builders, oracles
+from support.builders import Adapter
 
 ADAPTER = Adapter(seed=5)
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import serving
+
+from support import serving
 
 TOOLS = Path(__file__).parent.parent / "tools"
 

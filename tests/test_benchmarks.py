@@ -74,9 +74,10 @@ def test_merge_of_a_tiny_llama(tmp_path):
 def test_the_random_llama_loads_and_has_the_types_of_q4_k_m(tmp_path, monkeypatch):
     """llama.cpp's own quantizer, given the same shapes, chooses the same types."""
     monkeypatch.syspath_prepend(ROOT / "tools")
-    import builders
     import llama_cpp
     from benchmarks import models
+
+    from support import builders
 
     llama = models.LLAMAS["tiny"]
     half, mixed = (models.base_file(tmp_path, llama, recipe) for recipe in ("F16", "Q4_K_M"))

@@ -4,19 +4,17 @@ import json
 import re
 from unittest import mock
 
-import builders
-import llama_cpp  # noqa: F401  (before torch, as everywhere)
 import numpy as np
-import oracles
 import peft
 import pytest
 import torch
-from builders import Adapter, Trained
-from test_bad_input import run
-from test_convert import assert_same_changes
 
 import gguflora
 from gguflora.errors import AdapterError, MismatchError, UnsupportedAdapterError
+from support import builders, oracles
+from support.builders import Adapter, Trained
+from test_bad_input import run
+from test_convert import assert_same_changes
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "embed_tokens")
 SPECS = (

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import builders
-import hotswap
 import llama_cpp
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ import gguflora
 from gguflora.diagnostics.compare import BUILT_IN_TEXT
 from gguflora.diagnostics.divergence import kl_divergence
 from gguflora.errors import FormatError, HotSwapError, MismatchError
+from support import builders, hotswap
 
 DEMO = Path(gguflora.__file__).parent / "diagnostics" / "demo_files"
 N_CTX = 24

@@ -5,15 +5,14 @@ import json
 import math
 import shutil
 
-import builders
 import gguf
 import numpy as np
-import oracles
 import pytest
 import torch
-from builders import ARCHITECTURES, Adapter
 
 import gguflora
+from support import builders, oracles
+from support.builders import ARCHITECTURES, Adapter
 
 PLAIN = Adapter()
 PATTERN_RANKS = (("down_proj", 8), ("model.layers.0.self_attn.o_proj", 2), (r"layers\.1\.self_attn\..*", 6))

@@ -3,8 +3,9 @@
 import random
 from pathlib import Path
 
-import fuzzing
 import pytest
+
+from support import fuzzing
 
 CORPUS = Path(__file__).parent / "corpus"
 FOUND = sorted(path for path in CORPUS.glob("*/*") if path.is_dir())

@@ -11,16 +11,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import builders
 import distributed
 import pytest
-from builders import Adapter
-from dask_cluster import PACKAGE, Cluster, is_alive, wait_for
-from test_pipeline import outputs, statuses
 
 import gguflora
 from gguflora.errors import ClusterError
 from gguflora.pipeline import dask_client, dask_worker
+from support import builders
+from support.builders import Adapter
+from support.dask_cluster import PACKAGE, Cluster, is_alive, wait_for
+from test_pipeline import outputs, statuses
 
 RECIPE = """
 output = "out"

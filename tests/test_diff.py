@@ -2,16 +2,15 @@
 
 import json
 
-import builders
-import llama_cpp  # noqa: F401  (before torch, as everywhere)
 import numpy as np
 import pytest
-from builders import Adapter
-from test_bad_input import run
-from test_combine import our_deltas
 
 import gguflora
 from gguflora.errors import MismatchError
+from support import builders
+from support.builders import Adapter
+from test_bad_input import run
+from test_combine import our_deltas
 
 A = Adapter(targets=("q_proj", "down_proj", "embed_tokens"), rank=4, alpha=8, seed=1)
 B = Adapter(targets=("q_proj", "embed_tokens", "up_proj"), rank=6, alpha=3, seed=2)

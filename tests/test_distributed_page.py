@@ -6,13 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import builders
 import numpy as np
-import oracles
-from builders import Adapter
 
 import gguflora
 from gguflora.diagnostics import demo
+from support import builders, oracles
+from support.builders import Adapter
 
 PAGE = (Path(__file__).parent.parent / "docs/distributed.md").read_text(encoding="utf-8")
 

@@ -1,16 +1,16 @@
 """Adaptive dither: kernels against the numpy reference bit by bit, and the statistics it exists for."""
 
-import dither_reference as reference
-import libggml
 import numpy as np
 import pytest
-import weights
 
 from gguflora.errors import NonFiniteError, QuantizationError
 from gguflora.quants import kernels
 from gguflora.quants._lib import isa_names
 from gguflora.quants.kernels import SUMS, Product
 from gguflora.quants.types import TYPES, type_named
+from support import weights
+from support.oracles import dither as reference
+from support.oracles import libggml
 
 ISAS = isa_names()
 DITHERED = [kind for kind in TYPES.values() if kind.name in reference.VIEWS]

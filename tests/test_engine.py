@@ -5,13 +5,14 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import architecture_models
-import builders
 import gguf
-import hotswap
 import llama_cpp
 import pytest
-from engines import (
+
+from gguflora.engine import Engine
+from gguflora.engine import scheduler as scheduler_module
+from support import builders, hotswap, zoo
+from support.engines import (
     OPTIONS,
     SETS,
     adapters_of_every_kind,
@@ -22,11 +23,8 @@ from engines import (
     open_engine,
     tokens_of,
 )
-from hotswap import OTHER, PROMPT
+from support.hotswap import OTHER, PROMPT
 from test_alora import ONCE, TWICE
-
-from gguflora.engine import Engine
-from gguflora.engine import scheduler as scheduler_module
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +232,7 @@ STATEFUL = ["mamba", "jamba", "qwen35"]
 @pytest.mark.parametrize("arch", [*WINDOWED, *STATEFUL])
 def test_caches_of_other_kinds(arch: str) -> None:
     """Sliding windows and recurrent states: going on, going back, beginning alike, side by side."""
-    path = builders.gguf_model(arch) if arch in WINDOWED else architecture_models.gguf_model(arch)
+    path = builders.gguf_model(arch) if arch in WINDOWED else zoo.gguf_model(arch)
     atol = 1e-3 if arch in WINDOWED else 1e-4  # llama.cpp looks GELU up in a table of 16-bit floats
     long = (OTHER + PROMPT)[:70]
     prompts = [long, (*long[:50], 60, 61), long[:20], (*long, 62)]

@@ -10,13 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import builders
-import hotswap
 import llama_cpp
 import numpy as np
 import pytest
-from engines import OPTIONS, ask, assert_fresh, files, open_engine, tokens_of
-from hotswap import OTHER, PROMPT, A, B
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,6 +31,9 @@ from gguflora.errors import (
     QueueFullError,
     RequestError,
 )
+from support import builders, hotswap
+from support.engines import OPTIONS, ask, assert_fresh, files, open_engine, tokens_of
+from support.hotswap import OTHER, PROMPT, A, B
 
 NO_END = Sampling(temperature=0, logit_bias={257: -100.0})
 

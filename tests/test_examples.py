@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import serving
 import torch
 import yaml
-from test_bad_input import run
 
 import gguflora
 from gguflora.diagnostics import demo
+from support import serving
+from test_bad_input import run
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES, DOCS = ROOT / "examples", ROOT / "docs"

@@ -2,20 +2,17 @@
 
 import json
 
-import architecture_models as zoo
-import builders
-import llama_cpp  # noqa: F401  (before torch, as everywhere)
 import numpy as np
-import oracles
 import peft
 import pytest
 import safetensors.numpy
-from builders import ARCHITECTURES, Adapter
-from test_bad_input import run
-from test_convert import UNTIED, VARIANTS, with_embeddings
 
 import gguflora
 from gguflora.errors import ArchitectureError, OutputError
+from support import builders, oracles, zoo
+from support.builders import ARCHITECTURES, Adapter
+from test_bad_input import run
+from test_convert import UNTIED, VARIANTS, with_embeddings
 
 WITH_EXPERTS = [name for name, made in zoo.MODELS.items() if "num_experts" in made.fields]
 

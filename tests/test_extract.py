@@ -3,22 +3,19 @@
 import json
 import shutil
 
-import architecture_models as zoo
-import builders
-import llama_cpp  # noqa: F401  (before torch, as everywhere)
 import numpy as np
-import oracles
 import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
-from builders import Adapter
-from test_bad_input import run
-from test_combine import assert_same, our_deltas
-from test_convert import assert_same_changes, merged_changes
 
 import gguflora
 from gguflora.errors import AdapterError, MismatchError
+from support import builders, oracles, zoo
+from support.builders import Adapter
+from test_bad_input import run
+from test_combine import assert_same, our_deltas
+from test_convert import assert_same_changes, merged_changes
 
 SPEC = Adapter(rank=4, alpha=8)
 

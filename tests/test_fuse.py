@@ -3,14 +3,9 @@
 from contextlib import closing
 from pathlib import Path
 
-import architecture_models as zoo
-import builders
 import gguf
-import hotswap
 import numpy as np
-import oracles
 import pytest
-from hotswap import PROMPT, A, B, C, expected, gguf_lora, kill_python, logits, open_llama
 
 import gguflora
 from gguflora.engine import Engine, Request, Sampling
@@ -20,6 +15,8 @@ from gguflora.runtime import attached
 from gguflora.runtime import concatenated_adapters as fuse_module
 from gguflora.runtime.bindings import free_lora, load_lora, set_loras
 from gguflora.runtime.concatenated_adapters import FIXED_GRAPH, SEPARATE
+from support import builders, hotswap, oracles, zoo
+from support.hotswap import PROMPT, A, B, C, expected, gguf_lora, kill_python, logits, open_llama
 
 MANY = 64
 SCALES = {"a": 0.5, "b": -0.75, "c": 1.0}

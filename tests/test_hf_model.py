@@ -3,10 +3,7 @@
 import json
 import re
 
-import architecture_models as zoo
-import builders
 import numpy as np
-import oracles
 import pytest
 import safetensors.torch
 import torch
@@ -16,6 +13,7 @@ from gguflora.architectures.base_model import read_base
 from gguflora.errors import FormatError, GgufError, MismatchError, SafetensorsError
 from gguflora.files.gguf import GgufFile
 from gguflora.merging.high_precision import UnquantizedBase
+from support import builders, oracles, zoo
 
 
 def all_rows(source, name, tensor):

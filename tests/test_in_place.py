@@ -12,19 +12,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import builders
 import numpy as np
-import oracles
 import pytest
-from builders import Adapter
-from test_split import split
-from test_vocabulary import resized
 
 import gguflora
 from gguflora.errors import FormatError, GgufError, OutputError, PatchError
 from gguflora.files.gguf import part_paths
 from gguflora.files.sidecars import journal_path, undo_path
 from gguflora.merging.in_place import journal
+from support import builders, oracles
+from support.builders import Adapter
+from test_split import split
+from test_vocabulary import resized
 
 WEAK = Adapter(seed=4)
 FEW = Adapter(seed=5, targets=("q_proj", "v_proj"))

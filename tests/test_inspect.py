@@ -3,20 +3,18 @@
 import json
 import re
 
-import architecture_models as zoo
-import builders
 import numpy as np
-import oracles
 import peft
 import pytest
-from builders import Adapter, Trained
-from hotswap import write_lora
-from test_bad_input import run
-from test_convert import VARIANTS, merged_changes
 
 import gguflora
 from gguflora.architectures.base_model import read_base
 from gguflora.lora.preflight import check_loadable
+from support import builders, oracles, zoo
+from support.builders import Adapter, Trained
+from support.hotswap import write_lora
+from test_bad_input import run
+from test_convert import VARIANTS, merged_changes
 
 
 def test_norms_are_those_of_pefts_merge():

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import dither_reference as reference
-import libggml
 import numpy as np
 import pytest
-import weights
 
 from gguflora.quants import kernels
 from gguflora.quants._lib import isa_names
 from gguflora.quants.types import TYPES, GgmlType
+from support import weights
+from support.oracles import dither as reference
+from support.oracles import libggml
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"][0]

@@ -4,25 +4,24 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import builders
 import gguf
 import numpy as np
-import oracles
 import peft
 import pytest
 import safetensors.torch
 import torch
 import transformers
-from builders import Adapter
 from peft.tuners.lora.config import BdLoraConfig, CordaConfig, LoraGAConfig, MontecloraConfig, VeloraConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from peft.tuners.lora.variants import QALoraLinearVariant
-from test_convert import assert_same_changes
-from test_methods_exact import LAYERS, assert_equals_peft, changes, random_adapter
 
 import gguflora
 from gguflora.errors import UnsupportedAdapterError
+from support import builders, oracles
+from support.builders import Adapter
+from test_convert import assert_same_changes
+from test_methods_exact import LAYERS, assert_equals_peft, changes, random_adapter
 
 
 def bdlora(arch):

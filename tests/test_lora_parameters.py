@@ -2,16 +2,15 @@
 
 import json
 
-import architecture_models as zoo
 import numpy as np
-import oracles
 import pytest
 import safetensors.numpy
-from test_convert import assert_same_changes
-from test_methods_exact import changes
 
 import gguflora
 from gguflora.errors import GgufloraError, UnsupportedAdapterError
+from support import oracles, zoo
+from test_convert import assert_same_changes
+from test_methods_exact import changes
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 CASES = {

@@ -10,16 +10,15 @@ import sys
 import time
 from pathlib import Path
 
-import builders
 import gguf
 import numpy as np
-import oracles
 import pytest
 import torch
-from builders import ARCHITECTURES, Adapter
 from gguf import GGMLQuantizationType as Type
 
 import gguflora
+from support import builders, oracles
+from support.builders import ARCHITECTURES, Adapter
 
 EXACT = Adapter(exact=True, seed=3)
 RANDOM = Adapter(seed=4)

@@ -2,24 +2,22 @@
 
 import dataclasses
 
-import architecture_models as zoo
-import builders
 import numpy as np
-import oracles
 import pytest
-from builders import Adapter
-from test_imatrix import write_gguf
-from test_lora_parameters import saved
-from test_methods_on_architectures import METHODS, adapted
-from test_split import WHOLE, split
-from test_tied import ADAPTERS
-from test_vocabulary import resized
 
 import gguflora
 from gguflora.errors import FormatError, OutputError
 from gguflora.files.gguf import part_paths
 from gguflora.merging.parts import assemble, merge_part, shares
 from gguflora.merging.prepare import MergeOptions, prepared_merge
+from support import builders, oracles, zoo
+from support.builders import Adapter
+from test_imatrix import write_gguf
+from test_lora_parameters import saved
+from test_methods_on_architectures import METHODS, adapted
+from test_split import WHOLE, split
+from test_tied import ADAPTERS
+from test_vocabulary import resized
 
 ONE = Adapter(seed=3)
 TWO = Adapter(targets=("q_proj", "down_proj"), rank=3, seed=8)

@@ -4,12 +4,12 @@ import shutil
 
 import gguf
 import numpy as np
-import oracles
 import peft
 import pytest
-from builders import Trained, edit_config, gguf_model, hf_model, trained_adapter
 
 import gguflora
+from support import oracles
+from support.builders import Trained, edit_config, gguf_model, hf_model, trained_adapter
 
 SOME = ("q_proj", "k_proj", "down_proj")
 

@@ -3,22 +3,20 @@
 import tempfile
 from pathlib import Path
 
-import architecture_models as zoo
-import builders
 import gguf
 import numpy as np
-import oracles
 import peft
 import pytest
 import torch
 import transformers
-from test_convert import assert_same_changes
 
 import gguflora
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.module_order import in_order
 from gguflora.adapters.peft.unsupported import REFUSED
 from gguflora.errors import UnsupportedAdapterError
+from support import builders, oracles, zoo
+from test_convert import assert_same_changes
 
 ARCHS = ("llama", "qwen2", "phi3")
 LAYERS = {arch: list(builders.ARCHITECTURES[arch].linear) for arch in ARCHS}

@@ -4,20 +4,19 @@ PEFT's merged weights are laid to the places at which `test_architectures` finds
 `test_equals_the_converted_merge`, by llama.cpp's converter.
 """
 
-import architecture_models as zoo
 import numpy as np
-import oracles
 import peft
 import pytest
 import torch
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
-from test_architectures import ELSEWHERE, as_matrices, assert_close
 
 import gguflora
 from gguflora.adapters.deltas import Replace
 from gguflora.architectures.base_model import flat_shape, read_base
 from gguflora.architectures.mapping import slices_of
 from gguflora.placement.place import PlacedDelta
+from support import oracles, zoo
+from test_architectures import ELSEWHERE, as_matrices, assert_close
 
 BLOCKS = BdLoraConfig(
     target_modules_bd_a=["o_proj", "down_proj", "dense"], target_modules_bd_b=["q_proj", "up_proj", "query"],

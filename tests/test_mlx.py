@@ -6,17 +6,15 @@
 import json
 import shutil
 
-import architecture_models as zoo
-import builders
 import numpy as np
-import oracles
 import pytest
 import safetensors.numpy
-from test_convert import assert_same_changes
-from test_methods_exact import changes
 
 import gguflora
 from gguflora.errors import UnsupportedAdapterError
+from support import builders, oracles, zoo
+from test_convert import assert_same_changes
+from test_methods_exact import changes
 
 V_PROJ, DOWN = "model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"
 RNG = np.random.default_rng(3)

@@ -5,16 +5,16 @@ import sys
 import threading
 
 import gguf
-import libggml
 import numpy as np
 import pytest
-import weights
 
 from gguflora.errors import NativeError, NonFiniteError, QuantizationError
 from gguflora.quants import kernels
 from gguflora.quants._lib import current_isa, isa_names
 from gguflora.quants.threads import run_rows
 from gguflora.quants.types import TYPES, type_named
+from support import weights
+from support.oracles import libggml
 
 ISAS = isa_names()
 

@@ -6,10 +6,10 @@ import os
 import shutil
 
 import pytest
-import serving
-from serving import expected_text, wait_until
 
 from gguflora.server import Settings
+from support import serving
+from support.serving import expected_text, wait_until
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="the page's test needs playwright: pip install playwright"

@@ -9,15 +9,10 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import builders
 import numpy as np
-import oracles
 import pytest
-from builders import Adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_split import split
-from test_vocabulary import resized
 
 import gguflora
 from gguflora.errors import AdapterError, GgufloraError, MismatchError, OutputError, PatchError
@@ -37,6 +32,10 @@ from gguflora.merging.patch.format import (
     write_patch_file,
 )
 from gguflora.quants.types import TYPES
+from support import builders, oracles
+from support.builders import Adapter
+from test_split import split
+from test_vocabulary import resized
 
 WEAK = Adapter(seed=4)
 OUTTYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_1", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ4_XS"]

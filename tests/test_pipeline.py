@@ -11,15 +11,14 @@ import sys
 import time
 from pathlib import Path
 
-import builders
-import llama_cpp  # noqa: F401  (before torch, as everywhere)
 import pytest
-from builders import Adapter
-from test_bad_input import run
-from test_split import split
 
 import gguflora
 from gguflora.errors import OutputError, RecipeError
+from support import builders
+from support.builders import Adapter
+from test_bad_input import run
+from test_split import split
 
 RECIPE = """
 output = "out"
@@ -106,7 +105,7 @@ def test_matrices_order_and_what_is_kept(folder):
     gguflora.resize(folder / "adapters/one", folder / "small", rank=2)
     gguflora.convert(folder / "small", folder / "base.gguf", folder / "lora.gguf")
     gguflora.merge(folder / "base.gguf", [(folder / "lora.gguf", 0.5)], folder / "merged.gguf")
-    from oracles import tensors
+    from support.oracles import tensors
 
     found = tensors(folder / "out/merged/one-r2-base-x0.5.gguf")
     for name, values in tensors(folder / "merged.gguf").items():

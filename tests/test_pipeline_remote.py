@@ -11,14 +11,10 @@ import tomllib
 import uuid
 from pathlib import Path
 
-import builders
 import fsspec
-import llama_cpp  # noqa: F401  (before torch, as everywhere)
 import pytest
-from builders import Adapter
 from huggingface_hub import constants
 from moto.server import ThreadedMotoServer
-from remote_servers import Repository, Site, serving
 
 import gguflora
 from gguflora.errors import OutputError, RecipeError
@@ -26,6 +22,9 @@ from gguflora.files import remote
 from gguflora.files.remote.location import split_checksum
 from gguflora.pipeline import lock
 from gguflora.pipeline.recipe import Recipe
+from support import builders
+from support.builders import Adapter
+from support.remote_servers import Repository, Site, serving
 
 RECIPE = """
 output = "{root}/out"

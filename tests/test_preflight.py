@@ -5,15 +5,15 @@ import struct
 from dataclasses import replace
 from pathlib import Path
 
-import builders
 import gguf
 import numpy as np
 import pytest
-from hotswap import A, gguf_lora, kill_python, run_python, write_lora
 
 from gguflora.architectures.base_model import BaseModel, read_whole_base
 from gguflora.errors import GgufError, HotSwapError
 from gguflora.lora.preflight import check_loadable
+from support import builders
+from support.hotswap import A, gguf_lora, kill_python, run_python, write_lora
 
 Q = "blk.0.attn_q.weight"  # (128, 96) in the llama of `builders`
 EXPERTS = "blk.0.ffn_up_exps.weight"

@@ -1,10 +1,8 @@
 """quantize and dequantize against libggml-base: the same bytes, the same bits, for every type and instruction set."""
 
 import gguf
-import libggml
 import numpy as np
 import pytest
-import weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -14,6 +12,8 @@ from gguflora.errors import NonFiniteError, QuantizationError
 from gguflora.quants import kernels
 from gguflora.quants._lib import isa_names
 from gguflora.quants.types import TYPES, GgmlType, type_named
+from support import weights
+from support.oracles import libggml
 
 ISAS = isa_names()
 ALL_TYPES = list(TYPES.values())

@@ -2,15 +2,15 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-import libggml
 import numpy as np
 import pytest
-import test_quants
-import weights
 
+import test_quants
 from gguflora.errors import NonFiniteError
 from gguflora.quants._lib import current_isa
 from gguflora.quants.types import TYPES, GgmlType
+from support import weights
+from support.oracles import libggml
 
 CODEBOOK = [
     t for t in TYPES.values() if t.name.startswith(("IQ", "TQ")) or t.name in {"MXFP4", "NVFP4", "Q1_0", "Q2_0"}

@@ -10,18 +10,18 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-import builders
 import huggingface_hub.constants
-import llama_cpp  # before torch, as everywhere
+import llama_cpp
 import numpy as np
 import pytest
-from builders import Adapter
-from remote_servers import Repository, Site, serving
-from test_bad_input import run
 
 import gguflora
 from gguflora.errors import GgufloraError, OutputError, RemoteError
 from gguflora.files import remote
+from support import builders
+from support.builders import Adapter
+from support.remote_servers import Repository, Site, serving
+from test_bad_input import run
 
 SIZE = 2_000_000
 BYTES = np.random.default_rng(0).bytes(SIZE)
@@ -71,7 +71,7 @@ def cached(tmp_path):
 def test_a_command_takes_hub_ids(site, adapters, tmp_path):
     report = gguflora.convert("hf://org/legal", "hf://org/models/base.gguf", tmp_path / "remote.gguf")
     gguflora.convert(adapters[0], builders.gguf_model("llama"), tmp_path / "local.gguf")
-    from oracles import tensors
+    from support.oracles import tensors
 
     expected, found = tensors(tmp_path / "local.gguf"), tensors(tmp_path / "remote.gguf")
     assert expected.keys() == found.keys()

@@ -2,18 +2,16 @@
 
 import json
 
-import builders
-import llama_cpp  # noqa: F401  (before torch, as everywhere)
 import numpy as np
-import oracles
 import peft
 import pytest
-from builders import Adapter, Trained
-from test_bad_input import run
-from test_convert import VARIANTS, merged_changes
 
 import gguflora
 from gguflora.errors import AdapterError, UnsupportedAdapterError
+from support import builders, oracles
+from support.builders import Adapter, Trained
+from test_bad_input import run
+from test_convert import VARIANTS, merged_changes
 
 SPEC = VARIANTS["patterns_rslora"]
 

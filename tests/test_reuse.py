@@ -5,16 +5,16 @@ import itertools
 import pickle
 from contextlib import closing
 
-import hotswap
 import llama_cpp
 import numpy as np
 import pytest
-from hotswap import A, B, assert_answers, expected, gguf_lora, last_logits, logits, open_llama
 from llama_cpp.llama_cache import LlamaDiskCache, LlamaRAMCache
 
 from gguflora.errors import HotSwapError
 from gguflora.runtime import attached, bindings, guarded_llama
 from gguflora.runtime.adapter_set import identity_of
+from support import hotswap
+from support.hotswap import A, B, assert_answers, expected, gguf_lora, last_logits, logits, open_llama
 
 # random tokens are broken UTF-8, on which create_completion waits for more: let it say "a" only
 ONLY_A = {64: 1000.0}

@@ -5,17 +5,16 @@ import os
 import subprocess
 import sys
 
-import builders
 import gguf
-import libggml
 import numpy as np
-import oracles
 import pytest
-from builders import Adapter
 from gguf import GGMLQuantizationType as Type
-from test_imatrix import write_gguf
 
 import gguflora
+from support import builders, oracles
+from support.builders import Adapter
+from support.oracles import libggml
+from test_imatrix import write_gguf
 
 SMALL, EXACT = Adapter(seed=4), Adapter(exact=True, seed=3)
 SCALE = 0.02

@@ -9,12 +9,12 @@ import subprocess
 import sys
 
 import pytest
-import serving
-from serving import PROMPT, QUESTION, expected_text, lora_file, wait_until
 
 from gguflora.diagnostics import demo
 from gguflora.engine import Sampling
 from gguflora.engine.chat import HELP, Chat
+from support import serving
+from support.serving import PROMPT, QUESTION, expected_text, lora_file, wait_until
 
 GREEDY = ("--temperature", "0", "--max-tokens", "60")
 

@@ -11,13 +11,14 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-import builders
-import hotswap
 import llama_cpp
 import numpy as np
-import oracles
 import pytest
-from hotswap import (
+
+from gguflora.errors import GgufError, GgufloraError, HotSwapError
+from gguflora.runtime import attached, bindings
+from support import builders, hotswap, oracles
+from support.hotswap import (
     A,
     B,
     C,
@@ -30,9 +31,6 @@ from hotswap import (
     open_llama,
     run_python,
 )
-
-from gguflora.errors import GgufError, GgufloraError, HotSwapError
-from gguflora.runtime import attached, bindings
 
 
 @pytest.fixture

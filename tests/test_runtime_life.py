@@ -8,17 +8,16 @@ import threading
 from contextlib import closing
 from pathlib import Path
 
-import builders
-import hotswap
 import numpy as np
 import pytest
-from hotswap import PROMPT, A, B, expected, gguf_lora, logits, open_llama
-from test_runtime import resident_bytes, tied_lora
 
 from gguflora.engine import Engine, Request, Sampling
 from gguflora.errors import EngineClosedError, GgufError, GgufloraError, HotSwapError, RequestError
 from gguflora.runtime import attached
 from gguflora.runtime.llama_lock import LlamaLock
+from support import builders, hotswap
+from support.hotswap import PROMPT, A, B, expected, gguf_lora, logits, open_llama
+from test_runtime import resident_bytes, tied_lora
 
 GREEDY = Sampling(temperature=0)
 

@@ -2,19 +2,18 @@
 
 import json
 
-import builders
 import numpy as np
-import oracles
 import peft
 import pytest
 import safetensors.torch
 import torch
-from builders import Trained
-from test_convert import assert_same_changes
 
 import gguflora
 from gguflora.errors import GgufloraError, MismatchError, SafetensorsError
 from gguflora.files import safetensors as files
+from support import builders, oracles
+from support.builders import Trained
+from test_convert import assert_same_changes
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -180,7 +179,7 @@ def test_an_output_never_overwrites_a_file_of_a_split_base(given, split, adapter
 
 def test_a_stack_of_too_few_experts(tmp_path):
     """Ranks that do not divide as the experts do must not change some of them only."""
-    import architecture_models as zoo
+    from support import zoo
 
     model = zoo.peft_model("mixtral", target_modules=[], target_parameters=["experts.down_proj"])
     model.save_pretrained(tmp_path / "adapter")

@@ -12,12 +12,12 @@ import urllib.request
 
 import pytest
 import typer
-from test_bad_input import run
 
 import gguflora
 from gguflora.cli.app import app
 from gguflora.diagnostics import demo
 from gguflora.errors import GgufloraError
+from test_bad_input import run
 
 CLI = typer.main.get_command(app).commands
 FUNCTIONS = {name: name.replace("-", "_") for name in CLI} | {"demo": "run_demo", "pipeline": "run_pipeline"}

@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import openai
 import pytest
-import serving
-from serving import LONG, PROMPT, QUESTION, expected_text
+
+from support import serving
+from support.serving import LONG, PROMPT, QUESTION, expected_text
 
 GREEDY = {"prompt": PROMPT, "max_tokens": 60, "temperature": 0}
 CHAT = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 60, "temperature": 0}

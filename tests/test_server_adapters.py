@@ -6,13 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import serving
-from serving import PROMPT, expected_text, lora_file
 
 import gguflora
 from gguflora.diagnostics import demo
 from gguflora.errors import GgufloraError
 from gguflora.server import Settings
+from support import serving
+from support.serving import PROMPT, expected_text, lora_file
 
 GREEDY = {"prompt": PROMPT, "max_tokens": 60, "temperature": 0}
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-import serving
-from serving import LONG, PROMPT, expected_text, lora_file, wait_until
 
 from gguflora.diagnostics import demo
 from gguflora.errors import GgufloraError
 from gguflora.server import Settings, create_app
 from gguflora.server.errors import failure_of
+from support import serving
+from support.serving import LONG, PROMPT, expected_text, lora_file, wait_until
 
 ENDLESS = {**LONG, "max_tokens": 30_000}
 GREEDY = {"model": "base", "prompt": PROMPT, "max_tokens": 60, "temperature": 0}

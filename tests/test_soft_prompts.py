@@ -6,20 +6,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import architecture_models as zoo
-import builders
 import gguf
-import hotswap
 import llama_cpp
 import numpy as np
-import oracles
 import peft
 import pytest
 import safetensors.numpy
 import torch
 import transformers
 from fastapi.testclient import TestClient
-from hotswap import A, gguf_lora, last_logits
 from typer.testing import CliRunner
 
 import gguflora
@@ -39,6 +34,8 @@ from gguflora.errors import (
 from gguflora.runtime import attached, bindings, guarded_llama
 from gguflora.runtime.kv_cache import fill_state
 from gguflora.server import Settings, create_app
+from support import builders, hotswap, oracles, zoo
+from support.hotswap import A, gguf_lora, last_logits
 
 PROMPT = list(oracles.PROMPT)
 N_VIRTUAL = 7

@@ -7,15 +7,10 @@ import shutil
 import struct
 from pathlib import Path
 
-import architecture_models as zoo
-import builders
 import gguf
 import llama_cpp
 import numpy as np
-import oracles
 import pytest
-from builders import Adapter
-from test_tied import ADAPTERS
 
 import gguflora
 from gguflora.architectures.base_model import read_base
@@ -23,6 +18,9 @@ from gguflora.engine import Engine, Request, Sampling
 from gguflora.errors import GgufError, OutputError
 from gguflora.files import atomic
 from gguflora.files.gguf import GgufFile, encode_entry, part_paths
+from support import builders, oracles, zoo
+from support.builders import Adapter
+from test_tied import ADAPTERS
 
 LORA = Adapter(seed=3)
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"

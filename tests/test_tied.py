@@ -3,14 +3,13 @@
 Not against PEFT's merge, which adds the changes of both to the one shared weight.
 """
 
-import builders
 import numpy as np
-import oracles
 import peft
 import pytest
-from builders import Trained
 
 import gguflora
+from support import builders, oracles
+from support.builders import Trained
 
 
 def lora(*targets, **options):

@@ -1,10 +1,8 @@
 """Dither of the types on grids: its statistics, against scipy's linear programs over the gguf package's grids."""
 
 import gguf
-import libggml
 import numpy as np
 import pytest
-import weights
 from scipy.optimize import linprog
 
 from gguflora.errors import NonFiniteError
@@ -12,6 +10,8 @@ from gguflora.quants import kernels
 from gguflora.quants._lib import isa_names
 from gguflora.quants.kernels import SUMS, Product
 from gguflora.quants.types import TYPES, type_named
+from support import weights
+from support.oracles import libggml
 
 NAMES = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M")
 KINDS = [type_named(name) for name in NAMES]

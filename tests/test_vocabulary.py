@@ -3,16 +3,15 @@
 import shutil
 from functools import lru_cache
 
-import builders
 import llama_cpp
 import numpy as np
-import oracles
 import peft
 import pytest
 import torch
 import transformers
 
 import gguflora
+from support import builders, oracles
 
 ARCHITECTURES = ["llama", "qwen2", "gemma3"]  # the last one is tied
 NEW_TOKENS = ["<|tool|>", "gguflora", "<|end|>"]

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import libggml  # tests/libggml.py
 import numpy as np
 import typer
 from benchmarks.kernels import N_IN, _weights
@@ -26,6 +25,7 @@ from gguflora.quants import kernels
 from gguflora.quants._lib import isa_names
 from gguflora.quants.kernels import Product
 from gguflora.quants.types import TYPES, GgmlType, type_named
+from support.oracles import libggml
 
 N_ROWS, RANK, MORE_RANKS = 64, 16, 128
 TASKS = ("merge_rows", "fit_grids", "dither_rows", "fit + dither")

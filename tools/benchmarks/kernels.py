@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import libggml  # tests/libggml.py
 import numpy as np
 import typer
 from rich.console import Console
@@ -26,6 +25,7 @@ from rich.table import Table
 from gguflora.quants import kernels
 from gguflora.quants._lib import isa_names
 from gguflora.quants.types import TYPES, GgmlType, type_named
+from support.oracles import libggml
 
 N_IN = 4096
 CACHED_ROWS = 16

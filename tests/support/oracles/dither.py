@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import libggml
 import numpy as np
 
 from gguflora.quants.types import GgmlType
+from support.oracles import libggml
 
 F = np.float32
 CLIPPED_SHARE = 0.1

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
-import oracles
 import peft
 import tokenizers
 import torch
 import transformers
+
+from support import oracles
 
 VOCABULARY = 288
 MERGES = [("t", "h"), ("th", "e"), ("i", "n"), ("e", "r"), ("a", "n"), ("an", "d"), ("Ġ", "t"), ("Ġ", "a"), ("o", "u")]

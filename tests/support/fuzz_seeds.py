@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-import fuzzing
 import peft
 import torch
 import transformers
+
+from support import fuzzing
 
 SOME = ["q_proj", "k_proj", "down_proj"]
 METHODS = {

@@ -5,19 +5,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import builders
-import hotswap
 import llama_cpp
 import numpy as np
-import oracles
 import pytest
-from hotswap import PROMPT, A, B, C
-from test_alora import alora_gguf
-from test_soft_prompts import trained
 
 from gguflora.engine import Engine, Generation, Piece, Request, Sampling
 from gguflora.runtime import attached as runtime
 from gguflora.runtime.bindings import free_lora, load_lora, set_loras
+from support import builders, hotswap, oracles
+from support.hotswap import PROMPT, A, B, C
+from test_alora import alora_gguf
+from test_soft_prompts import trained
 
 GREEDY = Sampling(temperature=0)
 OPTIONS: dict[str, Any] = {"n_ctx": 256, "threads": 1, "kv_type": "F32"}

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
-import libggml
 import numpy as np
+
+from support.oracles import libggml
 
 
 def _grid(type_id: int) -> Callable[[np.random.Generator, int], np.ndarray]:

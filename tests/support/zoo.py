@@ -12,14 +12,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import builders
 import gguf
 import numpy as np
-import oracles
 import peft
 import safetensors.torch
 import torch
 import transformers as hf
+
+from support import builders, oracles
 
 TOKENS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257}
 DECODER = {

@@ -8,15 +8,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import builders
 import gguf
 import llama_cpp
 import numpy as np
-import oracles
 import peft
 import torch
 import transformers
 from peft.tuners.lora import LoraLayer
+
+from support import builders, oracles
 
 A, B, C = (builders.Adapter(seed=seed) for seed in (1, 2, 3))
 PROMPT = oracles.PROMPT
