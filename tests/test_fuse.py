@@ -152,7 +152,7 @@ def test_llama_cpp_aborts_on_16_adapters(qwen35):
     code = """
 import sys, llama_cpp
 from pathlib import Path
-from gguflora.llama import load_lora, set_loras
+from gguflora.runtime.bindings import load_lora, set_loras
 llm = llama_cpp.Llama(sys.argv[1], n_ctx=64, n_batch=8, n_ubatch=8, n_threads=1, verbose=False)
 set_loras(llm.ctx, [(load_lora(llm.model, Path(sys.argv[2])), 0.01) for _ in range(16)])
 llm.eval([1, 2, 3])

@@ -17,7 +17,7 @@ import pytest
 
 import gguflora
 from gguflora.errors import FormatError, GgufError, OutputError, PatchError
-from gguflora.files.gguf import part_paths
+from gguflora.files.shard_names import part_paths
 from gguflora.files.sidecars import journal_path, undo_path
 from gguflora.merging.in_place import journal
 from support import builders, oracles

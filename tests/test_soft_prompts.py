@@ -500,7 +500,7 @@ import sys, llama_cpp, numpy as np
 from gguflora.runtime import bindings as llama
 from gguflora.placement.prefix import Prefix
 llm = llama_cpp.Llama(sys.argv[1], n_ctx=64, n_threads=1, verbose=False)
-llama.put_prefix(llm.ctx, Prefix("", 3, np.zeros((3, 64), np.float32)))
+bindings.put_prefix(llm.ctx, Prefix("", 3, np.zeros((3, 64), np.float32)))
 """
     hotswap.kill_python(code, zoo.gguf_model("glm4"))
 
