@@ -5,7 +5,6 @@ import json
 from collections.abc import Sequence
 from contextlib import closing
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -14,40 +13,18 @@ import peft
 import pytest
 import torch
 
-import gguflora
 from gguflora.engine import Engine, Request, Sampling
 from gguflora.errors import HotSwapError
 from gguflora.runtime import attached
 from gguflora.runtime.alora import n_in_common, segments, start_of
 from support import builders, hotswap, oracles
+from support.alora import HEAD, INVOCATION, ONCE, OTHER, TAIL, TWICE, alora, alora_gguf
 from support.hotswap import A, gguf_lora, last_logits, logits, open_llama
 
-INVOCATION = (100, 101, 102)
-OTHER = (110, 111)
-HEAD, TAIL = tuple(range(40, 56)), tuple(range(60, 68))
-ONCE = (*HEAD, *INVOCATION, *TAIL)
-TWICE = (*HEAD, *INVOCATION, *TAIL, *INVOCATION, 70, 71)
 NEVER = (*HEAD, *TAIL, 100, 101)
 AT_START = (*INVOCATION, *TAIL)
 AT_END = (*HEAD, *INVOCATION)
 PROMPTS = {"once": ONCE, "twice": TWICE, "never": NEVER, "at start": AT_START, "at end": AT_END}
-
-
-@cache
-def alora(invocation: tuple[int, ...] = INVOCATION, seed: int = 5, arch: str = "llama") -> Path:
-    options = (("task_type", "CAUSAL_LM"), ("alora_invocation_tokens", list(invocation)))
-    spec = builders.Adapter(targets=builders.ARCHITECTURES[arch].linear, seed=seed)
-    folder = builders.workspace() / f"alora-{arch}-{seed}-{'-'.join(map(str, invocation))}"
-    config = peft.LoraConfig(target_modules=list(spec.targets), r=4, lora_alpha=8, **dict(options))
-    return builders.make_adapter(builders.hf_model(arch), folder, config, spec)
-
-
-@cache
-def alora_gguf(invocation: tuple[int, ...] = INVOCATION, seed: int = 5, arch: str = "llama") -> Path:
-    """By gguflora: llama.cpp's converter knows no aLoRA that PEFT writes for these modules."""
-    folder = alora(invocation, seed, arch)
-    gguflora.convert(folder, builders.gguf_model(arch), folder.with_suffix(".gguf"), force=True)
-    return folder.with_suffix(".gguf")
 
 
 @cache

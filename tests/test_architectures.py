@@ -13,6 +13,7 @@ from gguflora.architectures.base_model import flat_shape, read_base
 from gguflora.architectures.mapping import can_untie, slices_of
 from gguflora.placement.place import PlacedDelta
 from support import oracles, zoo
+from support.asserts import assert_close
 
 RUN = (
     "mistral", "mixtral", "qwen2moe", "qwen3next", "qwen35", "qwen35moe", "gemma", "gpt2", "gptneox", "phi2", "falcon",
@@ -34,30 +35,14 @@ WITH_EXPERTS = (
     "jamba",
 )  # fmt: skip
 
-TRANSPOSED = {"gpt2": ".c_", "gptoss": ".experts.", "llama4": ".experts."}
-"""Weights that the Hugging Face model keeps as (n_in, n_out)."""
-
-ELSEWHERE = ("A_log", "pooler.dense.weight", "pooler.dense.bias")
-"""Weights that GGUF holds as other values, or not at all."""
-
-
-def as_matrices(name, weights):
-    """Matrices (n_out, n_in) by the names that `slices_of` wants: experts one by one, vectors as columns."""
-    for key, values in weights.items():
-        is_stack = values.ndim == 3 and "conv1d" not in key
-        matrices = {f"{key}.{e}": values[e] for e in range(len(values))} if is_stack else {key: values}
-        for path, matrix in matrices.items():
-            transposed = matrix.ndim == 2 and TRANSPOSED.get(name, " ") in key and not key.endswith("bias")
-            yield path, matrix.T if transposed else matrix.reshape(len(matrix), -1)
-
 
 def assert_pieces_equal(name, gguf, weights):
     """Each weight's pieces hold each of its values once, and are what the converter wrote; nothing is left over."""
     base, tensors = read_base(gguf), zoo.tensors(gguf)
     untouched = {tensor: np.ones(values.shape, bool) for tensor, values in tensors.items()}
-    for path, matrix in as_matrices(name, weights):
+    for path, matrix in zoo.as_matrices(name, weights):
         pieces = slices_of(base, path)
-        if path.endswith(ELSEWHERE) or (path == "lm_head.weight" and not can_untie(base)):
+        if path.endswith(zoo.ELSEWHERE) or (path == "lm_head.weight" and not can_untie(base)):
             assert not pieces, path
             continue
         assert pieces, f"{path} has no place"
@@ -136,11 +121,6 @@ def assert_lora_equals_pefts_merge(name, adapter, merged, tmp_path):
         assert_close(factors[key], change, 1e-5, key)
 
 
-def assert_close(found, expected, tolerance, what):
-    error = np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected)
-    assert error <= tolerance, f"{what}: relative error of the change is {error:.1e}"
-
-
 @pytest.mark.parametrize("name", RUN)
 def test_hot_logits_equal_those_of_the_merged_model(name, tmp_path):
     adapter, merged = lora_of(name)
@@ -184,7 +164,7 @@ def test_weights_that_the_converter_has_fused(name, flag):
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", "model.text_model.", ""])
 def test_language_models_of_multimodal_and_bare_models(name, prefix):
     base = read_base(zoo.gguf_model(name))
-    for path, _ in as_matrices(name, zoo.weights_in_memory(name)):
+    for path, _ in zoo.as_matrices(name, zoo.weights_in_memory(name)):
         other = re.sub(r"^model\.", prefix, path)
         assert [vars_of(piece) for piece in slices_of(base, other)] == [
             vars_of(piece) for piece in slices_of(base, path)

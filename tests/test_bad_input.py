@@ -1,6 +1,5 @@
 """Damaged and hostile input through the command line: exit code 1, one message, no traceback, no file left."""
 
-import contextlib
 import ctypes
 import io
 import json
@@ -10,21 +9,18 @@ import resource
 import shutil
 import struct
 import subprocess
-import sys
-import warnings
 import zipfile
 from pathlib import Path
-from unittest import mock
 
 import gguf
 import numpy as np
 import pytest
 import safetensors.numpy
 
-import gguflora.cli
 from gguflora.files.gguf import encode_entry
 from support import builders, oracles
 from support.builders import Adapter
+from support.cli import run, run_process
 
 ADAPTER = Adapter(seed=5)
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -33,30 +29,6 @@ HUGE = (1 << 62, 1 << 63, (1 << 64) - 1)
 
 
 # -- running and judging --
-
-
-def run(*arguments):
-    """The command line in this process, which has everything loaded; warnings go where a process would print them."""
-    code, out, err = 0, io.StringIO(), io.StringIO()
-    words = [str(argument) for argument in arguments]
-    with (
-        mock.patch("sys.argv", ["gguflora", *words]),
-        warnings.catch_warnings(record=True) as caught,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        try:
-            gguflora.cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-    printed = "".join(f"{warning.message}\n" for warning in caught)
-    return subprocess.CompletedProcess(words, code, out.getvalue(), printed + err.getvalue())
-
-
-def run_process(*arguments, **options):
-    """The command line in a process of its own."""
-    command = [sys.executable, "-P", "-m", "gguflora", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
 
 
 def assert_refused(result, directory, before, *words):

@@ -12,9 +12,10 @@ import torch
 import gguflora
 from gguflora.errors import AdapterError, MismatchError, UnsupportedAdapterError
 from support import builders, oracles
+from support.adapters import deltas_by_peft, lora_layers
+from support.asserts import assert_same, assert_same_changes
 from support.builders import Adapter, Trained
-from test_bad_input import run
-from test_convert import assert_same_changes
+from support.cli import run
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "embed_tokens")
 SPECS = (
@@ -33,15 +34,6 @@ def paths(specs, arch="llama"):
     return [builders.adapter(arch, spec) for spec in specs]
 
 
-def layers(model, name):
-    """Module names and layers that have an adapter of this name."""
-    return {
-        key.removeprefix("base_model.model."): module
-        for key, module in model.named_modules()
-        if isinstance(module, peft.tuners.lora.LoraLayer) and name in {**module.lora_A, **module.lora_embedding_A}
-    }
-
-
 def peft_deltas(adapters, weights, method, arch="llama", masks=None, **options):
     """What `add_weighted_adapter` adds to each module's weight."""
     model = oracles.peft_model(builders.hf_model(arch), adapters[0])
@@ -53,13 +45,15 @@ def peft_deltas(adapters, weights, method, arch="llama", masks=None, **options):
         model.base_model.add_weighted_adapter(names, list(weights), "combined", combination_type=method, **options)
     assert wanted is None or next(wanted, None) is None
     with torch.no_grad():
-        return {key: module.get_delta_weight("combined").numpy() for key, module in layers(model, "combined").items()}
+        return {
+            key: module.get_delta_weight("combined").numpy() for key, module in lora_layers(model, "combined").items()
+        }
 
 
 def _draws(model, names, method, masks):
     """The masks in the order in which PEFT draws them."""
     every = [key for key, _ in model.named_modules()]
-    found = {n: layers(model, n) for n in names}
+    found = {n: lora_layers(model, n) for n in names}
     for key in (key.removeprefix("base_model.model.") for key in every):
         having = [number for number, n in enumerate(names) if key in found[n]]
         for part in ("delta",) if method.endswith("svd") else ("a", "b"):
@@ -76,21 +70,9 @@ def _shape(module, name, part):
     return tuple((module.lora_A if part == "a" else module.lora_B)[name].weight.shape)
 
 
-def our_deltas(out, arch="llama"):
-    model = oracles.peft_model(builders.hf_model(arch), out)
-    with torch.no_grad():
-        return {key: module.get_delta_weight("default").numpy() for key, module in layers(model, "default").items()}
-
-
 def mask(adapter, name, part, shape):
     rng = np.random.default_rng([adapter, *f"{name}{part}".encode()])
     return rng.random(shape) < 0.6
-
-
-def assert_same(found, expected, tolerance=2e-6):
-    assert found.keys() == expected.keys()
-    for key, delta in expected.items():
-        assert np.linalg.norm(found[key] - delta) <= tolerance * np.linalg.norm(delta), key
 
 
 def options_of(method, sign):
@@ -106,7 +88,7 @@ def options_of(method, sign):
 def test_methods_on_factors_equal_pefts(method, sign, weights, tmp_path):
     adapters, (ours, theirs, masks) = paths(SPECS), options_of(method, sign)
     gguflora.combine(list(zip(adapters, weights, strict=True)), tmp_path / "out", method=method, **ours, **masks)
-    assert_same(our_deltas(tmp_path / "out"), peft_deltas(adapters, weights, method, **theirs, **masks))
+    assert_same(deltas_by_peft(tmp_path / "out"), peft_deltas(adapters, weights, method, **theirs, **masks))
 
 
 @pytest.mark.parametrize("rank", [None, 3])
@@ -117,7 +99,7 @@ def test_methods_with_svd_equal_pefts(method, rank, tmp_path):
     weighted = list(zip(adapters, NEGATIVE, strict=False))
     report = gguflora.combine(weighted, tmp_path / "out", method=method, rank=rank, **ours, **masks)
     expected = peft_deltas(adapters, NEGATIVE[:2], method, svd_rank=rank, **theirs, **masks)
-    assert_same(our_deltas(tmp_path / "out"), expected, 2e-5)
+    assert_same(deltas_by_peft(tmp_path / "out"), expected, 2e-5)
     assert report.ranks[1] == (rank or 7)
     assert set(report.errors) == {f"{name}.weight" for name in expected}
 
@@ -125,7 +107,7 @@ def test_methods_with_svd_equal_pefts(method, rank, tmp_path):
 def test_cat_of_different_ranks_is_the_exact_sum(tmp_path):
     adapters = paths(OTHER_RANKS)
     gguflora.combine(list(zip(adapters, NEGATIVE, strict=False)), tmp_path / "out", method="cat")
-    found, parts = our_deltas(tmp_path / "out"), [our_deltas(adapter) for adapter in adapters]
+    found, parts = deltas_by_peft(tmp_path / "out"), [deltas_by_peft(adapter) for adapter in adapters]
     for name, delta in found.items():
         expected = sum(weight * part[name] for weight, part in zip(NEGATIVE, parts, strict=False) if name in part)
         np.testing.assert_allclose(delta, expected, atol=1e-6)
@@ -146,13 +128,13 @@ def test_rslora_is_taken_as_it_acts(method, tmp_path):
         gguflora.combine(weighted, tmp_path / first, method=method, **ours, **size)
         svd_rank = {"svd_rank": rank} if size else {}
         wanted[first] = peft_deltas(adapters, weights, method, **theirs, **svd_rank)
-    assert_same(our_deltas(tmp_path / "plain"), wanted["plain"], 2e-5)
-    assert_same(our_deltas(tmp_path / "rslora"), wanted["plain"], 2e-5)
-    assert_same(our_deltas(tmp_path / "rslora"), {n: d / rank**0.5 for n, d in wanted["rslora"].items()}, 2e-5)
+    assert_same(deltas_by_peft(tmp_path / "plain"), wanted["plain"], 2e-5)
+    assert_same(deltas_by_peft(tmp_path / "rslora"), wanted["plain"], 2e-5)
+    assert_same(deltas_by_peft(tmp_path / "rslora"), {n: d / rank**0.5 for n, d in wanted["rslora"].items()}, 2e-5)
     if method in {"cat", "svd"}:
-        one, two = (our_deltas(path) for path in paths((rslora, plain)))
+        one, two = (deltas_by_peft(path) for path in paths((rslora, plain)))
         total = {name: WEIGHTS[0] * delta + WEIGHTS[1] * two[name] for name, delta in one.items()}
-        assert_same(our_deltas(tmp_path / "rslora"), total, 2e-5)
+        assert_same(deltas_by_peft(tmp_path / "rslora"), total, 2e-5)
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties_svd", "cat"])
@@ -160,7 +142,7 @@ def test_one_adapter_is_only_scaled(method, tmp_path):
     ours, theirs, masks = options_of(method, "total")
     adapters = paths(SPECS[:1])
     gguflora.combine([(adapters[0], -0.5)], tmp_path / "out", method=method, **ours, **masks)
-    assert_same(our_deltas(tmp_path / "out"), peft_deltas(adapters, [-0.5], method, **theirs))
+    assert_same(deltas_by_peft(tmp_path / "out"), peft_deltas(adapters, [-0.5], method, **theirs))
 
 
 @pytest.mark.parametrize("method", ["linear", "svd", "ties"])
@@ -209,7 +191,7 @@ def test_dares_own_masks_have_the_density_and_the_seed(tmp_path):
     adapters, options = paths(SPECS[:2]), {"method": "dare_linear", "density": 0.25}
     for name, seed in (("one", 1), ("same", 1), ("two", 2)):
         gguflora.combine(adapters, tmp_path / name, seed=seed, **options)
-    one, same, two = (our_deltas(tmp_path / name) for name in ("one", "same", "two"))
+    one, same, two = (deltas_by_peft(tmp_path / name) for name in ("one", "same", "two"))
     for name, delta in one.items():
         np.testing.assert_array_equal(delta, same[name])
         assert not np.array_equal(delta, two[name])
@@ -256,5 +238,5 @@ def test_command_line(tmp_path):
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert [weight for _, _, weight in report["adapters"]] == [1.0, -0.4]
-    assert_same(our_deltas(tmp_path / "out"), peft_deltas([one, two], [1.0, -0.4], "ties", density=0.6))
+    assert_same(deltas_by_peft(tmp_path / "out"), peft_deltas([one, two], [1.0, -0.4], "ties", density=0.6))
     assert "ties of" in run(*arguments, "--force").stdout

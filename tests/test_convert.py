@@ -12,66 +12,16 @@ import torch
 
 import gguflora
 from support import builders, oracles
+from support.adapters import PLAIN, UNTIED, VARIANTS, with_embeddings
+from support.asserts import assert_same_changes, assert_same_content, merged_changes
 from support.builders import ARCHITECTURES, Adapter
 
-PLAIN = Adapter()
-PATTERN_RANKS = (("down_proj", 8), ("model.layers.0.self_attn.o_proj", 2), (r"layers\.1\.self_attn\..*", 6))
-PATTERN_ALPHAS = (("down_proj", 3.0), (r"model\.layers\.0\..*", 20.0), ("o_proj", 5.0))
-VARIANTS = {
-    "plain": PLAIN,
-    "other_rank": Adapter(rank=7, alpha=10.5, seed=1),
-    "rslora": Adapter(rank=6, options=(("use_rslora", True),)),
-    "rank_pattern": Adapter(options=(("rank_pattern", PATTERN_RANKS),)),
-    "alpha_pattern": Adapter(options=(("alpha_pattern", PATTERN_ALPHAS),)),
-    "patterns_rslora": Adapter(
-        options=(("rank_pattern", PATTERN_RANKS), ("alpha_pattern", PATTERN_ALPHAS), ("use_rslora", True))
-    ),
-    "bfloat16": Adapter(dtype=torch.bfloat16),
-    "float16": Adapter(dtype=torch.float16),
-    "bfloat16_alpha_pattern": Adapter(dtype=torch.bfloat16, options=(("alpha_pattern", PATTERN_ALPHAS),)),
-    "bin": Adapter(bin=True),
-    "bin_bfloat16": Adapter(bin=True, dtype=torch.bfloat16),
-    "fan_in_fan_out": Adapter(edited=(("fan_in_fan_out", True),)),
-}
-UNTIED = [name for name, arch in ARCHITECTURES.items() if not arch.tied]
 TYPE_OF = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
-def with_embeddings(arch, **fields):
-    return Adapter(targets=(*ARCHITECTURES[arch].linear, "embed_tokens", "lm_head"), **fields)
 
 
 def convert(arch, spec, out, **options):
     gguflora.convert(builders.adapter(arch, spec), builders.gguf_model(arch), out, **options)
     return out
-
-
-def merged_changes(arch, spec):
-    """What PEFT's merge does to each GGUF tensor, where it does anything."""
-    base = oracles.tensors(builders.gguf_model(arch))
-    merged = oracles.tensors(oracles.merged_gguf(builders.hf_model(arch), builders.adapter(arch, spec)))
-    changes = {name: merged[name].astype(np.float64) - base[name] for name in base}
-    return {name: change for name, change in changes.items() if change.any()}
-
-
-def assert_same_changes(found, expected, tolerance=1e-5):
-    assert found.keys() == expected.keys()
-    for name, change in expected.items():
-        assert found[name].shape == change.shape, name
-        error = np.linalg.norm(found[name] - change) / np.linalg.norm(change)
-        assert error <= tolerance, f"{name}: relative error of the change is {error:.1e}"
-
-
-def assert_same_content(one, other):
-    """The same metadata and tensors, in whatever order."""
-    assert oracles.metadata(one) == oracles.metadata(other)
-    found, expected = (
-        {t.name: (t.tensor_type, t.data) for t in gguf.GGUFReader(path).tensors} for path in (one, other)
-    )
-    assert found.keys() == expected.keys()
-    for name, (qtype, data) in expected.items():
-        assert found[name][0] == qtype
-        np.testing.assert_array_equal(found[name][1], data, err_msg=name)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

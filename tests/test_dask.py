@@ -20,7 +20,7 @@ from gguflora.pipeline import dask_client, dask_worker
 from support import builders
 from support.builders import Adapter
 from support.dask_cluster import PACKAGE, Cluster, is_alive, wait_for
-from test_pipeline import outputs, statuses
+from support.recipes import outputs, statuses
 
 RECIPE = """
 output = "out"

@@ -8,9 +8,9 @@ import pytest
 import gguflora
 from gguflora.errors import MismatchError
 from support import builders
+from support.adapters import deltas_by_peft
 from support.builders import Adapter
-from test_bad_input import run
-from test_combine import our_deltas
+from support.cli import run
 
 A = Adapter(targets=("q_proj", "down_proj", "embed_tokens"), rank=4, alpha=8, seed=1)
 B = Adapter(targets=("q_proj", "embed_tokens", "up_proj"), rank=6, alpha=3, seed=2)
@@ -28,7 +28,7 @@ def overlap(one, other):
 
 def test_equals_the_dense_changes():
     one, other = builders.adapter("llama", A), builders.adapter("llama", B)
-    report, a, b = gguflora.diff(one, other), our_deltas(one), our_deltas(other)
+    report, a, b = gguflora.diff(one, other), deltas_by_peft(one), deltas_by_peft(other)
     assert {change.name for change in report.changes} == {f"{name}.weight" for name in a.keys() & b.keys()}
     for change in report.changes:
         x, y = a[change.name.removesuffix(".weight")], b[change.name.removesuffix(".weight")]

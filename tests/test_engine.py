@@ -12,6 +12,7 @@ import pytest
 from gguflora.engine import Engine
 from gguflora.engine import scheduler as scheduler_module
 from support import builders, hotswap, zoo
+from support.alora import ONCE, TWICE
 from support.engines import (
     OPTIONS,
     SETS,
@@ -24,7 +25,6 @@ from support.engines import (
     tokens_of,
 )
 from support.hotswap import OTHER, PROMPT
-from test_alora import ONCE, TWICE
 
 
 @pytest.fixture(scope="module")

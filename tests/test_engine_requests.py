@@ -34,6 +34,7 @@ from gguflora.errors import (
 from support import builders, hotswap
 from support.engines import OPTIONS, ask, assert_fresh, files, open_engine, tokens_of
 from support.hotswap import OTHER, PROMPT, A, B
+from support.processes import open_files, resident_bytes
 
 NO_END = Sampling(temperature=0, logit_bias={257: -100.0})
 
@@ -400,14 +401,6 @@ def test_an_unloaded_adapter_serves_its_last_requests() -> None:
 def generations_in_force(engine: Engine) -> set[int]:
     contexts = engine._scheduler.pool.contexts
     return {load for context in contexts for load in range(10) if context.knows(load)}
-
-
-def open_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_opening_and_closing_leaves_nothing() -> None:

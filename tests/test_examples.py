@@ -19,7 +19,7 @@ import yaml
 import gguflora
 from gguflora.diagnostics import demo
 from support import serving
-from test_bad_input import run
+from support.cli import run
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES, DOCS = ROOT / "examples", ROOT / "docs"

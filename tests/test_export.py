@@ -10,9 +10,9 @@ import safetensors.numpy
 import gguflora
 from gguflora.errors import ArchitectureError, OutputError
 from support import builders, oracles, zoo
+from support.adapters import UNTIED, VARIANTS, with_embeddings
 from support.builders import ARCHITECTURES, Adapter
-from test_bad_input import run
-from test_convert import UNTIED, VARIANTS, with_embeddings
+from support.cli import run
 
 WITH_EXPERTS = [name for name, made in zoo.MODELS.items() if "num_experts" in made.fields]
 

@@ -12,10 +12,10 @@ import torch
 import gguflora
 from gguflora.errors import AdapterError, MismatchError
 from support import builders, oracles, zoo
+from support.adapters import deltas_by_peft
+from support.asserts import assert_same, assert_same_changes, merged_changes
 from support.builders import Adapter
-from test_bad_input import run
-from test_combine import assert_same, our_deltas
-from test_convert import assert_same_changes, merged_changes
+from support.cli import run
 
 SPEC = Adapter(rank=4, alpha=8)
 
@@ -114,7 +114,7 @@ def test_directories(tmp_path):
     adapter = builders.adapter("llama", spec)
     tuned = oracles.merged_gguf(model, adapter).parent / "hf"
     report = gguflora.extract(tuned, model, tmp_path / "lora", rank=4)
-    assert_same(our_deltas(tmp_path / "lora"), our_deltas(adapter), 1e-5)
+    assert_same(deltas_by_peft(tmp_path / "lora"), deltas_by_peft(adapter), 1e-5)
     assert report.tensors == 5
     gguflora.extract(tuned, model, tmp_path / "lora.gguf", rank=4, outtype="f32")
     assert_same_changes(oracles.lora_changes(tmp_path / "lora.gguf"), merged_changes("llama", spec), 1e-5)
@@ -151,7 +151,7 @@ def test_directories_of_16_bits(dtype, tmp_path):
         safetensors.torch.save_file(rounded, tmp_path / name / "model.safetensors", {"format": "pt"})
         stored[name] = {key: weight.double().numpy() for key, weight in rounded.items()}
     gguflora.extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "lora", rank=4)
-    found, known = our_deltas(tmp_path / "lora"), our_deltas(adapter)
+    found, known = deltas_by_peft(tmp_path / "lora"), deltas_by_peft(adapter)
     assert found.keys() == known.keys()
     for name, change in known.items():
         svd = best_of_rank(stored["tuned"][f"{name}.weight"] - stored["base"][f"{name}.weight"], 4)

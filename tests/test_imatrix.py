@@ -3,15 +3,14 @@
 import os
 import struct
 
-import gguf
 import numpy as np
 import pytest
 
 from gguflora.errors import FormatError, MismatchError
 from gguflora.merging.imatrix import _Reader, importance_of, read_imatrix
+from support.imatrix import CHUNK, write_imatrix
 
 DENSE, STACK, TIED = "blk.0.attn_q.weight", "blk.0.ffn_up_exps.weight", "token_embd.weight"
-CHUNK = 512
 ORIGIN = struct.pack("<ii", 7, 9) + b"words.txt"
 
 
@@ -22,24 +21,6 @@ def collected():
     stack = random.chisquare(3, (4, 64)).astype(np.float32) * 100
     stack[2] = 0
     return {DENSE: (dense, [7 * CHUNK]), STACK: (stack, [CHUNK, 3, 0, 5 * CHUNK])}
-
-
-def write_gguf(path, entries, dtype=np.float32):
-    writer = gguf.GGUFWriter(path, "")
-    writer.add_string("general.type", "imatrix")
-    writer.add_array("imatrix.datasets", ["words.txt"])
-    writer.add_uint32("imatrix.chunk_count", 7)
-    writer.add_uint32("imatrix.chunk_size", CHUNK)
-    for name, (sums, counts) in entries.items():
-        if sums is not None:
-            writer.add_tensor(f"{name}.in_sum2", np.asarray(sums, dtype).reshape(len(sums), -1))
-        if counts is not None:
-            writer.add_tensor(f"{name}.counts", np.asarray(counts, np.float32).reshape(-1, 1))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def dat_entry(name, calls, values):
@@ -60,7 +41,7 @@ def write_dat(path, entries, end=ORIGIN):
 
 
 def test_gguf(tmp_path):
-    imatrix = read_imatrix(write_gguf(tmp_path / "imatrix.gguf", collected()))
+    imatrix = read_imatrix(write_imatrix(tmp_path / "imatrix.gguf", collected()))
     sums, counts = collected()[STACK]
     assert imatrix[DENSE].shape == (96,)
     assert imatrix[STACK].shape == (4, 64)
@@ -73,7 +54,7 @@ def test_gguf(tmp_path):
 
 def test_counts_are_rounded_as_lround_does(tmp_path):
     sums = np.full((6, 4), 12.0)
-    path = write_gguf(tmp_path / "imatrix.gguf", {STACK: (sums, [2.5, 3.4999, 0.49, -3, 0.5, 16777217.0])})
+    path = write_imatrix(tmp_path / "imatrix.gguf", {STACK: (sums, [2.5, 3.4999, 0.49, -3, 0.5, 16777217.0])})
     expected = np.float32([4, 4, 1, 1, 12, 12 / np.float32(16777216)])
     np.testing.assert_array_equal(read_imatrix(path)[STACK][:, 0], expected)
 
@@ -81,7 +62,7 @@ def test_counts_are_rounded_as_lround_does(tmp_path):
 @pytest.mark.parametrize("end", [b"", ORIGIN[:4], ORIGIN])
 def test_dat(end, tmp_path):
     """The same weights, up to the rounding of the products that the file holds."""
-    new = read_imatrix(write_gguf(tmp_path / "imatrix.gguf", collected()))
+    new = read_imatrix(write_imatrix(tmp_path / "imatrix.gguf", collected()))
     old = read_imatrix(write_dat(tmp_path / "imatrix.dat", collected(), end))
     assert list(old) == list(new)
     assert {name: weights.ndim for name, weights in old.items()} == {DENSE: 1, STACK: 1}
@@ -104,7 +85,7 @@ def test_division_is_in_single_precision(tmp_path):
 
 def test_importance_of_a_tensor(tmp_path):
     for imatrix in (
-        read_imatrix(write_gguf(tmp_path / "imatrix.gguf", {**collected(), TIED: ([[1.0] * 96], [1])})),
+        read_imatrix(write_imatrix(tmp_path / "imatrix.gguf", {**collected(), TIED: ([[1.0] * 96], [1])})),
         read_imatrix(write_dat(tmp_path / "imatrix.dat", {**collected(), TIED: (np.ones((1, 96)), [1])})),
     ):
         assert importance_of(imatrix, DENSE, (33, 96)).shape == (1, 96)
@@ -159,14 +140,14 @@ GGUFS = {
 
 @pytest.mark.parametrize("case", GGUFS)
 def test_damaged_gguf(case, tmp_path):
-    path = write_gguf(tmp_path / "imatrix.gguf", GGUFS[case])
+    path = write_imatrix(tmp_path / "imatrix.gguf", GGUFS[case])
     with pytest.raises(FormatError, match=r"imatrix\.gguf"):
         read_imatrix(path)
 
 
 def test_gguf_of_another_type(tmp_path):
     with pytest.raises(FormatError, match="F16"):
-        read_imatrix(write_gguf(tmp_path / "imatrix.gguf", {DENSE: (SUMS, [1])}, np.float16))
+        read_imatrix(write_imatrix(tmp_path / "imatrix.gguf", {DENSE: (SUMS, [1])}, np.float16))
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: None])

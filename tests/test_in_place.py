@@ -21,9 +21,9 @@ from gguflora.files.shard_names import part_paths
 from gguflora.files.sidecars import journal_path, undo_path
 from gguflora.merging.in_place import journal
 from support import builders, oracles
+from support.adapters import resized
 from support.builders import Adapter
-from test_split import split
-from test_vocabulary import resized
+from support.shards import split
 
 WEAK = Adapter(seed=4)
 FEW = Adapter(seed=5, targets=("q_proj", "v_proj"))

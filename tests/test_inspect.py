@@ -11,10 +11,11 @@ import gguflora
 from gguflora.architectures.base_model import read_base
 from gguflora.lora.preflight import check_loadable
 from support import builders, oracles, zoo
+from support.adapters import VARIANTS
+from support.asserts import merged_changes
 from support.builders import Adapter, Trained
+from support.cli import run
 from support.hotswap import write_lora
-from test_bad_input import run
-from test_convert import VARIANTS, merged_changes
 
 
 def test_norms_are_those_of_pefts_merge():

@@ -19,14 +19,19 @@ from peft.tuners.lora.variants import QALoraLinearVariant
 import gguflora
 from gguflora.errors import UnsupportedAdapterError
 from support import builders, oracles
+from support.adapters import random_adapter
+from support.asserts import assert_equals_peft, assert_same_changes, changes
 from support.builders import Adapter
-from test_convert import assert_same_changes
-from test_methods_exact import LAYERS, assert_equals_peft, changes, random_adapter
+
+
+def linear(arch):
+    """All linear layers."""
+    return list(builders.ARCHITECTURES[arch].linear)
 
 
 def bdlora(arch):
-    right = [name for name in LAYERS[arch] if name.startswith(("o_", "down"))]
-    left = [name for name in LAYERS[arch] if name.startswith(("q", "up", "gate"))]
+    right = [name for name in linear(arch) if name.startswith(("o_", "down"))]
+    left = [name for name in linear(arch) if name.startswith(("q", "up", "gate"))]
     return BdLoraConfig(target_modules_bd_a=right, target_modules_bd_b=left, nblocks=4, match_strict=False)
 
 
@@ -34,14 +39,14 @@ OPTIONS = {
     "bdlora": lambda arch: {"use_bdlora": bdlora(arch), "r": 8, "lora_alpha": 12},
     "velora": lambda arch: {"velora_config": VeloraConfig(num_groups=8)},
     "monteclora": lambda arch: {"monteclora_config": MontecloraConfig()},
-    "eva_ranks": lambda arch: {"rank_pattern": {f"layers.0.*{LAYERS[arch][0]}": 3}, "use_rslora": True},
+    "eva_ranks": lambda arch: {"rank_pattern": {f"layers.0.*{linear(arch)[0]}": 3}, "use_rslora": True},
 }
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "phi3"])
 def test_option_equals_pefts_merge(arch, option, tmp_path):
-    config = peft.LoraConfig(target_modules=LAYERS[arch], **OPTIONS[option](arch))
+    config = peft.LoraConfig(target_modules=linear(arch), **OPTIONS[option](arch))
     assert_equals_peft(arch, random_adapter(arch, config), tmp_path)
 
 
@@ -77,7 +82,7 @@ PREPARE = {"corda": _corda, "lora_ga": _lora_ga}
 
 def started(start, rslora=False):
     """A model whose base PEFT has changed, and whose adapter has been trained since; and what it saved before."""
-    config = peft.LoraConfig(target_modules=LAYERS["llama"], r=4, init_lora_weights=start, use_rslora=rslora)
+    config = peft.LoraConfig(target_modules=linear("llama"), r=4, init_lora_weights=start, use_rslora=rslora)
     base = transformers.AutoModelForCausalLM.from_pretrained(builders.hf_model("llama"), dtype=torch.float32)
     PREPARE.get(start, lambda *_: None)(base, config)
     model = peft.get_peft_model(base, config)
@@ -124,7 +129,7 @@ def test_on_the_base_that_peft_has_changed_it_is_a_plain_lora(start, tmp_path):
 
 def test_qalora_equals_pefts_forward_pass(tmp_path):
     """PEFT makes it for GPTQ layers only, and cannot merge it: here its variant is put on plain layers."""
-    config = peft.LoraConfig(target_modules=LAYERS["qwen2"], lora_alpha=12, use_qalora=True, qalora_group_size=16)
+    config = peft.LoraConfig(target_modules=linear("qwen2"), lora_alpha=12, use_qalora=True, qalora_group_size=16)
     model_dir, base = builders.hf_model("qwen2"), builders.gguf_model("qwen2")
     hf = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     model = peft.get_peft_model(hf, config)
@@ -154,7 +159,7 @@ def gguf_name(module):
 
 
 def test_qalora_on_a_layer_that_is_not_quantized_is_plain(tmp_path):
-    config = peft.LoraConfig(target_modules=LAYERS["llama"], use_qalora=True, qalora_group_size=16)
+    config = peft.LoraConfig(target_modules=linear("llama"), use_qalora=True, qalora_group_size=16)
     assert_equals_peft("llama", random_adapter("llama", config), tmp_path)
 
 
@@ -162,7 +167,7 @@ def test_qalora_on_a_layer_that_is_not_quantized_is_plain(tmp_path):
 
 
 def activated(arch="llama"):
-    config = peft.LoraConfig(target_modules=LAYERS[arch], alora_invocation_tokens=[70, 71, 200], task_type="CAUSAL_LM")
+    config = peft.LoraConfig(target_modules=linear(arch), alora_invocation_tokens=[70, 71, 200], task_type="CAUSAL_LM")
     return random_adapter(arch, config)
 
 

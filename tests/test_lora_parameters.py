@@ -9,8 +9,7 @@ import safetensors.numpy
 import gguflora
 from gguflora.errors import GgufloraError, UnsupportedAdapterError
 from support import oracles, zoo
-from test_convert import assert_same_changes
-from test_methods_exact import changes
+from support.asserts import assert_same_changes, changes
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 CASES = {

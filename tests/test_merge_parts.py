@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import peft
 import pytest
 
 import gguflora
@@ -11,13 +12,10 @@ from gguflora.files.gguf import part_paths
 from gguflora.merging.parts import assemble, merge_part, shares
 from gguflora.merging.prepare import MergeOptions, prepared_merge
 from support import builders, oracles, zoo
+from support.adapters import TIED, resized
 from support.builders import Adapter
-from test_imatrix import write_gguf
-from test_lora_parameters import saved
-from test_methods_on_architectures import METHODS, adapted
-from test_split import WHOLE, split
-from test_tied import ADAPTERS
-from test_vocabulary import resized
+from support.imatrix import write_imatrix
+from support.shards import WHOLE, split
 
 ONE = Adapter(seed=3)
 TWO = Adapter(targets=("q_proj", "down_proj"), rank=3, seed=8)
@@ -40,7 +38,7 @@ def precise(tmp_path):
     base = builders.gguf_model(*WHOLE)
     random = np.random.default_rng(5)
     sums = {name: random.chisquare(1, (1, values.shape[-1])) for name, values in oracles.tensors(base).items()}
-    write_gguf(tmp_path / "imatrix", {name: (values.astype(np.float32), [1]) for name, values in sums.items()})
+    write_imatrix(tmp_path / "imatrix", {name: (values.astype(np.float32), [1]) for name, values in sums.items()})
     options = {"base_f16": builders.gguf_model("llama", "wide", "F16"), "imatrix": tmp_path / "imatrix"}
     return base, lora(), options
 
@@ -51,11 +49,18 @@ def split_base(tmp_path):
 
 
 def experts(tmp_path):
-    return zoo.gguf_model("qwen3moe"), saved("qwen3moe")[0], {}
+    zoo.peft_model(
+        "qwen3moe",
+        target_modules=[],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight"],
+        rank_pattern={r"layers.0.*experts\.down_proj": 5},
+        alpha_pattern={r"experts\.gate_up_proj": 9},
+    ).save_pretrained(tmp_path / "adapter")
+    return zoo.gguf_model("qwen3moe"), tmp_path / "adapter", {}
 
 
 def untied(tmp_path):
-    return builders.gguf_model("gemma3"), builders.trained_adapter("gemma3", ADAPTERS["dora_both"]), {}
+    return builders.gguf_model("gemma3"), builders.trained_adapter("gemma3", TIED["dora_both"]), {}
 
 
 def new_tokens(tmp_path):
@@ -64,7 +69,7 @@ def new_tokens(tmp_path):
 
 def whole_weights(tmp_path):
     """A formula of a Hugging Face weight whose rows lie in two tensors."""
-    adapted("deepseek2", *METHODS["osf"], tmp_path / "adapter")
+    zoo.adapted("deepseek2", peft.OSFConfig, {"effective_rank": 0.5}, 0.1, tmp_path / "adapter")
     return zoo.gguf_model("deepseek2"), tmp_path / "adapter", {}
 
 

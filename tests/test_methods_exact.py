@@ -1,10 +1,7 @@
 """PEFT methods whose change is of low rank: merged and converted, against PEFT's own merge."""
 
-import tempfile
 from pathlib import Path
 
-import gguf
-import numpy as np
 import peft
 import pytest
 import torch
@@ -16,7 +13,8 @@ from gguflora.adapters.peft.module_order import in_order
 from gguflora.adapters.peft.unsupported import REFUSED
 from gguflora.errors import UnsupportedAdapterError
 from support import builders, oracles, zoo
-from test_convert import assert_same_changes
+from support.adapters import random_adapter
+from support.asserts import assert_equals_peft, assert_same_changes, changes
 
 ARCHS = ("llama", "qwen2", "phi3")
 LAYERS = {arch: list(builders.ARCHITECTURES[arch].linear) for arch in ARCHS}
@@ -82,41 +80,6 @@ def methods(arch):
 def test_merge_and_convert_equal_pefts_merge(arch, method, tmp_path):
     adapter = random_adapter(arch, methods(arch)[method], std=50 if "delora" in method else 0.5)
     assert_equals_peft(arch, adapter, tmp_path)
-
-
-def random_adapter(arch, config, std=0.5):
-    """What PEFT saves for a configuration, all trainable tensors random."""
-    model_dir = builders.hf_model(arch)
-    path = Path(tempfile.mkdtemp(prefix=f"{config.peft_type.lower()}-", dir=model_dir.parent))
-    torch.manual_seed(0)
-    base = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    model = peft.get_peft_model(base, config)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = std * torch.randn_like(parameter)
-    model.save_pretrained(path)
-    return path
-
-
-def assert_equals_peft(arch, adapter, tmp_path, merged=1e-4, converted=1e-5):
-    """Merge and conversion change the same tensors as PEFT, equally; the others keep their bytes."""
-    base = builders.gguf_model(arch)
-    expected = changes(base, oracles.merged_gguf(builders.hf_model(arch), adapter))
-    assert expected, "the adapter must matter"
-    gguflora.merge(base, adapter, tmp_path / "merged.gguf")
-    assert_same_changes(changes(base, tmp_path / "merged.gguf"), expected, merged)
-    gguflora.convert(adapter, base, tmp_path / "lora.gguf")
-    assert_same_changes(oracles.lora_changes(tmp_path / "lora.gguf"), expected, converted)
-
-
-def changes(base, merged):
-    """What a merge did to each tensor, where it did anything."""
-    before, after = (
-        {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(path).tensors} for path in (base, merged)
-    )
-    assert before.keys() == after.keys()
-    found = {name: after[name].astype(np.float64) - before[name] for name in before}
-    return {name: change for name, change in found.items() if change.any()}
 
 
 @pytest.mark.parametrize("name", zoo.HAS_CLASS)

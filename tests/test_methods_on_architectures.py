@@ -16,7 +16,7 @@ from gguflora.architectures.base_model import flat_shape, read_base
 from gguflora.architectures.mapping import slices_of
 from gguflora.placement.place import PlacedDelta
 from support import oracles, zoo
-from test_architectures import ELSEWHERE, as_matrices, assert_close
+from support.asserts import assert_close
 
 BLOCKS = BdLoraConfig(
     target_modules_bd_a=["o_proj", "down_proj", "dense"], target_modules_bd_b=["q_proj", "up_proj", "query"],
@@ -104,25 +104,12 @@ EXACT = {
 }
 
 
-def adapted(name, kind, options, std, path):
-    """PEFT's merge of a random adapter, which it saves."""
-    built = zoo.model(name)
-    torch.manual_seed(3)
-    model = peft.get_peft_model(built, kind(**{"target_modules": zoo.linear_modules(name, built), **options}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(std * torch.randn_like(parameter))
-    model.save_pretrained(path)
-    return model.merge_and_unload()
-
-
 def laid_out(name, model):
     """The tensors of the base's GGUF file, with a model's weights at their places."""
     base, tensors = read_base(zoo.gguf_model(name)), zoo.tensors(zoo.gguf_model(name))
     weights = {key: value.detach().numpy() for key, value in model.state_dict(keep_vars=True).items()}
-    for path, matrix in as_matrices(name, weights):
-        if path.endswith(ELSEWHERE):
+    for path, matrix in zoo.as_matrices(name, weights):
+        if path.endswith(zoo.ELSEWHERE):
             continue
         for piece in slices_of(base, path):
             if piece.tensor in tensors:
@@ -156,7 +143,7 @@ def assert_merged(name, adapter, expected, tmp_path, *, exact=False):
 
 @pytest.mark.parametrize(("name", "method"), PAIRS)
 def test_equals_pefts_merge(name, method, tmp_path):
-    merged = adapted(name, *METHODS[method], tmp_path / "adapter")
+    merged = zoo.adapted(name, *METHODS[method], tmp_path / "adapter")
     assert_merged(name, tmp_path / "adapter", laid_out(name, merged), tmp_path, exact=method in EXACT)
 
 
@@ -176,7 +163,7 @@ WHOLE = [  # modules that are saved whole, with parameters of all shapes below t
     ],
 )
 def test_equals_the_converted_merge(name, options, tmp_path):
-    merged = adapted(name, peft.LoraConfig, {"r": 3, **options}, 0.1, tmp_path / "adapter")
+    merged = zoo.adapted(name, peft.LoraConfig, {"r": 3, **options}, 0.1, tmp_path / "adapter")
     expected = zoo.tensors(zoo.to_gguf(name, zoo.save(name, merged, tmp_path / "merged")))
     assert_merged(name, tmp_path / "adapter", expected, tmp_path)
     said = gguflora.read_adapter(tmp_path / "adapter").warnings
@@ -198,7 +185,7 @@ CONVOLUTIONS = {
 def test_convolutions_equal_pefts_merge(name, method, tmp_path):
     kind, options = CONVOLUTIONS[method]
     targets = {"target_modules": ["conv1d", "in_proj", "o_proj"]}
-    merged = adapted(name, kind, options | targets, 0.5, tmp_path / "adapter")
+    merged = zoo.adapted(name, kind, options | targets, 0.5, tmp_path / "adapter")
     assert_merged(name, tmp_path / "adapter", laid_out(name, merged), tmp_path, exact=True)
 
 
@@ -232,7 +219,7 @@ class _BlockDiagonal:
 def test_butterflies_equal_pefts_merge(name, options, tmp_path, monkeypatch):
     """Without the extension PEFT takes one factor, whatever is asked for; with it the rest of its code runs."""
     monkeypatch.setattr(peft.tuners.boft.layer, "_FBD_CUDA", _BlockDiagonal)
-    merged = adapted(name, peft.BOFTConfig, options, 0.1, tmp_path / "adapter")
+    merged = zoo.adapted(name, peft.BOFTConfig, options, 0.1, tmp_path / "adapter")
     tensors = gguflora.files.safetensors.read_safetensors(tmp_path / "adapter/adapter_model.safetensors")
     assert {len(values) for key, values in tensors.items() if "boft_R" in key} == {options["boft_n_butterfly_factor"]}
     assert_merged(name, tmp_path / "adapter", laid_out(name, merged), tmp_path)

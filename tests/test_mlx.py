@@ -13,8 +13,7 @@ import safetensors.numpy
 import gguflora
 from gguflora.errors import UnsupportedAdapterError
 from support import builders, oracles, zoo
-from test_convert import assert_same_changes
-from test_methods_exact import changes
+from support.asserts import assert_same_changes, changes
 
 V_PROJ, DOWN = "model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"
 RNG = np.random.default_rng(3)

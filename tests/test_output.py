@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
@@ -16,6 +15,7 @@ from gguflora.files.atomic import (
     atomic_outputs,
     path_of,
 )
+from support.processes import open_files
 
 
 @pytest.fixture(params=["unnamed", "named"])
@@ -61,10 +61,10 @@ def umask():
 
 
 def test_nothing_stays_open(folder):
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_files()
     with atomic_output(folder / "out") as file:
         file.write(b"x")
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_files() == before
 
 
 # -- names that are taken in the meantime --

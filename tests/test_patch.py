@@ -33,9 +33,9 @@ from gguflora.merging.patch.format import (
 )
 from gguflora.quants.types import TYPES
 from support import builders, oracles
+from support.adapters import resized
 from support.builders import Adapter
-from test_split import split
-from test_vocabulary import resized
+from support.shards import split
 
 WEAK = Adapter(seed=4)
 OUTTYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_1", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ4_XS"]

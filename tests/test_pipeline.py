@@ -17,8 +17,9 @@ import gguflora
 from gguflora.errors import OutputError, RecipeError
 from support import builders
 from support.builders import Adapter
-from test_bad_input import run
-from test_split import split
+from support.cli import run
+from support.recipes import outputs, statuses
+from support.shards import split
 
 RECIPE = """
 output = "out"
@@ -78,16 +79,6 @@ def folder(tmp_path):
         )
     (tmp_path / "recipe.toml").write_text(RECIPE)
     return tmp_path
-
-
-def statuses(report):
-    return [result.status for result in report.results]
-
-
-def outputs(folder):
-    return {
-        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and ".gguflora" not in path.parts
-    }
 
 
 def only(folder, *names):

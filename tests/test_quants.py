@@ -10,44 +10,19 @@ from hypothesis.extra import numpy as arrays
 from gguflora import quants
 from gguflora.errors import NonFiniteError, QuantizationError
 from gguflora.quants import kernels
-from gguflora.quants._lib import isa_names
 from gguflora.quants.types import TYPES, GgmlType, type_named
 from support import weights
 from support.oracles import libggml
+from support.quantizing import ISAS, assert_same_bytes, by_name, quantized
 
-ISAS = isa_names()
 ALL_TYPES = list(TYPES.values())
 N_IN = 2816  # 11 super-blocks: an odd number, more than any vector's lanes
-
-
-def by_name(value: object) -> str | None:
-    return value.name if isinstance(value, GgmlType) else None
-
-
-def quantized(x: np.ndarray, kind: GgmlType, isa: str, imatrix: np.ndarray | None = None) -> np.ndarray:
-    out = np.full((len(x), kind.row_bytes(x.shape[1])), 0xAA, np.uint8)
-    kernels.quantize_rows(x, kind, out, imatrix=imatrix, isa=isa)
-    return out
 
 
 def dequantized(data: np.ndarray, kind: GgmlType, n_in: int, isa: str) -> np.ndarray:
     out = np.full((len(data), n_in), 7, np.float32)
     kernels.dequantize_rows(data, kind, out, isa=isa)
     return out
-
-
-def assert_same_bytes(x: np.ndarray, kind: GgmlType, isa: str, imatrix: np.ndarray | None = None) -> None:
-    expected = libggml.quantize(x, kind.id, imatrix)
-    found = quantized(x, kind, isa, imatrix)
-    if (found != expected).any():
-        row, byte = np.argwhere(found != expected)[0]
-        block = byte // kind.block_bytes
-        start = block * kind.block_weights
-        raise AssertionError(
-            f"{kind.name} on {isa}: {(found != expected).sum()} bytes differ, first in row {row}, block {block}, "
-            f"byte {byte % kind.block_bytes}: {found[row, byte]} for {expected[row, byte]}; "
-            f"weights {x[row, start : start + kind.block_weights].tolist()}"
-        )
 
 
 @pytest.mark.parametrize("kind", ALL_TYPES, ids=by_name)

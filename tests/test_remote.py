@@ -20,8 +20,8 @@ from gguflora.errors import GgufloraError, OutputError, RemoteError
 from gguflora.files import remote
 from support import builders
 from support.builders import Adapter
+from support.cli import run
 from support.remote_servers import Repository, Site, serving
-from test_bad_input import run
 
 SIZE = 2_000_000
 BYTES = np.random.default_rng(0).bytes(SIZE)

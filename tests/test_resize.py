@@ -9,9 +9,10 @@ import pytest
 import gguflora
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from support import builders, oracles
+from support.adapters import VARIANTS
+from support.asserts import merged_changes
 from support.builders import Adapter, Trained
-from test_bad_input import run
-from test_convert import VARIANTS, merged_changes
+from support.cli import run
 
 SPEC = VARIANTS["patterns_rslora"]
 

@@ -13,8 +13,8 @@ from gguf import GGMLQuantizationType as Type
 import gguflora
 from support import builders, oracles
 from support.builders import Adapter
+from support.imatrix import write_imatrix
 from support.oracles import libggml
-from test_imatrix import write_gguf
 
 SMALL, EXACT = Adapter(seed=4), Adapter(exact=True, seed=3)
 SCALE = 0.02
@@ -221,7 +221,7 @@ def test_imatrix_weighs_the_search(tmp_path):
     base, changes = base_of("Q4_K_M"), changes_at(1.0, EXACT)
     random = np.random.default_rng(5)
     sums = {name: random.chisquare(1, (1, change.shape[1])).astype(np.float32) for name, change in changes.items()}
-    write_gguf(tmp_path / "imatrix.gguf", {name: (values, [1]) for name, values in sums.items()})
+    write_imatrix(tmp_path / "imatrix.gguf", {name: (values, [1]) for name, values in sums.items()})
     options = {"imatrix": tmp_path / "imatrix.gguf", "rounding": "nearest"}
     gguflora.merge(base, adapter_of(EXACT), tmp_path / "out.gguf", **options)
     for old, new in zip(gguf.GGUFReader(base).tensors, gguf.GGUFReader(tmp_path / "out.gguf").tensors, strict=True):
@@ -279,7 +279,7 @@ def test_plan_is_a_dry_run(tmp_path, monkeypatch):
 
 def test_type_that_needs_an_imatrix_takes_weak_changes_without_one(tmp_path):
     sums = {name: np.ones((1, change.shape[1]), np.float32) for name, change in changes_at(SCALE).items()}
-    write_gguf(tmp_path / "imatrix.gguf", {name: (values, [1]) for name, values in sums.items()})
+    write_imatrix(tmp_path / "imatrix.gguf", {name: (values, [1]) for name, values in sums.items()})
     options = {"outtype": "iq2_xxs", "imatrix": tmp_path / "imatrix.gguf"}
     gguflora.merge(base_of("Q4_K_M"), adapter_of(), tmp_path / "base.gguf", **options)
     source, merge = [(adapter_of(), SCALE)], gguflora.merge

@@ -9,7 +9,6 @@ import tempfile
 import threading
 import time
 from contextlib import closing
-from pathlib import Path
 
 import llama_cpp
 import numpy as np
@@ -30,7 +29,9 @@ from support.hotswap import (
     logits,
     open_llama,
     run_python,
+    tied_lora,
 )
+from support.processes import open_files, resident_bytes
 
 
 @pytest.fixture
@@ -521,13 +522,6 @@ def test_every_end_of_the_process_is_a_quiet_one(end):
     run_python(OPEN + end + "\nprint('end')", builders.gguf_model("llama"), gguf_lora(A))
 
 
-def tied_lora(folder: Path) -> Path:
-    """A LoRA of gemma3's token embedding, which is its output weight too."""
-    shapes = {"token_embd.weight.lora_a": (builders.VOCABULARY, 4), "token_embd.weight.lora_b": (96, 4)}
-    tensors = {name: np.full(shape, 0.1, np.float32) for name, shape in shapes.items()}
-    return hotswap.write_lora(folder / "tied.gguf", tensors, general__architecture="gemma3")
-
-
 def test_llama_cpp_aborts_on_a_tied_embedding(tmp_path):
     """Why there is a check before the load. When this fails, llama.cpp has learnt it, and the refusal can go."""
     code = """
@@ -592,10 +586,6 @@ def test_the_adapter_of_the_constructor_may_be_off_or_gone(tmp_path):
 # -- over time -------------------------------------------------------------------------------------
 
 
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 @pytest.mark.slow
 def test_200_cycles_leave_nothing_behind(llm):
     adapters, path, directory = attached.attach(llm), gguf_lora(A), builders.adapter("llama", B)
@@ -610,11 +600,11 @@ def test_200_cycles_leave_nothing_behind(llm):
     for number in range(40):
         cycle(number)
     gc.collect()
-    descriptors, memory = len(list(Path("/proc/self/fd").iterdir())), resident_bytes()
+    descriptors, memory = open_files(), resident_bytes()
     for number in range(200):
         cycle(number)
     gc.collect()
-    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+    assert open_files() == descriptors
     # an adapter is about 90 kB: 200 of them would be 18 MB
     assert resident_bytes() - memory < 5 << 20
     assert_answers(llm)

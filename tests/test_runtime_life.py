@@ -16,14 +16,10 @@ from gguflora.errors import EngineClosedError, GgufError, GgufloraError, HotSwap
 from gguflora.runtime import attached
 from gguflora.runtime.llama_lock import LlamaLock
 from support import builders, hotswap
-from support.hotswap import PROMPT, A, B, expected, gguf_lora, logits, open_llama
-from test_runtime import resident_bytes, tied_lora
+from support.hotswap import PROMPT, A, B, expected, gguf_lora, logits, open_llama, tied_lora
+from support.processes import open_files, resident_bytes
 
 GREEDY = Sampling(temperature=0)
-
-
-def descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def assert_nothing_left(cycle) -> None:
@@ -31,11 +27,11 @@ def assert_nothing_left(cycle) -> None:
     for number in range(100):
         cycle(number)
     collect()
-    before, memory = descriptors(), resident_bytes()
+    before, memory = open_files(), resident_bytes()
     for number in range(1000):
         cycle(number)
     collect()
-    assert descriptors() == before
+    assert open_files() == before
     assert abs(resident_bytes() - memory) < 5 << 20  # an adapter is about 90 kB: 1000 of them would be 90 MB
 
 

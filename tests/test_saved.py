@@ -12,8 +12,8 @@ import gguflora
 from gguflora.errors import GgufloraError, MismatchError, SafetensorsError
 from gguflora.files import safetensors as files
 from support import builders, oracles
+from support.asserts import assert_same_changes
 from support.builders import Trained
-from test_convert import assert_same_changes
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -17,7 +17,7 @@ import gguflora
 from gguflora.cli.app import app
 from gguflora.diagnostics import demo
 from gguflora.errors import GgufloraError
-from test_bad_input import run
+from support.cli import run
 
 CLI = typer.main.get_command(app).commands
 FUNCTIONS = {name: name.replace("-", "_") for name in CLI} | {"demo": "run_demo", "pipeline": "run_pipeline"}

@@ -2,7 +2,6 @@
 
 import json
 from contextlib import closing
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import peft
 import pytest
 import safetensors.numpy
 import torch
-import transformers
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
@@ -35,30 +33,20 @@ from gguflora.runtime import attached, bindings, guarded_llama
 from gguflora.runtime.kv_cache import fill_state
 from gguflora.server import Settings, create_app
 from support import builders, hotswap, oracles, zoo
+from support.alora import HEAD, ONCE, alora_gguf
 from support.hotswap import A, gguf_lora, last_logits
-
-PROMPT = list(oracles.PROMPT)
-N_VIRTUAL = 7
-CAUSAL = {"task_type": "CAUSAL_LM", "num_virtual_tokens": N_VIRTUAL}
-
-METHODS = {
-    "PROMPT_TUNING": lambda: peft.PromptTuningConfig(**CAUSAL),
-    "P_TUNING": lambda: peft.PromptEncoderConfig(**CAUSAL, encoder_hidden_size=48),
-    "P_TUNING_LSTM": lambda: peft.PromptEncoderConfig(
-        **CAUSAL, encoder_hidden_size=48, encoder_reparameterization_type="LSTM"
-    ),
-    "MULTITASK_PROMPT_TUNING": lambda: peft.MultitaskPromptTuningConfig(**CAUSAL, num_tasks=3, num_ranks=2),
-    "CPT": lambda: peft.CPTConfig(
-        task_type="CAUSAL_LM", cpt_token_ids=[5, 9, 70, 81, 90], cpt_mask=[1] * 5, cpt_tokens_type_mask=[1, 2, 3, 4, 2],
-        opt_projection_epsilon=2.0, opt_projection_format_epsilon=2.0,
-    ),
-    "PREFIX_TUNING": lambda: peft.PrefixTuningConfig(**CAUSAL),
-    "PREFIX_TUNING_PROJECTED": lambda: peft.PrefixTuningConfig(
-        **CAUSAL, prefix_projection=True, encoder_hidden_size=48
-    ),
-    "CARTRIDGE": lambda: peft.CartridgeConfig(**CAUSAL, num_frozen_tokens=2),
-}  # fmt: skip
-TASK = {"MULTITASK_PROMPT_TUNING": 2}
+from support.soft_prompts import (
+    METHODS,
+    N_VIRTUAL,
+    PROMPT,
+    TASK,
+    expected,
+    gguf_of,
+    read_by_peft,
+    torch_logits,
+    torch_model,
+    trained,
+)
 
 EMBEDDED = (
     "qwen3", "gemma", "gpt2", "granite", "falcon", "bloom", "olmo", "cohere2", "starcoder2", "gptneox", "mixtral",
@@ -68,51 +56,6 @@ EMBEDDED = (
 
 WITH_KEYS = ("qwen3", "gemma", "gpt2", "granite", "bloom", "olmo", "cohere2", "llama4", "exaone4", "glm4", "stablelm")
 """Architectures with another order of keys, caches with windows, or no rotary embedding."""
-
-
-@cache
-def torch_model(arch: str) -> Any:
-    """The base; PEFT leaves its layers as they are where it learns a prompt."""
-    if arch not in builders.ARCHITECTURES:
-        return zoo.model(arch)
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        builders.hf_model(arch), dtype=torch.float32, attn_implementation="eager"
-    )
-
-
-def gguf_of(arch: str) -> Path:
-    return builders.gguf_model(arch) if arch in builders.ARCHITECTURES else zoo.gguf_model(arch)
-
-
-@cache
-def trained(arch: str, method: str, seed: int = 0) -> tuple[Path, np.ndarray, np.ndarray]:
-    """The directory of a random soft prompt, PEFT's logits of the prompt with it, and without."""
-    torch.manual_seed(seed)
-    model = peft.get_peft_model(torch_model(arch), METHODS[method]())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(0.5 * torch.randn_like(parameter))
-    folder = builders.workspace() / "soft" / f"{arch}-{method}-{seed}"
-    model.save_pretrained(folder)
-    return folder, expected(arch, folder, TASK.get(method)), torch_logits(torch_model(arch))
-
-
-def expected(arch: str, folder: Path, task: int | None = None, prompt: list[int] = PROMPT) -> np.ndarray:
-    """PEFT's logits with the adapter read from its files."""
-    options = {} if task is None else {"task_ids": torch.tensor([task])}
-    return torch_logits(read_by_peft(arch, folder), prompt, **options)
-
-
-@cache
-def read_by_peft(arch: str, folder: Path) -> Any:
-    return peft.PeftModel.from_pretrained(torch_model(arch), folder)
-
-
-def torch_logits(model: Any, prompt: list[int] = PROMPT, **options: Any) -> np.ndarray:
-    with torch.inference_mode():
-        logits = model.eval()(input_ids=torch.tensor([prompt]), **options).logits[0]
-    return logits.float().numpy()[-len(prompt) :]
 
 
 def open_llama(arch: str, **options: Any) -> llama_cpp.Llama:
@@ -278,7 +221,6 @@ def test_with_a_lora_beside_it():
 
 def test_an_activated_lora_does_not_compute_it():
     """Before its invocation tokens the model is the one that the soft prompt was trained on."""
-    from test_alora import HEAD, ONCE, alora_gguf
 
     folder, _, _ = trained("llama", "PROMPT_TUNING")
     with closing(open_llama("llama")) as llm, attached.attach(llm) as adapters:

@@ -9,35 +9,15 @@ import pytest
 
 import gguflora
 from support import builders, oracles
+from support.adapters import TIED
 from support.builders import Trained
 
-
-def lora(*targets, **options):
-    return Trained(peft.LoraConfig, targets, {"r": 4, "lora_alpha": 8, **options})
-
-
-TOKENS = [3, 40, 41, 55, 200]
-ADAPTERS = {
-    "embedding": lora("q_proj", "embed_tokens"),
-    "output": lora("q_proj", "lm_head"),
-    "both": lora("embed_tokens", "lm_head"),
-    "dora_both": lora("embed_tokens", "lm_head", use_dora=True),
-    "whole_embedding": lora("q_proj", modules_to_save=["embed_tokens"]),
-    "whole_output": lora("q_proj", modules_to_save=["lm_head"]),
-    "whole_both": lora("q_proj", modules_to_save=["embed_tokens", "lm_head"]),
-    "whole_tied": lora("q_proj", modules_to_save=["embed_tokens"], ensure_weight_tying=True),
-    "lora_tied": lora("q_proj", "embed_tokens", ensure_weight_tying=True),
-    "tokens": lora("q_proj", trainable_token_indices=TOKENS),
-    "tokens_by_name": lora("q_proj", trainable_token_indices={"embed_tokens": TOKENS}),
-    "only_tokens": Trained(peft.TrainableTokensConfig, ("embed_tokens",), {"token_indices": TOKENS}),
-    "oft_embedding": Trained(peft.OFTConfig, ("embed_tokens",), {"oft_block_size": 16}, std=0.05),
-}
 STILL_TIED = ("whole_tied", "lora_tied", "tokens", "tokens_by_name", "only_tokens")
-UNTIED = [name for name in ADAPTERS if name not in STILL_TIED]
+UNTIED = [name for name in TIED if name not in STILL_TIED]
 
 
 def assert_answers_like_the_adapted_model(arch, name, merged):
-    adapter = builders.trained_adapter(arch, ADAPTERS[name])
+    adapter = builders.trained_adapter(arch, TIED[name])
     gguflora.merge(builders.gguf_model(arch), adapter, merged)
     expected = oracles.peft_logits(builders.hf_model(arch), adapter)
     change = expected - oracles.peft_logits(builders.hf_model(arch))
@@ -60,7 +40,7 @@ def test_stays_tied_where_the_two_change_alike(arch, name, tmp_path):
 
 @pytest.mark.parametrize("name", UNTIED)
 def test_says_where_llama_cpp_cannot_untie(name, tmp_path):
-    adapter = builders.trained_adapter("gemma2", ADAPTERS[name])
+    adapter = builders.trained_adapter("gemma2", TIED[name])
     with pytest.raises(gguflora.GgufloraError, match="cannot have an output weight of its own"):
         gguflora.merge(builders.gguf_model("gemma2"), adapter, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
@@ -68,7 +48,7 @@ def test_says_where_llama_cpp_cannot_untie(name, tmp_path):
 
 @pytest.mark.parametrize(("arch", "said"), [("gemma2", "merged only if"), ("gemma3", "unties them")])
 def test_convert_says_what_a_merge_can_do(arch, said, tmp_path):
-    adapter = builders.trained_adapter(arch, ADAPTERS[UNTIED[0]])
+    adapter = builders.trained_adapter(arch, TIED[UNTIED[0]])
     with pytest.raises(gguflora.GgufloraError, match=said):
         gguflora.convert(adapter, builders.gguf_model(arch), tmp_path / "lora.gguf")
 

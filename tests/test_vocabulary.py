@@ -1,43 +1,16 @@
 """Adapters trained with new tokens: the base's vocabulary grows as if llama.cpp had converted the merged model."""
 
 import shutil
-from functools import lru_cache
 
 import llama_cpp
 import numpy as np
-import peft
 import pytest
-import torch
-import transformers
 
 import gguflora
 from support import builders, oracles
+from support.adapters import NEW_TOKENS, resized
 
 ARCHITECTURES = ["llama", "qwen2", "gemma3"]  # the last one is tied
-NEW_TOKENS = ["<|tool|>", "gguflora", "<|end|>"]
-PADDED_TO = {"llama": 8, "qwen2": 8, "gemma3": None}  # llama.cpp takes the padding off again for gemma
-
-
-@lru_cache
-def resized(arch, targets=("q_proj", "v_proj")):
-    """Directory of an adapter, with its tokenizer, and the GGUF file of the merged model."""
-    source = builders.hf_model(arch)
-    directory = builders.workspace() / f"resized-{arch}-{'-'.join(targets)}"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    tokenizer.add_tokens(NEW_TOKENS[1:2])
-    tokenizer.add_special_tokens({"additional_special_tokens": [NEW_TOKENS[0], NEW_TOKENS[2]]})
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    torch.manual_seed(1)
-    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=PADDED_TO[arch], mean_resizing=False)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=list(targets)))
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    adapted.save_pretrained(directory / "adapter", save_embedding_layers=True)
-    tokenizer.save_pretrained(directory / "adapter")
-    adapted.merge_and_unload().save_pretrained(directory / "merged")
-    tokenizer.save_pretrained(directory / "merged")
-    return directory / "adapter", oracles.convert_model(directory / "merged", directory / "merged.gguf")
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -13,9 +13,9 @@ from gguflora.engine import Engine, Generation, Piece, Request, Sampling
 from gguflora.runtime import attached as runtime
 from gguflora.runtime.bindings import free_lora, load_lora, set_loras
 from support import builders, hotswap, oracles
+from support.alora import alora_gguf
 from support.hotswap import PROMPT, A, B, C
-from test_alora import alora_gguf
-from test_soft_prompts import trained
+from support.soft_prompts import trained
 
 GREEDY = Sampling(temperature=0)
 OPTIONS: dict[str, Any] = {"n_ctx": 256, "threads": 1, "kv_type": "F32"}

@@ -119,6 +119,13 @@ def write_lora(path: Path, tensors: dict[str, np.ndarray], **metadata: Any) -> P
     return path
 
 
+def tied_lora(folder: Path) -> Path:
+    """A LoRA of gemma3's token embedding, which is its output weight too."""
+    shapes = {"token_embd.weight.lora_a": (builders.VOCABULARY, 4), "token_embd.weight.lora_b": (96, 4)}
+    tensors = {name: np.full(shape, 0.1, np.float32) for name, shape in shapes.items()}
+    return write_lora(folder / "tied.gguf", tensors, general__architecture="gemma3")
+
+
 def run_python(code: str, *arguments: object) -> str:
     """Run code in a process of its own, which must end well and complain of nothing; its standard output."""
     done = _run(code, *arguments)

@@ -282,3 +282,32 @@ def peft_model(name: str, **options: Any) -> peft.PeftModel:
         if "lora_" in key:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     return adapted
+
+
+TRANSPOSED = {"gpt2": ".c_", "gptoss": ".experts.", "llama4": ".experts."}
+"""Weights that the Hugging Face model keeps as (n_in, n_out)."""
+ELSEWHERE = ("A_log", "pooler.dense.weight", "pooler.dense.bias")
+"""Weights that GGUF holds as other values, or not at all."""
+
+
+def as_matrices(name, weights):
+    """Matrices (n_out, n_in) by the names that `slices_of` wants: experts one by one, vectors as columns."""
+    for key, values in weights.items():
+        is_stack = values.ndim == 3 and "conv1d" not in key
+        matrices = {f"{key}.{e}": values[e] for e in range(len(values))} if is_stack else {key: values}
+        for path, matrix in matrices.items():
+            transposed = matrix.ndim == 2 and TRANSPOSED.get(name, " ") in key and not key.endswith("bias")
+            yield path, matrix.T if transposed else matrix.reshape(len(matrix), -1)
+
+
+def adapted(name, kind, options, std, path):
+    """PEFT's merge of a random adapter, which it saves."""
+    built = model(name)
+    torch.manual_seed(3)
+    wrapped = peft.get_peft_model(built, kind(**{"target_modules": linear_modules(name, built), **options}))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(std * torch.randn_like(parameter))
+    wrapped.save_pretrained(path)
+    return wrapped.merge_and_unload()
