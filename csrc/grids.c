@@ -6,7 +6,7 @@
 
 enum { MAX_POINTS = 2048, MAX_COMBINATIONS = 6561, MAX_DISTANCE = 196 };
 
-/* Runs of neighbours of each grid, all and short lists; tests/test_grids.py counts them anew. */
+/* Runs of neighbours of each grid, all and short lists; tests/quants/test_codebooks.py counts them anew. */
 enum {
     RUNS_IQ2_XXS = 10071 + 4639, RUNS_IQ2_XS = 14410 + 5957, RUNS_IQ2_S = 6286,
     RUNS_IQ1 = 22647, RUNS_IQ3_XXS = 3902 + 594, RUNS_IQ3_S = 3706 + 1337

@@ -93,7 +93,7 @@ def combine(
     that end with "_svd" hold one dense matrix of each adapter at a time in memory.
 
     Every adapter counts with the change that it makes. So it does in PEFT, but where the first adapter is an rsLoRA
-    PEFT's result inherits ``use_rslora`` and acts sqrt(rank) too strongly; here it does not (`tests/test_combine.py`
+    PEFT's result inherits ``use_rslora`` and acts sqrt(rank) too strongly; here it does not (`tests/lora/test_combine.py`
     shows both).
 
     Args:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-TOOLS = Path(__file__).parent.parent / "tools"
+from support import ROOT
+
+TOOLS = ROOT / "tools"
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import gguf.quants
 import pytest
 
 import gguflora
+from support import ROOT
 
-ROOT = Path(__file__).parent.parent
 DEMO = Path(gguflora.__file__).parent / "diagnostics" / "demo_files"
 
 

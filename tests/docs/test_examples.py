@@ -18,10 +18,9 @@ import yaml
 
 import gguflora
 from gguflora.diagnostics import demo
-from support import serving
+from support import ROOT, serving
 from support.cli import run
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES, DOCS = ROOT / "examples", ROOT / "docs"
 
 

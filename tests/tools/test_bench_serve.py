@@ -2,13 +2,12 @@
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
 
-from support import serving
+from support import ROOT, serving
 
-TOOLS = Path(__file__).parent.parent / "tools"
+TOOLS = ROOT / "tools"
 
 
 @pytest.fixture(scope="module")

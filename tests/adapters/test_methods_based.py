@@ -254,7 +254,7 @@ LOST = {"pissa_niter_4": "random numbers", "corda": "activations", "lora_ga": "g
 
 @pytest.mark.parametrize("start", LOST)
 def test_a_start_that_cannot_be_repeated_is_refused(start, tmp_path):
-    """It says why, and the ways out that tests/test_lora_options.py goes; LoftQ's base cannot be had back by PEFT."""
+    """It says why, and the ways out that tests/adapters/test_lora_options.py goes; LoftQ's base cannot be had back by PEFT."""
     adapter = shutil.copytree(trained_adapter("llama", lora()), tmp_path / "adapter")
     edit_config(adapter, init_lora_weights=start)
     with pytest.raises(gguflora.GgufloraError, match=LOST[start]) as caught:

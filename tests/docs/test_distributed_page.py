@@ -4,16 +4,15 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 
 import gguflora
 from gguflora.diagnostics import demo
-from support import builders, oracles
+from support import ROOT, builders, oracles
 from support.builders import Adapter
 
-PAGE = (Path(__file__).parent.parent / "docs/distributed.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/distributed.md").read_text(encoding="utf-8")
 
 
 def blocks(language):

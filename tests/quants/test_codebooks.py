@@ -4,13 +4,13 @@ import itertools
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import gguf.quants
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from support import ROOT
+
 GRIDS = {"IQ2_XXS": 2, "IQ2_XS": 2, "IQ2_S": 1, "IQ1_S": 3, "IQ3_XXS": 2, "IQ3_S": 3}  # distances that make neighbours
 RUN = 16
 

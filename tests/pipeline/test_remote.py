@@ -22,7 +22,7 @@ from gguflora.files import remote
 from gguflora.files.remote.location import split_checksum
 from gguflora.pipeline import lock
 from gguflora.pipeline.recipe import Recipe
-from support import builders
+from support import ROOT, builders
 from support.builders import Adapter
 from support.remote_servers import Repository, Site, serving
 
@@ -312,7 +312,7 @@ def test_sources_of_the_hub(folder, tmp_path, monkeypatch):
 
 def test_the_page_about_it():
     """What it shows is a recipe."""
-    page = (Path(__file__).parents[1] / "docs/pipelines.md").read_text()
+    page = (ROOT / "docs/pipelines.md").read_text()
     recipe, checked = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     assert [step["name"] for step in recipe_of(recipe)["steps"]] == ["lora", "merged"]
     assert split_checksum(tomllib.loads(checked)["base"])[1]

@@ -15,11 +15,10 @@ import pytest
 from gguflora.quants import kernels
 from gguflora.quants._lib import isa_names
 from gguflora.quants.types import TYPES, GgmlType
-from support import weights
+from support import ROOT, weights
 from support.oracles import dither as reference
 from support.oracles import libggml
 
-ROOT = Path(__file__).resolve().parent.parent
 EXTENSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"][0]
 SOURCES = [ROOT / source for source in EXTENSION["sources"] if source.startswith("csrc/")]
 ISA_NUMBERS = {"scalar": 0, "avx2": 1, "avx512": 2, "neon": 3}

@@ -1,13 +1,12 @@
 """What tools/fuzz has found stays mended; and a few hundred new trials of each target."""
 
 import random
-from pathlib import Path
 
 import pytest
 
-from support import fuzzing
+from support import ROOT, fuzzing
 
-CORPUS = Path(__file__).parent / "corpus"
+CORPUS = ROOT / "tests/corpus"
 FOUND = sorted(path for path in CORPUS.glob("*/*") if path.is_dir())
 TRIALS = 60
 
