@@ -18,10 +18,13 @@ from peft.tuners.lora.variants import QALoraLinearVariant
 
 import gguflora
 from gguflora.errors import UnsupportedAdapterError
-from support import builders, oracles
+from support import builders
 from support.adapters import random_adapter
 from support.asserts import assert_equals_peft, assert_same_changes, changes
 from support.builders import Adapter
+from support.oracles.gguf_files import lora_changes, read_metadata
+from support.oracles.llama_cpp import convert_lora, convert_model, llama_logits
+from support.oracles.peft import merged_gguf, peft_logits
 
 
 def linear(arch):
@@ -54,7 +57,7 @@ def test_option_equals_pefts_merge(arch, option, tmp_path):
 def test_lora_bias_is_merged_and_cannot_be_converted(rslora, tmp_path):
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_bias=True, lora_alpha=12, use_rslora=rslora)
     adapter, base = random_adapter("qwen2", config), builders.gguf_model("qwen2")
-    expected = changes(base, oracles.merged_gguf(builders.hf_model("qwen2"), adapter))
+    expected = changes(base, merged_gguf(builders.hf_model("qwen2"), adapter))
     assert {"blk.0.attn_q.bias", "blk.1.attn_v.bias", "blk.1.attn_v.weight"} <= expected.keys()
     gguflora.merge(base, adapter, tmp_path / "merged.gguf")
     assert_same_changes(changes(base, tmp_path / "merged.gguf"), expected)
@@ -122,7 +125,7 @@ def test_on_the_base_that_peft_has_changed_it_is_a_plain_lora(start, tmp_path):
     merged = {key: value.clone() for key, value in model.merge_and_unload().state_dict().items()}
     for path, tensors in zip(paths, (residual, merged), strict=True):
         safetensors.torch.save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    base, expected = (oracles.convert_model(path, path.with_suffix(".gguf")) for path in paths)
+    base, expected = (convert_model(path, path.with_suffix(".gguf")) for path in paths)
     gguflora.merge(base, saved / "trained", tmp_path / "out.gguf")
     assert_same_changes(changes(base, tmp_path / "out.gguf"), changes(base, expected), 1e-4)
 
@@ -148,7 +151,7 @@ def test_qalora_equals_pefts_forward_pass(tmp_path):
         with torch.no_grad():
             expected[gguf_name(name)] = (layer(unit) - layer.base_layer(unit)).T.numpy().astype(np.float64)
     gguflora.convert(tmp_path / "adapter", base, tmp_path / "lora.gguf")
-    assert_same_changes(oracles.lora_changes(tmp_path / "lora.gguf"), expected)
+    assert_same_changes(lora_changes(tmp_path / "lora.gguf"), expected)
     gguflora.merge(base, tmp_path / "adapter", tmp_path / "merged.gguf")
     assert_same_changes(changes(base, tmp_path / "merged.gguf"), expected, 1e-4)
 
@@ -177,17 +180,15 @@ def test_activated_lora_names_its_tokens(tmp_path):
     field = gguf.GGUFReader(tmp_path / "lora.gguf").get_field("adapter.alora.invocation_tokens")
     assert field.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32]
     assert field.contents() == [70, 71, 200]
-    oracles.convert_lora(adapter, builders.hf_model("llama"), tmp_path / "theirs.gguf")
-    assert_same_changes(
-        oracles.lora_changes(tmp_path / "lora.gguf"), oracles.lora_changes(tmp_path / "theirs.gguf"), 1e-6
-    )
+    convert_lora(adapter, builders.hf_model("llama"), tmp_path / "theirs.gguf")
+    assert_same_changes(lora_changes(tmp_path / "lora.gguf"), lora_changes(tmp_path / "theirs.gguf"), 1e-6)
 
 
 def test_activated_lora_keeps_its_tokens_when_stored_again(tmp_path):
     base = builders.gguf_model("llama")
     gguflora.convert(activated(), base, tmp_path / "lora.gguf")
     gguflora.convert(tmp_path / "lora.gguf", base, tmp_path / "again.gguf", outtype="q8_0")
-    assert oracles.metadata(tmp_path / "again.gguf")["adapter.alora.invocation_tokens"] == [70, 71, 200]
+    assert read_metadata(tmp_path / "again.gguf")["adapter.alora.invocation_tokens"] == [70, 71, 200]
 
 
 @pytest.mark.parametrize("form", ["peft", "gguf"])
@@ -228,9 +229,9 @@ def test_lora_bias_where_the_base_has_none(arch, tmp_path):
     added -= {tensor.name for tensor in gguf.GGUFReader(base).tensors}
     assert len(added) == 2 * len(layers)
     assert all(name.endswith(".bias") for name in added)
-    expected, cold = oracles.peft_logits(builders.hf_model(arch), adapter), oracles.llama_logits(base)
+    expected, cold = peft_logits(builders.hf_model(arch), adapter), llama_logits(base)
     assert np.abs(cold - expected).max() > 0.1
-    assert np.abs(oracles.llama_logits(tmp_path / "merged.gguf") - expected).max() < 1e-2
+    assert np.abs(llama_logits(tmp_path / "merged.gguf") - expected).max() < 1e-2
 
 
 def test_lora_bias_that_llama_cpp_would_not_read(tmp_path):

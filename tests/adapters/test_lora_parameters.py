@@ -8,8 +8,9 @@ import safetensors.numpy
 
 import gguflora
 from gguflora.errors import GgufloraError, UnsupportedAdapterError
-from support import oracles, zoo
+from support import zoo
 from support.asserts import assert_same_changes, changes
+from support.oracles.gguf_files import lora_changes
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 CASES = {
@@ -61,7 +62,7 @@ def test_equals_pefts_merge(case, tmp_path):
             gguflora.convert(adapter, base, tmp_path / "lora.gguf")
         return
     gguflora.convert(adapter, base, tmp_path / "lora.gguf")
-    assert_same_changes(oracles.lora_changes(tmp_path / "lora.gguf"), expected)
+    assert_same_changes(lora_changes(tmp_path / "lora.gguf"), expected)
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen3moe"])
@@ -73,9 +74,7 @@ def test_expert_stacks_of_a_gguf_lora(case, tmp_path):
     gguflora.merge(base, tmp_path / "lora.gguf", tmp_path / "merged.gguf")
     assert_same_changes(changes(base, tmp_path / "merged.gguf"), changes(base, merged), 1e-4)
     gguflora.convert(tmp_path / "lora.gguf", base, tmp_path / "again.gguf")
-    assert_same_changes(
-        oracles.lora_changes(tmp_path / "again.gguf"), oracles.lora_changes(tmp_path / "lora.gguf"), 1e-6
-    )
+    assert_same_changes(lora_changes(tmp_path / "again.gguf"), lora_changes(tmp_path / "lora.gguf"), 1e-6)
 
 
 def test_layout_before_peft_0_18(tmp_path):

@@ -8,8 +8,11 @@ import peft
 import pytest
 
 import gguflora
-from support import oracles
 from support.builders import Trained, edit_config, gguf_model, hf_model, trained_adapter
+from support.oracles import libggml
+from support.oracles.gguf_files import dequantized, lora_changes, read_tensors
+from support.oracles.llama_cpp import llama_logits
+from support.oracles.peft import merged_gguf, peft_logits
 
 SOME = ("q_proj", "k_proj", "down_proj")
 
@@ -105,13 +108,13 @@ WHOLE = {
 def assert_equals_peft(arch, spec, tmp_path):
     base, adapter = gguf_model(arch), trained_adapter(arch, spec)
     gguflora.merge(base, adapter, tmp_path / "out.gguf", threads=1)
-    worst = assert_same_change(base, tmp_path / "out.gguf", oracles.merged_gguf(hf_model(arch), adapter))
+    worst = assert_same_change(base, tmp_path / "out.gguf", merged_gguf(hf_model(arch), adapter))
     print(f"{arch} {worst:.1e}")
 
 
 def assert_same_change(base, found_path, expected_path, tolerance=1e-4):
     """Every tensor's change is PEFT's; tensors PEFT leaves alone keep their bytes."""
-    before, found, expected = (oracles.tensors(path) for path in (base, found_path, expected_path))
+    before, found, expected = (read_tensors(path) for path in (base, found_path, expected_path))
     assert found.keys() == expected.keys()
     errors = {}
     for name in before:
@@ -167,22 +170,22 @@ def test_quantized_base_is_changed_by_its_dequantized_weights(method, tmp_path):
     """As the F32 file of the same values is, which equals PEFT's merge, and rounded once by ggml."""
     base, adapter = gguf_model("qwen2", outtype="Q8_0"), trained_adapter("qwen2", METHODS[method])
     report = gguflora.merge(base, adapter, tmp_path / "out.gguf", rounding="nearest")
-    gguflora.merge(dequantized(base, tmp_path / "f32.gguf"), adapter, tmp_path / "exact.gguf")
-    exact, found = oracles.tensors(tmp_path / "exact.gguf"), gguf.GGUFReader(tmp_path / "out.gguf").tensors
+    gguflora.merge(as_f32(base, tmp_path / "f32.gguf"), adapter, tmp_path / "exact.gguf")
+    exact, found = read_tensors(tmp_path / "exact.gguf"), gguf.GGUFReader(tmp_path / "out.gguf").tensors
     same = []
     for before, after in zip(gguf.GGUFReader(base).tensors, found, strict=True):
         assert after.tensor_type == before.tensor_type
-        if np.array_equal(exact[before.name], oracles.dequantize(before)):
+        if np.array_equal(exact[before.name], dequantized(before)):
             np.testing.assert_array_equal(after.data, before.data, err_msg=before.name)
         elif before.tensor_type == gguf.GGMLQuantizationType.Q8_0:
-            same.append(after.data == oracles.ggml_quantize(exact[before.name], before.tensor_type))
+            same.append(after.data == libggml.quantize(exact[before.name], int(before.tensor_type)))
         else:
             np.testing.assert_allclose(after.data, exact[before.name], rtol=1e-6, atol=1e-6, err_msg=before.name)
     assert np.concatenate([part.ravel() for part in same]).mean() > 0.9999
     assert bool(report.warnings) == (method in {"osf", "pissa"}), report.warnings
 
 
-def dequantized(base, out):
+def as_f32(base, out):
     """The same GGUF file with every tensor as F32."""
     reader = gguf.GGUFReader(base)
     writer = gguf.GGUFWriter(out, reader.get_field("general.architecture").contents())
@@ -191,7 +194,7 @@ def dequantized(base, out):
             sub_type = field.types[1] if len(field.types) > 1 else None
             writer.add_key_value(field.name, field.contents(), field.types[0], sub_type)
     for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, np.ascontiguousarray(oracles.dequantize(tensor), np.float32))
+        writer.add_tensor(tensor.name, np.ascontiguousarray(dequantized(tensor), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -204,15 +207,15 @@ def test_several_adapters_add_their_changes(names, tmp_path):
     """``W + sum(scale * (W' - W))``, where PEFT knows no scale for most methods; the same bytes on any threads."""
     base, scales = gguf_model("llama"), (0.5, -1.0, 2.0)
     adapters = [trained_adapter("llama", (METHODS | WHOLE)[name]) for name in names]
-    before = oracles.tensors(base)
+    before = read_tensors(base)
     expected = {name: values.astype(np.float64) for name, values in before.items()}
     for adapter, scale in zip(adapters, scales, strict=False):
-        for name, values in oracles.tensors(oracles.merged_gguf(hf_model("llama"), adapter)).items():
+        for name, values in read_tensors(merged_gguf(hf_model("llama"), adapter)).items():
             expected[name] += scale * (values - before[name].astype(np.float64))
     for threads in (1, 2):
         pairs = list(zip(adapters, scales, strict=False))
         gguflora.merge(base, pairs, tmp_path / f"{threads}.gguf", threads=threads)
-    for name, values in oracles.tensors(tmp_path / "1.gguf").items():
+    for name, values in read_tensors(tmp_path / "1.gguf").items():
         error = np.linalg.norm(values - expected[name])
         assert error <= 1e-4 * max(np.linalg.norm(expected[name] - before[name]), 1e-2), name
     assert (tmp_path / "1.gguf").read_bytes() == (tmp_path / "2.gguf").read_bytes()
@@ -224,8 +227,8 @@ def test_convert_names_both_ways_out_or_approximates(method, tmp_path):
     with pytest.raises(gguflora.GgufloraError, match=r"merge .*--rank N or --energy"):
         gguflora.convert(adapter, base, tmp_path / "lora.gguf")
     report = gguflora.convert(adapter, base, tmp_path / "lora.gguf", rank=16)
-    before, after = oracles.tensors(base), oracles.tensors(oracles.merged_gguf(hf_model("llama"), adapter))
-    found = oracles.lora_changes(tmp_path / "lora.gguf")
+    before, after = read_tensors(base), read_tensors(merged_gguf(hf_model("llama"), adapter))
+    found = lora_changes(tmp_path / "lora.gguf")
     assert len(found) == len(report.errors) == 6
     for name, change in found.items():
         exact = after[name].astype(np.float64) - before[name]
@@ -245,8 +248,8 @@ def test_beft_brings_a_bias_where_llama_cpp_reads_it(tmp_path):
     """PEFT's forward pass adds it to layers that have none, though it refuses to merge it."""
     adapter = trained_adapter("llama", BIASES["beft"])
     gguflora.merge(gguf_model("llama"), adapter, tmp_path / "out.gguf")
-    expected = oracles.peft_logits(hf_model("llama"), adapter)
-    assert np.abs(oracles.llama_logits(tmp_path / "out.gguf") - expected).max() < 1e-2
+    expected = peft_logits(hf_model("llama"), adapter)
+    assert np.abs(llama_logits(tmp_path / "out.gguf") - expected).max() < 1e-2
 
 
 LOST = {"pissa_niter_4": "random numbers", "corda": "activations", "lora_ga": "gradients", "loftq": "quantization"}
@@ -254,7 +257,7 @@ LOST = {"pissa_niter_4": "random numbers", "corda": "activations", "lora_ga": "g
 
 @pytest.mark.parametrize("start", LOST)
 def test_a_start_that_cannot_be_repeated_is_refused(start, tmp_path):
-    """It says why, and the ways out that tests/adapters/test_lora_options.py goes; LoftQ's base cannot be had back by PEFT."""
+    """It says why, and the ways out that test_lora_options.py goes; LoftQ's base cannot be had back by PEFT."""
     adapter = shutil.copytree(trained_adapter("llama", lora()), tmp_path / "adapter")
     edit_config(adapter, init_lora_weights=start)
     with pytest.raises(gguflora.GgufloraError, match=LOST[start]) as caught:

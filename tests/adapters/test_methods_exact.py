@@ -12,9 +12,11 @@ from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.module_order import in_order
 from gguflora.adapters.peft.unsupported import REFUSED
 from gguflora.errors import UnsupportedAdapterError
-from support import builders, oracles, zoo
+from support import builders, zoo
 from support.adapters import random_adapter
 from support.asserts import assert_equals_peft, assert_same_changes, changes
+from support.oracles.gguf_files import lora_changes
+from support.oracles.peft import merged_gguf
 
 ARCHS = ("llama", "qwen2", "phi3")
 LAYERS = {arch: list(builders.ARCHITECTURES[arch].linear) for arch in ARCHS}
@@ -106,7 +108,7 @@ def test_trainable_tokens(arch, tmp_path):
     """New rows of the embedding; of a tied one they are the output's rows, too."""
     config = peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[3, 17, 200])
     adapter, base = random_adapter(arch, config), builders.gguf_model(arch)
-    expected = changes(base, oracles.merged_gguf(builders.hf_model(arch), adapter))
+    expected = changes(base, merged_gguf(builders.hf_model(arch), adapter))
     assert expected.keys() == {"token_embd.weight"}
     gguflora.merge(base, adapter, tmp_path / "merged.gguf")
     assert_same_changes(changes(base, tmp_path / "merged.gguf"), expected, 1e-4)
@@ -115,4 +117,4 @@ def test_trainable_tokens(arch, tmp_path):
             gguflora.convert(adapter, base, tmp_path / "lora.gguf")
         return
     gguflora.convert(adapter, base, tmp_path / "lora.gguf")
-    assert_same_changes(oracles.lora_changes(tmp_path / "lora.gguf"), expected)
+    assert_same_changes(lora_changes(tmp_path / "lora.gguf"), expected)

@@ -12,8 +12,9 @@ import safetensors.numpy
 
 import gguflora
 from gguflora.errors import UnsupportedAdapterError
-from support import builders, oracles, zoo
+from support import builders, zoo
 from support.asserts import assert_same_changes, changes
+from support.oracles.gguf_files import lora_changes, read_tensors
 
 V_PROJ, DOWN = "model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"
 RNG = np.random.default_rng(3)
@@ -43,7 +44,7 @@ def test_linear_layers_and_embedding(tmp_path):
     }  # fmt: skip
     adapter, base = write(tmp_path, tensors), builders.gguf_model("llama")
     gguflora.convert(adapter, base, tmp_path / "lora.gguf")
-    assert_same_changes(oracles.lora_changes(tmp_path / "lora.gguf"), expected)
+    assert_same_changes(lora_changes(tmp_path / "lora.gguf"), expected)
     gguflora.merge(base, adapter, tmp_path / "merged.gguf")
     assert_same_changes(changes(base, tmp_path / "merged.gguf"), expected, 1e-4)
 
@@ -52,7 +53,7 @@ def test_dora(tmp_path):
     a, b, m = normal(96, 4), normal(4, 64), 1 + normal(64)
     tensors = {f"{V_PROJ}.lora_a": a, f"{V_PROJ}.lora_b": b, f"{V_PROJ}.m": m}
     base = builders.gguf_model("llama")
-    w = oracles.tensors(base)["blk.0.attn_v.weight"].astype(np.float64)
+    w = read_tensors(base)["blk.0.attn_v.weight"].astype(np.float64)
     v = w + 2.5 * (a @ b).T
     expected = {"blk.0.attn_v.weight": (m / np.linalg.norm(v, axis=1))[:, None] * v - w}
     gguflora.merge(base, write(tmp_path, tensors, fine_tune_type="dora"), tmp_path / "merged.gguf")
@@ -65,7 +66,7 @@ def test_experts(tmp_path):
     base = zoo.gguf_model("mixtral")
     adapter = write(tmp_path, {f"{module}.lora_a": a, f"{module}.lora_b": b})
     gguflora.convert(adapter, base, tmp_path / "lora.gguf")
-    assert_same_changes(oracles.lora_changes(tmp_path / "lora.gguf"), {"blk.1.ffn_gate_exps.weight": 2.5 * b @ a})
+    assert_same_changes(lora_changes(tmp_path / "lora.gguf"), {"blk.1.ffn_gate_exps.weight": 2.5 * b @ a})
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_whole_weights(tmp_path):
     tensors = {"model.layers.0.self_attn.v_proj.weight": normal(32, 64), "model.norm.weight": normal(64)}
     config = {"fine_tune_type": "full", "lora_parameters": None}
     gguflora.merge(base, write(tmp_path, tensors | {stack: normal(4, 96, 64)}, **config), tmp_path / "out.gguf")
-    found = oracles.tensors(tmp_path / "out.gguf")
+    found = read_tensors(tmp_path / "out.gguf")
     assert changes(base, tmp_path / "out.gguf").keys() == {
         "blk.0.attn_v.weight", "output_norm.weight", "blk.1.ffn_up_exps.weight"
     }  # fmt: skip

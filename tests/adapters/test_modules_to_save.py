@@ -2,6 +2,7 @@
 
 import json
 
+import gguf
 import numpy as np
 import peft
 import pytest
@@ -11,9 +12,13 @@ import torch
 import gguflora
 from gguflora.errors import GgufloraError, MismatchError, SafetensorsError
 from gguflora.files import safetensors as files
-from support import builders, oracles
+from support import builders
 from support.asserts import assert_same_changes
 from support.builders import Trained
+from support.oracles import libggml
+from support.oracles.gguf_files import lora_changes, read_tensors
+from support.oracles.llama_cpp import convert_lora
+from support.oracles.peft import merged_gguf
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -37,17 +42,17 @@ def test_a_module_that_was_trained_whole_is_no_copy_of_the_base(tmp_path):
     spec = Trained(peft.LoraConfig, ("q_proj",), {"modules_to_save": ["mlp"]}, std=1e-3)
     adapter, base = builders.trained_adapter("llama", spec, "wide"), builders.gguf_model("llama", "wide", "Q4_0")
     gguflora.merge(base, adapter, tmp_path / "out.gguf", rounding="nearest")
-    expected = oracles.ggml_quantize(oracles.tensors(merged(adapter))["blk.0.ffn_up.weight"], 2)
+    expected = libggml.quantize(read_tensors(merged(adapter))["blk.0.ffn_up.weight"], 2)
     found = next(t for t in gguflora_tensors(tmp_path / "out.gguf") if t.name == "blk.0.ffn_up.weight")
     assert (found.data == expected).mean() > 0.9999
 
 
 def merged(adapter):
-    return oracles.merged_gguf(builders.hf_model("llama", "wide"), adapter)
+    return merged_gguf(builders.hf_model("llama", "wide"), adapter)
 
 
 def gguflora_tensors(path):
-    return oracles.gguf.GGUFReader(path).tensors
+    return gguf.GGUFReader(path).tensors
 
 
 def test_shards_with_an_index(adapter, tmp_path):
@@ -66,8 +71,8 @@ def test_shards_with_an_index(adapter, tmp_path):
     assert gguflora.inspect(adapter).size == sum((adapter / name).stat().st_size for name in names)
     base = builders.gguf_model("llama")
     gguflora.convert(adapter, base, tmp_path / "lora.gguf")
-    expected = oracles.lora_changes(oracles.convert_lora(*plain(tmp_path)))
-    assert_same_changes(oracles.lora_changes(tmp_path / "lora.gguf"), expected)
+    expected = lora_changes(convert_lora(*plain(tmp_path)))
+    assert_same_changes(lora_changes(tmp_path / "lora.gguf"), expected)
     (adapter / names[1]).unlink()
     with pytest.raises(SafetensorsError, match="00002-of-00002"):
         gguflora.read_adapter(adapter)
@@ -104,8 +109,8 @@ def test_dtypes_of_the_file(dtype, tolerance, adapter, tmp_path):
     tensors = safetensors.torch.load_file(adapter / WEIGHTS)
     safetensors.torch.save_file({key: value.to(dtype) for key, value in tensors.items()}, adapter / WEIGHTS)
     gguflora.convert(adapter, builders.gguf_model("llama"), tmp_path / "lora.gguf", outtype="f32")
-    expected = oracles.lora_changes(oracles.convert_lora(*plain(tmp_path)))
-    assert_same_changes(oracles.lora_changes(tmp_path / "lora.gguf"), expected, tolerance)
+    expected = lora_changes(convert_lora(*plain(tmp_path)))
+    assert_same_changes(lora_changes(tmp_path / "lora.gguf"), expected, tolerance)
 
 
 def test_patterns_that_peft_has_sorted(tmp_path):
@@ -142,8 +147,8 @@ def split(tmp_path_factory):
     """A llama in three files."""
     folder = tmp_path_factory.mktemp("split")
     source = builders.gguf_model("llama")
-    reader = oracles.gguf.GGUFReader(source)
-    writer = oracles.gguf.GGUFWriter(folder / "llama.gguf", "llama", split_max_tensors=8)
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(folder / "llama.gguf", "llama", split_max_tensors=8)
     for field in reader.fields.values():
         if not field.name.startswith("GGUF.") and field.name != "general.architecture":
             sub_type = field.types[1] if len(field.types) > 1 else None
@@ -162,9 +167,9 @@ def test_any_file_of_a_split_base_stands_for_all(split, tmp_path):
     adapter = builders.trained_adapter("llama", lora(use_dora=True))
     for number, base in enumerate((builders.gguf_model("llama"), *split)):
         gguflora.convert(adapter, base, tmp_path / f"{number}.gguf", rank=4)
-    expected = oracles.lora_changes(tmp_path / "0.gguf")
+    expected = lora_changes(tmp_path / "0.gguf")
     for number in (1, 2, 3):
-        assert_same_changes(oracles.lora_changes(tmp_path / f"{number}.gguf"), expected, 1e-9)
+        assert_same_changes(lora_changes(tmp_path / f"{number}.gguf"), expected, 1e-9)
     assert len(gguflora.inspect(adapter, split[1]).changes) == 4
 
 

@@ -12,8 +12,10 @@ from gguflora.architectures import KNOWN
 from gguflora.architectures.base_model import flat_shape, read_base
 from gguflora.architectures.mapping import can_untie, slices_of
 from gguflora.placement.place import PlacedDelta
-from support import oracles, zoo
+from support import zoo
 from support.asserts import assert_close
+from support.oracles.gguf_files import lora_changes
+from support.oracles.llama_cpp import llama_decoder_logits, llama_embeddings, llama_logits
 
 RUN = (
     "mistral", "mixtral", "qwen2moe", "qwen3next", "qwen35", "qwen35moe", "gemma", "gpt2", "gptneox", "phi2", "falcon",
@@ -115,7 +117,7 @@ def assert_lora_equals_pefts_merge(name, adapter, merged, tmp_path):
         else:
             np.testing.assert_array_equal(found[key], values, err_msg=key)
     gguflora.convert(adapter, zoo.gguf_model(name), tmp_path / "lora.gguf", outtype="f32")
-    factors = oracles.lora_changes(tmp_path / "lora.gguf")
+    factors = lora_changes(tmp_path / "lora.gguf")
     assert factors.keys() == changes.keys()
     for key, change in changes.items():
         assert_close(factors[key], change, 1e-5, key)
@@ -125,12 +127,12 @@ def assert_lora_equals_pefts_merge(name, adapter, merged, tmp_path):
 def test_hot_logits_equal_those_of_the_merged_model(name, tmp_path):
     adapter, merged = lora_of(name)
     gguflora.convert(adapter, zoo.gguf_model(name), tmp_path / "lora.gguf", outtype="f32")
-    expected = oracles.llama_logits(merged)
-    assert np.abs(oracles.llama_logits(zoo.gguf_model(name)) - expected).max() > 0.5, "the adapter must matter"
-    assert np.abs(oracles.llama_logits(zoo.gguf_model(name), tmp_path / "lora.gguf") - expected).max() < 5e-3
+    expected = llama_logits(merged)
+    assert np.abs(llama_logits(zoo.gguf_model(name)) - expected).max() > 0.5, "the adapter must matter"
+    assert np.abs(llama_logits(zoo.gguf_model(name), tmp_path / "lora.gguf") - expected).max() < 5e-3
 
 
-@pytest.mark.parametrize(("name", "run"), [("bert", oracles.llama_embeddings), ("t5", oracles.llama_decoder_logits)])
+@pytest.mark.parametrize(("name", "run"), [("bert", llama_embeddings), ("t5", llama_decoder_logits)])
 def test_hot_outputs_of_encoders_equal_those_of_the_merged_model(name, run, tmp_path):
     adapter, merged = lora_of(name)
     gguflora.convert(adapter, zoo.gguf_model(name), tmp_path / "lora.gguf", outtype="f32")
@@ -240,9 +242,9 @@ def test_llama_cpp_ignores_loras_of_latent_attention(name, tmp_path):
     report = gguflora.convert(adapter, base, out)
     assert "will be ignored at run time" in report.warnings[0]
     assert f"{report.tensors} of {report.tensors}" in report.warnings[0]
-    before = oracles.llama_logits(base)
-    np.testing.assert_array_equal(oracles.llama_logits(base, out), before)
-    assert np.abs(oracles.llama_logits(merged) - before).max() > 0.1
+    before = llama_logits(base)
+    np.testing.assert_array_equal(llama_logits(base, out), before)
+    assert np.abs(llama_logits(merged) - before).max() > 0.1
     assert gguflora.convert(lora_of(name, "o_proj")[0], base, tmp_path / "o.gguf").warnings == ()
 
 

@@ -18,9 +18,10 @@ import pytest
 import safetensors.numpy
 
 from gguflora.files.gguf import encode_entry
-from support import builders, oracles
+from support import builders
 from support.builders import Adapter
 from support.cli import run, run_process
+from support.oracles.llama_cpp import convert_lora
 
 ADAPTER = Adapter(seed=5)
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -490,7 +491,7 @@ def test_sum_that_float16_cannot_hold(tmp_path):
 def lora(tmp_path):
     """A sound GGUF LoRA, written by llama.cpp's converter."""
     adapter, hf = builders.adapter("llama", ADAPTER), builders.hf_model("llama")
-    return oracles.convert_lora(adapter, hf, tmp_path / "lora.gguf")
+    return convert_lora(adapter, hf, tmp_path / "lora.gguf")
 
 
 LORA_GGUFS = {

@@ -9,8 +9,9 @@ import numpy as np
 
 import gguflora
 from gguflora.diagnostics import demo
-from support import ROOT, builders, oracles
+from support import ROOT, builders
 from support.builders import Adapter
+from support.oracles.gguf_files import read_tensors
 
 PAGE = (ROOT / "docs/distributed.md").read_text(encoding="utf-8")
 
@@ -51,7 +52,7 @@ def test_one_lora_fits_all_types_of_its_model(tmp_path):
     adapter = builders.adapter("llama", Adapter(seed=3), "wide")
     for name in ("Q4_K_M", "Q8_0"):
         gguflora.convert(adapter, builders.gguf_model("llama", "wide", name), tmp_path / name)
-    found, expected = oracles.tensors(tmp_path / "Q4_K_M"), oracles.tensors(tmp_path / "Q8_0")
+    found, expected = read_tensors(tmp_path / "Q4_K_M"), read_tensors(tmp_path / "Q8_0")
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         np.testing.assert_array_equal(found[name], values, err_msg=name)

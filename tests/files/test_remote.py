@@ -21,6 +21,7 @@ from gguflora.files import remote
 from support import builders
 from support.builders import Adapter
 from support.cli import run
+from support.oracles.gguf_files import read_tensors
 from support.remote_servers import Repository, Site, serving
 
 SIZE = 2_000_000
@@ -71,9 +72,8 @@ def cached(tmp_path):
 def test_a_command_takes_hub_ids(site, adapters, tmp_path):
     report = gguflora.convert("hf://org/legal", "hf://org/models/base.gguf", tmp_path / "remote.gguf")
     gguflora.convert(adapters[0], builders.gguf_model("llama"), tmp_path / "local.gguf")
-    from support.oracles import tensors
 
-    expected, found = tensors(tmp_path / "local.gguf"), tensors(tmp_path / "remote.gguf")
+    expected, found = read_tensors(tmp_path / "local.gguf"), read_tensors(tmp_path / "remote.gguf")
     assert expected.keys() == found.keys()
     assert all((expected[name] == found[name]).all() for name in expected)
     assert report.adapter == "legal"

@@ -18,9 +18,11 @@ from gguflora.engine import Engine, Request, Sampling
 from gguflora.errors import GgufError, OutputError
 from gguflora.files import atomic
 from gguflora.files.gguf import GgufFile, encode_entry, part_paths
-from support import builders, oracles, zoo
+from support import builders, zoo
 from support.adapters import TIED
 from support.builders import Adapter
+from support.oracles.gguf_files import read_metadata
+from support.oracles.llama_cpp import llama_logits, quiet_llama_cpp, run_script
 from support.shards import TEMPLATE, WHOLE, split
 
 LORA = Adapter(seed=3)
@@ -73,7 +75,7 @@ def test_merge_equals_that_of_the_whole(rounding, given, parts, tmp_path):
     assert in_all(merged) == raw(tmp_path / "whole.gguf")
     for before, after in zip(parts, merged, strict=True):
         assert list(raw(before)) == list(raw(after))
-    np.testing.assert_array_equal(oracles.llama_logits(merged[0]), oracles.llama_logits(tmp_path / "whole.gguf"))
+    np.testing.assert_array_equal(llama_logits(merged[0]), llama_logits(tmp_path / "whole.gguf"))
 
 
 def test_metadata_is_kept_byte_for_byte(parts, tmp_path):
@@ -89,7 +91,7 @@ def test_metadata_is_kept_byte_for_byte(parts, tmp_path):
         assert all(key.startswith("gguflora.") for key in added)
         assert bool(added) == (before == parts[0])
         assert [tensor.data_offset % 32 for tensor in new.tensors] == [0] * len(new.tensors)
-    fields = oracles.metadata(part_paths(tmp_path / "merged.gguf", 3)[0])
+    fields = read_metadata(part_paths(tmp_path / "merged.gguf", 3)[0])
     assert fields["zebra.stripes"] == [7, -8, 9]
     assert fields["tokenizer.chat_template"] == TEMPLATE
 
@@ -106,7 +108,7 @@ def test_alignment_and_any_order(alignment, tmp_path):
     assert in_all(merged) == raw(tmp_path / "whole.gguf")
     assert list(in_all(merged)) == list(in_all(paths))
     assert all(tensor.data_offset % alignment == 0 for tensor in gguf.GGUFReader(merged[0]).tensors)
-    np.testing.assert_array_equal(oracles.llama_logits(merged[0]), oracles.llama_logits(tmp_path / "whole.gguf"))
+    np.testing.assert_array_equal(llama_logits(merged[0]), llama_logits(tmp_path / "whole.gguf"))
 
 
 def test_one_file_with_another_alignment(tmp_path):
@@ -117,7 +119,7 @@ def test_one_file_with_another_alignment(tmp_path):
     gguflora.merge(whole, adapter, tmp_path / "whole.gguf")
     gguflora.merge(base, adapter, tmp_path / "merged.gguf")
     assert raw(tmp_path / "merged.gguf") == raw(tmp_path / "whole.gguf")
-    logits = [oracles.llama_logits(tmp_path / name) for name in ("merged.gguf", "whole.gguf")]
+    logits = [llama_logits(tmp_path / name) for name in ("merged.gguf", "whole.gguf")]
     np.testing.assert_array_equal(*logits)
 
 
@@ -132,19 +134,19 @@ def test_an_added_tensor_goes_to_the_last_file(tmp_path):
     assert "output.weight" in raw(merged[2])
     assert in_all(merged) == raw(tmp_path / "whole.gguf")
     count = len(raw(tmp_path / "whole.gguf"))
-    assert [oracles.metadata(path)["split.tensors.count"] for path in merged] == [count] * 3
-    np.testing.assert_array_equal(oracles.llama_logits(merged[0]), oracles.llama_logits(tmp_path / "whole.gguf"))
+    assert [read_metadata(path)["split.tensors.count"] for path in merged] == [count] * 3
+    np.testing.assert_array_equal(llama_logits(merged[0]), llama_logits(tmp_path / "whole.gguf"))
 
 
 def test_files_of_llama_cpps_own(tmp_path):
     """By convert_hf_to_gguf.py --split-max-tensors and llama_model_quantize with keep_split."""
     directory = builders.hf_model("llama", "wide")
     arguments = ("--outtype", "f32", "--split-max-tensors", "9")
-    oracles.run_script("convert_hf_to_gguf.py", directory, "--outfile", tmp_path / "f32.gguf", *arguments)
+    run_script("convert_hf_to_gguf.py", directory, "--outfile", tmp_path / "f32.gguf", *arguments)
     (first, *_) = paths = sorted(tmp_path.glob("f32-*.gguf"))
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype, parameters.nthread, parameters.keep_split = llama_cpp.LLAMA_FTYPE_MOSTLY_Q5_K_M, 1, True
-    with oracles.quiet_llama_cpp():
+    with quiet_llama_cpp():
         assert llama_cpp.llama_model_quantize(str(first).encode(), str(tmp_path / "q5").encode(), parameters) == 0
     quantized = sorted(tmp_path.glob("q5-*.gguf"))
     assert len(quantized) == len(paths) > 1
@@ -153,7 +155,7 @@ def test_files_of_llama_cpps_own(tmp_path):
     gguflora.merge(quantized[1], adapter, tmp_path / "merged.gguf")
     merged = part_paths(tmp_path / "merged.gguf", len(paths))
     assert in_all(merged) == raw(tmp_path / "whole.gguf")
-    np.testing.assert_array_equal(oracles.llama_logits(merged[0]), oracles.llama_logits(tmp_path / "whole.gguf"))
+    np.testing.assert_array_equal(llama_logits(merged[0]), llama_logits(tmp_path / "whole.gguf"))
 
 
 def test_convert_and_inspect(parts, tmp_path):
@@ -289,8 +291,8 @@ def test_existing_files(parts, tmp_path):
 def test_record_of_a_merge(parts, tmp_path):
     gguflora.merge(parts[0], builders.adapter("llama", LORA, "wide"), tmp_path / "merged.gguf")
     first, second, _ = part_paths(tmp_path / "merged.gguf", 3)
-    assert "gguflora.version" in oracles.metadata(first)
-    assert set(oracles.metadata(second)) == {"split.no", "split.count", "split.tensors.count"}
+    assert "gguflora.version" in read_metadata(first)
+    assert set(read_metadata(second)) == {"split.no", "split.count", "split.tensors.count"}
     assert encode_entry("gguflora.version", gguflora.__version__) in first.read_bytes()
 
 

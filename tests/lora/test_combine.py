@@ -11,11 +11,14 @@ import torch
 
 import gguflora
 from gguflora.errors import AdapterError, MismatchError, UnsupportedAdapterError
-from support import builders, oracles
+from support import builders
 from support.adapters import deltas_by_peft, lora_layers
 from support.asserts import assert_same, assert_same_changes
 from support.builders import Adapter, Trained
 from support.cli import run
+from support.oracles.gguf_files import lora_changes, read_metadata, read_tensors
+from support.oracles.llama_cpp import llama_logits
+from support.oracles.peft import merged_gguf, peft_logits, peft_model
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "embed_tokens")
 SPECS = (
@@ -36,7 +39,7 @@ def paths(specs, arch="llama"):
 
 def peft_deltas(adapters, weights, method, arch="llama", masks=None, **options):
     """What `add_weighted_adapter` adds to each module's weight."""
-    model = oracles.peft_model(builders.hf_model(arch), adapters[0])
+    model = peft_model(builders.hf_model(arch), adapters[0])
     names = ["default"]
     for number, adapter in enumerate(adapters[1:], 1):
         names.append(model.load_adapter(adapter, f"a{number}") and f"a{number}")
@@ -159,11 +162,11 @@ def test_gguf_in_and_out(method, forms, tmp_path):
     gguflora.combine(weighted, tmp_path / "out.gguf", method=method, outtype="f32", **options, **needs_base)
     gguflora.combine(list(zip(adapters, NEGATIVE, strict=False)), tmp_path / "wanted", method=method, **options)
     gguflora.convert(tmp_path / "wanted", model, tmp_path / "wanted.gguf", outtype="f32")
-    wanted = oracles.lora_changes(tmp_path / "wanted.gguf")
-    assert_same_changes(oracles.lora_changes(tmp_path / "out.gguf"), wanted, 1e-5)
-    assert oracles.metadata(tmp_path / "out.gguf")["adapter.lora.alpha"] == 4
-    logits = oracles.llama_logits(model, tmp_path / "out.gguf")
-    expected = oracles.peft_logits(builders.hf_model("llama"), tmp_path / "wanted")
+    wanted = lora_changes(tmp_path / "wanted.gguf")
+    assert_same_changes(lora_changes(tmp_path / "out.gguf"), wanted, 1e-5)
+    assert read_metadata(tmp_path / "out.gguf")["adapter.lora.alpha"] == 4
+    logits = llama_logits(model, tmp_path / "out.gguf")
+    expected = peft_logits(builders.hf_model("llama"), tmp_path / "wanted")
     np.testing.assert_allclose(logits, expected, atol=2e-3)
 
 
@@ -174,13 +177,13 @@ def test_other_methods_of_peft(tmp_path):
     dora = builders.trained_adapter("llama", Trained(peft.LoraConfig, ("q_proj",), {"use_dora": True}))
     model, wanted = builders.gguf_model("llama"), {}
     for number, adapter in enumerate((loha, lokr)):
-        merged = oracles.tensors(oracles.merged_gguf(builders.hf_model("llama"), adapter))
-        weights = oracles.tensors(model)
+        merged = read_tensors(merged_gguf(builders.hf_model("llama"), adapter))
+        weights = read_tensors(model)
         for name in ("blk.0.attn_q.weight", "blk.1.attn_q.weight"):
             change = merged[name].astype(np.float64) - weights[name]
             wanted[name] = wanted.get(name, 0) + (1.0, -2.0)[number] * change
     gguflora.combine([loha, (lokr, -2.0)], tmp_path / "out.gguf", method="cat", base=model, outtype="f32")
-    assert_same_changes(oracles.lora_changes(tmp_path / "out.gguf"), wanted)
+    assert_same_changes(lora_changes(tmp_path / "out.gguf"), wanted)
     with pytest.raises(UnsupportedAdapterError, match="give it with --base"):
         gguflora.combine([loha, dora], tmp_path / "dora", method="svd")
     report = gguflora.combine([loha, dora], tmp_path / "dora.gguf", method="svd", rank=16, base=model)

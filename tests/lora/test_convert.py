@@ -11,10 +11,14 @@ import pytest
 import torch
 
 import gguflora
-from support import builders, oracles
+from support import builders
 from support.adapters import PLAIN, UNTIED, VARIANTS, with_embeddings
 from support.asserts import assert_same_changes, assert_same_content, merged_changes
 from support.builders import ARCHITECTURES, Adapter
+from support.oracles import libggml
+from support.oracles.gguf_files import lora_changes, read_metadata, read_tensors
+from support.oracles.llama_cpp import convert_lora, llama_logits
+from support.oracles.peft import peft_logits
 
 TYPE_OF = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -28,14 +32,14 @@ def convert(arch, spec, out, **options):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_change_equals_pefts_merge(arch, variant, tmp_path):
     out = convert(arch, VARIANTS[variant], tmp_path / "lora.gguf")
-    assert_same_changes(oracles.lora_changes(out), merged_changes(arch, VARIANTS[variant]))
+    assert_same_changes(lora_changes(out), merged_changes(arch, VARIANTS[variant]))
 
 
 @pytest.mark.parametrize("variant", ["plain", "rslora", "alpha_pattern", "bfloat16"])
 @pytest.mark.parametrize("arch", UNTIED)
 def test_embedding_and_head_equal_pefts_merge(arch, variant, tmp_path):
     spec = with_embeddings(arch, dtype=VARIANTS[variant].dtype, options=VARIANTS[variant].options)
-    changes = oracles.lora_changes(convert(arch, spec, tmp_path / "lora.gguf"))
+    changes = lora_changes(convert(arch, spec, tmp_path / "lora.gguf"))
     assert {"token_embd.weight", "output.weight"} <= changes.keys()
     assert_same_changes(changes, merged_changes(arch, spec))
 
@@ -46,7 +50,7 @@ def test_plain_lora_equals_llama_cpps_converter(arch, tmp_path):
     spec = PLAIN if ARCHITECTURES[arch].tied else with_embeddings(arch, options=(("init_lora_weights", False),))
     ours = gguf.GGUFReader(convert(arch, spec, tmp_path / "ours.gguf", outtype="f32"))
     adapter = builders.adapter(arch, spec)
-    theirs = gguf.GGUFReader(oracles.convert_lora(adapter, builders.hf_model(arch), tmp_path / "theirs.gguf"))
+    theirs = gguf.GGUFReader(convert_lora(adapter, builders.hf_model(arch), tmp_path / "theirs.gguf"))
     found = {tensor.name: np.array(tensor.data) for tensor in ours.tensors}
     expected = {tensor.name: np.array(tensor.data) for tensor in theirs.tensors}
     assert found.keys() == expected.keys()
@@ -81,9 +85,9 @@ def test_hot_logits_equal_peft(arch, tmp_path):
     out = convert(arch, spec, tmp_path / "lora.gguf")
     hf, adapter, base = builders.hf_model(arch), builders.adapter(arch, spec), builders.gguf_model(arch)
     for scale in (1.0, 0.5):
-        expected = oracles.peft_logits(hf, adapter, scale)
-        assert np.abs(expected - oracles.peft_logits(hf)).max() > 0.5, "the adapter must matter"
-        assert np.abs(oracles.llama_logits(base, out, scale) - expected).max() < 1e-2
+        expected = peft_logits(hf, adapter, scale)
+        assert np.abs(expected - peft_logits(hf)).max() > 0.5, "the adapter must matter"
+        assert np.abs(llama_logits(base, out, scale) - expected).max() < 1e-2
 
 
 @pytest.mark.parametrize(("outtype", "tolerance"), [("f32", 1e-2), ("f16", 1e-2), ("auto", 1e-2), ("bf16", 3e-2)])
@@ -91,8 +95,8 @@ def test_hot_logits_with_embedding_and_head(outtype, tolerance, tmp_path):
     """With bfloat16 factors ggml rounds activations to bfloat16, too: auto does not choose them."""
     spec = with_embeddings("llama", dtype=torch.bfloat16)
     out = convert("llama", spec, tmp_path / "lora.gguf", outtype=outtype)
-    expected = oracles.peft_logits(builders.hf_model("llama"), builders.adapter("llama", spec))
-    assert np.abs(oracles.llama_logits(builders.gguf_model("llama"), out) - expected).max() < tolerance
+    expected = peft_logits(builders.hf_model("llama"), builders.adapter("llama", spec))
+    assert np.abs(llama_logits(builders.gguf_model("llama"), out) - expected).max() < tolerance
 
 
 @pytest.mark.parametrize("dtype", TYPE_OF)
@@ -101,21 +105,21 @@ def test_auto_takes_f16_where_it_is_exact(dtype, tmp_path):
     out = convert("llama", Adapter(dtype=dtype), tmp_path / "lora.gguf")
     stored = {tensor.tensor_type.name for tensor in gguf.GGUFReader(out).tensors}
     assert stored <= {"float32": {"F32"}, "float16": {"F16"}, "bfloat16": {"F16", "F32"}}[str(dtype).split(".")[1]]
-    assert_same_changes(oracles.lora_changes(out), merged_changes("llama", Adapter(dtype=dtype)))
+    assert_same_changes(lora_changes(out), merged_changes("llama", Adapter(dtype=dtype)))
 
 
 def test_auto_shrinks_float32_that_f16_holds(tmp_path):
     """`exact`: multiples of 1/16 up to 3/16."""
     out = convert("llama", Adapter(exact=True), tmp_path / "lora.gguf")
     assert {tensor.tensor_type.name for tensor in gguf.GGUFReader(out).tensors} == {"F16"}
-    assert_same_changes(oracles.lora_changes(out), merged_changes("llama", Adapter(exact=True)))
+    assert_same_changes(lora_changes(out), merged_changes("llama", Adapter(exact=True)))
 
 
 @pytest.mark.parametrize(("outtype", "tolerance"), [("f32", 1e-6), ("f16", 1e-3), ("bf16", 1e-2)])
 def test_float_outtypes(outtype, tolerance, tmp_path):
     out = convert("llama", VARIANTS["rank_pattern"], tmp_path / "lora.gguf", outtype=outtype)
     assert {tensor.tensor_type.name for tensor in gguf.GGUFReader(out).tensors} == {outtype.upper()}
-    assert_same_changes(oracles.lora_changes(out), merged_changes("llama", VARIANTS["rank_pattern"]), tolerance)
+    assert_same_changes(lora_changes(out), merged_changes("llama", VARIANTS["rank_pattern"]), tolerance)
 
 
 @pytest.mark.parametrize("variant", ["plain", "patterns_rslora"])  # with an alpha, and with folded factors
@@ -124,8 +128,8 @@ def test_scaled(variant, scale, tmp_path):
     """Also of a GGUF LoRA, stored again."""
     first = convert("llama", VARIANTS[variant], tmp_path / "first.gguf")
     gguflora.convert(first, builders.gguf_model("llama"), tmp_path / "scaled.gguf", scale=scale)
-    expected = {name: scale * change for name, change in oracles.lora_changes(first).items()}
-    found = oracles.lora_changes(tmp_path / "scaled.gguf")
+    expected = {name: scale * change for name, change in lora_changes(first).items()}
+    found = lora_changes(tmp_path / "scaled.gguf")
     assert found.keys() == expected.keys()
     assert all(np.allclose(found[name], expected[name], rtol=1e-5, atol=1e-6) for name in expected)
 
@@ -134,17 +138,17 @@ def test_scaled(variant, scale, tmp_path):
 def test_q8_0_outtype(rank, tmp_path):
     """A factor whose rows are whole blocks of 32 has ggml's own Q8_0 bytes; the others stay close enough."""
     spec = Adapter(rank=rank, alpha=rank)
-    exact = oracles.tensors(convert("llama", spec, tmp_path / "f32.gguf", outtype="f32"))
+    exact = read_tensors(convert("llama", spec, tmp_path / "f32.gguf", outtype="f32"))
     out = convert("llama", spec, tmp_path / "q8_0.gguf", outtype="q8_0")
     for tensor in gguf.GGUFReader(out).tensors:
         values = exact[tensor.name]
         if values.shape[1] % 32 == 0:
             assert tensor.tensor_type.name == "Q8_0"
-            np.testing.assert_array_equal(tensor.data, oracles.ggml_quantize(values, tensor.tensor_type))
-    assert_same_changes(oracles.lora_changes(out), merged_changes("llama", spec), 1e-2)
+            np.testing.assert_array_equal(tensor.data, libggml.quantize(values, int(tensor.tensor_type)))
+    assert_same_changes(lora_changes(out), merged_changes("llama", spec), 1e-2)
     hf, adapter = builders.hf_model("llama"), builders.adapter("llama", spec)
-    error = oracles.llama_logits(builders.gguf_model("llama"), out) - oracles.peft_logits(hf, adapter)
-    effect = oracles.peft_logits(hf, adapter) - oracles.peft_logits(hf)
+    error = llama_logits(builders.gguf_model("llama"), out) - peft_logits(hf, adapter)
+    effect = peft_logits(hf, adapter) - peft_logits(hf)
     assert np.linalg.norm(error) < 0.05 * np.linalg.norm(effect)
 
 
@@ -162,7 +166,7 @@ def test_q8_0_outtype(rank, tmp_path):
 def test_metadata(variant, alpha, tmp_path):
     """One alpha if it says all, else 0, which llama.cpp reads as "the factors are in B"."""
     adapter = builders.adapter("qwen3", VARIANTS[variant])
-    metadata = oracles.metadata(convert("qwen3", VARIANTS[variant], tmp_path / "lora.gguf"))
+    metadata = read_metadata(convert("qwen3", VARIANTS[variant], tmp_path / "lora.gguf"))
     assert metadata["general.type"] == "adapter"
     assert metadata["general.architecture"] == "qwen3"
     assert metadata["general.name"]
@@ -215,12 +219,12 @@ def test_keys_may_name_the_adapter(tmp_path):
     renamed = {key.replace(".weight", ".default.weight"): tensor for key, tensor in tensors.items()}
     safetensors.torch.save_file(renamed, file)
     gguflora.convert(adapter, builders.gguf_model("llama"), tmp_path / "lora.gguf")
-    assert_same_changes(oracles.lora_changes(tmp_path / "lora.gguf"), merged_changes("llama", PLAIN))
+    assert_same_changes(lora_changes(tmp_path / "lora.gguf"), merged_changes("llama", PLAIN))
 
 
 def test_partial_targets_touch_nothing_else(tmp_path):
     spec = Adapter(targets=("q_proj", "v_proj"), options=(("layers_to_transform", (1,)),))
-    changes = oracles.lora_changes(convert("mistral", spec, tmp_path / "lora.gguf"))
+    changes = lora_changes(convert("mistral", spec, tmp_path / "lora.gguf"))
     assert changes.keys() == {"blk.1.attn_q.weight", "blk.1.attn_v.weight"}
     assert_same_changes(changes, merged_changes("mistral", spec))
 

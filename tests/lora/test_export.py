@@ -9,10 +9,11 @@ import safetensors.numpy
 
 import gguflora
 from gguflora.errors import ArchitectureError, OutputError
-from support import builders, oracles, zoo
+from support import builders, zoo
 from support.adapters import UNTIED, VARIANTS, with_embeddings
 from support.builders import ARCHITECTURES, Adapter
 from support.cli import run
+from support.oracles.peft import peft_logits
 
 WITH_EXPERTS = [name for name, made in zoo.MODELS.items() if "num_experts" in made.fields]
 
@@ -51,7 +52,7 @@ def test_embeddings_come_back(arch, tmp_path):
     adapter = builders.adapter(arch, with_embeddings(arch))
     back = there_and_back(adapter, builders.gguf_model(arch), tmp_path)
     assert_equal_weights(weights(back), weights(adapter))
-    found, expected = (oracles.peft_logits(builders.hf_model(arch), folder) for folder in (back, adapter))
+    found, expected = (peft_logits(builders.hf_model(arch), folder) for folder in (back, adapter))
     np.testing.assert_array_equal(found, expected)
 
 
@@ -61,7 +62,7 @@ def test_logits_are_those_of_the_adapter(arch, variant, tmp_path):
     """With factors of their own B comes back times the factor, rounded once."""
     adapter = builders.adapter(arch, VARIANTS[variant])
     back = there_and_back(adapter, builders.gguf_model(arch, "small", "Q8_0"), tmp_path)
-    found, expected = (oracles.peft_logits(builders.hf_model(arch), folder) for folder in (back, adapter))
+    found, expected = (peft_logits(builders.hf_model(arch), folder) for folder in (back, adapter))
     np.testing.assert_allclose(found, expected, atol=2e-4)
 
 

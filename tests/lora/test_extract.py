@@ -11,11 +11,13 @@ import torch
 
 import gguflora
 from gguflora.errors import AdapterError, MismatchError
-from support import builders, oracles, zoo
+from support import builders, zoo
 from support.adapters import deltas_by_peft
 from support.asserts import assert_same, assert_same_changes, merged_changes
 from support.builders import Adapter
 from support.cli import run
+from support.oracles.gguf_files import lora_changes, read_tensors
+from support.oracles.peft import merged_gguf
 
 SPEC = Adapter(rank=4, alpha=8)
 
@@ -30,10 +32,10 @@ def test_known_adapter_comes_back_from_f32(arch, tmp_path):
     base = builders.gguf_model(arch)
     tuned = merged(arch, base, SPEC, tmp_path / "tuned.gguf")
     report = gguflora.extract(tuned, base, tmp_path / "lora.gguf", rank=4, outtype="f32")
-    assert_same_changes(oracles.lora_changes(tmp_path / "lora.gguf"), merged_changes(arch, SPEC), 1e-5)
+    assert_same_changes(lora_changes(tmp_path / "lora.gguf"), merged_changes(arch, SPEC), 1e-5)
     assert max(report.errors.values()) < 1e-6
     assert report.left_out == {}
-    assert report.unchanged == len(oracles.tensors(base)) - report.tensors
+    assert report.unchanged == len(read_tensors(base)) - report.tensors
 
 
 def distance(found, wanted):
@@ -54,8 +56,8 @@ def test_known_adapter_comes_back_through_rounding(outtype, rank, scale, tmp_pat
     gguflora.merge(base, [(adapter, scale)], tuned)
     gguflora.extract(tuned, base, tmp_path / "lora.gguf", rank=rank, outtype="f32")
     gguflora.convert(adapter, base, tmp_path / "known.gguf", outtype="f32", scale=scale)
-    known, found = (oracles.lora_changes(tmp_path / name) for name in ("known.gguf", "lora.gguf"))
-    before, after = oracles.tensors(base), oracles.tensors(tuned)
+    known, found = (lora_changes(tmp_path / name) for name in ("known.gguf", "lora.gguf"))
+    before, after = read_tensors(base), read_tensors(tuned)
     assert found.keys() == known.keys()
     for name, change in known.items():
         svd = best_of_rank(after[name].astype(np.float64) - before[name], rank)
@@ -66,7 +68,7 @@ def test_known_adapter_comes_back_through_rounding(outtype, rank, scale, tmp_pat
 def test_other_noise_than_rounding_does_not_mislead(share, tmp_path):
     """With a change of full rank beside it, of a size like rounding's, the adapter is found no worse than by an SVD."""
     base = builders.gguf_model("llama", "wide", "F16")
-    name, values = "blk.0.ffn_up.weight", oracles.tensors(base)["blk.0.ffn_up.weight"].astype(np.float64)
+    name, values = "blk.0.ffn_up.weight", read_tensors(base)["blk.0.ffn_up.weight"].astype(np.float64)
     rng, rounding = np.random.default_rng(4), np.spacing(np.abs(values).astype(np.float16)).astype(np.float64)
     low = rng.standard_normal((len(values), 8)) @ rng.standard_normal((8, values.shape[1]))
     low *= 0.03 * np.linalg.norm(values) / np.linalg.norm(low)
@@ -74,21 +76,21 @@ def test_other_noise_than_rounding_does_not_mislead(share, tmp_path):
     tuned = tmp_path / "tuned.gguf"
     edited(base, tuned, {name: (values + low + rest).astype(np.float16)})
     gguflora.extract(tuned, base, tmp_path / "lora.gguf", rank=8, outtype="f32")
-    svd = best_of_rank(oracles.tensors(tuned)[name] - values, 8)
-    assert distance(oracles.lora_changes(tmp_path / "lora.gguf")[name], low) < distance(svd, low)
+    svd = best_of_rank(read_tensors(tuned)[name] - values, 8)
+    assert distance(lora_changes(tmp_path / "lora.gguf")[name], low) < distance(svd, low)
 
 
 def test_change_of_full_rank_in_f16_is_approximated_best(tmp_path):
     """Beyond the rank there is more than rounding: the closest matrix is asked for, not the likeliest."""
     base = builders.gguf_model("llama", "wide", "F16")
-    name, values = "blk.0.ffn_up.weight", oracles.tensors(base)["blk.0.ffn_up.weight"]
+    name, values = "blk.0.ffn_up.weight", read_tensors(base)["blk.0.ffn_up.weight"]
     change = 0.02 * values.std() * np.random.default_rng(3).standard_normal(values.shape)
     tuned = tmp_path / "tuned.gguf"
     edited(base, tuned, {name: (values + change).astype(np.float16)})
     report = gguflora.extract(tuned, base, tmp_path / "lora.gguf", rank=8, iterations=12, outtype="f32")
-    difference = oracles.tensors(tuned)[name].astype(np.float64) - values
+    difference = read_tensors(tuned)[name].astype(np.float64) - values
     best = distance(best_of_rank(difference, 8), difference)
-    found = distance(oracles.lora_changes(tmp_path / "lora.gguf")[name], difference)
+    found = distance(lora_changes(tmp_path / "lora.gguf")[name], difference)
     assert best * (1 - 1e-6) <= found <= best * 1.001
     assert found == pytest.approx(report.errors[name], rel=1e-4)
 
@@ -98,8 +100,8 @@ def test_of_quantized_models_it_is_as_good_as_an_svd(outtype, tmp_path):
     base = builders.gguf_model("llama", "wide", outtype)
     tuned = merged("llama", base, SPEC, tmp_path / "tuned.gguf", "wide")
     report = gguflora.extract(tuned, base, tmp_path / "lora.gguf", rank=6, iterations=4, outtype="f32")
-    before, after = oracles.tensors(base), oracles.tensors(tuned)
-    found = oracles.lora_changes(tmp_path / "lora.gguf")
+    before, after = read_tensors(base), read_tensors(tuned)
+    found = lora_changes(tmp_path / "lora.gguf")
     for name, change in found.items():
         difference = after[name].astype(np.float64) - before[name]
         sizes = np.linalg.svd(difference, compute_uv=False)
@@ -112,12 +114,12 @@ def test_of_quantized_models_it_is_as_good_as_an_svd(outtype, tmp_path):
 def test_directories(tmp_path):
     spec, model = Adapter(rank=4, targets=("q_proj", "down_proj", "lm_head")), builders.hf_model("llama")
     adapter = builders.adapter("llama", spec)
-    tuned = oracles.merged_gguf(model, adapter).parent / "hf"
+    tuned = merged_gguf(model, adapter).parent / "hf"
     report = gguflora.extract(tuned, model, tmp_path / "lora", rank=4)
     assert_same(deltas_by_peft(tmp_path / "lora"), deltas_by_peft(adapter), 1e-5)
     assert report.tensors == 5
     gguflora.extract(tuned, model, tmp_path / "lora.gguf", rank=4, outtype="f32")
-    assert_same_changes(oracles.lora_changes(tmp_path / "lora.gguf"), merged_changes("llama", spec), 1e-5)
+    assert_same_changes(lora_changes(tmp_path / "lora.gguf"), merged_changes("llama", spec), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral"])
@@ -143,7 +145,7 @@ def test_directories_of_16_bits(dtype, tmp_path):
     spec, model = Adapter(rank=4, targets=("q_proj", "down_proj")), builders.hf_model("llama")
     adapter = builders.adapter("llama", spec)
     stored = {}
-    for name, source in (("base", model), ("tuned", oracles.merged_gguf(model, adapter).parent / "hf")):
+    for name, source in (("base", model), ("tuned", merged_gguf(model, adapter).parent / "hf")):
         (tmp_path / name).mkdir()
         shutil.copy(source / "config.json", tmp_path / name)
         weights = safetensors.torch.load_file(source / "model.safetensors")
@@ -171,7 +173,7 @@ def edited(source, target, values):
 
 def test_what_a_lora_cannot_hold_is_named(tmp_path):
     base = builders.gguf_model("gemma2")
-    weights = oracles.tensors(base)
+    weights = read_tensors(base)
     names = ("blk.0.attn_norm.weight", "token_embd.weight", "blk.0.attn_q.weight")
     edited(base, tmp_path / "tuned.gguf", {name: weights[name] * 1.5 for name in names})
     report = gguflora.extract(tmp_path / "tuned.gguf", base, tmp_path / "lora.gguf", rank=4)
@@ -215,7 +217,7 @@ def test_bad_input(tmp_path):
         gguflora.extract(builders.gguf_model("qwen2"), base, tmp_path / "lora.gguf", rank=4)
     with pytest.raises(MismatchError, match="two GGUF files or two"):
         gguflora.extract(builders.hf_model("llama"), base, tmp_path / "lora.gguf", rank=4)
-    weights = oracles.tensors(base)
+    weights = read_tensors(base)
     edited(base, tmp_path / "tuned.gguf", {"blk.0.attn_q.weight": weights["blk.0.attn_q.weight"] * np.nan})
     with pytest.raises(AdapterError, match=r"blk\.0\.attn_q\.weight: one of the models holds NaN"):
         gguflora.extract(tmp_path / "tuned.gguf", base, tmp_path / "lora.gguf", rank=4)

@@ -10,18 +10,19 @@ import pytest
 import gguflora
 from gguflora.architectures.base_model import read_base
 from gguflora.lora.preflight import check_loadable
-from support import builders, oracles, zoo
+from support import builders, zoo
 from support.adapters import VARIANTS
 from support.asserts import merged_changes
 from support.builders import Adapter, Trained
 from support.cli import run
 from support.hotswap import write_lora
+from support.oracles.gguf_files import read_tensors
 
 
 def test_norms_are_those_of_pefts_merge():
     spec, base = VARIANTS["patterns_rslora"], builders.gguf_model("llama")
     report = gguflora.inspect(builders.adapter("llama", spec), base)
-    expected, weights = merged_changes("llama", spec), oracles.tensors(base)
+    expected, weights = merged_changes("llama", spec), read_tensors(base)
     assert {change.name for change in report.changes} == expected.keys()
     assert (report.method, report.architecture, report.problems) == ("LORA", "llama", 0)
     for change in report.changes:
@@ -101,9 +102,7 @@ def test_every_pair_of_a_gguf_lora_is_held_against_the_base(tmp_path):
     (sound,) = (change for change in report.changes if not change.problem)
     assert (sound.name, sound.rank) == (Q, 2)
     assert sound.norm == pytest.approx(8 / 2 * 2 * np.sqrt(128 * 96))
-    assert sound.relative == pytest.approx(
-        sound.norm / np.linalg.norm(oracles.tensors(builders.gguf_model("llama"))[Q])
-    )
+    assert sound.relative == pytest.approx(sound.norm / np.linalg.norm(read_tensors(builders.gguf_model("llama"))[Q]))
     assert report.to_dict()["problems"] == 4
 
 

@@ -8,18 +8,20 @@ import pytest
 
 import gguflora
 from gguflora.errors import AdapterError, UnsupportedAdapterError
-from support import builders, oracles
+from support import builders
 from support.adapters import VARIANTS
 from support.asserts import merged_changes
 from support.builders import Adapter, Trained
 from support.cli import run
+from support.oracles.gguf_files import lora_changes, read_metadata, read_tensors
+from support.oracles.peft import merged_gguf, peft_model
 
 SPEC = VARIANTS["patterns_rslora"]
 
 
 def deltas(arch, folder):
     """What PEFT's layers with an adapter add to each module's weight."""
-    model = oracles.peft_model(builders.hf_model(arch), folder)
+    model = peft_model(builders.hf_model(arch), folder)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
     return {name: layer.get_delta_weight("default").detach().double().numpy() for name, layer in layers.items()}
 
@@ -46,13 +48,13 @@ def test_peft_directory_becomes_the_best_of_its_rank(rank, tmp_path):
 def test_gguf_lora_needs_no_base(tmp_path):
     gguflora.convert(builders.adapter("qwen2", SPEC), builders.gguf_model("qwen2"), tmp_path / "lora.gguf")
     report = gguflora.resize(tmp_path / "lora.gguf", tmp_path / "out.gguf", rank=2, outtype="f32")
-    found = oracles.lora_changes(tmp_path / "out.gguf")
+    found = lora_changes(tmp_path / "out.gguf")
     for name, delta in merged_changes("qwen2", SPEC).items():
         expected, error = best(delta, 2)
         assert np.linalg.norm(found[name] - expected) <= 1e-4 * np.linalg.norm(delta)
         assert report.errors.get(name, 0.0) == pytest.approx(error, abs=1e-4)
     assert report.ranks == (2, 2)
-    assert oracles.metadata(tmp_path / "out.gguf")["adapter.lora.alpha"] == 2
+    assert read_metadata(tmp_path / "out.gguf")["adapter.lora.alpha"] == 2
 
 
 def test_energy_chooses_the_rank_of_each_change(tmp_path):
@@ -82,7 +84,7 @@ def test_from_one_form_to_the_other(suffix, tmp_path):
     gguflora.resize(source, tmp_path / f"out{suffix}", rank=3, base=base)
     out = tmp_path / f"out{suffix}"
     gguflora.convert(out, base, tmp_path / "again.gguf", outtype="f32")
-    found = oracles.lora_changes(tmp_path / "again.gguf")
+    found = lora_changes(tmp_path / "again.gguf")
     for name, delta in merged_changes("llama", Adapter(rank=6)).items():
         assert np.linalg.norm(found[name] - best(delta, 3)[0]) <= 1e-4 * np.linalg.norm(delta), name
 
@@ -93,9 +95,9 @@ def test_dora_is_approximated_on_its_base(tmp_path):
         gguflora.resize(adapter, tmp_path / "out.gguf", rank=8)
     report = gguflora.resize(adapter, tmp_path / "out.gguf", rank=8, base=builders.gguf_model("llama"))
     assert any("approximated" in warning for warning in report.warnings)
-    expected = oracles.tensors(oracles.merged_gguf(builders.hf_model("llama"), adapter))["blk.0.attn_q.weight"]
-    change = expected - oracles.tensors(builders.gguf_model("llama"))["blk.0.attn_q.weight"]
-    found = oracles.lora_changes(tmp_path / "out.gguf")["blk.0.attn_q.weight"]
+    expected = read_tensors(merged_gguf(builders.hf_model("llama"), adapter))["blk.0.attn_q.weight"]
+    change = expected - read_tensors(builders.gguf_model("llama"))["blk.0.attn_q.weight"]
+    found = lora_changes(tmp_path / "out.gguf")["blk.0.attn_q.weight"]
     assert np.linalg.norm(found - best(change, 8)[0]) <= 1e-3 * np.linalg.norm(change)
 
 

@@ -13,7 +13,9 @@ from gguflora.architectures.base_model import read_base
 from gguflora.errors import FormatError, GgufError, MismatchError, SafetensorsError
 from gguflora.files.gguf import GgufFile
 from gguflora.merging.high_precision import UnquantizedBase
-from support import builders, oracles, zoo
+from support import builders, zoo
+from support.oracles.gguf_files import read_tensors
+from support.oracles.llama_cpp import convert_model
 
 
 def all_rows(source, name, tensor):
@@ -39,7 +41,7 @@ def test_hf_directory_equals_the_converters_f32(name):
 def test_gguf_of_any_type(outtype):
     path = builders.gguf_model("llama", "wide", outtype)
     with UnquantizedBase.open(path, read_base(builders.gguf_model("llama", "wide", "Q4_0"))) as source:
-        for tensor, expected in oracles.tensors(path).items():
+        for tensor, expected in read_tensors(path).items():
             np.testing.assert_array_equal(all_rows(source, tensor, expected), expected, err_msg=tensor)
 
 
@@ -51,9 +53,9 @@ def test_shards_of_any_float(dtype, tmp_path):
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((builders.hf_model("llama") / name).read_bytes())
-    gguf = oracles.convert_model(tmp_path, tmp_path / "model.gguf")
+    gguf = convert_model(tmp_path, tmp_path / "model.gguf")
     with UnquantizedBase.open(tmp_path, read_base(gguf)) as source:
-        for tensor, expected in oracles.tensors(gguf).items():
+        for tensor, expected in read_tensors(gguf).items():
             np.testing.assert_array_equal(all_rows(source, tensor, expected), expected, err_msg=tensor)
 
 

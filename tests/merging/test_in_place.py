@@ -20,9 +20,10 @@ from gguflora.errors import FormatError, GgufError, OutputError, PatchError
 from gguflora.files.shard_names import part_paths
 from gguflora.files.sidecars import journal_path, undo_path
 from gguflora.merging.in_place import journal
-from support import builders, oracles
+from support import builders
 from support.adapters import resized
 from support.builders import Adapter
+from support.oracles.gguf_files import read_tensors
 from support.shards import split
 
 WEAK = Adapter(seed=4)
@@ -60,13 +61,13 @@ def digest(path):
 def test_there_and_back(base, tmp_path):
     before = digest(base)
     gguflora.merge(base, [(lora(), 0.5)], tmp_path / "merged.gguf")
-    expected = oracles.tensors(tmp_path / "merged.gguf")
+    expected = read_tensors(tmp_path / "merged.gguf")
     (tmp_path / "merged.gguf").unlink()
     report = gguflora.merge(base, [(lora(), 0.5)], in_place=True)
     assert names(tmp_path) == ["model.gguf", "model.gguf.undo"]
     assert report.written == (tmp_path / "model.gguf.undo").stat().st_size
     assert digest(base) != before
-    for name, values in oracles.tensors(base).items():
+    for name, values in read_tensors(base).items():
         np.testing.assert_array_equal(values, expected[name], err_msg=name)
     undone = gguflora.unmerge(base)
     assert digest(base) == before == undone.sha256
@@ -116,11 +117,11 @@ def test_a_split_base(base, tmp_path):
     base.unlink()
     before = [digest(path) for path in parts]
     gguflora.merge(parts[0], [(lora(), 0.5)], tmp_path / "merged.gguf")
-    merged = [oracles.tensors(path) for path in part_paths(tmp_path / "merged.gguf", 3)]
+    merged = [read_tensors(path) for path in part_paths(tmp_path / "merged.gguf", 3)]
     gguflora.merge(parts[1], [(lora(), 0.5)], in_place=True)
     assert f"{parts[0].name}.undo" in names(tmp_path)
     for path, expected in zip(parts, merged, strict=True):
-        for name, values in oracles.tensors(path).items():
+        for name, values in read_tensors(path).items():
             np.testing.assert_array_equal(values, expected[name], err_msg=name)
     with pytest.raises(OutputError, match="was merged in place before"):
         gguflora.merge(parts[2], lora(), in_place=True)

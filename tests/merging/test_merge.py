@@ -17,8 +17,12 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 import gguflora
-from support import builders, oracles
+from support import builders
 from support.builders import ARCHITECTURES, Adapter
+from support.oracles import libggml
+from support.oracles.gguf_files import dequantized, lora_changes, read_metadata, read_tensors
+from support.oracles.llama_cpp import convert_lora, llama_logits
+from support.oracles.peft import merged_gguf, peft_logits
 
 EXACT = Adapter(exact=True, seed=3)
 RANDOM = Adapter(seed=4)
@@ -47,13 +51,13 @@ def data_of(path):
 def changes_of(arch, spec, size):
     """The change of each tensor in float64 at scale 1: PEFT's merge for anything llama.cpp's converter gets wrong."""
     hf, adapter = builders.hf_model(arch, size), builders.adapter(arch, spec, size)
-    return oracles.lora_changes(oracles.convert_lora(adapter, hf, adapter / "oracle.gguf"))
+    return lora_changes(convert_lora(adapter, hf, adapter / "oracle.gguf"))
 
 
 def requantized(tensor, change):
     """The bytes ggml makes of a base tensor plus a change, the sum taken in float32."""
-    values = oracles.dequantize(tensor) + change.astype(np.float32)
-    return oracles.ggml_quantize(values, tensor.tensor_type)
+    values = dequantized(tensor) + change.astype(np.float32)
+    return libggml.quantize(values, int(tensor.tensor_type))
 
 
 def assert_same_but_for(base, merged, touched):
@@ -87,8 +91,8 @@ def digest(path):
 def test_f32_equals_pefts_merge(arch, spec, tmp_path):
     base, adapter = builders.gguf_model(arch), builders.adapter(arch, spec)
     gguflora.merge(base, adapter, tmp_path / "out.gguf")
-    before, found = oracles.tensors(base), oracles.tensors(tmp_path / "out.gguf")
-    expected = oracles.tensors(oracles.merged_gguf(builders.hf_model(arch), adapter))
+    before, found = read_tensors(base), read_tensors(tmp_path / "out.gguf")
+    expected = read_tensors(merged_gguf(builders.hf_model(arch), adapter))
     touched = {name for name in before if not np.array_equal(before[name], expected[name])}
     assert len(touched) == 2 * len(ARCHITECTURES[arch].linear)
     for name in touched:
@@ -102,8 +106,8 @@ def test_f32_with_embedding_and_head_equals_pefts_merge(tmp_path):
     spec = Adapter(targets=("q_proj", "embed_tokens", "lm_head"), dtype=torch.bfloat16)
     base, adapter = builders.gguf_model("llama"), builders.adapter("llama", spec)
     gguflora.merge(base, adapter, tmp_path / "out.gguf")
-    found = oracles.tensors(tmp_path / "out.gguf")
-    for name, expected in oracles.tensors(oracles.merged_gguf(builders.hf_model("llama"), adapter)).items():
+    found = read_tensors(tmp_path / "out.gguf")
+    for name, expected in read_tensors(merged_gguf(builders.hf_model("llama"), adapter)).items():
         np.testing.assert_allclose(found[name], expected, rtol=0, atol=1e-6, err_msg=name)
 
 
@@ -156,11 +160,11 @@ def test_random_adapter_differs_in_hardly_a_code(outtype, tmp_path):
     for tensor in reader_of(base).tensors:
         if tensor.name not in changes:
             continue
-        target = oracles.dequantize(tensor) + changes[tensor.name]
+        target = dequantized(tensor) + changes[tensor.name]
         expected = requantized(tensor, changes[tensor.name])
         same.append(found[tensor.name] == expected)
         errors = [
-            np.linalg.norm(oracles.ggml_dequantize(data, tensor.tensor_type) - target)
+            np.linalg.norm(libggml.dequantize(data, int(tensor.tensor_type), int(tensor.shape[0])) - target)
             for data in (found[tensor.name], expected)
         ]
         assert errors[0] <= 1.001 * errors[1], tensor.name
@@ -196,7 +200,7 @@ def test_adapters_of_different_tensors(tmp_path):
     q, v = (Adapter(exact=True, targets=(target,)) for target in ("q_proj", "v_proj"))
     base, paths = builders.gguf_model("llama"), [builders.adapter("llama", spec) for spec in (q, v, v)]
     gguflora.merge(base, paths, tmp_path / "out.gguf")
-    before, found = oracles.tensors(base), oracles.tensors(tmp_path / "out.gguf")
+    before, found = read_tensors(base), read_tensors(tmp_path / "out.gguf")
     expected = {**changes_of("llama", q, "small")}
     expected |= {name: 2 * change for name, change in changes_of("llama", v, "small").items()}
     for name in before:
@@ -225,7 +229,7 @@ def test_gguf_lora_merges_like_the_peft_directory(arch, spec, tmp_path):
 
 def test_gguf_lora_of_llama_cpps_converter(tmp_path):
     base, adapter = builders.gguf_model("llama", "wide", "Q8_0"), builders.adapter("llama", RANDOM, "wide")
-    theirs = oracles.convert_lora(adapter, builders.hf_model("llama", "wide"), tmp_path / "theirs.gguf")
+    theirs = convert_lora(adapter, builders.hf_model("llama", "wide"), tmp_path / "theirs.gguf")
     gguflora.merge(base, adapter, tmp_path / "from_peft.gguf")
     gguflora.merge(base, theirs, tmp_path / "from_gguf.gguf")
     expected = data_of(tmp_path / "from_peft.gguf")
@@ -238,16 +242,16 @@ def test_merged_file_answers_like_the_hot_adapter(outtype, tolerance, tmp_path):
     base, adapter = builders.gguf_model("llama", "wide", outtype), builders.adapter("llama", RANDOM, "wide")
     gguflora.convert(adapter, base, tmp_path / "lora.gguf")
     gguflora.merge(base, adapter, tmp_path / "out.gguf")
-    hot, cold = oracles.llama_logits(base, tmp_path / "lora.gguf"), oracles.llama_logits(base)
-    error = oracles.llama_logits(tmp_path / "out.gguf") - hot
+    hot, cold = llama_logits(base, tmp_path / "lora.gguf"), llama_logits(base)
+    error = llama_logits(tmp_path / "out.gguf") - hot
     assert np.linalg.norm(error) < tolerance * np.linalg.norm(hot - cold)
 
 
 @pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch != "llama"])
 def test_merged_file_loads(arch, tmp_path):
     gguflora.merge(builders.gguf_model(arch), builders.adapter(arch, RANDOM), tmp_path / "out.gguf")
-    expected = oracles.peft_logits(builders.hf_model(arch), builders.adapter(arch, RANDOM))
-    assert np.abs(oracles.llama_logits(tmp_path / "out.gguf") - expected).max() < 1e-2
+    expected = peft_logits(builders.hf_model(arch), builders.adapter(arch, RANDOM))
+    assert np.abs(llama_logits(tmp_path / "out.gguf") - expected).max() < 1e-2
 
 
 # -- files --
@@ -267,8 +271,8 @@ def test_metadata_records_what_was_merged(tmp_path):
     base, one, two = builders.gguf_model("llama"), *(builders.adapter("llama", spec) for spec in (RANDOM, EXACT))
     gguflora.merge(base, [(one, 0.5)], tmp_path / "one.gguf")
     gguflora.merge(tmp_path / "one.gguf", [(two, -2.0)], tmp_path / "two.gguf")
-    old = oracles.metadata(base)
-    added = {name: value for name, value in oracles.metadata(tmp_path / "two.gguf").items() if name not in old}
+    old = read_metadata(base)
+    added = {name: value for name, value in read_metadata(tmp_path / "two.gguf").items() if name not in old}
     hashes = [digest(adapter / "adapter_model.safetensors") for adapter in (one, two)]
     assert hashes in added.values(), "both merges, in their order"
     assert [0.5, -2.0] in added.values()

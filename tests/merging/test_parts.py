@@ -11,10 +11,11 @@ from gguflora.errors import FormatError, OutputError
 from gguflora.files.gguf import part_paths
 from gguflora.merging.parts import assemble, merge_part, shares
 from gguflora.merging.prepare import MergeOptions, prepared_merge
-from support import builders, oracles, zoo
+from support import builders, zoo
 from support.adapters import TIED, resized
 from support.builders import Adapter
 from support.imatrix import write_imatrix
+from support.oracles.gguf_files import read_tensors
 from support.shards import WHOLE, split
 
 ONE = Adapter(seed=3)
@@ -37,7 +38,7 @@ def several(tmp_path):
 def precise(tmp_path):
     base = builders.gguf_model(*WHOLE)
     random = np.random.default_rng(5)
-    sums = {name: random.chisquare(1, (1, values.shape[-1])) for name, values in oracles.tensors(base).items()}
+    sums = {name: random.chisquare(1, (1, values.shape[-1])) for name, values in read_tensors(base).items()}
     write_imatrix(tmp_path / "imatrix", {name: (values.astype(np.float32), [1]) for name, values in sums.items()})
     options = {"base_f16": builders.gguf_model("llama", "wide", "F16"), "imatrix": tmp_path / "imatrix"}
     return base, lora(), options

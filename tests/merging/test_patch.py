@@ -32,9 +32,10 @@ from gguflora.merging.patch.format import (
     write_patch_file,
 )
 from gguflora.quants.types import TYPES
-from support import builders, oracles
+from support import builders
 from support.adapters import resized
 from support.builders import Adapter
+from support.oracles.gguf_files import read_tensors
 from support.shards import split
 
 WEAK = Adapter(seed=4)
@@ -82,7 +83,7 @@ def test_new_tokens(tmp_path):
 
 def test_an_output_weight_of_its_own(tmp_path):
     check(model(arch="gemma3"), lora(Adapter(targets=("embed_tokens",), seed=1), "gemma3"), tmp_path)
-    assert "output.weight" in oracles.tensors(tmp_path / "out.gguf")
+    assert "output.weight" in read_tensors(tmp_path / "out.gguf")
 
 
 def test_a_second_merge_is_recorded_after_the_first(tmp_path):

@@ -11,10 +11,12 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 import gguflora
-from support import builders, oracles
+from support import builders
 from support.builders import Adapter
 from support.imatrix import write_imatrix
 from support.oracles import libggml
+from support.oracles.gguf_files import dequantized, lora_changes, read_metadata
+from support.oracles.llama_cpp import convert_lora, llama_logits
 
 SMALL, EXACT = Adapter(seed=4), Adapter(exact=True, seed=3)
 SCALE = 0.02
@@ -31,13 +33,11 @@ def adapter_of(spec=SMALL):
 
 def merged(base, out, scale=SCALE, **options):
     report = gguflora.merge(base, [(adapter_of(), scale)], out, **options)
-    return report, {tensor.name: oracles.dequantize(tensor) for tensor in gguf.GGUFReader(out).tensors}
+    return report, {tensor.name: dequantized(tensor) for tensor in gguf.GGUFReader(out).tensors}
 
 
 def changes_at(scale, spec=SMALL):
-    found = oracles.lora_changes(
-        oracles.convert_lora(adapter_of(spec), builders.hf_model("llama", "wide"), path_of(spec))
-    )
+    found = lora_changes(convert_lora(adapter_of(spec), builders.hf_model("llama", "wide"), path_of(spec)))
     return {name: change * scale for name, change in found.items()}
 
 
@@ -52,7 +52,7 @@ def survival(before, after, changes):
 
 
 def values_of(path):
-    return {tensor.name: oracles.dequantize(tensor) for tensor in gguf.GGUFReader(path).tensors}
+    return {tensor.name: dequantized(tensor) for tensor in gguf.GGUFReader(path).tensors}
 
 
 # -- fidelity --
@@ -124,9 +124,9 @@ def test_kept_logits(tmp_path):
     gguflora.convert(adapter_of(), base, tmp_path / "lora.gguf", scale=SCALE * 3)
     for rounding in ("adaptive", "nearest"):
         merged(base, tmp_path / f"{rounding}.gguf", SCALE * 3, rounding=rounding)
-    cold, hot = oracles.llama_logits(base), oracles.llama_logits(base, tmp_path / "lora.gguf")
+    cold, hot = llama_logits(base), llama_logits(base, tmp_path / "lora.gguf")
     along = {
-        rounding: ((oracles.llama_logits(tmp_path / f"{rounding}.gguf") - cold) * (hot - cold)).sum()
+        rounding: ((llama_logits(tmp_path / f"{rounding}.gguf") - cold) * (hot - cold)).sum()
         / ((hot - cold) ** 2).sum()
         for rounding in ("adaptive", "nearest")
     }
@@ -144,7 +144,7 @@ def test_seed_decides(tmp_path):
         bytes_of[name] = (tmp_path / f"{name}.gguf").read_bytes()
     assert bytes_of["one"] == bytes_of["again"]
     assert bytes_of["one"] != bytes_of["other"]
-    added = {key: value for key, value in oracles.metadata(tmp_path / "other.gguf").items() if "merged" in key}
+    added = {key: value for key, value in read_metadata(tmp_path / "other.gguf").items() if "merged" in key}
     assert [7] in added.values()
     assert ["adaptive"] in added.values()
 
@@ -185,12 +185,12 @@ def test_outtype_of_changed_tensors(outtype, tmp_path):
         assert new.tensor_type.name == outtype.upper()
         if new.tensor_type == old.tensor_type:
             continue  # rounded with dither
-        wanted = oracles.dequantize(old) + changes[old.name].astype(np.float32)
-        expected = wanted if outtype == "f32" else oracles.ggml_quantize(wanted, new.tensor_type)
+        wanted = dequantized(old) + changes[old.name].astype(np.float32)
+        expected = wanted if outtype == "f32" else libggml.quantize(wanted, int(new.tensor_type))
         np.testing.assert_array_equal(
             new.data.view(np.uint8), expected.view(np.uint8).reshape(new.data.view(np.uint8).shape)
         )
-    assert np.isfinite(oracles.llama_logits(tmp_path / "out.gguf")).all()
+    assert np.isfinite(llama_logits(tmp_path / "out.gguf")).all()
 
 
 def test_types_by_pattern(tmp_path):
@@ -226,7 +226,7 @@ def test_imatrix_weighs_the_search(tmp_path):
     gguflora.merge(base, adapter_of(EXACT), tmp_path / "out.gguf", **options)
     for old, new in zip(gguf.GGUFReader(base).tensors, gguf.GGUFReader(tmp_path / "out.gguf").tensors, strict=True):
         if old.name in changes:
-            wanted = oracles.dequantize(old) + changes[old.name].astype(np.float32)
+            wanted = dequantized(old) + changes[old.name].astype(np.float32)
             expected = libggml.quantize(wanted, int(old.tensor_type), sums[old.name][0])
             np.testing.assert_array_equal(new.data, expected.reshape(new.data.shape), err_msg=old.name)
 
@@ -240,7 +240,7 @@ def test_base_f16_is_the_gold_standard(source, tmp_path):
     for old, new in zip(gguf.GGUFReader(base).tensors, gguf.GGUFReader(tmp_path / "out.gguf").tensors, strict=True):
         if old.name in changes:
             wanted = weights[old.name] + changes[old.name].astype(np.float32)
-            np.testing.assert_array_equal(new.data, oracles.ggml_quantize(wanted, old.tensor_type), err_msg=old.name)
+            np.testing.assert_array_equal(new.data, libggml.quantize(wanted, int(old.tensor_type)), err_msg=old.name)
         else:
             np.testing.assert_array_equal(new.data, old.data)
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import gguflora
-from support import builders, oracles
+from support import builders
 from support.adapters import NEW_TOKENS, resized
+from support.oracles.gguf_files import read_metadata, read_tensors
 
 ARCHITECTURES = ["llama", "qwen2", "gemma3"]  # the last one is tied
 
@@ -17,12 +18,12 @@ ARCHITECTURES = ["llama", "qwen2", "gemma3"]  # the last one is tied
 def test_equals_the_converted_merged_model(arch, tmp_path):
     adapter, expected = resized(arch)
     gguflora.merge(builders.gguf_model(arch), adapter, tmp_path / "out.gguf")
-    found, truth = oracles.tensors(tmp_path / "out.gguf"), oracles.tensors(expected)
+    found, truth = read_tensors(tmp_path / "out.gguf"), read_tensors(expected)
     assert found.keys() == truth.keys()
     for name, values in truth.items():
         assert found[name].shape == values.shape, name
         assert np.abs(found[name] - values).max() < 1e-5, name
-    mine, theirs = oracles.metadata(tmp_path / "out.gguf"), oracles.metadata(expected)
+    mine, theirs = read_metadata(tmp_path / "out.gguf"), read_metadata(expected)
     for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type"):
         assert mine[key] == theirs[key], key
     assert mine.get(f"{mine['general.architecture']}.vocab_size") == theirs.get(
@@ -46,7 +47,7 @@ def test_adapted_embedding_that_was_resized(tmp_path):
     """LoRA on the embedding beside the whole, resized weight that PEFT saves with it."""
     adapter, expected = resized("llama", ("q_proj", "embed_tokens", "lm_head"))
     gguflora.merge(builders.gguf_model("llama"), adapter, tmp_path / "out.gguf")
-    found, truth = oracles.tensors(tmp_path / "out.gguf"), oracles.tensors(expected)
+    found, truth = read_tensors(tmp_path / "out.gguf"), read_tensors(expected)
     assert all(np.abs(found[name] - values).max() < 1e-5 for name, values in truth.items())
 
 

@@ -18,6 +18,7 @@ from gguflora.errors import OutputError, RecipeError
 from support import builders
 from support.builders import Adapter
 from support.cli import run
+from support.oracles.gguf_files import read_tensors
 from support.recipes import outputs, statuses
 from support.shards import split
 
@@ -96,10 +97,9 @@ def test_matrices_order_and_what_is_kept(folder):
     gguflora.resize(folder / "adapters/one", folder / "small", rank=2)
     gguflora.convert(folder / "small", folder / "base.gguf", folder / "lora.gguf")
     gguflora.merge(folder / "base.gguf", [(folder / "lora.gguf", 0.5)], folder / "merged.gguf")
-    from support.oracles import tensors
 
-    found = tensors(folder / "out/merged/one-r2-base-x0.5.gguf")
-    for name, values in tensors(folder / "merged.gguf").items():
+    found = read_tensors(folder / "out/merged/one-r2-base-x0.5.gguf")
+    for name, values in read_tensors(folder / "merged.gguf").items():
         assert (found[name] == values).all(), name
     page = (folder / "report/report.html").read_text()
     assert "18 done" in page

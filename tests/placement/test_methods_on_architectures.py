@@ -15,8 +15,9 @@ from gguflora.adapters.deltas import Replace
 from gguflora.architectures.base_model import flat_shape, read_base
 from gguflora.architectures.mapping import slices_of
 from gguflora.placement.place import PlacedDelta
-from support import oracles, zoo
+from support import zoo
 from support.asserts import assert_close
+from support.oracles.gguf_files import lora_changes
 
 BLOCKS = BdLoraConfig(
     target_modules_bd_a=["o_proj", "down_proj", "dense"], target_modules_bd_b=["q_proj", "up_proj", "query"],
@@ -135,7 +136,7 @@ def assert_merged(name, adapter, expected, tmp_path, *, exact=False):
     assert changes, "the adapter must matter"
     if exact:
         gguflora.convert(adapter, zoo.gguf_model(name), tmp_path / "lora.gguf", outtype="f32")
-        factors = oracles.lora_changes(tmp_path / "lora.gguf")
+        factors = lora_changes(tmp_path / "lora.gguf")
         assert factors.keys() == changes.keys()
         for key, change in changes.items():
             assert_close(factors[key], change, 1e-5, key)

@@ -8,9 +8,12 @@ import peft
 import pytest
 
 import gguflora
-from support import builders, oracles
+from support import builders
 from support.adapters import TIED
 from support.builders import Trained
+from support.oracles.gguf_files import read_tensors
+from support.oracles.llama_cpp import llama_logits
+from support.oracles.peft import merged_gguf, peft_logits
 
 STILL_TIED = ("whole_tied", "lora_tied", "tokens", "tokens_by_name", "only_tokens")
 UNTIED = [name for name in TIED if name not in STILL_TIED]
@@ -19,23 +22,23 @@ UNTIED = [name for name in TIED if name not in STILL_TIED]
 def assert_answers_like_the_adapted_model(arch, name, merged):
     adapter = builders.trained_adapter(arch, TIED[name])
     gguflora.merge(builders.gguf_model(arch), adapter, merged)
-    expected = oracles.peft_logits(builders.hf_model(arch), adapter)
-    change = expected - oracles.peft_logits(builders.hf_model(arch))
+    expected = peft_logits(builders.hf_model(arch), adapter)
+    change = expected - peft_logits(builders.hf_model(arch))
     assert np.abs(change).max() > 0.1
-    assert np.linalg.norm(oracles.llama_logits(merged) - expected) < 1e-3 * np.linalg.norm(change)
+    assert np.linalg.norm(llama_logits(merged) - expected) < 1e-3 * np.linalg.norm(change)
 
 
 @pytest.mark.parametrize("name", UNTIED)
 def test_unties_where_the_two_change_differently(name, tmp_path):
     assert_answers_like_the_adapted_model("gemma3", name, tmp_path / "out.gguf")
-    assert "output.weight" in oracles.tensors(tmp_path / "out.gguf")
+    assert "output.weight" in read_tensors(tmp_path / "out.gguf")
 
 
 @pytest.mark.parametrize("name", STILL_TIED)
 @pytest.mark.parametrize("arch", ["gemma3", "gemma2"])
 def test_stays_tied_where_the_two_change_alike(arch, name, tmp_path):
     assert_answers_like_the_adapted_model(arch, name, tmp_path / "out.gguf")
-    assert "output.weight" not in oracles.tensors(tmp_path / "out.gguf")
+    assert "output.weight" not in read_tensors(tmp_path / "out.gguf")
 
 
 @pytest.mark.parametrize("name", UNTIED)
@@ -57,8 +60,8 @@ def test_hira_of_a_scaled_embedding_is_pefts_merge(tmp_path):
     """Gemma scales what it looks up, and PEFT's forward pass adds the change unscaled, unlike its own merge."""
     adapter = builders.trained_adapter("gemma3", Trained(peft.HiraConfig, ("embed_tokens",), {"r": 4}))
     gguflora.merge(builders.gguf_model("gemma3"), adapter, tmp_path / "out.gguf")
-    base, found = oracles.tensors(builders.gguf_model("gemma3")), oracles.tensors(tmp_path / "out.gguf")
-    expected = oracles.tensors(oracles.merged_gguf(builders.hf_model("gemma3"), adapter))
+    base, found = read_tensors(builders.gguf_model("gemma3")), read_tensors(tmp_path / "out.gguf")
+    expected = read_tensors(merged_gguf(builders.hf_model("gemma3"), adapter))
     change = expected["token_embd.weight"].astype(np.float64) - base["token_embd.weight"]
     error = np.linalg.norm(found["token_embd.weight"] - expected["token_embd.weight"]) / np.linalg.norm(change)
     assert error < 1e-4

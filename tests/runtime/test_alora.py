@@ -17,9 +17,11 @@ from gguflora.engine import Engine, Request, Sampling
 from gguflora.errors import HotSwapError
 from gguflora.runtime import attached
 from gguflora.runtime.alora import n_in_common, segments, start_of
-from support import builders, hotswap, oracles
+from support import builders, hotswap
 from support.alora import HEAD, INVOCATION, ONCE, OTHER, TAIL, TWICE, alora, alora_gguf
 from support.hotswap import A, gguf_lora, last_logits, logits, open_llama
+from support.oracles.gguf_files import read_metadata
+from support.oracles.peft import peft_model
 
 NEVER = (*HEAD, *TAIL, 100, 101)
 AT_START = (*INVOCATION, *TAIL)
@@ -29,7 +31,7 @@ PROMPTS = {"once": ONCE, "twice": TWICE, "never": NEVER, "at start": AT_START, "
 
 @cache
 def torch_model(arch: str = "llama") -> Any:
-    return oracles.peft_model(builders.hf_model(arch), alora(arch=arch))
+    return peft_model(builders.hf_model(arch), alora(arch=arch))
 
 
 @cache
@@ -283,4 +285,4 @@ def test_what_two_prompts_have_in_common():
 
 def test_the_gguf_names_the_invocation_tokens(tmp_path):
     assert json.loads((alora() / "adapter_config.json").read_text())["alora_invocation_tokens"] == list(INVOCATION)
-    assert oracles.metadata(alora_gguf())["adapter.alora.invocation_tokens"] == list(INVOCATION)
+    assert read_metadata(alora_gguf())["adapter.alora.invocation_tokens"] == list(INVOCATION)

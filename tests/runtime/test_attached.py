@@ -16,7 +16,7 @@ import pytest
 
 from gguflora.errors import GgufError, GgufloraError, HotSwapError
 from gguflora.runtime import attached, bindings
-from support import builders, hotswap, oracles
+from support import builders, hotswap
 from support.hotswap import (
     A,
     B,
@@ -31,6 +31,7 @@ from support.hotswap import (
     run_python,
     tied_lora,
 )
+from support.oracles.llama_cpp import llama_logits
 from support.processes import open_files, resident_bytes
 
 
@@ -681,4 +682,4 @@ except errors.HotSwapError as error:
 
 
 def test_oracle_agrees_on_the_base():
-    assert np.abs(oracles.llama_logits(builders.gguf_model("llama")) - expected()).max() < hotswap.TOLERANCE
+    assert np.abs(llama_logits(builders.gguf_model("llama")) - expected()).max() < hotswap.TOLERANCE

@@ -15,8 +15,10 @@ from gguflora.runtime import attached
 from gguflora.runtime import concatenated_adapters as fuse_module
 from gguflora.runtime.bindings import free_lora, load_lora, set_loras
 from gguflora.runtime.concatenated_adapters import FIXED_GRAPH, SEPARATE
-from support import builders, hotswap, oracles, zoo
+from support import builders, hotswap, zoo
 from support.hotswap import PROMPT, A, B, C, expected, gguf_lora, kill_python, logits, open_llama
+from support.oracles.gguf_files import lora_changes, read_tensors
+from support.oracles.llama_cpp import llama_cpp_dir, quiet_llama_cpp
 
 MANY = 64
 SCALES = {"a": 0.5, "b": -0.75, "c": 1.0}
@@ -24,7 +26,7 @@ SCALES = {"a": 0.5, "b": -0.75, "c": 1.0}
 
 def random_loras(folder: Path, count: int, rank: int = 2, dtype: type = np.float32) -> list[Path]:
     """Small adapters of all linear layers and the token embedding of the llama of `builders`."""
-    shapes = {name: array.shape for name, array in oracles.tensors(builders.gguf_model("llama")).items()}
+    shapes = {name: array.shape for name, array in read_tensors(builders.gguf_model("llama")).items()}
     matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2 and name != "output.weight"}
     paths = []
     for number in range(count):
@@ -78,7 +80,7 @@ def test_logits_are_those_of_side_by_side(tmp_path, count):
 def test_a_fused_file_is_the_exact_sum(tmp_path):
     paths, scales = random_loras(tmp_path, 5), (0.5, -1, 2, 0.25, 1)
     concatenate(list(zip(paths, scales, strict=True)), tmp_path / "fused.gguf")
-    parts, total = [oracles.lora_changes(path) for path in paths], oracles.lora_changes(tmp_path / "fused.gguf")
+    parts, total = [lora_changes(path) for path in paths], lora_changes(tmp_path / "fused.gguf")
     for name, change in total.items():
         wanted = sum(scale * part[name] for scale, part in zip(scales, parts, strict=True))
         np.testing.assert_allclose(change, wanted, atol=1e-7)
@@ -109,7 +111,7 @@ def open_llama_of(base: Path, **options):
     import llama_cpp
 
     settings = {"n_ctx": 128, "n_batch": 32, "n_ubatch": 32, "n_threads": 1, "logits_all": True, "verbose": False}
-    with oracles.quiet_llama_cpp():
+    with quiet_llama_cpp():
         return llama_cpp.Llama(str(base), **settings | options, type_k=0, type_v=0)
 
 
@@ -226,8 +228,8 @@ def test_fused_adapters_are_freed(tmp_path, monkeypatch):
 
 def test_fixed_graphs_are_those_of_llama_cpp():
     """The architectures named where llama.cpp counts the nodes of its graph without those of adapters."""
-    source = (oracles.llama_cpp_dir() / "src/llama-context.cpp").read_text()
-    names = (oracles.llama_cpp_dir() / "src/llama-arch.cpp").read_text()
+    source = (llama_cpp_dir() / "src/llama-context.cpp").read_text()
+    names = (llama_cpp_dir() / "src/llama-arch.cpp").read_text()
     body = source.split("uint32_t llama_context::graph_max_nodes")[1].split("lora->get_n_nodes")[0]
     import re
 

@@ -32,9 +32,11 @@ from gguflora.errors import (
 from gguflora.runtime import attached, bindings, guarded_llama
 from gguflora.runtime.kv_cache import fill_state
 from gguflora.server import Settings, create_app
-from support import builders, hotswap, oracles, zoo
+from support import builders, hotswap, zoo
 from support.alora import HEAD, ONCE, alora_gguf
 from support.hotswap import A, gguf_lora, last_logits
+from support.oracles.llama_cpp import quiet_llama_cpp
+from support.oracles.peft import peft_model
 from support.soft_prompts import (
     METHODS,
     N_VIRTUAL,
@@ -63,7 +65,7 @@ def open_llama(arch: str, **options: Any) -> llama_cpp.Llama:
         "n_ctx": 128, "n_batch": 128, "n_threads": 2, "n_threads_batch": 2, "logits_all": True, "verbose": False,
         "type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32,
     }  # fmt: skip
-    with oracles.quiet_llama_cpp():
+    with quiet_llama_cpp():
         return llama_cpp.Llama(str(gguf_of(arch)), **settings | options)
 
 
@@ -210,7 +212,7 @@ def test_states_and_caches_know_the_soft_prompt():
 def test_with_a_lora_beside_it():
     """PEFT applies one or the other; together they are the soft prompt in front of the changed model."""
     folder, _, _ = trained("llama", "PROMPT_TUNING")
-    merged = oracles.peft_model(builders.hf_model("llama"), builders.adapter("llama", A)).merge_and_unload()
+    merged = peft_model(builders.hf_model("llama"), builders.adapter("llama", A)).merge_and_unload()
     wanted = torch_logits(peft.PeftModel.from_pretrained(merged, folder))
     with closing(open_llama("llama")) as llm, attached.attach(llm) as adapters:
         adapters.load("soft", folder)

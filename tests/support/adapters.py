@@ -8,8 +8,10 @@ import peft
 import torch
 import transformers
 
-from support import builders, oracles
+from support import builders
 from support.builders import ARCHITECTURES, Adapter, Trained
+from support.oracles.llama_cpp import convert_model
+from support.oracles.peft import peft_model
 
 PLAIN = Adapter()
 PATTERN_RANKS = (("down_proj", 8), ("model.layers.0.self_attn.o_proj", 2), (r"layers\.1\.self_attn\..*", 6))
@@ -96,7 +98,7 @@ def resized(arch, targets=("q_proj", "v_proj")):
     tokenizer.save_pretrained(directory / "adapter")
     adapted.merge_and_unload().save_pretrained(directory / "merged")
     tokenizer.save_pretrained(directory / "merged")
-    return directory / "adapter", oracles.convert_model(directory / "merged", directory / "merged.gguf")
+    return directory / "adapter", convert_model(directory / "merged", directory / "merged.gguf")
 
 
 def lora_layers(model, name):
@@ -110,7 +112,7 @@ def lora_layers(model, name):
 
 def deltas_by_peft(out, arch="llama"):
     """PEFT's delta of each layer, with an adapter read from its directory."""
-    model = oracles.peft_model(builders.hf_model(arch), out)
+    model = peft_model(builders.hf_model(arch), out)
     with torch.no_grad():
         return {
             key: module.get_delta_weight("default").numpy() for key, module in lora_layers(model, "default").items()

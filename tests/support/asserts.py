@@ -4,13 +4,15 @@ import gguf
 import numpy as np
 
 import gguflora
-from support import builders, oracles
+from support import builders
+from support.oracles.gguf_files import lora_changes, read_metadata, read_tensors
+from support.oracles.peft import merged_gguf
 
 
 def merged_changes(arch, spec):
     """What PEFT's merge does to each GGUF tensor, where it does anything."""
-    base = oracles.tensors(builders.gguf_model(arch))
-    merged = oracles.tensors(oracles.merged_gguf(builders.hf_model(arch), builders.adapter(arch, spec)))
+    base = read_tensors(builders.gguf_model(arch))
+    merged = read_tensors(merged_gguf(builders.hf_model(arch), builders.adapter(arch, spec)))
     changes = {name: merged[name].astype(np.float64) - base[name] for name in base}
     return {name: change for name, change in changes.items() if change.any()}
 
@@ -25,7 +27,7 @@ def assert_same_changes(found, expected, tolerance=1e-5):
 
 def assert_same_content(one, other):
     """The same metadata and tensors, in whatever order."""
-    assert oracles.metadata(one) == oracles.metadata(other)
+    assert read_metadata(one) == read_metadata(other)
     found, expected = (
         {t.name: (t.tensor_type, t.data) for t in gguf.GGUFReader(path).tensors} for path in (one, other)
     )
@@ -38,12 +40,12 @@ def assert_same_content(one, other):
 def assert_equals_peft(arch, adapter, tmp_path, merged=1e-4, converted=1e-5):
     """Merge and conversion change the same tensors as PEFT, equally; the others keep their bytes."""
     base = builders.gguf_model(arch)
-    expected = changes(base, oracles.merged_gguf(builders.hf_model(arch), adapter))
+    expected = changes(base, merged_gguf(builders.hf_model(arch), adapter))
     assert expected, "the adapter must matter"
     gguflora.merge(base, adapter, tmp_path / "merged.gguf")
     assert_same_changes(changes(base, tmp_path / "merged.gguf"), expected, merged)
     gguflora.convert(adapter, base, tmp_path / "lora.gguf")
-    assert_same_changes(oracles.lora_changes(tmp_path / "lora.gguf"), expected, converted)
+    assert_same_changes(lora_changes(tmp_path / "lora.gguf"), expected, converted)
 
 
 def changes(base, merged):

@@ -1,7 +1,7 @@
 """Tiny seeded models of each architecture, their GGUF files, and real PEFT adapters for them.
 
 Models are random but large enough in effect that a wrong tensor shows in the logits. The GGUF files are written by
-llama.cpp itself (`oracles.convert_model`, `llama_model_quantize`), so names, row order and values are its own.
+llama.cpp itself (`convert_model`, `llama_model_quantize`), so names, row order and values are its own.
 Everything is built once per process, below one temporary directory; callers must not write into it.
 """
 
@@ -21,7 +21,7 @@ import tokenizers
 import torch
 import transformers
 
-from support import oracles
+from support.oracles.llama_cpp import convert_model, quiet_llama_cpp
 
 VOCABULARY = 288
 MERGES = [("t", "h"), ("th", "e"), ("i", "n"), ("e", "r"), ("a", "n"), ("an", "d"), ("Ġ", "t"), ("Ġ", "a"), ("o", "u")]
@@ -141,7 +141,7 @@ def gguf_model(arch: str, size: str = "small", outtype: str = "F32", seed: int =
     """The same model as GGUF: F32, F16, BF16, Q8_0 by llama.cpp's converter; Q4_0, Q4_K_M ... by its quantizer."""
     path = hf_model(arch, size, seed).with_name(f"{size}-{seed}-{outtype}.gguf")
     if outtype in ("F32", "F16", "BF16", "Q8_0"):
-        oracles.convert_model(hf_model(arch, size, seed), path, outtype.lower())
+        convert_model(hf_model(arch, size, seed), path, outtype.lower())
     else:
         _quantize(gguf_model(arch, size, "F32", seed), path, outtype)
     return path
@@ -151,7 +151,7 @@ def _quantize(source: Path, target: Path, outtype: str) -> None:
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{outtype}")
     parameters.nthread = 2
-    with oracles.quiet_llama_cpp():
+    with quiet_llama_cpp():
         status = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters))
     assert status == 0, f"llama_model_quantize gave {status} for {target.name}"
 

@@ -12,9 +12,10 @@ import pytest
 from gguflora.engine import Engine, Generation, Piece, Request, Sampling
 from gguflora.runtime import attached as runtime
 from gguflora.runtime.bindings import free_lora, load_lora, set_loras
-from support import builders, hotswap, oracles
+from support import builders, hotswap
 from support.alora import alora_gguf
 from support.hotswap import PROMPT, A, B, C
+from support.oracles.llama_cpp import quiet_llama_cpp
 from support.soft_prompts import trained
 
 GREEDY = Sampling(temperature=0)
@@ -90,7 +91,7 @@ def assert_fresh_base(path: Path, prompt: Sequence[int], pieces: Sequence[Piece]
     """The same of a base in any file, by a Llama of its own."""
     entries = [entry for piece in pieces for entry in piece.logprobs]
     f32 = llama_cpp.GGML_TYPE_F32
-    with oracles.quiet_llama_cpp():
+    with quiet_llama_cpp():
         llm = llama_cpp.Llama(
             str(path), n_ctx=256, n_batch=256, n_threads=1, n_threads_batch=1, logits_all=True, type_k=f32, type_v=f32,
             verbose=False,

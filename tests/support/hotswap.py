@@ -16,10 +16,12 @@ import torch
 import transformers
 from peft.tuners.lora import LoraLayer
 
-from support import builders, oracles
+from support import builders
+from support.oracles import PROMPT
+from support.oracles.llama_cpp import convert_lora, quiet_llama_cpp
 
 A, B, C = (builders.Adapter(seed=seed) for seed in (1, 2, 3))
-PROMPT = oracles.PROMPT
+
 OTHER = (*PROMPT[:20], 70, 71, 72, 73)  # a long prefix in common with PROMPT
 
 TOLERANCE = 1e-2
@@ -34,7 +36,7 @@ def gguf_lora(spec: builders.Adapter, arch: str = "llama") -> Path:
 @cache
 def _gguf_lora(adapter_dir: Path, arch: str) -> Path:
     out = adapter_dir.with_suffix(".lora.gguf")
-    return oracles.convert_lora(adapter_dir, builders.hf_model(arch), out)
+    return convert_lora(adapter_dir, builders.hf_model(arch), out)
 
 
 def open_llama(arch: str = "llama", **options: Any) -> llama_cpp.Llama:
@@ -43,7 +45,7 @@ def open_llama(arch: str = "llama", **options: Any) -> llama_cpp.Llama:
         "n_ctx": 128, "n_batch": 128, "n_threads": 2, "n_threads_batch": 2, "n_gpu_layers": 0, "logits_all": True,
         "verbose": False, "type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32,
     }  # fmt: skip
-    with oracles.quiet_llama_cpp():
+    with quiet_llama_cpp():
         return llama_cpp.Llama(str(builders.gguf_model(arch)), **settings | options)
 
 

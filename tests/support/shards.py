@@ -4,7 +4,7 @@ import gguf
 import numpy as np
 
 from gguflora.files.shard_names import part_paths
-from support import oracles
+from support.oracles.gguf_files import read_metadata
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
@@ -23,7 +23,7 @@ def split(whole, target, n_parts, *, order=lambda tensors: tensors, alignment=No
 
 
 def write(whole, target, tensors, alignment=None, split=None, **options):
-    fields = oracles.metadata(whole)
+    fields = read_metadata(whole)
     writer = gguf.GGUFWriter(target, fields["general.architecture"], **options)
     if alignment:
         writer.add_custom_alignment(alignment)

@@ -9,9 +9,10 @@ import peft
 import torch
 import transformers
 
-from support import builders, oracles, zoo
+from support import builders, zoo
+from support.oracles import PROMPT
 
-PROMPT = list(oracles.PROMPT)
+PROMPT = list(PROMPT)
 N_VIRTUAL = 7
 CAUSAL = {"task_type": "CAUSAL_LM", "num_virtual_tokens": N_VIRTUAL}
 METHODS = {

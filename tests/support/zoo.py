@@ -19,7 +19,8 @@ import safetensors.torch
 import torch
 import transformers as hf
 
-from support import builders, oracles
+from support import builders
+from support.oracles.llama_cpp import run_script
 
 TOKENS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257}
 DECODER = {
@@ -239,7 +240,7 @@ def save(name: str, built: Any, path: Path) -> Path:
 def to_gguf(name: str, path: Path, *flags: str) -> Path:
     """The checkpoint in F32 by convert_hf_to_gguf.py."""
     out = path / f"model{''.join(flags)}.gguf"
-    oracles.run_script("convert_hf_to_gguf.py", path, "--outfile", out, "--outtype", "f32", *_made(name).flags, *flags)
+    run_script("convert_hf_to_gguf.py", path, "--outfile", out, "--outtype", "f32", *_made(name).flags, *flags)
     return out
 
 

@@ -1,6 +1,6 @@
 """Run llama.cpp's converter scripts in one process of their own, which imports torch once.
 
-Not a test: `oracles.py` starts `python llama_cpp_scripts.py DIRECTORY_OF_LLAMA_CPP` and speaks JSON lines with it
+Not a test: `llama_cpp.py` starts `python llama_cpp_scripts.py DIRECTORY_OF_LLAMA_CPP` and speaks JSON lines with it
 (a list of the script's name and arguments in, null or the error's text out). The scripts use the gguf-py beside them.
 
 The vocabulary is patched: the tests' byte-level tokenizers have no known pre-tokenizer hash and no sentencepiece model,
