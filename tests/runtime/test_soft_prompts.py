@@ -31,7 +31,8 @@ from gguflora.errors import (
 )
 from gguflora.runtime import attached, bindings, guarded_llama
 from gguflora.runtime.kv_cache import fill_state
-from gguflora.server import Settings, create_app
+from gguflora.server.app import create_app
+from gguflora.server.settings import Settings
 from support import builders, hotswap, zoo
 from support.alora import HEAD, ONCE, alora_gguf
 from support.hotswap import A, gguf_lora, last_logits

@@ -10,7 +10,7 @@ import pytest
 import gguflora
 from gguflora.diagnostics import demo
 from gguflora.errors import GgufloraError
-from gguflora.server import Settings
+from gguflora.server.settings import Settings
 from support import serving
 from support.serving import PROMPT, expected_text, lora_file
 

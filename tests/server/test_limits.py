@@ -15,8 +15,9 @@ import pytest
 
 from gguflora.diagnostics import demo
 from gguflora.errors import GgufloraError
-from gguflora.server import Settings, create_app
+from gguflora.server.app import create_app
 from gguflora.server.errors import failure_of
+from gguflora.server.settings import Settings
 from support import serving
 from support.serving import LONG, PROMPT, expected_text, lora_file, wait_until
 

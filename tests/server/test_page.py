@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from gguflora.server import Settings
+from gguflora.server.settings import Settings
 from support import serving
 from support.serving import expected_text, wait_until
 

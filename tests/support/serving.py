@@ -19,7 +19,8 @@ import uvicorn
 import gguflora
 from gguflora.diagnostics import demo
 from gguflora.engine import Engine
-from gguflora.server import Settings, create_app
+from gguflora.server.app import create_app
+from gguflora.server.settings import Settings
 
 QUESTION = "What does the fox eat?"
 PROMPT = f"Q: {QUESTION}\nA:"
