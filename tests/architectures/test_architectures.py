@@ -53,7 +53,7 @@ def assert_pieces_equal(name, gguf, weights):
             continue
         for piece in pieces:
             placed = PlacedDelta(path, Replace(matrix), piece)
-            rows = slice(piece.first, piece.first + placed.shape[0])
+            rows = slice(piece.start, piece.start + placed.shape[0])
             stored = tensors[piece.tensor].reshape(flat_shape(tensors[piece.tensor].shape))
             np.testing.assert_allclose(stored[rows], placed.take(matrix) + piece.shift, atol=1e-6, err_msg=path)
             untouched[piece.tensor].reshape(stored.shape)[rows] = False
@@ -187,7 +187,7 @@ def test_bare_models(name):
 
 def vars_of(piece):
     lists = [None if order is None else order.tolist() for order in (piece.rows, piece.columns)]
-    return piece.tensor, piece.first, *lists, piece.transposed, piece.shift
+    return piece.tensor, piece.start, *lists, piece.transposed, piece.shift
 
 
 def test_vision_towers_have_no_place():

@@ -116,7 +116,7 @@ def laid_out(name, model):
             if piece.tensor in tensors:
                 placed = PlacedDelta(path, Replace(matrix), piece)
                 stored = tensors[piece.tensor].reshape(flat_shape(tensors[piece.tensor].shape))
-                stored[piece.first : piece.first + placed.shape[0]] = placed.take(matrix) + piece.shift
+                stored[piece.start : piece.start + placed.shape[0]] = placed.take(matrix) + piece.shift
     return tensors
 
 
