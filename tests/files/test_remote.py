@@ -386,9 +386,10 @@ import importlib.util as u, sys
 find = u.find_spec
 u.find_spec = lambda name, *more: None if name == {missing!r} else find(name, *more)
 sys.modules[{missing!r}] = None
+from gguflora.errors import GgufloraError
 from gguflora.files import remote
 try: remote.fetch({place!r})
-except remote.location.RemoteError as error: print(error)
+except GgufloraError as error: print(error)
 """
     environment = {**os.environ, "HF_HUB_OFFLINE": "0"}
     done = subprocess.run([sys.executable, "-P", "-c", code], env=environment, check=True, stdout=subprocess.PIPE)
