@@ -1,6 +1,6 @@
 """What llama.cpp's converter does to the tensors of each architecture beyond renaming them, a rule a line.
 
-Facts from llama.cpp's ``conversion/*.py``, which tests/architectures/test_architectures.py runs on a model of each architecture.
+The facts come from llama.cpp's ``conversion/*.py``; tests/architectures/ runs it on a model of each architecture.
 """
 
 from __future__ import annotations

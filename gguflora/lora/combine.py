@@ -92,9 +92,8 @@ def combine(
     factors side by side and is exact; "svd" is the best approximation of the sum, found from the factors; the others
     that end with "_svd" hold one dense matrix of each adapter at a time in memory.
 
-    Every adapter counts with the change that it makes. So it does in PEFT, but where the first adapter is an rsLoRA
-    PEFT's result inherits ``use_rslora`` and acts sqrt(rank) too strongly; here it does not (`tests/lora/test_combine.py`
-    shows both).
+    Every adapter counts with the change that it makes. PEFT does the same, except where the first adapter is an
+    rsLoRA: its result inherits ``use_rslora`` and acts sqrt(rank) too strongly. `tests/lora/test_combine.py` has both.
 
     Args:
         adapters: PEFT directories and GGUF LoRA files, each alone (weight 1) or with its weight, which may be negative.
