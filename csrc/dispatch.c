@@ -2,7 +2,7 @@
 
 #include <stddef.h>
 
-#include "blocks.h"
+#include "block_formats.h"
 
 static const gfl_type types[GFL_N_TYPES] = {
 #define GFL_TYPE(name, id, weights, block, needs_imatrix) [GFL_##name] = {id, weights, (int)sizeof(block), needs_imatrix, 0, #name},

@@ -1,6 +1,6 @@
 /* Adaptive dither: rounding `dq + delta` to a grid w = s * q - o so that on average nothing of delta is lost, where rounding to
  * the nearest level would lose all of a delta smaller than half a step. Works on up to 256 weights at once ("a chunk"), through
- * the views of views.h.
+ * the views of codecs.h.
  *
  *   t = q + delta / s          under the block's own header, q its code: where delta is 0 the code stays
  *   t = (dq + delta + o) / s   under another header

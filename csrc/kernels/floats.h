@@ -28,7 +28,7 @@ static void dequantize_F16(const uint8_t *src, float *out, int64_t n) {
     }
 }
 
-/* Inputs are finite here (rows.c checks), so no NaN can round up to an infinity. */
+/* Inputs are finite here (quantize_rows.c checks), so no NaN can round up to an infinity. */
 static void quantize_BF16(const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, const float *imatrix) {
     (void)imatrix;
     const int64_t n = n_rows * n_in;

@@ -132,7 +132,7 @@ typedef struct {
     uint32_t codes[4];
 } run_IQ1;
 
-/* eight levels of two bits as a combination (grids.h) */
+/* eight levels of two bits as a combination (codebooks.h) */
 static inline uint32_t pack_eight_levels(unsigned levels) {
     uint32_t code = levels & 0xffff;
     code = (code | code << 8) & 0x00ff00ff;

@@ -20,7 +20,7 @@ enum {
     GFL_N_TYPES
 };
 
-/* A type's blocks as codes on grids, see views.h. Types that cannot be rounded with dither have no functions. */
+/* A type's blocks as codes on grids, see codecs.h. Types that cannot be rounded with dither have no functions. */
 typedef struct {
     void (*scales)(const uint8_t *src, int n, float *s, float *o);
     void (*codes)(const uint8_t *src, int n, int8_t *q);
@@ -34,7 +34,7 @@ typedef struct {
     } header[2];
 } gfl_view;
 
-/* The blocks of a grid type as points and signs, see vector_views.h. Other types have no functions. */
+/* The blocks of a grid type as points and signs, see codebook_codecs.h. Other types have no functions. */
 typedef struct {
     void (*scales)(const uint8_t *src, float *s);
     void (*points)(const uint8_t *src, uint16_t *points, uint8_t *signs);
@@ -43,7 +43,7 @@ typedef struct {
     float step, shortest;  /* the mean distance between neighbouring levels; length of the shortest move */
 } gfl_vector_view;
 
-/* What vectors.h finds out about vectors of a block: their expected squared error; the sum of delta times what they lose of the
+/* What dither_codebook.h finds out about vectors of a block: their expected squared error; the sum of delta times what they lose of the
  * change on average; and of delta^2. */
 typedef struct {
     double cost, lost, squares;
@@ -78,7 +78,7 @@ typedef struct {
                   const gfl_dither_key *row, int64_t column, int n);
     int64_t (*clipped)(const gfl_view *view, const uint8_t *dst, const float *target, int n);
     void (*four_dots)(double *sums, const float *dq, const float *delta, const float *target, const float *written, int64_t n);
-    /* Functions of vectors.h on one block; rest: the wanted weights less those that the block has. Of every `step`th vector: */
+    /* Functions of dither_codebook.h on one block; rest: the wanted weights less those that the block has. Of every `step`th vector: */
     void (*measure_vectors)(gfl_vector_sums *sums, const gfl_vector_view *view, const uint8_t *block, const float *rest,
                             const float *delta, int first, int step);
     void (*dither_vectors)(const gfl_vector_view *view, uint8_t *block, const float *rest, uint64_t row_key, int64_t column);

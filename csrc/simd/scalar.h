@@ -9,7 +9,7 @@
 #include "../half.h"
 
 #define LANES 1
-#define GROUPS 2 /* vectors that a search works on at once, see kernels/fit.h */
+#define GROUPS 2 /* vectors that a search works on at once, see kernels/search_scale.h */
 typedef float vf;
 typedef int32_t vi;
 typedef int vm;
@@ -21,7 +21,7 @@ static inline vf vf_load(const float *p) { float v; memcpy(&v, p, sizeof v); ret
 static inline void vf_store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 static inline vf vf_set1(float x) { return x; }
 static inline vf vf_zero(void) { return 0.0f; }
-/* keeps the compiler from moving what makes v past this point, see TOGETHER in kernels/fit.h */
+/* keeps the compiler from moving what makes v past this point, see TOGETHER in kernels/search_scale.h */
 static inline void vf_pin(vf *v) { (void)v; }
 static inline vf vf_add(vf a, vf b) { return a + b; }
 static inline vf vf_sub(vf a, vf b) { return a - b; }

@@ -9,7 +9,7 @@ adapter is lost. Adaptive dither rounds up or down at random, such that the expe
    change together (a tensor; an expert of a stack).
 3. Codes are rounded without bias, by a random number that depends on seed, tensor name and place alone; where the
    change is larger than about a third of a step, to the nearest. On the grids of IQ1, IQ2 and IQ3 eight or four weights
-   move together, by one of the nearest points and signs (csrc/kernels/vectors.h).
+   move together, by one of the nearest points and signs (csrc/kernels/dither_codebook.h).
 
 The first two need a pass over the rows before the codes can be made.
 """

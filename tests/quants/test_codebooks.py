@@ -36,7 +36,7 @@ def test_runs_of_neighbours_fit_their_tables(name):
             left = unbeaten(listed - combination)
             every += -(-len(listed) // RUN)
             short += -(-left // RUN) if left < len(listed) and name != "IQ1_S" else 0
-    text = (ROOT / "csrc" / "grids.c").read_text(encoding="utf-8")
+    text = (ROOT / "csrc" / "codebooks" / "codebooks.c").read_text(encoding="utf-8")
     reserved = re.search(rf"RUNS_{name.replace('IQ1_S', 'IQ1')} = (\d+)(?: \+ (\d+))?", text)
     assert reserved is not None and (int(reserved[1]), int(reserved[2] or 0)) == (every, short)
 

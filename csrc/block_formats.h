@@ -94,7 +94,7 @@ typedef struct __attribute__((packed)) { f16 d; uint8_t qs[16]; } block_iq4_nl;
  * low four bits in nibble i of scales_l, high two bits at bit 2i of scales_h */
 typedef struct __attribute__((packed)) { f16 d; uint16_t scales_h; uint8_t scales_l[4]; uint8_t qs[128]; } block_iq4_xs;
 
-/* Grids (grids.h): eight or four weights share the number of a point; signs apart, bit i of a byte for weight i of eight.
+/* Grids (codebooks.h): eight or four weights share the number of a point; signs apart, bit i of a byte for weight i of eight.
  * Where seven sign bits are kept, the eighth makes the number of set bits even. Super-blocks of 256. */
 
 /* 8 sub-blocks of 32; w = d / 4 * (2 s + 1) / 2 * sign * point; qs[8i .. 8i+3] = points of sub-block i's eights,

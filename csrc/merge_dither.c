@@ -3,7 +3,7 @@
 #include <string.h>
 
 #include "rows.h"
-#include "vectors.h"
+#include "merge_dither_codebook.h"
 
 enum { GROUP_FLOATS = 64 * 1024, CHUNK = 256, CHUNK_GROUPS = 16 };
 

@@ -1,4 +1,4 @@
-/* Dither on grids, where eight (or four) weights move together: by one of the moves of moves.h, drawn with probabilities p that
+/* Dither on grids, where eight (or four) weights move together: by one of the moves of neighbours.h, drawn with probabilities p that
  * make the expected move the wanted one, x.
  *
  *   the least sum p_k |v_k|^2, subject to  sum p_k v_k = x,  sum p_k <= 1,  p >= 0

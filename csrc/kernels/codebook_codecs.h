@@ -1,5 +1,5 @@
-/* Blocks of the grid types as points and signs, for the rounding in vectors.h: of every type `scales` (what a level is worth, by
- * group, levels as in moves.h), `points` (numbers, and eight signs a byte) and `put` (both back into a block whose scales,
+/* Blocks of the grid types as points and signs, for the rounding in dither_codebook.h: of every type `scales` (what a level is worth, by
+ * group, levels as in neighbours.h), `points` (numbers, and eight signs a byte) and `put` (both back into a block whose scales,
  * and shifts of IQ1, stand). All of them work on one block. */
 
 static void points_IQ2_XXS(const uint8_t *src, uint16_t *points, uint8_t *signs) {

@@ -1,8 +1,8 @@
-#include "grids.h"
+#include "codebooks.h"
 
 #include <string.h>
 
-#include "grid_points.h"
+#include "codebook_points.h"
 
 enum { MAX_POINTS = 2048, MAX_COMBINATIONS = 6561, MAX_DISTANCE = 196 };
 
@@ -19,7 +19,7 @@ static uint32_t neighbours_iq2_xxs[RUNS_IQ2_XXS * GRID_RUN], neighbours_iq2_xs[R
 static int8_t values[N_GRIDS][MAX_POINTS * 8];
 
 static const struct {
-    const uint16_t *raw_points; /* as in grid_points.h */
+    const uint16_t *raw_points; /* as in codebook_points.h */
     const int8_t *levels;
     uint32_t *neighbours;
     int n_points, dims, n_levels, bits, distances; /* how many of the smallest distances count */

@@ -2,7 +2,7 @@
 #define GFL_MOVES_H
 #include <stdint.h>
 
-#include "grids.h"
+#include "codebooks.h"
 
 /* Where eight (or four) weights that lie on a point of a grid may move to: the nearest other places, which are points and flips of
  * signs. Weights count as magnitudes here, and those of IQ1 as they are, eightfold as its levels lie an eighth apart from

@@ -1,6 +1,6 @@
 #include <float.h>
 
-/* Searching grids (grids.h): runs of 16 or 32 weights, scaled so that each eight (or four) of their magnitudes lies near a
+/* Searching grids (codebooks.h): runs of 16 or 32 weights, scaled so that each eight (or four) of their magnitudes lies near a
  * point of a grid. ggml tries some scales; for each one it rounds every weight to a level, and where such a combination is no
  * point it takes the best of the neighbours listed for it. Here the trial scales share vectors where they can, and the
  * neighbours do where they cannot. */

@@ -1,4 +1,4 @@
-#include "moves.h"
+#include "neighbours.h"
 
 #include <string.h>
 

@@ -1,9 +1,9 @@
 /* Adaptive dither of the types on grids, whose weights move in vectors of eight or four: which scales each block gets, and its
- * points and signs. The arithmetic is in kernels/vectors.h.
+ * points and signs. The arithmetic is in kernels/dither_codebook.h.
  *
  * A block keeps the base's scales where its change is weak; elsewhere it gets those of its requantization if they can be expected to
  * cost less. Where the change is so strong that it would survive anyway, the requantization is taken as it is. */
-#include "vectors.h"
+#include "merge_dither_codebook.h"
 
 #include <stdlib.h>
 #include <string.h>
