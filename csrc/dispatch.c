@@ -5,7 +5,8 @@
 #include "block_formats.h"
 
 static const gfl_type types[GFL_N_TYPES] = {
-#define GFL_TYPE(name, id, weights, block, needs_imatrix) [GFL_##name] = {id, weights, (int)sizeof(block), needs_imatrix, 0, #name},
+#define GFL_TYPE(name, id, weights, block, needs_imatrix) \
+    [GFL_##name] = {id, weights, (int)sizeof(block), needs_imatrix, 0, #name},
 #include "types.def"
 #undef GFL_TYPE
 };

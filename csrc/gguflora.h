@@ -4,8 +4,8 @@
 
 /* The whole C interface. cffi reads this file as it stands (without the # lines), so it holds plain declarations only.
  *
- * Every function is pure and thread-safe: the instruction set and the quant type are arguments, buffers are the caller's,
- * and a call works on one range of rows. Arrays are C-contiguous; quantized data may lie at any address.
+ * Every function is pure and thread-safe: the instruction set and the quant type are arguments, buffers are the
+ * caller's, and a call works on one range of rows. Arrays are C-contiguous; quantized data may lie at any address.
  */
 
 /* One quant type; rows are whole blocks of `block_weights` weights stored in `block_bytes` bytes. */
@@ -18,11 +18,13 @@ typedef struct {
     const char *name;
 } gfl_type;
 
-/* What a call came to. `row` and `column` of the offending weight (relative to the call) are set unless all went well. */
+/* What a call came to. `row` and `column` of the offending weight (relative to the call) are set unless all went
+ * well. */
 typedef struct {
     int64_t row;
     int64_t column;
-    int status; /* 0 done, 1 an input is NaN or infinite, 2 the result does not fit the type, 3 unknown type or ISA, 4 no memory */
+    /* 0 done, 1 an input is NaN or infinite, 2 the result does not fit the type, 3 unknown type or ISA, 4 no memory */
+    int status;
 } gfl_result;
 
 int gfl_type_count(void);
@@ -40,9 +42,9 @@ gfl_result gfl_quantize_rows(int isa, int type_id, const float *x, int64_t n_row
 /* blocks -> float (n_rows, n_in). */
 gfl_result gfl_dequantize_rows(int isa, int type_id, const uint8_t *src, int64_t n_rows, int64_t n_in, float *out);
 
-/* A change of rows: b @ a of a (rank, n_in) and b (n_rows, rank), or `dense` (n_rows, n_in) unless that is NULL.
- * The product is summed over rank in ascending order, one multiplication and one addition at a time; neither it nor anything made
- * from it depends on the instruction set or on how rows are grouped. */
+/* A change of rows: b @ a of a (rank, n_in) and b (n_rows, rank), or `dense` (n_rows, n_in) unless that is NULL. The
+ * product is summed over rank in ascending order, one multiplication and one addition at a time; neither it nor
+ * anything made from it depends on the instruction set or on how rows are grouped. */
 typedef struct {
     const float *a;
     const float *b;
@@ -52,23 +54,23 @@ typedef struct {
 
 /* Below, W = dequantize(src), W' = dequantize(dst), and sums are one row's in double, summed in a fixed order. */
 
-/* dst = quantize(W + delta), ggml's bytes; dst may be src. sums (n_rows, 5): |W|^2, |delta|^2, <W' - W, delta>,
- * |W' - (W + delta)|^2, and how many weights of W + delta lie outside of what the written grids can hold (0 for types without
+/* dst = quantize(W + delta), ggml's bytes; dst may be src. sums (n_rows, 5): |W|^2, |delta|^2, <W' - W, delta>, |W' -
+ * (W + delta)|^2, and how many weights of W + delta lie outside of what the written grids can hold (0 for types without
  * grids: floats, and those that store vectors of weights by number). */
 gfl_result gfl_merge_rows(int isa, int src_type_id, const uint8_t *src, int dst_type_id, uint8_t *dst, int64_t n_rows,
                           int64_t n_in, const gfl_delta *delta, const float *imatrix, double *sums);
 
-/* Adaptive dither, for types with `dithers`. First pass: dst = src, but for blocks that get a new header because W + delta can be
- * expected to lose less on the new grid. Their codes mean nothing; on the grids of IQ1, IQ2 and IQ3 they are those of
- * quantize(W + delta). Where ggml needs an imatrix and has none, all columns are alike. sums (n_rows, 2): <delta, X - W> and
- * |delta|^2, X being W + delta limited to the range of its grid, both estimated from a sample for IQ1, IQ2 and IQ3; n_new: blocks
- * with a new header. */
+/* Adaptive dither, for types with `dithers`. First pass: dst = src, but for blocks that get a new header because W +
+ * delta can be expected to lose less on the new grid. Their codes mean nothing; on the grids of IQ1, IQ2 and IQ3 they
+ * are those of quantize(W + delta). Where ggml needs an imatrix and has none, all columns are alike. sums (n_rows, 2):
+ * <delta, X - W> and |delta|^2, X being W + delta limited to the range of its grid, both estimated from a sample for
+ * IQ1, IQ2 and IQ3; n_new: blocks with a new header. */
 gfl_result gfl_fit_grids(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
                          const gfl_delta *delta, const float *imatrix, double *sums, int64_t *n_new);
 
-/* Second pass: dst has its headers (of IQ1, IQ2 and IQ3 also the codes to start from) and gets its codes, such that the expectation of
- * W' over all keys is W + gain * delta where the grid reaches it. Rows are numbered from first_row: with the key and the column
- * that number makes a weight's random bits. sums (n_rows, 5) as above. */
+/* Second pass: dst has its headers (of IQ1, IQ2 and IQ3 also the codes to start from) and gets its codes, such that the
+ * expectation of W' over all keys is W + gain * delta where the grid reaches it. Rows are numbered from first_row: with
+ * the key and the column that number makes a weight's random bits. sums (n_rows, 5) as above. */
 gfl_result gfl_dither_rows(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
                            const gfl_delta *delta, float gain, uint64_t key, int64_t first_row, double *sums);
 

@@ -29,7 +29,8 @@ static inline uint16_t portable_f32_to_f16(float f) {
     uint32_t rest = u & 0x7fffffffu;
     if (rest > 0x7f800000u) return (uint16_t)(sign | 0x7e00u);
     if (rest >= 0x47800000u) return (uint16_t)(sign | 0x7c00u);
-    if (rest < 0x38800000u) /* below 2^-14: 0.5f has the half denormals' unit in its last place, so the addition rounds */
+    if (rest <
+        0x38800000u) /* below 2^-14: 0.5f has the half denormals' unit in its last place, so the addition rounds */
         return (uint16_t)(sign | (bits_of(float_of(rest) + 0.5f) - 0x3f000000u));
     rest += 0xfffu + (rest >> 13 & 1u);
     return (uint16_t)(sign | ((rest - 0x38000000u) >> 13));

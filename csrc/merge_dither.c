@@ -7,9 +7,10 @@
 
 enum { GROUP_FLOATS = 64 * 1024, CHUNK = 256, CHUNK_GROUPS = 16 };
 
-/* A block keeps its grid without a search if in all of its groups delta is below 0.35 steps, and no more than this share of
- * the cost of rounding lies beyond the grid. On heavy-tailed weights with changes of 0.5 to 20 % of them, searching every block would
- * lower the expected cost of those skipped here by 0.1 to 1 % (K-quants; to 4 % for blocks of 32). */
+/* A block keeps its grid without a search if in all of its groups delta is below 0.35 steps, and no more than this
+ * share of the cost of rounding lies beyond the grid. On heavy-tailed weights with changes of 0.5 to 20 % of them,
+ * searching every block would lower the expected cost of those skipped here by 0.1 to 1 % (K-quants; to 4 % for blocks
+ * of 32). */
 static const double CLIPPED_SHARE = 0.1;
 
 static const gfl_result done = {0, 0, GFL_DONE}, no_memory = {0, 0, GFL_NO_MEMORY}, unknown = {0, 0, GFL_UNKNOWN};
@@ -29,8 +30,14 @@ static int begin(job *j, int isa, int type_id, int64_t n_in) {
     const gfl_table *table = gfl_table_of(isa);
     if (!table || type < 0 || !table->views[type].pack) return 0;
     const gfl_type t = gfl_type_at(type);
-    *j = (job){table, &table->views[type], table->types[type].quantize, table->types[type].dequantize, n_in, n_in / t.block_weights * t.block_bytes,
-               t.block_weights, t.block_bytes};
+    *j = (job){table,
+               &table->views[type],
+               table->types[type].quantize,
+               table->types[type].dequantize,
+               n_in,
+               n_in / t.block_weights * t.block_bytes,
+               t.block_weights,
+               t.block_bytes};
     return 1;
 }
 
@@ -42,7 +49,8 @@ static void find_target(float *target, const job *j, const uint8_t *src, const f
     j->table->add(target, target, delta, n);
 }
 
-static gfl_result first_not_finite(const job *j, const uint8_t *src, const float *delta, int n, int64_t row, int64_t column) {
+static gfl_result first_not_finite(const job *j, const uint8_t *src, const float *delta, int n, int64_t row,
+                                   int64_t column) {
     float target[CHUNK];
     find_target(target, j, src, delta, n);
     gfl_result result = gfl_first_not_finite(target, 1, n, row, GFL_NOT_FINITE);
@@ -141,9 +149,10 @@ static void sum_measure(double *sums, const gfl_measure *m, int n_groups) {
     }
 }
 
-/* Gathers the measured blocks of a chunk that may gain; returns how many got a new header because the gathered ones were full. */
-static int64_t gather_chunk(gathered *all, const job *j, const gfl_measure *m, const uint8_t *src, uint8_t *dst, const float *delta,
-                            const float *imatrix, int n, uint8_t *dirty) {
+/* Gathers the measured blocks of a chunk that may gain; returns how many got a new header because the gathered ones
+ * were full. */
+static int64_t gather_chunk(gathered *all, const job *j, const gfl_measure *m, const uint8_t *src, uint8_t *dst,
+                            const float *delta, const float *imatrix, int n, uint8_t *dirty) {
     const int groups = j->weights / j->view->group;
     float target[CHUNK];
     int64_t n_new = 0;
@@ -181,14 +190,15 @@ typedef struct {
     gathered all;
 } fit_room;
 
-static gfl_result fit_group(const job *j, fit_room *room, const uint8_t *src, uint8_t *dst, int64_t n_rows, const float *delta,
-                            const float *imatrix, int64_t row, double *sums, int64_t *n_new) {
+static gfl_result fit_group(const job *j, fit_room *room, const uint8_t *src, uint8_t *dst, int64_t n_rows,
+                            const float *delta, const float *imatrix, int64_t row, double *sums, int64_t *n_new) {
     const int64_t chunks = (j->n_in + CHUNK - 1) / CHUNK;
     memcpy(dst, src, (size_t)(n_rows * j->row_bytes));
     memset(room->dirty, 0, (size_t)(n_rows * chunks));
     for (int64_t r = 0; r < n_rows; r++) {
         for (int64_t c = 0; c < chunks; c++) {
-            const int64_t column = c * CHUNK, at = r * j->row_bytes + column / j->weights * j->bytes, k = r * chunks + c;
+            const int64_t column = c * CHUNK, at = r * j->row_bytes + column / j->weights * j->bytes,
+                          k = r * chunks + c;
             const float *x = delta + r * j->n_in + column;
             const int n = chunk_at(j, column);
             gfl_measure m;
@@ -198,17 +208,21 @@ static gfl_result fit_group(const job *j, fit_room *room, const uint8_t *src, ui
                 if (result.status) return result;
             }
             sum_measure(room->sums + 2 * k, &m, n / j->view->group);
-            *n_new += gather_chunk(&room->all, j, &m, src + at, dst + at, x, imatrix ? imatrix + column : NULL, n, room->dirty + k);
+            *n_new += gather_chunk(&room->all, j, &m, src + at, dst + at, x, imatrix ? imatrix + column : NULL, n,
+                                   room->dirty + k);
         }
-        if (imatrix) *n_new += settle(&room->all, j, imatrix); /* some searches weigh by means over the row they are given */
+        if (imatrix)
+            *n_new += settle(&room->all, j, imatrix); /* some searches weigh by means over the row they are given */
     }
     *n_new += settle(&room->all, j, imatrix);
     for (int64_t r = 0; r < n_rows; r++) {
         sums[2 * r] = sums[2 * r + 1] = 0.0;
         for (int64_t c = 0; c < chunks; c++) {
-            const int64_t column = c * CHUNK, at = r * j->row_bytes + column / j->weights * j->bytes, k = r * chunks + c;
+            const int64_t column = c * CHUNK, at = r * j->row_bytes + column / j->weights * j->bytes,
+                          k = r * chunks + c;
             if (room->dirty[k])
-                sum_changed(room->sums + 2 * k, j, src + at, dst + at, delta + r * j->n_in + column, chunk_at(j, column));
+                sum_changed(room->sums + 2 * k, j, src + at, dst + at, delta + r * j->n_in + column,
+                            chunk_at(j, column));
             sums[2 * r] += room->sums[2 * k];
             sums[2 * r + 1] += room->sums[2 * k + 1];
         }
@@ -220,7 +234,8 @@ gfl_result gfl_fit_grids(int isa, int type_id, const uint8_t *src, uint8_t *dst,
                          const gfl_delta *delta, const float *imatrix, double *sums, int64_t *n_new) {
     job j;
     *n_new = 0;
-    if (gfl_is_vector_type(type_id)) return gfl_fit_vectors(isa, type_id, src, dst, n_rows, n_in, delta, imatrix, sums, n_new);
+    if (gfl_is_vector_type(type_id))
+        return gfl_fit_vectors(isa, type_id, src, dst, n_rows, n_in, delta, imatrix, sums, n_new);
     if (!begin(&j, isa, type_id, n_in)) return unknown;
     if (n_rows <= 0 || n_in <= 0) return done;
     const int64_t group = gfl_rows_per_group(n_in, n_rows, GROUP_FLOATS), chunks = group * ((n_in + CHUNK - 1) / CHUNK);
@@ -238,8 +253,8 @@ gfl_result gfl_fit_grids(int isa, int type_id, const uint8_t *src, uint8_t *dst,
     for (int64_t row = 0; row < n_rows && !result.status; row += group) {
         const int64_t rows = n_rows - row < group ? n_rows - row : group;
         const float *change = gfl_delta_rows(j.table, delta, floats, row, rows, n_in);
-        result = fit_group(&j, room, src + row * j.row_bytes, dst + row * j.row_bytes, rows, change, imatrix, row, sums + 2 * row,
-                           n_new);
+        result = fit_group(&j, room, src + row * j.row_bytes, dst + row * j.row_bytes, rows, change, imatrix, row,
+                           sums + 2 * row, n_new);
     }
     free(dirty);
     free(doubles);
@@ -265,8 +280,8 @@ static int restore_unchanged(const job *j, const uint8_t *src, uint8_t *dst, con
     return any;
 }
 
-static gfl_result dither_row(const job *j, const uint8_t *src, uint8_t *dst, const float *delta, const gfl_dither_key *key,
-                             int64_t row, double *sums) {
+static gfl_result dither_row(const job *j, const uint8_t *src, uint8_t *dst, const float *delta,
+                             const gfl_dither_key *key, int64_t row, double *sums) {
     memset(sums, 0, 5 * sizeof *sums);
     for (int64_t column = 0; column < j->n_in; column += CHUNK) {
         const int n = chunk_at(j, column);
@@ -300,8 +315,8 @@ gfl_result gfl_dither_rows(int isa, int type_id, const uint8_t *src, uint8_t *ds
         const float *change = gfl_delta_rows(j.table, delta, room, first, last - first, n_in);
         for (int64_t row = first; row < last && !result.status; row++) {
             const gfl_dither_key row_key = {gain, gfl_row_key(key, first_row + row)};
-            result = dither_row(&j, src + row * j.row_bytes, dst + row * j.row_bytes, change + (row - first) * n_in, &row_key, row,
-                                sums + 5 * row);
+            result = dither_row(&j, src + row * j.row_bytes, dst + row * j.row_bytes, change + (row - first) * n_in,
+                                &row_key, row, sums + 5 * row);
         }
     }
     free(room);

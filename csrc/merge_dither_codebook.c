@@ -1,8 +1,9 @@
-/* Adaptive dither of the types on grids, whose weights move in vectors of eight or four: which scales each block gets, and its
- * points and signs. The arithmetic is in kernels/dither_codebook.h.
+/* Adaptive dither of the types on grids, whose weights move in vectors of eight or four: which scales each block gets,
+ * and its points and signs. The arithmetic is in kernels/dither_codebook.h.
  *
- * A block keeps the base's scales where its change is weak; elsewhere it gets those of its requantization if they can be expected to
- * cost less. Where the change is so strong that it would survive anyway, the requantization is taken as it is. */
+ * A block keeps the base's scales where its change is weak; elsewhere it gets those of its requantization if they can
+ * be expected to cost less. Where the change is so strong that it would survive anyway, the requantization is taken as
+ * it is. */
 #include "merge_dither_codebook.h"
 
 #include <stdlib.h>
@@ -10,8 +11,8 @@
 
 enum { BLOCK = 256, GROUP_FLOATS = 64 * 1024, SAMPLED = 4 };
 
-/* Root mean square of a change, in steps of the base's grid, from which other scales are tried, and from which the change is
- * rounded to nearest. */
+/* Root mean square of a change, in steps of the base's grid, from which other scales are tried, and from which the
+ * change is rounded to nearest. */
 static const double NOT_WEAK = 0.25, STRONG = 0.5;
 
 static const gfl_result done = {0, 0, GFL_DONE}, no_memory = {0, 0, GFL_NO_MEMORY}, unknown = {0, 0, GFL_UNKNOWN};
@@ -41,7 +42,8 @@ static int begin(job *j, int isa, int type_id, int64_t n_in) {
     const gfl_table *table = gfl_table_of(isa);
     if (!table || type < 0 || !table->vector_views[type].put) return 0;
     const gfl_type t = gfl_type_at(type);
-    *j = (job){table, &table->vector_views[type], &table->types[type], n_in, n_in / BLOCK * t.block_bytes, t.block_bytes,
+    *j = (job){table,          &table->vector_views[type],   &table->types[type],
+               n_in,           n_in / BLOCK * t.block_bytes, t.block_bytes,
                t.needs_imatrix};
     return 1;
 }
@@ -68,8 +70,8 @@ static void subtract(float *out, const float *x, const float *y) {
 }
 
 /* Whether the requantized block is to be taken; what the chosen one loses is added to the row's sums. */
-static int choose(const job *j, const uint8_t *base, const uint8_t *found, const float *delta, const float *target, double strong,
-                  double *sums) {
+static int choose(const job *j, const uint8_t *base, const uint8_t *found, const float *delta, const float *target,
+                  double strong, double *sums) {
     float rest[BLOCK], back[BLOCK];
     gfl_vector_sums kept, new;
     j->table->measure_vectors(&kept, j->view, base, delta, delta, 0, 1);
@@ -94,7 +96,8 @@ static gfl_result fit_row(const job *j, const row_room *room, const uint8_t *src
     memcpy(dst, src, (size_t)j->row_bytes);
     j->type->dequantize(src, room->target, j->n_in);
     j->table->add(room->target, room->target, delta, j->n_in);
-    if (j->table->largest(room->target, j->n_in) >= 0x7f800000u) return gfl_first_not_finite(room->target, 1, j->n_in, row, GFL_NOT_FINITE);
+    if (j->table->largest(room->target, j->n_in) >= 0x7f800000u)
+        return gfl_first_not_finite(room->target, 1, j->n_in, row, GFL_NOT_FINITE);
     sums[0] = sums[1] = 0.0;
     for (int64_t b = 0; b < blocks; b++) {
         const uint8_t *base = src + b * j->bytes;
@@ -131,16 +134,16 @@ gfl_result gfl_fit_vectors(int isa, int type_id, const uint8_t *src, uint8_t *ds
         const int64_t last = n_rows - first < group ? n_rows : first + group;
         const float *change = gfl_delta_rows(j.table, delta, floats + 2 * n_in, first, last - first, n_in);
         for (int64_t row = first; row < last && !result.status; row++)
-            result = fit_row(&j, &room, src + row * j.row_bytes, dst + row * j.row_bytes, change + (row - first) * n_in, imatrix, row,
-                             sums + 2 * row, n_new);
+            result = fit_row(&j, &room, src + row * j.row_bytes, dst + row * j.row_bytes, change + (row - first) * n_in,
+                             imatrix, row, sums + 2 * row, n_new);
     }
     free(found);
     free(floats);
     return result;
 }
 
-static gfl_result dither_block(const job *j, const uint8_t *src, uint8_t *dst, const float *delta, float gain, uint64_t key, int64_t row,
-                               int64_t column, double *sums) {
+static gfl_result dither_block(const job *j, const uint8_t *src, uint8_t *dst, const float *delta, float gain,
+                               uint64_t key, int64_t row, int64_t column, double *sums) {
     float before[BLOCK], target[BLOCK], rest[BLOCK], after[BLOCK];
     j->type->dequantize(src, before, BLOCK);
     j->table->add(target, before, delta, BLOCK);

@@ -26,15 +26,14 @@ typedef struct {
     float *delta, *before, *target, *after;
 } merge_room;
 
-static gfl_result merge_group(const gfl_table *table, int from, const uint8_t *src, int to, uint8_t *dst, int64_t n_rows,
-                              int64_t n_in, const float *delta, const float *imatrix, const merge_room *room, int64_t row,
-                              uint32_t suspicious, double *sums) {
+static gfl_result merge_group(const gfl_table *table, int from, const uint8_t *src, int to, uint8_t *dst,
+                              int64_t n_rows, int64_t n_in, const float *delta, const float *imatrix,
+                              const merge_room *room, int64_t row, uint32_t suspicious, double *sums) {
     const gfl_type d = gfl_type_at(to);
     const int64_t dst_bytes = n_in / d.block_weights * d.block_bytes;
     table->types[from].dequantize(src, room->before, n_rows * n_in);
     table->add(room->target, room->before, delta, n_rows * n_in);
-    const gfl_result result =
-        gfl_quantize_group(table, to, room->target, n_rows, n_in, imatrix, dst, row, suspicious);
+    const gfl_result result = gfl_quantize_group(table, to, room->target, n_rows, n_in, imatrix, dst, row, suspicious);
     if (result.status) return result;
     table->types[to].dequantize(dst, room->after, n_rows * n_in);
     for (int64_t r = 0; r < n_rows; r++) {
@@ -54,7 +53,8 @@ gfl_result gfl_merge_rows(int isa, int src_type_id, const uint8_t *src, int dst_
     if (!table || from < 0 || to < 0) return unknown;
     if (n_rows <= 0 || n_in <= 0) return done;
     const gfl_type s = gfl_type_at(from), d = gfl_type_at(to);
-    const int64_t src_bytes = n_in / s.block_weights * s.block_bytes, dst_bytes = n_in / d.block_weights * d.block_bytes;
+    const int64_t src_bytes = n_in / s.block_weights * s.block_bytes,
+                  dst_bytes = n_in / d.block_weights * d.block_bytes;
     const int64_t group = gfl_rows_per_group(n_in, n_rows, GROUP_FLOATS), n = group * n_in;
     float *room = malloc((size_t)(4 * n) * sizeof *room);
     if (!room) return no_memory;
@@ -64,8 +64,8 @@ gfl_result gfl_merge_rows(int isa, int src_type_id, const uint8_t *src, int dst_
     for (int64_t row = 0; row < n_rows && !result.status; row += group) {
         const int64_t rows = n_rows - row < group ? n_rows - row : group;
         const float *change = gfl_delta_rows(table, delta, rooms.delta, row, rows, n_in);
-        result = merge_group(table, from, src + row * src_bytes, to, dst + row * dst_bytes, rows, n_in, change, imatrix, &rooms,
-                             row, suspicious, sums + 5 * row);
+        result = merge_group(table, from, src + row * src_bytes, to, dst + row * dst_bytes, rows, n_in, change, imatrix,
+                             &rooms, row, suspicious, sums + 5 * row);
     }
     free(room);
     return result;

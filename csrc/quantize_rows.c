@@ -10,7 +10,8 @@ enum { CACHE_FLOATS = 64 * 1024 };
 static const uint32_t SUSPICIOUS = 0x44800000; /* 1024.0f */
 static const uint32_t INFINITE = 0x7f800000;
 
-/* From here on, and below zero, importances may lead a search to no result or an infinite one (kernels then write a NaN). */
+/* From here on, and below zero, importances may lead a search to no result or an infinite one (kernels then write a
+ * NaN). */
 static const float LARGE_IMPORTANCE = 1e9f;
 
 static int is_unusual(const float *imatrix, int64_t n_in) {
@@ -19,7 +20,9 @@ static int is_unusual(const float *imatrix, int64_t n_in) {
     return unusual;
 }
 
-uint32_t gfl_suspicious(const float *imatrix, int64_t n_in) { return imatrix && is_unusual(imatrix, n_in) ? 0 : SUSPICIOUS; }
+uint32_t gfl_suspicious(const float *imatrix, int64_t n_in) {
+    return imatrix && is_unusual(imatrix, n_in) ? 0 : SUSPICIOUS;
+}
 
 gfl_result gfl_first_not_finite(const float *x, int64_t n_rows, int64_t n_in, int64_t row, int status) {
     for (int64_t i = 0; i < n_rows * n_in; i++)
@@ -27,7 +30,8 @@ gfl_result gfl_first_not_finite(const float *x, int64_t n_rows, int64_t n_in, in
     return done;
 }
 
-const float *gfl_delta_rows(const gfl_table *table, const gfl_delta *delta, float *room, int64_t row, int64_t n_rows, int64_t n_in) {
+const float *gfl_delta_rows(const gfl_table *table, const gfl_delta *delta, float *room, int64_t row, int64_t n_rows,
+                            int64_t n_in) {
     if (delta->dense) return delta->dense + row * n_in;
     table->product(room, delta->a, delta->b + row * delta->rank, n_rows, n_in, delta->rank);
     return room;
@@ -50,7 +54,7 @@ int64_t gfl_rows_per_group(int64_t n_in, int64_t n_rows, int64_t floats) {
 }
 
 gfl_result gfl_quantize_group(const gfl_table *table, int type, const float *x, int64_t n_rows, int64_t n_in,
-                                 const float *imatrix, uint8_t *out, int64_t row, uint32_t suspicious) {
+                              const float *imatrix, uint8_t *out, int64_t row, uint32_t suspicious) {
     const uint32_t largest = table->largest(x, n_rows * n_in);
     if (largest >= INFINITE) return gfl_first_not_finite(x, n_rows, n_in, row, GFL_NOT_FINITE);
     table->types[type].quantize(x, out, n_rows, n_in, imatrix);
@@ -59,7 +63,8 @@ gfl_result gfl_quantize_group(const gfl_table *table, int type, const float *x, 
     if (!back) return (gfl_result){0, 0, GFL_NO_MEMORY};
     table->types[type].dequantize(out, back, n_rows * n_in);
     gfl_result result = done;
-    if (table->largest(back, n_rows * n_in) >= INFINITE) result = gfl_first_not_finite(back, n_rows, n_in, row, GFL_OVERFLOWS);
+    if (table->largest(back, n_rows * n_in) >= INFINITE)
+        result = gfl_first_not_finite(back, n_rows, n_in, row, GFL_OVERFLOWS);
     free(back);
     return result;
 }
@@ -71,12 +76,13 @@ gfl_result gfl_quantize_rows(int isa, int type_id, const float *x, int64_t n_row
     if (!table || type < 0) return (gfl_result){0, 0, GFL_UNKNOWN};
     if (n_rows <= 0 || n_in <= 0) return done;
     const gfl_type t = gfl_type_at(type);
-    const int64_t row_bytes = n_in / t.block_weights * t.block_bytes, group = gfl_rows_per_group(n_in, n_rows, CACHE_FLOATS);
+    const int64_t row_bytes = n_in / t.block_weights * t.block_bytes,
+                  group = gfl_rows_per_group(n_in, n_rows, CACHE_FLOATS);
     const uint32_t suspicious = gfl_suspicious(imatrix, n_in);
     for (int64_t row = 0; row < n_rows; row += group) {
         const int64_t rows = n_rows - row < group ? n_rows - row : group;
-        const gfl_result result =
-            gfl_quantize_group(table, type, x + row * n_in, rows, n_in, imatrix, out + row * row_bytes, row, suspicious);
+        const gfl_result result = gfl_quantize_group(table, type, x + row * n_in, rows, n_in, imatrix,
+                                                     out + row * row_bytes, row, suspicious);
         if (result.status) return result;
     }
     return done;

@@ -4,15 +4,16 @@
 
 enum { GFL_DONE, GFL_NOT_FINITE, GFL_OVERFLOWS, GFL_UNKNOWN, GFL_NO_MEMORY };
 
-/* The bits of a magnitude above which a scale may leave half precision's range (65504): what was written is then read back and
- * checked. With unusual importances any magnitude may. */
+/* The bits of a magnitude above which a scale may leave half precision's range (65504): what was written is then read
+ * back and checked. With unusual importances any magnitude may. */
 uint32_t gfl_suspicious(const float *imatrix, int64_t n_in);
 
 /* Rows that make up about `floats` weights, a multiple of four or all of them. */
 int64_t gfl_rows_per_group(int64_t n_in, int64_t n_rows, int64_t floats);
 
 /* The change of `n_rows` rows from `row` on; a product goes to `room`. */
-const float *gfl_delta_rows(const gfl_table *table, const gfl_delta *delta, float *room, int64_t row, int64_t n_rows, int64_t n_in);
+const float *gfl_delta_rows(const gfl_table *table, const gfl_delta *delta, float *room, int64_t row, int64_t n_rows,
+                            int64_t n_in);
 
 /* the key of a row's random bits */
 uint64_t gfl_row_key(uint64_t key, int64_t row);

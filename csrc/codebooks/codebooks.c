@@ -8,8 +8,12 @@ enum { MAX_POINTS = 2048, MAX_COMBINATIONS = 6561, MAX_DISTANCE = 196 };
 
 /* Runs of neighbours of each grid, all and short lists; tests/quants/test_codebooks.py counts them anew. */
 enum {
-    RUNS_IQ2_XXS = 10071 + 4639, RUNS_IQ2_XS = 14410 + 5957, RUNS_IQ2_S = 6286,
-    RUNS_IQ1 = 22647, RUNS_IQ3_XXS = 3902 + 594, RUNS_IQ3_S = 3706 + 1337
+    RUNS_IQ2_XXS = 10071 + 4639,
+    RUNS_IQ2_XS = 14410 + 5957,
+    RUNS_IQ2_S = 6286,
+    RUNS_IQ1 = 22647,
+    RUNS_IQ3_XXS = 3902 + 594,
+    RUNS_IQ3_S = 3706 + 1337
 };
 
 static int32_t places[N_GRIDS][MAX_COMBINATIONS], short_places[N_GRIDS][MAX_COMBINATIONS];
@@ -34,7 +38,9 @@ static const struct {
 
 static uint32_t points[N_GRIDS][MAX_POINTS];
 
-static int level_of(int which, uint32_t packed, int k) { return (int)(packed >> 4 * k & ((1u << grids[which].bits) - 1)); }
+static int level_of(int which, uint32_t packed, int k) {
+    return (int)(packed >> 4 * k & ((1u << grids[which].bits) - 1));
+}
 
 static uint32_t packed_level(int which, int k, int level) {
     return ((unsigned)(k << grids[which].bits) & 15u) << 4 * k | (uint32_t)level << 4 * k;
@@ -56,7 +62,8 @@ static uint32_t combination_at(int which, int index) {
 static uint32_t point_at(int which, int number) {
     uint32_t packed = 0;
     for (int k = 0; k < grids[which].dims; k++)
-        packed |= packed_level(which, k, grids[which].raw_points[number] >> grids[which].bits * k & ((1 << grids[which].bits) - 1));
+        packed |= packed_level(
+            which, k, grids[which].raw_points[number] >> grids[which].bits * k & ((1 << grids[which].bits) - 1));
     return packed;
 }
 
@@ -85,8 +92,8 @@ static int list_nearest(int which, uint32_t *list, const uint8_t *distances) {
     return count;
 }
 
-/* Bits that say how far each level of a point lies above or below that of a combination: the fewer the nearer, and one point
- * is at least as near as another in every weight if its bits are among the other's. */
+/* Bits that say how far each level of a point lies above or below that of a combination: the fewer the nearer, and one
+ * point is at least as near as another in every weight if its bits are among the other's. */
 static uint64_t remoteness(int which, uint32_t point, uint32_t combination) {
     const int bits = grids[which].n_levels - 1;
     uint64_t result = 0;

@@ -6,7 +6,8 @@ enum { MAX_POINTS = 2048, FARTHEST = 8192 };
 
 typedef enum { NO_FLIPS, ANY_FLIPS, EVEN_FLIPS } flips;
 
-static gfl_moves moves_iq2_xxs[256], moves_iq2_xs[512], moves_iq2_s[1024], moves_iq1[2048], moves_iq3_xxs[256], moves_iq3_s[512];
+static gfl_moves moves_iq2_xxs[256], moves_iq2_xs[512], moves_iq2_s[1024], moves_iq1[2048], moves_iq3_xxs[256],
+    moves_iq3_s[512];
 
 static const struct {
     gfl_moves *moves;
@@ -61,11 +62,13 @@ static void list_flips(flip_list *list, int which, const grid_levels *g, int fro
     for (int i = 0; i < dims && allowed != NO_FLIPS; i++)
         for (int j = allowed == ANY_FLIPS ? i : i + 1; j < dims; j++) {
             list->flipped[list->count] = (uint8_t)(1 << i | 1 << j);
-            list->more[list->count++] = 4 * g->levels[i][from] * g->levels[i][to] + (i != j) * 4 * g->levels[j][from] * g->levels[j][to];
+            list->more[list->count++] = 4 * g->levels[i][from] * g->levels[i][to] +
+                                        (i != j) * 4 * g->levels[j][from] * g->levels[j][to];
         }
 }
 
-/* Squared distance of the farthest moves: that of the last that are needed without flips, then that of the last of all. */
+/* Squared distance of the farthest moves: that of the last that are needed without flips, then that of the last of
+ * all. */
 static int farthest(int which, const grid_levels *g, int from) {
     int plain[FARTHEST] = {0}, all[FARTHEST] = {0};
     for (int p = 0; p < grids[which].n_points; p++)
@@ -81,7 +84,8 @@ static int farthest(int which, const grid_levels *g, int from) {
     return reach(all);
 }
 
-static void add_move(int which, gfl_moves *m, int k, const grid_levels *g, int from, int to, unsigned flipped, int distance) {
+static void add_move(int which, gfl_moves *m, int k, const grid_levels *g, int from, int to, unsigned flipped,
+                     int distance) {
     for (int i = 0; i < grids[which].dims; i++) {
         const int level = g->levels[i][to];
         m->by[i * N_MOVES + k] = (int8_t)((flipped >> i & 1 ? -level : level) - g->levels[i][from]);

@@ -37,9 +37,11 @@ const gfl_table GFL_TABLE = {
     .dither_vectors = dither_vectors,
     .views = views,
     .vector_views = vector_views,
+    /* clang-format off */
     .types = {
 #define GFL_TYPE(name, id, weights, block, needs_imatrix) [GFL_##name] = {quantize_##name, dequantize_##name},
 #include "../types.def"
 #undef GFL_TYPE
     },
+    /* clang-format on */
 };

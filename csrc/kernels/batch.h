@@ -1,6 +1,12 @@
 /* Fitting many sub-blocks: stretches of weights cut into tiles whose sub-blocks fill any number of lanes. */
 
-enum { AT_ONCE = LANES * GROUPS, TILE = 1024, BATCH = 4096, MAX_FITS = BATCH / 16, FITS_ROOM = MAX_FITS + 16 * AT_ONCE };
+enum {
+    AT_ONCE = LANES * GROUPS,
+    TILE = 1024,
+    BATCH = 4096,
+    MAX_FITS = BATCH / 16,
+    FITS_ROOM = MAX_FITS + 16 * AT_ONCE
+};
 
 /* Fits of the sub-blocks of up to BATCH weights; `min` is negated as the K-quants store it. The room behind
  * them is for lanes without a sub-block, and for loading all lanes with 16 of them each. */
@@ -35,8 +41,8 @@ INLINE void store_fit(batch_fit *fits, int first, const lane_fit *fit) {
     }
 }
 
-/* sums[i] = squares of x[i * n .. (i + 1) * n) summed in order, which takes the time of the additions' latency: so several
- * sums run side by side */
+/* sums[i] = squares of x[i * n .. (i + 1) * n) summed in order, which takes the time of the additions' latency: so
+ * several sums run side by side */
 static void sums_of_squares(float *sums, const float *x, int64_t count, int64_t n) {
     int64_t i = 0;
     for (; LANES > 1 && n % LANES == 0 && i + LANES <= count; i += LANES) {
@@ -66,14 +72,16 @@ static void sums_of_squares(float *sums, const float *x, int64_t count, int64_t 
     }
 }
 
-/* imatrix * sqrt(sigma2 + x^2), ggml's importance of a weight; imatrix as it lies in memory, sigma2 of every lane's sub-block */
+/* imatrix * sqrt(sigma2 + x^2), ggml's importance of a weight; imatrix as it lies in memory, sigma2 of every lane's
+ * sub-block */
 INLINE void importance_of_lanes(vf *w, const vf *x, const float *imatrix, vf sigma2, int n) {
     load_lanes(w, imatrix, n);
     for (int i = 0; i < n; i++) w[i] = vf_mul(w[i], vf_sqrt(vf_add(sigma2, vf_mul(x[i], x[i]))));
 }
 
 /* the same for all groups; sigma2 of every sub-block */
-INLINE void measured_importance(lanes_of_32 *w, const lanes_of_32 *x, const float *imatrix, const float *sigma2, int n) {
+INLINE void measured_importance(lanes_of_32 *w, const lanes_of_32 *x, const float *imatrix, const float *sigma2,
+                                int n) {
     EACH_GROUP importance_of_lanes(w[g], x[g], imatrix + g * LANES * n, vf_load(sigma2 + g * LANES), n);
 }
 

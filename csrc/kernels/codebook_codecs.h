@@ -1,6 +1,6 @@
-/* Blocks of the grid types as points and signs, for the rounding in dither_codebook.h: of every type `scales` (what a level is worth, by
- * group, levels as in neighbours.h), `points` (numbers, and eight signs a byte) and `put` (both back into a block whose scales,
- * and shifts of IQ1, stand). All of them work on one block. */
+/* Blocks of the grid types as points and signs, for the rounding in dither_codebook.h: of every type `scales` (what a
+ * level is worth, by group, levels as in neighbours.h), `points` (numbers, and eight signs a byte) and `put` (both back
+ * into a block whose scales, and shifts of IQ1, stand). All of them work on one block. */
 
 static void points_IQ2_XXS(const uint8_t *src, uint16_t *points, uint8_t *signs) {
     uint32_t words[16];
@@ -161,15 +161,12 @@ static void vector_scales_IQ1_M(const uint8_t *src, float *s) {
 }
 
 /* functions | grid | weights in a vector, in a group | mean distance of neighbouring levels, the shortest of moves */
-#define VECTOR_VIEW(NAME, grid, dims, group, step, shortest)                                                            \
+#define VECTOR_VIEW(NAME, grid, dims, group, step, shortest) \
     [GFL_##NAME] = {vector_scales_##NAME, points_##NAME, put_##NAME, grid, dims, group, step, shortest}
 
 static const gfl_vector_view vector_views[GFL_N_TYPES] = {
-    VECTOR_VIEW(IQ3_XXS, GRID_IQ3_XXS, 4, 32, 8.0f, 8.0f),
-    VECTOR_VIEW(IQ3_S, GRID_IQ3_S, 4, 32, 2.0f, 2.0f),
-    VECTOR_VIEW(IQ2_XXS, GRID_IQ2_XXS, 8, 32, 17.0f, 16.0f),
-    VECTOR_VIEW(IQ2_XS, GRID_IQ2_XS, 8, 16, 17.0f, 16.0f),
-    VECTOR_VIEW(IQ2_S, GRID_IQ2_S, 8, 16, 17.0f, 16.0f),
-    VECTOR_VIEW(IQ1_S, GRID_IQ1, 8, 32, 8.0f, 8.0f),
+    VECTOR_VIEW(IQ3_XXS, GRID_IQ3_XXS, 4, 32, 8.0f, 8.0f),   VECTOR_VIEW(IQ3_S, GRID_IQ3_S, 4, 32, 2.0f, 2.0f),
+    VECTOR_VIEW(IQ2_XXS, GRID_IQ2_XXS, 8, 32, 17.0f, 16.0f), VECTOR_VIEW(IQ2_XS, GRID_IQ2_XS, 8, 16, 17.0f, 16.0f),
+    VECTOR_VIEW(IQ2_S, GRID_IQ2_S, 8, 16, 17.0f, 16.0f),     VECTOR_VIEW(IQ1_S, GRID_IQ1, 8, 32, 8.0f, 8.0f),
     VECTOR_VIEW(IQ1_M, GRID_IQ1, 8, 16, 8.0f, 8.0f),
 };

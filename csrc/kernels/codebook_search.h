@@ -1,21 +1,23 @@
 #include <float.h>
 
-/* Searching grids (codebooks.h): runs of 16 or 32 weights, scaled so that each eight (or four) of their magnitudes lies near a
- * point of a grid. ggml tries some scales; for each one it rounds every weight to a level, and where such a combination is no
- * point it takes the best of the neighbours listed for it. Here the trial scales share vectors where they can, and the
- * neighbours do where they cannot. */
+/* Searching grids (codebooks.h): runs of 16 or 32 weights, scaled so that each eight (or four) of their magnitudes lies
+ * near a point of a grid. ggml tries some scales; for each one it rounds every weight to a level, and where such a
+ * combination is no point it takes the best of the neighbours listed for it. Here the trial scales share vectors where
+ * they can, and the neighbours do where they cannot. */
 
 enum { MAX_TRIALS = 32 };
 
 typedef struct {
-    float x[40];    /* magnitudes; IQ2_XXS, IQ2_XS and IQ3_XXS negate some to make signs even. Longer than read, as vectors may */
-    float w[40];    /* importances */
-    float root[40]; /* of them: what neighbours are judged by */
-    float id[MAX_TRIALS], scale[MAX_TRIALS];          /* of each trial: 1 / scale and scale */
-    float sum_qx[MAX_TRIALS], sum_q2[MAX_TRIALS];     /* of w q x and w q q */
-    uint32_t codes[8][MAX_TRIALS];                    /* packed combination by group and trial */
-    uint32_t off_grid[8];                             /* by group, bit t: rounding did not meet a point in trial t */
-    int failed;                                       /* no neighbour had a finite error; ggml aborts */
+    /* Magnitudes; IQ2_XXS, IQ2_XS and IQ3_XXS negate some to make signs even. More than a run, as vectors read
+     * beyond. */
+    float x[40];
+    float w[40];                                  /* importances */
+    float root[40];                               /* of them: what neighbours are judged by */
+    float id[MAX_TRIALS], scale[MAX_TRIALS];      /* of each trial: 1 / scale and scale */
+    float sum_qx[MAX_TRIALS], sum_q2[MAX_TRIALS]; /* of w q x and w q q */
+    uint32_t codes[8][MAX_TRIALS];                /* packed combination by group and trial */
+    uint32_t off_grid[8];                         /* by group, bit t: rounding did not meet a point in trial t */
+    int failed;                                   /* no neighbour had a finite error; ggml aborts */
 } grid_run;
 
 static const float count_to_32[MAX_TRIALS] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
@@ -48,7 +50,8 @@ INLINE void grid_importances(grid_run *run, const float *x, const float *imatrix
     }
 }
 
-/* Makes the number of negative signs of each eight even by flipping the weight that matters least; keeps seven of them. */
+/* Makes the number of negative signs of each eight even by flipping the weight that matters least; keeps seven of
+ * them. */
 INLINE void grid_even_signs(grid_run *run, uint8_t *signs, int n) {
     float cost[32];
     for (int i = 0; i < n; i += LANES) {
@@ -95,8 +98,8 @@ INLINE int grid_index(const float *x, float id, int dims) {
     return index;
 }
 
-/* The same for all trials, if all |id * x| < 2^20. Bit t of the result: no weight is near the middle of two levels in trial t, so
- * short lists of neighbours do. */
+/* The same for all trials, if all |id * x| < 2^20. Bit t of the result: no weight is near the middle of two levels in
+ * trial t, so short lists of neighbours do. */
 INLINE uint32_t grid_indices(int32_t *index, const float *x, const float *id, int dims, int trials) {
     uint32_t clear = 0;
     for (int t = 0; t < trials; t += LANES) {
@@ -138,8 +141,8 @@ INLINE void spread_values(float *out, const float *v, int dims) {
     for (int i = 0; i < 32; i += LANES) vf_store(out + i, vf_pick8(v, vi_load(places + i)));
 }
 
-/* Terms w (scale q - x)^2 of a group's sum by weight and level, four (eight) levels for each weight; x and w spread likewise.
- * levels: q by level, repeated. */
+/* Terms w (scale q - x)^2 of a group's sum by weight and level, four (eight) levels for each weight; x and w spread
+ * likewise. levels: q by level, repeated. */
 INLINE void neighbour_terms(float *terms, const float *levels, const float *x, const float *w, float scale) {
     for (int j = 0; j < 32; j += LANES) {
         const vf diff = vf_sub(vf_mul(vf_set1(scale), vf_load(levels + j % 16)), vf_load(x + j));
@@ -159,11 +162,11 @@ INLINE vf neighbour_sums(const float *terms, vi code, int dims) {
     return sum;
 }
 
-/* The neighbour of least sum w (scale q - x)^2, the first of equals, on a list of `eights`; x, w and levels as neighbour_terms
- * wants them. *failed is set if no sum is finite. A term depends on one weight's level only, so a small table of terms serves
- * many neighbours. */
-INLINE uint32_t nearest_neighbour(const uint32_t *list, int eights, const float *levels, const float *x, const float *w, float scale,
-                                  int dims, int *failed) {
+/* The neighbour of least sum w (scale q - x)^2, the first of equals, on a list of `eights`; x, w and levels as
+ * neighbour_terms wants them. *failed is set if no sum is finite. A term depends on one weight's level only, so a small
+ * table of terms serves many neighbours. */
+INLINE uint32_t nearest_neighbour(const uint32_t *list, int eights, const float *levels, const float *x, const float *w,
+                                  float scale, int dims, int *failed) {
     float terms[32], least[LANES];
     int32_t place[LANES], lanes[LANES];
     neighbour_terms(terms, levels, x, w, scale);
@@ -192,17 +195,19 @@ INLINE uint32_t nearest_neighbour(const uint32_t *list, int eights, const float 
     return list[first];
 }
 
-static uint32_t nearest_of_eights(const uint32_t *list, int eights, const float *levels, const float *x, const float *w, float scale,
-                                  int *failed) {
+static uint32_t nearest_of_eights(const uint32_t *list, int eights, const float *levels, const float *x, const float *w,
+                                  float scale, int *failed) {
     return nearest_neighbour(list, eights, levels, x, w, scale, 8, failed);
 }
 
-static uint32_t nearest_of_fours(const uint32_t *list, int eights, const float *x, const float *w, float scale, int *failed) {
+static uint32_t nearest_of_fours(const uint32_t *list, int eights, const float *x, const float *w, float scale,
+                                 int *failed) {
     return nearest_neighbour(list, eights, odd_8, x, w, scale, 4, failed);
 }
 
 /* the best neighbour for this scale of a combination at a place that is no point */
-INLINE uint32_t neighbour_at(const gfl_grid *grid, int place, const float *x, const float *root, float scale, int dims, int *failed) {
+INLINE uint32_t neighbour_at(const gfl_grid *grid, int place, const float *x, const float *root, float scale, int dims,
+                             int *failed) {
     const uint32_t *list = grid->neighbours + (~place >> 8) * GRID_RUN;
     return dims == 8 ? nearest_of_eights(list, ~place & 255, odd_4, x, root, scale, failed)
                      : nearest_of_fours(list, ~place & 255, x, root, scale, failed);
@@ -284,7 +289,8 @@ INLINE float grid_scale(const grid_run *run, const uint32_t *codes, int n, int d
 }
 
 /* Rounds the groups of `which` (one bit each) anew for a positive scale and returns the scale that then is best. */
-INLINE float grid_refine(grid_run *run, const gfl_grid *grid, uint32_t *codes, uint32_t which, int n, int dims, float scale) {
+INLINE float grid_refine(grid_run *run, const gfl_grid *grid, uint32_t *codes, uint32_t which, int n, int dims,
+                         float scale) {
     if (!which || !(scale > 0.0f)) return scale;
     const float id = 1.0f / scale;
     for (int g = 0; g < n / dims; g++) {
@@ -298,12 +304,14 @@ INLINE float grid_refine(grid_run *run, const gfl_grid *grid, uint32_t *codes, u
     return grid_scale(run, codes, n, dims, scale);
 }
 
-/* Which groups are rounded anew for the best trial's scale: those that met no point, all of them if one met none, all. */
+/* Which groups are rounded anew for the best trial's scale: those that met no point, all of them if one met none,
+ * all. */
 enum { REFINE_SOME, REFINE_ALL_OR_NONE, REFINE_ALL };
 
-/* The search from given trials on: codes of all groups, and the scale. Without a trial better than nothing `scale` stays and
- * the codes are those of point 0, which has the lowest levels. NaN where ggml would abort. */
-INLINE float grid_fit(grid_run *run, const gfl_grid *grid, uint32_t *codes, int n, int dims, int trials, float scale, int refine, int tame) {
+/* The search from given trials on: codes of all groups, and the scale. Without a trial better than nothing `scale`
+ * stays and the codes are those of point 0, which has the lowest levels. NaN where ggml would abort. */
+INLINE float grid_fit(grid_run *run, const gfl_grid *grid, uint32_t *codes, int n, int dims, int trials, float scale,
+                      int refine, int tame) {
     grid_codes(run, grid, n, dims, trials, tame);
     grid_sums(run, n, dims, trials);
     const int best = grid_best(run, &scale, trials);

@@ -1,6 +1,6 @@
-/* Blocks as codes on a grid, w = s * q - o with one s and o per group of weights, for the rounding in dither.h: of every type
- * `scales` (s and o of n weights' groups), `codes` (q of n weights) and `pack` (q into blocks whose headers stand). All of them
- * work on n <= 256 weights, whole blocks. Codes count from where the type's grid has its zero. */
+/* Blocks as codes on a grid, w = s * q - o with one s and o per group of weights, for the rounding in dither.h: of
+ * every type `scales` (s and o of n weights' groups), `codes` (q of n weights) and `pack` (q into blocks whose headers
+ * stand). All of them work on n <= 256 weights, whole blocks. Codes count from where the type's grid has its zero. */
 
 /* out[0..n) = (src >> shift) & mask for n = 8 k bytes */
 INLINE void take_bits(int8_t *out, const uint8_t *src, int n, int shift, uint8_t mask) {
@@ -33,30 +33,30 @@ INLINE void stored_codes(uint8_t *out, const int8_t *q, int n, int low) {
 }
 
 /* Blocks of 32 with a scale d, and a minimum m or nothing: NAME, block, code of the lowest level, o, fifth bits. */
-#define VIEW_PLAIN(NAME, block, low, offset, fifth)                                                                     \
-    static void scales_##NAME(const uint8_t *src, int n, float *s, float *o) {                                          \
-        const block *x = (const block *)src;                                                                            \
-        for (int b = 0; b < n / PLAIN; b++, x++) {                                                                      \
-            s[b] = half_to_float(x->d);                                                                                 \
-            o[b] = offset;                                                                                              \
-        }                                                                                                               \
-    }                                                                                                                   \
-    static void codes_##NAME(const uint8_t *src, int n, int8_t *q) {                                                    \
-        const block *x = (const block *)src;                                                                            \
-        for (int i = 0; i < n; i += PLAIN, x++) {                                                                       \
-            unpack_nibbles((uint8_t *)q + i, x->qs);                                                                    \
-            if (fifth) unpack_fifth_bits((uint8_t *)q + i, (const uint8_t *)x + sizeof *x - 20);                        \
-        }                                                                                                               \
-        shift_codes(q, n, low);                                                                                         \
-    }                                                                                                                   \
-    static void pack_##NAME(uint8_t *dst, int n, const int8_t *q) {                                                     \
-        block *y = (block *)dst;                                                                                        \
-        uint8_t codes[SUPER];                                                                                           \
-        stored_codes(codes, q, n, low);                                                                                 \
-        for (int i = 0; i < n; i += PLAIN, y++) {                                                                       \
-            pack_nibbles(y->qs, codes + i);                                                                             \
-            if (fifth) pack_fifth_bits((uint8_t *)y + sizeof *y - 20, codes + i);                                       \
-        }                                                                                                               \
+#define VIEW_PLAIN(NAME, block, low, offset, fifth)                                              \
+    static void scales_##NAME(const uint8_t *src, int n, float *s, float *o) {                   \
+        const block *x = (const block *)src;                                                     \
+        for (int b = 0; b < n / PLAIN; b++, x++) {                                               \
+            s[b] = half_to_float(x->d);                                                          \
+            o[b] = offset;                                                                       \
+        }                                                                                        \
+    }                                                                                            \
+    static void codes_##NAME(const uint8_t *src, int n, int8_t *q) {                             \
+        const block *x = (const block *)src;                                                     \
+        for (int i = 0; i < n; i += PLAIN, x++) {                                                \
+            unpack_nibbles((uint8_t *)q + i, x->qs);                                             \
+            if (fifth) unpack_fifth_bits((uint8_t *)q + i, (const uint8_t *)x + sizeof *x - 20); \
+        }                                                                                        \
+        shift_codes(q, n, low);                                                                  \
+    }                                                                                            \
+    static void pack_##NAME(uint8_t *dst, int n, const int8_t *q) {                              \
+        block *y = (block *)dst;                                                                 \
+        uint8_t codes[SUPER];                                                                    \
+        stored_codes(codes, q, n, low);                                                          \
+        for (int i = 0; i < n; i += PLAIN, y++) {                                                \
+            pack_nibbles(y->qs, codes + i);                                                      \
+            if (fifth) pack_fifth_bits((uint8_t *)y + sizeof *y - 20, codes + i);                \
+        }                                                                                        \
     }
 VIEW_PLAIN(Q4_0, block_q4_0, -8, 0.0f, 0)
 VIEW_PLAIN(Q4_1, block_q4_1, 0, -half_to_float(x->m), 0)
@@ -193,13 +193,13 @@ static void repack_Q6_K(uint8_t *dst, int n, const int8_t *q) {
 }
 
 /* One scale for many weights: every 32 of them are a group here. */
-#define VIEW_SCALES(NAME, block, weights, scale, offset)                                                                \
-    static void scales_##NAME(const uint8_t *src, int n, float *s, float *o) {                                          \
-        for (int j = 0; j < n / 32; j++) {                                                                              \
-            const float d = half_to_float(((const block *)src)[32 * j / weights].d);                                    \
-            s[j] = scale;                                                                                               \
-            o[j] = offset;                                                                                              \
-        }                                                                                                               \
+#define VIEW_SCALES(NAME, block, weights, scale, offset)                             \
+    static void scales_##NAME(const uint8_t *src, int n, float *s, float *o) {       \
+        for (int j = 0; j < n / 32; j++) {                                           \
+            const float d = half_to_float(((const block *)src)[32 * j / weights].d); \
+            s[j] = scale;                                                            \
+            o[j] = offset;                                                           \
+        }                                                                            \
     }
 VIEW_SCALES(TQ1_0, block_tq1_0, 256, d, 0.0f)
 VIEW_SCALES(TQ2_0, block_tq2_0, 256, d, 0.0f)
@@ -349,30 +349,22 @@ static void repack_NVFP4(uint8_t *dst, int n, const int8_t *q) {
     for (int j = 0; j < n / 16; j++) pack_nvfp4(((block_nvfp4 *)dst)[j / 4].qs + 8 * (j % 4), codes + 16 * j);
 }
 
-/* functions | weights per group | lowest and highest level, mean step, levels | where the header lies: two runs of bytes */
-#define VIEW(NAME, pack, group, low, high, at0, bytes0, at1, bytes1)                                                    \
+/* functions | weights per group | lowest and highest level, mean step, levels | where the header lies: two runs of
+ * bytes */
+#define VIEW(NAME, pack, group, low, high, at0, bytes0, at1, bytes1) \
     [GFL_##NAME] = {scales_##NAME, codes_##NAME, pack, group, low, high, 1, NULL, 0, {{at0, bytes0}, {at1, bytes1}}}
-#define VIEW_LEVELS(NAME, group, low, high, levels, n_levels, bytes)                                                    \
-    [GFL_##NAME] = {scales_##NAME, codes_##NAME, repack_##NAME, group, low, high, (high - low) / (n_levels - 1.0f),      \
+#define VIEW_LEVELS(NAME, group, low, high, levels, n_levels, bytes)                                                \
+    [GFL_##NAME] = {scales_##NAME, codes_##NAME, repack_##NAME, group, low, high, (high - low) / (n_levels - 1.0f), \
                     levels,        n_levels,     {{0, bytes}}}
 
 static const gfl_view views[GFL_N_TYPES] = {
-    VIEW(Q4_0, pack_Q4_0, 32, -8, 7, 0, 2, 0, 0),
-    VIEW(Q4_1, pack_Q4_1, 32, 0, 15, 0, 4, 0, 0),
-    VIEW(Q5_0, pack_Q5_0, 32, -16, 15, 0, 2, 0, 0),
-    VIEW(Q5_1, pack_Q5_1, 32, 0, 31, 0, 4, 0, 0),
-    VIEW(Q8_0, pack_Q8_0, 32, -127, 127, 0, 2, 0, 0),
-    VIEW(Q2_K, repack_Q2_K, 16, 0, 3, 0, 16, 80, 4),
-    VIEW(Q3_K, repack_Q3_K, 16, -4, 3, 96, 14, 0, 0),
-    VIEW(Q4_K, repack_Q4_K, 32, 0, 15, 0, 16, 0, 0),
-    VIEW(Q5_K, repack_Q5_K, 32, 0, 31, 0, 16, 0, 0),
-    VIEW(Q6_K, repack_Q6_K, 16, -32, 31, 192, 18, 0, 0),
-    VIEW(TQ1_0, repack_TQ1_0, 32, -1, 1, 52, 2, 0, 0),
-    VIEW(TQ2_0, repack_TQ2_0, 32, -1, 1, 64, 2, 0, 0),
-    VIEW(Q2_0, repack_Q2_0, 32, -1, 2, 0, 2, 0, 0),
-    VIEW(Q1_0, repack_Q1_0, 32, 0, 1, 0, 2, 0, 0),
-    VIEW_LEVELS(IQ4_NL, 32, -127, 113, iq4_levels, 16, 2),
-    VIEW_LEVELS(IQ4_XS, 32, -127, 113, iq4_levels, 16, 8),
-    VIEW_LEVELS(MXFP4, 32, -12, 12, fp4_ascending, 15, 1),
-    VIEW_LEVELS(NVFP4, 16, -12, 12, fp4_ascending, 15, 4),
+    VIEW(Q4_0, pack_Q4_0, 32, -8, 7, 0, 2, 0, 0),          VIEW(Q4_1, pack_Q4_1, 32, 0, 15, 0, 4, 0, 0),
+    VIEW(Q5_0, pack_Q5_0, 32, -16, 15, 0, 2, 0, 0),        VIEW(Q5_1, pack_Q5_1, 32, 0, 31, 0, 4, 0, 0),
+    VIEW(Q8_0, pack_Q8_0, 32, -127, 127, 0, 2, 0, 0),      VIEW(Q2_K, repack_Q2_K, 16, 0, 3, 0, 16, 80, 4),
+    VIEW(Q3_K, repack_Q3_K, 16, -4, 3, 96, 14, 0, 0),      VIEW(Q4_K, repack_Q4_K, 32, 0, 15, 0, 16, 0, 0),
+    VIEW(Q5_K, repack_Q5_K, 32, 0, 31, 0, 16, 0, 0),       VIEW(Q6_K, repack_Q6_K, 16, -32, 31, 192, 18, 0, 0),
+    VIEW(TQ1_0, repack_TQ1_0, 32, -1, 1, 52, 2, 0, 0),     VIEW(TQ2_0, repack_TQ2_0, 32, -1, 1, 64, 2, 0, 0),
+    VIEW(Q2_0, repack_Q2_0, 32, -1, 2, 0, 2, 0, 0),        VIEW(Q1_0, repack_Q1_0, 32, 0, 1, 0, 2, 0, 0),
+    VIEW_LEVELS(IQ4_NL, 32, -127, 113, iq4_levels, 16, 2), VIEW_LEVELS(IQ4_XS, 32, -127, 113, iq4_levels, 16, 8),
+    VIEW_LEVELS(MXFP4, 32, -12, 12, fp4_ascending, 15, 1), VIEW_LEVELS(NVFP4, 16, -12, 12, fp4_ascending, 15, 4),
 };

@@ -1,15 +1,17 @@
-/* Adaptive dither: rounding `dq + delta` to a grid w = s * q - o so that on average nothing of delta is lost, where rounding to
- * the nearest level would lose all of a delta smaller than half a step. Works on up to 256 weights at once ("a chunk"), through
- * the views of codecs.h.
+/* Adaptive dither: rounding `dq + delta` to a grid w = s * q - o so that on average nothing of delta is lost, where
+ * rounding to the nearest level would lose all of a delta smaller than half a step. Works on up to 256 weights at once
+ * ("a chunk"), through the views of codecs.h.
  *
  *   t = q + delta / s          under the block's own header, q its code: where delta is 0 the code stays
  *   t = (dq + delta + o) / s   under another header
  *   q' = floor(t) + (u < t - floor(t)), t limited to the grid before, u uniform in [0, 1)
  *
- * 1 / s is rounded, and multiplied by; it is 0 where s is less than the smallest normal float, so that a code stays, or is 0.
- * Groups whose delta is 0.35 steps or more (root mean square) are rounded to nearest; halves to even, among a codebook's levels down.
+ * 1 / s is rounded, and multiplied by; it is 0 where s is less than the smallest normal float, so that a code stays, or
+ * is 0. Groups whose delta is 0.35 steps or more (root mean square) are rounded to nearest; halves to even, among a
+ * codebook's levels down.
  *
- * Sums over a group or chunk run in 16 lanes, weight i in lane i % 16, then lanes 8, 4, 2, 1 apart; so every ISA has the same bits. */
+ * Sums over a group or chunk run in 16 lanes, weight i in lane i % 16, then lanes 8, 4, 2, 1 apart; so every ISA has
+ * the same bits. */
 
 enum { CHUNK = SUPER, PARTS = 16 / LANES };
 
@@ -49,7 +51,8 @@ INLINE void finish_rows(float *sums, const float *rows, int n_rows) {
     for (int r = 0; r < n_rows; r += LANES) vf_store(sums + r, vf_row_sums(rows + r * LANES));
 }
 
-/* sum of delta^2 against n (0.35 steps)^2: from there on the noise of dither does more harm than what nearest rounding loses */
+/* sum of delta^2 against n (0.35 steps)^2: from there on the noise of dither does more harm than what nearest rounding
+ * loses */
 static inline int is_strong(float squares, float s, const gfl_view *view) {
     const float step = s * view->step;
     return squares >= 0.1225f * (float)view->group * (step * step);
@@ -86,7 +89,8 @@ INLINE vf rounding_error(const gfl_view *view, vf t, const int strong, const int
     return leveled ? vf_mul(vf_mul(c.gap, c.gap), error) : error;
 }
 
-/* What is summed over every group: delta^2, the error of rounding, what lies beyond the grid squared, and times delta. */
+/* What is summed over every group: delta^2, the error of rounding, what lies beyond the grid squared, and times
+ * delta. */
 enum { SQUARES, ROUNDING, BEYOND, LOST, N_SUMS };
 
 /* From sums in steps to sums in weights. Without a step, what lies beyond the grid is in weights already. */
@@ -102,8 +106,8 @@ INLINE void finish_costs(gfl_measure *m, const float *sums, const chunk_scales *
 }
 
 /* A group rounded to nearest, or without a step: its sums again. */
-INLINE void measure_other(float *rows, const gfl_view *view, const int8_t *codes, const float *delta, const chunk_scales *c, int g,
-                          const int group, const int leveled) {
+INLINE void measure_other(float *rows, const gfl_view *view, const int8_t *codes, const float *delta,
+                          const chunk_scales *c, int g, const int group, const int leveled) {
     const vf low = vf_set1(view->low), high = vf_set1(view->high);
     const vf s = vf_set1(c->s[g]), o = vf_set1(c->o[g]), inverse = vf_set1(c->inverse[g]);
     vf rounding[PARTS], beyond[PARTS], lost[PARTS];
@@ -123,7 +127,8 @@ INLINE void measure_other(float *rows, const gfl_view *view, const int8_t *codes
     vf_store(rows + (LOST * room + g) * LANES, fold_parts(lost));
 }
 
-INLINE void measure(gfl_measure *m, const gfl_view *view, const uint8_t *src, const float *delta, int n, const int group, const int leveled) {
+INLINE void measure(gfl_measure *m, const gfl_view *view, const uint8_t *src, const float *delta, int n,
+                    const int group, const int leveled) {
     const int room = CHUNK / group, n_groups = n / group;
     const vf low = vf_set1(view->low), high = vf_set1(view->high);
     float rows[N_SUMS * CHUNK / 16 * LANES], sums[N_SUMS * CHUNK / 16];
@@ -172,8 +177,8 @@ static void measure_chunk(gfl_measure *m, const gfl_view *view, const uint8_t *s
 }
 
 /* The same of new headers, from the targets dq + delta; squares are given. */
-INLINE void measure_target(gfl_measure *m, const gfl_view *view, const uint8_t *header, const float *target, const float *delta,
-                           int n, const int group, const int leveled) {
+INLINE void measure_target(gfl_measure *m, const gfl_view *view, const uint8_t *header, const float *target,
+                           const float *delta, int n, const int group, const int leveled) {
     const int room = CHUNK / group, n_groups = n / group;
     const vf low = vf_set1(view->low), high = vf_set1(view->high);
     float rows[N_SUMS * CHUNK / 16 * LANES] = {0}, sums[N_SUMS * CHUNK / 16];
@@ -229,8 +234,8 @@ static int64_t count_clipped(const gfl_view *view, const uint8_t *dst, const flo
 }
 
 /* 24 random bits as u in [0, 1): a hash of the column and the row's key (64 bits), of which every bit counts. Both
- * multiplications and the first shifts are those of a well-known 32-bit mixer; the last shift would only touch bits that u does
- * not keep or need. */
+ * multiplications and the first shifts are those of a well-known 32-bit mixer; the last shift would only touch bits
+ * that u does not keep or need. */
 INLINE vf uniform(vi column, vi key_low, vi key_high) {
     vi x = vi_xor(column, key_low);
     x = vi_mul(vi_xor(x, vi_shr(x, 16)), vi_set1(0x7feb352d));
@@ -254,9 +259,9 @@ typedef struct {
 } dither_key;
 
 /* codes[0..group): from those of the base to those to write */
-INLINE void dither_group(int8_t *codes, dither_sums *sums, const dither_key *key, const float *delta, const chunk_scales *base,
-                         const chunk_scales *new, int g, vi column, const int own, const int strong, const int group,
-                         const int leveled) {
+INLINE void dither_group(int8_t *codes, dither_sums *sums, const dither_key *key, const float *delta,
+                         const chunk_scales *base, const chunk_scales *new, int g, vi column, const int own,
+                         const int strong, const int group, const int leveled) {
     const gfl_view *view = key->view;
     const vf low = vf_set1(view->low), high = vf_set1(view->high);
     const vf s = vf_set1(new->s[g]), o = vf_set1(new->o[g]), inverse = vf_set1(new->inverse[g]);
@@ -278,7 +283,8 @@ INLINE void dither_group(int8_t *codes, dither_sums *sums, const dither_key *key
             level = strong ? whole : vf_add_1(whole, vf_lt(u, vf_sub(inside, whole)));
             vi_store_u8(codes + i, vf_truncate(level));
         }
-        const vf moved = own ? vf_mul(s, vf_sub(level, q)) : vf_sub(vf_sub(vf_mul(s, level), o), dq), error = vf_sub(moved, x);
+        const vf moved = own ? vf_mul(s, vf_sub(level, q)) : vf_sub(vf_sub(vf_mul(s, level), o), dq),
+                 error = vf_sub(moved, x);
         sums->clipped = vi_count(sums->clipped, flat ? vf_ne(above, vf_zero()) : vf_ne(t, inside));
         add_part(sums->weights, i, vf_mul(dq, dq));
         add_part(sums->moved, i, vf_mul(moved, x));
@@ -319,9 +325,11 @@ INLINE int finish_dither(double *sums, dither_sums *all, const float *squares, i
     return safe;
 }
 
-INLINE int dither(double *sums, const gfl_view *view, const uint8_t *src, uint8_t *dst, const float *delta, const uint8_t *own,
-                  const gfl_dither_key *row, int64_t column, int n, const int group, const int leveled) {
-    const dither_key key = {view, vf_set1(row->gain), vi_set1((int)(uint32_t)row->key), vi_set1((int)(uint32_t)(row->key >> 32))};
+INLINE int dither(double *sums, const gfl_view *view, const uint8_t *src, uint8_t *dst, const float *delta,
+                  const uint8_t *own, const gfl_dither_key *row, int64_t column, int n, const int group,
+                  const int leveled) {
+    const dither_key key = {view, vf_set1(row->gain), vi_set1((int)(uint32_t)row->key),
+                            vi_set1((int)(uint32_t)(row->key >> 32))};
     const vi lanes = vi_load(lane_numbers);
     dither_sums all;
     chunk_scales base, new;
@@ -369,7 +377,8 @@ INLINE double fold_sum(vd sum) {
 }
 
 /* sums[0..4) += dq . dq, delta . delta, (written - dq) . delta, (written - target) . (written - target) */
-static void four_dots(double *sums, const float *dq, const float *delta, const float *target, const float *written, int64_t n) {
+static void four_dots(double *sums, const float *dq, const float *delta, const float *target, const float *written,
+                      int64_t n) {
     vd ww = vd_zero(), dd = vd_zero(), md = vd_zero(), ee = vd_zero();
     double lanes[4][8];
     int64_t i = 0;

@@ -1,17 +1,19 @@
-/* Dither on grids, where eight (or four) weights move together: by one of the moves of neighbours.h, drawn with probabilities p that
- * make the expected move the wanted one, x.
+/* Dither on grids, where eight (or four) weights move together: by one of the moves of neighbours.h, drawn with
+ * probabilities p that make the expected move the wanted one, x.
  *
  *   the least sum p_k |v_k|^2, subject to  sum p_k v_k = x,  sum p_k <= 1,  p >= 0
  *
- * by the simplex method with an explicit inverse. It starts from "all is lost": a variable for each weight, which costs `dear` for
- * every unit of x_i that no move makes up for, and one for staying. So it may end at any step, and where the moves cannot make
- * up x (the levels end there) it loses as little as it can. What is far away is gone to by the nearest moves first.
+ * by the simplex method with an explicit inverse. It starts from "all is lost": a variable for each weight, which costs
+ * `dear` for every unit of x_i that no move makes up for, and one for staying. So it may end at any step, and where the
+ * moves cannot make up x (the levels end there) it loses as little as it can. What is far away is gone to by the
+ * nearest moves first.
  *
  * Lanes are moves, or rows of the inverse; nothing is summed across lanes, so every ISA has the same bits. */
 
 enum { PROGRAM_ROWS = 16, MOST_STEPS = 24, MOST_WALKS = 8, AT_ONCE_VECTORS = 4 };
 
-/* The loss of a unit costs as much as going this many mean steps too far; steps that gain less than a hundredth are not taken. */
+/* The loss of a unit costs as much as going this many mean steps too far; steps that gain less than a hundredth are not
+ * taken. */
 static const float DEAR = 8.0f, WORTHWHILE = 1.05f, LEAST_PIVOT = 1e-3f;
 
 /* A vector of which a weight is to move by more levels than this stays: that is far beyond all grids. */
@@ -71,7 +73,8 @@ INLINE int enter(program *p, const gfl_moves *m, int k, float gain, const int di
     for (int i = 0; i < rows; i += LANES) {
         vf sum = vf_load(p->inverse[dims] + i);
         for (int j = 0; j < dims; j++) sum = vf_add(sum, vf_mul(vf_load(p->inverse[j] + i), vf_set1(by[j])));
-        const vf left = vf_select(vf_gt(sum, vf_set1(LEAST_PIVOT)), vf_div(vf_load(p->amount + i), sum), vf_set1(FLT_MAX));
+        const vf left = vf_select(vf_gt(sum, vf_set1(LEAST_PIVOT)), vf_div(vf_load(p->amount + i), sum),
+                                  vf_set1(FLT_MAX));
         vf_store(column + i, sum);
         ratios[i / LANES] = left;
         low = vf_min(low, left);
@@ -226,7 +229,8 @@ INLINE float finish_program(float *lost, const program *p, const gfl_moves *m, c
 }
 
 /* Where nothing can be done all is lost. */
-INLINE void measure_impossible(gfl_vector_sums *sums, const vector_block *v, const float *delta, int j, int group, const int dims) {
+INLINE void measure_impossible(gfl_vector_sums *sums, const vector_block *v, const float *delta, int j, int group,
+                               const int dims) {
     vector_place at;
     if (place_of_vector(&at, v, j, group, dims) != IMPOSSIBLE) return;
     for (int i = j * dims; i < (j + 1) * dims; i++) {
@@ -235,8 +239,8 @@ INLINE void measure_impossible(gfl_vector_sums *sums, const vector_block *v, con
     }
 }
 
-INLINE void measure_block(gfl_vector_sums *sums, const gfl_vector_view *view, const uint8_t *block, const float *rest, const float *delta,
-                          int first, int step, const int dims) {
+INLINE void measure_block(gfl_vector_sums *sums, const gfl_vector_view *view, const uint8_t *block, const float *rest,
+                          const float *delta, int first, int step, const int dims) {
     vector_block v;
     vector_batch batch;
     read_vectors(&v, view, block, rest);
@@ -253,7 +257,8 @@ INLINE void measure_block(gfl_vector_sums *sums, const gfl_vector_view *view, co
             float lost[8];
             const float cost = finish_program(lost, batch.programs + b, batch.moves[b], at->x, dims);
             sums->cost += (double)(s * s) * (double)cost;
-            for (int i = 0; i < dims; i++) sums->lost += (double)(s * (at->signs >> i & 1 ? -lost[i] : lost[i])) * (double)x[i];
+            for (int i = 0; i < dims; i++)
+                sums->lost += (double)(s * (at->signs >> i & 1 ? -lost[i] : lost[i])) * (double)x[i];
         }
     }
 }
@@ -276,14 +281,16 @@ INLINE void draw_move(vector_place *at, const program *p, const gfl_moves *m, fl
     }
 }
 
-INLINE void draw_block(const gfl_vector_view *view, uint8_t *block, const float *rest, uint64_t row_key, int64_t column, const int dims) {
+INLINE void draw_block(const gfl_vector_view *view, uint8_t *block, const float *rest, uint64_t row_key, int64_t column,
+                       const int dims) {
     const vi key_low = vi_set1((int)(uint32_t)row_key), key_high = vi_set1((int)(uint32_t)(row_key >> 32));
     float u[SUPER / 4];
     vector_block v;
     vector_batch batch;
     read_vectors(&v, view, block, rest);
     for (int j = 0; j < SUPER / dims; j += LANES) {
-        const vi number = vi_add(vi_load(lane_numbers), vi_set1(j)), offset = dims == 8 ? vi_shl(number, 3) : vi_shl(number, 2);
+        const vi number = vi_add(vi_load(lane_numbers), vi_set1(j)),
+                 offset = dims == 8 ? vi_shl(number, 3) : vi_shl(number, 2);
         vf_store(u + j, uniform(vi_add(vi_set1((int)(uint32_t)column), offset), key_low, key_high));
     }
     for (int j = 0; j < SUPER / dims;) {
@@ -293,13 +300,15 @@ INLINE void draw_block(const gfl_vector_view *view, uint8_t *block, const float 
             vector_place *at = batch.at + b;
             draw_move(at, batch.programs + b, batch.moves[b], u[k], dims);
             v.points[k] = (uint16_t)at->point;
-            v.signs[k * dims / 8] = (uint8_t)((v.signs[k * dims / 8] & ~(((1u << dims) - 1) << shift)) | at->signs << shift);
+            v.signs[k * dims / 8] = (uint8_t)((v.signs[k * dims / 8] & ~(((1u << dims) - 1) << shift)) | at->signs
+                                                                                                             << shift);
         }
     }
     view->put(block, v.points, v.signs);
 }
 
-static void dither_vectors(const gfl_vector_view *view, uint8_t *block, const float *rest, uint64_t row_key, int64_t column) {
+static void dither_vectors(const gfl_vector_view *view, uint8_t *block, const float *rest, uint64_t row_key,
+                           int64_t column) {
     if (view->dims == 8) draw_block(view, block, rest, row_key, column, 8);
     else draw_block(view, block, rest, row_key, column, 4);
 }

@@ -1,5 +1,5 @@
-/* MXFP4 NVFP4: four-bit floats (sign, two bits of exponent, one of mantissa) under a power of two or an eight-bit float.
- * Levels here are twice the float's value, and scales half of theirs: 0 1 2 3 4 6 8 12. */
+/* MXFP4 NVFP4: four-bit floats (sign, two bits of exponent, one of mantissa) under a power of two or an eight-bit
+ * float. Levels here are twice the float's value, and scales half of theirs: 0 1 2 3 4 6 8 12. */
 
 static const float fp4_levels[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
@@ -14,8 +14,8 @@ static uint8_t fp4_code_of_huge(float x, float d) {
     return (uint8_t)best;
 }
 
-/* codes[0..n): differences to neighbouring levels are exact near their middle, so counting the middles below |x| finds the nearest
- * level; on a middle the smaller one is the first. */
+/* codes[0..n): differences to neighbouring levels are exact near their middle, so counting the middles below |x| finds
+ * the nearest level; on a middle the smaller one is the first. */
 INLINE void fp4_codes(uint8_t *codes, const float *x, int n, float d, float amax) {
     if (d == 0.0f) {
         memset(codes, 0, (size_t)n);
@@ -70,11 +70,13 @@ static void dequantize_MXFP4(const uint8_t *src, float *out, int64_t n) {
     }
 }
 
-/* Eight-bit float without sign: four bits of exponent (bias 7), three of mantissa; rounded half up. From 248 on all become 448. */
+/* Eight-bit float without sign: four bits of exponent (bias 7), three of mantissa; rounded half up. From 248 on all
+ * become 448. */
 static inline uint8_t float_to_e4m3(float x) {
     if (!(x > 0.0f)) return 0;
     const uint32_t u = bits_of(x < 448.0f ? x : 448.0f);
-    if (u < 0x3c800000u) return (uint8_t)(x * 512.0f + 0.5f) < 7 ? (uint8_t)(x * 512.0f + 0.5f) : 7; /* below 2^-6: denormal */
+    if (u < 0x3c800000u)
+        return (uint8_t)(x * 512.0f + 0.5f) < 7 ? (uint8_t)(x * 512.0f + 0.5f) : 7; /* below 2^-6: denormal */
     const uint32_t code = (u + 0x80000u - 0x3c000000u) >> 20;
     return code < 0x78 ? (uint8_t)code : 0x7e;
 }

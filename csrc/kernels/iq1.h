@@ -1,7 +1,7 @@
 /* IQ1_S IQ1_M: eights of weights on a grid of three levels -1, 0, 1, all moved by an eighth up or down.
  *
- * ggml sorts a run of 32 (16) weights, tries all ways to cut it into low, middle and high ones, and only then goes to the grid.
- * The cuts are tried here for LANES runs at once. */
+ * ggml sorts a run of 32 (16) weights, tries all ways to cut it into low, middle and high ones, and only then goes to
+ * the grid. The cuts are tried here for LANES runs at once. */
 
 /* Levels by shift (0 up, 1 down), repeated as vectors want them. */
 #define FOUR_TIMES(a, b, c) {a, b, c, 0, a, b, c, 0, a, b, c, 0, a, b, c, 0}
@@ -35,8 +35,8 @@ INLINE void sort_runs(sorted_runs *s, int n) {
                     if (i / (2 * p) == (i + k) / (2 * p)) put_in_order(s, i, i + k);
 }
 
-/* The best cut so far, lane by lane: scale, its score, and first place of the middle and of the high weights and shifts as one
- * number, -1 for none. */
+/* The best cut so far, lane by lane: scale, its score, and first place of the middle and of the high weights and shifts
+ * as one number, -1 for none. */
 typedef struct {
     vf scale, score;
     vi cut;
@@ -54,7 +54,8 @@ INLINE void consider_cut(best_cut *best, vf qx, vf q2, int cut) {
 
 /* cut = 128 * middle + 2 * high + shift */
 INLINE void cut_IQ1_S(best_cut *best, const sorted_runs *s) {
-    const vf eighth = vf_set1(0.125f), p0 = vf_set1(-0.875f), p2 = vf_set1(1.125f), m0 = vf_set1(-1.125f), m2 = vf_set1(0.875f);
+    const vf eighth = vf_set1(0.125f), p0 = vf_set1(-0.875f), p2 = vf_set1(1.125f), m0 = vf_set1(-1.125f),
+             m2 = vf_set1(0.875f);
     vf sum_x[33], sum_w[33], x_up[33], x_down[33], w_up[33], w_down[33];
     sum_x[0] = sum_w[0] = vf_zero();
     for (int j = 0; j < 32; j++) {
@@ -74,15 +75,17 @@ INLINE void cut_IQ1_S(best_cut *best, const sorted_runs *s) {
         for (int i2 = i1; i2 <= 32; i2++) {
             const vf x = vf_mul(vf_sub(sum_x[i2], sum_x[i1]), eighth);
             const vf w = vf_mul(vf_mul(vf_sub(sum_w[i2], sum_w[i1]), eighth), eighth);
-            consider_cut(best, vf_add(vf_add(low_x_up, x), x_up[i2]), vf_add(vf_add(low_w_up, w), w_up[i2]), 128 * i1 + 2 * i2);
+            consider_cut(best, vf_add(vf_add(low_x_up, x), x_up[i2]), vf_add(vf_add(low_w_up, w), w_up[i2]),
+                         128 * i1 + 2 * i2);
             consider_cut(best, vf_add(vf_sub(low_x_down, x), x_down[i2]), vf_add(vf_add(low_w_down, w), w_down[i2]),
                          128 * i1 + 2 * i2 + 1);
         }
     }
 }
 
-/* Sums for the two eights apart, each of which may go up or down. cut = 128 * middle + 4 * high + 2 * shift of the first eight +
- * shift of the second. In ggml's words: the sum over three groups is T * top - sum(i1) - sum(i2), as neighbouring levels differ by 1. */
+/* Sums for the two eights apart, each of which may go up or down. cut = 128 * middle + 4 * high + 2 * shift of the
+ * first eight + shift of the second. In ggml's words: the sum over three groups is T * top - sum(i1) - sum(i2), as
+ * neighbouring levels differ by 1. */
 INLINE void cut_IQ1_M(best_cut *best, const sorted_runs *s) {
     const vf p2 = vf_set1(1.125f), m2 = vf_set1(0.875f);
     vf px[2][17], pw[2][17], x_up[2], x_down[2], w_up[2], w_down[2], high_up[2][17], high_down[2][17];
@@ -119,13 +122,14 @@ INLINE void cut_IQ1_M(best_cut *best, const sorted_runs *s) {
                 q2[h][1] = vf_add(low_down[h], high_down[h][i2]);
             }
             for (int k = 0; k < 4; k++)
-                consider_cut(best, vf_add(qx[0][k / 2], qx[1][k % 2]), vf_add(q2[0][k / 2], q2[1][k % 2]), 128 * i1 + 4 * i2 + k);
+                consider_cut(best, vf_add(qx[0][k / 2], qx[1][k % 2]), vf_add(q2[0][k / 2], q2[1][k % 2]),
+                             128 * i1 + 4 * i2 + k);
         }
     }
 }
 
-/* What a run came to: a scale that is not negative and whose sign has gone into the levels, packed levels of its eights, and
- * which of those go down. `found` is 0 if no cut was better than nothing. */
+/* What a run came to: a scale that is not negative and whose sign has gone into the levels, packed levels of its
+ * eights, and which of those go down. `found` is 0 if no cut was better than nothing. */
 typedef struct {
     float scale;
     int found, down[4];
@@ -176,8 +180,8 @@ INLINE void cut_tile_IQ1(run_IQ1 *runs, const float *x, const float *w, int n, f
     }
 }
 
-/* Moves the eights of a run that are no points to their best neighbours, and fits the scale anew if there were any; returns
- * the numbers of the points. */
+/* Moves the eights of a run that are no points to their best neighbours, and fits the scale anew if there were any;
+ * returns the numbers of the points. */
 INLINE void points_IQ1(unsigned *points, run_IQ1 *run, const gfl_grid *grid, const float *x, const float *w, int n) {
     int moved = 0;
     for (int k = 0; k < n / 8; k++) {
@@ -275,22 +279,22 @@ static void super_IQ1_M(const float *x, const float *w, run_IQ1 *runs, block_iq1
 }
 
 /* Defines batch_NAME for QUANTIZE_SUPERS over super_NAME; runs of n weights. */
-#define BATCH_IQ1(NAME, block, n, tiny)                                                                        \
-    static void batch_##NAME(const float *x, const float *imatrix, block *y, int count) {                      \
-        float sigma2[BATCH_SUPERS], copy[TILE], w[TILE];                                                       \
-        run_IQ1 runs[TILE / n];                                                                                \
-        spread_mean_squares(sigma2, x, count, SUPER, 2.0f);                                                    \
-        for (int b = 0; b < count; b += 2) {                                                                   \
-            const int supers = count - b < 2 ? 1 : 2;                                                          \
-            memset(w, 0, sizeof w);                                                                            \
-            for (int j = 0; j < supers; j++)                                                                   \
-                importances_IQ1(w + SUPER * j, x + SUPER * (b + j), imatrix ? imatrix + SUPER * (b + j) : NULL, \
-                                SUPER, sigma2[b + j]);                                                         \
-            cut_tile_IQ1(runs, tile_of(copy, x + SUPER * b, supers * SUPER), w, n, tiny);                      \
-            for (int j = 0; j < supers; j++)                                                                   \
-                super_##NAME(x + SUPER * (b + j), w + SUPER * j, runs + SUPER / n * j, y + b + j);             \
-        }                                                                                                      \
-    }                                                                                                          \
+#define BATCH_IQ1(NAME, block, n, tiny)                                                                                \
+    static void batch_##NAME(const float *x, const float *imatrix, block *y, int count) {                              \
+        float sigma2[BATCH_SUPERS], copy[TILE], w[TILE];                                                               \
+        run_IQ1 runs[TILE / n];                                                                                        \
+        spread_mean_squares(sigma2, x, count, SUPER, 2.0f);                                                            \
+        for (int b = 0; b < count; b += 2) {                                                                           \
+            const int supers = count - b < 2 ? 1 : 2;                                                                  \
+            memset(w, 0, sizeof w);                                                                                    \
+            for (int j = 0; j < supers; j++)                                                                           \
+                importances_IQ1(w + SUPER * j, x + SUPER * (b + j), imatrix ? imatrix + SUPER * (b + j) : NULL, SUPER, \
+                                sigma2[b + j]);                                                                        \
+            cut_tile_IQ1(runs, tile_of(copy, x + SUPER * b, supers * SUPER), w, n, tiny);                              \
+            for (int j = 0; j < supers; j++)                                                                           \
+                super_##NAME(x + SUPER * (b + j), w + SUPER * j, runs + SUPER / n * j, y + b + j);                     \
+        }                                                                                                              \
+    }                                                                                                                  \
     QUANTIZE_SUPERS(NAME, block)
 
 BATCH_IQ1(IQ1_S, block_iq1_s, 32, 1e-12f)
@@ -321,7 +325,8 @@ static void dequantize_IQ1_S(const uint8_t *src, float *out, int64_t n) {
 /* bytes 8 p + 1 or 8 p - 1 of a point's levels p */
 static inline void eighths_IQ1(int8_t *out, uint64_t levels, int down) {
     const uint64_t top = 0x8080808080808080ull, up = (levels << 3 & 0xf8f8f8f8f8f8f8f8ull) | 0x0101010101010101ull;
-    const uint64_t bytes = ((up | top) - (down ? 0x0202020202020202ull : 0)) ^ (~up & top); /* no borrow from byte to byte */
+    const uint64_t bytes = ((up | top) - (down ? 0x0202020202020202ull : 0)) ^
+                           (~up & top); /* no borrow from byte to byte */
     memcpy(out, &bytes, 8);
 }
 
@@ -338,6 +343,7 @@ static void dequantize_IQ1_M(const uint8_t *src, float *out, int64_t n) {
             eighths_IQ1(bytes + 8 * j, eight_values(values, x->qs[j] | (high & 7) << 8), high & 8);
         }
         for (int s = 0; s < 16; s++)
-            scaled_bytes(out + i + 16 * s, bytes + 16 * s, 16, d * (float)(2 * (x->scales[s / 4] >> 3 * (s % 4) & 7) + 1));
+            scaled_bytes(out + i + 16 * s, bytes + 16 * s, 16,
+                         d * (float)(2 * (x->scales[s / 4] >> 3 * (s % 4) & 7) + 1));
     }
 }

@@ -1,8 +1,10 @@
 /* IQ2_XXS IQ2_XS IQ2_S: eights of weights on grids of three levels. */
 
-/* One run: codes, signs and scale; `even`: seven signs of eight. `start`: the scale from which IQ2_XXS tries others; for the other
- * two, which begin with the peak, what the peak must reach to count. Returns 0, leaving all alone, if there is nothing in it. */
-INLINE int fit_IQ2(float *scale, uint32_t *codes, uint8_t *signs, const gfl_grid *grid, grid_run *run, int n, int even, float start) {
+/* One run: codes, signs and scale; `even`: seven signs of eight. `start`: the scale from which IQ2_XXS tries others;
+ * for the other two, which begin with the peak, what the peak must reach to count. Returns 0, leaving all alone, if
+ * there is nothing in it. */
+INLINE int fit_IQ2(float *scale, uint32_t *codes, uint8_t *signs, const gfl_grid *grid, grid_run *run, int n, int even,
+                   float start) {
     if (n == 32) {
         const float top = start * 3.0f;
         if (top <= 0.0f) return 0;
@@ -21,7 +23,8 @@ INLINE int fit_IQ2(float *scale, uint32_t *codes, uint8_t *signs, const gfl_grid
     return 1;
 }
 
-/* Magnitudes, importances and signs of the runs of two super-blocks, from which IQ2_XXS finds the scales to start from. */
+/* Magnitudes, importances and signs of the runs of two super-blocks, from which IQ2_XXS finds the scales to start
+ * from. */
 typedef struct {
     float x[TILE], w[TILE];
     uint8_t signs[TILE / 8];
@@ -81,7 +84,8 @@ static void batch_IQ2_XXS(const float *x, const float *imatrix, block_iq2_xxs *y
             vf_store(starts + j, start);
         }
         for (int j = 0; j < 2 && b + j < count; j++)
-            super_IQ2_XXS(tile.x + SUPER * j, tile.w + SUPER * j, tile.signs + SUPER / 8 * j, starts + 8 * j, y + b + j);
+            super_IQ2_XXS(tile.x + SUPER * j, tile.w + SUPER * j, tile.signs + SUPER / 8 * j, starts + 8 * j,
+                          y + b + j);
     }
 }
 
@@ -104,7 +108,8 @@ static void super_IQ2_XS(const float *x, const float *imatrix, block_iq2_xs *y, 
         grid_importances(&run, x + 16 * s, imatrix + 16 * s, 16, sigma2, 0.0f);
         grid_even_signs(&run, signs, 16);
         if (!fit_IQ2(scales + s, codes, signs, grid, &run, 16, 1, TINY)) continue;
-        for (int k = 0; k < 2; k++) y->qs[2 * s + k] = (uint16_t)(grid_number(grid, codes[k], 8) | (unsigned)signs[k] << 9);
+        for (int k = 0; k < 2; k++)
+            y->qs[2 * s + k] = (uint16_t)(grid_number(grid, codes[k], 8) | (unsigned)signs[k] << 9);
     }
     const float max = largest_scale(scales, 16), d = max / 31.0f;
     if (max == 0.0f) {
@@ -151,7 +156,8 @@ static void dequantize_IQ2_XXS(const uint8_t *src, float *out, int64_t n) {
         uint32_t words[16];
         memcpy(words, x->qs, 64);
         for (int j = 0; j < 32; j++) {
-            const unsigned point = words[j / 4 * 2] >> 8 * (j % 4) & 255, signs = words[j / 4 * 2 + 1] >> 7 * (j % 4) & 127;
+            const unsigned point = words[j / 4 * 2] >> 8 * (j % 4) & 255,
+                           signs = words[j / 4 * 2 + 1] >> 7 * (j % 4) & 127;
             signed_bytes(bytes + 8 * j, eight_values(values, point), eight_signs(signs));
         }
         for (int s = 0; s < 8; s++)

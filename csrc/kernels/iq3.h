@@ -1,8 +1,9 @@
 /* IQ3_XXS IQ3_S: fours of weights on grids of eight levels, runs of 32 with a scale of four bits. */
 
-/* One run: codes, signs (seven bits if `even`, which is IQ3_XXS) and scale. Returns 0, leaving all alone, if there is nothing in it. */
-INLINE int fit_IQ3(float *scale, uint32_t *codes, uint8_t *signs, const gfl_grid *grid, const float *x, const float *imatrix,
-                   float sigma2, int even) {
+/* One run: codes, signs (seven bits if `even`, which is IQ3_XXS) and scale. Returns 0, leaving all alone, if there is
+ * nothing in it. */
+INLINE int fit_IQ3(float *scale, uint32_t *codes, uint8_t *signs, const gfl_grid *grid, const float *x,
+                   const float *imatrix, float sigma2, int even) {
     grid_run run;
     grid_magnitudes(&run, signs, x, 32);
     grid_importances(&run, x, imatrix, 32, sigma2, 0.0f);
@@ -11,7 +12,8 @@ INLINE int fit_IQ3(float *scale, uint32_t *codes, uint8_t *signs, const gfl_grid
     if (even ? peak < 1e-8f : peak == 0.0f) return 0;
     const int half = even ? 15 : 9;
     grid_trials(&run, half, 15.0f, 0.2f, peak);
-    *scale = grid_fit(&run, grid, codes, 32, 4, 2 * half + 1, peak / 15.0f, even ? REFINE_SOME : REFINE_ALL_OR_NONE, peak > 1e-30f);
+    *scale = grid_fit(&run, grid, codes, 32, 4, 2 * half + 1, peak / 15.0f, even ? REFINE_SOME : REFINE_ALL_OR_NONE,
+                      peak > 1e-30f);
     if (*scale < 0.0f) {
         *scale = -*scale;
         for (int k = 0; k < 4; k++) signs[k] = (uint8_t)(even ? ~signs[k] & 127 : ~signs[k]);
@@ -27,7 +29,8 @@ static void super_IQ3_XXS(const float *x, const float *imatrix, block_iq3_xxs *y
     for (int s = 0; s < 8; s++) {
         uint32_t codes[8];
         uint8_t signs[4];
-        if (!fit_IQ3(scales + s, codes, signs, grid, x + 32 * s, imatrix ? imatrix + 32 * s : NULL, sigma2, 1)) continue;
+        if (!fit_IQ3(scales + s, codes, signs, grid, x + 32 * s, imatrix ? imatrix + 32 * s : NULL, sigma2, 1))
+            continue;
         for (int g = 0; g < 8; g++) y->qs[8 * s + g] = (uint8_t)grid_number(grid, codes[g], 4);
         for (int k = 0; k < 4; k++) words[s] |= (uint32_t)signs[k] << 7 * k;
     }
@@ -48,7 +51,8 @@ static void super_IQ3_S(const float *x, const float *imatrix, block_iq3_s *y, fl
     memset(y, 0, sizeof *y);
     for (int s = 0; s < 8; s++) {
         uint32_t codes[8];
-        if (!fit_IQ3(scales + s, codes, y->signs + 4 * place, grid, x + 32 * s, imatrix ? imatrix + 32 * s : NULL, sigma2, 0))
+        if (!fit_IQ3(scales + s, codes, y->signs + 4 * place, grid, x + 32 * s, imatrix ? imatrix + 32 * s : NULL,
+                     sigma2, 0))
             continue;
         for (int g = 0; g < 8; g++) {
             const unsigned point = grid_number(grid, codes[g], 4);
@@ -65,13 +69,13 @@ static void super_IQ3_S(const float *x, const float *imatrix, block_iq3_s *y, fl
 }
 
 /* Defines batch_NAME for QUANTIZE_SUPERS over super_NAME; sigma2 = factor * mean square of the super-block. */
-#define BATCH_OF_SUPERS(NAME, block, factor)                                                                        \
-    static void batch_##NAME(const float *x, const float *imatrix, block *y, int count) {                           \
-        float sigma2[BATCH_SUPERS];                                                                                 \
-        spread_mean_squares(sigma2, x, count, SUPER, factor);                                                       \
-        for (int b = 0; b < count; b++)                                                                             \
-            super_##NAME(x + SUPER * b, imatrix ? imatrix + SUPER * b : NULL, y + b, sigma2[b]);                    \
-    }                                                                                                               \
+#define BATCH_OF_SUPERS(NAME, block, factor)                                                     \
+    static void batch_##NAME(const float *x, const float *imatrix, block *y, int count) {        \
+        float sigma2[BATCH_SUPERS];                                                              \
+        spread_mean_squares(sigma2, x, count, SUPER, factor);                                    \
+        for (int b = 0; b < count; b++)                                                          \
+            super_##NAME(x + SUPER * b, imatrix ? imatrix + SUPER * b : NULL, y + b, sigma2[b]); \
+    }                                                                                            \
     QUANTIZE_SUPERS(NAME, block)
 
 BATCH_OF_SUPERS(IQ3_XXS, block_iq3_xxs, 2.0f)
@@ -88,7 +92,8 @@ static void dequantize_IQ3_XXS(const uint8_t *src, float *out, int64_t n) {
         for (int j = 0; j < 32; j++)
             signed_bytes(bytes + 8 * j, four_values_twice(values, x->qs[2 * j], x->qs[2 * j + 1]),
                          eight_signs(words[j / 4] >> 7 * (j % 4) & 127));
-        for (int s = 0; s < 8; s++) scaled_bytes(out + i + 32 * s, bytes + 32 * s, 32, d * (0.5f + (float)(words[s] >> 28)) * 0.5f);
+        for (int s = 0; s < 8; s++)
+            scaled_bytes(out + i + 32 * s, bytes + 32 * s, 32, d * (0.5f + (float)(words[s] >> 28)) * 0.5f);
     }
 }
 
@@ -104,6 +109,7 @@ static void dequantize_IQ3_S(const uint8_t *src, float *out, int64_t n) {
             signed_bytes(bytes + 8 * j, four_values_twice(values, p0, p1), x->signs[j]);
         }
         for (int s = 0; s < 8; s++)
-            scaled_bytes(out + i + 32 * s, bytes + 32 * s, 32, d * (float)(1 + 2 * (x->scales[s / 2] >> 4 * (s % 2) & 15)));
+            scaled_bytes(out + i + 32 * s, bytes + 32 * s, 32,
+                         d * (float)(1 + 2 * (x->scales[s / 2] >> 4 * (s % 2) & 15)));
     }
 }

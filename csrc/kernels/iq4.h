@@ -1,10 +1,13 @@
-/* IQ4_NL IQ4_XS: sixteen uneven levels. ggml tries 16 scales for each run of 32 weights; here LANES runs share each vector. */
+/* IQ4_NL IQ4_XS: sixteen uneven levels. ggml tries 16 scales for each run of 32 weights; here LANES runs share each
+ * vector. */
 
 static const float iq4_levels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
-/* The middles of neighbouring levels as a binary search meets them: node i is followed by 2i, or by 2i + 1 from its value on.
- * ggml compares the distances to two levels; both are exact near their middle, and the middle belongs to the upper one. */
-static const float iq4_middles[16] = {0, -4.5f, -57, 45.5f, -93.5f, -28.5f, 19, 79, -115.5f, -74, -42, -16, 7, 31.5f, 61, 101};
+/* The middles of neighbouring levels as a binary search meets them: node i is followed by 2i, or by 2i + 1 from its
+ * value on. ggml compares the distances to two levels; both are exact near their middle, and the middle belongs to the
+ * upper one. */
+static const float iq4_middles[16] = {0,       -4.5f, -57, 45.5f, -93.5f, -28.5f, 19, 79,
+                                      -115.5f, -74,   -42, -16,   7,      31.5f,  61, 101};
 
 /* Number of the level nearest to v plus 16; 31 for NaN, as in ggml. */
 INLINE vi iq4_search(vf v) {
@@ -26,7 +29,8 @@ INLINE void iq4_sums(vf *sum_qx, vf *sum_q2, const vf *x, const vf *w, vf iscale
     *sum_q2 = q2;
 }
 
-/* Scale of 32 weights w = scale * level: weighted least squares over the best of the trial scales, 0 for lanes of zeros. */
+/* Scale of 32 weights w = scale * level: weighted least squares over the best of the trial scales, 0 for lanes of
+ * zeros. */
 INLINE vf iq4_fit(const vf *x, const vf *w) {
     const vf zero = vf_zero();
     vf peak = zero, amax = zero, qx, q2;
@@ -50,7 +54,8 @@ INLINE vf iq4_fit(const vf *x, const vf *w) {
 /* codes[0..n) of the levels nearest to inverse_scale * x */
 INLINE void iq4_codes(uint8_t *codes, const float *x, int n, float inverse_scale) {
     const vf id = vf_set1(inverse_scale);
-    for (int i = 0; i < n; i += LANES) vi_store_u8(codes + i, vi_and(iq4_search(vf_mul(id, vf_load(x + i))), vi_set1(15)));
+    for (int i = 0; i < n; i += LANES)
+        vi_store_u8(codes + i, vi_and(iq4_search(vf_mul(id, vf_load(x + i))), vi_set1(15)));
 }
 
 /* scales[0..16) of the 16 runs of 32 weights of a tile; sigma2: twice the mean square that counts for each run */

@@ -1,8 +1,8 @@
 /* Q2_K, Q4_K, Q5_K: sub-blocks with a scale and a minimum. */
 
 /* Fits all sub-blocks of `count` super-blocks. */
-INLINE void fit_minimum(batch_fit *fits, const float *x, const float *imatrix, int count, int sub, int q_max, float first,
-                        int last) {
+INLINE void fit_minimum(batch_fit *fits, const float *x, const float *imatrix, int count, int sub, int q_max,
+                        float first, int last) {
     float sigma2[MAX_FITS + AT_ONCE], x_copy[TILE], imatrix_copy[TILE];
     const int n = count * SUPER;
     if (imatrix) spread_mean_squares(sigma2, x, count, sub, sub == 32 ? 2.0f : 1.0f);
@@ -17,7 +17,8 @@ INLINE void fit_minimum(batch_fit *fits, const float *x, const float *imatrix, i
                 measured_importance(w, lanes, tile_imatrix + sub * j, sigma2 + i / sub + j, sub);
                 fit_min(fit, lanes, w, sub, q_max, -0.9f, 0.05f, 36, 0, 0);
             } else if (sub == 16) {
-                EACH_GROUP for (int k = 0; k < sub; k++) w[g][k] = vf_abs(lanes[g][k]);
+                EACH_GROUP
+                    for (int k = 0; k < sub; k++) w[g][k] = vf_abs(lanes[g][k]);
                 fit_min(fit, lanes, w, sub, q_max, first, 0.1f, last, 1, 0);
             } else {
                 default_importance(w, lanes, sub);
@@ -40,7 +41,8 @@ INLINE void codes_minimum(uint8_t *codes, const float *x, f16 d, f16 dmin, const
     divide_codes(codes, x, sub, offset, dj, 0, q_max);
     for (int j = 0; j < SUPER / sub; j++)
         if (dj[j] == 0.0f)
-            search_codes(codes + sub * j, x + sub * j, sub, fits->code_scale[first + j], fits->code_min[first + j], 0, q_max);
+            search_codes(codes + sub * j, x + sub * j, sub, fits->code_scale[first + j], fits->code_min[first + j], 0,
+                         q_max);
 }
 
 /* Q4_K and Q5_K: eight sub-blocks of 32, scale and minimum of six bits each */
@@ -68,7 +70,8 @@ typedef struct {
     float d[BATCH_SUPERS], dmin[BATCH_SUPERS];
 } batch_scales;
 
-INLINE void settle_scales(batch_scales *scales, const batch_fit *fits, int count, int subs, int q_max, int top, int measured) {
+INLINE void settle_scales(batch_scales *scales, const batch_fit *fits, int count, int subs, int q_max, int top,
+                          int measured) {
     const float *importance = measured ? fits->sum_w : NULL;
     batch_units(scales->s, scales->d, fits->scale, importance, count, subs, q_max, top);
     batch_units(scales->m, scales->dmin, fits->min, importance, count, subs, q_max, top);

@@ -2,18 +2,18 @@
 
 enum { SUPER = 256, BATCH_SUPERS = BATCH / SUPER };
 
-/* Defines quantize_NAME over batch_NAME(x, imatrix or NULL, blocks, number of blocks up to BATCH_SUPERS). An imatrix is one
- * row's, so batches then end with the row. */
-#define QUANTIZE_SUPERS(NAME, block)                                                                                    \
-    static void quantize_##NAME(const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, const float *imatrix) {     \
-        const int64_t rows = imatrix ? n_rows : 1, n = imatrix ? n_in : n_rows * n_in;                                  \
-        block *y = (block *)out;                                                                                        \
-        for (int64_t row = 0; row < rows; row++)                                                                        \
-            for (int64_t i = 0; i < n; i += BATCH) {                                                                    \
-                const int count = (int)((n - i < BATCH ? n - i : BATCH) / SUPER);                                       \
-                batch_##NAME(x + row * n + i, imatrix ? imatrix + i : NULL, y, count);                                  \
-                y += count;                                                                                             \
-            }                                                                                                           \
+/* Defines quantize_NAME over batch_NAME(x, imatrix or NULL, blocks, number of blocks up to BATCH_SUPERS). An imatrix is
+ * one row's, so batches then end with the row. */
+#define QUANTIZE_SUPERS(NAME, block)                                                                                \
+    static void quantize_##NAME(const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, const float *imatrix) { \
+        const int64_t rows = imatrix ? n_rows : 1, n = imatrix ? n_in : n_rows * n_in;                              \
+        block *y = (block *)out;                                                                                    \
+        for (int64_t row = 0; row < rows; row++)                                                                    \
+            for (int64_t i = 0; i < n; i += BATCH) {                                                                \
+                const int count = (int)((n - i < BATCH ? n - i : BATCH) / SUPER);                                   \
+                batch_##NAME(x + row * n + i, imatrix ? imatrix + i : NULL, y, count);                              \
+                y += count;                                                                                         \
+            }                                                                                                       \
     }
 
 /* root mean square + |x|, the importance ggml gives weights when it knows nothing else */
@@ -34,8 +34,10 @@ static inline void spread_mean_squares(float *sigma2, const float *x, int count,
     for (int j = 0; j < count * (SUPER / sub); j++) sigma2[j] = factor * sums[j * sub / SUPER] / 256.0f;
 }
 
-/* Codes of a super-block, clamp(nearest((x + offset) / d)) - low with d and offset (or NULL) of each sub-block; any if its d is 0. */
-INLINE void divide_codes(uint8_t *codes, const float *x, int sub, const float *offset, const float *d, int low, int high) {
+/* Codes of a super-block, clamp(nearest((x + offset) / d)) - low with d and offset (or NULL) of each sub-block; any if
+ * its d is 0. */
+INLINE void divide_codes(uint8_t *codes, const float *x, int sub, const float *offset, const float *d, int low,
+                         int high) {
     for (int i = 0; i < SUPER; i += 4 * LANES) {
         vi q[4];
         for (int k = 0; k < 4; k++) {
@@ -47,19 +49,22 @@ INLINE void divide_codes(uint8_t *codes, const float *x, int sub, const float *o
     }
 }
 
-/* codes of n values by the largest of them: nearest(v * q_max / max), a byte in ggml, at most `top`; scale is max / q_max */
+/* codes of n values by the largest of them: nearest(v * q_max / max), a byte in ggml, at most `top`; scale is max /
+ * q_max */
 INLINE void plain_scales(vf *scale, vi *q, const vf *v, int n, int q_max, int top) {
     const vf zero = vf_zero(), levels = vf_set1((float)q_max);
     vf max = zero;
     for (int i = 0; i < n; i++) max = vf_max(v[i], max);
     const vf inverse_max = vf_select(vf_gt(max, zero), vf_div(levels, max), zero);
-    for (int i = 0; i < n; i++) q[i] = vi_min(vi_and(vf_nearest(vf_mul(inverse_max, v[i])), vi_set1(255)), vi_set1(top));
+    for (int i = 0; i < n; i++)
+        q[i] = vi_min(vi_and(vf_nearest(vf_mul(inverse_max, v[i])), vi_set1(255)), vi_set1(top));
     *scale = vf_div(max, levels);
 }
 
-/* The scales (or minima) of the super-blocks of a batch, `subs` each, quantized in turn: codes and unit of each. With the
- * importances w of the sub-blocks they are fitted, without (NULL) only the largest counts. */
-INLINE void batch_units(uint8_t (*codes)[16], float *units, const float *v, const float *w, int count, int subs, int q_max, int top) {
+/* The scales (or minima) of the super-blocks of a batch, `subs` each, quantized in turn: codes and unit of each. With
+ * the importances w of the sub-blocks they are fitted, without (NULL) only the largest counts. */
+INLINE void batch_units(uint8_t (*codes)[16], float *units, const float *v, const float *w, int count, int subs,
+                        int q_max, int top) {
     for (int b = 0; b < count; b += LANES) {
         vf lanes[16], weights[16], scale;
         vi q[16];

@@ -1,7 +1,8 @@
 /* Q3_K, Q6_K: sixteen sub-blocks of 16 with a signed scale and no minimum. */
 
 /* The codes of a super-block; d and code_scale of each sub-block. */
-INLINE void codes_symmetric(uint8_t *codes, const float *x, const float *d, const float *code_scale, int low, int high) {
+INLINE void codes_symmetric(uint8_t *codes, const float *x, const float *d, const float *code_scale, int low,
+                            int high) {
     divide_codes(codes, x, 16, NULL, d, low, high);
     for (int j = 0; j < 16; j++)
         if (d[j] == 0.0f) signed_search_codes(codes + 16 * j, x + 16 * j, 16, code_scale[j], low, high);
@@ -20,7 +21,8 @@ static void fit_Q6_K(batch_fit *fits, const float *x, const float *imatrix, int 
             lane_fit fit[GROUPS];
             load_groups(lanes, tile + 16 * j, 16);
             if (imatrix) load_groups(w, tile_imatrix + 16 * j, 16);
-            else EACH_GROUP for (int k = 0; k < 16; k++) w[g][k] = vf_mul(lanes[g][k], lanes[g][k]);
+            else EACH_GROUP
+                    for (int k = 0; k < 16; k++) w[g][k] = vf_mul(lanes[g][k], lanes[g][k]);
             fit_symmetric(fit, lanes, w, 16, 32);
             store_fit(fits, i / 16 + j, fit);
         }

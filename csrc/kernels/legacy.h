@@ -38,7 +38,8 @@ INLINE vi plain_code(const float *x, plain_scale s) {
 
 /* low four bits of the codes of weights j and j + 16 in byte j */
 INLINE void plain_nibbles(uint8_t *qs, const float *x, plain_scale s) {
-    for (int i = 0; i < 16; i += LANES) vi_store_u8(qs + i, vi_or(plain_code(x + i, s), vi_shl(plain_code(x + 16 + i, s), 4)));
+    for (int i = 0; i < 16; i += LANES)
+        vi_store_u8(qs + i, vi_or(plain_code(x + i, s), vi_shl(plain_code(x + 16 + i, s), 4)));
 }
 
 /* the same, and the fifth bits */
@@ -48,7 +49,8 @@ INLINE void plain_fives(uint8_t *qh, uint8_t *qs, const float *x, plain_scale s)
     for (int i = 0; i < 16; i += LANES) {
         const vi a = plain_code(x + i, s), b = plain_code(x + 16 + i, s);
         vi_store_u8(qs + i, vi_or(vi_and(a, low), vi_shl(vi_and(b, low), 4)));
-        high |= vm_to_bits(vi_gt(vi_and(a, vi_set1(16)), low)) << i | vm_to_bits(vi_gt(vi_and(b, vi_set1(16)), low)) << (16 + i);
+        high |= vm_to_bits(vi_gt(vi_and(a, vi_set1(16)), low)) << i | vm_to_bits(vi_gt(vi_and(b, vi_set1(16)), low))
+                                                                          << (16 + i);
     }
     memcpy(qh, &high, 4);
 }
@@ -128,7 +130,8 @@ INLINE void settle_ranges(plain_batch *b, const float *x, int count, float level
 }
 
 /* With an imatrix the blocks of a row are fitted like sub-blocks of K-quants, and keep the codes of the search. */
-INLINE void fit_plain(batch_fit *fits, const float *x, const float *imatrix, float mean_square, int64_t left, int q_max, int with_min) {
+INLINE void fit_plain(batch_fit *fits, const float *x, const float *imatrix, float mean_square, int64_t left, int q_max,
+                      int with_min) {
     float x_copy[TILE], imatrix_copy[TILE];
     const float *tile = tile_of(x_copy, x, left), *tile_imatrix = tile_of(imatrix_copy, imatrix, left);
     float sigma2[AT_ONCE];
@@ -144,30 +147,31 @@ INLINE void fit_plain(batch_fit *fits, const float *x, const float *imatrix, flo
     }
 }
 
-#define IN_PLAIN_BATCHES(x, y, n, make)                                                                                  \
-    for (int64_t i_ = 0, left_; (left_ = ((n) - i_) / PLAIN) > 0; i_ += PLAIN * PLAIN_BATCH, (y) += PLAIN_BATCH)          \
+#define IN_PLAIN_BATCHES(x, y, n, make)                                                                          \
+    for (int64_t i_ = 0, left_; (left_ = ((n) - i_) / PLAIN) > 0; i_ += PLAIN * PLAIN_BATCH, (y) += PLAIN_BATCH) \
     make((x) + i_, (y), (int)(left_ < PLAIN_BATCH ? left_ : PLAIN_BATCH))
 
 /* Mean squares of a few rows at a time. */
 enum { PLAIN_ROWS = 16 };
 
-/* Defines quantize_NAME from plain_NAME(x, y, count), which makes up to PLAIN_BATCH blocks, and measured_NAME(x, y, fits,
- * index), which makes one. */
-#define QUANTIZE_PLAIN(NAME, block, q_max, with_min)                                                                     \
-    static void quantize_##NAME(const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, const float *imatrix) {     \
-        block *y = (block *)out;                                                                                        \
-        float sums[PLAIN_ROWS];                                                                                         \
-        if (!imatrix) IN_PLAIN_BATCHES(x, y, n_rows * n_in, plain_##NAME);                                              \
-        for (int64_t row = 0; imatrix && row < n_rows; row++) {                                                         \
-            if (row % PLAIN_ROWS == 0)                                                                                  \
-                sums_of_squares(sums, x + row * n_in, n_rows - row < PLAIN_ROWS ? n_rows - row : PLAIN_ROWS, n_in);     \
-            for (int64_t i = 0; i < n_in; i += TILE) {                                                                  \
-                const float *tile = x + row * n_in + i;                                                                 \
-                batch_fit fits;                                                                                         \
-                fit_plain(&fits, tile, imatrix + i, sums[row % PLAIN_ROWS] / (float)n_in, n_in - i, q_max, with_min);   \
-                for (int j = 0; j < TILE / PLAIN && i + j * PLAIN < n_in; j++) measured_##NAME(tile + j * PLAIN, y++, &fits, j); \
-            }                                                                                                           \
-        }                                                                                                               \
+/* Defines quantize_NAME from plain_NAME(x, y, count), which makes up to PLAIN_BATCH blocks, and measured_NAME(x, y,
+ * fits, index), which makes one. */
+#define QUANTIZE_PLAIN(NAME, block, q_max, with_min)                                                                  \
+    static void quantize_##NAME(const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, const float *imatrix) {   \
+        block *y = (block *)out;                                                                                      \
+        float sums[PLAIN_ROWS];                                                                                       \
+        if (!imatrix) IN_PLAIN_BATCHES(x, y, n_rows * n_in, plain_##NAME);                                            \
+        for (int64_t row = 0; imatrix && row < n_rows; row++) {                                                       \
+            if (row % PLAIN_ROWS == 0)                                                                                \
+                sums_of_squares(sums, x + row * n_in, n_rows - row < PLAIN_ROWS ? n_rows - row : PLAIN_ROWS, n_in);   \
+            for (int64_t i = 0; i < n_in; i += TILE) {                                                                \
+                const float *tile = x + row * n_in + i;                                                               \
+                batch_fit fits;                                                                                       \
+                fit_plain(&fits, tile, imatrix + i, sums[row % PLAIN_ROWS] / (float)n_in, n_in - i, q_max, with_min); \
+                for (int j = 0; j < TILE / PLAIN && i + j * PLAIN < n_in; j++)                                        \
+                    measured_##NAME(tile + j * PLAIN, y++, &fits, j);                                                 \
+            }                                                                                                         \
+        }                                                                                                             \
     }
 
 static void plain_Q4_0(const float *x, block_q4_0 *y, int count) {

@@ -22,7 +22,8 @@ static uint32_t largest(const float *x, int64_t n) {
 enum { PRODUCT_ROWS = 4, PRODUCT_VECTORS = 4, PRODUCT_COLUMNS = PRODUCT_VECTORS * LANES };
 
 static inline __attribute__((always_inline)) void product_block(float *out, const float *a, const float *b, int n_rows,
-                                                                int n_vectors, int64_t n_in, int64_t stride, int64_t rank) {
+                                                                int n_vectors, int64_t n_in, int64_t stride,
+                                                                int64_t rank) {
     vf sum[PRODUCT_ROWS][PRODUCT_VECTORS];
     for (int r = 0; r < n_rows; r++)
         for (int v = 0; v < n_vectors; v++) sum[r][v] = vf_zero();
@@ -50,7 +51,8 @@ static void product_rows(float *out, const float *a, const float *b, int64_t n_r
         int64_t c = 0;
         for (; c + PRODUCT_COLUMNS <= columns; c += PRODUCT_COLUMNS)
             product_block(out + r * n_in + c, a + c, b + r * rank, 1, PRODUCT_VECTORS, n_in, stride, rank);
-        for (; c + LANES <= columns; c += LANES) product_block(out + r * n_in + c, a + c, b + r * rank, 1, 1, n_in, stride, rank);
+        for (; c + LANES <= columns; c += LANES)
+            product_block(out + r * n_in + c, a + c, b + r * rank, 1, 1, n_in, stride, rank);
     }
     for (int64_t c = columns / LANES * LANES; c < columns; c++)
         for (r = 0; r < n_rows; r++) {
@@ -63,8 +65,8 @@ static void product_rows(float *out, const float *a, const float *b, int64_t n_r
 /* Floats of a panel: columns whose part of `a` stays in the first-level cache while all rows use it. */
 enum { PANEL = 6144 };
 
-/* Panels are copied together: their rows in `a` are n_in floats apart, often a power of two, which the cache would put on top of
- * each other (measured: 15 % for AVX2; with AVX-512 the copy costs more than it saves). */
+/* Panels are copied together: their rows in `a` are n_in floats apart, often a power of two, which the cache would put
+ * on top of each other (measured: 15 % for AVX2; with AVX-512 the copy costs more than it saves). */
 static void product(float *out, const float *a, const float *b, int64_t n_rows, int64_t n_in, int64_t rank) {
     float packed[PANEL];
     int64_t panel = PANEL / (rank ? rank : 1) / PRODUCT_COLUMNS * PRODUCT_COLUMNS;
@@ -72,7 +74,8 @@ static void product(float *out, const float *a, const float *b, int64_t n_rows, 
     if (panel < PRODUCT_COLUMNS) panel = PRODUCT_COLUMNS;
     for (int64_t c = 0; c < n_in; c += panel) {
         const int64_t columns = n_in - c < panel ? n_in - c : panel;
-        for (int64_t k = 0; copies && k < rank; k++) memcpy(packed + k * columns, a + k * n_in + c, (size_t)columns * sizeof *a);
+        for (int64_t k = 0; copies && k < rank; k++)
+            memcpy(packed + k * columns, a + k * n_in + c, (size_t)columns * sizeof *a);
         product_rows(out + c, copies ? packed : a + c, b, n_rows, columns, n_in, copies ? columns : n_in, rank);
     }
 }

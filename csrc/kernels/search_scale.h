@@ -1,11 +1,11 @@
 /* Searches for the scale (and minimum) of a sub-block: ggml's search, run on LANES independent sub-blocks at once.
  *
- * Every lane does ggml's operations in ggml's order, so its result has ggml's bits; the order of the sums over a sub-block's
- * weights is what keeps a compiler from vectorising the search, not what keeps us from running LANES of them. `x[i]` holds
- * weight i of every lane's sub-block (vf_transpose makes it so).
+ * Every lane does ggml's operations in ggml's order, so its result has ggml's bits; the order of the sums over a
+ * sub-block's weights is what keeps a compiler from vectorising the search, not what keeps us from running LANES of
+ * them. `x[i]` holds weight i of every lane's sub-block (vf_transpose makes it so).
  *
- * The codes themselves are not kept: the formats requantize with the rounded scales afterwards. Only where such a scale has
- * rounded to zero do ggml's files hold the codes of the search; they follow from `code_scale` and `code_min`.
+ * The codes themselves are not kept: the formats requantize with the rounded scales afterwards. Only where such a scale
+ * has rounded to zero do ggml's files hold the codes of the search; they follow from `code_scale` and `code_min`.
  */
 
 #define INLINE static inline __attribute__((always_inline))
@@ -13,8 +13,8 @@
 /* ggml takes a sub-block whose values are smaller than this for zero. */
 #define TINY 1e-15f
 
-/* ggml's rounding adds 1.5 * 2^23 and reads the low mantissa bits. From |v| = 2^22 on that is not rounding any more, but it
- * is what ends up in the file. */
+/* ggml's rounding adds 1.5 * 2^23 and reads the low mantissa bits. From |v| = 2^22 on that is not rounding any more,
+ * but it is what ends up in the file. */
 #define ROUND_MAGIC 12582912.0f
 #define ROUND_LIMIT 4194303.0f
 
@@ -38,9 +38,9 @@ INLINE vf code_of(vf t, int low, int high, int exact) {
     return vf_round(vf_max(vf_min(t, vf_set1((float)high)), vf_set1((float)low)));
 }
 
-/* The same from 0 on. Floats are compared as integers here, which compete less with the additions for execution units. Without
- * `floor` no t may be below -0.5, without `ceiling` none above high + 0.5; the floor's absence may make a zero negative, which
- * changes neither sums nor squares. */
+/* The same from 0 on. Floats are compared as integers here, which compete less with the additions for execution units.
+ * Without `floor` no t may be below -0.5, without `ceiling` none above high + 0.5; the floor's absence may make a zero
+ * negative, which changes neither sums nor squares. */
 INLINE vf code_from_0(vf t, int high, int exact, int floor, int ceiling) {
     if (exact) return vi_to_vf(vi_clamp(vf_nearest(t), 0, high));
     if (ceiling) t = vi_as_vf(vi_min(vf_as_vi(t), vf_as_vi(vf_set1((float)high))));
@@ -48,14 +48,15 @@ INLINE vf code_from_0(vf t, int high, int exact, int floor, int ceiling) {
     return vf_round(t);
 }
 
-/* Sums are chains of dependent additions, so GROUPS vectors of sub-blocks go through a search side by side: their chains fill
- * each other's waiting times. (Unrolled early, or gcc keeps some of the sums in memory.) */
+/* Sums are chains of dependent additions, so GROUPS vectors of sub-blocks go through a search side by side: their
+ * chains fill each other's waiting times. (Unrolled early, or gcc keeps some of the sums in memory.) */
 #define EACH_GROUP _Pragma("GCC unroll 4") for (int g = 0; g < GROUPS; g++)
 
 typedef vf lanes_of_32[32];
 
-/* v[g] = value for n groups, and nothing in between: Zen hands operations to two schedulers in turn, each of which has one unit
- * for sums and one for products, so that sums and products should come in pairs. Compilers would mix them (measured: 2 to 6 %). */
+/* v[g] = value for n groups, and nothing in between: Zen hands operations to two schedulers in turn, each of which has
+ * one unit for sums and one for products, so that sums and products should come in pairs. Compilers would mix them
+ * (measured: 2 to 6 %). */
 #define TOGETHER(n, v, ...)                                     \
     do {                                                        \
         for (int g = 0; g < (n); g++) v[g] = __VA_ARGS__;       \
@@ -74,8 +75,8 @@ typedef struct {
 } min_search;
 
 /* Adds the errors of weight i with codes q, times its importances. */
-INLINE void add_errors(vf *error, const vf *q, const vf *s, const vf *m, const lanes_of_32 *x, const lanes_of_32 *w, int i,
-                       int absolute) {
+INLINE void add_errors(vf *error, const vf *q, const vf *s, const vf *m, const lanes_of_32 *x, const lanes_of_32 *w,
+                       int i, int absolute) {
     vf diff[GROUPS];
     TOGETHER(GROUPS, diff, vf_mul(s[g], q[g]));
     TOGETHER(GROUPS, diff, vf_add(diff[g], m[g]));
@@ -86,8 +87,8 @@ INLINE void add_errors(vf *error, const vf *q, const vf *s, const vf *m, const l
 }
 
 /* Extremes, sums, and the error of the plain scale (max - min) / q_max. */
-INLINE void begin_min(lane_fit *fit, min_search *at, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, int absolute,
-                      int exact) {
+INLINE void begin_min(lane_fit *fit, min_search *at, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max,
+                      int absolute, int exact) {
     EACH_GROUP {
         at->lowest[g] = at->max[g] = x[g][0];
         at->sum_w[g] = w[g][0];
@@ -124,8 +125,8 @@ INLINE void begin_min(lane_fit *fit, min_search *at, const lanes_of_32 *x, const
     }
 }
 
-/* The next trial: the range from min to max is to be `codes` codes long. A lane is `low` if codes may be below 0, or if anything
- * about its range is unusual; only then its codes can be beyond what fast rounding does. */
+/* The next trial: the range from min to max is to be `codes` codes long. A lane is `low` if codes may be below 0, or if
+ * anything about its range is unusual; only then its codes can be beyond what fast rounding does. */
 INLINE void aim_min(min_search *at, const lane_fit *fit, float codes) {
     const vf half = vf_set1(-0.5f), narrow = vf_set1(1e-35f), wide = vf_set1(3e38f), limit = vf_set1(ROUND_LIMIT);
     vf range[GROUPS], lowest_t[GROUPS];
@@ -140,23 +141,27 @@ INLINE void aim_min(min_search *at, const lane_fit *fit, float codes) {
     }
     at->low = 0;
     EACH_GROUP at->low |= vm_any(low[g]);
-    if (at->low)
+    if (at->low) {
         EACH_GROUP {
-            const vm within = vm_and(vf_le(vf_abs(vf_mul(at->iscale[g], range[g])), limit), vf_le(vf_abs(lowest_t[g]), limit));
+            const vm within = vm_and(vf_le(vf_abs(vf_mul(at->iscale[g], range[g])), limit),
+                                     vf_le(vf_abs(lowest_t[g]), limit));
             at->safe[g] = vm_and(at->safe[g], within);
         }
+    }
 }
 
-/* Whether ggml's error of a solution cannot be less than the least one, found out without summing it. Exactly, the error is
+/* Whether ggml's error of a solution cannot be less than the least one, found out without summing it. Exactly, the
+ * error is
  *   e = sum w (s q + m - x)^2 = s (s L2 + 2 (m L1 - XL)) + m (m W - 2 X1) + X2,
- * L2 = sum w q^2 and so on. Let T = sum w (|s| q + |m| + |x|)^2, u = 2^-24. Each of the sums, w >= 0, carries at most 33
- * roundings in each of its terms, and the formula at most 6, so that its value is within 40 u T of e. ggml's s q + m - x are
- * within 2.01 u (|s| q + |m| + |x|), so its sum is at least e (1 - 33.1 u) - 4.02 u sqrt(e T), and
- * 4.02 sqrt(e T) <= 129 e + T / 32. Altogether: ggml's error >= (formula) (1 - 163 u) - 41 u T, and T <= 3 (s^2 L2 + m^2 W + X2).
+ * L2 = sum w q^2 and so on. Let T = sum w (|s| q + |m| + |x|)^2, u = 2^-24. Each of the sums, w >= 0, carries at most
+ * 33 roundings in each of its terms, and the formula at most 6, so that its value is within 40 u T of e. ggml's s q + m
+ * - x are within 2.01 u (|s| q + |m| + |x|), so its sum is at least e (1 - 33.1 u) - 4.02 u sqrt(e T), and 4.02 sqrt(e
+ * T) <= 129 e + T / 32. Altogether: ggml's error >= (formula) (1 - 163 u) - 41 u T, and T <= 3 (s^2 L2 + m^2 W + X2).
  * The limits keep underflow and overflow out of it, and what is no number rules nothing out. */
 INLINE vm rules_out(vf s, vf m, vf sum_l, vf sum_l2, vf sum_xl, vf sum_w, vf sum_x, vf sum_x2, vf least) {
     const vf two = vf_set1(2.0f), s_l2 = vf_mul(s, sum_l2), m_w = vf_mul(m, sum_w);
-    const vf by_s = vf_estimate(two, vf_estimate(m, sum_l, vf_neg(sum_xl)), s_l2), by_m = vf_estimate(vf_neg(two), sum_x, m_w);
+    const vf by_s = vf_estimate(two, vf_estimate(m, sum_l, vf_neg(sum_xl)), s_l2),
+             by_m = vf_estimate(vf_neg(two), sum_x, m_w);
     const vf error = vf_estimate(m, by_m, vf_estimate(s, by_s, sum_x2));
     const vf all = vf_estimate(m, m_w, vf_estimate(s, s_l2, sum_x2));
     const vf below = vf_estimate(error, vf_set1(1.0f - 0x1p-16f), vf_set1(-1e-30f));
@@ -165,8 +170,8 @@ INLINE vm rules_out(vf s, vf m, vf sum_l, vf sum_l2, vf sum_xl, vf sum_w, vf sum
 }
 
 /* Codes of a trial, and the least-squares solution for them. */
-INLINE void solve_min(min_search *at, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, int exact, int floor,
-                      int ceiling, int closed) {
+INLINE void solve_min(min_search *at, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, int exact,
+                      int floor, int ceiling, int closed) {
     const vf zero = vf_zero();
     vf sum_l[GROUPS], sum_l2[GROUPS], sum_xl[GROUPS], iscale[GROUPS], min[GROUPS];
     vm hopeless[GROUPS];
@@ -175,7 +180,8 @@ INLINE void solve_min(min_search *at, const lanes_of_32 *x, const lanes_of_32 *w
         iscale[g] = at->iscale[g];
         min[g] = at->min[g];
     }
-    for (int i = 0; i < n; i += 2) /* half of the subtractions elsewhere: there are more additions than multiplications */
+    /* half of the subtractions elsewhere: there are more additions than multiplications */
+    for (int i = 0; i < n; i += 2)
         for (int k = i; k < i + 2; k++) {
             vf t[GROUPS], wl[GROUPS], product[GROUPS];
             TOGETHER(GROUPS, t, k == i ? vf_sub(x[g][k], min[g]) : vf_sub_fused(x[g][k], min[g]));
@@ -204,7 +210,8 @@ INLINE void solve_min(min_search *at, const lanes_of_32 *x, const lanes_of_32 *w
             hopeless[g] = rules_out(s, m, sum_l[g], sum_l2[g], sum_xl[g], sum_w, sum_x, at->sum_x2[g], at->least[g]);
     }
     at->hopeless = closed;
-    EACH_GROUP if (closed && vm_any(vm_andnot(vm_andnot(at->solved[g], at->flat[g]), hopeless[g]))) at->hopeless = 0;
+    EACH_GROUP
+        if (closed && vm_any(vm_andnot(vm_andnot(at->solved[g], at->flat[g]), hopeless[g]))) at->hopeless = 0;
 }
 
 /* Keeps the solution where its error is the least so far. */
@@ -229,12 +236,12 @@ INLINE void judge_min(lane_fit *fit, min_search *at, const lanes_of_32 *x, const
     }
 }
 
-/* Minimum and scale of n weights w = scale * q + min, 0 <= q <= q_max, min <= 0: the weighted least-squares solution of the
- * best of a series of trial scales (first + step * i + q_max) / (max - min), i = 0 ... last, where `min` is the best one
- * found so far. Errors are squares, or absolute values. `closed` (for squares, no importance negative): use rules_out where
- * it often does. Returns 0 if not `exact` and the fast rounding does not do. */
-INLINE int fit_min_once(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, float first, float step,
-                        int last, int absolute, int closed, int exact) {
+/* Minimum and scale of n weights w = scale * q + min, 0 <= q <= q_max, min <= 0: the weighted least-squares solution of
+ * the best of a series of trial scales (first + step * i + q_max) / (max - min), i = 0 ... last, where `min` is the
+ * best one found so far. Errors are squares, or absolute values. `closed` (for squares, no importance negative): use
+ * rules_out where it often does. Returns 0 if not `exact` and the fast rounding does not do. */
+INLINE int fit_min_once(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, float first,
+                        float step, int last, int absolute, int closed, int exact) {
     const vf zero = vf_zero();
     min_search at;
     int safe = 1;
@@ -260,14 +267,15 @@ INLINE int fit_min_once(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32 *
     return safe || exact;
 }
 
-INLINE void fit_min(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, float first, float step, int last,
-                    int absolute, int closed) {
+INLINE void fit_min(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, float first,
+                    float step, int last, int absolute, int closed) {
     if (!fit_min_once(fit, x, w, n, q_max, first, step, last, absolute, closed, 0))
         fit_min_once(fit, x, w, n, q_max, first, step, last, absolute, closed, 1);
 }
 
-/* Scale of n weights w = scale * q, -q_max <= q < q_max, weighted least squares: best of 19 trial scales around the one that
- * gives the peak (first value of largest magnitude) the code -q_max. Lanes of zeros: all of `fit` but sum_w is 0. */
+/* Scale of n weights w = scale * q, -q_max <= q < q_max, weighted least squares: best of 19 trial scales around the one
+ * that gives the peak (first value of largest magnitude) the code -q_max. Lanes of zeros: all of `fit` but sum_w is
+ * 0. */
 INLINE void fit_symmetric(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max) {
     const vf zero = vf_zero();
     vf peak[GROUPS], amax[GROUPS], best[GROUPS], wx[GROUPS][32];
@@ -290,10 +298,12 @@ INLINE void fit_symmetric(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32
             iscale[g] = vf_div(vf_set1(-((float)q_max + 0.1f * (float)offset)), peak[g]);
             sum_xl[g] = sum_l2[g] = zero;
         }
-        for (int i = 0; i < n; i++) EACH_GROUP {
-            const vf l = code_of(vf_mul(iscale[g], x[g][i]), -q_max, q_max - 1, 0);
-            sum_xl[g] = vf_add(sum_xl[g], vf_mul(wx[g][i], l));
-            sum_l2[g] = vf_add(sum_l2[g], vf_mul(vf_mul(w[g][i], l), l));
+        for (int i = 0; i < n; i++) {
+            EACH_GROUP {
+                const vf l = code_of(vf_mul(iscale[g], x[g][i]), -q_max, q_max - 1, 0);
+                sum_xl[g] = vf_add(sum_xl[g], vf_mul(wx[g][i], l));
+                sum_l2[g] = vf_add(sum_l2[g], vf_mul(vf_mul(w[g][i], l), l));
+            }
         }
         EACH_GROUP {
             const vf s = vf_div(sum_xl[g], sum_l2[g]);
@@ -312,7 +322,8 @@ INLINE void fit_symmetric(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32
     }
 }
 
-/* A weight's parts in the sums of fit_descent_3, and the bounds within which x * sl2 / sxl surely rounds to its code. */
+/* A weight's parts in the sums of fit_descent_3, and the bounds within which x * sl2 / sxl surely rounds to its
+ * code. */
 typedef struct {
     vf wxl, wll, low, high;
 } descent_weight;
@@ -325,9 +336,9 @@ INLINE void settle_descent(descent_weight *v, vf x, vf l) {
     v->high = vf_select(vf_lt(l, vf_set1(3.0f)), vf_add(l, slack), far);
 }
 
-/* Gives one weight of each of n groups, x with code l, the code that fits the others best, in the lanes where that is an
- * improvement; sxl and sl2 are the sums without it. `farthest` is to tell whether fast rounding did, see code_of. Returns where
- * codes have changed. */
+/* Gives one weight of each of n groups, x with code l, the code that fits the others best, in the lanes where that is
+ * an improvement; sxl and sl2 are the sums without it. `farthest` is to tell whether fast rounding did, see code_of.
+ * Returns where codes have changed. */
 INLINE vm descend(int n, vf *l, const vf *x, vf *sxl, vf *sl2, vf *sum_xl, vf *sum_l2, vf *farthest, int exact) {
     const vf zero = vf_zero();
     vf code[GROUPS], wl[GROUPS], found[GROUPS], so_far[GROUPS];
@@ -357,9 +368,10 @@ INLINE vm descend(int n, vf *l, const vf *x, vf *sxl, vf *sl2, vf *sum_xl, vf *s
     return changed;
 }
 
-/* A round of the descent of one vector over the weights that are not surely right as they are: two comparisons of each instead
- * of a division that the next would have to wait for. */
-INLINE int descend_where_unsure(descent_weight *v, const vf *x, vf *l, vf *sum_xl, vf *sum_l2, vf *farthest, vm none, int exact) {
+/* A round of the descent of one vector over the weights that are not surely right as they are: two comparisons of each
+ * instead of a division that the next would have to wait for. */
+INLINE int descend_where_unsure(descent_weight *v, const vf *x, vf *l, vf *sum_xl, vf *sum_l2, vf *farthest, vm none,
+                                int exact) {
     int changed = 0;
     for (int i = 0; i < 16; i++) {
         vf sxl = vf_sub(*sum_xl, v[i].wxl), sl2 = vf_sub(*sum_l2, v[i].wll);
@@ -377,9 +389,9 @@ INLINE int descend_where_unsure(descent_weight *v, const vf *x, vf *l, vf *sum_x
 /* Vectors that fit_descent_3 works on at once: as many as fill the time that a step waits for the one before. */
 enum { DESCENTS = 2 * GROUPS };
 
-/* Scale and codes of 16 weights w = scale * (q - 4), each importance the square of its weight: coordinate descent, at most five
- * rounds, from the code -4 for the peak. Lanes of zeros get scale and codes 0. Returns 0 if not `exact` and the fast rounding
- * does not do. */
+/* Scale and codes of 16 weights w = scale * (q - 4), each importance the square of its weight: coordinate descent, at
+ * most five rounds, from the code -4 for the peak. Lanes of zeros get scale and codes 0. Returns 0 if not `exact` and
+ * the fast rounding does not do. */
 INLINE int fit_descent_once(vf *scale, vi (*q)[16], const lanes_of_32 *x, int exact) {
     const vf zero = vf_zero();
     vf l[DESCENTS][16], amax[DESCENTS], sum_xl[DESCENTS], sum_l2[DESCENTS], farthest = zero;
@@ -400,7 +412,8 @@ INLINE int fit_descent_once(vf *scale, vi (*q)[16], const lanes_of_32 *x, int ex
             sum_l2[d] = vf_add(sum_l2[d], vf_mul(vf_mul(w, l[d][i]), l[d][i]));
         }
     }
-    /* A third of the first round's steps change something in one of 16 lanes: too many to foresee, so no branches there. */
+    /* A third of the first round's steps change something in one of 16 lanes: too many to foresee, so no branches
+     * there. */
     const int first = LANES < 16 ? 0 : 1;
     for (int i = 0; i < 16 * first; i++)
         for (int d = 0; d < DESCENTS; d += GROUPS) {
@@ -433,9 +446,9 @@ INLINE void fit_descent_3(vf *scale, vi (*q)[16], const lanes_of_32 *x) {
     if (!fit_descent_once(scale, q, x, 0)) fit_descent_once(scale, q, x, 1);
 }
 
-/* Scale and codes of n non-negative values v = scale * q, q <= q_max, with importances w: the best of nine trial scales by
- * squared error, then coordinate descent, at most five rounds. ggml stores codes as bytes, so a negative one counts as 256
- * more where it is read back. */
+/* Scale and codes of n non-negative values v = scale * q, q <= q_max, with importances w: the best of nine trial scales
+ * by squared error, then coordinate descent, at most five rounds. ggml stores codes as bytes, so a negative one counts
+ * as 256 more where it is read back. */
 INLINE void fit_scales(vf *scale, vi *q, const vf *v, const vf *w, int n, int q_max) {
     const vf zero = vf_zero();
     const vi byte = vi_set1(255), top = vi_set1(q_max);

@@ -43,14 +43,15 @@ typedef struct {
     float step, shortest;  /* the mean distance between neighbouring levels; length of the shortest move */
 } gfl_vector_view;
 
-/* What dither_codebook.h finds out about vectors of a block: their expected squared error; the sum of delta times what they lose of the
- * change on average; and of delta^2. */
+/* What dither_codebook.h finds out about vectors of a block: their expected squared error; the sum of delta times what
+ * they lose of the change on average; and of delta^2. */
 typedef struct {
     double cost, lost, squares;
 } gfl_vector_sums;
 
-/* What dither.h finds out about up to 256 weights: per group of them the sum of delta^2; the expected cost of rounding; the part of
- * it that lies beyond the grid; the sum of delta times what lies beyond; and whether dither is the way there (or delta is 0). */
+/* What dither.h finds out about up to 256 weights: per group of them the sum of delta^2; the expected cost of rounding;
+ * the part of it that lies beyond the grid; the sum of delta times what lies beyond; and whether dither is the way
+ * there (or delta is 0). */
 typedef struct {
     float squares[16], cost[16], clip[16], lost[16];
     uint8_t weak[16];
@@ -68,20 +69,23 @@ typedef struct {
     /* out (n_rows, n_in) = b (n_rows, rank) @ a (rank, n_in) */
     void (*product)(float *out, const float *a, const float *b, int64_t n_rows, int64_t n_in, int64_t rank);
     void (*add)(float *out, const float *x, const float *y, int64_t n);
-    /* Functions of dither.h on n <= 256 weights. Of blocks on their own grids, and on those of new headers (given their targets
-     * and m's squares): */
+    /* Functions of dither.h on n <= 256 weights. Of blocks on their own grids, and on those of new headers (given their
+     * targets and m's squares): */
     void (*measure)(gfl_measure *m, const gfl_view *view, const uint8_t *src, const float *delta, int n);
-    void (*measure_target)(gfl_measure *m, const gfl_view *view, const uint8_t *header, const float *target, const float *delta,
-                           int n);
+    void (*measure_target)(gfl_measure *m, const gfl_view *view, const uint8_t *header, const float *target,
+                           const float *delta, int n);
     /* writes dst's codes and adds to a row's five sums; returns whether no target can be infinite or NaN */
-    int (*dither)(double *sums, const gfl_view *view, const uint8_t *src, uint8_t *dst, const float *delta, const uint8_t *own,
-                  const gfl_dither_key *row, int64_t column, int n);
+    int (*dither)(double *sums, const gfl_view *view, const uint8_t *src, uint8_t *dst, const float *delta,
+                  const uint8_t *own, const gfl_dither_key *row, int64_t column, int n);
     int64_t (*clipped)(const gfl_view *view, const uint8_t *dst, const float *target, int n);
-    void (*four_dots)(double *sums, const float *dq, const float *delta, const float *target, const float *written, int64_t n);
-    /* Functions of dither_codebook.h on one block; rest: the wanted weights less those that the block has. Of every `step`th vector: */
+    void (*four_dots)(double *sums, const float *dq, const float *delta, const float *target, const float *written,
+                      int64_t n);
+    /* Functions of dither_codebook.h on one block; rest: the wanted weights less those that the block has. Of every
+     * `step`th vector: */
     void (*measure_vectors)(gfl_vector_sums *sums, const gfl_vector_view *view, const uint8_t *block, const float *rest,
                             const float *delta, int first, int step);
-    void (*dither_vectors)(const gfl_vector_view *view, uint8_t *block, const float *rest, uint64_t row_key, int64_t column);
+    void (*dither_vectors)(const gfl_vector_view *view, uint8_t *block, const float *rest, uint64_t row_key,
+                           int64_t column);
     gfl_pair types[GFL_N_TYPES];
     const gfl_view *views;
     const gfl_vector_view *vector_views;

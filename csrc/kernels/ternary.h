@@ -1,4 +1,5 @@
-/* Q1_0 Q2_0 TQ1_0 TQ2_0: one scale, the largest or the mean magnitude, and one sign, trit or two bits for each weight. */
+/* Q1_0 Q2_0 TQ1_0 TQ2_0: one scale, the largest or the mean magnitude, and one sign, trit or two bits for each
+ * weight. */
 
 /* out[l] = sum over the n weights of run l of |x|, one after the other; LANES runs that follow each other */
 INLINE vf sums_of_magnitudes(const float *x, int n) {

@@ -103,7 +103,8 @@ static inline void vi_store_u8(void *p, vi v) {
 }
 static inline void vi_store_limited(uint8_t *p, const vi *v, int high) {
     const __m256i low = _mm256_packs_epi32(v[0], v[1]), top = _mm256_packs_epi32(v[2], v[3]);
-    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, top), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, top),
+                                                      _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     _mm256_storeu_si256((__m256i *)p, _mm256_min_epu8(bytes, _mm256_set1_epi8((char)high)));
 }
 static inline vi vi_load_u8(const void *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
@@ -142,15 +143,20 @@ static inline void vf_transpose(vf *out, const float *src, int64_t stride) {
     }
 }
 
-typedef struct { __m256d low, high; } vd;
+typedef struct {
+    __m256d low, high;
+} vd;
 static inline vd vd_zero(void) { return (vd){_mm256_setzero_pd(), _mm256_setzero_pd()}; }
-static inline vd vd_load(const float *p) { return (vd){_mm256_cvtps_pd(_mm_loadu_ps(p)), _mm256_cvtps_pd(_mm_loadu_ps(p + 4))}; }
+static inline vd vd_load(const float *p) {
+    return (vd){_mm256_cvtps_pd(_mm_loadu_ps(p)), _mm256_cvtps_pd(_mm_loadu_ps(p + 4))};
+}
 static inline vd vd_load_difference(const float *p, const float *q) {
     const __m256 d = _mm256_sub_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(q));
     return (vd){_mm256_cvtps_pd(_mm256_castps256_ps128(d)), _mm256_cvtps_pd(_mm256_extractf128_ps(d, 1))};
 }
 static inline vd vd_add_product(vd sum, vd a, vd b) {
-    return (vd){_mm256_add_pd(sum.low, _mm256_mul_pd(a.low, b.low)), _mm256_add_pd(sum.high, _mm256_mul_pd(a.high, b.high))};
+    return (vd){_mm256_add_pd(sum.low, _mm256_mul_pd(a.low, b.low)),
+                _mm256_add_pd(sum.high, _mm256_mul_pd(a.high, b.high))};
 }
 static inline void vd_store(double *p, vd v) {
     _mm256_storeu_pd(p, v.low);
@@ -162,7 +168,8 @@ static inline vf vf_row_sums(const float *rows) {
     __m256 r[8], s[4];
     for (int i = 0; i < 8; i++) r[order[i]] = _mm256_loadu_ps(rows + 8 * i);
     for (int i = 0; i < 4; i++)
-        s[i] = _mm256_add_ps(_mm256_permute2f128_ps(r[i], r[i + 4], 0x20), _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+        s[i] = _mm256_add_ps(_mm256_permute2f128_ps(r[i], r[i + 4], 0x20),
+                             _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
     for (int i = 0; i < 2; i++)
         r[i] = _mm256_add_ps(_mm256_shuffle_ps(s[i], s[i + 2], 0x44), _mm256_shuffle_ps(s[i], s[i + 2], 0xee));
     return _mm256_add_ps(_mm256_shuffle_ps(r[0], r[1], 0x88), _mm256_shuffle_ps(r[0], r[1], 0xdd));

@@ -51,7 +51,9 @@ static inline vm vm_andnot(vm a, vm b) { return vbicq_u32(a, b); }
 static inline int vm_any(vm m) { return vmaxvq_u32(m) != 0; }
 static inline float vf_hmax(vf a) { return vmaxvq_f32(a); }
 static inline float vf_hmin(vf a) { return vminvq_f32(a); }
-static inline void vf_hrange(vf low, vf high, float *min, float *max) { *min = vminvq_f32(low), *max = vmaxvq_f32(high); }
+static inline void vf_hrange(vf low, vf high, float *min, float *max) {
+    *min = vminvq_f32(low), *max = vmaxvq_f32(high);
+}
 
 static inline vi vi_set1(int x) { return vdupq_n_s32(x); }
 static inline vi vi_load(const int32_t *p) { return vld1q_s32(p); }
@@ -108,15 +110,14 @@ static inline uint8x8_t load_4(const void *p) {
     return vreinterpret_u8_u32(vdup_n_u32(bytes));
 }
 static inline void vi_store_limited(uint8_t *p, const vi *v, int high) {
-    const int16x8_t low = vcombine_s16(vqmovn_s32(v[0]), vqmovn_s32(v[1])), top = vcombine_s16(vqmovn_s32(v[2]), vqmovn_s32(v[3]));
+    const int16x8_t low = vcombine_s16(vqmovn_s32(v[0]), vqmovn_s32(v[1])),
+                    top = vcombine_s16(vqmovn_s32(v[2]), vqmovn_s32(v[3]));
     vst1q_u8(p, vminq_u8(vcombine_u8(vqmovun_s16(low), vqmovun_s16(top)), vdupq_n_u8((uint8_t)high)));
 }
 static inline vi vi_load_u8(const void *p) {
     return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(load_4(p)))));
 }
-static inline vi vi_load_i8(const void *p) {
-    return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(load_4(p)))));
-}
+static inline vi vi_load_i8(const void *p) { return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(load_4(p))))); }
 static inline uint16x4_t load_4_halves(const void *p) {
     uint64_t halves;
     memcpy(&halves, p, 8);
@@ -139,7 +140,8 @@ static inline vm vm_from_bits(uint32_t bits) { return vtstq_u32(vdupq_n_u32(bits
 static inline uint32_t vm_to_bits(vm m) { return vaddvq_u32(vandq_u32(m, lane_bits())); }
 
 static inline void vf_transpose(vf *out, const float *src, int64_t stride) {
-    const vf r0 = vld1q_f32(src), r1 = vld1q_f32(src + stride), r2 = vld1q_f32(src + 2 * stride), r3 = vld1q_f32(src + 3 * stride);
+    const vf r0 = vld1q_f32(src), r1 = vld1q_f32(src + stride), r2 = vld1q_f32(src + 2 * stride),
+             r3 = vld1q_f32(src + 3 * stride);
     const float64x2_t a = vreinterpretq_f64_f32(vtrn1q_f32(r0, r1)), b = vreinterpretq_f64_f32(vtrn2q_f32(r0, r1));
     const float64x2_t c = vreinterpretq_f64_f32(vtrn1q_f32(r2, r3)), d = vreinterpretq_f64_f32(vtrn2q_f32(r2, r3));
     out[0] = vreinterpretq_f32_f64(vzip1q_f64(a, c));
@@ -148,9 +150,12 @@ static inline void vf_transpose(vf *out, const float *src, int64_t stride) {
     out[3] = vreinterpretq_f32_f64(vzip2q_f64(b, d));
 }
 
-typedef struct { float64x2_t part[4]; } vd;
+typedef struct {
+    float64x2_t part[4];
+} vd;
 static inline vd vd_of(float32x4_t low, float32x4_t high) {
-    return (vd){{vcvt_f64_f32(vget_low_f32(low)), vcvt_high_f64_f32(low), vcvt_f64_f32(vget_low_f32(high)), vcvt_high_f64_f32(high)}};
+    return (vd){{vcvt_f64_f32(vget_low_f32(low)), vcvt_high_f64_f32(low), vcvt_f64_f32(vget_low_f32(high)),
+                 vcvt_high_f64_f32(high)}};
 }
 static inline vd vd_zero(void) { return (vd){{vdupq_n_f64(0), vdupq_n_f64(0), vdupq_n_f64(0), vdupq_n_f64(0)}}; }
 static inline vd vd_load(const float *p) { return vd_of(vld1q_f32(p), vld1q_f32(p + 4)); }
@@ -167,8 +172,10 @@ static inline void vd_store(double *p, vd v) {
 
 static inline vf vf_row_sums(const float *rows) {
     const vf r0 = vld1q_f32(rows), r1 = vld1q_f32(rows + 4), r2 = vld1q_f32(rows + 8), r3 = vld1q_f32(rows + 12);
-    const vf a = vaddq_f32(vcombine_f32(vget_low_f32(r0), vget_low_f32(r1)), vcombine_f32(vget_high_f32(r0), vget_high_f32(r1)));
-    const vf b = vaddq_f32(vcombine_f32(vget_low_f32(r2), vget_low_f32(r3)), vcombine_f32(vget_high_f32(r2), vget_high_f32(r3)));
+    const vf a = vaddq_f32(vcombine_f32(vget_low_f32(r0), vget_low_f32(r1)),
+                           vcombine_f32(vget_high_f32(r0), vget_high_f32(r1)));
+    const vf b = vaddq_f32(vcombine_f32(vget_low_f32(r2), vget_low_f32(r3)),
+                           vcombine_f32(vget_high_f32(r2), vget_high_f32(r3)));
     return vaddq_f32(vuzp1q_f32(a, b), vuzp2q_f32(a, b));
 }
 

@@ -17,7 +17,11 @@ typedef int vm;
 static inline float half_to_float(uint16_t h) { return portable_f16_to_f32(h); }
 static inline uint16_t float_to_half(float f) { return portable_f32_to_f16(f); }
 
-static inline vf vf_load(const float *p) { float v; memcpy(&v, p, sizeof v); return v; }
+static inline vf vf_load(const float *p) {
+    float v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
 static inline void vf_store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 static inline vf vf_set1(float x) { return x; }
 static inline vf vf_zero(void) { return 0.0f; }
@@ -40,11 +44,11 @@ static inline vm vf_lt(vf a, vf b) { return a < b; }
 static inline vm vf_le(vf a, vf b) { return a <= b; }
 static inline vm vf_gt(vf a, vf b) { return a > b; }
 static inline vm vf_eq(vf a, vf b) { return a == b; }
-static inline vm vf_ne(vf a, vf b) { return a != b; } /* true if either is NaN */
+static inline vm vf_ne(vf a, vf b) { return a != b; }       /* true if either is NaN */
 static inline vm vf_not_lt(vf a, vf b) { return !(a < b); } /* true if either is NaN */
 static inline vf vf_select(vm m, vf a, vf b) { return m ? a : b; }
 static inline void vf_update(vf *v, vm m, vf a) { *v = vf_select(m, a, *v); } /* *v = a where m */
-static inline vf vf_add_1(vf a, vm m) { return m ? a + 1.0f : a; } /* a + 1 where m */
+static inline vf vf_add_1(vf a, vm m) { return m ? a + 1.0f : a; }            /* a + 1 where m */
 static inline vm vm_and(vm a, vm b) { return a & b; }
 static inline vm vm_or(vm a, vm b) { return a | b; }
 static inline vm vm_andnot(vm a, vm b) { return a & !b; } /* a and not b */
@@ -74,7 +78,10 @@ static inline vi vf_truncate(vf a) { return a > -2147483648.0f && a < 2147483648
 /* to nearest, ties to even, for |a| < 2^22 */
 static inline vf vf_round(vf a) { return (a + 12582912.0f) - 12582912.0f; }
 /* for |a| < 2^31 */
-static inline vf vf_floor(vf a) { const float whole = (float)(int32_t)a; return whole > a ? whole - 1.0f : whole; }
+static inline vf vf_floor(vf a) {
+    const float whole = (float)(int32_t)a;
+    return whole > a ? whole - 1.0f : whole;
+}
 /* a + 1 where m */
 static inline vi vi_count(vi a, vm m) { return a + m; }
 /* table[i % 8], table[i % 16] */
@@ -93,24 +100,47 @@ static inline void vi_store_limited(uint8_t *p, const vi *v, int high) {
 }
 static inline vi vi_load_u8(const void *p) { return *(const uint8_t *)p; }
 static inline vi vi_load_i8(const void *p) { return *(const int8_t *)p; }
-static inline vf vf_load_f16(const void *p) { uint16_t h; memcpy(&h, p, 2); return half_to_float(h); }
-static inline void vf_store_f16(void *p, vf v) { const uint16_t h = float_to_half(v); memcpy(p, &h, 2); }
-static inline vi vi_load_u16(const void *p) { uint16_t h; memcpy(&h, p, 2); return h; }
-static inline void vi_store_u16(void *p, vi v) { const uint16_t h = (uint16_t)v; memcpy(p, &h, 2); }
+static inline vf vf_load_f16(const void *p) {
+    uint16_t h;
+    memcpy(&h, p, 2);
+    return half_to_float(h);
+}
+static inline void vf_store_f16(void *p, vf v) {
+    const uint16_t h = float_to_half(v);
+    memcpy(p, &h, 2);
+}
+static inline vi vi_load_u16(const void *p) {
+    uint16_t h;
+    memcpy(&h, p, 2);
+    return h;
+}
+static inline void vi_store_u16(void *p, vi v) {
+    const uint16_t h = (uint16_t)v;
+    memcpy(p, &h, 2);
+}
 
 /* one bit per lane, the lane's number counted from the low end of `bits` */
 static inline vm vm_from_bits(uint32_t bits) { return (int)(bits & 1); }
 static inline uint32_t vm_to_bits(vm m) { return (uint32_t)m; }
 
 /* out[i] lane l = src[l * stride + i] for i in [0, LANES) */
-static inline void vf_transpose(vf *out, const float *src, int64_t stride) { (void)stride; out[0] = src[0]; }
+static inline void vf_transpose(vf *out, const float *src, int64_t stride) {
+    (void)stride;
+    out[0] = src[0];
+}
 /* lane i = the sum of rows[i * LANES .. (i + 1) * LANES): halves of a row added, halves of that, ... */
 static inline vf vf_row_sums(const float *rows) { return rows[0]; }
 
 /* eight doubles, made from eight floats (or from their differences as floats) */
-typedef struct { double lane[8]; } vd;
+typedef struct {
+    double lane[8];
+} vd;
 static inline vd vd_zero(void) { return (vd){{0}}; }
-static inline vd vd_load(const float *p) { vd v; for (int i = 0; i < 8; i++) v.lane[i] = (double)p[i]; return v; }
+static inline vd vd_load(const float *p) {
+    vd v;
+    for (int i = 0; i < 8; i++) v.lane[i] = (double)p[i];
+    return v;
+}
 static inline vd vd_load_difference(const float *p, const float *q) {
     vd v;
     for (int i = 0; i < 8; i++) v.lane[i] = (double)(p[i] - q[i]);

@@ -1,7 +1,7 @@
-/* Runs kernels on requests from stdin, for builds that Python cannot load: other processors, sanitizers.
- * A request is eight int64 (operation, isa, type id, rows, n_in, bytes of the input, bytes of the output, rank), then the input
- * and for operation 1 an imatrix row (n_in floats), for operations 3 and 4 a (rank, n_in) and b (rows, rank). The answer is the
- * status as int64, then the output. Every buffer has its exact size, so that a sanitizer sees any step outside. */
+/* Runs kernels on requests from stdin, for builds that Python cannot load: other processors, sanitizers. A request is
+ * eight int64 (operation, isa, type id, rows, n_in, bytes of the input, bytes of the output, rank), then the input and
+ * for operation 1 an imatrix row (n_in floats), for operations 3 and 4 a (rank, n_in) and b (rows, rank). The answer is
+ * the status as int64, then the output. Every buffer has its exact size, so that a sanitizer sees any step outside. */
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -16,8 +16,8 @@ static void *read_array(size_t bytes) {
 }
 
 /* Rounded to nearest, or with both passes of the dither (gain, key and row as in test_kernel_builds.py). */
-static gfl_result change(int64_t operation, int isa, int type, const uint8_t *in, uint8_t *out, int64_t n_rows, int64_t n_in,
-                         const gfl_delta *delta) {
+static gfl_result change(int64_t operation, int isa, int type, const uint8_t *in, uint8_t *out, int64_t n_rows,
+                         int64_t n_in, const gfl_delta *delta) {
     double *sums = malloc((size_t)(5 * n_rows) * sizeof *sums);
     int64_t n_new;
     gfl_result result;
@@ -42,7 +42,8 @@ int main(void) {
         if (r[0] == DEQUANTIZE) {
             result = gfl_dequantize_rows(isa, type, in, n_rows, n_in, (float *)out);
         } else if (r[0] == MERGE || r[0] == DITHER) {
-            float *a = read_array((size_t)(rank * n_in) * sizeof *a), *b = read_array((size_t)(n_rows * rank) * sizeof *b);
+            float *a = read_array((size_t)(rank * n_in) * sizeof *a),
+                  *b = read_array((size_t)(n_rows * rank) * sizeof *b);
             result = change(r[0], isa, type, in, out, n_rows, n_in, &(gfl_delta){a, b, rank, NULL});
             free(a);
             free(b);
