@@ -1,5 +1,5 @@
-#ifndef GFL_BLOCKS_H
-#define GFL_BLOCKS_H
+#ifndef GFL_BLOCK_FORMATS_H
+#define GFL_BLOCK_FORMATS_H
 #include <stdint.h>
 
 /* The block of every quant type as it lies in a file (little endian). `f16` fields hold IEEE half bits. Packed, so that

@@ -3,6 +3,7 @@
 #include <stddef.h>
 
 #include "block_formats.h"
+#include "kernels/base.h"
 
 static const gfl_type types[GFL_N_TYPES] = {
 #define GFL_TYPE(name, id, weights, block, needs_imatrix) \

@@ -2,10 +2,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/base.h"
 #include "rows.h"
 #include "merge_dither_codebook.h"
 
-enum { GROUP_FLOATS = 64 * 1024, CHUNK = 256, CHUNK_GROUPS = 16 };
+enum { GROUP_FLOATS = 64 * 1024 };
 
 /* A block keeps its grid without a search if in all of its groups delta is below 0.35 steps, and no more than this
  * share of the cost of rounding lies beyond the grid. On heavy-tailed weights with changes of 0.5 to 20 % of them,

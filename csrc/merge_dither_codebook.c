@@ -9,7 +9,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { BLOCK = 256, GROUP_FLOATS = 64 * 1024, SAMPLED = 4 };
+#include "kernels/base.h"
+
+enum { GROUP_FLOATS = 64 * 1024, SAMPLED = 4 };
 
 /* Root mean square of a change, in steps of the base's grid, from which other scales are tried, and from which the
  * change is rounded to nearest. */
@@ -43,7 +45,7 @@ static int begin(job *j, int isa, int type_id, int64_t n_in) {
     if (!table || type < 0 || !table->vector_views[type].put) return 0;
     const gfl_type t = gfl_type_at(type);
     *j = (job){table,          &table->vector_views[type],   &table->types[type],
-               n_in,           n_in / BLOCK * t.block_bytes, t.block_bytes,
+               n_in,           n_in / SUPER * t.block_bytes, t.block_bytes,
                t.needs_imatrix};
     return 1;
 }
@@ -53,29 +55,29 @@ static double strength(const job *j, const uint8_t *block, const float *delta) {
     float s[16];
     double steps = 0.0, squares = 0.0;
     j->view->scales(block, s);
-    for (int g = 0; g < BLOCK / j->view->group; g++) steps += (double)s[g] * (double)s[g];
+    for (int g = 0; g < SUPER / j->view->group; g++) steps += (double)s[g] * (double)s[g];
     steps *= (double)j->view->step * (double)j->view->step * (double)j->view->group;
-    for (int i = 0; i < BLOCK; i++) squares += (double)delta[i] * (double)delta[i];
+    for (int i = 0; i < SUPER; i++) squares += (double)delta[i] * (double)delta[i];
     return squares == 0.0 ? 0.0 : squares / steps;
 }
 
 static double squared_error(const float *x, const float *y) {
     double sum = 0.0;
-    for (int i = 0; i < BLOCK; i++) sum += ((double)x[i] - (double)y[i]) * ((double)x[i] - (double)y[i]);
+    for (int i = 0; i < SUPER; i++) sum += ((double)x[i] - (double)y[i]) * ((double)x[i] - (double)y[i]);
     return sum;
 }
 
 static void subtract(float *out, const float *x, const float *y) {
-    for (int i = 0; i < BLOCK; i++) out[i] = x[i] - y[i];
+    for (int i = 0; i < SUPER; i++) out[i] = x[i] - y[i];
 }
 
 /* Whether the requantized block is to be taken; what the chosen one loses is added to the row's sums. */
 static int choose(const job *j, const uint8_t *base, const uint8_t *found, const float *delta, const float *target,
                   double strong, double *sums) {
-    float rest[BLOCK], back[BLOCK];
+    float rest[SUPER], back[SUPER];
     gfl_vector_sums kept, new;
     j->table->measure_vectors(&kept, j->view, base, delta, delta, 0, 1);
-    j->type->dequantize(found, back, BLOCK);
+    j->type->dequantize(found, back, SUPER);
     const double error = squared_error(back, target); /* not less than anything if a scale has overflown */
     sums[1] += kept.squares;
     if (strong >= STRONG * STRONG && error < 0.5 * kept.squares) {
@@ -91,7 +93,7 @@ static int choose(const job *j, const uint8_t *base, const uint8_t *found, const
 
 static gfl_result fit_row(const job *j, const row_room *room, const uint8_t *src, uint8_t *dst, const float *delta,
                           const float *imatrix, int64_t row, double *sums, int64_t *n_new) {
-    const int64_t blocks = j->n_in / BLOCK;
+    const int64_t blocks = j->n_in / SUPER;
     int searched = 0;
     memcpy(dst, src, (size_t)j->row_bytes);
     j->type->dequantize(src, room->target, j->n_in);
@@ -101,7 +103,7 @@ static gfl_result fit_row(const job *j, const row_room *room, const uint8_t *src
     sums[0] = sums[1] = 0.0;
     for (int64_t b = 0; b < blocks; b++) {
         const uint8_t *base = src + b * j->bytes;
-        const float *x = delta + b * BLOCK;
+        const float *x = delta + b * SUPER;
         const double strong = strength(j, base, x);
         if (!(strong >= NOT_WEAK * NOT_WEAK)) { /* a sample tells enough of what a tensor loses */
             gfl_vector_sums some;
@@ -112,7 +114,7 @@ static gfl_result fit_row(const job *j, const row_room *room, const uint8_t *src
         }
         if (!searched) j->type->quantize(room->target, room->found, 1, j->n_in, imatrix ? imatrix : room->importance);
         searched = 1;
-        if (!choose(j, base, room->found + b * j->bytes, x, room->target + b * BLOCK, strong, sums)) continue;
+        if (!choose(j, base, room->found + b * j->bytes, x, room->target + b * SUPER, strong, sums)) continue;
         memcpy(dst + b * j->bytes, room->found + b * j->bytes, (size_t)j->bytes);
         ++*n_new;
     }
@@ -144,11 +146,11 @@ gfl_result gfl_fit_vectors(int isa, int type_id, const uint8_t *src, uint8_t *ds
 
 static gfl_result dither_block(const job *j, const uint8_t *src, uint8_t *dst, const float *delta, float gain,
                                uint64_t key, int64_t row, int64_t column, double *sums) {
-    float before[BLOCK], target[BLOCK], rest[BLOCK], after[BLOCK];
-    j->type->dequantize(src, before, BLOCK);
-    j->table->add(target, before, delta, BLOCK);
-    if (j->table->largest(target, BLOCK) >= 0x7f800000u) {
-        gfl_result result = gfl_first_not_finite(target, 1, BLOCK, row, GFL_NOT_FINITE);
+    float before[SUPER], target[SUPER], rest[SUPER], after[SUPER];
+    j->type->dequantize(src, before, SUPER);
+    j->table->add(target, before, delta, SUPER);
+    if (j->table->largest(target, SUPER) >= 0x7f800000u) {
+        gfl_result result = gfl_first_not_finite(target, 1, SUPER, row, GFL_NOT_FINITE);
         result.column += column;
         return result;
     }
@@ -156,12 +158,12 @@ static gfl_result dither_block(const job *j, const uint8_t *src, uint8_t *dst, c
     if (strong == 0.0) {
         memcpy(dst, src, (size_t)j->bytes);
     } else if (strong < STRONG * STRONG || !memcmp(dst, src, (size_t)j->bytes)) {
-        j->type->dequantize(dst, after, BLOCK);
-        for (int i = 0; i < BLOCK; i++) rest[i] = (before[i] - after[i]) + gain * delta[i];
+        j->type->dequantize(dst, after, SUPER);
+        for (int i = 0; i < SUPER; i++) rest[i] = (before[i] - after[i]) + gain * delta[i];
         j->table->dither_vectors(j->view, dst, rest, key, column);
     }
-    j->type->dequantize(dst, after, BLOCK);
-    j->table->four_dots(sums, before, delta, target, after, BLOCK);
+    j->type->dequantize(dst, after, SUPER);
+    j->table->four_dots(sums, before, delta, target, after, SUPER);
     return done;
 }
 
@@ -179,10 +181,10 @@ gfl_result gfl_dither_vector_rows(int isa, int type_id, const uint8_t *src, uint
         const float *change = gfl_delta_rows(j.table, delta, room, first, last - first, n_in);
         for (int64_t row = first; row < last && !result.status; row++) {
             memset(sums + 5 * row, 0, 5 * sizeof *sums);
-            for (int64_t b = 0; b < n_in / BLOCK && !result.status; b++) {
+            for (int64_t b = 0; b < n_in / SUPER && !result.status; b++) {
                 const int64_t at = row * j.row_bytes + b * j.bytes;
-                result = dither_block(&j, src + at, dst + at, change + (row - first) * n_in + b * BLOCK, gain,
-                                      gfl_row_key(key, first_row + row), row, b * BLOCK, sums + 5 * row);
+                result = dither_block(&j, src + at, dst + at, change + (row - first) * n_in + b * SUPER, gain,
+                                      gfl_row_key(key, first_row + row), row, b * SUPER, sums + 5 * row);
             }
         }
     }

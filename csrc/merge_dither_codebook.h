@@ -1,5 +1,5 @@
-#ifndef GFL_VECTORS_H
-#define GFL_VECTORS_H
+#ifndef GFL_MERGE_DITHER_CODEBOOK_H
+#define GFL_MERGE_DITHER_CODEBOOK_H
 #include "rows.h"
 
 /* gfl_fit_grids and gfl_dither_rows of the types on grids (IQ1, IQ2, IQ3). */

@@ -2,12 +2,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/base.h"
 #include "rows.h"
 
 /* Floats of a group of rows; some buffers of this size stay in the second-level cache together. */
 enum { GROUP_FLOATS = 32 * 1024 };
-
-enum { CHUNK = 256 };
 
 static const gfl_result done = {0, 0, GFL_DONE}, no_memory = {0, 0, GFL_NO_MEMORY}, unknown = {0, 0, GFL_UNKNOWN};
 

@@ -1,6 +1,32 @@
 /* Written by tools/make_tables from gguf.quants; do not edit.
  *
- * The points of the grids: eight levels of two bits each (IQ1, IQ2) or four of three (IQ3), first one lowest. */
+ * The points of the codebooks: eight levels of two bits each (IQ1, IQ2) or four of three (IQ3), the first one lowest.
+ * They are ggml's, whose license is:
+ *
+ * MIT License
+ *
+ * Copyright (c) 2023-2026 The ggml authors
+ *
+ * Permission is hereby granted, free of charge, to any person obtaining a copy
+ * of this software and associated documentation files (the "Software"), to deal
+ * in the Software without restriction, including without limitation the rights
+ * to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+ * copies of the Software, and to permit persons to whom the Software is
+ * furnished to do so, subject to the following conditions:
+ *
+ * The above copyright notice and this permission notice shall be included in all
+ * copies or substantial portions of the Software.
+ *
+ * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+ * IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+ * FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+ * AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+ * LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+ * OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+ * SOFTWARE. */
+#ifndef GFL_CODEBOOK_POINTS_H
+#define GFL_CODEBOOK_POINTS_H
+#include <stdint.h>
 
 static const int8_t iq2_xxs_levels[] = {8, 25, 43};
 static const uint16_t iq2_xxs_points[256] = {
@@ -352,3 +378,5 @@ static const uint16_t iq3_s_points[512] = {
     0x0dcb, 0x0e00, 0x0e04, 0x0e07, 0x0e10, 0x0e12, 0x0e1e, 0x0e20, 0x0e2c, 0x0e32, 0x0e42, 0x0e49, 0x0e54, 0x0e63,
     0x0e65, 0x0e81, 0x0e84, 0x0e88, 0x0e8e, 0x0e91, 0x0e98, 0x0ea9, 0x0ec2, 0x0eda, 0x0edd, 0x0eeb, 0x0f01, 0x0f05,
     0x0f0b, 0x0f10, 0x0f28, 0x0f52, 0x0f62, 0x0f82, 0x0f99, 0x0fc0};
+
+#endif

@@ -1,5 +1,5 @@
-#ifndef GFL_GRIDS_H
-#define GFL_GRIDS_H
+#ifndef GFL_CODEBOOKS_H
+#define GFL_CODEBOOKS_H
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>

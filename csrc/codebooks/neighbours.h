@@ -1,5 +1,5 @@
-#ifndef GFL_MOVES_H
-#define GFL_MOVES_H
+#ifndef GFL_NEIGHBOURS_H
+#define GFL_NEIGHBOURS_H
 #include <stdint.h>
 
 #include "codebooks.h"

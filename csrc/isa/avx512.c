@@ -1,6 +1,5 @@
-typedef int gfl_not_empty;
+typedef int gfl_not_empty; /* C wants a declaration in every file, also where the processor is another one */
 #if defined(__x86_64__)
-#pragma GCC target("avx2,f16c,fma,avx512f,avx512bw,avx512dq,avx512vl")
 #include "../simd/avx512.h"
 #define GFL_TABLE gfl_avx512
 #include "../kernels/all.h"

@@ -1,11 +1,7 @@
-/* All families over the simd header included before; defines the table GFL_TABLE. */
-#include "../block_formats.h"
-#include "../codebooks/codebooks.h"
-#include "../codebooks/neighbours.h"
-#include "table.h"
-
-#include "rows_f32.h"
+#ifndef GFL_ALL_KERNELS_H
+#define GFL_ALL_KERNELS_H
 #include "floats.h"
+#include "rows_f32.h"
 #include "search_scale.h"
 #include "batch.h"
 #include "legacy.h"
@@ -23,6 +19,13 @@
 #include "dither.h"
 #include "codebook_codecs.h"
 #include "dither_codebook.h"
+#include "table.h"
+
+#ifndef GFL_TABLE
+#define GFL_TABLE gfl_scalar /* opened alone */
+#endif
+
+/* Every kernel for the instruction set of lanes.h, and the table GFL_TABLE of them. */
 
 const gfl_table GFL_TABLE = {
     .largest = largest,
@@ -45,3 +48,5 @@ const gfl_table GFL_TABLE = {
     },
     /* clang-format on */
 };
+
+#endif

@@ -1,3 +1,9 @@
+#ifndef GFL_BATCH_H
+#define GFL_BATCH_H
+#include "base.h"
+#include "lanes.h"
+#include "search_scale.h"
+
 /* Fitting many sub-blocks: stretches of weights cut into tiles whose sub-blocks fill any number of lanes. */
 
 enum {
@@ -98,3 +104,5 @@ INLINE void signed_search_codes(uint8_t *codes, const float *x, int n, float cod
     if (code_scale != 0.0f) search_codes(codes, x, n, code_scale, 0.0f, low, high);
     else memset(codes, 0, (size_t)n);
 }
+
+#endif

@@ -1,3 +1,11 @@
+#ifndef GFL_CODEBOOK_CODECS_H
+#define GFL_CODEBOOK_CODECS_H
+#include "../block_formats.h"
+#include "base.h"
+#include "codebook_search.h"
+#include "lanes.h"
+#include "table.h"
+
 /* Blocks of the grid types as points and signs, for the rounding in dither_codebook.h: of every type `scales` (what a
  * level is worth, by group, levels as in neighbours.h), `points` (numbers, and eight signs a byte) and `put` (both back
  * into a block whose scales, and shifts of IQ1, stand). All of them work on one block. */
@@ -170,3 +178,5 @@ static const gfl_vector_view vector_views[GFL_N_TYPES] = {
     VECTOR_VIEW(IQ2_S, GRID_IQ2_S, 8, 16, 17.0f, 16.0f),     VECTOR_VIEW(IQ1_S, GRID_IQ1, 8, 32, 8.0f, 8.0f),
     VECTOR_VIEW(IQ1_M, GRID_IQ1, 8, 16, 8.0f, 8.0f),
 };
+
+#endif

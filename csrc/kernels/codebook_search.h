@@ -1,4 +1,11 @@
+#ifndef GFL_CODEBOOK_SEARCH_H
+#define GFL_CODEBOOK_SEARCH_H
 #include <float.h>
+
+#include "../codebooks/codebooks.h"
+#include "base.h"
+#include "lanes.h"
+#include "search_scale.h"
 
 /* Searching grids (codebooks.h): runs of 16 or 32 weights, scaled so that each eight (or four) of their magnitudes lies
  * near a point of a grid. ggml tries some scales; for each one it rounds every weight to a level, and where such a
@@ -372,3 +379,5 @@ static inline uint64_t four_values_twice(const int8_t *values, unsigned low, uns
     memcpy(&b, values + 4 * high, 4);
     return a | (uint64_t)b << 32;
 }
+
+#endif

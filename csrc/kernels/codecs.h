@@ -1,27 +1,19 @@
+#ifndef GFL_CODECS_H
+#define GFL_CODECS_H
+#include "../block_formats.h"
+#include "base.h"
+#include "fp4.h"
+#include "iq4.h"
+#include "k_minimum.h"
+#include "k_quants.h"
+#include "k_symmetric.h"
+#include "lanes.h"
+#include "legacy.h"
+#include "table.h"
+
 /* Blocks as codes on a grid, w = s * q - o with one s and o per group of weights, for the rounding in dither.h: of
  * every type `scales` (s and o of n weights' groups), `codes` (q of n weights) and `pack` (q into blocks whose headers
- * stand). All of them work on n <= 256 weights, whole blocks. Codes count from where the type's grid has its zero. */
-
-/* out[0..n) = (src >> shift) & mask for n = 8 k bytes */
-INLINE void take_bits(int8_t *out, const uint8_t *src, int n, int shift, uint8_t mask) {
-    for (int i = 0; i < n; i += 8) {
-        uint64_t w;
-        memcpy(&w, src + i, 8);
-        w = w >> shift & mask * 0x0101010101010101ull;
-        memcpy(out + i, &w, 8);
-    }
-}
-
-/* out[0..n) |= bit `from` of src, as bit `to` */
-INLINE void add_bit(int8_t *out, const uint8_t *src, int n, int from, int to) {
-    for (int i = 0; i < n; i += 8) {
-        uint64_t w, q;
-        memcpy(&w, src + i, 8);
-        memcpy(&q, out + i, 8);
-        q |= (w >> from & 0x0101010101010101ull) << to;
-        memcpy(out + i, &q, 8);
-    }
-}
+ * stand). All of them work on n <= CHUNK weights, whole blocks. Codes count from where the type's grid has its zero. */
 
 INLINE void shift_codes(int8_t *q, int n, int by) {
     for (int i = 0; i < n; i++) q[i] = (int8_t)(q[i] + by);
@@ -76,7 +68,7 @@ static void pack_Q8_0(uint8_t *dst, int n, const int8_t *q) {
     for (int i = 0; i < n; i += PLAIN) memcpy(((block_q8_0 *)dst)[i / PLAIN].qs, q + i, PLAIN);
 }
 
-/* Super-blocks: n is 256. */
+/* Super-blocks: n is SUPER. */
 
 INLINE void minimum_scales(float *s, float *o, f16 d, f16 dmin, const uint8_t *scales, const uint8_t *mins, int n) {
     const float scale = half_to_float(d), min = half_to_float(dmin);
@@ -201,8 +193,8 @@ static void repack_Q6_K(uint8_t *dst, int n, const int8_t *q) {
             o[j] = offset;                                                           \
         }                                                                            \
     }
-VIEW_SCALES(TQ1_0, block_tq1_0, 256, d, 0.0f)
-VIEW_SCALES(TQ2_0, block_tq2_0, 256, d, 0.0f)
+VIEW_SCALES(TQ1_0, block_tq1_0, SUPER, d, 0.0f)
+VIEW_SCALES(TQ2_0, block_tq2_0, SUPER, d, 0.0f)
 VIEW_SCALES(Q2_0, block_q2_0, 64, d, 0.0f)
 VIEW_SCALES(Q1_0, block_q1_0, 128, d + d, d) /* the codes 0 and 1 */
 
@@ -368,3 +360,5 @@ static const gfl_view views[GFL_N_TYPES] = {
     VIEW_LEVELS(IQ4_NL, 32, -127, 113, iq4_levels, 16, 2), VIEW_LEVELS(IQ4_XS, 32, -127, 113, iq4_levels, 16, 8),
     VIEW_LEVELS(MXFP4, 32, -12, 12, fp4_ascending, 15, 1), VIEW_LEVELS(NVFP4, 16, -12, 12, fp4_ascending, 15, 4),
 };
+
+#endif

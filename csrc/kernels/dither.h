@@ -1,5 +1,13 @@
+#ifndef GFL_DITHER_H
+#define GFL_DITHER_H
+#include <float.h>
+
+#include "base.h"
+#include "lanes.h"
+#include "table.h"
+
 /* Adaptive dither: rounding `dq + delta` to a grid w = s * q - o so that on average nothing of delta is lost, where
- * rounding to the nearest level would lose all of a delta smaller than half a step. Works on up to 256 weights at once
+ * rounding to the nearest level would lose all of a delta smaller than half a step. Works on up to CHUNK weights at once
  * ("a chunk"), through the views of codecs.h.
  *
  *   t = q + delta / s          under the block's own header, q its code: where delta is 0 the code stays
@@ -13,7 +21,7 @@
  * Sums over a group or chunk run in 16 lanes, weight i in lane i % 16, then lanes 8, 4, 2, 1 apart; so every ISA has
  * the same bits. */
 
-enum { CHUNK = SUPER, PARTS = 16 / LANES };
+enum { PARTS = 16 / LANES };
 
 /* Changes, steps and offsets below this cannot lead to infinities. */
 #define SAFE 1e30f
@@ -402,3 +410,5 @@ static void four_dots(double *sums, const float *dq, const float *delta, const f
     }
     for (int k = 0; k < 4; k++) sums[k] += fold_doubles(lanes[k]);
 }
+
+#endif

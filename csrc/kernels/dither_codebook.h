@@ -1,3 +1,13 @@
+#ifndef GFL_DITHER_CODEBOOK_H
+#define GFL_DITHER_CODEBOOK_H
+#include <float.h>
+
+#include "../codebooks/neighbours.h"
+#include "base.h"
+#include "dither.h"
+#include "lanes.h"
+#include "table.h"
+
 /* Dither on grids, where eight (or four) weights move together: by one of the moves of neighbours.h, drawn with
  * probabilities p that make the expected move the wanted one, x.
  *
@@ -312,3 +322,5 @@ static void dither_vectors(const gfl_vector_view *view, uint8_t *block, const fl
     if (view->dims == 8) draw_block(view, block, rest, row_key, column, 8);
     else draw_block(view, block, rest, row_key, column, 4);
 }
+
+#endif

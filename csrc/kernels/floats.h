@@ -1,3 +1,7 @@
+#ifndef GFL_FLOATS_H
+#define GFL_FLOATS_H
+#include "lanes.h"
+
 /* F32, F16, BF16: one weight per block, no search. */
 
 static void quantize_F32(const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, const float *imatrix) {
@@ -52,3 +56,5 @@ static void dequantize_BF16(const uint8_t *src, float *out, int64_t n) {
         out[i] = bf16_to_f32(h);
     }
 }
+
+#endif

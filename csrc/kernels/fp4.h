@@ -1,3 +1,10 @@
+#ifndef GFL_FP4_H
+#define GFL_FP4_H
+#include "../block_formats.h"
+#include "base.h"
+#include "lanes.h"
+#include "rows_f32.h"
+
 /* MXFP4 NVFP4: four-bit floats (sign, two bits of exponent, one of mantissa) under a power of two or an eight-bit
  * float. Levels here are twice the float's value, and scales half of theirs: 0 1 2 3 4 6 8 12. */
 
@@ -128,3 +135,5 @@ static void dequantize_NVFP4(const uint8_t *src, float *out, int64_t n) {
         }
     }
 }
+
+#endif

@@ -1,3 +1,14 @@
+#ifndef GFL_IQ1_H
+#define GFL_IQ1_H
+#include <float.h>
+
+#include "../block_formats.h"
+#include "base.h"
+#include "batch.h"
+#include "codebook_search.h"
+#include "k_quants.h"
+#include "lanes.h"
+
 /* IQ1_S IQ1_M: eights of weights on a grid of three levels -1, 0, 1, all moved by an eighth up or down.
  *
  * ggml sorts a run of 32 (16) weights, tries all ways to cut it into low, middle and high ones, and only then goes to
@@ -347,3 +358,5 @@ static void dequantize_IQ1_M(const uint8_t *src, float *out, int64_t n) {
                          d * (float)(2 * (x->scales[s / 4] >> 3 * (s % 4) & 7) + 1));
     }
 }
+
+#endif

@@ -1,3 +1,13 @@
+#ifndef GFL_IQ2_H
+#define GFL_IQ2_H
+#include "../block_formats.h"
+#include "base.h"
+#include "batch.h"
+#include "codebook_search.h"
+#include "k_quants.h"
+#include "lanes.h"
+#include "search_scale.h"
+
 /* IQ2_XXS IQ2_XS IQ2_S: eights of weights on grids of three levels. */
 
 /* One run: codes, signs and scale; `even`: seven signs of eight. `start`: the scale from which IQ2_XXS tries others;
@@ -193,3 +203,5 @@ static void dequantize_IQ2_S(const uint8_t *src, float *out, int64_t n) {
         values_of_sixteens(out + i, bytes, x->scales, half_to_float(x->d));
     }
 }
+
+#endif

@@ -1,3 +1,11 @@
+#ifndef GFL_IQ3_H
+#define GFL_IQ3_H
+#include "../block_formats.h"
+#include "base.h"
+#include "codebook_search.h"
+#include "k_quants.h"
+#include "lanes.h"
+
 /* IQ3_XXS IQ3_S: fours of weights on grids of eight levels, runs of 32 with a scale of four bits. */
 
 /* One run: codes, signs (seven bits if `even`, which is IQ3_XXS) and scale. Returns 0, leaving all alone, if there is
@@ -68,16 +76,6 @@ static void super_IQ3_S(const float *x, const float *imatrix, block_iq3_s *y, fl
     for (int s = 0; s < 8; s++) y->scales[s / 2] |= (uint8_t)(grid_level(1.0f / d * scales[s], 15) << 4 * (s % 2));
 }
 
-/* Defines batch_NAME for QUANTIZE_SUPERS over super_NAME; sigma2 = factor * mean square of the super-block. */
-#define BATCH_OF_SUPERS(NAME, block, factor)                                                     \
-    static void batch_##NAME(const float *x, const float *imatrix, block *y, int count) {        \
-        float sigma2[BATCH_SUPERS];                                                              \
-        spread_mean_squares(sigma2, x, count, SUPER, factor);                                    \
-        for (int b = 0; b < count; b++)                                                          \
-            super_##NAME(x + SUPER * b, imatrix ? imatrix + SUPER * b : NULL, y + b, sigma2[b]); \
-    }                                                                                            \
-    QUANTIZE_SUPERS(NAME, block)
-
 BATCH_OF_SUPERS(IQ3_XXS, block_iq3_xxs, 2.0f)
 BATCH_OF_SUPERS(IQ3_S, block_iq3_s, 2.0f)
 
@@ -113,3 +111,5 @@ static void dequantize_IQ3_S(const uint8_t *src, float *out, int64_t n) {
                          d * (float)(1 + 2 * (x->scales[s / 2] >> 4 * (s % 2) & 15)));
     }
 }
+
+#endif

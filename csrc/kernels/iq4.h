@@ -1,3 +1,12 @@
+#ifndef GFL_IQ4_H
+#define GFL_IQ4_H
+#include "../block_formats.h"
+#include "base.h"
+#include "batch.h"
+#include "k_quants.h"
+#include "lanes.h"
+#include "search_scale.h"
+
 /* IQ4_NL IQ4_XS: sixteen uneven levels. ggml tries 16 scales for each run of 32 weights; here LANES runs share each
  * vector. */
 
@@ -153,3 +162,5 @@ static void dequantize_IQ4_XS(const uint8_t *src, float *out, int64_t n) {
         }
     }
 }
+
+#endif

@@ -1,3 +1,12 @@
+#ifndef GFL_K_MINIMUM_H
+#define GFL_K_MINIMUM_H
+#include "../block_formats.h"
+#include "base.h"
+#include "batch.h"
+#include "k_quants.h"
+#include "lanes.h"
+#include "search_scale.h"
+
 /* Q2_K, Q4_K, Q5_K: sub-blocks with a scale and a minimum. */
 
 /* Fits all sub-blocks of `count` super-blocks. */
@@ -203,3 +212,5 @@ static void dequantize_Q2_K(const uint8_t *src, float *out, int64_t n) {
             }
     }
 }
+
+#endif

@@ -1,6 +1,13 @@
-/* K-quants: super-blocks of 256 weights, their sub-blocks fitted a batch at a time. */
+#ifndef GFL_K_QUANTS_H
+#define GFL_K_QUANTS_H
+#include "base.h"
+#include "batch.h"
+#include "lanes.h"
+#include "search_scale.h"
 
-enum { SUPER = 256, BATCH_SUPERS = BATCH / SUPER };
+/* K-quants: super-blocks, their sub-blocks fitted a batch at a time. */
+
+enum { BATCH_SUPERS = BATCH / SUPER };
 
 /* Defines quantize_NAME over batch_NAME(x, imatrix or NULL, blocks, number of blocks up to BATCH_SUPERS). An imatrix is
  * one row's, so batches then end with the row. */
@@ -31,7 +38,7 @@ INLINE void default_importance(lanes_of_32 *w, const lanes_of_32 *x, int n) {
 static inline void spread_mean_squares(float *sigma2, const float *x, int count, int sub, float factor) {
     float sums[BATCH_SUPERS];
     sums_of_squares(sums, x, count, SUPER);
-    for (int j = 0; j < count * (SUPER / sub); j++) sigma2[j] = factor * sums[j * sub / SUPER] / 256.0f;
+    for (int j = 0; j < count * (SUPER / sub); j++) sigma2[j] = factor * sums[j * sub / SUPER] / (float)SUPER;
 }
 
 /* Codes of a super-block, clamp(nearest((x + offset) / d)) - low with d and offset (or NULL) of each sub-block; any if
@@ -103,6 +110,16 @@ static inline float peak_of(const float *v, int n) {
     return peak;
 }
 
+/* Defines batch_NAME for QUANTIZE_SUPERS over super_NAME; sigma2 = factor * mean square of the super-block. */
+#define BATCH_OF_SUPERS(NAME, block, factor)                                                     \
+    static void batch_##NAME(const float *x, const float *imatrix, block *y, int count) {        \
+        float sigma2[BATCH_SUPERS];                                                              \
+        spread_mean_squares(sigma2, x, count, SUPER, factor);                                    \
+        for (int b = 0; b < count; b++)                                                          \
+            super_##NAME(x + SUPER * b, imatrix ? imatrix + SUPER * b : NULL, y + b, sigma2[b]); \
+    }                                                                                            \
+    QUANTIZE_SUPERS(NAME, block)
+
 /* two-bit codes as Q2_K and Q3_K store them */
 static inline void pack_pairs(uint8_t *qs, const uint8_t *codes) {
     for (int h = 0; h < 2; h++)
@@ -111,3 +128,5 @@ static inline void pack_pairs(uint8_t *qs, const uint8_t *codes) {
             qs[32 * h + j] = (uint8_t)((c[0] & 3) | (c[32] & 3) << 2 | (c[64] & 3) << 4 | (c[96] & 3) << 6);
         }
 }
+
+#endif

@@ -1,3 +1,12 @@
+#ifndef GFL_K_SYMMETRIC_H
+#define GFL_K_SYMMETRIC_H
+#include "../block_formats.h"
+#include "base.h"
+#include "batch.h"
+#include "k_quants.h"
+#include "lanes.h"
+#include "search_scale.h"
+
 /* Q3_K, Q6_K: sixteen sub-blocks of 16 with a signed scale and no minimum. */
 
 /* The codes of a super-block; d and code_scale of each sub-block. */
@@ -226,3 +235,5 @@ static void dequantize_Q3_K(const uint8_t *src, float *out, int64_t n) {
         }
     }
 }
+
+#endif

@@ -1,6 +1,12 @@
-/* Q4_0 Q4_1 Q5_0 Q5_1 Q8_0: 32 weights, one scale; a search only with an imatrix (which Q8_0 ignores). */
+#ifndef GFL_LEGACY_H
+#define GFL_LEGACY_H
+#include "../block_formats.h"
+#include "base.h"
+#include "batch.h"
+#include "lanes.h"
+#include "search_scale.h"
 
-enum { PLAIN = 32 };
+/* Q4_0 Q4_1 Q5_0 Q5_1 Q8_0: 32 weights, one scale; a search only with an imatrix (which Q8_0 ignores). */
 
 static inline void plain_extremes(const float *x, float *bottom, float *top) {
     vf high = vf_load(x), low = high;
@@ -21,8 +27,6 @@ static inline float signed_peak(const float *x) {
         if (x[i] == top || x[i] == bottom) return x[i] == 0.0f ? 0.0f : x[i];
     return 0.0f;
 }
-
-static inline float inverse(float d) { return d != 0.0f ? 1.0f / d : 0.0f; }
 
 /* How a block of plain_NAME makes codes: (x - offset) * id + half, truncated and limited. */
 typedef struct {
@@ -53,33 +57,6 @@ INLINE void plain_fives(uint8_t *qh, uint8_t *qs, const float *x, plain_scale s)
                                                                           << (16 + i);
     }
     memcpy(qh, &high, 4);
-}
-
-static inline void pack_nibbles(uint8_t *qs, const uint8_t *codes) {
-    uint64_t low[2], high[2];
-    memcpy(low, codes, 16);
-    memcpy(high, codes + 16, 16);
-    for (int i = 0; i < 2; i++) low[i] = (low[i] & 0x0f0f0f0f0f0f0f0full) | (high[i] & 0x0f0f0f0f0f0f0f0full) << 4;
-    memcpy(qs, low, 16);
-}
-
-static inline void pack_fifth_bits(uint8_t *qh, const uint8_t *codes) {
-    for (int i = 0; i < 4; i++) {
-        uint64_t c;
-        memcpy(&c, codes + 8 * i, 8);
-        /* gathers bit 4 of eight bytes into one: the multiplication adds shifted copies that do not meet */
-        qh[i] = (uint8_t)(((c >> 4 & 0x0101010101010101ull) * 0x0102040810204080ull) >> 56);
-    }
-}
-
-static inline void unpack_nibbles(uint8_t *codes, const uint8_t *qs) {
-    uint64_t q[2];
-    memcpy(q, qs, 16);
-    for (int i = 0; i < 2; i++) {
-        const uint64_t low = q[i] & 0x0f0f0f0f0f0f0f0full, high = q[i] >> 4 & 0x0f0f0f0f0f0f0f0full;
-        memcpy(codes + 8 * i, &low, 8);
-        memcpy(codes + 16 + 8 * i, &high, 8);
-    }
 }
 
 /* Of several zeros the first one's sign counts. */
@@ -284,16 +261,6 @@ static inline void plain_values_min(float *out, const uint8_t *codes, float d, f
         vf_store(out + i, vf_add(vf_mul(vi_to_vf(vi_load_u8(codes + i)), vf_set1(d)), vf_set1(m)));
 }
 
-static inline void unpack_fifth_bits(uint8_t *codes, const uint8_t *qh) {
-    for (int i = 0; i < 4; i++) { /* one bit to each of eight bytes, then to bit 4 */
-        uint64_t c, bits = (qh[i] * 0x0101010101010101ull) & 0x8040201008040201ull;
-        bits = (bits + 0x7f7f7f7f7f7f7f7full) & 0x8080808080808080ull;
-        memcpy(&c, codes + 8 * i, 8);
-        c |= bits >> 3;
-        memcpy(codes + 8 * i, &c, 8);
-    }
-}
-
 static void dequantize_Q4_0(const uint8_t *src, float *out, int64_t n) {
     const block_q4_0 *x = (const block_q4_0 *)src;
     for (int64_t i = 0; i < n; i += PLAIN, x++) {
@@ -339,3 +306,5 @@ static void dequantize_Q8_0(const uint8_t *src, float *out, int64_t n) {
         for (int j = 0; j < PLAIN; j += LANES) vf_store(out + i + j, vf_mul(vi_to_vf(vi_load_i8(x->qs + j)), d));
     }
 }
+
+#endif

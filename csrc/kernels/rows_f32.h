@@ -1,3 +1,8 @@
+#ifndef GFL_ROWS_F32_H
+#define GFL_ROWS_F32_H
+#include "base.h"
+#include "lanes.h"
+
 /* Work on rows of floats that no quant type has a part in. */
 
 static uint32_t largest(const float *x, int64_t n) {
@@ -16,6 +21,12 @@ static uint32_t largest(const float *x, int64_t n) {
         if (u > result) result = u;
     }
     return result;
+}
+
+INLINE float largest_magnitude(const float *x, int n) {
+    vf high = vf_zero();
+    for (int i = 0; i < n; i += LANES) high = vf_max(vf_abs(vf_load(x + i)), high);
+    return vf_hmax(high);
 }
 
 /* Register block of the product: PRODUCT_ROWS rows by PRODUCT_VECTORS vectors of columns. */
@@ -83,3 +94,5 @@ static void product(float *out, const float *a, const float *b, int64_t n_rows, 
 static void add(float *out, const float *x, const float *y, int64_t n) {
     for (int64_t i = 0; i < n; i++) out[i] = x[i] + y[i];
 }
+
+#endif

@@ -1,3 +1,8 @@
+#ifndef GFL_SEARCH_SCALE_H
+#define GFL_SEARCH_SCALE_H
+#include "base.h"
+#include "lanes.h"
+
 /* Searches for the scale (and minimum) of a sub-block: ggml's search, run on LANES independent sub-blocks at once.
  *
  * Every lane does ggml's operations in ggml's order, so its result has ggml's bits; the order of the sums over a
@@ -7,11 +12,6 @@
  * The codes themselves are not kept: the formats requantize with the rounded scales afterwards. Only where such a scale
  * has rounded to zero do ggml's files hold the codes of the search; they follow from `code_scale` and `code_min`.
  */
-
-#define INLINE static inline __attribute__((always_inline))
-
-/* ggml takes a sub-block whose values are smaller than this for zero. */
-#define TINY 1e-15f
 
 /* ggml's rounding adds 1.5 * 2^23 and reads the low mantissa bits. From |v| = 2^22 on that is not rounding any more,
  * but it is what ends up in the file. */
@@ -501,3 +501,5 @@ INLINE void fit_scales(vf *scale, vi *q, const vf *v, const vf *w, int n, int q_
     *scale = vf_select(vm_andnot(vf_gt(sum_l2, zero), none), vf_div(sum_xl, sum_l2), zero);
     for (int i = 0; i < n; i++) q[i] = vi_select(none, vi_set1(0), q[i]);
 }
+
+#endif

@@ -2,6 +2,8 @@
 #define GFL_TABLE_H
 #include <stdint.h>
 
+#include "base.h"
+
 /* What one instruction set offers. Quantize works on whole rows because some searches weigh by row statistics;
  * dequantize on a run of n weights (a whole number of blocks). */
 
@@ -49,12 +51,12 @@ typedef struct {
     double cost, lost, squares;
 } gfl_vector_sums;
 
-/* What dither.h finds out about up to 256 weights: per group of them the sum of delta^2; the expected cost of rounding;
+/* What dither.h finds out about up to CHUNK weights: per group of them the sum of delta^2; the expected cost of rounding;
  * the part of it that lies beyond the grid; the sum of delta times what lies beyond; and whether dither is the way
  * there (or delta is 0). */
 typedef struct {
-    float squares[16], cost[16], clip[16], lost[16];
-    uint8_t weak[16];
+    float squares[CHUNK_GROUPS], cost[CHUNK_GROUPS], clip[CHUNK_GROUPS], lost[CHUNK_GROUPS];
+    uint8_t weak[CHUNK_GROUPS];
     int safe; /* no target can be infinite or NaN */
 } gfl_measure;
 
@@ -69,7 +71,7 @@ typedef struct {
     /* out (n_rows, n_in) = b (n_rows, rank) @ a (rank, n_in) */
     void (*product)(float *out, const float *a, const float *b, int64_t n_rows, int64_t n_in, int64_t rank);
     void (*add)(float *out, const float *x, const float *y, int64_t n);
-    /* Functions of dither.h on n <= 256 weights. Of blocks on their own grids, and on those of new headers (given their
+    /* Functions of dither.h on n <= CHUNK weights. Of blocks on their own grids, and on those of new headers (given their
      * targets and m's squares): */
     void (*measure)(gfl_measure *m, const gfl_view *view, const uint8_t *src, const float *delta, int n);
     void (*measure_target)(gfl_measure *m, const gfl_view *view, const uint8_t *header, const float *target,

@@ -1,3 +1,10 @@
+#ifndef GFL_TERNARY_H
+#define GFL_TERNARY_H
+#include "../block_formats.h"
+#include "base.h"
+#include "lanes.h"
+#include "rows_f32.h"
+
 /* Q1_0 Q2_0 TQ1_0 TQ2_0: one scale, the largest or the mean magnitude, and one sign, trit or two bits for each
  * weight. */
 
@@ -43,12 +50,6 @@ static void dequantize_Q1_0(const uint8_t *src, float *out, int64_t n) {
         for (int j = 0; j < 128; j += LANES)
             vf_store(out + i + j, vf_select(vm_from_bits((uint32_t)(word[j / 64] >> j % 64)), d, minus_d));
     }
-}
-
-INLINE float largest_magnitude(const float *x, int n) {
-    vf high = vf_zero();
-    for (int i = 0; i < n; i += LANES) high = vf_max(vf_abs(vf_load(x + i)), high);
-    return vf_hmax(high);
 }
 
 /* round(x * id) + 1, halves away from zero. Where id is infinite that is INT32_MIN + 1, as in ggml. */
@@ -173,3 +174,5 @@ static void dequantize_TQ1_0(const uint8_t *src, float *out, int64_t n) {
             }
     }
 }
+
+#endif

@@ -1,5 +1,6 @@
 #ifndef GFL_SIMD_H
 #define GFL_SIMD_H
+#pragma GCC target("avx2,f16c,fma")
 /* Eight lanes. The meaning of the names is in scalar.h. */
 #include <immintrin.h>
 #include <math.h>

@@ -1,5 +1,6 @@
 #ifndef GFL_SIMD_H
 #define GFL_SIMD_H
+#pragma GCC target("avx2,f16c,fma,avx512f,avx512bw,avx512dq,avx512vl")
 /* Sixteen lanes. The meaning of the names is in scalar.h. */
 #include <immintrin.h>
 #include <math.h>
