@@ -18,13 +18,19 @@ typedef struct {
     const char *name;
 } gfl_type;
 
-/* What a call came to. `row` and `column` of the offending weight (relative to the call) are set unless all went
- * well. */
+enum gfl_status {
+    GFL_DONE,
+    GFL_NOT_FINITE, /* an input is NaN or infinite */
+    GFL_OVERFLOWS,  /* the result does not fit the type */
+    GFL_UNKNOWN,    /* no such type or instruction set here */
+    GFL_NO_MEMORY
+};
+
+/* What a call came to. */
 typedef struct {
-    int64_t row;
+    int64_t row; /* place of the offending weight in the call, for GFL_NOT_FINITE and GFL_OVERFLOWS */
     int64_t column;
-    /* 0 done, 1 an input is NaN or infinite, 2 the result does not fit the type, 3 unknown type or ISA, 4 no memory */
-    int status;
+    int status; /* enum gfl_status */
 } gfl_result;
 
 int gfl_type_count(void);
@@ -54,23 +60,37 @@ typedef struct {
 
 /* Below, W = dequantize(src), W' = dequantize(dst), and sums are one row's in double, summed in a fixed order. */
 
-/* dst = quantize(W + delta), ggml's bytes; dst may be src. sums (n_rows, 5): |W|^2, |delta|^2, <W' - W, delta>, |W' -
- * (W + delta)|^2, and how many weights of W + delta lie outside of what the written grids can hold (0 for types without
- * grids: floats, and those that store vectors of weights by number). */
+/* Columns of the sums of written rows. */
+enum gfl_sum {
+    GFL_WEIGHT2, /* |W|^2 */
+    GFL_DELTA2,  /* |delta|^2 */
+    GFL_MOVED,   /* <W' - W, delta> */
+    GFL_ERROR2,  /* |W' - (W + delta)|^2 */
+    GFL_CLIPPED, /* weights of W + delta outside of what the written grids can hold; 0 for types without grids */
+    GFL_N_SUMS
+};
+
+/* Columns of the sums of the first pass of adaptive dither, X being W + delta limited to the range of its grid. */
+enum gfl_reach {
+    GFL_REACHED, /* <X - W, delta> */
+    GFL_WANTED,  /* |delta|^2 */
+    GFL_N_REACH
+};
+
+/* dst = quantize(W + delta), ggml's bytes; dst may be src; sums (n_rows, GFL_N_SUMS). */
 gfl_result gfl_merge_rows(int isa, int src_type_id, const uint8_t *src, int dst_type_id, uint8_t *dst, int64_t n_rows,
                           int64_t n_in, const gfl_delta *delta, const float *imatrix, double *sums);
 
 /* Adaptive dither, for types with `dithers`. First pass: dst = src, but for blocks that get a new header because W +
  * delta can be expected to lose less on the new grid. Their codes mean nothing; on the grids of IQ1, IQ2 and IQ3 they
- * are those of quantize(W + delta). Where ggml needs an imatrix and has none, all columns are alike. sums (n_rows, 2):
- * <delta, X - W> and |delta|^2, X being W + delta limited to the range of its grid, both estimated from a sample for
- * IQ1, IQ2 and IQ3; n_new: blocks with a new header. */
+ * are those of quantize(W + delta). Where ggml needs an imatrix and has none, all columns are alike. sums
+ * (n_rows, GFL_N_REACH) are estimated from a sample for IQ1, IQ2 and IQ3; n_new: blocks with a new header. */
 gfl_result gfl_fit_grids(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
                          const gfl_delta *delta, const float *imatrix, double *sums, int64_t *n_new);
 
 /* Second pass: dst has its headers (of IQ1, IQ2 and IQ3 also the codes to start from) and gets its codes, such that the
  * expectation of W' over all keys is W + gain * delta where the grid reaches it. Rows are numbered from first_row: with
- * the key and the column that number makes a weight's random bits. sums (n_rows, 5) as above. */
+ * the key and the column that number makes a weight's random bits. sums (n_rows, GFL_N_SUMS). */
 gfl_result gfl_dither_rows(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
                            const gfl_delta *delta, float gain, uint64_t key, int64_t first_row, double *sums);
 

@@ -14,8 +14,6 @@ enum { GROUP_FLOATS = 64 * 1024 };
  * of 32). */
 static const double CLIPPED_SHARE = 0.1;
 
-static const gfl_result done = {0, 0, GFL_DONE}, no_memory = {0, 0, GFL_NO_MEMORY}, unknown = {0, 0, GFL_UNKNOWN};
-
 /* What a call works on. */
 typedef struct {
     const gfl_table *table;
@@ -141,12 +139,12 @@ static void gather(gathered *all, const job *j, const gfl_measure *m, const floa
     all->n += j->weights;
 }
 
-/* sums[0] = <delta, X - W>, sums[1] = |delta|^2 */
+/* The columns of enum gfl_reach. */
 static void sum_measure(double *sums, const gfl_measure *m, int n_groups) {
-    sums[0] = sums[1] = 0.0;
+    sums[GFL_REACHED] = sums[GFL_WANTED] = 0.0;
     for (int g = 0; g < n_groups; g++) {
-        sums[0] += (double)m->squares[g] - (double)m->lost[g];
-        sums[1] += (double)m->squares[g];
+        sums[GFL_REACHED] += (double)m->squares[g] - (double)m->lost[g];
+        sums[GFL_WANTED] += (double)m->squares[g];
     }
 }
 
@@ -186,7 +184,7 @@ static void sum_changed(double *sums, const job *j, const uint8_t *src, const ui
 
 typedef struct {
     float *delta;
-    double *sums;   /* (chunks of a group of rows, 2) */
+    double *sums;   /* (chunks of a group of rows, GFL_N_REACH) */
     uint8_t *dirty; /* of each chunk: a block of it has a new header */
     gathered all;
 } fit_room;
@@ -208,7 +206,7 @@ static gfl_result fit_group(const job *j, fit_room *room, const uint8_t *src, ui
                 const gfl_result result = first_not_finite(j, src + at, x, n, row + r, column);
                 if (result.status) return result;
             }
-            sum_measure(room->sums + 2 * k, &m, n / j->view->group);
+            sum_measure(room->sums + GFL_N_REACH * k, &m, n / j->view->group);
             *n_new += gather_chunk(&room->all, j, &m, src + at, dst + at, x, imatrix ? imatrix + column : NULL, n,
                                    room->dirty + k);
         }
@@ -217,15 +215,16 @@ static gfl_result fit_group(const job *j, fit_room *room, const uint8_t *src, ui
     }
     *n_new += settle(&room->all, j, imatrix);
     for (int64_t r = 0; r < n_rows; r++) {
-        sums[2 * r] = sums[2 * r + 1] = 0.0;
+        double *row_sums = sums + GFL_N_REACH * r;
+        row_sums[GFL_REACHED] = row_sums[GFL_WANTED] = 0.0;
         for (int64_t c = 0; c < chunks; c++) {
             const int64_t column = c * CHUNK, at = r * j->row_bytes + column / j->weights * j->bytes,
                           k = r * chunks + c;
             if (room->dirty[k])
-                sum_changed(room->sums + 2 * k, j, src + at, dst + at, delta + r * j->n_in + column,
+                sum_changed(room->sums + GFL_N_REACH * k, j, src + at, dst + at, delta + r * j->n_in + column,
                             chunk_at(j, column));
-            sums[2 * r] += room->sums[2 * k];
-            sums[2 * r + 1] += room->sums[2 * k + 1];
+            row_sums[GFL_REACHED] += room->sums[GFL_N_REACH * k + GFL_REACHED];
+            row_sums[GFL_WANTED] += room->sums[GFL_N_REACH * k + GFL_WANTED];
         }
     }
     return done;
@@ -242,7 +241,7 @@ gfl_result gfl_fit_grids(int isa, int type_id, const uint8_t *src, uint8_t *dst,
     const int64_t group = gfl_rows_per_group(n_in, n_rows, GROUP_FLOATS), chunks = group * ((n_in + CHUNK - 1) / CHUNK);
     fit_room *room = malloc(sizeof *room);
     float *floats = malloc((size_t)(group * n_in) * sizeof *floats);
-    double *doubles = malloc((size_t)(2 * chunks) * sizeof *doubles);
+    double *doubles = malloc((size_t)(GFL_N_REACH * chunks) * sizeof *doubles);
     uint8_t *dirty = malloc((size_t)chunks);
     gfl_result result = room && floats && doubles && dirty ? done : no_memory;
     if (!result.status) {
@@ -255,7 +254,7 @@ gfl_result gfl_fit_grids(int isa, int type_id, const uint8_t *src, uint8_t *dst,
         const int64_t rows = n_rows - row < group ? n_rows - row : group;
         const float *change = gfl_delta_rows(j.table, delta, floats, row, rows, n_in);
         result = fit_group(&j, room, src + row * j.row_bytes, dst + row * j.row_bytes, rows, change, imatrix, row,
-                           sums + 2 * row, n_new);
+                           sums + GFL_N_REACH * row, n_new);
     }
     free(dirty);
     free(doubles);
@@ -283,7 +282,7 @@ static int restore_unchanged(const job *j, const uint8_t *src, uint8_t *dst, con
 
 static gfl_result dither_row(const job *j, const uint8_t *src, uint8_t *dst, const float *delta,
                              const gfl_dither_key *key, int64_t row, double *sums) {
-    memset(sums, 0, 5 * sizeof *sums);
+    memset(sums, 0, GFL_N_SUMS * sizeof *sums);
     for (int64_t column = 0; column < j->n_in; column += CHUNK) {
         const int n = chunk_at(j, column);
         const int64_t at = column / j->weights * j->bytes;
@@ -317,7 +316,7 @@ gfl_result gfl_dither_rows(int isa, int type_id, const uint8_t *src, uint8_t *ds
         for (int64_t row = first; row < last && !result.status; row++) {
             const gfl_dither_key row_key = {gain, gfl_row_key(key, first_row + row)};
             result = dither_row(&j, src + row * j.row_bytes, dst + row * j.row_bytes, change + (row - first) * n_in,
-                                &row_key, row, sums + 5 * row);
+                                &row_key, row, sums + GFL_N_SUMS * row);
         }
     }
     free(room);

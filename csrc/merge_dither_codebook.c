@@ -17,8 +17,6 @@ enum { GROUP_FLOATS = 64 * 1024, SAMPLED = 4 };
  * change is rounded to nearest. */
 static const double NOT_WEAK = 0.25, STRONG = 0.5;
 
-static const gfl_result done = {0, 0, GFL_DONE}, no_memory = {0, 0, GFL_NO_MEMORY}, unknown = {0, 0, GFL_UNKNOWN};
-
 typedef struct {
     const gfl_table *table;
     const gfl_vector_view *view;
@@ -79,15 +77,15 @@ static int choose(const job *j, const uint8_t *base, const uint8_t *found, const
     j->table->measure_vectors(&kept, j->view, base, delta, delta, 0, 1);
     j->type->dequantize(found, back, SUPER);
     const double error = squared_error(back, target); /* not less than anything if a scale has overflown */
-    sums[1] += kept.squares;
+    sums[GFL_WANTED] += kept.squares;
     if (strong >= STRONG * STRONG && error < 0.5 * kept.squares) {
-        sums[0] += kept.squares;
+        sums[GFL_REACHED] += kept.squares;
         return 1;
     }
     subtract(rest, target, back);
     j->table->measure_vectors(&new, j->view, found, rest, delta, 0, 1);
     const int take = error < 1e30 && new.cost < kept.cost;
-    sums[0] += kept.squares - (take ? new.lost : kept.lost);
+    sums[GFL_REACHED] += kept.squares - (take ? new.lost : kept.lost);
     return take;
 }
 
@@ -100,7 +98,7 @@ static gfl_result fit_row(const job *j, const row_room *room, const uint8_t *src
     j->table->add(room->target, room->target, delta, j->n_in);
     if (j->table->largest(room->target, j->n_in) >= 0x7f800000u)
         return gfl_first_not_finite(room->target, 1, j->n_in, row, GFL_NOT_FINITE);
-    sums[0] = sums[1] = 0.0;
+    sums[GFL_REACHED] = sums[GFL_WANTED] = 0.0;
     for (int64_t b = 0; b < blocks; b++) {
         const uint8_t *base = src + b * j->bytes;
         const float *x = delta + b * SUPER;
@@ -108,8 +106,8 @@ static gfl_result fit_row(const job *j, const row_room *room, const uint8_t *src
         if (!(strong >= NOT_WEAK * NOT_WEAK)) { /* a sample tells enough of what a tensor loses */
             gfl_vector_sums some;
             j->table->measure_vectors(&some, j->view, base, x, x, (int)(b % SAMPLED), SAMPLED);
-            sums[0] += SAMPLED * (some.squares - some.lost);
-            sums[1] += SAMPLED * some.squares;
+            sums[GFL_REACHED] += SAMPLED * (some.squares - some.lost);
+            sums[GFL_WANTED] += SAMPLED * some.squares;
             continue;
         }
         if (!searched) j->type->quantize(room->target, room->found, 1, j->n_in, imatrix ? imatrix : room->importance);
@@ -137,7 +135,7 @@ gfl_result gfl_fit_vectors(int isa, int type_id, const uint8_t *src, uint8_t *ds
         const float *change = gfl_delta_rows(j.table, delta, floats + 2 * n_in, first, last - first, n_in);
         for (int64_t row = first; row < last && !result.status; row++)
             result = fit_row(&j, &room, src + row * j.row_bytes, dst + row * j.row_bytes, change + (row - first) * n_in,
-                             imatrix, row, sums + 2 * row, n_new);
+                             imatrix, row, sums + GFL_N_REACH * row, n_new);
     }
     free(found);
     free(floats);
@@ -180,11 +178,11 @@ gfl_result gfl_dither_vector_rows(int isa, int type_id, const uint8_t *src, uint
         const int64_t last = n_rows - first < group ? n_rows : first + group;
         const float *change = gfl_delta_rows(j.table, delta, room, first, last - first, n_in);
         for (int64_t row = first; row < last && !result.status; row++) {
-            memset(sums + 5 * row, 0, 5 * sizeof *sums);
+            memset(sums + GFL_N_SUMS * row, 0, GFL_N_SUMS * sizeof *sums);
             for (int64_t b = 0; b < n_in / SUPER && !result.status; b++) {
                 const int64_t at = row * j.row_bytes + b * j.bytes;
                 result = dither_block(&j, src + at, dst + at, change + (row - first) * n_in + b * SUPER, gain,
-                                      gfl_row_key(key, first_row + row), row, b * SUPER, sums + 5 * row);
+                                      gfl_row_key(key, first_row + row), row, b * SUPER, sums + GFL_N_SUMS * row);
             }
         }
     }

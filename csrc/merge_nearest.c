@@ -8,8 +8,6 @@
 /* Floats of a group of rows; some buffers of this size stay in the second-level cache together. */
 enum { GROUP_FLOATS = 32 * 1024 };
 
-static const gfl_result done = {0, 0, GFL_DONE}, no_memory = {0, 0, GFL_NO_MEMORY}, unknown = {0, 0, GFL_UNKNOWN};
-
 static double clipped_weights(const gfl_table *table, int type, const uint8_t *dst, const float *target, int64_t n_in) {
     const gfl_view *view = &table->views[type];
     const gfl_type t = gfl_type_at(type);
@@ -37,10 +35,10 @@ static gfl_result merge_group(const gfl_table *table, int from, const uint8_t *s
     table->types[to].dequantize(dst, room->after, n_rows * n_in);
     for (int64_t r = 0; r < n_rows; r++) {
         const int64_t at = r * n_in;
-        double *row_sums = sums + 5 * r;
-        memset(row_sums, 0, 5 * sizeof *row_sums);
+        double *row_sums = sums + GFL_N_SUMS * r;
+        memset(row_sums, 0, GFL_N_SUMS * sizeof *row_sums);
         table->four_dots(row_sums, room->before + at, delta + at, room->target + at, room->after + at, n_in);
-        row_sums[4] = clipped_weights(table, to, dst + r * dst_bytes, room->target + at, n_in);
+        row_sums[GFL_CLIPPED] = clipped_weights(table, to, dst + r * dst_bytes, room->target + at, n_in);
     }
     return result;
 }
@@ -64,7 +62,7 @@ gfl_result gfl_merge_rows(int isa, int src_type_id, const uint8_t *src, int dst_
         const int64_t rows = n_rows - row < group ? n_rows - row : group;
         const float *change = gfl_delta_rows(table, delta, rooms.delta, row, rows, n_in);
         result = merge_group(table, from, src + row * src_bytes, to, dst + row * dst_bytes, rows, n_in, change, imatrix,
-                             &rooms, row, suspicious, sums + 5 * row);
+                             &rooms, row, suspicious, sums + GFL_N_SUMS * row);
     }
     free(room);
     return result;

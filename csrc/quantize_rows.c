@@ -2,8 +2,6 @@
 
 #include "rows.h"
 
-static const gfl_result done = {0, 0, GFL_DONE};
-
 /* Blocks of rows that stay in the second-level cache while they are checked and worked on. */
 enum { CACHE_FLOATS = 64 * 1024 };
 
@@ -60,7 +58,7 @@ gfl_result gfl_quantize_group(const gfl_table *table, int type, const float *x, 
     table->types[type].quantize(x, out, n_rows, n_in, imatrix);
     if (largest < suspicious) return done;
     float *back = malloc((size_t)(n_rows * n_in) * sizeof *back);
-    if (!back) return (gfl_result){0, 0, GFL_NO_MEMORY};
+    if (!back) return no_memory;
     table->types[type].dequantize(out, back, n_rows * n_in);
     gfl_result result = done;
     if (table->largest(back, n_rows * n_in) >= INFINITE)
@@ -73,7 +71,7 @@ gfl_result gfl_quantize_rows(int isa, int type_id, const float *x, int64_t n_row
                              uint8_t *out) {
     const gfl_table *table = gfl_table_of(isa);
     const int type = gfl_index_of(type_id);
-    if (!table || type < 0) return (gfl_result){0, 0, GFL_UNKNOWN};
+    if (!table || type < 0) return unknown;
     if (n_rows <= 0 || n_in <= 0) return done;
     const gfl_type t = gfl_type_at(type);
     const int64_t row_bytes = n_in / t.block_weights * t.block_bytes,
@@ -91,7 +89,7 @@ gfl_result gfl_quantize_rows(int isa, int type_id, const float *x, int64_t n_row
 gfl_result gfl_dequantize_rows(int isa, int type_id, const uint8_t *src, int64_t n_rows, int64_t n_in, float *out) {
     const gfl_table *table = gfl_table_of(isa);
     const int type = gfl_index_of(type_id);
-    if (!table || type < 0) return (gfl_result){0, 0, GFL_UNKNOWN};
+    if (!table || type < 0) return unknown;
     if (n_rows > 0 && n_in > 0) table->types[type].dequantize(src, out, n_rows * n_in);
     return done;
 }

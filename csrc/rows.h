@@ -2,7 +2,7 @@
 #define GFL_ROWS_H
 #include "dispatch.h"
 
-enum { GFL_DONE, GFL_NOT_FINITE, GFL_OVERFLOWS, GFL_UNKNOWN, GFL_NO_MEMORY };
+static const gfl_result done = {0, 0, GFL_DONE}, no_memory = {0, 0, GFL_NO_MEMORY}, unknown = {0, 0, GFL_UNKNOWN};
 
 /* The bits of a magnitude above which a scale may leave half precision's range (65504): what was written is then read
  * back and checked. With unusual importances any magnitude may. */

@@ -2,13 +2,14 @@
 #define GFL_DITHER_H
 #include <float.h>
 
+#include "../gguflora.h"
 #include "base.h"
 #include "lanes.h"
 #include "table.h"
 
 /* Adaptive dither: rounding `dq + delta` to a grid w = s * q - o so that on average nothing of delta is lost, where
- * rounding to the nearest level would lose all of a delta smaller than half a step. Works on up to CHUNK weights at once
- * ("a chunk"), through the views of codecs.h.
+ * rounding to the nearest level would lose all of a delta smaller than half a step. Works on up to CHUNK weights at
+ * once ("a chunk"), through the views of codecs.h.
  *
  *   t = q + delta / s          under the block's own header, q its code: where delta is 0 the code stays
  *   t = (dq + delta + o) / s   under another header
@@ -323,13 +324,13 @@ INLINE int finish_dither(double *sums, dither_sums *all, const float *squares, i
     vf_store(rows + LANES, fold_parts(all->moved));
     vf_store(rows + 2 * LANES, fold_parts(all->error));
     finish_rows(totals, rows, LANES < 4 ? 4 : LANES);
-    sums[0] += (double)totals[0];
-    for (int g = 0; g < n_groups; g++) sums[1] += (double)squares[g];
+    sums[GFL_WEIGHT2] += (double)totals[0];
+    for (int g = 0; g < n_groups; g++) sums[GFL_DELTA2] += (double)squares[g];
     for (int g = 0; g < n_groups; g++) safe &= squares[g] < SAFE;
-    sums[2] += (double)totals[1];
-    sums[3] += (double)totals[2];
+    sums[GFL_MOVED] += (double)totals[1];
+    sums[GFL_ERROR2] += (double)totals[2];
     vi_store(counts, all->clipped);
-    for (int l = 0; l < LANES; l++) sums[4] += (double)counts[l];
+    for (int l = 0; l < LANES; l++) sums[GFL_CLIPPED] += (double)counts[l];
     return safe;
 }
 
@@ -384,11 +385,11 @@ INLINE double fold_sum(vd sum) {
     return fold_doubles(lanes);
 }
 
-/* sums[0..4) += dq . dq, delta . delta, (written - dq) . delta, (written - target) . (written - target) */
+/* Adds to all sums of a row but GFL_CLIPPED. */
 static void four_dots(double *sums, const float *dq, const float *delta, const float *target, const float *written,
                       int64_t n) {
     vd ww = vd_zero(), dd = vd_zero(), md = vd_zero(), ee = vd_zero();
-    double lanes[4][8];
+    double lanes[GFL_CLIPPED][8];
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {
         const vd w = vd_load(dq + i), x = vd_load(delta + i), error = vd_load_difference(written + i, target + i);
@@ -397,18 +398,18 @@ static void four_dots(double *sums, const float *dq, const float *delta, const f
         md = vd_add_product(md, vd_load_difference(written + i, dq + i), x);
         ee = vd_add_product(ee, error, error);
     }
-    vd_store(lanes[0], ww);
-    vd_store(lanes[1], dd);
-    vd_store(lanes[2], md);
-    vd_store(lanes[3], ee);
+    vd_store(lanes[GFL_WEIGHT2], ww);
+    vd_store(lanes[GFL_DELTA2], dd);
+    vd_store(lanes[GFL_MOVED], md);
+    vd_store(lanes[GFL_ERROR2], ee);
     for (; i < n; i++) {
         const double moved = (double)(written[i] - dq[i]), error = (double)(written[i] - target[i]);
-        lanes[0][i % 8] += (double)dq[i] * (double)dq[i];
-        lanes[1][i % 8] += (double)delta[i] * (double)delta[i];
-        lanes[2][i % 8] += moved * (double)delta[i];
-        lanes[3][i % 8] += error * error;
+        lanes[GFL_WEIGHT2][i % 8] += (double)dq[i] * (double)dq[i];
+        lanes[GFL_DELTA2][i % 8] += (double)delta[i] * (double)delta[i];
+        lanes[GFL_MOVED][i % 8] += moved * (double)delta[i];
+        lanes[GFL_ERROR2][i % 8] += error * error;
     }
-    for (int k = 0; k < 4; k++) sums[k] += fold_doubles(lanes[k]);
+    for (int k = 0; k < GFL_CLIPPED; k++) sums[k] += fold_doubles(lanes[k]);
 }
 
 #endif

@@ -51,9 +51,9 @@ typedef struct {
     double cost, lost, squares;
 } gfl_vector_sums;
 
-/* What dither.h finds out about up to CHUNK weights: per group of them the sum of delta^2; the expected cost of rounding;
- * the part of it that lies beyond the grid; the sum of delta times what lies beyond; and whether dither is the way
- * there (or delta is 0). */
+/* What dither.h finds out about up to CHUNK weights: per group of them the sum of delta^2; the expected cost of
+ * rounding; the part of it that lies beyond the grid; the sum of delta times what lies beyond; and whether dither is
+ * the way there (or delta is 0). */
 typedef struct {
     float squares[CHUNK_GROUPS], cost[CHUNK_GROUPS], clip[CHUNK_GROUPS], lost[CHUNK_GROUPS];
     uint8_t weak[CHUNK_GROUPS];
@@ -71,12 +71,12 @@ typedef struct {
     /* out (n_rows, n_in) = b (n_rows, rank) @ a (rank, n_in) */
     void (*product)(float *out, const float *a, const float *b, int64_t n_rows, int64_t n_in, int64_t rank);
     void (*add)(float *out, const float *x, const float *y, int64_t n);
-    /* Functions of dither.h on n <= CHUNK weights. Of blocks on their own grids, and on those of new headers (given their
-     * targets and m's squares): */
+    /* Functions of dither.h on n <= CHUNK weights. Of blocks on their own grids, and on those of new headers (given
+     * their targets and m's squares): */
     void (*measure)(gfl_measure *m, const gfl_view *view, const uint8_t *src, const float *delta, int n);
     void (*measure_target)(gfl_measure *m, const gfl_view *view, const uint8_t *header, const float *target,
                            const float *delta, int n);
-    /* writes dst's codes and adds to a row's five sums; returns whether no target can be infinite or NaN */
+    /* writes dst's codes and adds to a row's sums (enum gfl_sum); returns whether no target can be infinite or NaN */
     int (*dither)(double *sums, const gfl_view *view, const uint8_t *src, uint8_t *dst, const float *delta,
                   const uint8_t *own, const gfl_dither_key *row, int64_t column, int n);
     int64_t (*clipped)(const gfl_view *view, const uint8_t *dst, const float *target, int n);

@@ -13,8 +13,6 @@ from gguflora.quants._lib import choose_isa, ffi, lib
 from gguflora.quants.arrays import Bytes, Float32Array
 from gguflora.quants.types import GgmlType
 
-_NOT_FINITE, _OVERFLOWS, _UNKNOWN, _NO_MEMORY = 1, 2, 3, 4
-
 
 def quantize_rows(
     x: Float32Array, type: GgmlType, out: Bytes, *, imatrix: Float32Array | None = None, isa: str | None = None
@@ -76,10 +74,19 @@ class Product:
 KernelDelta = Product | Float32Array
 """A change of rows: a product, or itself, (n_rows, n_in)."""
 
-SUMS: Final = ("weight2", "delta2", "moved", "error2", "clipped")
-"""Columns of what `merge_rows` and `dither_rows` return, with W the weights before, W' the weights written: ``|W|**2``,
-``|delta|**2``, ``<W' - W, delta>``, ``|W' - (W + delta)|**2``, and how many weights of W + delta (`dither_rows`: of
-``W + gain * delta``) lie outside of what the written grid can hold (0 for types without grids: floats, IQ1, IQ2, IQ3).
+
+def _columns(enum: str) -> tuple[str, ...]:
+    """The columns that an enum of gguflora.h numbers; its last member is how many there are."""
+    members = ffi.typeof(enum).elements
+    return tuple(members[column].removeprefix("GFL_").lower() for column in range(len(members) - 1))
+
+
+SUMS: Final = _columns("enum gfl_sum")
+"""Columns of what `merge_rows` and `dither_rows` return, with W the weights before and W' the weights written:
+
+``weight2`` is ``|W|**2``, ``delta2`` is ``|delta|**2``, ``moved`` is ``<W' - W, delta>``, ``error2`` is
+``|W' - (W + delta)|**2``, and ``clipped`` counts the weights of W + delta (`dither_rows`: of W + gain * delta) outside
+of what the written grid can hold (0 for types without grids: floats, IQ1, IQ2, IQ3).
 """
 
 
@@ -167,7 +174,7 @@ def fit_grids(
     n_rows, n_in = _delta_shape(delta)
     importance = ffi.NULL if imatrix is None else _importance(type, imatrix, n_in)
     _expect_dither(src, type, dst, n_rows, n_in)
-    sums, n_new = np.empty((n_rows, 2)), ffi.new("int64_t *")
+    sums, n_new = np.empty((n_rows, lib.GFL_N_REACH)), ffi.new("int64_t *")
     _raise_for(
         lib.gfl_fit_grids(
             choose_isa(isa),
@@ -242,14 +249,14 @@ def dither_rows(
 
 
 def _raise_for(result: Any, type: GgmlType) -> None:  # noqa: ANN401  (a cffi struct)
-    if result.status == 0:
+    if result.status == lib.GFL_DONE:
         return
     row, column = result.row, result.column
-    if result.status == _NOT_FINITE:
+    if result.status == lib.GFL_NOT_FINITE:
         raise NonFiniteError(f"NaN or infinite weight at row {row}, column {column}", row, column)
-    if result.status == _OVERFLOWS:
+    if result.status == lib.GFL_OVERFLOWS:
         raise NonFiniteError(f"the weight at row {row}, column {column} is too large for {type.name}", row, column)
-    if result.status == _NO_MEMORY:
+    if result.status == lib.GFL_NO_MEMORY:
         raise NativeError("no memory for one group of rows")
     raise NativeError(f"no kernel for {type.name} (id {type.id}) in this build")
 

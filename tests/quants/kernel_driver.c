@@ -18,7 +18,7 @@ static void *read_array(size_t bytes) {
 /* Rounded to nearest, or with both passes of the dither (gain, key and row as in test_kernel_builds.py). */
 static gfl_result change(int64_t operation, int isa, int type, const uint8_t *in, uint8_t *out, int64_t n_rows,
                          int64_t n_in, const gfl_delta *delta) {
-    double *sums = malloc((size_t)(5 * n_rows) * sizeof *sums);
+    double *sums = malloc((size_t)(GFL_N_SUMS * n_rows) * sizeof *sums);
     int64_t n_new;
     gfl_result result;
     if (operation == MERGE) {
