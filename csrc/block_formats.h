@@ -2,9 +2,9 @@
 #define GFL_BLOCK_FORMATS_H
 #include <stdint.h>
 
-/* The block of every quant type as it lies in a file (little endian). `f16` fields hold IEEE half bits. Packed, so that
- * a block may lie at any address. In the diagrams w0, w1, ... are the weights of the block in order, bits are drawn
- * from the high end of a byte. */
+/* The block of every quant type as it lies in a file, little endian; the layouts are ggml's (see NOTICE). `f16` fields
+ * hold the bits of an IEEE half. Structs are packed, so that a block may lie at any address. In the diagrams w0, w1,
+ * ... are the weights of the block in order, and a byte's bits are drawn from its high end. */
 
 typedef uint16_t f16;
 
@@ -92,7 +92,7 @@ typedef struct PACKED { uint8_t e; uint8_t qs[16]; } block_mxfp4;
 /* 4 sub-blocks of 16; w = e4m3(d of its sub-block) * e2m1(q); qs[8s + j] = | w(16s+8+j) : 4 | w(16s+j) : 4 | */
 typedef struct PACKED { uint8_t d[4]; uint8_t qs[32]; } block_nvfp4;
 
-/* Codebooks: a code is a place in a table of values. */
+/* Uneven levels: a code is a place in a table of values. */
 
 /* 32 weights; w = d * level[q]; qs as in Q4_0 */
 typedef struct PACKED { f16 d; uint8_t qs[16]; } block_iq4_nl;
@@ -101,8 +101,9 @@ typedef struct PACKED { f16 d; uint8_t qs[16]; } block_iq4_nl;
  * sub-block i: low four bits in nibble i of scales_l, high two bits at bit 2i of scales_h */
 typedef struct PACKED { f16 d; uint16_t scales_h; uint8_t scales_l[4]; uint8_t qs[128]; } block_iq4_xs;
 
-/* Grids (codebooks.h): eight or four weights share the number of a point; signs apart, bit i of a byte for weight i of
- * eight. Where seven sign bits are kept, the eighth makes the number of set bits even. Super-blocks of 256. */
+/* Codebook types (codebooks/codebooks.h): eight or four weights share the number of a point; signs are kept apart, bit
+ * i of a byte for weight i of eight. Where seven sign bits are kept, the eighth makes the number of set bits even.
+ * Blocks are super-blocks. */
 
 /* 8 sub-blocks of 32; w = d / 4 * (2 s + 1) / 2 * sign * point; qs[8i .. 8i+3] = points of sub-block i's eights,
  * qs[8i+4 .. 8i+7] = | s : 4 | seven signs of eight 3 | of eight 2 | of eight 1 | of eight 0 |, little endian */

@@ -39,7 +39,7 @@ int gfl_type_count(void) { return GFL_N_TYPES; }
 gfl_type gfl_type_at(int index) {
     if (index < 0 || index >= GFL_N_TYPES) return (gfl_type){-1, 0, 0, 0, 0, NULL};
     gfl_type type = types[index];
-    type.dithers = gfl_scalar.views[index].pack || gfl_scalar.vector_views[index].put;
+    type.supports_stochastic = gfl_scalar.block_codecs[index].pack || gfl_scalar.codebook_codecs[index].pack;
     return type;
 }
 

@@ -2,19 +2,20 @@
 #define GGUFLORA_H
 #include <stdint.h>
 
-/* The whole C interface. cffi reads this file as it stands (without the # lines), so it holds plain declarations only.
+/* The whole C interface. cffi reads this file as it stands, without the lines that begin with #, so it holds plain
+ * declarations only.
  *
- * Every function is pure and thread-safe: the instruction set and the quant type are arguments, buffers are the
- * caller's, and a call works on one range of rows. Arrays are C-contiguous; quantized data may lie at any address.
+ * Every function is pure and thread-safe: the instruction set and the quant type are arguments, buffers belong to the
+ * caller, and a call works on one range of rows. Arrays are C-contiguous; quantized data may lie at any address.
  */
 
-/* One quant type; rows are whole blocks of `block_weights` weights stored in `block_bytes` bytes. */
+/* One quant type. A row is a whole number of blocks, each `block_weights` weights in `block_bytes` bytes. */
 typedef struct {
     int id; /* ggml's number of the type */
     int block_weights;
     int block_bytes;
-    int needs_imatrix; /* ggml refuses to quantize to this type without an importance matrix */
-    int dithers;       /* gfl_fit_grids and gfl_dither_rows know it */
+    int needs_imatrix;       /* ggml refuses to quantize to this type without an importance matrix */
+    int supports_stochastic; /* gfl_choose_scales and gfl_round_stochastic know it */
     const char *name;
 } gfl_type;
 
@@ -66,11 +67,11 @@ enum gfl_sum {
     GFL_DELTA2,  /* |delta|^2 */
     GFL_MOVED,   /* <W' - W, delta> */
     GFL_ERROR2,  /* |W' - (W + delta)|^2 */
-    GFL_CLIPPED, /* weights of W + delta outside of what the written grids can hold; 0 for types without grids */
+    GFL_CLIPPED, /* weights of W + delta outside of the range of the written scales; 0 for floats and codebook types */
     GFL_N_SUMS
 };
 
-/* Columns of the sums of the first pass of adaptive dither, X being W + delta limited to the range of its grid. */
+/* Columns of the sums of gfl_choose_scales, X being W + delta limited to the range of the scales. */
 enum gfl_reach {
     GFL_REACHED, /* <X - W, delta> */
     GFL_WANTED,  /* |delta|^2 */
@@ -81,17 +82,18 @@ enum gfl_reach {
 gfl_result gfl_merge_rows(int isa, int src_type_id, const uint8_t *src, int dst_type_id, uint8_t *dst, int64_t n_rows,
                           int64_t n_in, const gfl_delta *delta, const float *imatrix, double *sums);
 
-/* Adaptive dither, for types with `dithers`. First pass: dst = src, but for blocks that get a new header because W +
- * delta can be expected to lose less on the new grid. Their codes mean nothing; on the grids of IQ1, IQ2 and IQ3 they
- * are those of quantize(W + delta). Where ggml needs an imatrix and has none, all columns are alike. sums
- * (n_rows, GFL_N_REACH) are estimated from a sample for IQ1, IQ2 and IQ3; n_new: blocks with a new header. */
-gfl_result gfl_fit_grids(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
-                         const gfl_delta *delta, const float *imatrix, double *sums, int64_t *n_new);
+/* Stochastic rounding, first pass: choose the scales of every block. dst = src, but blocks that can be expected to lose
+ * less of W + delta under the scales of quantize(W + delta) get those. Their codes mean nothing yet; those of codebook
+ * types (IQ1, IQ2, IQ3) are the codes of quantize(W + delta). Where ggml needs an imatrix and has none, all columns are
+ * alike. sums (n_rows, GFL_N_REACH) are estimated from a sample for codebook types; n_new: blocks with new scales. */
+gfl_result gfl_choose_scales(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
+                             const gfl_delta *delta, const float *imatrix, double *sums, int64_t *n_new);
 
-/* Second pass: dst has its headers (of IQ1, IQ2 and IQ3 also the codes to start from) and gets its codes, such that the
- * expectation of W' over all keys is W + gain * delta where the grid reaches it. Rows are numbered from first_row: with
- * the key and the column that number makes a weight's random bits. sums (n_rows, GFL_N_SUMS). */
-gfl_result gfl_dither_rows(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
-                           const gfl_delta *delta, float gain, uint64_t key, int64_t first_row, double *sums);
+/* Stochastic rounding, second pass: dst has its scales (of codebook types also the codes to start from) and gets its
+ * codes, such that the expectation of W' over all keys is W + gain * delta as far as the scales reach. Rows are
+ * numbered from first_row: that number, the key and the column make the random bits of a weight. sums (n_rows,
+ * GFL_N_SUMS). */
+gfl_result gfl_round_stochastic(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
+                                const gfl_delta *delta, float gain, uint64_t key, int64_t first_row, double *sums);
 
 #endif

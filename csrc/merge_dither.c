@@ -17,7 +17,7 @@ static const double CLIPPED_SHARE = 0.1;
 /* What a call works on. */
 typedef struct {
     const gfl_table *table;
-    const gfl_view *view;
+    const gfl_block_codec *codec;
     quantize_fn *quantize;
     dequantize_fn *dequantize;
     int64_t n_in, row_bytes;
@@ -27,10 +27,10 @@ typedef struct {
 static int begin(job *j, int isa, int type_id, int64_t n_in) {
     const int type = gfl_index_of(type_id);
     const gfl_table *table = gfl_table_of(isa);
-    if (!table || type < 0 || !table->views[type].pack) return 0;
+    if (!table || type < 0 || !table->block_codecs[type].pack) return 0;
     const gfl_type t = gfl_type_at(type);
     *j = (job){table,
-               &table->views[type],
+               &table->block_codecs[type],
                table->types[type].quantize,
                table->types[type].dequantize,
                n_in,
@@ -57,20 +57,20 @@ static gfl_result first_not_finite(const job *j, const uint8_t *src, const float
     return result;
 }
 
-static int same_header(const gfl_view *view, const uint8_t *x, const uint8_t *y) {
+static int same_header(const gfl_block_codec *codec, const uint8_t *x, const uint8_t *y) {
     for (int i = 0; i < 2; i++)
-        if (memcmp(x + view->header[i].at, y + view->header[i].at, view->header[i].bytes)) return 0;
+        if (memcmp(x + codec->header[i].at, y + codec->header[i].at, codec->header[i].bytes)) return 0;
     return 1;
 }
 
 /* own[g] = whether the block of group g has src's header; returns how many blocks do not */
 static int find_own(uint8_t *own, const job *j, const uint8_t *src, const uint8_t *dst, int n) {
-    const int groups = j->weights / j->view->group, blocks = n / j->weights;
+    const int groups = j->weights / j->codec->group, blocks = n / j->weights;
     int foreign = 0;
     memset(own, 1, (size_t)(blocks * groups));
     if (!memcmp(src, dst, (size_t)(blocks * j->bytes))) return 0;
     for (int b = 0; b < blocks; b++) {
-        const int same = same_header(j->view, src + b * j->bytes, dst + b * j->bytes);
+        const int same = same_header(j->codec, src + b * j->bytes, dst + b * j->bytes);
         memset(own + b * groups, same, (size_t)groups);
         foreign += !same;
     }
@@ -96,7 +96,7 @@ static double sum_groups(const float *x, int n) {
 
 /* Gives the gathered blocks the header of their quantized target where that costs less; returns how many. */
 static int64_t settle(gathered *all, const job *j, const float *imatrix) {
-    const int groups = j->weights / j->view->group;
+    const int groups = j->weights / j->codec->group;
     int64_t n_new = 0;
     if (!all->n) return 0;
     j->quantize(all->target, all->found, 1, all->n, imatrix ? all->imatrix : NULL);
@@ -104,12 +104,12 @@ static int64_t settle(gathered *all, const job *j, const float *imatrix) {
         const int n = all->n - i < CHUNK ? all->n - i : CHUNK;
         const uint8_t *found = all->found + i / j->weights * j->bytes;
         gfl_measure m;
-        memcpy(m.squares, all->squares + i / j->view->group, (size_t)(n / j->view->group) * sizeof *m.squares);
-        j->table->measure_target(&m, j->view, found, all->target + i, all->delta + i, n);
+        memcpy(m.squares, all->squares + i / j->codec->group, (size_t)(n / j->codec->group) * sizeof *m.squares);
+        j->table->measure_target(&m, j->codec, found, all->target + i, all->delta + i, n);
         for (int b = 0; b < n / j->weights; b++) {
             const int block = i / j->weights + b;
             if (!(sum_groups(m.cost + b * groups, groups) < all->cost[block])) continue;
-            if (same_header(j->view, found + b * j->bytes, all->dst[block])) continue;
+            if (same_header(j->codec, found + b * j->bytes, all->dst[block])) continue;
             memcpy(all->dst[block], found + b * j->bytes, (size_t)j->bytes);
             *all->dirty[block] = 1;
             n_new++;
@@ -122,17 +122,17 @@ static int64_t settle(gathered *all, const job *j, const float *imatrix) {
 /* Whether the block whose first group is g may gain by a new grid. */
 static int may_gain(const gfl_measure *m, int g, int groups, double cost) {
     int weak = 1;
-    for (int i = g; i < g + groups; i++) weak &= m->weak[i];
+    for (int i = g; i < g + groups; i++) weak &= m->small[i];
     return cost > 0.0 && (!weak || sum_groups(m->clip + g, groups) > CLIPPED_SHARE * cost);
 }
 
 static void gather(gathered *all, const job *j, const gfl_measure *m, const float *target, const float *delta,
                    const float *imatrix, int block, double cost, uint8_t *dst, uint8_t *dirty) {
-    const int groups = j->weights / j->view->group, at = block * j->weights;
+    const int groups = j->weights / j->codec->group, at = block * j->weights;
     memcpy(all->target + all->n, target + at, (size_t)j->weights * sizeof *all->target);
     memcpy(all->delta + all->n, delta + at, (size_t)j->weights * sizeof *all->delta);
     if (imatrix) memcpy(all->imatrix + all->n, imatrix + at, (size_t)j->weights * sizeof *imatrix);
-    memcpy(all->squares + all->n / j->view->group, m->squares + block * groups, (size_t)groups * sizeof *all->squares);
+    memcpy(all->squares + all->n / j->codec->group, m->squares + block * groups, (size_t)groups * sizeof *all->squares);
     all->cost[all->n_blocks] = cost;
     all->dst[all->n_blocks] = dst;
     all->dirty[all->n_blocks++] = dirty;
@@ -152,7 +152,7 @@ static void sum_measure(double *sums, const gfl_measure *m, int n_groups) {
  * were full. */
 static int64_t gather_chunk(gathered *all, const job *j, const gfl_measure *m, const uint8_t *src, uint8_t *dst,
                             const float *delta, const float *imatrix, int n, uint8_t *dirty) {
-    const int groups = j->weights / j->view->group;
+    const int groups = j->weights / j->codec->group;
     float target[CHUNK];
     int64_t n_new = 0;
     int known = 0;
@@ -174,12 +174,12 @@ static void sum_changed(double *sums, const job *j, const uint8_t *src, const ui
     gfl_measure old, new;
     find_own(own, j, src, dst, n);
     find_target(target, j, src, delta, n);
-    j->table->measure(&old, j->view, src, delta, n);
+    j->table->measure(&old, j->codec, src, delta, n);
     memcpy(new.squares, old.squares, sizeof new.squares);
-    j->table->measure_target(&new, j->view, dst, target, delta, n);
-    for (int g = 0; g < n / j->view->group; g++)
+    j->table->measure_target(&new, j->codec, dst, target, delta, n);
+    for (int g = 0; g < n / j->codec->group; g++)
         if (!own[g]) old.lost[g] = new.lost[g];
-    sum_measure(sums, &old, n / j->view->group);
+    sum_measure(sums, &old, n / j->codec->group);
 }
 
 typedef struct {
@@ -201,12 +201,12 @@ static gfl_result fit_group(const job *j, fit_room *room, const uint8_t *src, ui
             const float *x = delta + r * j->n_in + column;
             const int n = chunk_at(j, column);
             gfl_measure m;
-            j->table->measure(&m, j->view, src + at, x, n);
+            j->table->measure(&m, j->codec, src + at, x, n);
             if (!m.safe) {
                 const gfl_result result = first_not_finite(j, src + at, x, n, row + r, column);
                 if (result.status) return result;
             }
-            sum_measure(room->sums + GFL_N_REACH * k, &m, n / j->view->group);
+            sum_measure(room->sums + GFL_N_REACH * k, &m, n / j->codec->group);
             *n_new += gather_chunk(&room->all, j, &m, src + at, dst + at, x, imatrix ? imatrix + column : NULL, n,
                                    room->dirty + k);
         }
@@ -230,12 +230,12 @@ static gfl_result fit_group(const job *j, fit_room *room, const uint8_t *src, ui
     return done;
 }
 
-gfl_result gfl_fit_grids(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
-                         const gfl_delta *delta, const float *imatrix, double *sums, int64_t *n_new) {
+gfl_result gfl_choose_scales(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
+                             const gfl_delta *delta, const float *imatrix, double *sums, int64_t *n_new) {
     job j;
     *n_new = 0;
-    if (gfl_is_vector_type(type_id))
-        return gfl_fit_vectors(isa, type_id, src, dst, n_rows, n_in, delta, imatrix, sums, n_new);
+    if (gfl_uses_codebook(type_id))
+        return gfl_choose_codebook_scales(isa, type_id, src, dst, n_rows, n_in, delta, imatrix, sums, n_new);
     if (!begin(&j, isa, type_id, n_in)) return unknown;
     if (n_rows <= 0 || n_in <= 0) return done;
     const int64_t group = gfl_rows_per_group(n_in, n_rows, GROUP_FLOATS), chunks = group * ((n_in + CHUNK - 1) / CHUNK);
@@ -290,7 +290,7 @@ static gfl_result dither_row(const job *j, const uint8_t *src, uint8_t *dst, con
         uint8_t own[CHUNK_GROUPS];
         const int unchanged = restore_unchanged(j, src + at, dst + at, x, n);
         find_own(own, j, src + at, dst + at, n);
-        if (!j->table->dither(sums, j->view, src + at, dst + at, x, own, key, column, n)) {
+        if (!j->table->dither(sums, j->codec, src + at, dst + at, x, own, key, column, n)) {
             const gfl_result result = first_not_finite(j, src + at, x, n, row, column);
             if (result.status) return result;
         }
@@ -299,11 +299,11 @@ static gfl_result dither_row(const job *j, const uint8_t *src, uint8_t *dst, con
     return done;
 }
 
-gfl_result gfl_dither_rows(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
-                           const gfl_delta *delta, float gain, uint64_t key, int64_t first_row, double *sums) {
+gfl_result gfl_round_stochastic(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
+                                const gfl_delta *delta, float gain, uint64_t key, int64_t first_row, double *sums) {
     job j;
-    if (gfl_is_vector_type(type_id))
-        return gfl_dither_vector_rows(isa, type_id, src, dst, n_rows, n_in, delta, gain, key, first_row, sums);
+    if (gfl_uses_codebook(type_id))
+        return gfl_round_codebook_stochastic(isa, type_id, src, dst, n_rows, n_in, delta, gain, key, first_row, sums);
     if (!begin(&j, isa, type_id, n_in)) return unknown;
     if (n_rows <= 0 || n_in <= 0) return done;
     const int64_t group = gfl_rows_per_group(n_in, n_rows, GROUP_FLOATS);

@@ -19,7 +19,7 @@ static const double NOT_WEAK = 0.25, STRONG = 0.5;
 
 typedef struct {
     const gfl_table *table;
-    const gfl_vector_view *view;
+    const gfl_codebook_codec *codec;
     const gfl_pair *type;
     int64_t n_in, row_bytes;
     int bytes; /* of a block */
@@ -32,18 +32,18 @@ typedef struct {
     uint8_t *found;
 } row_room;
 
-int gfl_is_vector_type(int type_id) {
+int gfl_uses_codebook(int type_id) {
     const int type = gfl_index_of(type_id);
-    return type >= 0 && gfl_scalar.vector_views[type].put;
+    return type >= 0 && gfl_scalar.codebook_codecs[type].pack;
 }
 
 static int begin(job *j, int isa, int type_id, int64_t n_in) {
     const int type = gfl_index_of(type_id);
     const gfl_table *table = gfl_table_of(isa);
-    if (!table || type < 0 || !table->vector_views[type].put) return 0;
+    if (!table || type < 0 || !table->codebook_codecs[type].pack) return 0;
     const gfl_type t = gfl_type_at(type);
-    *j = (job){table,          &table->vector_views[type],   &table->types[type],
-               n_in,           n_in / SUPER * t.block_bytes, t.block_bytes,
+    *j = (job){table,          &table->codebook_codecs[type], &table->types[type],
+               n_in,           n_in / SUPER * t.block_bytes,  t.block_bytes,
                t.needs_imatrix};
     return 1;
 }
@@ -52,9 +52,9 @@ static int begin(job *j, int isa, int type_id, int64_t n_in) {
 static double strength(const job *j, const uint8_t *block, const float *delta) {
     float s[16];
     double steps = 0.0, squares = 0.0;
-    j->view->scales(block, s);
-    for (int g = 0; g < SUPER / j->view->group; g++) steps += (double)s[g] * (double)s[g];
-    steps *= (double)j->view->step * (double)j->view->step * (double)j->view->group;
+    j->codec->scales(block, s);
+    for (int g = 0; g < SUPER / j->codec->group; g++) steps += (double)s[g] * (double)s[g];
+    steps *= (double)j->codec->step * (double)j->codec->step * (double)j->codec->group;
     for (int i = 0; i < SUPER; i++) squares += (double)delta[i] * (double)delta[i];
     return squares == 0.0 ? 0.0 : squares / steps;
 }
@@ -73,8 +73,8 @@ static void subtract(float *out, const float *x, const float *y) {
 static int choose(const job *j, const uint8_t *base, const uint8_t *found, const float *delta, const float *target,
                   double strong, double *sums) {
     float rest[SUPER], back[SUPER];
-    gfl_vector_sums kept, new;
-    j->table->measure_vectors(&kept, j->view, base, delta, delta, 0, 1);
+    gfl_codebook_sums kept, new;
+    j->table->measure_codebook(&kept, j->codec, base, delta, delta, 0, 1);
     j->type->dequantize(found, back, SUPER);
     const double error = squared_error(back, target); /* not less than anything if a scale has overflown */
     sums[GFL_WANTED] += kept.squares;
@@ -83,7 +83,7 @@ static int choose(const job *j, const uint8_t *base, const uint8_t *found, const
         return 1;
     }
     subtract(rest, target, back);
-    j->table->measure_vectors(&new, j->view, found, rest, delta, 0, 1);
+    j->table->measure_codebook(&new, j->codec, found, rest, delta, 0, 1);
     const int take = error < 1e30 && new.cost < kept.cost;
     sums[GFL_REACHED] += kept.squares - (take ? new.lost : kept.lost);
     return take;
@@ -104,8 +104,8 @@ static gfl_result fit_row(const job *j, const row_room *room, const uint8_t *src
         const float *x = delta + b * SUPER;
         const double strong = strength(j, base, x);
         if (!(strong >= NOT_WEAK * NOT_WEAK)) { /* a sample tells enough of what a tensor loses */
-            gfl_vector_sums some;
-            j->table->measure_vectors(&some, j->view, base, x, x, (int)(b % SAMPLED), SAMPLED);
+            gfl_codebook_sums some;
+            j->table->measure_codebook(&some, j->codec, base, x, x, (int)(b % SAMPLED), SAMPLED);
             sums[GFL_REACHED] += SAMPLED * (some.squares - some.lost);
             sums[GFL_WANTED] += SAMPLED * some.squares;
             continue;
@@ -119,8 +119,9 @@ static gfl_result fit_row(const job *j, const row_room *room, const uint8_t *src
     return done;
 }
 
-gfl_result gfl_fit_vectors(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
-                           const gfl_delta *delta, const float *imatrix, double *sums, int64_t *n_new) {
+gfl_result gfl_choose_codebook_scales(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows,
+                                      int64_t n_in, const gfl_delta *delta, const float *imatrix, double *sums,
+                                      int64_t *n_new) {
     job j;
     if (!begin(&j, isa, type_id, n_in)) return unknown;
     if (n_rows <= 0 || n_in <= 0) return done;
@@ -158,15 +159,16 @@ static gfl_result dither_block(const job *j, const uint8_t *src, uint8_t *dst, c
     } else if (strong < STRONG * STRONG || !memcmp(dst, src, (size_t)j->bytes)) {
         j->type->dequantize(dst, after, SUPER);
         for (int i = 0; i < SUPER; i++) rest[i] = (before[i] - after[i]) + gain * delta[i];
-        j->table->dither_vectors(j->view, dst, rest, key, column);
+        j->table->dither_codebook(j->codec, dst, rest, key, column);
     }
     j->type->dequantize(dst, after, SUPER);
     j->table->four_dots(sums, before, delta, target, after, SUPER);
     return done;
 }
 
-gfl_result gfl_dither_vector_rows(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
-                                  const gfl_delta *delta, float gain, uint64_t key, int64_t first_row, double *sums) {
+gfl_result gfl_round_codebook_stochastic(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows,
+                                         int64_t n_in, const gfl_delta *delta, float gain, uint64_t key,
+                                         int64_t first_row, double *sums) {
     job j;
     if (!begin(&j, isa, type_id, n_in)) return unknown;
     if (n_rows <= 0 || n_in <= 0) return done;

@@ -2,14 +2,16 @@
 #define GFL_MERGE_DITHER_CODEBOOK_H
 #include "rows.h"
 
-/* gfl_fit_grids and gfl_dither_rows of the types on grids (IQ1, IQ2, IQ3). */
+/* gfl_choose_scales and gfl_round_stochastic of codebook types (IQ1, IQ2, IQ3). */
 
-int gfl_is_vector_type(int type_id);
+int gfl_uses_codebook(int type_id);
 
-gfl_result gfl_fit_vectors(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
-                           const gfl_delta *delta, const float *imatrix, double *sums, int64_t *n_new);
+gfl_result gfl_choose_codebook_scales(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows,
+                                      int64_t n_in, const gfl_delta *delta, const float *imatrix, double *sums,
+                                      int64_t *n_new);
 
-gfl_result gfl_dither_vector_rows(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
-                                  const gfl_delta *delta, float gain, uint64_t key, int64_t first_row, double *sums);
+gfl_result gfl_round_codebook_stochastic(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows,
+                                         int64_t n_in, const gfl_delta *delta, float gain, uint64_t key,
+                                         int64_t first_row, double *sums);
 
 #endif

@@ -1,4 +1,4 @@
-/* Rows of weights changed and written again: rounded to nearest as ggml does, or with adaptive dither. */
+/* Rows of weights changed and rounded to nearest, as ggml does. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -9,11 +9,11 @@
 enum { GROUP_FLOATS = 32 * 1024 };
 
 static double clipped_weights(const gfl_table *table, int type, const uint8_t *dst, const float *target, int64_t n_in) {
-    const gfl_view *view = &table->views[type];
+    const gfl_block_codec *codec = &table->block_codecs[type];
     const gfl_type t = gfl_type_at(type);
     int64_t count = 0;
-    for (int64_t i = 0; view->pack && i < n_in; i += CHUNK)
-        count += table->clipped(view, dst + i / t.block_weights * t.block_bytes, target + i,
+    for (int64_t i = 0; codec->pack && i < n_in; i += CHUNK)
+        count += table->clipped(codec, dst + i / t.block_weights * t.block_bytes, target + i,
                                 (int)(n_in - i < CHUNK ? n_in - i : CHUNK));
     return (double)count;
 }

@@ -36,10 +36,10 @@ const gfl_table GFL_TABLE = {
     .dither = dither_chunk,
     .clipped = count_clipped,
     .four_dots = four_dots,
-    .measure_vectors = measure_vectors,
-    .dither_vectors = dither_vectors,
-    .views = views,
-    .vector_views = vector_views,
+    .measure_codebook = measure_codebook,
+    .dither_codebook = dither_codebook,
+    .block_codecs = block_codecs,
+    .codebook_codecs = codebook_codecs,
     /* clang-format off */
     .types = {
 #define GFL_TYPE(name, id, weights, block, needs_imatrix) [GFL_##name] = {quantize_##name, dequantize_##name},

@@ -9,7 +9,7 @@
 
 enum {
     SUPER = 256,              /* weights of a super-block, ggml's QK_K */
-    PLAIN = 32,               /* weights of a block of Q4_0 to Q8_0 */
+    LEGACY = 32,              /* weights of a block of Q4_0 to Q8_0 */
     CHUNK = SUPER,            /* weights that a merge with dither works on at once */
     CHUNK_GROUPS = CHUNK / 16 /* the most groups (weights under one scale) in them */
 };

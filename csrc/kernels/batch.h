@@ -11,13 +11,14 @@ enum {
     TILE = 1024,
     BATCH = 4096,
     MAX_FITS = BATCH / 16,
-    FITS_ROOM = MAX_FITS + 16 * AT_ONCE
+    FITS_CAPACITY = MAX_FITS + 16 * AT_ONCE
 };
 
 /* Fits of the sub-blocks of up to BATCH weights; `min` is negated as the K-quants store it. The room behind
  * them is for lanes without a sub-block, and for loading all lanes with 16 of them each. */
 typedef struct {
-    float scale[FITS_ROOM], min[FITS_ROOM], code_scale[FITS_ROOM], code_min[FITS_ROOM], sum_w[FITS_ROOM];
+    float scale[FITS_CAPACITY], min[FITS_CAPACITY], code_scale[FITS_CAPACITY], code_min[FITS_CAPACITY],
+        sum_w[FITS_CAPACITY];
 } batch_fit;
 
 /* The TILE weights from x on; if there are fewer than that, a copy followed by zeros. */

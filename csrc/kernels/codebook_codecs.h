@@ -6,9 +6,9 @@
 #include "lanes.h"
 #include "table.h"
 
-/* Blocks of the grid types as points and signs, for the rounding in dither_codebook.h: of every type `scales` (what a
- * level is worth, by group, levels as in neighbours.h), `points` (numbers, and eight signs a byte) and `put` (both back
- * into a block whose scales, and shifts of IQ1, stand). All of them work on one block. */
+/* Blocks of codebook types as points and signs, as dither_codebook.h works on them. Every type has `scales` (what a
+ * level is worth, by group; levels as in codebooks/neighbours.h), `points` (their numbers, and eight signs in a byte)
+ * and `pack` (both back into a block whose scales, and shifts of IQ1, stand). All of them work on one block. */
 
 static void points_IQ2_XXS(const uint8_t *src, uint16_t *points, uint8_t *signs) {
     uint32_t words[16];
@@ -18,7 +18,7 @@ static void points_IQ2_XXS(const uint8_t *src, uint16_t *points, uint8_t *signs)
         signs[j] = (uint8_t)eight_signs(words[j / 4 * 2 + 1] >> 7 * (j % 4) & 127);
     }
 }
-static void put_IQ2_XXS(uint8_t *dst, const uint16_t *points, const uint8_t *signs) {
+static void pack_IQ2_XXS(uint8_t *dst, const uint16_t *points, const uint8_t *signs) {
     block_iq2_xxs *y = (block_iq2_xxs *)dst;
     uint32_t words[16];
     memcpy(words, y->qs, 64);
@@ -32,7 +32,7 @@ static void put_IQ2_XXS(uint8_t *dst, const uint16_t *points, const uint8_t *sig
     }
     memcpy(y->qs, words, 64);
 }
-static void vector_scales_IQ2_XXS(const uint8_t *src, float *s) {
+static void codebook_scales_IQ2_XXS(const uint8_t *src, float *s) {
     const block_iq2_xxs *x = (const block_iq2_xxs *)src;
     const float d = half_to_float(x->d);
     for (int i = 0; i < 8; i++) s[i] = d * (0.5f + (float)(x->qs[8 * i + 7] >> 4)) * 0.25f;
@@ -49,11 +49,11 @@ static void points_IQ2_XS(const uint8_t *src, uint16_t *points, uint8_t *signs) 
         signs[j] = (uint8_t)eight_signs(x->qs[j] >> 9);
     }
 }
-static void put_IQ2_XS(uint8_t *dst, const uint16_t *points, const uint8_t *signs) {
+static void pack_IQ2_XS(uint8_t *dst, const uint16_t *points, const uint8_t *signs) {
     block_iq2_xs *y = (block_iq2_xs *)dst;
     for (int j = 0; j < 32; j++) y->qs[j] = (uint16_t)(points[j] | (signs[j] & 127) << 9);
 }
-static void vector_scales_IQ2_XS(const uint8_t *src, float *s) {
+static void codebook_scales_IQ2_XS(const uint8_t *src, float *s) {
     const block_iq2_xs *x = (const block_iq2_xs *)src;
     scales_of_sixteens(s, x->scales, half_to_float(x->d));
 }
@@ -63,7 +63,7 @@ static void points_IQ2_S(const uint8_t *src, uint16_t *points, uint8_t *signs) {
     for (int j = 0; j < 32; j++) points[j] = (uint16_t)(x->qs[j] | (x->qh[j / 4] >> 2 * (j % 4) & 3) << 8);
     memcpy(signs, x->signs, 32);
 }
-static void put_IQ2_S(uint8_t *dst, const uint16_t *points, const uint8_t *signs) {
+static void pack_IQ2_S(uint8_t *dst, const uint16_t *points, const uint8_t *signs) {
     block_iq2_s *y = (block_iq2_s *)dst;
     memset(y->qh, 0, sizeof y->qh);
     for (int j = 0; j < 32; j++) {
@@ -72,7 +72,7 @@ static void put_IQ2_S(uint8_t *dst, const uint16_t *points, const uint8_t *signs
     }
     memcpy(y->signs, signs, 32);
 }
-static void vector_scales_IQ2_S(const uint8_t *src, float *s) {
+static void codebook_scales_IQ2_S(const uint8_t *src, float *s) {
     const block_iq2_s *x = (const block_iq2_s *)src;
     scales_of_sixteens(s, x->scales, half_to_float(x->d));
 }
@@ -84,7 +84,7 @@ static void points_IQ3_XXS(const uint8_t *src, uint16_t *points, uint8_t *signs)
     for (int j = 0; j < 64; j++) points[j] = x->qs[j];
     for (int j = 0; j < 32; j++) signs[j] = (uint8_t)eight_signs(words[j / 4] >> 7 * (j % 4) & 127);
 }
-static void put_IQ3_XXS(uint8_t *dst, const uint16_t *points, const uint8_t *signs) {
+static void pack_IQ3_XXS(uint8_t *dst, const uint16_t *points, const uint8_t *signs) {
     block_iq3_xxs *y = (block_iq3_xxs *)dst;
     uint32_t words[8];
     memcpy(words, y->signs, 32);
@@ -95,7 +95,7 @@ static void put_IQ3_XXS(uint8_t *dst, const uint16_t *points, const uint8_t *sig
     }
     memcpy(y->signs, words, 32);
 }
-static void vector_scales_IQ3_XXS(const uint8_t *src, float *s) {
+static void codebook_scales_IQ3_XXS(const uint8_t *src, float *s) {
     const block_iq3_xxs *x = (const block_iq3_xxs *)src;
     const float d = half_to_float(x->d);
     for (int i = 0; i < 8; i++) s[i] = d * (0.5f + (float)(x->signs[4 * i + 3] >> 4)) * 0.5f;
@@ -106,7 +106,7 @@ static void points_IQ3_S(const uint8_t *src, uint16_t *points, uint8_t *signs) {
     for (int j = 0; j < 64; j++) points[j] = (uint16_t)(x->qs[j] | (x->qh[j / 8] >> j % 8 & 1) << 8);
     memcpy(signs, x->signs, 32);
 }
-static void put_IQ3_S(uint8_t *dst, const uint16_t *points, const uint8_t *signs) {
+static void pack_IQ3_S(uint8_t *dst, const uint16_t *points, const uint8_t *signs) {
     block_iq3_s *y = (block_iq3_s *)dst;
     memset(y->qh, 0, sizeof y->qh);
     for (int j = 0; j < 64; j++) {
@@ -115,7 +115,7 @@ static void put_IQ3_S(uint8_t *dst, const uint16_t *points, const uint8_t *signs
     }
     memcpy(y->signs, signs, 32);
 }
-static void vector_scales_IQ3_S(const uint8_t *src, float *s) {
+static void codebook_scales_IQ3_S(const uint8_t *src, float *s) {
     const block_iq3_s *x = (const block_iq3_s *)src;
     const float d = half_to_float(x->d);
     for (int i = 0; i < 8; i++) s[i] = d * (float)(1 + 2 * (x->scales[i / 2] >> 4 * (i % 2) & 15));
@@ -128,7 +128,7 @@ static void points_IQ1_S(const uint8_t *src, uint16_t *points, uint8_t *signs) {
     for (int j = 0; j < 32; j++) points[j] = (uint16_t)(x->qs[j] | (x->qh[j / 4] >> 3 * (j % 4) & 7) << 8);
     memset(signs, 0, 32);
 }
-static void put_IQ1_S(uint8_t *dst, const uint16_t *points, const uint8_t *signs) {
+static void pack_IQ1_S(uint8_t *dst, const uint16_t *points, const uint8_t *signs) {
     block_iq1_s *y = (block_iq1_s *)dst;
     (void)signs;
     for (int s = 0; s < 8; s++) {
@@ -140,7 +140,7 @@ static void put_IQ1_S(uint8_t *dst, const uint16_t *points, const uint8_t *signs
         y->qh[s] = (uint16_t)high;
     }
 }
-static void vector_scales_IQ1_S(const uint8_t *src, float *s) {
+static void codebook_scales_IQ1_S(const uint8_t *src, float *s) {
     const block_iq1_s *x = (const block_iq1_s *)src;
     const float d = half_to_float(x->d);
     for (int i = 0; i < 8; i++) s[i] = d * (float)(2 * (x->qh[i] >> 12 & 7) + 1) * 0.125f;
@@ -151,7 +151,7 @@ static void points_IQ1_M(const uint8_t *src, uint16_t *points, uint8_t *signs) {
     for (int j = 0; j < 32; j++) points[j] = (uint16_t)(x->qs[j] | (x->qh[j / 2] >> 4 * (j % 2) & 7) << 8);
     memset(signs, 0, 32);
 }
-static void put_IQ1_M(uint8_t *dst, const uint16_t *points, const uint8_t *signs) {
+static void pack_IQ1_M(uint8_t *dst, const uint16_t *points, const uint8_t *signs) {
     block_iq1_m *y = (block_iq1_m *)dst;
     (void)signs;
     for (int j = 0; j < 32; j += 2) {
@@ -160,7 +160,7 @@ static void put_IQ1_M(uint8_t *dst, const uint16_t *points, const uint8_t *signs
         y->qh[j / 2] = (uint8_t)((y->qh[j / 2] & 0x88) | points[j] >> 8 | points[j + 1] >> 8 << 4);
     }
 }
-static void vector_scales_IQ1_M(const uint8_t *src, float *s) {
+static void codebook_scales_IQ1_M(const uint8_t *src, float *s) {
     const block_iq1_m *x = (const block_iq1_m *)src;
     unsigned bits = 0;
     for (int j = 0; j < 4; j++) bits |= (unsigned)(x->scales[j] >> 12) << 4 * j;
@@ -168,15 +168,18 @@ static void vector_scales_IQ1_M(const uint8_t *src, float *s) {
     for (int i = 0; i < 16; i++) s[i] = d * (float)(2 * (x->scales[i / 4] >> 3 * (i % 4) & 7) + 1);
 }
 
-/* functions | grid | weights in a vector, in a group | mean distance of neighbouring levels, the shortest of moves */
-#define VECTOR_VIEW(NAME, grid, dims, group, step, shortest) \
-    [GFL_##NAME] = {vector_scales_##NAME, points_##NAME, put_##NAME, grid, dims, group, step, shortest}
+/* functions | codebook | weights in a vector, in a group | mean distance of levels, distance of the nearest points */
+#define CODEBOOK_CODEC(NAME, codebook, dims, group, step, shortest) \
+    [GFL_##NAME] = {codebook_scales_##NAME, points_##NAME, pack_##NAME, codebook, dims, group, step, shortest}
 
-static const gfl_vector_view vector_views[GFL_N_TYPES] = {
-    VECTOR_VIEW(IQ3_XXS, GRID_IQ3_XXS, 4, 32, 8.0f, 8.0f),   VECTOR_VIEW(IQ3_S, GRID_IQ3_S, 4, 32, 2.0f, 2.0f),
-    VECTOR_VIEW(IQ2_XXS, GRID_IQ2_XXS, 8, 32, 17.0f, 16.0f), VECTOR_VIEW(IQ2_XS, GRID_IQ2_XS, 8, 16, 17.0f, 16.0f),
-    VECTOR_VIEW(IQ2_S, GRID_IQ2_S, 8, 16, 17.0f, 16.0f),     VECTOR_VIEW(IQ1_S, GRID_IQ1, 8, 32, 8.0f, 8.0f),
-    VECTOR_VIEW(IQ1_M, GRID_IQ1, 8, 16, 8.0f, 8.0f),
+static const gfl_codebook_codec codebook_codecs[GFL_N_TYPES] = {
+    CODEBOOK_CODEC(IQ3_XXS, CODEBOOK_IQ3_XXS, 4, 32, 8.0f, 8.0f),
+    CODEBOOK_CODEC(IQ3_S, CODEBOOK_IQ3_S, 4, 32, 2.0f, 2.0f),
+    CODEBOOK_CODEC(IQ2_XXS, CODEBOOK_IQ2_XXS, 8, 32, 17.0f, 16.0f),
+    CODEBOOK_CODEC(IQ2_XS, CODEBOOK_IQ2_XS, 8, 16, 17.0f, 16.0f),
+    CODEBOOK_CODEC(IQ2_S, CODEBOOK_IQ2_S, 8, 16, 17.0f, 16.0f),
+    CODEBOOK_CODEC(IQ1_S, CODEBOOK_IQ1, 8, 32, 8.0f, 8.0f),
+    CODEBOOK_CODEC(IQ1_M, CODEBOOK_IQ1, 8, 16, 8.0f, 8.0f),
 };
 
 #endif

@@ -7,35 +7,34 @@
 #include "lanes.h"
 #include "search_scale.h"
 
-/* Searching grids (codebooks.h): runs of 16 or 32 weights, scaled so that each eight (or four) of their magnitudes lies
- * near a point of a grid. ggml tries some scales; for each one it rounds every weight to a level, and where such a
- * combination is no point it takes the best of the neighbours listed for it. Here the trial scales share vectors where
- * they can, and the neighbours do where they cannot. */
+/* The search for points of a codebook (codebooks/codebooks.h): runs of 16 or 32 weights are scaled so that each eight
+ * (or four) of their magnitudes lies near a point. ggml tries some scales; for each it rounds every weight to a level,
+ * and where such a combination is no point it takes the best of the candidates listed for it. Here the trial scales
+ * share vectors where they can, and the candidates do where they cannot. */
 
 enum { MAX_TRIALS = 32 };
 
 typedef struct {
-    /* Magnitudes; IQ2_XXS, IQ2_XS and IQ3_XXS negate some to make signs even. More than a run, as vectors read
-     * beyond. */
+    /* Magnitudes; IQ2_XXS, IQ2_XS and IQ3_XXS negate some to make signs even. Longer than a run, as vectors read on. */
     float x[40];
     float w[40];                                  /* importances */
-    float root[40];                               /* of them: what neighbours are judged by */
+    float root[40];                               /* of them: candidates are judged by these */
     float id[MAX_TRIALS], scale[MAX_TRIALS];      /* of each trial: 1 / scale and scale */
     float sum_qx[MAX_TRIALS], sum_q2[MAX_TRIALS]; /* of w q x and w q q */
     uint32_t codes[8][MAX_TRIALS];                /* packed combination by group and trial */
-    uint32_t off_grid[8];                         /* by group, bit t: rounding did not meet a point in trial t */
-    int failed;                                   /* no neighbour had a finite error; ggml aborts */
-} grid_run;
+    uint32_t missed[8];                           /* by group, bit t: rounding did not meet a point in trial t */
+    int failed;                                   /* no candidate had a finite error; ggml aborts */
+} codebook_run;
 
 static const float count_to_32[MAX_TRIALS] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
                                               16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
 
-/* twice a level plus one, repeated as often as vectors may want */
+/* Twice a level plus one, repeated as often as vectors may want. */
 static const float odd_8[16] = {1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15};
 static const float odd_4[16] = {1, 3, 5, 7, 1, 3, 5, 7, 1, 3, 5, 7, 1, 3, 5, 7};
 
 /* Magnitudes and signs (bit i of signs[k]: weight 8k + i is negative) of n weights. */
-INLINE void grid_magnitudes(grid_run *run, uint8_t *signs, const float *x, int n) {
+INLINE void take_magnitudes(codebook_run *run, uint8_t *signs, const float *x, int n) {
     uint32_t negative = 0;
     for (int i = 0; i < n; i += LANES) {
         const vf v = vf_load(x + i);
@@ -47,7 +46,7 @@ INLINE void grid_magnitudes(grid_run *run, uint8_t *signs, const float *x, int n
 }
 
 /* Importances; without an imatrix floor + x^2. */
-INLINE void grid_importances(grid_run *run, const float *x, const float *imatrix, int n, float sigma2, float floor) {
+INLINE void set_importances(codebook_run *run, const float *x, const float *imatrix, int n, float sigma2, float floor) {
     for (int i = 0; i < n; i += LANES) {
         const vf v = vf_load(x + i), squared = vf_mul(v, v);
         const vf w = imatrix ? vf_mul(vf_load(imatrix + i), vf_sqrt(vf_add(vf_set1(sigma2), squared)))
@@ -59,7 +58,7 @@ INLINE void grid_importances(grid_run *run, const float *x, const float *imatrix
 
 /* Makes the number of negative signs of each eight even by flipping the weight that matters least; keeps seven of
  * them. */
-INLINE void grid_even_signs(grid_run *run, uint8_t *signs, int n) {
+INLINE void make_signs_even(codebook_run *run, uint8_t *signs, int n) {
     float cost[32];
     for (int i = 0; i < n; i += LANES) {
         const vf x = vf_load(run->x + i);
@@ -76,14 +75,14 @@ INLINE void grid_even_signs(grid_run *run, uint8_t *signs, int n) {
     }
 }
 
-INLINE float grid_peak(const grid_run *run, int n) {
+INLINE float run_peak(const codebook_run *run, int n) {
     vf high = vf_load(run->x);
     for (int i = LANES; i < n; i += LANES) high = vf_max(high, vf_load(run->x + i));
     return vf_hmax(high);
 }
 
-/* trials -half ... half: 1 / scale = (top + trial * step) / peak */
-INLINE void grid_trials(grid_run *run, int half, float top, float step, float peak) {
+/* Trials -half ... half: 1 / scale = (top + trial * step) / peak. */
+INLINE void set_trials(codebook_run *run, int half, float top, float step, float peak) {
     for (int t = 0; t < MAX_TRIALS; t += LANES) {
         const vf trial = vf_sub(vf_load(count_to_32 + t), vf_set1((float)half));
         const vf id = vf_div(vf_add(vf_set1(top), vf_mul(trial, vf_set1(step))), vf_set1(peak));
@@ -93,21 +92,21 @@ INLINE void grid_trials(grid_run *run, int half, float top, float step, float pe
 }
 
 /* The level of a weight divided by its scale: (y - 1) / 2 rounded and limited, ties to even. */
-static inline int grid_level(float y, int top) {
+static inline int nearest_level(float y, int top) {
     const int l = nearest(0.5f * (y - 1.0f));
     return l < 0 ? 0 : l > top ? top : l;
 }
 
-/* index of the combination that a group is rounded to, for one scale of any size */
-INLINE int grid_index(const float *x, float id, int dims) {
+/* The index of the combination that a group is rounded to, for one scale of any size. */
+INLINE int combination_index(const float *x, float id, int dims) {
     int index = 0;
-    for (int i = 0; i < dims; i++) index = index * (dims == 8 ? 3 : 8) + grid_level(id * x[i], dims == 8 ? 2 : 7);
+    for (int i = 0; i < dims; i++) index = index * (dims == 8 ? 3 : 8) + nearest_level(id * x[i], dims == 8 ? 2 : 7);
     return index;
 }
 
 /* The same for all trials, if all |id * x| < 2^20. Bit t of the result: no weight is near the middle of two levels in
- * trial t, so short lists of neighbours do. */
-INLINE uint32_t grid_indices(int32_t *index, const float *x, const float *id, int dims, int trials) {
+ * trial t, so short lists of candidates do. */
+INLINE uint32_t combination_indices(int32_t *index, const float *x, const float *id, int dims, int trials) {
     uint32_t clear = 0;
     for (int t = 0; t < trials; t += LANES) {
         const vf inverse_scale = vf_load(id + t);
@@ -150,15 +149,15 @@ INLINE void spread_values(float *out, const float *v, int dims) {
 
 /* Terms w (scale q - x)^2 of a group's sum by weight and level, four (eight) levels for each weight; x and w spread
  * likewise. levels: q by level, repeated. */
-INLINE void neighbour_terms(float *terms, const float *levels, const float *x, const float *w, float scale) {
+INLINE void candidate_terms(float *terms, const float *levels, const float *x, const float *w, float scale) {
     for (int j = 0; j < 32; j += LANES) {
         const vf diff = vf_sub(vf_mul(vf_set1(scale), vf_load(levels + j % 16)), vf_load(x + j));
         vf_store(terms + j, vf_mul(vf_mul(vf_load(w + j), diff), diff));
     }
 }
 
-/* sums of the terms that packed combinations pick, first weight first */
-INLINE vf neighbour_sums(const float *terms, vi code, int dims) {
+/* Sums of the terms that packed combinations pick, first weight first. */
+INLINE vf candidate_sums(const float *terms, vi code, int dims) {
     vf sum = vf_zero();
     for (int i = 0; i < dims; i++) {
         const int place = 32 / dims * i;
@@ -169,16 +168,16 @@ INLINE vf neighbour_sums(const float *terms, vi code, int dims) {
     return sum;
 }
 
-/* The neighbour of least sum w (scale q - x)^2, the first of equals, on a list of `eights`; x, w and levels as
- * neighbour_terms wants them. *failed is set if no sum is finite. A term depends on one weight's level only, so a small
- * table of terms serves many neighbours. */
-INLINE uint32_t nearest_neighbour(const uint32_t *list, int eights, const float *levels, const float *x, const float *w,
+/* The candidate of least sum w (scale q - x)^2, the first of equals, on a list of `eights`; x, w and levels as
+ * candidate_terms wants them. *failed is set if no sum is finite. A term depends on one weight's level only, so a small
+ * table of terms serves many candidates. */
+INLINE uint32_t nearest_candidate(const uint32_t *list, int eights, const float *levels, const float *x, const float *w,
                                   float scale, int dims, int *failed) {
     float terms[32], least[LANES];
     int32_t place[LANES], lanes[LANES];
-    neighbour_terms(terms, levels, x, w, scale);
+    candidate_terms(terms, levels, x, w, scale);
     if (8 * eights <= LANES) {
-        const vf sums = neighbour_sums(terms, vi_load((const int32_t *)list), dims);
+        const vf sums = candidate_sums(terms, vi_load((const int32_t *)list), dims);
         const float minimum = vf_hmin(sums);
         if (minimum < FLT_MAX) return list[__builtin_ctz(vm_to_bits(vf_eq(sums, vf_set1(minimum))))];
     }
@@ -186,7 +185,7 @@ INLINE uint32_t nearest_neighbour(const uint32_t *list, int eights, const float 
     vf best = vf_set1(FLT_MAX);
     vi at = vi_load(lanes), best_at = at;
     for (int r = 0; r < eights * 8; r += LANES, at = vi_add(at, vi_set1(LANES))) {
-        const vf sums = neighbour_sums(terms, vi_load((const int32_t *)list + r), dims);
+        const vf sums = candidate_sums(terms, vi_load((const int32_t *)list + r), dims);
         const vm better = vf_lt(sums, best);
         best = vf_select(better, sums, best);
         best_at = vi_select(better, at, best_at);
@@ -204,54 +203,54 @@ INLINE uint32_t nearest_neighbour(const uint32_t *list, int eights, const float 
 
 static uint32_t nearest_of_eights(const uint32_t *list, int eights, const float *levels, const float *x, const float *w,
                                   float scale, int *failed) {
-    return nearest_neighbour(list, eights, levels, x, w, scale, 8, failed);
+    return nearest_candidate(list, eights, levels, x, w, scale, 8, failed);
 }
 
 static uint32_t nearest_of_fours(const uint32_t *list, int eights, const float *x, const float *w, float scale,
                                  int *failed) {
-    return nearest_neighbour(list, eights, odd_8, x, w, scale, 4, failed);
+    return nearest_candidate(list, eights, odd_8, x, w, scale, 4, failed);
 }
 
-/* the best neighbour for this scale of a combination at a place that is no point */
-INLINE uint32_t neighbour_at(const gfl_grid *grid, int place, const float *x, const float *root, float scale, int dims,
-                             int *failed) {
-    const uint32_t *list = grid->neighbours + (~place >> 8) * GRID_RUN;
+/* The best candidate for this scale in place of a combination that is no point. */
+INLINE uint32_t candidate_at(const gfl_codebook *codebook, int place, const float *x, const float *root, float scale,
+                             int dims, int *failed) {
+    const uint32_t *list = codebook->candidates + (~place >> 8) * CANDIDATE_RUN;
     return dims == 8 ? nearest_of_eights(list, ~place & 255, odd_4, x, root, scale, failed)
                      : nearest_of_fours(list, ~place & 255, x, root, scale, failed);
 }
 
 /* Codes of all groups in all trials. */
-INLINE void grid_codes(grid_run *run, const gfl_grid *grid, int n, int dims, int trials, int tame) {
+INLINE void round_trials(codebook_run *run, const gfl_codebook *codebook, int n, int dims, int trials, int in_range) {
     const uint32_t every = (uint32_t)((1ull << trials) - 1);
     run->failed = 0;
     for (int g = 0; g < n / dims; g++) {
         int32_t index[MAX_TRIALS], place[MAX_TRIALS];
         uint8_t off[MAX_TRIALS];
-        uint32_t clear = 0, off_grid = 0;
+        uint32_t clear = 0, missed = 0;
         int n_off = 0;
         float x[32], root[32];
-        if (tame) clear = grid_indices(index, run->x + g * dims, run->id, dims, trials);
+        if (in_range) clear = combination_indices(index, run->x + g * dims, run->id, dims, trials);
         else
-            for (int t = 0; t < trials; t++) index[t] = grid_index(run->x + g * dims, run->id[t], dims);
-        const int32_t *places = (clear & every) == every ? grid->short_places : grid->places;
-        for (int t = 0; t < trials; t++) { /* no branches: what is a point is hard to foretell */
+            for (int t = 0; t < trials; t++) index[t] = combination_index(run->x + g * dims, run->id[t], dims);
+        const int32_t *places = (clear & every) == every ? codebook->short_places : codebook->places;
+        for (int t = 0; t < trials; t++) { /* no branches: what is a point is hard to foresee */
             const int32_t p = places[index[t]];
             const uint32_t is_off = (uint32_t)p >> 31;
             off[n_off] = (uint8_t)t;
             place[n_off] = p;
             n_off += (int)is_off;
-            off_grid |= is_off << t;
-            run->codes[g][t] = grid->points[p & (int32_t)(is_off - 1)];
+            missed |= is_off << t;
+            run->codes[g][t] = codebook->points[p & (int32_t)(is_off - 1)];
         }
-        run->off_grid[g] = off_grid;
+        run->missed[g] = missed;
         spread_values(x, run->x + g * dims, dims);
         spread_values(root, run->root + g * dims, dims);
         for (int k = 0; k < n_off; k++)
-            run->codes[g][off[k]] = neighbour_at(grid, place[k], x, root, run->scale[off[k]], dims, &run->failed);
+            run->codes[g][off[k]] = candidate_at(codebook, place[k], x, root, run->scale[off[k]], dims, &run->failed);
     }
 }
 
-INLINE void grid_sums(grid_run *run, int n, int dims, int trials) {
+INLINE void sum_trials(codebook_run *run, int n, int dims, int trials) {
     for (int t = 0; t < trials; t += LANES) {
         vf qx = vf_zero(), q2 = vf_zero();
         for (int g = 0; g < n / dims; g++) {
@@ -269,7 +268,7 @@ INLINE void grid_sums(grid_run *run, int n, int dims, int trials) {
 }
 
 /* The best trial, -1 if none is better than nothing; *scale is set to its least-squares scale. */
-static inline int grid_best(const grid_run *run, float *scale, int trials) {
+static inline int find_best_trial(const codebook_run *run, float *scale, int trials) {
     float best = 0.0f;
     int best_trial = -1;
     for (int t = 0; t < trials; t++) {
@@ -284,7 +283,7 @@ static inline int grid_best(const grid_run *run, float *scale, int trials) {
 }
 
 /* Least-squares scale of n weights for given codes; `scale` if that is not defined. */
-INLINE float grid_scale(const grid_run *run, const uint32_t *codes, int n, int dims, float scale) {
+INLINE float fit_scale(const codebook_run *run, const uint32_t *codes, int n, int dims, float scale) {
     float qx = 0.0f, q2 = 0.0f;
     for (int g = 0; g < n / dims; g++)
         for (int i = 0; i < dims; i++) {
@@ -295,47 +294,49 @@ INLINE float grid_scale(const grid_run *run, const uint32_t *codes, int n, int d
     return q2 > 0.0f ? qx / q2 : scale;
 }
 
-/* Rounds the groups of `which` (one bit each) anew for a positive scale and returns the scale that then is best. */
-INLINE float grid_refine(grid_run *run, const gfl_grid *grid, uint32_t *codes, uint32_t which, int n, int dims,
-                         float scale) {
+/* Rounds the groups of `which` (one bit each) again for a positive scale and returns the scale that is best then. */
+INLINE float refine_codes(codebook_run *run, const gfl_codebook *codebook, uint32_t *codes, uint32_t which, int n,
+                          int dims, float scale) {
     if (!which || !(scale > 0.0f)) return scale;
     const float id = 1.0f / scale;
     for (int g = 0; g < n / dims; g++) {
         if (!(which >> g & 1)) continue;
         float x[32], root[32];
-        const int place = grid->places[grid_index(run->x + g * dims, id, dims)];
+        const int place = codebook->places[combination_index(run->x + g * dims, id, dims)];
         spread_values(x, run->x + g * dims, dims);
         spread_values(root, run->root + g * dims, dims);
-        codes[g] = place < 0 ? neighbour_at(grid, place, x, root, scale, dims, &run->failed) : grid->points[place];
+        codes[g] = place < 0 ? candidate_at(codebook, place, x, root, scale, dims, &run->failed)
+                             : codebook->points[place];
     }
-    return grid_scale(run, codes, n, dims, scale);
+    return fit_scale(run, codes, n, dims, scale);
 }
 
-/* Which groups are rounded anew for the best trial's scale: those that met no point, all of them if one met none,
+/* Which groups are rounded again for the best trial's scale: those that met no point, all of them if one met none,
  * all. */
 enum { REFINE_SOME, REFINE_ALL_OR_NONE, REFINE_ALL };
 
-/* The search from given trials on: codes of all groups, and the scale. Without a trial better than nothing `scale`
- * stays and the codes are those of point 0, which has the lowest levels. NaN where ggml would abort. */
-INLINE float grid_fit(grid_run *run, const gfl_grid *grid, uint32_t *codes, int n, int dims, int trials, float scale,
-                      int refine, int tame) {
-    grid_codes(run, grid, n, dims, trials, tame);
-    grid_sums(run, n, dims, trials);
-    const int best = grid_best(run, &scale, trials);
+/* The search from given trials on: codes of all groups, and the scale. `in_range`: all |id * x| < 2^20. Without a trial
+ * better than nothing `scale` stays and the codes are those of point 0, which has the lowest levels. NaN where ggml
+ * would abort. */
+INLINE float search_codebook(codebook_run *run, const gfl_codebook *codebook, uint32_t *codes, int n, int dims,
+                             int trials, float scale, int refine, int in_range) {
+    round_trials(run, codebook, n, dims, trials, in_range);
+    sum_trials(run, n, dims, trials);
+    const int best = find_best_trial(run, &scale, trials);
     const uint32_t every = (uint32_t)((1ull << n / dims) - 1);
     uint32_t again = best < 0 && refine != REFINE_SOME ? every : 0;
-    for (int g = 0; g < n / dims && best >= 0; g++) again |= (run->off_grid[g] >> best & 1) << g;
+    for (int g = 0; g < n / dims && best >= 0; g++) again |= (run->missed[g] >> best & 1) << g;
     if (refine == REFINE_ALL || (refine == REFINE_ALL_OR_NONE && again)) again = every;
-    for (int g = 0; g < n / dims; g++) codes[g] = best < 0 ? grid->points[0] : run->codes[g][best];
-    scale = grid_refine(run, grid, codes, again, n, dims, scale);
+    for (int g = 0; g < n / dims; g++) codes[g] = best < 0 ? codebook->points[0] : run->codes[g][best];
+    scale = refine_codes(run, codebook, codes, again, n, dims, scale);
     return run->failed ? NAN : scale;
 }
 
-/* the number of a point given its packed combination */
-INLINE unsigned grid_number(const gfl_grid *grid, uint32_t code, int dims) {
+/* The number of the point that a packed combination is. */
+INLINE unsigned point_number(const gfl_codebook *codebook, uint32_t code, int dims) {
     int index = 0;
     for (int i = 0; i < dims; i++) index = index * (dims == 8 ? 3 : 8) + (int)(code >> 4 * i & (dims == 8 ? 3 : 7));
-    return (unsigned)grid->places[index];
+    return (unsigned)codebook->places[index];
 }
 
 /* The largest of n scales; NaN, which then makes the block's scale one, if any is NaN. */
@@ -348,16 +349,16 @@ static inline float largest_scale(const float *scales, int n) {
 
 /* Reading */
 
-/* sign bits of eight weights as bytes 0 or -1 */
+/* Sign bits of eight weights as bytes 0 or -1. */
 static inline uint64_t sign_bytes(unsigned signs) {
     const uint64_t bits = (signs * 0x0101010101010101ull) & 0x8040201008040201ull;
     return ((bits + 0x7f7f7f7f7f7f7f7full) >> 7 & 0x0101010101010101ull) * 0xff;
 }
 
-/* the eighth sign makes the number of negative ones even */
+/* The eighth sign makes the number of negative ones even. */
 static inline unsigned eight_signs(unsigned seven) { return seven | (unsigned)__builtin_parity(seven) << 7; }
 
-/* out = magnitudes (none of them 0) with signs, in bytes */
+/* out = magnitudes (none of them 0) with signs, in bytes. */
 static inline void signed_bytes(int8_t *out, uint64_t magnitudes, unsigned signs) {
     const uint64_t mask = sign_bytes(signs), bytes = (magnitudes ^ mask) + (mask & 0x0101010101010101ull);
     memcpy(out, &bytes, 8);

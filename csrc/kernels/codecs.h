@@ -11,9 +11,9 @@
 #include "legacy.h"
 #include "table.h"
 
-/* Blocks as codes on a grid, w = s * q - o with one s and o per group of weights, for the rounding in dither.h: of
- * every type `scales` (s and o of n weights' groups), `codes` (q of n weights) and `pack` (q into blocks whose headers
- * stand). All of them work on n <= CHUNK weights, whole blocks. Codes count from where the type's grid has its zero. */
+/* Blocks as codes and scales, w = s * q - o with one s and o for each group of weights, as dither.h works on them.
+ * Every type has `scales` (s and o of the groups of n weights), `codes` (q of n weights) and `pack` (q into blocks
+ * whose scales stand). All of them work on n <= CHUNK weights, whole blocks. Codes count from the type's zero. */
 
 INLINE void shift_codes(int8_t *q, int n, int by) {
     for (int i = 0; i < n; i++) q[i] = (int8_t)(q[i] + by);
@@ -24,18 +24,19 @@ INLINE void stored_codes(uint8_t *out, const int8_t *q, int n, int low) {
     for (int i = 0; i < n; i++) out[i] = (uint8_t)(q[i] - low);
 }
 
-/* Blocks of 32 with a scale d, and a minimum m or nothing: NAME, block, code of the lowest level, o, fifth bits. */
-#define VIEW_PLAIN(NAME, block, low, offset, fifth)                                              \
+/* Blocks of LEGACY weights with a scale d, and a minimum m or none: name, block, code of the lowest level, o, fifth
+ * bits. */
+#define LEGACY_CODEC(NAME, block, low, offset, fifth)                                            \
     static void scales_##NAME(const uint8_t *src, int n, float *s, float *o) {                   \
         const block *x = (const block *)src;                                                     \
-        for (int b = 0; b < n / PLAIN; b++, x++) {                                               \
+        for (int b = 0; b < n / LEGACY; b++, x++) {                                              \
             s[b] = half_to_float(x->d);                                                          \
             o[b] = offset;                                                                       \
         }                                                                                        \
     }                                                                                            \
     static void codes_##NAME(const uint8_t *src, int n, int8_t *q) {                             \
         const block *x = (const block *)src;                                                     \
-        for (int i = 0; i < n; i += PLAIN, x++) {                                                \
+        for (int i = 0; i < n; i += LEGACY, x++) {                                               \
             unpack_nibbles((uint8_t *)q + i, x->qs);                                             \
             if (fifth) unpack_fifth_bits((uint8_t *)q + i, (const uint8_t *)x + sizeof *x - 20); \
         }                                                                                        \
@@ -45,27 +46,27 @@ INLINE void stored_codes(uint8_t *out, const int8_t *q, int n, int low) {
         block *y = (block *)dst;                                                                 \
         uint8_t codes[SUPER];                                                                    \
         stored_codes(codes, q, n, low);                                                          \
-        for (int i = 0; i < n; i += PLAIN, y++) {                                                \
+        for (int i = 0; i < n; i += LEGACY, y++) {                                               \
             pack_nibbles(y->qs, codes + i);                                                      \
             if (fifth) pack_fifth_bits((uint8_t *)y + sizeof *y - 20, codes + i);                \
         }                                                                                        \
     }
-VIEW_PLAIN(Q4_0, block_q4_0, -8, 0.0f, 0)
-VIEW_PLAIN(Q4_1, block_q4_1, 0, -half_to_float(x->m), 0)
-VIEW_PLAIN(Q5_0, block_q5_0, -16, 0.0f, 1)
-VIEW_PLAIN(Q5_1, block_q5_1, 0, -half_to_float(x->m), 1)
+LEGACY_CODEC(Q4_0, block_q4_0, -8, 0.0f, 0)
+LEGACY_CODEC(Q4_1, block_q4_1, 0, -half_to_float(x->m), 0)
+LEGACY_CODEC(Q5_0, block_q5_0, -16, 0.0f, 1)
+LEGACY_CODEC(Q5_1, block_q5_1, 0, -half_to_float(x->m), 1)
 
 static void scales_Q8_0(const uint8_t *src, int n, float *s, float *o) {
-    for (int b = 0; b < n / PLAIN; b++) {
+    for (int b = 0; b < n / LEGACY; b++) {
         s[b] = half_to_float(((const block_q8_0 *)src)[b].d);
         o[b] = 0.0f;
     }
 }
 static void codes_Q8_0(const uint8_t *src, int n, int8_t *q) {
-    for (int i = 0; i < n; i += PLAIN) memcpy(q + i, ((const block_q8_0 *)src)[i / PLAIN].qs, PLAIN);
+    for (int i = 0; i < n; i += LEGACY) memcpy(q + i, ((const block_q8_0 *)src)[i / LEGACY].qs, LEGACY);
 }
 static void pack_Q8_0(uint8_t *dst, int n, const int8_t *q) {
-    for (int i = 0; i < n; i += PLAIN) memcpy(((block_q8_0 *)dst)[i / PLAIN].qs, q + i, PLAIN);
+    for (int i = 0; i < n; i += LEGACY) memcpy(((block_q8_0 *)dst)[i / LEGACY].qs, q + i, LEGACY);
 }
 
 /* Super-blocks: n is SUPER. */
@@ -185,7 +186,7 @@ static void repack_Q6_K(uint8_t *dst, int n, const int8_t *q) {
 }
 
 /* One scale for many weights: every 32 of them are a group here. */
-#define VIEW_SCALES(NAME, block, weights, scale, offset)                             \
+#define ONE_SCALE(NAME, block, weights, scale, offset)                               \
     static void scales_##NAME(const uint8_t *src, int n, float *s, float *o) {       \
         for (int j = 0; j < n / 32; j++) {                                           \
             const float d = half_to_float(((const block *)src)[32 * j / weights].d); \
@@ -193,10 +194,10 @@ static void repack_Q6_K(uint8_t *dst, int n, const int8_t *q) {
             o[j] = offset;                                                           \
         }                                                                            \
     }
-VIEW_SCALES(TQ1_0, block_tq1_0, SUPER, d, 0.0f)
-VIEW_SCALES(TQ2_0, block_tq2_0, SUPER, d, 0.0f)
-VIEW_SCALES(Q2_0, block_q2_0, 64, d, 0.0f)
-VIEW_SCALES(Q1_0, block_q1_0, 128, d + d, d) /* the codes 0 and 1 */
+ONE_SCALE(TQ1_0, block_tq1_0, SUPER, d, 0.0f)
+ONE_SCALE(TQ2_0, block_tq2_0, SUPER, d, 0.0f)
+ONE_SCALE(Q2_0, block_q2_0, 64, d, 0.0f)
+ONE_SCALE(Q1_0, block_q1_0, 128, d + d, d) /* the codes 0 and 1 */
 
 static void codes_TQ2_0(const uint8_t *src, int n, int8_t *q) {
     unpack_pairs(q, ((const block_tq2_0 *)src)->qs);
@@ -263,7 +264,7 @@ static void repack_Q1_0(uint8_t *dst, int n, const int8_t *q) {
     }
 }
 
-/* Codebooks: codes are the places of their levels, from the lowest up. */
+/* Uneven levels: codes are the places of their levels, from the lowest up. */
 
 static void scales_IQ4_NL(const uint8_t *src, int n, float *s, float *o) {
     for (int b = 0; b < n / 32; b++) {
@@ -341,24 +342,32 @@ static void repack_NVFP4(uint8_t *dst, int n, const int8_t *q) {
     for (int j = 0; j < n / 16; j++) pack_nvfp4(((block_nvfp4 *)dst)[j / 4].qs + 8 * (j % 4), codes + 16 * j);
 }
 
-/* functions | weights per group | lowest and highest level, mean step, levels | where the header lies: two runs of
- * bytes */
-#define VIEW(NAME, pack, group, low, high, at0, bytes0, at1, bytes1) \
+/* functions | weights per group | lowest and highest level, levels | where the scales lie: two runs of bytes */
+#define BLOCK_CODEC(NAME, pack, group, low, high, at0, bytes0, at1, bytes1) \
     [GFL_##NAME] = {scales_##NAME, codes_##NAME, pack, group, low, high, 1, NULL, 0, {{at0, bytes0}, {at1, bytes1}}}
-#define VIEW_LEVELS(NAME, group, low, high, levels, n_levels, bytes)                                                \
+#define LEVELS_CODEC(NAME, group, low, high, levels, n_levels, bytes)                                               \
     [GFL_##NAME] = {scales_##NAME, codes_##NAME, repack_##NAME, group, low, high, (high - low) / (n_levels - 1.0f), \
                     levels,        n_levels,     {{0, bytes}}}
 
-static const gfl_view views[GFL_N_TYPES] = {
-    VIEW(Q4_0, pack_Q4_0, 32, -8, 7, 0, 2, 0, 0),          VIEW(Q4_1, pack_Q4_1, 32, 0, 15, 0, 4, 0, 0),
-    VIEW(Q5_0, pack_Q5_0, 32, -16, 15, 0, 2, 0, 0),        VIEW(Q5_1, pack_Q5_1, 32, 0, 31, 0, 4, 0, 0),
-    VIEW(Q8_0, pack_Q8_0, 32, -127, 127, 0, 2, 0, 0),      VIEW(Q2_K, repack_Q2_K, 16, 0, 3, 0, 16, 80, 4),
-    VIEW(Q3_K, repack_Q3_K, 16, -4, 3, 96, 14, 0, 0),      VIEW(Q4_K, repack_Q4_K, 32, 0, 15, 0, 16, 0, 0),
-    VIEW(Q5_K, repack_Q5_K, 32, 0, 31, 0, 16, 0, 0),       VIEW(Q6_K, repack_Q6_K, 16, -32, 31, 192, 18, 0, 0),
-    VIEW(TQ1_0, repack_TQ1_0, 32, -1, 1, 52, 2, 0, 0),     VIEW(TQ2_0, repack_TQ2_0, 32, -1, 1, 64, 2, 0, 0),
-    VIEW(Q2_0, repack_Q2_0, 32, -1, 2, 0, 2, 0, 0),        VIEW(Q1_0, repack_Q1_0, 32, 0, 1, 0, 2, 0, 0),
-    VIEW_LEVELS(IQ4_NL, 32, -127, 113, iq4_levels, 16, 2), VIEW_LEVELS(IQ4_XS, 32, -127, 113, iq4_levels, 16, 8),
-    VIEW_LEVELS(MXFP4, 32, -12, 12, fp4_ascending, 15, 1), VIEW_LEVELS(NVFP4, 16, -12, 12, fp4_ascending, 15, 4),
+static const gfl_block_codec block_codecs[GFL_N_TYPES] = {
+    BLOCK_CODEC(Q4_0, pack_Q4_0, 32, -8, 7, 0, 2, 0, 0),
+    BLOCK_CODEC(Q4_1, pack_Q4_1, 32, 0, 15, 0, 4, 0, 0),
+    BLOCK_CODEC(Q5_0, pack_Q5_0, 32, -16, 15, 0, 2, 0, 0),
+    BLOCK_CODEC(Q5_1, pack_Q5_1, 32, 0, 31, 0, 4, 0, 0),
+    BLOCK_CODEC(Q8_0, pack_Q8_0, 32, -127, 127, 0, 2, 0, 0),
+    BLOCK_CODEC(Q2_K, repack_Q2_K, 16, 0, 3, 0, 16, 80, 4),
+    BLOCK_CODEC(Q3_K, repack_Q3_K, 16, -4, 3, 96, 14, 0, 0),
+    BLOCK_CODEC(Q4_K, repack_Q4_K, 32, 0, 15, 0, 16, 0, 0),
+    BLOCK_CODEC(Q5_K, repack_Q5_K, 32, 0, 31, 0, 16, 0, 0),
+    BLOCK_CODEC(Q6_K, repack_Q6_K, 16, -32, 31, 192, 18, 0, 0),
+    BLOCK_CODEC(TQ1_0, repack_TQ1_0, 32, -1, 1, 52, 2, 0, 0),
+    BLOCK_CODEC(TQ2_0, repack_TQ2_0, 32, -1, 1, 64, 2, 0, 0),
+    BLOCK_CODEC(Q2_0, repack_Q2_0, 32, -1, 2, 0, 2, 0, 0),
+    BLOCK_CODEC(Q1_0, repack_Q1_0, 32, 0, 1, 0, 2, 0, 0),
+    LEVELS_CODEC(IQ4_NL, 32, -127, 113, iq4_levels, 16, 2),
+    LEVELS_CODEC(IQ4_XS, 32, -127, 113, iq4_levels, 16, 8),
+    LEVELS_CODEC(MXFP4, 32, -12, 12, fp4_ascending, 15, 1),
+    LEVELS_CODEC(NVFP4, 16, -12, 12, fp4_ascending, 15, 4),
 };
 
 #endif

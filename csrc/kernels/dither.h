@@ -7,17 +7,17 @@
 #include "lanes.h"
 #include "table.h"
 
-/* Adaptive dither: rounding `dq + delta` to a grid w = s * q - o so that on average nothing of delta is lost, where
- * rounding to the nearest level would lose all of a delta smaller than half a step. Works on up to CHUNK weights at
- * once ("a chunk"), through the views of codecs.h.
+/* Stochastic rounding of `dq + delta` to levels w = s * q - o: on average nothing of delta is lost, where rounding to
+ * the nearest level would lose every delta smaller than half a step. Dither is the random number that is added before
+ * rounding down. All functions work on up to CHUNK weights at once ("a chunk"), through the codecs of codecs.h.
  *
- *   t = q + delta / s          under the block's own header, q its code: where delta is 0 the code stays
- *   t = (dq + delta + o) / s   under another header
- *   q' = floor(t) + (u < t - floor(t)), t limited to the grid before, u uniform in [0, 1)
+ *   t = q + delta / s          under the block's own scales, q its code: where delta is 0 the code stays
+ *   t = (dq + delta + o) / s   under other scales
+ *   q' = floor(t) + (u < t - floor(t)), t limited to the range of levels before, u uniform in [0, 1)
  *
  * 1 / s is rounded, and multiplied by; it is 0 where s is less than the smallest normal float, so that a code stays, or
- * is 0. Groups whose delta is 0.35 steps or more (root mean square) are rounded to nearest; halves to even, among a
- * codebook's levels down.
+ * is 0. Groups whose delta is 0.35 steps or more (root mean square) are rounded to nearest; halves to even, among
+ * uneven levels down.
  *
  * Sums over a group or chunk run in 16 lanes, weight i in lane i % 16, then lanes 8, 4, 2, 1 apart; so every ISA has
  * the same bits. */
@@ -31,11 +31,11 @@ typedef struct {
     float s[16], o[16], inverse[16];
 } chunk_scales;
 
-/* Returns whether no level of the grids can overflow in what follows. */
-static int read_scales(chunk_scales *c, const gfl_view *view, const uint8_t *src, int n) {
+/* Returns whether no level can overflow in what follows. */
+static int read_scales(chunk_scales *c, const gfl_block_codec *codec, const uint8_t *src, int n) {
     int safe = 1;
-    view->scales(src, n, c->s, c->o);
-    for (int g = 0; g < n / view->group; g++) {
+    codec->scales(src, n, c->s, c->o);
+    for (int g = 0; g < n / codec->group; g++) {
         const float size = fabsf(c->s[g]);
         c->inverse[g] = size >= FLT_MIN ? 1.0f / c->s[g] : 0.0f;
         safe &= (size < SAFE) & (fabsf(c->o[g]) < SAFE);
@@ -55,184 +55,185 @@ INLINE void clear_parts(vf *parts) {
     for (int i = 0; i < PARTS; i++) parts[i] = vf_zero();
 }
 
-/* sums[0..n_rows) of rows of LANES floats, n_rows a multiple of LANES */
+/* sums[0..n_rows) of rows of LANES floats, n_rows a multiple of LANES. */
 INLINE void finish_rows(float *sums, const float *rows, int n_rows) {
     for (int r = 0; r < n_rows; r += LANES) vf_store(sums + r, vf_row_sums(rows + r * LANES));
 }
 
-/* sum of delta^2 against n (0.35 steps)^2: from there on the noise of dither does more harm than what nearest rounding
- * loses */
-static inline int is_strong(float squares, float s, const gfl_view *view) {
-    const float step = s * view->step;
-    return squares >= 0.1225f * (float)view->group * (step * step);
+/* Compares the sum of delta^2 with n (0.35 steps)^2: from there on the noise of stochastic rounding does more harm than
+ * what rounding to nearest loses. */
+static inline int rounds_to_nearest(float squares, float s, const gfl_block_codec *codec) {
+    const float step = s * codec->step;
+    return squares >= 0.1225f * (float)codec->group * (step * step);
 }
 
 INLINE vf limited(vf t, vf low, vf high) { return vf_max(vf_min(t, high), low); }
 
-/* `leveled`: codes are places in view->levels, and q, t, floor(t) + 1 above stand for levels and the next one. */
+/* `leveled`: codes are places in codec->levels, and q, t, floor(t) + 1 above stand for levels and the next one. */
 
-INLINE vf level_at(const gfl_view *view, const int8_t *codes, const int leveled) {
+INLINE vf level_at(const gfl_block_codec *codec, const int8_t *codes, const int leveled) {
     const vi code = vi_load_i8(codes);
-    return leveled ? vf_pick16(view->levels, code) : vi_to_vf(code);
+    return leveled ? vf_pick16(codec->levels, code) : vi_to_vf(code);
 }
 
-/* Place of the last level (but one) that is not above t, and how far from it to the next one t lies. */
+/* The place of the last level (but one) that is not above t, and the share of the gap to the next one that lies below
+ * t. */
 typedef struct {
     vi place;
     vf gap, share;
 } cell;
 
-INLINE cell find_cell(const gfl_view *view, vf t) {
+INLINE cell find_cell(const gfl_block_codec *codec, vf t) {
     vi place = vi_set1(0);
-    for (int i = 1; i < view->n_levels - 1; i++) place = vi_count(place, vf_le(vf_set1(view->levels[i]), t));
-    const vf below = vf_pick16(view->levels, place);
-    const vf gap = vf_sub(vf_pick16(view->levels, vi_add(place, vi_set1(1))), below);
+    for (int i = 1; i < codec->n_levels - 1; i++) place = vi_count(place, vf_le(vf_set1(codec->levels[i]), t));
+    const vf below = vf_pick16(codec->levels, place);
+    const vf gap = vf_sub(vf_pick16(codec->levels, vi_add(place, vi_set1(1))), below);
     return (cell){place, gap, vf_div(vf_sub(t, below), gap)};
 }
 
 /* Expected squared error of unbiased rounding, or of rounding to nearest. */
-INLINE vf rounding_error(const gfl_view *view, vf t, const int strong, const int leveled) {
-    const cell c = leveled ? find_cell(view, t) : (cell){vi_set1(0), vf_set1(1.0f), vf_sub(t, vf_floor(t))};
+INLINE vf rounding_error(const gfl_block_codec *codec, vf t, const int to_nearest, const int leveled) {
+    const cell c = leveled ? find_cell(codec, t) : (cell){vi_set1(0), vf_set1(1.0f), vf_sub(t, vf_floor(t))};
     const vf rest = vf_sub(vf_set1(1.0f), c.share), least = vf_min(c.share, rest);
-    const vf error = strong ? vf_mul(least, least) : vf_mul(c.share, rest);
+    const vf error = to_nearest ? vf_mul(least, least) : vf_mul(c.share, rest);
     return leveled ? vf_mul(vf_mul(c.gap, c.gap), error) : error;
 }
 
-/* What is summed over every group: delta^2, the error of rounding, what lies beyond the grid squared, and times
+/* What is summed over every group: delta^2; the error of rounding; what lies beyond the range, squared; the same times
  * delta. */
 enum { SQUARES, ROUNDING, BEYOND, LOST, N_SUMS };
 
-/* From sums in steps to sums in weights. Without a step, what lies beyond the grid is in weights already. */
-INLINE void finish_costs(gfl_measure *m, const float *sums, const chunk_scales *c, int n_groups, int room) {
+/* From sums in steps to sums in weights. Without a step, what lies beyond the range is in weights already. */
+INLINE void finish_costs(gfl_measure *m, const float *sums, const chunk_scales *c, int n_groups, int slots) {
     for (int g = 0; g < n_groups; g++) {
         const int flat = c->inverse[g] == 0.0f;
-        const float s = flat ? 1.0f : c->s[g], rounding = flat ? 0.0f : s * s * sums[ROUNDING * room + g];
-        m->squares[g] = sums[SQUARES * room + g];
-        m->clip[g] = s * s * sums[BEYOND * room + g];
-        m->lost[g] = s * sums[LOST * room + g];
+        const float s = flat ? 1.0f : c->s[g], rounding = flat ? 0.0f : s * s * sums[ROUNDING * slots + g];
+        m->squares[g] = sums[SQUARES * slots + g];
+        m->clip[g] = s * s * sums[BEYOND * slots + g];
+        m->lost[g] = s * sums[LOST * slots + g];
         m->cost[g] = rounding + m->clip[g];
     }
 }
 
-/* A group rounded to nearest, or without a step: its sums again. */
-INLINE void measure_other(float *rows, const gfl_view *view, const int8_t *codes, const float *delta,
+/* Sums a group again that is rounded to nearest, or has no step. */
+INLINE void measure_again(float *rows, const gfl_block_codec *codec, const int8_t *codes, const float *delta,
                           const chunk_scales *c, int g, const int group, const int leveled) {
-    const vf low = vf_set1(view->low), high = vf_set1(view->high);
+    const vf low = vf_set1(codec->low), high = vf_set1(codec->high);
     const vf s = vf_set1(c->s[g]), o = vf_set1(c->o[g]), inverse = vf_set1(c->inverse[g]);
     vf rounding[PARTS], beyond[PARTS], lost[PARTS];
     const int flat = c->inverse[g] == 0.0f;
     clear_parts(rounding), clear_parts(beyond), clear_parts(lost);
     for (int i = 0; i < group; i += LANES) {
-        const vf q = level_at(view, codes + i, leveled), x = vf_load(delta + i);
+        const vf q = level_at(codec, codes + i, leveled), x = vf_load(delta + i);
         const vf t = vf_add(q, vf_mul(x, inverse)), inside = limited(t, low, high);
         const vf outside = flat ? vf_add(vf_add(vf_sub(vf_mul(s, q), o), x), o) : vf_sub(t, inside);
-        add_part(rounding, i, rounding_error(view, inside, 1, leveled));
+        add_part(rounding, i, rounding_error(codec, inside, 1, leveled));
         add_part(beyond, i, vf_mul(outside, outside));
         add_part(lost, i, vf_mul(outside, x));
     }
-    const int room = CHUNK / group;
-    vf_store(rows + (ROUNDING * room + g) * LANES, fold_parts(rounding));
-    vf_store(rows + (BEYOND * room + g) * LANES, fold_parts(beyond));
-    vf_store(rows + (LOST * room + g) * LANES, fold_parts(lost));
+    const int slots = CHUNK / group;
+    vf_store(rows + (ROUNDING * slots + g) * LANES, fold_parts(rounding));
+    vf_store(rows + (BEYOND * slots + g) * LANES, fold_parts(beyond));
+    vf_store(rows + (LOST * slots + g) * LANES, fold_parts(lost));
 }
 
-INLINE void measure(gfl_measure *m, const gfl_view *view, const uint8_t *src, const float *delta, int n,
+INLINE void measure(gfl_measure *m, const gfl_block_codec *codec, const uint8_t *src, const float *delta, int n,
                     const int group, const int leveled) {
-    const int room = CHUNK / group, n_groups = n / group;
-    const vf low = vf_set1(view->low), high = vf_set1(view->high);
+    const int slots = CHUNK / group, n_groups = n / group;
+    const vf low = vf_set1(codec->low), high = vf_set1(codec->high);
     float rows[N_SUMS * CHUNK / 16 * LANES], sums[N_SUMS * CHUNK / 16];
     chunk_scales c;
     int8_t codes[CHUNK];
     int again = 0;
-    m->safe = read_scales(&c, view, src, n);
-    view->codes(src, n, codes);
+    m->safe = read_scales(&c, codec, src, n);
+    codec->codes(src, n, codes);
     if (n < CHUNK) memset(rows, 0, sizeof rows);
     for (int g = 0; g < n_groups; g++) {
         const vf inverse = vf_set1(c.inverse[g]);
         vf squares[PARTS], rounding[PARTS], beyond[PARTS], lost[PARTS];
         clear_parts(squares), clear_parts(rounding), clear_parts(beyond), clear_parts(lost);
         for (int i = 0; i < group; i += LANES) {
-            const vf q = level_at(view, codes + g * group + i, leveled), x = vf_load(delta + g * group + i);
+            const vf q = level_at(codec, codes + g * group + i, leveled), x = vf_load(delta + g * group + i);
             const vf t = vf_add(q, vf_mul(x, inverse)), inside = limited(t, low, high), outside = vf_sub(t, inside);
             add_part(squares, i, vf_mul(x, x));
-            add_part(rounding, i, rounding_error(view, inside, 0, leveled));
+            add_part(rounding, i, rounding_error(codec, inside, 0, leveled));
             add_part(beyond, i, vf_mul(outside, outside));
             add_part(lost, i, vf_mul(outside, x));
         }
-        vf_store(rows + (SQUARES * room + g) * LANES, fold_parts(squares));
-        vf_store(rows + (ROUNDING * room + g) * LANES, fold_parts(rounding));
-        vf_store(rows + (BEYOND * room + g) * LANES, fold_parts(beyond));
-        vf_store(rows + (LOST * room + g) * LANES, fold_parts(lost));
+        vf_store(rows + (SQUARES * slots + g) * LANES, fold_parts(squares));
+        vf_store(rows + (ROUNDING * slots + g) * LANES, fold_parts(rounding));
+        vf_store(rows + (BEYOND * slots + g) * LANES, fold_parts(beyond));
+        vf_store(rows + (LOST * slots + g) * LANES, fold_parts(lost));
     }
-    finish_rows(sums, rows, N_SUMS * room);
+    finish_rows(sums, rows, N_SUMS * slots);
     for (int g = 0; g < n_groups; g++) {
-        const int strong = is_strong(sums[g], c.s[g], view);
-        m->weak[g] = !strong || sums[g] == 0.0f;
+        const int to_nearest = rounds_to_nearest(sums[g], c.s[g], codec);
+        m->small[g] = !to_nearest || sums[g] == 0.0f;
         m->safe &= sums[g] < SAFE;
-        if (!strong && c.inverse[g] != 0.0f) continue;
-        measure_other(rows, view, codes + g * group, delta + g * group, &c, g, group, leveled);
+        if (!to_nearest && c.inverse[g] != 0.0f) continue;
+        measure_again(rows, codec, codes + g * group, delta + g * group, &c, g, group, leveled);
         again = 1;
     }
-    if (again) finish_rows(sums, rows, N_SUMS * room);
-    finish_costs(m, sums, &c, n_groups, room);
+    if (again) finish_rows(sums, rows, N_SUMS * slots);
+    finish_costs(m, sums, &c, n_groups, slots);
 }
 
-static void measure_chunk(gfl_measure *m, const gfl_view *view, const uint8_t *src, const float *delta, int n) {
-    const int leveled = view->levels != NULL;
-    if (view->group == 16 && leveled) measure(m, view, src, delta, n, 16, 1);
-    else if (view->group == 16) measure(m, view, src, delta, n, 16, 0);
-    else if (leveled) measure(m, view, src, delta, n, 32, 1);
-    else measure(m, view, src, delta, n, 32, 0);
+static void measure_chunk(gfl_measure *m, const gfl_block_codec *codec, const uint8_t *src, const float *delta, int n) {
+    const int leveled = codec->levels != NULL;
+    if (codec->group == 16 && leveled) measure(m, codec, src, delta, n, 16, 1);
+    else if (codec->group == 16) measure(m, codec, src, delta, n, 16, 0);
+    else if (leveled) measure(m, codec, src, delta, n, 32, 1);
+    else measure(m, codec, src, delta, n, 32, 0);
 }
 
-/* The same of new headers, from the targets dq + delta; squares are given. */
-INLINE void measure_target(gfl_measure *m, const gfl_view *view, const uint8_t *header, const float *target,
+/* The same under new scales, from the targets dq + delta; squares are given. */
+INLINE void measure_target(gfl_measure *m, const gfl_block_codec *codec, const uint8_t *header, const float *target,
                            const float *delta, int n, const int group, const int leveled) {
-    const int room = CHUNK / group, n_groups = n / group;
-    const vf low = vf_set1(view->low), high = vf_set1(view->high);
+    const int slots = CHUNK / group, n_groups = n / group;
+    const vf low = vf_set1(codec->low), high = vf_set1(codec->high);
     float rows[N_SUMS * CHUNK / 16 * LANES] = {0}, sums[N_SUMS * CHUNK / 16];
     chunk_scales c;
-    read_scales(&c, view, header, n);
+    read_scales(&c, codec, header, n);
     for (int g = 0; g < n_groups; g++) {
         const vf o = vf_set1(c.o[g]), inverse = vf_set1(c.inverse[g]);
-        const int strong = is_strong(m->squares[g], c.s[g], view), flat = c.inverse[g] == 0.0f;
+        const int to_nearest = rounds_to_nearest(m->squares[g], c.s[g], codec), flat = c.inverse[g] == 0.0f;
         vf rounding[PARTS], beyond[PARTS], lost[PARTS];
         clear_parts(rounding), clear_parts(beyond), clear_parts(lost);
         for (int i = 0; i < group; i += LANES) {
             const vf above = vf_add(vf_load(target + g * group + i), o), t = vf_mul(above, inverse);
             const vf inside = limited(t, low, high), outside = flat ? above : vf_sub(t, inside);
-            add_part(rounding, i, rounding_error(view, inside, strong, leveled));
+            add_part(rounding, i, rounding_error(codec, inside, to_nearest, leveled));
             add_part(beyond, i, vf_mul(outside, outside));
             add_part(lost, i, vf_mul(outside, vf_load(delta + g * group + i)));
         }
-        vf_store(rows + (ROUNDING * room + g) * LANES, fold_parts(rounding));
-        vf_store(rows + (BEYOND * room + g) * LANES, fold_parts(beyond));
-        vf_store(rows + (LOST * room + g) * LANES, fold_parts(lost));
+        vf_store(rows + (ROUNDING * slots + g) * LANES, fold_parts(rounding));
+        vf_store(rows + (BEYOND * slots + g) * LANES, fold_parts(beyond));
+        vf_store(rows + (LOST * slots + g) * LANES, fold_parts(lost));
     }
-    finish_rows(sums, rows, N_SUMS * room);
-    memcpy(sums + SQUARES * room, m->squares, (size_t)n_groups * sizeof *sums);
-    finish_costs(m, sums, &c, n_groups, room);
+    finish_rows(sums, rows, N_SUMS * slots);
+    memcpy(sums + SQUARES * slots, m->squares, (size_t)n_groups * sizeof *sums);
+    finish_costs(m, sums, &c, n_groups, slots);
 }
 
-static void measure_target_chunk(gfl_measure *m, const gfl_view *view, const uint8_t *header, const float *target,
-                                 const float *delta, int n) {
-    const int leveled = view->levels != NULL;
-    if (view->group == 16 && leveled) measure_target(m, view, header, target, delta, n, 16, 1);
-    else if (view->group == 16) measure_target(m, view, header, target, delta, n, 16, 0);
-    else if (leveled) measure_target(m, view, header, target, delta, n, 32, 1);
-    else measure_target(m, view, header, target, delta, n, 32, 0);
+static void measure_target_chunk(gfl_measure *m, const gfl_block_codec *codec, const uint8_t *header,
+                                 const float *target, const float *delta, int n) {
+    const int leveled = codec->levels != NULL;
+    if (codec->group == 16 && leveled) measure_target(m, codec, header, target, delta, n, 16, 1);
+    else if (codec->group == 16) measure_target(m, codec, header, target, delta, n, 16, 0);
+    else if (leveled) measure_target(m, codec, header, target, delta, n, 32, 1);
+    else measure_target(m, codec, header, target, delta, n, 32, 0);
 }
 
-/* How many targets lie beyond the limits of the grids of n written weights; without a step, how many are not met. */
-static int64_t count_clipped(const gfl_view *view, const uint8_t *dst, const float *target, int n) {
-    const vf low = vf_set1(view->low), high = vf_set1(view->high);
+/* How many targets lie beyond the range of the scales of n written weights; without a step, how many are not met. */
+static int64_t count_clipped(const gfl_block_codec *codec, const uint8_t *dst, const float *target, int n) {
+    const vf low = vf_set1(codec->low), high = vf_set1(codec->high);
     chunk_scales c;
     vi count = vi_set1(0);
     int32_t counts[LANES];
     int64_t sum = 0;
-    read_scales(&c, view, dst, n);
+    read_scales(&c, codec, dst, n);
     for (int i = 0; i < n; i += LANES) {
-        const int g = i / view->group;
+        const int g = i / codec->group;
         const vf above = vf_add(vf_load(target + i), vf_set1(c.o[g])), t = vf_mul(above, vf_set1(c.inverse[g]));
         const int flat = c.inverse[g] == 0.0f;
         count = vi_count(count, flat ? vf_ne(above, vf_zero()) : vf_ne(t, limited(t, low, high)));
@@ -242,9 +243,9 @@ static int64_t count_clipped(const gfl_view *view, const uint8_t *dst, const flo
     return sum;
 }
 
-/* 24 random bits as u in [0, 1): a hash of the column and the row's key (64 bits), of which every bit counts. Both
- * multiplications and the first shifts are those of a well-known 32-bit mixer; the last shift would only touch bits
- * that u does not keep or need. */
+/* 24 random bits as u in [0, 1): a hash of the column and the row's key, every one of its 64 bits counting. Both
+ * multiplications and the first shifts are those of a well-known 32-bit mixer; its last shift would only touch bits
+ * that u drops. */
 INLINE vf uniform(vi column, vi key_low, vi key_high) {
     vi x = vi_xor(column, key_low);
     x = vi_mul(vi_xor(x, vi_shr(x, 16)), vi_set1(0x7feb352d));
@@ -255,44 +256,45 @@ INLINE vf uniform(vi column, vi key_low, vi key_high) {
 
 static const int32_t lane_numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-/* Sums of a chunk: weights^2, moved * delta, (moved - delta)^2. */
+/* Sums of a chunk: weights^2, moved * delta, (moved - delta)^2; and how many weights are clipped. */
 typedef struct {
     vf weights[PARTS], moved[PARTS], error[PARTS];
     vi clipped;
 } dither_sums;
 
 typedef struct {
-    const gfl_view *view;
+    const gfl_block_codec *codec;
     vf gain;
     vi low, high;
 } dither_key;
 
-/* codes[0..group): from those of the base to those to write */
+/* codes[0..group): in, the base's; out, those to write. */
 INLINE void dither_group(int8_t *codes, dither_sums *sums, const dither_key *key, const float *delta,
-                         const chunk_scales *base, const chunk_scales *new, int g, vi column, const int own,
-                         const int strong, const int group, const int leveled) {
-    const gfl_view *view = key->view;
-    const vf low = vf_set1(view->low), high = vf_set1(view->high);
+                         const chunk_scales *base, const chunk_scales *new, int g, vi column, const int keeps_scales,
+                         const int to_nearest, const int group, const int leveled) {
+    const gfl_block_codec *codec = key->codec;
+    const vf low = vf_set1(codec->low), high = vf_set1(codec->high);
     const vf s = vf_set1(new->s[g]), o = vf_set1(new->o[g]), inverse = vf_set1(new->inverse[g]);
     const vf s0 = vf_set1(base->s[g]), o0 = vf_set1(base->o[g]), slope = vf_mul(key->gain, inverse);
     const int flat = new->inverse[g] == 0.0f;
     for (int i = 0; i < group; i += LANES, column = vi_add(column, vi_set1(LANES))) {
-        const vf q = level_at(view, codes + i, leveled), x = vf_load(delta + i), dq = vf_sub(vf_mul(s0, q), o0);
-        const vf above = own ? x : vf_add(vf_add(dq, vf_mul(key->gain, x)), o);
-        const vf t = own ? vf_add(q, vf_mul(x, slope)) : vf_mul(above, inverse), inside = limited(t, low, high);
-        const vf u = strong ? vf_set1(0.5f) : uniform(column, key->low, key->high);
+        const vf q = level_at(codec, codes + i, leveled), x = vf_load(delta + i), dq = vf_sub(vf_mul(s0, q), o0);
+        const vf above = keeps_scales ? x : vf_add(vf_add(dq, vf_mul(key->gain, x)), o);
+        const vf t = keeps_scales ? vf_add(q, vf_mul(x, slope)) : vf_mul(above, inverse),
+                 inside = limited(t, low, high);
+        const vf u = to_nearest ? vf_set1(0.5f) : uniform(column, key->low, key->high);
         vf level;
         if (leveled) {
-            const cell c = find_cell(view, inside);
+            const cell c = find_cell(codec, inside);
             const vi place = vi_count(c.place, vf_lt(u, c.share));
-            level = vf_pick16(view->levels, place);
+            level = vf_pick16(codec->levels, place);
             vi_store_u8(codes + i, place);
         } else {
-            const vf whole = strong ? vf_round(inside) : vf_floor(inside);
-            level = strong ? whole : vf_add_1(whole, vf_lt(u, vf_sub(inside, whole)));
+            const vf whole = to_nearest ? vf_round(inside) : vf_floor(inside);
+            level = to_nearest ? whole : vf_add_1(whole, vf_lt(u, vf_sub(inside, whole)));
             vi_store_u8(codes + i, vf_truncate(level));
         }
-        const vf moved = own ? vf_mul(s, vf_sub(level, q)) : vf_sub(vf_sub(vf_mul(s, level), o), dq),
+        const vf moved = keeps_scales ? vf_mul(s, vf_sub(level, q)) : vf_sub(vf_sub(vf_mul(s, level), o), dq),
                  error = vf_sub(moved, x);
         sums->clipped = vi_count(sums->clipped, flat ? vf_ne(above, vf_zero()) : vf_ne(t, inside));
         add_part(sums->weights, i, vf_mul(dq, dq));
@@ -334,19 +336,19 @@ INLINE int finish_dither(double *sums, dither_sums *all, const float *squares, i
     return safe;
 }
 
-INLINE int dither(double *sums, const gfl_view *view, const uint8_t *src, uint8_t *dst, const float *delta,
-                  const uint8_t *own, const gfl_dither_key *row, int64_t column, int n, const int group,
+INLINE int dither(double *sums, const gfl_block_codec *codec, const uint8_t *src, uint8_t *dst, const float *delta,
+                  const uint8_t *keeps_base_scales, const gfl_dither_key *row, int64_t column, int n, const int group,
                   const int leveled) {
-    const dither_key key = {view, vf_set1(row->gain), vi_set1((int)(uint32_t)row->key),
+    const dither_key key = {codec, vf_set1(row->gain), vi_set1((int)(uint32_t)row->key),
                             vi_set1((int)(uint32_t)(row->key >> 32))};
     const vi lanes = vi_load(lane_numbers);
     dither_sums all;
     chunk_scales base, new;
     int8_t codes[CHUNK];
     float squares[16];
-    int safe = read_scales(&base, view, src, n);
-    safe &= read_scales(&new, view, dst, n);
-    view->codes(src, n, codes);
+    int safe = read_scales(&base, codec, src, n);
+    safe &= read_scales(&new, codec, dst, n);
+    codec->codes(src, n, codes);
     sum_squares(squares, delta, n, group);
     clear_parts(all.weights), clear_parts(all.moved), clear_parts(all.error);
     all.clipped = vi_set1(0);
@@ -354,23 +356,26 @@ INLINE int dither(double *sums, const gfl_view *view, const uint8_t *src, uint8_
         const vi at = vi_add(vi_set1((int)(uint32_t)(column + g * group)), lanes);
         const float *x = delta + g * group;
         int8_t *q = codes + g * group;
-        const int strong = is_strong(squares[g], new.s[g], view);
-        if (own[g] && !strong) dither_group(q, &all, &key, x, &base, &new, g, at, 1, 0, group, leveled);
-        else if (own[g]) dither_group(q, &all, &key, x, &base, &new, g, at, 1, 1, group, leveled);
-        else if (!strong) dither_group(q, &all, &key, x, &base, &new, g, at, 0, 0, group, leveled);
+        const int to_nearest = rounds_to_nearest(squares[g], new.s[g], codec);
+        if (keeps_base_scales[g] && !to_nearest)
+            dither_group(q, &all, &key, x, &base, &new, g, at, 1, 0, group, leveled);
+        else if (keeps_base_scales[g]) dither_group(q, &all, &key, x, &base, &new, g, at, 1, 1, group, leveled);
+        else if (!to_nearest) dither_group(q, &all, &key, x, &base, &new, g, at, 0, 0, group, leveled);
         else dither_group(q, &all, &key, x, &base, &new, g, at, 0, 1, group, leveled);
     }
-    view->pack(dst, n, codes);
+    codec->pack(dst, n, codes);
     return finish_dither(sums, &all, squares, n / group) & safe;
 }
 
-static int dither_chunk(double *sums, const gfl_view *view, const uint8_t *src, uint8_t *dst, const float *delta,
-                        const uint8_t *own, const gfl_dither_key *row, int64_t column, int n) {
-    const int leveled = view->levels != NULL;
-    if (view->group == 16 && leveled) return dither(sums, view, src, dst, delta, own, row, column, n, 16, 1);
-    if (view->group == 16) return dither(sums, view, src, dst, delta, own, row, column, n, 16, 0);
-    if (leveled) return dither(sums, view, src, dst, delta, own, row, column, n, 32, 1);
-    return dither(sums, view, src, dst, delta, own, row, column, n, 32, 0);
+static int dither_chunk(double *sums, const gfl_block_codec *codec, const uint8_t *src, uint8_t *dst,
+                        const float *delta, const uint8_t *keeps_base_scales, const gfl_dither_key *row, int64_t column,
+                        int n) {
+    const int leveled = codec->levels != NULL;
+    if (codec->group == 16 && leveled)
+        return dither(sums, codec, src, dst, delta, keeps_base_scales, row, column, n, 16, 1);
+    if (codec->group == 16) return dither(sums, codec, src, dst, delta, keeps_base_scales, row, column, n, 16, 0);
+    if (leveled) return dither(sums, codec, src, dst, delta, keeps_base_scales, row, column, n, 32, 1);
+    return dither(sums, codec, src, dst, delta, keeps_base_scales, row, column, n, 32, 0);
 }
 
 /* Sums in double, of products that are exact in it: weight i goes to lane i % 8 (simd/: vd). */

@@ -8,81 +8,82 @@
 #include "lanes.h"
 #include "table.h"
 
-/* Dither on grids, where eight (or four) weights move together: by one of the moves of neighbours.h, drawn with
- * probabilities p that make the expected move the wanted one, x.
+/* Stochastic rounding of codebook types, where eight (or four) weights, a vector, share a code and move together. A
+ * vector goes to one of the neighbours of its point (codebooks/neighbours.h), drawn with probabilities p_k that make
+ * the expected move the wanted one, x, at the least variance. v_k is the way to neighbour k:
  *
- *   the least sum p_k |v_k|^2, subject to  sum p_k v_k = x,  sum p_k <= 1,  p >= 0
+ *   minimize sum p_k |v_k|^2  subject to  sum p_k v_k = x,  sum p_k <= 1,  p >= 0
  *
- * by the simplex method with an explicit inverse. It starts from "all is lost": a variable for each weight, which costs
- * `dear` for every unit of x_i that no move makes up for, and one for staying. So it may end at any step, and where the
- * moves cannot make up x (the levels end there) it loses as little as it can. What is far away is gone to by the
- * nearest moves first.
+ * The simplex method with an explicit inverse solves it. It starts from "all is lost": one variable for each weight,
+ * which costs `loss_price` for every unit of x_i that no move makes up for, and one for staying. So it may end after
+ * any step, and where the neighbours cannot make up x because the levels end there, it loses as little as it can. A
+ * vector that is to go far walks to the nearest point first.
  *
- * Lanes are moves, or rows of the inverse; nothing is summed across lanes, so every ISA has the same bits. */
+ * Lanes are neighbours, or rows of the inverse; nothing is summed across lanes, so every ISA has the same bits. */
 
-enum { PROGRAM_ROWS = 16, MOST_STEPS = 24, MOST_WALKS = 8, AT_ONCE_VECTORS = 4 };
+enum { PROGRAM_ROWS = 16, MOST_STEPS = 24, MOST_WALKS = 8, PROGRAMS_AT_ONCE = 4 };
 
-/* The loss of a unit costs as much as going this many mean steps too far; steps that gain less than a hundredth are not
- * taken. */
-static const float DEAR = 8.0f, WORTHWHILE = 1.05f, LEAST_PIVOT = 1e-3f;
+/* Losing a unit costs as much as going this many mean steps too far. Steps that gain less than WORTHWHILE promises are
+ * not taken. */
+static const float LOSS_PRICE = 8.0f, WORTHWHILE = 1.05f, LEAST_PIVOT = 1e-3f;
 
-/* A vector of which a weight is to move by more levels than this stays: that is far beyond all grids. */
+/* A vector stays if one of its weights is to move by more levels than this, far beyond all codebooks. */
 static const float OUT_OF_REACH = 1e4f;
 
 typedef struct {
-    float inverse[9][PROGRAM_ROWS]; /* column j of the inverse of the basis */
+    float inverse[9][PROGRAM_ROWS]; /* by column: the inverse of the basis */
     float amount[PROGRAM_ROWS];     /* of each variable in the basis */
     float price[9];                 /* of a unit of each row */
-    int move[PROGRAM_ROWS];         /* the variable of each row; -1: loss or staying */
+    int neighbour[PROGRAM_ROWS];    /* the variable of each row; -1: loss or staying */
 } program;
 
-/* the first k of the largest value of v[0..N_MOVES) */
+/* The first k of the largest value of v[0..N_NEIGHBOURS). */
 INLINE int first_largest(const float *v, float *largest) {
     vf high = vf_load(v);
-    for (int k = LANES; k < N_MOVES; k += LANES) high = vf_max(high, vf_load(v + k));
+    for (int k = LANES; k < N_NEIGHBOURS; k += LANES) high = vf_max(high, vf_load(v + k));
     *largest = vf_hmax(high);
-    for (int k = 0; k < N_MOVES; k += LANES) {
+    for (int k = 0; k < N_NEIGHBOURS; k += LANES) {
         const uint32_t same = vm_to_bits(vf_eq(vf_load(v + k), vf_set1(*largest)));
         if (same) return k + __builtin_ctz(same);
     }
     return 0;
 }
 
-/* The move of the largest (price . v + base) / |v|^2 */
-INLINE int best_move(const gfl_moves *m, const float *price, float base, float *value, const int dims) {
-    float values[N_MOVES];
-    for (int k = 0; k < N_MOVES; k += LANES) {
+/* The neighbour of the largest (price . v + base) / |v|^2. */
+INLINE int best_neighbour(const gfl_neighbours *m, const float *price, float base, float *value, const int dims) {
+    float values[N_NEIGHBOURS];
+    for (int k = 0; k < N_NEIGHBOURS; k += LANES) {
         vf sum = vf_set1(base);
         for (int i = 0; i < dims; i++)
-            sum = vf_add(sum, vf_mul(vf_set1(price[i]), vi_to_vf(vi_load_i8(m->by + i * N_MOVES + k))));
-        vf_store(values + k, vf_mul(sum, vf_load(m->inverse + k)));
+            sum = vf_add(sum, vf_mul(vf_set1(price[i]), vi_to_vf(vi_load_i8(m->offset + i * N_NEIGHBOURS + k))));
+        vf_store(values + k, vf_mul(sum, vf_load(m->inverse_square + k)));
     }
     return first_largest(values, value);
 }
 
-INLINE void start_program(program *p, const float *x, float dear, const int dims) {
+INLINE void start_program(program *p, const float *x, float loss_price, const int dims) {
     memset(p, 0, sizeof *p);
-    for (int i = 0; i <= PROGRAM_ROWS - 1; i++) p->move[i] = -1;
+    for (int i = 0; i <= PROGRAM_ROWS - 1; i++) p->neighbour[i] = -1;
     for (int i = 0; i < dims; i++) {
         const float sign = x[i] < 0.0f ? -1.0f : 1.0f;
         p->inverse[i][i] = sign;
         p->amount[i] = fabsf(x[i]);
-        p->price[i] = sign * dear;
+        p->price[i] = sign * loss_price;
     }
     p->inverse[dims][dims] = p->amount[dims] = 1.0f;
 }
 
-/* Takes a move into the basis for the variable that reaches zero first; returns whether there was one. */
-INLINE int enter(program *p, const gfl_moves *m, int k, float gain, const int dims) {
+/* Takes a neighbour into the basis in place of the variable that reaches zero first; returns whether there was one. */
+INLINE int enter(program *p, const gfl_neighbours *m, int k, float gain, const int dims) {
     const int rows = (dims + LANES) / LANES * LANES;
-    float column[PROGRAM_ROWS], by[8];
+    float column[PROGRAM_ROWS], way[8];
     vf ratios[PROGRAM_ROWS / LANES];
     int row = 0;
-    for (int j = 0; j < dims; j++) by[j] = (float)m->by[j * N_MOVES + k];
+    for (int j = 0; j < dims; j++) way[j] = (float)m->offset[j * N_NEIGHBOURS + k];
     vf low = vf_set1(FLT_MAX);
     for (int i = 0; i < rows; i += LANES) {
         vf sum = vf_load(p->inverse[dims] + i);
-        for (int j = 0; j < dims; j++) sum = vf_add(sum, vf_mul(vf_load(p->inverse[j] + i), vf_set1(by[j])));
+        for (int j = 0; j < dims; j++) sum = vf_add(sum, vf_mul(vf_load(p->inverse[j] + i), vf_set1(way[j])));
         const vf left = vf_select(vf_gt(sum, vf_set1(LEAST_PIVOT)), vf_div(vf_load(p->amount + i), sum),
                                   vf_set1(FLT_MAX));
         vf_store(column + i, sum);
@@ -101,7 +102,7 @@ INLINE int enter(program *p, const gfl_moves *m, int k, float gain, const int di
         vf_store(p->amount + i, vf_max(rest, vf_zero()));
     }
     p->amount[row] = least;
-    p->move[row] = k;
+    p->neighbour[row] = k;
     column[row] = pivot - 1.0f;
     for (int j = 0; j <= dims; j++) {
         const float share = p->inverse[j][row] * over_pivot;
@@ -114,77 +115,77 @@ INLINE int enter(program *p, const gfl_moves *m, int k, float gain, const int di
     return 1;
 }
 
-/* Solves some programs a step of each in turn, as the steps of one wait for each other. */
-INLINE void solve_programs(program *programs, const gfl_moves *const *moves, int count, const int dims) {
+/* Solves several programs, a step of each in turn, since the steps of one wait for each other. */
+INLINE void solve_programs(program *programs, const gfl_neighbours *const *neighbours, int count, const int dims) {
     unsigned left = (1u << count) - 1;
     for (int step = 0; step < MOST_STEPS && left; step++) {
-        int best[AT_ONCE_VECTORS];
-        float gain[AT_ONCE_VECTORS];
+        int best[PROGRAMS_AT_ONCE];
+        float gain[PROGRAMS_AT_ONCE];
         for (int i = 0; i < count; i++) {
             float value;
             if (!(left >> i & 1)) continue;
-            best[i] = best_move(moves[i], programs[i].price, programs[i].price[dims], &value, dims);
-            gain[i] = (value - 1.0f) / moves[i]->inverse[best[i]];
+            best[i] = best_neighbour(neighbours[i], programs[i].price, programs[i].price[dims], &value, dims);
+            gain[i] = (value - 1.0f) / neighbours[i]->inverse_square[best[i]];
             if (value < WORTHWHILE) left &= ~(1u << i);
         }
         for (int i = 0; i < count; i++)
-            if (left >> i & 1 && !enter(programs + i, moves[i], best[i], gain[i], dims)) left &= ~(1u << i);
+            if (left >> i & 1 && !enter(programs + i, neighbours[i], best[i], gain[i], dims)) left &= ~(1u << i);
     }
 }
 
-/* A vector of weights at a place, and what more is wanted: x, as if all signs were positive. */
+/* A point and signs that a vector is at, and the move x that is still wanted, as if all signs were positive. */
 typedef struct {
     unsigned point, signs;
     float x[8];
 } vector_place;
 
-INLINE void take_move(vector_place *at, const gfl_moves *m, int k) {
+INLINE void move_to(vector_place *at, const gfl_neighbours *m, int k) {
     at->point = m->point[k];
-    at->signs ^= m->flips[k];
+    at->signs ^= m->sign_flips[k];
 }
 
-/* Goes to the place nearest to what is wanted as far as single moves lead there. */
-INLINE void walk(vector_place *at, const gfl_moves *moves, float shortest, const int dims) {
+/* Walks from neighbour to neighbour as long as that comes nearer to what is wanted. */
+INLINE void walk(vector_place *at, const gfl_neighbours *neighbours, float shortest, const int dims) {
     for (int step = 0; step < MOST_WALKS; step++) {
-        const gfl_moves *m = moves + at->point;
+        const gfl_neighbours *m = neighbours + at->point;
         float squares = 0.0f, twice[8], value;
         for (int i = 0; i < dims; i++) squares += at->x[i] * at->x[i], twice[i] = 2.0f * at->x[i];
         if (4.0f * squares <= shortest * shortest) return; /* |x| at most half a move */
-        const int k = best_move(m, twice, 0.0f, &value, dims);
+        const int k = best_neighbour(m, twice, 0.0f, &value, dims);
         if (!(value > 1.0f)) return;
         for (int i = 0; i < dims; i++) {
-            const float rest = at->x[i] - (float)m->by[i * N_MOVES + k];
-            at->x[i] = m->flips[k] >> i & 1 ? -rest : rest;
+            const float rest = at->x[i] - (float)m->offset[i * N_NEIGHBOURS + k];
+            at->x[i] = m->sign_flips[k] >> i & 1 ? -rest : rest;
         }
-        take_move(at, m, k);
+        move_to(at, m, k);
     }
 }
 
 /* The vectors of one block and what is wanted of them. */
 typedef struct {
-    float s[16], inverse[16]; /* by group; 0 for both where s is less than the smallest normal float */
+    float s[16], inverse[16]; /* by group; both are 0 where s is less than the smallest normal float */
     uint16_t points[64];
     uint8_t signs[SUPER / 8];
     const float *rest; /* wanted changes */
-    const gfl_moves *moves;
-    float dear, shortest;
+    const gfl_neighbours *neighbours;
+    float loss_price, shortest;
 } vector_block;
 
-INLINE void read_vectors(vector_block *v, const gfl_vector_view *view, const uint8_t *block, const float *rest) {
-    view->scales(block, v->s);
-    view->points(block, v->points, v->signs);
-    for (int g = 0; g < SUPER / view->group; g++) {
+INLINE void read_vectors(vector_block *v, const gfl_codebook_codec *codec, const uint8_t *block, const float *rest) {
+    codec->scales(block, v->s);
+    codec->points(block, v->points, v->signs);
+    for (int g = 0; g < SUPER / codec->group; g++) {
         const int flat = !(fabsf(v->s[g]) >= FLT_MIN);
         v->inverse[g] = flat ? 0.0f : 1.0f / v->s[g];
         if (flat) v->s[g] = 0.0f;
     }
     v->rest = rest;
-    v->moves = gfl_moves_of(view->grid);
-    v->dear = DEAR * view->step;
-    v->shortest = view->shortest;
+    v->neighbours = gfl_neighbours_of(codec->codebook);
+    v->loss_price = LOSS_PRICE * codec->step;
+    v->shortest = codec->shortest;
 }
 
-/* Vector j's place and what is wanted of it; returns whether that is anything, and can be. */
+/* Where vector j is and what is wanted of it; returns whether that is anything, and can be done. */
 enum { NOTHING, SOMETHING, IMPOSSIBLE };
 
 INLINE int place_of_vector(vector_place *at, const vector_block *v, int j, int group, const int dims) {
@@ -203,43 +204,43 @@ INLINE int place_of_vector(vector_place *at, const vector_block *v, int j, int g
 
 /* Vectors of a block whose programs are solved together. */
 typedef struct {
-    int j[AT_ONCE_VECTORS]; /* their numbers */
+    int j[PROGRAMS_AT_ONCE]; /* their numbers */
     int count;
-    vector_place at[AT_ONCE_VECTORS];
-    const gfl_moves *moves[AT_ONCE_VECTORS];
-    program programs[AT_ONCE_VECTORS];
+    vector_place at[PROGRAMS_AT_ONCE];
+    const gfl_neighbours *neighbours[PROGRAMS_AT_ONCE];
+    program programs[PROGRAMS_AT_ONCE];
 } vector_batch;
 
 /* Solves for the next vectors from j on of which something is wanted; returns where to go on. */
 INLINE int next_vectors(vector_batch *batch, const vector_block *v, int j, int step, int group, const int dims) {
     batch->count = 0;
-    for (; j < SUPER / dims && batch->count < AT_ONCE_VECTORS; j += step) {
+    for (; j < SUPER / dims && batch->count < PROGRAMS_AT_ONCE; j += step) {
         vector_place *at = batch->at + batch->count;
         if (place_of_vector(at, v, j, group, dims) != SOMETHING) continue;
-        walk(at, v->moves, v->shortest, dims);
+        walk(at, v->neighbours, v->shortest, dims);
         batch->j[batch->count] = j;
-        batch->moves[batch->count] = v->moves + at->point;
-        start_program(batch->programs + batch->count++, at->x, v->dear, dims);
+        batch->neighbours[batch->count] = v->neighbours + at->point;
+        start_program(batch->programs + batch->count++, at->x, v->loss_price, dims);
     }
-    solve_programs(batch->programs, batch->moves, batch->count, dims);
+    solve_programs(batch->programs, batch->neighbours, batch->count, dims);
     return j;
 }
 
-/* lost = what the program's moves do not make up of x; returns the expected squared error */
-INLINE float finish_program(float *lost, const program *p, const gfl_moves *m, const float *x, const int dims) {
+/* lost = what the program's neighbours do not make up of x; returns the expected squared error. */
+INLINE float finish_program(float *lost, const program *p, const gfl_neighbours *m, const float *x, const int dims) {
     float variance = 0.0f, error = 0.0f;
     for (int i = 0; i < dims; i++) lost[i] = x[i];
     for (int r = 0; r <= dims; r++) {
-        if (p->move[r] < 0) continue;
-        variance += p->amount[r] / m->inverse[p->move[r]];
-        for (int i = 0; i < dims; i++) lost[i] -= p->amount[r] * (float)m->by[i * N_MOVES + p->move[r]];
+        if (p->neighbour[r] < 0) continue;
+        variance += p->amount[r] / m->inverse_square[p->neighbour[r]];
+        for (int i = 0; i < dims; i++) lost[i] -= p->amount[r] * (float)m->offset[i * N_NEIGHBOURS + p->neighbour[r]];
     }
     for (int i = 0; i < dims; i++) error += lost[i] * lost[i] - (x[i] - lost[i]) * (x[i] - lost[i]);
     return variance + error;
 }
 
 /* Where nothing can be done all is lost. */
-INLINE void measure_impossible(gfl_vector_sums *sums, const vector_block *v, const float *delta, int j, int group,
+INLINE void measure_impossible(gfl_codebook_sums *sums, const vector_block *v, const float *delta, int j, int group,
                                const int dims) {
     vector_place at;
     if (place_of_vector(&at, v, j, group, dims) != IMPOSSIBLE) return;
@@ -249,23 +250,23 @@ INLINE void measure_impossible(gfl_vector_sums *sums, const vector_block *v, con
     }
 }
 
-INLINE void measure_block(gfl_vector_sums *sums, const gfl_vector_view *view, const uint8_t *block, const float *rest,
-                          const float *delta, int first, int step, const int dims) {
+INLINE void measure_block(gfl_codebook_sums *sums, const gfl_codebook_codec *codec, const uint8_t *block,
+                          const float *rest, const float *delta, int first, int step, const int dims) {
     vector_block v;
     vector_batch batch;
-    read_vectors(&v, view, block, rest);
-    *sums = (gfl_vector_sums){0.0, 0.0, 0.0};
+    read_vectors(&v, codec, block, rest);
+    *sums = (gfl_codebook_sums){0.0, 0.0, 0.0};
     for (int j = first; j < SUPER / dims; j += step) {
         for (int i = j * dims; i < (j + 1) * dims; i++) sums->squares += (double)delta[i] * (double)delta[i];
-        measure_impossible(sums, &v, delta, j, view->group, dims);
+        measure_impossible(sums, &v, delta, j, codec->group, dims);
     }
     for (int j = first; j < SUPER / dims;) {
-        j = next_vectors(&batch, &v, j, step, view->group, dims);
+        j = next_vectors(&batch, &v, j, step, codec->group, dims);
         for (int b = 0; b < batch.count; b++) {
-            const float *x = delta + batch.j[b] * dims, s = v.s[batch.j[b] * dims / view->group];
+            const float *x = delta + batch.j[b] * dims, s = v.s[batch.j[b] * dims / codec->group];
             const vector_place *at = batch.at + b;
             float lost[8];
-            const float cost = finish_program(lost, batch.programs + b, batch.moves[b], at->x, dims);
+            const float cost = finish_program(lost, batch.programs + b, batch.neighbours[b], at->x, dims);
             sums->cost += (double)(s * s) * (double)cost;
             for (int i = 0; i < dims; i++)
                 sums->lost += (double)(s * (at->signs >> i & 1 ? -lost[i] : lost[i])) * (double)x[i];
@@ -273,54 +274,54 @@ INLINE void measure_block(gfl_vector_sums *sums, const gfl_vector_view *view, co
     }
 }
 
-static void measure_vectors(gfl_vector_sums *sums, const gfl_vector_view *view, const uint8_t *block, const float *rest,
-                            const float *delta, int first, int step) {
-    if (view->dims == 8) measure_block(sums, view, block, rest, delta, first, step, 8);
-    else measure_block(sums, view, block, rest, delta, first, step, 4);
+static void measure_codebook(gfl_codebook_sums *sums, const gfl_codebook_codec *codec, const uint8_t *block,
+                             const float *rest, const float *delta, int first, int step) {
+    if (codec->dims == 8) measure_block(sums, codec, block, rest, delta, first, step, 8);
+    else measure_block(sums, codec, block, rest, delta, first, step, 4);
 }
 
-/* Draws one of a program's moves, or staying, by u in [0, 1). */
-INLINE void draw_move(vector_place *at, const program *p, const gfl_moves *m, float u, const int dims) {
+/* Goes to one of a program's neighbours, or stays, as u in [0, 1) says. */
+INLINE void draw_neighbour(vector_place *at, const program *p, const gfl_neighbours *m, float u, const int dims) {
     float sum = 0.0f;
     for (int r = 0; r <= dims; r++) {
-        if (p->move[r] < 0) continue;
+        if (p->neighbour[r] < 0) continue;
         sum += p->amount[r];
         if (!(u < sum)) continue;
-        take_move(at, m, p->move[r]);
+        move_to(at, m, p->neighbour[r]);
         return;
     }
 }
 
-INLINE void draw_block(const gfl_vector_view *view, uint8_t *block, const float *rest, uint64_t row_key, int64_t column,
-                       const int dims) {
+INLINE void draw_block(const gfl_codebook_codec *codec, uint8_t *block, const float *rest, uint64_t row_key,
+                       int64_t column, const int dims) {
     const vi key_low = vi_set1((int)(uint32_t)row_key), key_high = vi_set1((int)(uint32_t)(row_key >> 32));
     float u[SUPER / 4];
     vector_block v;
     vector_batch batch;
-    read_vectors(&v, view, block, rest);
+    read_vectors(&v, codec, block, rest);
     for (int j = 0; j < SUPER / dims; j += LANES) {
         const vi number = vi_add(vi_load(lane_numbers), vi_set1(j)),
                  offset = dims == 8 ? vi_shl(number, 3) : vi_shl(number, 2);
         vf_store(u + j, uniform(vi_add(vi_set1((int)(uint32_t)column), offset), key_low, key_high));
     }
     for (int j = 0; j < SUPER / dims;) {
-        j = next_vectors(&batch, &v, j, 1, view->group, dims);
+        j = next_vectors(&batch, &v, j, 1, codec->group, dims);
         for (int b = 0; b < batch.count; b++) {
             const int k = batch.j[b], shift = k * dims % 8;
             vector_place *at = batch.at + b;
-            draw_move(at, batch.programs + b, batch.moves[b], u[k], dims);
+            draw_neighbour(at, batch.programs + b, batch.neighbours[b], u[k], dims);
             v.points[k] = (uint16_t)at->point;
             v.signs[k * dims / 8] = (uint8_t)((v.signs[k * dims / 8] & ~(((1u << dims) - 1) << shift)) | at->signs
                                                                                                              << shift);
         }
     }
-    view->put(block, v.points, v.signs);
+    codec->pack(block, v.points, v.signs);
 }
 
-static void dither_vectors(const gfl_vector_view *view, uint8_t *block, const float *rest, uint64_t row_key,
-                           int64_t column) {
-    if (view->dims == 8) draw_block(view, block, rest, row_key, column, 8);
-    else draw_block(view, block, rest, row_key, column, 4);
+static void dither_codebook(const gfl_codebook_codec *codec, uint8_t *block, const float *rest, uint64_t row_key,
+                            int64_t column) {
+    if (codec->dims == 8) draw_block(codec, block, rest, row_key, column, 8);
+    else draw_block(codec, block, rest, row_key, column, 4);
 }
 
 #endif

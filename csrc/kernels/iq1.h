@@ -9,10 +9,10 @@
 #include "k_quants.h"
 #include "lanes.h"
 
-/* IQ1_S IQ1_M: eights of weights on a grid of three levels -1, 0, 1, all moved by an eighth up or down.
+/* IQ1_S IQ1_M: eights of weights in a codebook of three levels -1, 0, 1, all moved by an eighth up or down.
  *
  * ggml sorts a run of 32 (16) weights, tries all ways to cut it into low, middle and high ones, and only then goes to
- * the grid. The cuts are tried here for LANES runs at once. */
+ * the codebook. The cuts are tried here for LANES runs at once. */
 
 /* Levels by shift (0 up, 1 down), repeated as vectors want them. */
 #define FOUR_TIMES(a, b, c) {a, b, c, 0, a, b, c, 0, a, b, c, 0, a, b, c, 0}
@@ -191,14 +191,15 @@ INLINE void cut_tile_IQ1(run_IQ1 *runs, const float *x, const float *w, int n, f
     }
 }
 
-/* Moves the eights of a run that are no points to their best neighbours, and fits the scale anew if there were any;
+/* Moves the eights of a run that are no points to their best candidates, and fits the scale again if there were any;
  * returns the numbers of the points. */
-INLINE void points_IQ1(unsigned *points, run_IQ1 *run, const gfl_grid *grid, const float *x, const float *w, int n) {
+INLINE void points_IQ1(unsigned *points, run_IQ1 *run, const gfl_codebook *codebook, const float *x, const float *w,
+                       int n) {
     int moved = 0;
     for (int k = 0; k < n / 8; k++) {
         int index = 0;
         for (int i = 0; i < 8; i++) index = 3 * index + (int)(run->codes[k] >> 4 * i & 3);
-        const int place = grid->places[index];
+        const int place = codebook->places[index];
         points[k] = (unsigned)place;
         if (place >= 0) continue;
         int failed = 0;
@@ -206,10 +207,10 @@ INLINE void points_IQ1(unsigned *points, run_IQ1 *run, const gfl_grid *grid, con
         spread_values(x_spread, x + 8 * k, 8);
         spread_values(w_spread, w + 8 * k, 8);
         moved = 1;
-        run->codes[k] = nearest_of_eights(grid->neighbours + (~place >> 8) * GRID_RUN, ~place & 255,
+        run->codes[k] = nearest_of_eights(codebook->candidates + (~place >> 8) * CANDIDATE_RUN, ~place & 255,
                                           shifted_levels[run->down[k]], x_spread, w_spread, run->scale, &failed);
         if (failed) run->scale = NAN;
-        points[k] = grid_number(grid, run->codes[k], 8);
+        points[k] = point_number(codebook, run->codes[k], 8);
     }
     if (!moved || !(run->scale >= 0.0f)) return;
     float qx = 0.0f, q2 = 0.0f;
@@ -230,13 +231,13 @@ INLINE void importances_IQ1(float *w, const float *x, const float *imatrix, int 
 }
 
 static void super_IQ1_S(const float *x, const float *w, run_IQ1 *runs, block_iq1_s *y) {
-    const gfl_grid *grid = gfl_grid_of(GRID_IQ1);
+    const gfl_codebook *codebook = gfl_codebook_of(CODEBOOK_IQ1);
     float scales[8] = {0};
     memset(y, 0, sizeof *y);
     for (int s = 0; s < 8; s++) {
         unsigned points[4];
         if (!runs[s].found) continue;
-        points_IQ1(points, runs + s, grid, x + 32 * s, w + 32 * s, 32);
+        points_IQ1(points, runs + s, codebook, x + 32 * s, w + 32 * s, 32);
         for (int k = 0; k < 4; k++) {
             y->qs[4 * s + k] = (uint8_t)points[k];
             y->qh[s] |= (uint16_t)(points[k] >> 8 << 3 * k);
@@ -248,22 +249,22 @@ static void super_IQ1_S(const float *x, const float *w, run_IQ1 *runs, block_iq1
     y->d = float_to_half(d * 1.125f);
     for (int s = 0; s < 8; s++) {
         const int down = runs[s].found && runs[s].down[0];
-        y->qh[s] |= (uint16_t)((grid_level(1.0f / d * scales[s], 7) | down << 3) << 12);
+        y->qh[s] |= (uint16_t)((nearest_level(1.0f / d * scales[s], 7) | down << 3) << 12);
     }
 }
 
 static void super_IQ1_M(const float *x, const float *w, run_IQ1 *runs, block_iq1_m *y) {
-    const gfl_grid *grid = gfl_grid_of(GRID_IQ1);
+    const gfl_codebook *codebook = gfl_codebook_of(CODEBOOK_IQ1);
     float scales[16] = {0};
     memset(y, 0, sizeof *y);
     for (int s = 0; s < 16; s++) {
         unsigned points[2];
         if (!runs[s].found) {
             memset(runs + s, 0, sizeof *runs);
-            runs[s].codes[0] = runs[s].codes[1] = grid->points[0]; /* going up */
+            runs[s].codes[0] = runs[s].codes[1] = codebook->points[0]; /* going up */
             continue;
         }
-        points_IQ1(points, runs + s, grid, x + 16 * s, w + 16 * s, 16);
+        points_IQ1(points, runs + s, codebook, x + 16 * s, w + 16 * s, 16);
         y->qs[2 * s] = (uint8_t)points[0];
         y->qs[2 * s + 1] = (uint8_t)points[1];
         y->qh[s] = (uint8_t)(points[0] >> 8 | points[1] >> 8 << 4);
@@ -274,7 +275,7 @@ static void super_IQ1_M(const float *x, const float *w, run_IQ1 *runs, block_iq1
     if (max == 0.0f) return;
     const float id = 1.0f / d;
     for (int s = 0; s < 16; s++) {
-        const int l = grid_level(id * scales[s], 7);
+        const int l = nearest_level(id * scales[s], 7);
         y->scales[s / 4] |= (uint16_t)(l << 3 * (s % 4));
         y->qh[s] |= (uint8_t)(runs[s].down[0] << 3 | runs[s].down[1] << 7);
         for (int i = 0; i < 16; i++) {
@@ -319,7 +320,7 @@ INLINE void values_IQ1(float *out, const int8_t *bytes, int n, float d, float de
 
 static void dequantize_IQ1_S(const uint8_t *src, float *out, int64_t n) {
     const block_iq1_s *x = (const block_iq1_s *)src;
-    const int8_t *values = gfl_grid_values(GRID_IQ1);
+    const int8_t *values = gfl_codebook_values(CODEBOOK_IQ1);
     for (int64_t i = 0; i < n; i += SUPER, x++) {
         const float d = half_to_float(x->d);
         int8_t bytes[SUPER];
@@ -343,7 +344,7 @@ static inline void eighths_IQ1(int8_t *out, uint64_t levels, int down) {
 
 static void dequantize_IQ1_M(const uint8_t *src, float *out, int64_t n) {
     const block_iq1_m *x = (const block_iq1_m *)src;
-    const int8_t *values = gfl_grid_values(GRID_IQ1);
+    const int8_t *values = gfl_codebook_values(CODEBOOK_IQ1);
     for (int64_t i = 0; i < n; i += SUPER, x++) {
         unsigned bits = 0;
         int8_t bytes[SUPER];

@@ -8,23 +8,23 @@
 #include "lanes.h"
 #include "search_scale.h"
 
-/* IQ2_XXS IQ2_XS IQ2_S: eights of weights on grids of three levels. */
+/* IQ2_XXS IQ2_XS IQ2_S: eights of weights in codebooks of three levels. */
 
 /* One run: codes, signs and scale; `even`: seven signs of eight. `start`: the scale from which IQ2_XXS tries others;
  * for the other two, which begin with the peak, what the peak must reach to count. Returns 0, leaving all alone, if
  * there is nothing in it. */
-INLINE int fit_IQ2(float *scale, uint32_t *codes, uint8_t *signs, const gfl_grid *grid, grid_run *run, int n, int even,
-                   float start) {
+INLINE int fit_IQ2(float *scale, uint32_t *codes, uint8_t *signs, const gfl_codebook *codebook, codebook_run *run,
+                   int n, int even, float start) {
     if (n == 32) {
         const float top = start * 3.0f;
         if (top <= 0.0f) return 0;
-        grid_trials(run, 6, 5.0f, 0.1f, top);
-        *scale = grid_fit(run, grid, codes, n, 8, 13, start, REFINE_ALL, grid_peak(run, n) < 1e5f * top);
+        set_trials(run, 6, 5.0f, 0.1f, top);
+        *scale = search_codebook(run, codebook, codes, n, 8, 13, start, REFINE_ALL, run_peak(run, n) < 1e5f * top);
     } else {
-        const float peak = grid_peak(run, n);
+        const float peak = run_peak(run, n);
         if (peak < start) return 0;
-        grid_trials(run, 9, 5.0f, 0.1f, peak);
-        *scale = grid_fit(run, grid, codes, n, 8, 19, peak / 5.0f, REFINE_SOME, 1);
+        set_trials(run, 9, 5.0f, 0.1f, peak);
+        *scale = search_codebook(run, codebook, codes, n, 8, 19, peak / 5.0f, REFINE_SOME, 1);
     }
     if (*scale < 0.0f) {
         *scale = -*scale;
@@ -42,37 +42,37 @@ typedef struct {
 
 static void prepare_IQ2_XXS(tile_IQ2_XXS *tile, int at, const float *x, const float *imatrix, float sigma2) {
     for (int i = 0; i < SUPER; i += 32) {
-        grid_run run;
+        codebook_run run;
         uint8_t *signs = tile->signs + (at + i) / 8;
-        grid_magnitudes(&run, signs, x + i, 32);
-        grid_importances(&run, x + i, imatrix + i, 32, sigma2, 0.0f);
-        grid_even_signs(&run, signs, 32);
+        take_magnitudes(&run, signs, x + i, 32);
+        set_importances(&run, x + i, imatrix + i, 32, sigma2, 0.0f);
+        make_signs_even(&run, signs, 32);
         memcpy(tile->x + at + i, run.x, 32 * sizeof *run.x);
         memcpy(tile->w + at + i, run.w, 32 * sizeof *run.w);
     }
 }
 
 static void super_IQ2_XXS(const float *x, const float *w, uint8_t *signs, const float *starts, block_iq2_xxs *y) {
-    const gfl_grid *grid = gfl_grid_of(GRID_IQ2_XXS);
+    const gfl_codebook *codebook = gfl_codebook_of(CODEBOOK_IQ2_XXS);
     float scales[8] = {0};
     uint32_t words[16] = {0};
     memset(y, 0, sizeof *y);
     for (int s = 0; s < 8; s++) {
-        grid_run run;
+        codebook_run run;
         uint32_t codes[4];
         memcpy(run.x, x + 32 * s, 32 * sizeof *run.x);
         memcpy(run.w, w + 32 * s, 32 * sizeof *run.w);
         for (int i = 0; i < 32; i += LANES) vf_store(run.root + i, vf_sqrt(vf_load(run.w + i)));
-        if (!fit_IQ2(scales + s, codes, signs + 4 * s, grid, &run, 32, 1, starts[s])) continue;
+        if (!fit_IQ2(scales + s, codes, signs + 4 * s, codebook, &run, 32, 1, starts[s])) continue;
         for (int k = 0; k < 4; k++) {
-            words[2 * s] |= (uint32_t)grid_number(grid, codes[k], 8) << 8 * k;
+            words[2 * s] |= (uint32_t)point_number(codebook, codes[k], 8) << 8 * k;
             words[2 * s + 1] |= (uint32_t)signs[4 * s + k] << 7 * k;
         }
     }
     const float max = largest_scale(scales, 8), d = max / 31.0f;
     if (max == 0.0f) return;
     y->d = float_to_half(d);
-    for (int s = 0; s < 8; s++) words[2 * s + 1] |= (uint32_t)grid_level(1.0f / d * scales[s], 15) << 28;
+    for (int s = 0; s < 8; s++) words[2 * s + 1] |= (uint32_t)nearest_level(1.0f / d * scales[s], 15) << 28;
     memcpy(y->qs, words, 64);
 }
 
@@ -103,23 +103,23 @@ QUANTIZE_SUPERS(IQ2_XXS, block_iq2_xxs)
 
 /* scale codes of 16 runs */
 static inline void scales_IQ2(uint8_t *codes, const float *scales, float d) {
-    for (int s = 0; s < 16; s++) codes[s / 2] |= (uint8_t)(grid_level(1.0f / d * scales[s], 15) << 4 * (s % 2));
+    for (int s = 0; s < 16; s++) codes[s / 2] |= (uint8_t)(nearest_level(1.0f / d * scales[s], 15) << 4 * (s % 2));
 }
 
 static void super_IQ2_XS(const float *x, const float *imatrix, block_iq2_xs *y, float sigma2) {
-    const gfl_grid *grid = gfl_grid_of(GRID_IQ2_XS);
+    const gfl_codebook *codebook = gfl_codebook_of(CODEBOOK_IQ2_XS);
     float scales[16] = {0};
     memset(y, 0, sizeof *y);
     for (int s = 0; s < 16; s++) {
         uint32_t codes[2];
         uint8_t signs[2];
-        grid_run run;
-        grid_magnitudes(&run, signs, x + 16 * s, 16);
-        grid_importances(&run, x + 16 * s, imatrix + 16 * s, 16, sigma2, 0.0f);
-        grid_even_signs(&run, signs, 16);
-        if (!fit_IQ2(scales + s, codes, signs, grid, &run, 16, 1, TINY)) continue;
+        codebook_run run;
+        take_magnitudes(&run, signs, x + 16 * s, 16);
+        set_importances(&run, x + 16 * s, imatrix + 16 * s, 16, sigma2, 0.0f);
+        make_signs_even(&run, signs, 16);
+        if (!fit_IQ2(scales + s, codes, signs, codebook, &run, 16, 1, TINY)) continue;
         for (int k = 0; k < 2; k++)
-            y->qs[2 * s + k] = (uint16_t)(grid_number(grid, codes[k], 8) | (unsigned)signs[k] << 9);
+            y->qs[2 * s + k] = (uint16_t)(point_number(codebook, codes[k], 8) | (unsigned)signs[k] << 9);
     }
     const float max = largest_scale(scales, 16), d = max / 31.0f;
     if (max == 0.0f) {
@@ -131,18 +131,18 @@ static void super_IQ2_XS(const float *x, const float *imatrix, block_iq2_xs *y, 
 }
 
 static void super_IQ2_S(const float *x, const float *imatrix, block_iq2_s *y, float sigma2) {
-    const gfl_grid *grid = gfl_grid_of(GRID_IQ2_S);
+    const gfl_codebook *codebook = gfl_codebook_of(CODEBOOK_IQ2_S);
     float scales[16] = {0};
     memset(y, 0, sizeof *y);
     for (int s = 0; s < 16; s++) {
         uint32_t codes[2];
         uint8_t signs[2];
-        grid_run run;
-        grid_magnitudes(&run, signs, x + 16 * s, 16);
-        grid_importances(&run, x + 16 * s, imatrix ? imatrix + 16 * s : NULL, 16, sigma2, 0.25f * sigma2);
-        if (!fit_IQ2(scales + s, codes, signs, grid, &run, 16, 0, 1e-8f)) continue;
+        codebook_run run;
+        take_magnitudes(&run, signs, x + 16 * s, 16);
+        set_importances(&run, x + 16 * s, imatrix ? imatrix + 16 * s : NULL, 16, sigma2, 0.25f * sigma2);
+        if (!fit_IQ2(scales + s, codes, signs, codebook, &run, 16, 0, 1e-8f)) continue;
         for (int k = 0; k < 2; k++) {
-            const unsigned point = grid_number(grid, codes[k], 8);
+            const unsigned point = point_number(codebook, codes[k], 8);
             y->qs[2 * s + k] = (uint8_t)point;
             y->qh[s / 2] |= (uint8_t)(point >> 8 << (4 * (s % 2) + 2 * k));
             y->signs[2 * s + k] = signs[k];
@@ -159,7 +159,7 @@ BATCH_OF_SUPERS(IQ2_S, block_iq2_s, 2.0f)
 
 static void dequantize_IQ2_XXS(const uint8_t *src, float *out, int64_t n) {
     const block_iq2_xxs *x = (const block_iq2_xxs *)src;
-    const int8_t *values = gfl_grid_values(GRID_IQ2_XXS);
+    const int8_t *values = gfl_codebook_values(CODEBOOK_IQ2_XXS);
     for (int64_t i = 0; i < n; i += SUPER, x++) {
         const float d = half_to_float(x->d);
         int8_t bytes[SUPER];
@@ -182,7 +182,7 @@ INLINE void values_of_sixteens(float *out, const int8_t *bytes, const uint8_t *s
 
 static void dequantize_IQ2_XS(const uint8_t *src, float *out, int64_t n) {
     const block_iq2_xs *x = (const block_iq2_xs *)src;
-    const int8_t *values = gfl_grid_values(GRID_IQ2_XS);
+    const int8_t *values = gfl_codebook_values(CODEBOOK_IQ2_XS);
     for (int64_t i = 0; i < n; i += SUPER, x++) {
         int8_t bytes[SUPER];
         for (int j = 0; j < 32; j++)
@@ -193,7 +193,7 @@ static void dequantize_IQ2_XS(const uint8_t *src, float *out, int64_t n) {
 
 static void dequantize_IQ2_S(const uint8_t *src, float *out, int64_t n) {
     const block_iq2_s *x = (const block_iq2_s *)src;
-    const int8_t *values = gfl_grid_values(GRID_IQ2_S);
+    const int8_t *values = gfl_codebook_values(CODEBOOK_IQ2_S);
     for (int64_t i = 0; i < n; i += SUPER, x++) {
         int8_t bytes[SUPER];
         for (int j = 0; j < 32; j++) {

@@ -6,22 +6,22 @@
 #include "k_quants.h"
 #include "lanes.h"
 
-/* IQ3_XXS IQ3_S: fours of weights on grids of eight levels, runs of 32 with a scale of four bits. */
+/* IQ3_XXS IQ3_S: fours of weights in codebooks of eight levels, runs of 32 with a scale of four bits. */
 
 /* One run: codes, signs (seven bits if `even`, which is IQ3_XXS) and scale. Returns 0, leaving all alone, if there is
  * nothing in it. */
-INLINE int fit_IQ3(float *scale, uint32_t *codes, uint8_t *signs, const gfl_grid *grid, const float *x,
+INLINE int fit_IQ3(float *scale, uint32_t *codes, uint8_t *signs, const gfl_codebook *codebook, const float *x,
                    const float *imatrix, float sigma2, int even) {
-    grid_run run;
-    grid_magnitudes(&run, signs, x, 32);
-    grid_importances(&run, x, imatrix, 32, sigma2, 0.0f);
-    if (even) grid_even_signs(&run, signs, 32);
-    const float peak = grid_peak(&run, 32);
+    codebook_run run;
+    take_magnitudes(&run, signs, x, 32);
+    set_importances(&run, x, imatrix, 32, sigma2, 0.0f);
+    if (even) make_signs_even(&run, signs, 32);
+    const float peak = run_peak(&run, 32);
     if (even ? peak < 1e-8f : peak == 0.0f) return 0;
     const int half = even ? 15 : 9;
-    grid_trials(&run, half, 15.0f, 0.2f, peak);
-    *scale = grid_fit(&run, grid, codes, 32, 4, 2 * half + 1, peak / 15.0f, even ? REFINE_SOME : REFINE_ALL_OR_NONE,
-                      peak > 1e-30f);
+    set_trials(&run, half, 15.0f, 0.2f, peak);
+    *scale = search_codebook(&run, codebook, codes, 32, 4, 2 * half + 1, peak / 15.0f,
+                             even ? REFINE_SOME : REFINE_ALL_OR_NONE, peak > 1e-30f);
     if (*scale < 0.0f) {
         *scale = -*scale;
         for (int k = 0; k < 4; k++) signs[k] = (uint8_t)(even ? ~signs[k] & 127 : ~signs[k]);
@@ -30,16 +30,16 @@ INLINE int fit_IQ3(float *scale, uint32_t *codes, uint8_t *signs, const gfl_grid
 }
 
 static void super_IQ3_XXS(const float *x, const float *imatrix, block_iq3_xxs *y, float sigma2) {
-    const gfl_grid *grid = gfl_grid_of(GRID_IQ3_XXS);
+    const gfl_codebook *codebook = gfl_codebook_of(CODEBOOK_IQ3_XXS);
     float scales[8] = {0};
     uint32_t words[8] = {0};
     memset(y, 0, sizeof *y);
     for (int s = 0; s < 8; s++) {
         uint32_t codes[8];
         uint8_t signs[4];
-        if (!fit_IQ3(scales + s, codes, signs, grid, x + 32 * s, imatrix ? imatrix + 32 * s : NULL, sigma2, 1))
+        if (!fit_IQ3(scales + s, codes, signs, codebook, x + 32 * s, imatrix ? imatrix + 32 * s : NULL, sigma2, 1))
             continue;
-        for (int g = 0; g < 8; g++) y->qs[8 * s + g] = (uint8_t)grid_number(grid, codes[g], 4);
+        for (int g = 0; g < 8; g++) y->qs[8 * s + g] = (uint8_t)point_number(codebook, codes[g], 4);
         for (int k = 0; k < 4; k++) words[s] |= (uint32_t)signs[k] << 7 * k;
     }
     const float max = largest_scale(scales, 8), d = max / 31.0f;
@@ -48,22 +48,22 @@ static void super_IQ3_XXS(const float *x, const float *imatrix, block_iq3_xxs *y
         return;
     }
     y->d = float_to_half(d * 1.0125f);
-    for (int s = 0; s < 8; s++) words[s] |= (uint32_t)grid_level(1.0f / d * scales[s], 15) << 28;
+    for (int s = 0; s < 8; s++) words[s] |= (uint32_t)nearest_level(1.0f / d * scales[s], 15) << 28;
     memcpy(y->signs, words, 32);
 }
 
 static void super_IQ3_S(const float *x, const float *imatrix, block_iq3_s *y, float sigma2) {
-    const gfl_grid *grid = gfl_grid_of(GRID_IQ3_S);
+    const gfl_codebook *codebook = gfl_codebook_of(CODEBOOK_IQ3_S);
     float scales[8] = {0};
     int place = 0; /* of a run's points and signs: in ggml a run of zeros takes none, and the next one moves up */
     memset(y, 0, sizeof *y);
     for (int s = 0; s < 8; s++) {
         uint32_t codes[8];
-        if (!fit_IQ3(scales + s, codes, y->signs + 4 * place, grid, x + 32 * s, imatrix ? imatrix + 32 * s : NULL,
+        if (!fit_IQ3(scales + s, codes, y->signs + 4 * place, codebook, x + 32 * s, imatrix ? imatrix + 32 * s : NULL,
                      sigma2, 0))
             continue;
         for (int g = 0; g < 8; g++) {
-            const unsigned point = grid_number(grid, codes[g], 4);
+            const unsigned point = point_number(codebook, codes[g], 4);
             y->qs[8 * place + g] = (uint8_t)point;
             y->qh[s] |= (uint8_t)(point >> 8 << g);
         }
@@ -73,7 +73,7 @@ static void super_IQ3_S(const float *x, const float *imatrix, block_iq3_s *y, fl
     const float max = largest_scale(scales, 8), d = max / 31.0f;
     if (max == 0.0f) return;
     y->d = float_to_half(d * 1.033f);
-    for (int s = 0; s < 8; s++) y->scales[s / 2] |= (uint8_t)(grid_level(1.0f / d * scales[s], 15) << 4 * (s % 2));
+    for (int s = 0; s < 8; s++) y->scales[s / 2] |= (uint8_t)(nearest_level(1.0f / d * scales[s], 15) << 4 * (s % 2));
 }
 
 BATCH_OF_SUPERS(IQ3_XXS, block_iq3_xxs, 2.0f)
@@ -81,7 +81,7 @@ BATCH_OF_SUPERS(IQ3_S, block_iq3_s, 2.0f)
 
 static void dequantize_IQ3_XXS(const uint8_t *src, float *out, int64_t n) {
     const block_iq3_xxs *x = (const block_iq3_xxs *)src;
-    const int8_t *values = gfl_grid_values(GRID_IQ3_XXS);
+    const int8_t *values = gfl_codebook_values(CODEBOOK_IQ3_XXS);
     for (int64_t i = 0; i < n; i += SUPER, x++) {
         const float d = half_to_float(x->d);
         int8_t bytes[SUPER];
@@ -97,7 +97,7 @@ static void dequantize_IQ3_XXS(const uint8_t *src, float *out, int64_t n) {
 
 static void dequantize_IQ3_S(const uint8_t *src, float *out, int64_t n) {
     const block_iq3_s *x = (const block_iq3_s *)src;
-    const int8_t *values = gfl_grid_values(GRID_IQ3_S);
+    const int8_t *values = gfl_codebook_values(CODEBOOK_IQ3_S);
     for (int64_t i = 0; i < n; i += SUPER, x++) {
         const float d = half_to_float(x->d);
         int8_t bytes[SUPER];

@@ -79,8 +79,8 @@ typedef struct {
     float d[BATCH_SUPERS], dmin[BATCH_SUPERS];
 } batch_scales;
 
-INLINE void settle_scales(batch_scales *scales, const batch_fit *fits, int count, int subs, int q_max, int top,
-                          int measured) {
+INLINE void quantize_scales(batch_scales *scales, const batch_fit *fits, int count, int subs, int q_max, int top,
+                            int measured) {
     const float *importance = measured ? fits->sum_w : NULL;
     batch_units(scales->s, scales->d, fits->scale, importance, count, subs, q_max, top);
     batch_units(scales->m, scales->dmin, fits->min, importance, count, subs, q_max, top);
@@ -95,7 +95,7 @@ static void batch_Q4_K(const float *x, const float *imatrix, block_q4_K *y, int 
     batch_fit fits;
     batch_scales scales;
     fit_minimum(&fits, x, imatrix, count, 32, 15, -1.0f, 20);
-    settle_scales(&scales, &fits, count, 8, 63, 63, imatrix != NULL);
+    quantize_scales(&scales, &fits, count, 8, 63, 63, imatrix != NULL);
     for (int b = 0; b < count; b++) {
         uint8_t codes[SUPER];
         y[b].d = float_to_half(scales.d[b]);
@@ -120,7 +120,7 @@ static void batch_Q5_K(const float *x, const float *imatrix, block_q5_K *y, int 
     batch_fit fits;
     batch_scales scales;
     fit_minimum(&fits, x, imatrix, count, 32, 31, -0.5f, 15);
-    settle_scales(&scales, &fits, count, 8, 63, 63, imatrix != NULL);
+    quantize_scales(&scales, &fits, count, 8, 63, 63, imatrix != NULL);
     for (int b = 0; b < count; b++) {
         uint8_t codes[SUPER];
         y[b].d = float_to_half(scales.d[b]);
@@ -180,7 +180,7 @@ static void batch_Q2_K(const float *x, const float *imatrix, block_q2_K *y, int 
     batch_fit fits;
     batch_scales scales;
     fit_minimum(&fits, x, imatrix, count, 16, 3, -0.5f, 15);
-    settle_scales(&scales, &fits, count, 16, 15, 255, imatrix != NULL);
+    quantize_scales(&scales, &fits, count, 16, 15, 255, imatrix != NULL);
     for (int b = 0; b < count; b++) {
         uint8_t codes[SUPER], s[16], m[16];
         y[b].d = float_to_half(scales.d[b]);

@@ -58,7 +58,7 @@ INLINE void divide_codes(uint8_t *codes, const float *x, int sub, const float *o
 
 /* codes of n values by the largest of them: nearest(v * q_max / max), a byte in ggml, at most `top`; scale is max /
  * q_max */
-INLINE void plain_scales(vf *scale, vi *q, const vf *v, int n, int q_max, int top) {
+INLINE void scales_by_largest(vf *scale, vi *q, const vf *v, int n, int q_max, int top) {
     const vf zero = vf_zero(), levels = vf_set1((float)q_max);
     vf max = zero;
     for (int i = 0; i < n; i++) max = vf_max(v[i], max);
@@ -82,7 +82,7 @@ INLINE void batch_units(uint8_t (*codes)[16], float *units, const float *v, cons
             load_lanes(weights, w + b * subs, subs);
             fit_scales(&scale, q, lanes, weights, subs, q_max);
         } else {
-            plain_scales(&scale, q, lanes, subs, q_max, top);
+            scales_by_largest(&scale, q, lanes, subs, q_max, top);
         }
         for (int j = 0; j < subs; j++) vi_store_u8(q_lanes[j], q[j]);
         vf_store(unit, scale);

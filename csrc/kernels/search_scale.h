@@ -328,7 +328,7 @@ typedef struct {
     vf wxl, wll, low, high;
 } descent_weight;
 
-INLINE void settle_descent(descent_weight *v, vf x, vf l) {
+INLINE void set_bounds(descent_weight *v, vf x, vf l) {
     const vf w = vf_mul(x, x), slack = vf_set1(0.4999f), far = vf_set1(1e30f);
     v->wxl = vf_mul(vf_mul(w, x), l);
     v->wll = vf_mul(vf_mul(w, l), l);
@@ -380,7 +380,7 @@ INLINE int descend_where_unsure(descent_weight *v, const vf *x, vf *l, vf *sum_x
         const vm sure = vm_and(within, vf_gt(sxl, vf_set1(1e-36f))); /* bounds of denormals would be too coarse */
         if (vm_any(vm_andnot(vm_andnot(vf_gt(sxl, vf_zero()), sure), none))) {
             changed |= vm_any(vm_andnot(descend(1, &l[i], &x[i], &sxl, &sl2, sum_xl, sum_l2, farthest, exact), none));
-            settle_descent(&v[i], x[i], l[i]);
+            set_bounds(&v[i], x[i], l[i]);
         }
     }
     return changed;
@@ -433,7 +433,7 @@ INLINE int fit_descent_once(vf *scale, vi (*q)[16], const lanes_of_32 *x, int ex
     for (int d = 0; d < DESCENTS; d++) {
         const vm none = vf_lt(amax[d], vf_set1(TINY));
         descent_weight v[16];
-        for (int i = 0; i < 16; i++) settle_descent(&v[i], x[d][i], l[d][i]);
+        for (int i = 0; i < 16; i++) set_bounds(&v[i], x[d][i], l[d][i]);
         for (int round = first, changed = 1; round < 5 && changed; round++)
             changed = descend_where_unsure(v, x[d], l[d], &sum_xl[d], &sum_l2[d], &farthest, none, exact);
         scale[d] = vf_select(vm_andnot(vf_gt(sum_l2[d], zero), none), vf_div(sum_xl[d], sum_l2[d]), zero);

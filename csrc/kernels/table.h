@@ -4,8 +4,8 @@
 
 #include "base.h"
 
-/* What one instruction set offers. Quantize works on whole rows because some searches weigh by row statistics;
- * dequantize on a run of n weights (a whole number of blocks). */
+/* What one instruction set offers: functions of every quant type. Quantizing works on whole rows because some searches
+ * weigh by statistics of a row; dequantizing on a run of n weights, whole blocks. */
 
 typedef void quantize_fn(const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, const float *imatrix);
 typedef void dequantize_fn(const uint8_t *src, float *out, int64_t n);
@@ -22,41 +22,42 @@ enum {
     GFL_N_TYPES
 };
 
-/* A type's blocks as codes on grids, see codecs.h. Types that cannot be rounded with dither have no functions. */
+/* How a type's blocks hold codes and scales, see codecs.h. Types without stochastic rounding have no functions. */
 typedef struct {
     void (*scales)(const uint8_t *src, int n, float *s, float *o);
     void (*codes)(const uint8_t *src, int n, int8_t *q);
     void (*pack)(uint8_t *dst, int n, const int8_t *q);
     int group;             /* weights under one s and o */
-    float low, high, step; /* the lowest and the highest level, and the mean distance between neighbours */
+    float low, high, step; /* the lowest and the highest level, and the mean distance between levels */
     const float *levels;   /* 16 of them, ascending (the last may be unused); NULL where a code is its level */
     int n_levels;
     struct {
         uint8_t at, bytes;
-    } header[2];
-} gfl_view;
+    } header[2]; /* where a block's scales lie: up to two runs of bytes */
+} gfl_block_codec;
 
-/* The blocks of a grid type as points and signs, see codebook_codecs.h. Other types have no functions. */
+/* How the blocks of a codebook type hold points and signs, see codebook_codecs.h. Other types have no functions. */
 typedef struct {
     void (*scales)(const uint8_t *src, float *s);
     void (*points)(const uint8_t *src, uint16_t *points, uint8_t *signs);
-    void (*put)(uint8_t *dst, const uint16_t *points, const uint8_t *signs);
-    int grid, dims, group; /* weights in a vector; weights under one scale */
-    float step, shortest;  /* the mean distance between neighbouring levels; length of the shortest move */
-} gfl_vector_view;
+    void (*pack)(uint8_t *dst, const uint16_t *points, const uint8_t *signs);
+    int codebook;         /* CODEBOOK_IQ2_XXS, ... */
+    int dims, group;      /* weights in a vector; weights under one scale */
+    float step, shortest; /* the mean distance between levels; the distance between the nearest points */
+} gfl_codebook_codec;
 
-/* What dither_codebook.h finds out about vectors of a block: their expected squared error; the sum of delta times what
- * they lose of the change on average; and of delta^2. */
+/* What stochastic rounding does to vectors of a block: its expected squared error; the sum of delta times what is lost
+ * of it on average; the sum of delta^2. */
 typedef struct {
     double cost, lost, squares;
-} gfl_vector_sums;
+} gfl_codebook_sums;
 
-/* What dither.h finds out about up to CHUNK weights: per group of them the sum of delta^2; the expected cost of
- * rounding; the part of it that lies beyond the grid; the sum of delta times what lies beyond; and whether dither is
- * the way there (or delta is 0). */
+/* What stochastic rounding does to up to CHUNK weights, by group: the sum of delta^2; the expected cost of rounding;
+ * the part of it that comes from weights beyond the lowest or highest level; the sum of delta times what lies beyond;
+ * and whether the delta is too small to round to nearest (or 0). */
 typedef struct {
     float squares[CHUNK_GROUPS], cost[CHUNK_GROUPS], clip[CHUNK_GROUPS], lost[CHUNK_GROUPS];
-    uint8_t weak[CHUNK_GROUPS];
+    uint8_t small[CHUNK_GROUPS];
     int safe; /* no target can be infinite or NaN */
 } gfl_measure;
 
@@ -66,31 +67,31 @@ typedef struct {
 } gfl_dither_key;
 
 typedef struct {
-    /* largest absolute value of x[0..n) as the bits of a float; >= 0x7f800000 if any is NaN or infinite */
+    /* The largest absolute value of x[0..n) as the bits of a float; >= 0x7f800000 if any is NaN or infinite. */
     uint32_t (*largest)(const float *x, int64_t n);
     /* out (n_rows, n_in) = b (n_rows, rank) @ a (rank, n_in) */
     void (*product)(float *out, const float *a, const float *b, int64_t n_rows, int64_t n_in, int64_t rank);
     void (*add)(float *out, const float *x, const float *y, int64_t n);
-    /* Functions of dither.h on n <= CHUNK weights. Of blocks on their own grids, and on those of new headers (given
-     * their targets and m's squares): */
-    void (*measure)(gfl_measure *m, const gfl_view *view, const uint8_t *src, const float *delta, int n);
-    void (*measure_target)(gfl_measure *m, const gfl_view *view, const uint8_t *header, const float *target,
+    /* Functions of dither.h, on n <= CHUNK weights. Under the blocks' own scales; and under those of new headers, given
+     * the targets and the squares of m: */
+    void (*measure)(gfl_measure *m, const gfl_block_codec *codec, const uint8_t *src, const float *delta, int n);
+    void (*measure_target)(gfl_measure *m, const gfl_block_codec *codec, const uint8_t *header, const float *target,
                            const float *delta, int n);
-    /* writes dst's codes and adds to a row's sums (enum gfl_sum); returns whether no target can be infinite or NaN */
-    int (*dither)(double *sums, const gfl_view *view, const uint8_t *src, uint8_t *dst, const float *delta,
-                  const uint8_t *own, const gfl_dither_key *row, int64_t column, int n);
-    int64_t (*clipped)(const gfl_view *view, const uint8_t *dst, const float *target, int n);
+    /* Writes dst's codes and adds to a row's sums (enum gfl_sum); returns whether no target can be infinite or NaN. */
+    int (*dither)(double *sums, const gfl_block_codec *codec, const uint8_t *src, uint8_t *dst, const float *delta,
+                  const uint8_t *keeps_base_scales, const gfl_dither_key *row, int64_t column, int n);
+    int64_t (*clipped)(const gfl_block_codec *codec, const uint8_t *dst, const float *target, int n);
     void (*four_dots)(double *sums, const float *dq, const float *delta, const float *target, const float *written,
                       int64_t n);
-    /* Functions of dither_codebook.h on one block; rest: the wanted weights less those that the block has. Of every
+    /* Functions of dither_codebook.h, on one block; rest: the wanted weights less those that the block has. Of every
      * `step`th vector: */
-    void (*measure_vectors)(gfl_vector_sums *sums, const gfl_vector_view *view, const uint8_t *block, const float *rest,
-                            const float *delta, int first, int step);
-    void (*dither_vectors)(const gfl_vector_view *view, uint8_t *block, const float *rest, uint64_t row_key,
-                           int64_t column);
+    void (*measure_codebook)(gfl_codebook_sums *sums, const gfl_codebook_codec *codec, const uint8_t *block,
+                             const float *rest, const float *delta, int first, int step);
+    void (*dither_codebook)(const gfl_codebook_codec *codec, uint8_t *block, const float *rest, uint64_t row_key,
+                            int64_t column);
     gfl_pair types[GFL_N_TYPES];
-    const gfl_view *views;
-    const gfl_vector_view *vector_views;
+    const gfl_block_codec *block_codecs;
+    const gfl_codebook_codec *codebook_codecs;
 } gfl_table;
 
 extern const gfl_table gfl_scalar, gfl_avx2, gfl_avx512, gfl_neon;

@@ -26,7 +26,7 @@ class QuantType:
         block_weights: weights of a block.
         block_bytes: bytes of a block.
         needs_imatrix: whether it can be quantized only with an importance matrix.
-        dithers: whether adaptive rounding knows its grid.
+        dithers: whether the type supports adaptive (stochastic) rounding.
     """
 
     name: str
@@ -81,7 +81,7 @@ def doctor() -> DoctorReport:
         isa=current_isa(),
         isas=tuple(isa_names()),
         types=tuple(
-            QuantType(kind.name, kind.block_weights, kind.block_bytes, kind.needs_imatrix, kind.dithers)
+            QuantType(kind.name, kind.block_weights, kind.block_bytes, kind.needs_imatrix, kind.supports_stochastic)
             for kind in TYPES.values()
         ),
         packages={package: _installed(package) for package in PACKAGES},

@@ -163,7 +163,7 @@ def _check_type(file: GgufFile, target: ChangedTensor, rounding: RoundingOptions
             f"{where} has rows of {source.n_in} weights, which cannot be stored as {kind.name} (a multiple of "
             f"{kind.block_weights} is needed); give it another type with --type {source.name}=Q8_0, for example"
         )
-    dithered = kind == source.type and kind.dithers and rounding.mode == "adaptive" and not anew
+    dithered = kind == source.type and kind.supports_stochastic and rounding.mode == "adaptive" and not anew
     importance = rounding.importance(target, 0) if len(target.shape) > 1 else None
     if kind.needs_imatrix and importance is None and not dithered:
         raise QuantizationError(

@@ -32,7 +32,7 @@ class TensorReport:
             1 is right, 0 means the adapter is gone.
         relative_change: ``|delta| / |W|``.
         snr_db: signal to noise, ``|delta|^2 / |W' - (W + delta)|^2``, in decibels.
-        clipped: share of the weights that lie outside of their block's grid.
+        clipped: share of the weights that lie outside of the range of their block's scales.
         retention_error: standard error that independent rounding gives ``retention``.
     """
 
@@ -176,6 +176,6 @@ def _retention_warning(tensors: Sequence[TensorReport], total: TensorReport, rou
 
 
 def _remedy(tensor: TensorReport, rounding: Mode) -> str:
-    if rounding == "nearest" and type_named(tensor.type).dithers:
+    if rounding == "nearest" and type_named(tensor.type).supports_stochastic:
         return "--rounding adaptive keeps it"
     return "--base-f16, or another type with --outtype or --type, may keep it"

@@ -1,15 +1,15 @@
-"""How changed weights get back onto the grid of their quant type: ggml's own nearest rounding, or adaptive dither.
+"""How changed weights become codes of their quant type: by ggml's own rounding to nearest, or by stochastic rounding.
 
 A dequantized weight lies in the middle of its rounding cell, so nearest rounding puts a small change back, always: the
-adapter is lost. Adaptive dither rounds up or down at random, such that the expected weight is the wanted one:
+adapter is lost. Stochastic rounding goes up or down at random, such that the expected weight is the wanted one:
 
-1. For each block the base's grid (scales) is kept, or that of ggml's quantization of the changed weights is taken,
+1. For each block the base's scales are kept, or those of ggml's quantization of the changed weights are taken,
    whichever has the lower expected error.
-2. What clipping at the ends of the grid takes from the change is put back by a gain, one for a range of rows that
-   change together (a tensor; an expert of a stack).
+2. What clipping at the lowest and highest level takes from the change is put back by a gain, one for a range of rows
+   that change together (a tensor; an expert of a stack).
 3. Codes are rounded without bias, by a random number that depends on seed, tensor name and place alone; where the
-   change is larger than about a third of a step, to the nearest. On the grids of IQ1, IQ2 and IQ3 eight or four weights
-   move together, by one of the nearest points and signs (csrc/kernels/dither_codebook.h).
+   change is larger than about a third of a step, to the nearest. In the codebooks of IQ1, IQ2 and IQ3 eight or four
+   weights move together, to one of the nearest points and signs (csrc/kernels/dither_codebook.h).
 
 The first two need a pass over the rows before the codes can be made.
 """
@@ -113,24 +113,24 @@ class RowsRounder:
         self.two_passes = (
             rounding.mode == "adaptive"
             and self._type == self._source
-            and self._type.dithers
+            and self._type.supports_stochastic
             and not weights.is_precise
             and self._changes_anything
         )
         self._total = total
         self._measured = _RowSums(rows.stop - rows.start, 2)
         self._written = _RowSums(rows.stop - rows.start, len(kernels.SUMS))
-        self._grids = _Grids(folder, self._type.row_bytes(target.source.n_in))
+        self._scales = _ChosenScales(folder, self._type.row_bytes(target.source.n_in))
 
     def measure(self, start: int, stop: int) -> None:
-        """First pass over the rows ``start`` to ``stop``: choose grids, measure what clipping takes."""
+        """First pass over the rows ``start`` to ``stop``: choose scales, measure what clipping takes."""
         offset = self._rows.start
         with self._measured.rows(start - offset, stop - offset) as sums:
             rows = self._read(start, stop)
-            grids, delta = np.empty_like(rows), _single(self._rows.delta(start, stop))
-            sums[:], n_new = kernels.fit_grids(rows, self._type, grids, delta, imatrix=self._importance)
+            chosen, delta = np.empty_like(rows), _single(self._rows.delta(start, stop))
+            sums[:], n_new = kernels.choose_scales(rows, self._type, chosen, delta, imatrix=self._importance)
             if n_new:
-                self._grids.put(start - offset, grids)
+                self._scales.put(start - offset, chosen)
 
     def new(self, start: int, stop: int) -> tuple[Bytes, Bytes]:
         """The base's bytes of the rows ``start`` to ``stop``, and the new ones."""
@@ -139,7 +139,7 @@ class RowsRounder:
             new = self._round(rows, start, stop, sums)
         if self._written.is_complete():
             self._total[:] = self._written.total()
-            self._grids.close()
+            self._scales.close()
         return rows, new
 
     def _round(self, rows: Bytes, start: int, stop: int, sums: Sums) -> Bytes:
@@ -161,16 +161,16 @@ class RowsRounder:
         reached, wanted = self._measured.total()
         if not (
             np.isfinite(wanted) and reached >= _LEAST_REACHED * wanted
-        ):  # no grid holds it: float16's range is left
+        ):  # no scale holds it: float16's range is left
             raise QuantizationError(
                 f"{self._weights.base.path}: tensor {self._target.name!r}: the changed weights are too large for "
                 f"{self._type.name}; is the adapter's scale right?"
             )
         gain = 1 / float(np.clip(reached / wanted, 0.5, 1)) if wanted > 0 else 1.0
-        new = self._grids.take(start - self._rows.start, len(rows))
+        new = self._scales.take(start - self._rows.start, len(rows))
         new = rows.copy() if new is None else new
         delta = _single(self._rows.delta(start, stop))
-        sums[:] = kernels.dither_rows(
+        sums[:] = kernels.round_stochastic(
             rows, self._type, new, delta, gain=gain, key=self._rounding.key(self._target.name), first_row=start
         )
         return new
@@ -242,7 +242,7 @@ class _RowSums:
         return total
 
 
-class _Grids:
+class _ChosenScales:
     """Blocks whose scales are new, kept between the passes in a file without a name: they may be many."""
 
     def __init__(self, folder: Path, row_bytes: int) -> None:

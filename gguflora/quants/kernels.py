@@ -82,11 +82,11 @@ def _columns(enum: str) -> tuple[str, ...]:
 
 
 SUMS: Final = _columns("enum gfl_sum")
-"""Columns of what `merge_rows` and `dither_rows` return, with W the weights before and W' the weights written:
+"""Columns of what `merge_rows` and `round_stochastic` return, with W the weights before and W' the weights written:
 
 ``weight2`` is ``|W|**2``, ``delta2`` is ``|delta|**2``, ``moved`` is ``<W' - W, delta>``, ``error2`` is
-``|W' - (W + delta)|**2``, and ``clipped`` counts the weights of W + delta (`dither_rows`: of W + gain * delta) outside
-of what the written grid can hold (0 for types without grids: floats, IQ1, IQ2, IQ3).
+``|W' - (W + delta)|**2``, and ``clipped`` counts the weights of W + delta (`round_stochastic`: of W + gain * delta)
+outside of the range of the written scales (0 for floats and codebook types: IQ1, IQ2, IQ3).
 """
 
 
@@ -141,7 +141,7 @@ def merge_rows(
     return sums
 
 
-def fit_grids(
+def choose_scales(
     src: Bytes,
     type: GgmlType,
     dst: Bytes,
@@ -150,33 +150,33 @@ def fit_grids(
     imatrix: Float32Array | None = None,
     isa: str | None = None,
 ) -> tuple[NDArray[np.float64], int]:
-    """First pass of adaptive dither: choose the grid of each block.
+    """First pass of stochastic rounding: choose the scales of each block.
 
-    A block keeps the base's header unless the header of ``quantize(W + delta)`` can be expected to lose less.
+    A block keeps the base's scales unless those of ``quantize(W + delta)`` can be expected to lose less.
 
     Args:
         src: (n_rows, row bytes).
-        type: type of ``src`` and ``dst``, one that ``dithers``.
-        dst: as ``src``, but not the same memory; overwritten: ``src`` with new headers, whose blocks hold no codes yet
-            (IQ1, IQ2, IQ3: those of ``quantize(W + delta)``).
+        type: type of ``src`` and ``dst``, one that ``supports_stochastic``.
+        dst: as ``src``, but not the same memory; overwritten: ``src``, and new scales in blocks that hold no codes yet
+            (IQ1, IQ2, IQ3: the codes of ``quantize(W + delta)``).
         delta: what is added.
         imatrix: importance of each column, (n_in,), or None; where ggml would need one, all columns are then alike.
         isa: instruction set; default is `current_isa`.
 
     Returns:
         Of each row ``<delta, X - W>`` and ``|delta|**2``, (n_rows, 2), X being ``W + delta`` limited to the range of
-        the chosen grid; and the number of blocks with a new header.
+        the chosen scales; and the number of blocks with new scales.
 
     Raises:
         NonFiniteError: a changed weight is NaN or infinite.
-        QuantizationError: shapes do not fit, or the type does not dither.
+        QuantizationError: shapes do not fit, or the type does not support it.
     """
     n_rows, n_in = _delta_shape(delta)
     importance = ffi.NULL if imatrix is None else _importance(type, imatrix, n_in)
-    _expect_dither(src, type, dst, n_rows, n_in)
+    _expect_stochastic(src, type, dst, n_rows, n_in)
     sums, n_new = np.empty((n_rows, lib.GFL_N_REACH)), ffi.new("int64_t *")
     _raise_for(
-        lib.gfl_fit_grids(
+        lib.gfl_choose_scales(
             choose_isa(isa),
             type.id,
             _bytes(src),
@@ -193,7 +193,7 @@ def fit_grids(
     return sums, n_new[0]
 
 
-def dither_rows(
+def round_stochastic(
     src: Bytes,
     type: GgmlType,
     dst: Bytes,
@@ -204,15 +204,15 @@ def dither_rows(
     first_row: int,
     isa: str | None = None,
 ) -> NDArray[np.float64]:
-    """Second pass of adaptive dither: write the codes, whose expectation over all keys is ``W + gain * delta``.
+    """Second pass of stochastic rounding: write the codes, whose expectation over all keys is ``W + gain * delta``.
 
     Groups of weights whose delta is 0.35 steps or more (root mean square) are rounded to nearest. Blocks with a delta
     of zero are copied.
 
     Args:
         src: (n_rows, row bytes).
-        type: type of ``src`` and ``dst``, one that ``dithers``.
-        dst: (n_rows, row bytes), with the headers to write (from `fit_grids`, or a copy of ``src``); gets its codes.
+        type: type of ``src`` and ``dst``, one that ``supports_stochastic``.
+        dst: (n_rows, row bytes), with the scales to write (from `choose_scales`, or a copy of ``src``); gets its codes.
         delta: what is added.
         gain: factor of delta.
         key: 64 bits that, with the number of the row and the column, make the random bits of a weight.
@@ -224,13 +224,13 @@ def dither_rows(
 
     Raises:
         NonFiniteError: a changed weight is NaN or infinite.
-        QuantizationError: shapes do not fit, or the type does not dither.
+        QuantizationError: shapes do not fit, or the type does not support it.
     """
     n_rows, n_in = _delta_shape(delta)
-    _expect_dither(src, type, dst, n_rows, n_in)
+    _expect_stochastic(src, type, dst, n_rows, n_in)
     sums = np.empty((n_rows, len(SUMS)))
     _raise_for(
-        lib.gfl_dither_rows(
+        lib.gfl_round_stochastic(
             choose_isa(isa),
             type.id,
             _bytes(src),
@@ -275,9 +275,9 @@ def _expect_rows(array: Bytes, n_rows: int, row_bytes: int, what: str) -> None:
         raise QuantizationError(f"{what}: expected shape ({n_rows}, {row_bytes}), found {array.shape}")
 
 
-def _expect_dither(src: Bytes, type: GgmlType, dst: Bytes, n_rows: int, n_in: int) -> None:
-    if not type.dithers:
-        raise QuantizationError(f"{type.name} cannot be rounded with dither; only to nearest")
+def _expect_stochastic(src: Bytes, type: GgmlType, dst: Bytes, n_rows: int, n_in: int) -> None:
+    if not type.supports_stochastic:
+        raise QuantizationError(f"{type.name} cannot be rounded stochastically; only to nearest")
     _expect_rows(src, n_rows, type.row_bytes(n_in), "quantized rows")
     _expect_rows(dst, n_rows, type.row_bytes(n_in), "output")
     if np.may_share_memory(src, dst):

@@ -18,7 +18,7 @@ class GgmlType:
         block_weights: weights per block.
         block_bytes: bytes per block.
         needs_imatrix: whether ggml refuses to quantize without an importance matrix.
-        dithers: whether `fit_grids` and `dither_rows` know the type.
+        supports_stochastic: whether `choose_scales` and `round_stochastic` know the type.
     """
 
     id: int
@@ -26,7 +26,7 @@ class GgmlType:
     block_weights: int
     block_bytes: int
     needs_imatrix: bool = False
-    dithers: bool = False
+    supports_stochastic: bool = False
 
     @property
     def quantizes(self) -> bool:
@@ -50,7 +50,12 @@ def _read_types() -> dict[int, GgmlType]:
     rows = (lib.gfl_type_at(index) for index in range(lib.gfl_type_count()))
     return {
         t.id: GgmlType(
-            t.id, ffi.string(t.name).decode(), t.block_weights, t.block_bytes, bool(t.needs_imatrix), bool(t.dithers)
+            t.id,
+            ffi.string(t.name).decode(),
+            t.block_weights,
+            t.block_bytes,
+            bool(t.needs_imatrix),
+            bool(t.supports_stochastic),
         )
         for t in rows
     }

@@ -15,7 +15,7 @@ static void *read_array(size_t bytes) {
     return p;
 }
 
-/* Rounded to nearest, or with both passes of the dither (gain, key and row as in test_kernel_builds.py). */
+/* Rounded to nearest, or by both passes of stochastic rounding (gain, key and row as in test_kernel_builds.py). */
 static gfl_result change(int64_t operation, int isa, int type, const uint8_t *in, uint8_t *out, int64_t n_rows,
                          int64_t n_in, const gfl_delta *delta) {
     double *sums = malloc((size_t)(GFL_N_SUMS * n_rows) * sizeof *sums);
@@ -24,8 +24,8 @@ static gfl_result change(int64_t operation, int isa, int type, const uint8_t *in
     if (operation == MERGE) {
         result = gfl_merge_rows(isa, type, in, type, out, n_rows, n_in, delta, NULL, sums);
     } else {
-        result = gfl_fit_grids(isa, type, in, out, n_rows, n_in, delta, NULL, sums, &n_new);
-        if (!result.status) result = gfl_dither_rows(isa, type, in, out, n_rows, n_in, delta, 1.25f, 99, 7, sums);
+        result = gfl_choose_scales(isa, type, in, out, n_rows, n_in, delta, NULL, sums, &n_new);
+        if (!result.status) result = gfl_round_stochastic(isa, type, in, out, n_rows, n_in, delta, 1.25f, 99, 7, sums);
     }
     free(sums);
     return result;

@@ -1,4 +1,4 @@
-"""The points and neighbours of the grids, built anew in numpy from what gguf publishes."""
+"""The points and candidates of the codebooks, built anew in numpy from what gguf publishes."""
 
 import itertools
 import re
@@ -11,7 +11,8 @@ import pytest
 
 from support import ROOT
 
-GRIDS = {"IQ2_XXS": 2, "IQ2_XS": 2, "IQ2_S": 1, "IQ1_S": 3, "IQ3_XXS": 2, "IQ3_S": 3}  # distances that make neighbours
+# How many of the smallest distances make candidates.
+DISTANCES = {"IQ2_XXS": 2, "IQ2_XS": 2, "IQ2_S": 1, "IQ1_S": 3, "IQ3_XXS": 2, "IQ3_S": 3}
 RUN = 16
 
 
@@ -19,8 +20,8 @@ def test_points_are_those_of_gguf():
     subprocess.run([sys.executable, ROOT / "tools" / "make_tables", "--check"], check=True)
 
 
-@pytest.mark.parametrize("name", GRIDS)
-def test_runs_of_neighbours_fit_their_tables(name):
+@pytest.mark.parametrize("name", DISTANCES)
+def test_runs_of_candidates_fit_their_tables(name):
     """The C source reserves room for exactly the runs there are."""
     quant = getattr(gguf.quants, name)
     quant.init_grid()
@@ -32,7 +33,7 @@ def test_runs_of_neighbours_fit_their_tables(name):
         for combination, row in zip(combinations, distances, strict=True):
             if row.min() == 0:
                 continue
-            listed = points[row <= np.unique(row)[: GRIDS[name]][-1]]
+            listed = points[row <= np.unique(row)[: DISTANCES[name]][-1]]
             left = unbeaten(listed - combination)
             every += -(-len(listed) // RUN)
             short += -(-left // RUN) if left < len(listed) and name != "IQ1_S" else 0

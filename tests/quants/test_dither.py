@@ -1,4 +1,4 @@
-"""Adaptive dither: kernels against the numpy reference bit by bit, and the statistics it exists for."""
+"""Stochastic rounding: kernels against the numpy reference bit by bit, and the statistics it exists for."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from support.oracles import dither as reference
 from support.oracles import libggml
 
 ISAS = isa_names()
-DITHERED = [kind for kind in TYPES.values() if kind.name in reference.VIEWS]
+DITHERED = [kind for kind in TYPES.values() if kind.name in reference.CODECS]
 by_name = pytest.mark.parametrize("kind", DITHERED, ids=lambda kind: kind.name)
 by_isa = pytest.mark.parametrize("isa", ISAS)
 KEY = 0x1234_5678_9ABC_DEF0
@@ -45,23 +45,23 @@ def product(a, b):
 
 def fitted(src, kind, delta, isa, imatrix=None):
     out = np.full_like(src, 0xAA)
-    sums, n_new = kernels.fit_grids(src, kind, out, delta, imatrix=imatrix, isa=isa)
+    sums, n_new = kernels.choose_scales(src, kind, out, delta, imatrix=imatrix, isa=isa)
     return out, sums, n_new
 
 
 def dithered(src, kind, headers, delta, isa, gain=1.0, key=KEY, first_row=0):
     out = headers.copy()
-    sums = kernels.dither_rows(src, kind, out, delta, gain=gain, key=key, first_row=first_row, isa=isa)
+    sums = kernels.round_stochastic(src, kind, out, delta, gain=gain, key=key, first_row=first_row, isa=isa)
     return out, sums
 
 
 def assert_equals_reference(src, kind, delta, isa, dense, imatrix=None, gain=1.25):
-    headers, moved, squares, n_new = reference.fit_grids(src, kind, dense, imatrix)
+    headers, moved, squares, n_new = reference.choose_scales(src, kind, dense, imatrix)
     found, sums, count = fitted(src, kind, delta, isa, imatrix)
     assert np.array_equal(found, headers)
     assert count == n_new
     assert np.array_equal(sums, np.stack([moved, squares], axis=1))
-    expected, expected_sums = reference.dither_rows(src, kind, headers, dense, gain, KEY, 7)
+    expected, expected_sums = reference.round_stochastic(src, kind, headers, dense, gain, KEY, 7)
     out, sums = dithered(src, kind, headers, delta, isa, gain, KEY, 7)
     assert np.array_equal(out, expected)
     assert np.allclose(sums, expected_sums, rtol=1e-5, atol=1e-7 * expected_sums[:, :1] + 1e-30)
@@ -78,7 +78,7 @@ def test_reference_reads_what_ggml_reads(kind):
     rows = reference.Rows.of(src, kind)
     assert np.array_equal(rows.ungrouped(rows.values()), libggml.dequantize(src, kind.id, width(kind)))
     again = reference.Rows.of(src, kind)
-    again.view.store(again.blocks, rows.codes().reshape(len(rows.blocks), -1))
+    again.codec.store(again.blocks, rows.codes().reshape(len(rows.blocks), -1))
     assert np.array_equal(again.blocks, rows.blocks)
 
 
@@ -117,7 +117,7 @@ def test_dense_sparse_changes(kind, isa):
         assert_equals_reference(src, kind, delta, isa, delta)
         others = rows_of(kind, 6, n_in, seed=9)
         out, _ = dithered(src, kind, others, delta, isa)
-        assert np.array_equal(out, reference.dither_rows(src, kind, others, delta, 1.0, KEY, 0)[0])
+        assert np.array_equal(out, reference.round_stochastic(src, kind, others, delta, 1.0, KEY, 0)[0])
 
 
 @by_isa
@@ -148,7 +148,7 @@ def halves_of(kind):
 
 def canonical_trits(src, kind):
     rows = reference.Rows.of(src, kind)
-    rows.view.store(rows.blocks, rows.codes().reshape(len(rows.blocks), -1))
+    rows.codec.store(rows.blocks, rows.codes().reshape(len(rows.blocks), -1))
     return rows.blocks.reshape(src.shape)
 
 
@@ -204,16 +204,16 @@ def test_mean_over_keys_is_the_target(kind):
     a, b = change_of(src, kind, n_in, {"Q8_0": 0.002, "Q6_K": 0.01}.get(kind.name, 0.02))
     delta = product(a, b)
     rows = reference.Rows.of(src, kind)
-    s, _, inverse = rows.grid()
+    s, _, inverse = rows.scales()
     t = rows.levels() + rows.grouped(delta) * inverse
     total = np.zeros((1, n_in))
     for key in range(n):
         total += libggml.dequantize(dithered(src, kind, src, delta, None, key=key)[0], kind.id, n_in)
-    _, gap, p = rows.view.cell(rows.limited(t))
+    _, gap, p = rows.codec.cell(rows.limited(t))
     step = rows.ungrouped(np.abs(s) * gap)
     spread = step * np.sqrt(rows.ungrouped(p * (1 - p)) / n)
     target = libggml.dequantize(src, kind.id, n_in) + delta
-    inside = rows.ungrouped((t >= rows.view.low) & (t <= rows.view.high))
+    inside = rows.ungrouped((t >= rows.codec.low) & (t <= rows.codec.high))
     off = np.abs(total / n - target)[inside]
     assert inside.mean() > 0.1
     assert (off <= 5 * spread[inside] + 1e-3 * step[inside] + 6 * step[inside] / n).all()
@@ -271,9 +271,9 @@ def test_sums_of_a_nearest_merge(kind, isa):
         assert close, SUMS[column]
     if kind in DITHERED:
         rows = reference.Rows.of(out, kind)
-        _, o, inverse = rows.grid()
+        _, o, inverse = rows.scales()
         t = (rows.grouped(target.astype(np.float32)) + o) * inverse
-        outside = (t < rows.view.low) | (t > rows.view.high)
+        outside = (t < rows.codec.low) | (t > rows.codec.high)
         assert np.array_equal(sums[:, 4], rows.ungrouped(outside).sum(axis=1))
     else:
         assert not sums[:, 4].any()
@@ -288,8 +288,8 @@ def test_bad_numbers_are_named(kind):
         delta = np.zeros((9, n_in), np.float32)
         delta[5, 17] = delta[6, 1] = bad
         for run in (
-            lambda delta=delta: kernels.fit_grids(src, kind, out, delta),
-            lambda delta=delta: kernels.dither_rows(src, kind, out, delta, gain=1, key=1, first_row=0),
+            lambda delta=delta: kernels.choose_scales(src, kind, out, delta),
+            lambda delta=delta: kernels.round_stochastic(src, kind, out, delta, gain=1, key=1, first_row=0),
             lambda delta=delta: kernels.merge_rows(src, kind, out, kind, delta),
         ):
             with pytest.raises(NonFiniteError, match="row 5, column 17"):
@@ -308,7 +308,7 @@ def test_headers_that_overflow_are_not_taken(name, isa):
 
 
 def assert_equals_reference_of_huge(src, kind, delta, isa):
-    headers, _, _, n_new = reference.fit_grids(src, kind, delta)
+    headers, _, _, n_new = reference.choose_scales(src, kind, delta)
     found, _, count = fitted(src, kind, delta, isa)
     assert np.array_equal(found, headers)
     assert count == n_new == 0
@@ -321,12 +321,12 @@ def test_wrong_arguments_are_refused():
     src = rows_of(kind, 4, 512)
     delta = np.zeros((4, 512), np.float32)
     with pytest.raises(QuantizationError, match="BF16"):
-        kernels.fit_grids(rows_of(other, 4, 512), other, rows_of(other, 4, 512), delta)
+        kernels.choose_scales(rows_of(other, 4, 512), other, rows_of(other, 4, 512), delta)
     with pytest.raises(QuantizationError, match="overlap"):
-        kernels.fit_grids(src, kind, src, delta)
+        kernels.choose_scales(src, kind, src, delta)
     with pytest.raises(QuantizationError, match="overlap"):
-        kernels.dither_rows(src, kind, src, delta, gain=1, key=0, first_row=0)
+        kernels.round_stochastic(src, kind, src, delta, gain=1, key=0, first_row=0)
     with pytest.raises(QuantizationError):
-        kernels.fit_grids(src, kind, src.copy(), delta[:3])
+        kernels.choose_scales(src, kind, src.copy(), delta[:3])
     with pytest.raises(QuantizationError, match="imatrix"):
-        kernels.fit_grids(src, kind, src.copy(), delta, imatrix=np.ones(511, np.float32))
+        kernels.choose_scales(src, kind, src.copy(), delta, imatrix=np.ones(511, np.float32))

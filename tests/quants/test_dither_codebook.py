@@ -1,4 +1,4 @@
-"""Dither of the types on grids: its statistics, against scipy's linear programs over the gguf package's grids."""
+"""Stochastic rounding of codebook types: its statistics, against scipy's linear programs over gguf's codebooks."""
 
 import gguf
 import numpy as np
@@ -50,13 +50,13 @@ def dense(delta):
 
 def fitted(src, kind, delta, isa=None):
     out = np.full_like(src, 0xAA)
-    sums, n_new = kernels.fit_grids(src, kind, out, delta, isa=isa)
+    sums, n_new = kernels.choose_scales(src, kind, out, delta, isa=isa)
     return out, sums, n_new
 
 
 def dithered(src, kind, start, delta, isa=None, gain=1.0, key=KEY, first_row=0):
     out = start.copy()
-    sums = kernels.dither_rows(src, kind, out, delta, gain=gain, key=key, first_row=first_row, isa=isa)
+    sums = kernels.round_stochastic(src, kind, out, delta, gain=gain, key=key, first_row=first_row, isa=isa)
     return out, sums
 
 
@@ -72,7 +72,7 @@ def gain_of(fit):
 
 
 def test_all_quantized_types_dither():
-    assert {kind.name for kind in TYPES.values() if not kind.dithers} == {"F32", "F16", "BF16"}
+    assert {kind.name for kind in TYPES.values() if not kind.supports_stochastic} == {"F32", "F16", "BF16"}
 
 
 @by_kind
@@ -225,7 +225,7 @@ def test_bad_and_huge_numbers(kind):
         with pytest.raises(NonFiniteError, match="row 5, column 317"):
             fitted(src, kind, delta)
         with pytest.raises(NonFiniteError, match="row 5, column 317"):
-            kernels.dither_rows(src, kind, out, delta, gain=1, key=1, first_row=0)
+            kernels.round_stochastic(src, kind, out, delta, gain=1, key=1, first_row=0)
     delta = np.zeros((9, N_IN), np.float32)
     delta[0, 3], delta[1, 300] = 1e30, -3e38
     start, fit, _ = fitted(src, kind, delta)

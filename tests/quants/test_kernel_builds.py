@@ -70,24 +70,24 @@ def requests(kind: GgmlType, isa: str) -> Iterator[Request]:
         if kind.quantizes:
             yield request(QUANTIZE, isa, kind, x, libggml.quantize(x, kind.id), n_in)
         yield request(DEQUANTIZE, isa, kind, packed, libggml.dequantize(packed, kind.id, n_in), n_in)
-    if kind.quantizes or kind.dithers:
+    if kind.quantizes or kind.supports_stochastic:
         packed = libggml.quantize(weights.rows("model-like", 7, n_in), kind.id, imatrix if kind.needs_imatrix else None)
         a, b = (rng.standard_normal(shape).astype(np.float32) for shape in [(3, n_in), (7, 3)])
         delta = (b[:, :1] * a[0] + b[:, 1:2] * a[1]) + b[:, 2:] * a[2]
     if kind.quantizes:
         merged = libggml.quantize(libggml.dequantize(packed, kind.id, n_in) + delta, kind.id)
         yield request(MERGE, isa, kind, packed, merged, n_in, a, b)
-    if kind.dithers:
+    if kind.supports_stochastic:
         for size in (0.003, 0.1, 1.0):
             scaled = b * np.float32(size * 0.02)
             delta = (scaled[:, :1] * a[0] + scaled[:, 1:2] * a[1]) + scaled[:, 2:] * a[2]
-            if kind.name in reference.VIEWS:
-                headers = reference.fit_grids(packed, kind, delta)[0]
-                written = reference.dither_rows(packed, kind, headers, delta, 1.25, 99, 7)[0]
+            if kind.name in reference.CODECS:
+                headers = reference.choose_scales(packed, kind, delta)[0]
+                written = reference.round_stochastic(packed, kind, headers, delta, 1.25, 99, 7)[0]
             else:
                 written = np.empty_like(packed)
-                kernels.fit_grids(packed, kind, written, delta, isa="scalar")
-                kernels.dither_rows(packed, kind, written, delta, gain=1.25, key=99, first_row=7, isa="scalar")
+                kernels.choose_scales(packed, kind, written, delta, isa="scalar")
+                kernels.round_stochastic(packed, kind, written, delta, gain=1.25, key=99, first_row=7, isa="scalar")
             yield request(DITHER, isa, kind, packed, written, n_in, a, scaled)
 
 

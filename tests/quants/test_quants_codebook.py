@@ -1,4 +1,4 @@
-"""The codebook and ternary types once more: rows on their own grids, many sizes, odd importances, threads."""
+"""The codebook and ternary types once more: rows on their own levels, many sizes, odd importances, threads."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,7 +18,7 @@ CODEBOOK = [
 SEARCHED = [t for t in CODEBOOK if t.name.startswith(("IQ1", "IQ2", "IQ3"))]
 
 
-def on_grid(kind: GgmlType, n_rows: int, n_in: int) -> np.ndarray:
+def on_levels(kind: GgmlType, n_rows: int, n_in: int) -> np.ndarray:
     """Rows that a type holds without loss, but for the scales it may choose otherwise."""
     x = weights.rows("normal", n_rows, n_in)
     packed = libggml.quantize(x, kind.id, np.ones(n_in, np.float32))
@@ -27,11 +27,11 @@ def on_grid(kind: GgmlType, n_rows: int, n_in: int) -> np.ndarray:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", CODEBOOK, ids=by_name)
-def test_rows_on_a_grid_already(kind, isa):
+def test_rows_on_levels_already(kind, isa):
     n_in = 1792
     imatrix = weights.importance("measured", n_in)
-    for grid in CODEBOOK:
-        x = on_grid(grid, 2, n_in)
+    for other in CODEBOOK:
+        x = on_levels(other, 2, n_in)
         assert_same_bytes(x, kind, isa, imatrix)
         if kind.quantizes:
             assert_same_bytes(x, kind, isa)
@@ -82,7 +82,7 @@ def test_importances_out_of_range(kind, isa, value):
 
 @pytest.mark.parametrize("kind", SEARCHED, ids=by_name)
 def test_first_search_of_many_threads(kind):
-    """The grid is built while other threads ask for it (in the first test of a process that needs it)."""
+    """The codebook is built while other threads ask for it (in the first test of a process that needs it)."""
     x = weights.rows("normal", 2, 1024)
     imatrix = weights.importance("measured", 1024)
     with ThreadPoolExecutor(8) as pool:

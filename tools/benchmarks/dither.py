@@ -1,4 +1,4 @@
-"""Adding a change to quantized rows on one core, to nearest and with dither: ``tools/bench dither [--types Q4_K]``.
+"""Adding a change to quantized rows on one core, to nearest and stochastically: ``tools/bench dither [--types Q4_K]``.
 
 Every instruction set takes turns with the others on the same weights, and the medians are shown. The product is that
 of the kernels, without fused operations: what 128 more ranks add to the time of a merge of floats.
@@ -28,7 +28,7 @@ from gguflora.quants.types import TYPES, GgmlType, type_named
 from support.oracles import libggml
 
 N_ROWS, RANK, MORE_RANKS = 64, 16, 128
-TASKS = ("merge_rows", "fit_grids", "dither_rows", "fit + dither")
+TASKS = ("merge_rows", "choose_scales", "round_stochastic", "choose + round")
 
 
 def _change(relative: float) -> Product:
@@ -45,9 +45,9 @@ def _runs(kind: GgmlType, isa: str, change: Product) -> dict[str, Callable[[], o
     runs: dict[str, Callable[[], object]] = {
         "merge_rows": lambda: kernels.merge_rows(src, kind, nearest, kind, change, imatrix=imatrix, isa=isa)
     }
-    if kind.dithers:
-        runs["fit_grids"] = lambda: kernels.fit_grids(src, kind, dithered, change, isa=isa)
-        runs["dither_rows"] = lambda: kernels.dither_rows(
+    if kind.supports_stochastic:
+        runs["choose_scales"] = lambda: kernels.choose_scales(src, kind, dithered, change, isa=isa)
+        runs["round_stochastic"] = lambda: kernels.round_stochastic(
             src, kind, dithered, change, gain=1, key=1, first_row=0, isa=isa
         )
     return runs
@@ -91,16 +91,20 @@ def _gflops(isas: list[str], repeats: int, seconds: float) -> dict[str, float]:
 
 
 def dither(
-    types: Annotated[str, typer.Option(help="Types to measure, separated by commas; default all that dither.")] = "",
+    types: Annotated[
+        str, typer.Option(help="Types to measure, separated by commas; default all that can be rounded stochastically.")
+    ] = "",
     isa: Annotated[str, typer.Option(help="Instruction sets, separated by commas; default all of this machine.")] = "",
     relative: Annotated[float, typer.Option(help="Size of the change against that of the weights.")] = 0.015,
     repeats: Annotated[int, typer.Option(help="Turns that each one takes; the median counts.")] = 7,
     seconds: Annotated[float, typer.Option(help="Length of a turn.")] = 0.05,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rates here too.")] = None,
 ) -> None:
-    """Add a change of rank 16 to quantized rows: to nearest, and both passes of the dither, on one core."""
+    """Add a change of rank 16 to quantized rows: to nearest, and both passes of stochastic rounding, on one core."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    kinds = [type_named(name) for name in types.split(",") if name] or [t for t in TYPES.values() if t.dithers]
+    kinds = [type_named(name) for name in types.split(",") if name] or [
+        t for t in TYPES.values() if t.supports_stochastic
+    ]
     isas = [name for name in isa.split(",") if name] or isa_names()
     change, results = _change(relative), []
     table = Table(
@@ -113,8 +117,8 @@ def dither(
         times = _medians(runs, repeats, seconds)
         for name in isas:
             own = {task: time for (who, task), time in times.items() if who == name}
-            if kind.dithers:
-                own["fit + dither"] = own["fit_grids"] + own["dither_rows"]
+            if kind.supports_stochastic:
+                own["choose + round"] = own["choose_scales"] + own["round_stochastic"]
             rates = {task: N_ROWS * N_IN / time for task, time in own.items()}
             table.add_row(kind.name, name, *(f"{rates[task] / 1e6:.0f}" if task in rates else "" for task in TASKS))
             results.append({"type": kind.name, "isa": name, "weights_per_second": rates})

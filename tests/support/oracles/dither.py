@@ -1,4 +1,4 @@
-"""Adaptive dither in numpy, operation by operation in float32: what the kernels must write."""
+"""Stochastic rounding in numpy, operation by operation in float32: what the kernels must write."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def bits_to_bytes(bits: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class View:
+class Codec:
     """How one type stores w = s * q - o: all functions on blocks (n, bytes). With levels, codes are their places."""
 
     group: int
@@ -78,7 +78,7 @@ def only_d(at: int, groups: int = 1):
     return scales
 
 
-def plain(low: int, high: int, size: int, with_min: bool, fifth: bool) -> View:
+def plain(low: int, high: int, size: int, with_min: bool, fifth: bool) -> Codec:
     qs, qh = slice(size - 16, size), slice(size - 20, size - 16)
 
     def codes(blocks: np.ndarray) -> np.ndarray:
@@ -91,14 +91,14 @@ def plain(low: int, high: int, size: int, with_min: bool, fifth: bool) -> View:
             blocks[:, qh] = bits_to_bytes(q - low >> 4)
 
     scales = (lambda blocks: (half(blocks, 0), -half(blocks, 2))) if with_min else only_d(0)
-    return View(32, low, high, [slice(0, 4 if with_min else 2)], scales, codes, store)
+    return Codec(32, low, high, [slice(0, 4 if with_min else 2)], scales, codes, store)
 
 
-def eight_bits() -> View:
+def eight_bits() -> Codec:
     def store(blocks: np.ndarray, q: np.ndarray) -> None:
         blocks[:, 2:] = q.astype(np.int8).view(np.uint8)
 
-    return View(32, -127, 127, [slice(0, 2)], only_d(0), lambda b: b[:, 2:].copy().view(np.int8).astype(int), store)
+    return Codec(32, -127, 127, [slice(0, 2)], only_d(0), lambda b: b[:, 2:].copy().view(np.int8).astype(int), store)
 
 
 def scales_2(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -124,13 +124,13 @@ def scales_6(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return s, np.zeros_like(s)
 
 
-def pairs(at: int, low: int, high: int, group: int, header: list[slice], scales) -> View:
+def pairs(at: int, low: int, high: int, group: int, header: list[slice], scales) -> Codec:
     where = slice(at, at + 64)
 
     def store(blocks: np.ndarray, q: np.ndarray) -> None:
         blocks[:, where] = by_halves(join, q - low, 2, 4)
 
-    return View(
+    return Codec(
         group, low, high, header, scales, lambda b: by_halves(fields, b[:, where], 2, 4).astype(int) + low, store
     )
 
@@ -140,7 +140,7 @@ def columns_of_bits(data: np.ndarray) -> np.ndarray:
     return fields(data, 1, 8).astype(int)
 
 
-def q3_k() -> View:
+def q3_k() -> Codec:
     two = pairs(32, 0, 3, 16, [], scales_3)
 
     def store(blocks: np.ndarray, q: np.ndarray) -> None:
@@ -150,10 +150,10 @@ def q3_k() -> View:
     def codes(blocks: np.ndarray) -> np.ndarray:
         return (two.codes(blocks) | columns_of_bits(blocks[:, :32]) << 2) - 4
 
-    return View(16, -4, 3, [slice(96, 110)], scales_3, codes, store)
+    return Codec(16, -4, 3, [slice(96, 110)], scales_3, codes, store)
 
 
-def q45_k(at: int, fifth: bool) -> View:
+def q45_k(at: int, fifth: bool) -> Codec:
     def codes(blocks: np.ndarray) -> np.ndarray:
         q = by_quarters(fields, blocks[:, at:]).astype(int)
         return q | columns_of_bits(blocks[:, 16:48]) << 4 if fifth else q
@@ -163,10 +163,10 @@ def q45_k(at: int, fifth: bool) -> View:
         if fifth:
             blocks[:, 16:48] = join(q >> 4, 1, 8)
 
-    return View(32, 0, 31 if fifth else 15, [slice(0, 16)], scales_45, codes, store)
+    return Codec(32, 0, 31 if fifth else 15, [slice(0, 16)], scales_45, codes, store)
 
 
-def q6_k() -> View:
+def q6_k() -> Codec:
     def codes(blocks: np.ndarray) -> np.ndarray:
         low = by_halves(fields, blocks[:, :128], 4, 2).astype(int)
         return (low | by_halves(fields, blocks[:, 128:192], 2, 4).astype(int) << 4) - 32
@@ -175,10 +175,10 @@ def q6_k() -> View:
         blocks[:, :128] = by_halves(join, q + 32, 4, 2)
         blocks[:, 128:192] = by_halves(join, q + 32 >> 4, 2, 4)
 
-    return View(16, -32, 31, [slice(192, 210)], scales_6, codes, store)
+    return Codec(16, -32, 31, [slice(192, 210)], scales_6, codes, store)
 
 
-def trits() -> View:
+def trits() -> Codec:
     parts = [(0, 32, 5), (32, 48, 5), (48, 52, 4)]
 
     def codes(blocks: np.ndarray) -> np.ndarray:
@@ -198,10 +198,10 @@ def trits() -> View:
             blocks[:, start:stop] = (value * 256 + 242) // 243
             at += digits * (stop - start)
 
-    return View(32, -1, 1, [slice(52, 54)], only_d(52, 8), codes, store)
+    return Codec(32, -1, 1, [slice(52, 54)], only_d(52, 8), codes, store)
 
 
-def q2_0() -> View:
+def q2_0() -> Codec:
     def codes(blocks: np.ndarray) -> np.ndarray:
         return np.stack([blocks[:, 2:] >> 2 * i & 3 for i in range(4)], axis=2).reshape(len(blocks), 64).astype(int) - 1
 
@@ -209,10 +209,10 @@ def q2_0() -> View:
         fours = (q + 1).reshape(len(q), 16, 4)
         blocks[:, 2:] = sum(fours[:, :, i] << 2 * i for i in range(4))
 
-    return View(32, -1, 2, [slice(0, 2)], only_d(0, 2), codes, store)
+    return Codec(32, -1, 2, [slice(0, 2)], only_d(0, 2), codes, store)
 
 
-def q1_0() -> View:
+def q1_0() -> Codec:
     def scales(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         d = np.repeat(half(blocks, 0), 4, axis=1)
         return d + d, d
@@ -220,7 +220,7 @@ def q1_0() -> View:
     def store(blocks: np.ndarray, q: np.ndarray) -> None:
         blocks[:, 2:] = bits_to_bytes(q)
 
-    return View(32, 0, 1, [slice(0, 2)], scales, lambda blocks: bytes_to_bits(blocks[:, 2:]).astype(int), store)
+    return Codec(32, 0, 1, [slice(0, 2)], scales, lambda blocks: bytes_to_bits(blocks[:, 2:]).astype(int), store)
 
 
 IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], F)
@@ -229,7 +229,7 @@ TO_FP4 = np.array([15, 14, 13, 12, 11, 10, 9, 0, 1, 2, 3, 4, 5, 6, 7])
 FROM_FP4 = np.array([7, 8, 9, 10, 11, 12, 13, 14, 7, 6, 5, 4, 3, 2, 1, 0])
 
 
-def codebook(levels: np.ndarray, group: int, header: int, scales) -> View:
+def codebook(levels: np.ndarray, group: int, header: int, scales) -> Codec:
     """Nibbles after the header, groups' halves side by side."""
 
     def codes(blocks: np.ndarray) -> np.ndarray:
@@ -242,7 +242,7 @@ def codebook(levels: np.ndarray, group: int, header: int, scales) -> View:
         groups = np.split(q, q.shape[1] // group, axis=1)
         blocks[:, header:] = np.concatenate([join(part, 4, 2) for part in groups], axis=1)
 
-    return View(group, int(levels[0]), int(levels[-1]), [slice(0, header)], scales, codes, store, levels)
+    return Codec(group, int(levels[0]), int(levels[-1]), [slice(0, header)], scales, codes, store, levels)
 
 
 def scales_iq4(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -263,7 +263,7 @@ def scales_nvfp4(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(blocks[:, :4] == 127, F(0), s), np.zeros_like(s)
 
 
-VIEWS: dict[str, View] = {
+CODECS: dict[str, Codec] = {
     "Q4_0": plain(-8, 7, 18, False, False),
     "Q4_1": plain(0, 15, 20, True, False),
     "Q5_0": plain(-16, 15, 22, False, True),
@@ -302,64 +302,64 @@ def in_turn(x: np.ndarray) -> np.ndarray:
 class Rows:
     """Rows of one type, by blocks and groups."""
 
-    view: View
+    codec: Codec
     blocks: np.ndarray
     per_row: int
 
     @classmethod
     def of(cls, data: np.ndarray, kind: GgmlType) -> Rows:
-        return cls(VIEWS[kind.name], data.reshape(-1, kind.block_bytes).copy(), data.shape[1] // kind.block_bytes)
+        return cls(CODECS[kind.name], data.reshape(-1, kind.block_bytes).copy(), data.shape[1] // kind.block_bytes)
 
-    def grid(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def scales(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """S, o and 1 / s per group, with a last axis of one: (blocks, groups, 1)."""
-        s, o = (array[..., None] for array in self.view.scales(self.blocks))
+        s, o = (array[..., None] for array in self.codec.scales(self.blocks))
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             inverse = np.where(np.abs(s) >= np.finfo(F).tiny, F(1) / s, F(0))
         return s, o, inverse
 
     def codes(self) -> np.ndarray:
-        return self.grouped(self.view.codes(self.blocks))
+        return self.grouped(self.codec.codes(self.blocks))
 
     def levels(self) -> np.ndarray:
-        return self.codes().astype(F) if self.view.levels is None else self.view.levels[self.codes()]
+        return self.codes().astype(F) if self.codec.levels is None else self.codec.levels[self.codes()]
 
     def grouped(self, x: np.ndarray) -> np.ndarray:
-        return x.reshape(len(self.blocks), -1, self.view.group)
+        return x.reshape(len(self.blocks), -1, self.codec.group)
 
     def ungrouped(self, x: np.ndarray) -> np.ndarray:
         return x.reshape(len(self.blocks) // self.per_row, -1)
 
     def values(self) -> np.ndarray:
-        s, o, _ = self.grid()
+        s, o, _ = self.scales()
         return s * self.levels() - o
 
     def limited(self, t: np.ndarray) -> np.ndarray:
-        return np.maximum(np.minimum(t, F(self.view.high)), F(self.view.low))
+        return np.maximum(np.minimum(t, F(self.codec.high)), F(self.codec.low))
 
-    def strong(self, x: np.ndarray) -> np.ndarray:
+    def to_nearest(self, x: np.ndarray) -> np.ndarray:
         """Per group, whether it is rounded to nearest: (blocks, groups, 1)."""
-        s, step = self.grid()[0], self.view.step
+        s, step = self.scales()[0], self.codec.step
         with np.errstate(over="ignore"):
-            return sum_of_groups(x * x)[..., None] >= F(0.1225) * F(self.view.group) * (s * step * (s * step))
+            return sum_of_groups(x * x)[..., None] >= F(0.1225) * F(self.codec.group) * (s * step * (s * step))
 
     def row_sums(self, of_groups: np.ndarray) -> np.ndarray:
         """Sums over the groups of chunks of 256 weights, then over the chunks of a row."""
-        wide, size = of_groups.reshape(len(self.blocks) // self.per_row, -1), 256 // self.view.group
+        wide, size = of_groups.reshape(len(self.blocks) // self.per_row, -1), 256 // self.codec.group
         return in_turn(np.stack([in_turn(wide[:, i : i + size]) for i in range(0, wide.shape[1], size)], axis=1))
 
     def has_header_of(self, other: Rows) -> np.ndarray:
-        same = [(self.blocks[:, part] == other.blocks[:, part]).all(axis=1) for part in self.view.header]
+        same = [(self.blocks[:, part] == other.blocks[:, part]).all(axis=1) for part in self.codec.header]
         return np.logical_and.reduce(same)
 
 
 def costs(rows: Rows, t: np.ndarray, above: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of blocks the expected cost and the part of it beyond the grid; of groups delta times what lies beyond."""
-    s, _, inverse = rows.grid()
+    """Of blocks the expected cost and the part of it beyond the range; of groups delta times what lies beyond."""
+    s, _, inverse = rows.scales()
     inside = rows.limited(t)
-    _, gap, p = rows.view.cell(inside)
+    _, gap, p = rows.codec.cell(inside)
     rest = F(1) - p
     least = np.minimum(p, rest)
-    rounding = gap * gap * np.where(rows.strong(x), least * least, p * rest)
+    rounding = gap * gap * np.where(rows.to_nearest(x), least * least, p * rest)
     outside = np.where(inverse != 0, t - inside, above)
     s, inverse = s[..., 0], inverse[..., 0]
     unit = np.where(inverse != 0, s, F(1))
@@ -368,20 +368,20 @@ def costs(rows: Rows, t: np.ndarray, above: np.ndarray, x: np.ndarray) -> tuple[
     return in_turn(cost), in_turn(clip), unit * sum_of_groups(outside * x)
 
 
-def fit_grids(src: np.ndarray, kind: GgmlType, delta: np.ndarray, imatrix: np.ndarray | None = None):
-    """New headers; of rows <delta, X - W> and |delta|**2; number of new headers."""
+def choose_scales(src: np.ndarray, kind: GgmlType, delta: np.ndarray, imatrix: np.ndarray | None = None):
+    """New scales; of rows <delta, X - W> and |delta|**2; number of blocks with new scales."""
     base, best = Rows.of(src, kind), Rows.of(src, kind)
-    _, o, inverse = base.grid()
+    _, o, inverse = base.scales()
     q, x = base.levels(), base.grouped(delta)
     target = base.values() + x
     with np.errstate(over="ignore", invalid="ignore"):
         cost, clip, lost = costs(base, q + x * inverse, target + o, x)
         squares = sum_of_groups(x * x)
-    weak = (~base.strong(x)[..., 0] | (squares == 0)).all(axis=1)
-    wanted = (cost > 0) & (~weak | (clip > CLIPPED_SHARE * cost))
-    found = Rows(base.view, requantized(target, wanted, kind, base.per_row, imatrix, base.blocks), base.per_row)
+    small = (~base.to_nearest(x)[..., 0] | (squares == 0)).all(axis=1)
+    wanted = (cost > 0) & (~small | (clip > CLIPPED_SHARE * cost))
+    found = Rows(base.codec, requantized(target, wanted, kind, base.per_row, imatrix, base.blocks), base.per_row)
     with np.errstate(all="ignore"):
-        _, o1, inverse1 = found.grid()
+        _, o1, inverse1 = found.scales()
         new_cost, _, new_lost = costs(found, (target + o1) * inverse1, target + o1, x)
         new = wanted & (new_cost < cost) & ~found.has_header_of(base)
     best.blocks[new] = found.blocks[new]
@@ -427,28 +427,28 @@ def uniform(key: int, first_row: int, n_rows: int, n_in: int) -> np.ndarray:
     return (x >> np.uint32(8)).astype(F) * F(2.0**-24)
 
 
-def dither_rows(src, kind, headers, delta, gain, key, first_row):
+def round_stochastic(src, kind, headers, delta, gain, key, first_row):
     """Written rows, and the sums of each row."""
     base, new = Rows.of(src, kind), Rows.of(headers, kind)
     x = base.grouped(delta)
     unchanged = (delta.reshape(len(base.blocks), -1) == 0).all(axis=1)
     new.blocks[unchanged] = base.blocks[unchanged]
-    own = new.has_header_of(base)[:, None, None]
-    s, o, inverse = new.grid()
+    keeps_scales = new.has_header_of(base)[:, None, None]
+    s, o, inverse = new.scales()
     q, dq, target = base.levels(), base.values(), base.values() + x
     change = F(gain) * x
     above = dq + change + o
     with np.errstate(over="ignore"):
-        t = np.where(own, q + x * (F(gain) * inverse), above * inverse)
+        t = np.where(keeps_scales, q + x * (F(gain) * inverse), above * inverse)
         inside = new.limited(t)
-        place, _, p = new.view.cell(inside)
+        place, _, p = new.codec.cell(inside)
         u = base.grouped(uniform(key, first_row, len(src), delta.shape[1]))
-        nearest = np.rint(inside).astype(int) if new.view.levels is None else place + (p > F(0.5))
-        code = np.where(new.strong(x), nearest, place + (u < p))
-    level = code.astype(F) if new.view.levels is None else new.view.levels[code]
-    new.view.store(new.blocks, code.reshape(len(new.blocks), -1))
+        nearest = np.rint(inside).astype(int) if new.codec.levels is None else place + (p > F(0.5))
+        code = np.where(new.to_nearest(x), nearest, place + (u < p))
+    level = code.astype(F) if new.codec.levels is None else new.codec.levels[code]
+    new.codec.store(new.blocks, code.reshape(len(new.blocks), -1))
     new.blocks[unchanged] = base.blocks[unchanged]
-    outside = np.where(inverse != 0, t != inside, np.where(own, change, above) != 0)
+    outside = np.where(inverse != 0, t != inside, np.where(keeps_scales, change, above) != 0)
     dq, target, written = (base.ungrouped(array).astype(float) for array in (dq, target, s * level - o))
     sums = [dq**2, delta.astype(float) ** 2, (written - dq) * delta, (written - target) ** 2]
     sums = [array.sum(axis=1) for array in [*sums, base.ungrouped(outside)]]
