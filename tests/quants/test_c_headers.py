@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").exists())
+from support import ROOT
+
 CSRC = ROOT / "csrc"
 EXTENSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"][0]
 HEADERS = sorted(str(path.relative_to(CSRC)) for path in CSRC.rglob("*.h"))
