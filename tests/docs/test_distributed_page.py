@@ -1,6 +1,5 @@
 """What docs/distributed.md says of thousands of adapters: its programs run, its recipe is one."""
 
-import re
 import shutil
 import subprocess
 import sys
@@ -9,15 +8,16 @@ import numpy as np
 
 import gguflora
 from gguflora.diagnostics import demo
-from support import ROOT, builders
+from support import builders
 from support.builders import Adapter
 from support.oracles.gguf_files import read_tensors
+from support.pages import texts
 
-PAGE = (ROOT / "docs/distributed.md").read_text(encoding="utf-8")
+PAGE = "docs/distributed.md"
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL)
+    return texts(PAGE, language)
 
 
 def test_parts_in_python(tmp_path, monkeypatch, capsys):

@@ -20,22 +20,16 @@ import gguflora
 from gguflora.diagnostics import demo
 from support import ROOT, serving
 from support.cli import run
+from support.pages import PAGES, put_commands, put_demo_files, texts
 
-EXAMPLES, DOCS = ROOT / "examples", ROOT / "docs"
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Here, the demo's files under the names that the pages use, and ``gguflora`` and ``python`` on the path."""
-    for name in ("base.gguf", *demo.ADAPTERS):
-        source = demo.HERE / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
-    commands = tmp_path / "bin"
-    commands.mkdir()
-    for name, arguments in (("gguflora", "-P -m gguflora"), ("python", "-P")):
-        (commands / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
-        (commands / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    put_demo_files(tmp_path)
+    monkeypatch.setenv("PATH", f"{put_commands(tmp_path)}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})  # llama.cpp's threads wait busily, which on a busy machine takes very long
@@ -47,11 +41,6 @@ def shell(script):
     return subprocess.run(
         ["bash", "-e", "-o", "pipefail", "-c", script], capture_output=True, text=True, timeout=120, check=True
     ).stdout
-
-
-def blocks(page, language):
-    text = (DOCS / page).read_text(encoding="utf-8")
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def test_makefile(folder):
@@ -117,7 +106,7 @@ def test_train_and_serve(folder, monkeypatch, capsys):
 
 def test_scripting_sessions(folder):
     """Each command prints one JSON object that holds what the page's jq looks for."""
-    sessions = "".join(blocks("scripting.md", "console"))
+    sessions = "".join(texts("docs/scripting.md", "console"))
     found = {}
     for command, path in re.findall(r"^\$ gguflora (.+) \| jq (?:-r )?([\w.]+)$", sessions, flags=re.MULTILINE):
         printed = json.loads(run(*shlex.split(command)).stdout)
@@ -126,7 +115,7 @@ def test_scripting_sessions(folder):
     assert found["convert", ".size"] > 1e5
     assert found["merge", ".total.sv"] == pytest.approx(1, abs=0.03)
     assert found["inspect", ".error.type"] == "AdapterError"
-    [example] = blocks("scripting.md", "json")
+    [example] = texts("docs/scripting.md", "json")
     shown, told = (json.loads(text)["error"] for text in (example, run("inspect", "missing", "--json").stdout))
     assert told["message"].startswith(shown["message"].removesuffix("..."))
     assert {**shown, "message": ""} == {**told, "message": ""}
@@ -136,7 +125,7 @@ def test_scripting_sessions(folder):
 def test_python_in_pages(page, folder):
     """What is asked there of the adapter and of the merged file is what the server's tests ask."""
     files_of_the_page()
-    [program] = blocks(page, "python")
+    [program] = texts(f"docs/{page}", "python")
     printed = subprocess.run(
         [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True, timeout=120
     ).stdout
@@ -147,7 +136,7 @@ def test_python_in_pages(page, folder):
 
 
 def files_of_the_page():
-    [session] = blocks("serving-elsewhere.md", "console")
+    [session] = texts("docs/serving-elsewhere.md", "console")
     for command in session.splitlines():
         assert run(*shlex.split(command)[2:]).returncode == 0
 
@@ -160,8 +149,8 @@ def test_llama_server(folder, tmp_path_factory):
     (folder / "bin/llama-server").symlink_to(binary)
     files_of_the_page()
     port = str(free_port())
-    hot, merged = (text.replace("8080", port).strip() for text in blocks("serving-elsewhere.md", "bash"))
-    [requests] = blocks("serving-elsewhere.md", "sh")
+    hot, merged = (text.replace("8080", port).strip() for text in texts("docs/serving-elsewhere.md", "bash"))
+    [requests] = texts("docs/serving-elsewhere.md", "sh")
     ready = f"until curl -sf http://127.0.0.1:{port}/health >/dev/null; do sleep 0.1; done"
     quietly = "trap 'kill %1; wait' EXIT\n{} >/dev/null 2>&1 &\n{}\n{}"
     printed = shell(quietly.format(hot, ready, requests.replace("8080", port).replace("}'\n", "}'; echo\n")))
@@ -195,7 +184,7 @@ def test_modelfiles(folder):
     """Only instructions that Ollama knows, of files that the page has made."""
     files_of_the_page()
     known = {"FROM", "PARAMETER", "TEMPLATE", "SYSTEM", "ADAPTER", "LICENSE", "MESSAGE"}
-    for text in blocks("serving-elsewhere.md", "dockerfile"):
+    for text in texts("docs/serving-elsewhere.md", "dockerfile"):
         lines = [line.split() for line in text.splitlines()]
         assert {words[0] for words in lines} <= known
         assert lines[0][0] == "FROM"
@@ -203,6 +192,16 @@ def test_modelfiles(folder):
 
 
 def test_links_lead_somewhere():
-    for page in DOCS.glob("*.md"):
-        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
-            assert (page.parent / link).exists(), f"{page.name}: {link}"
+    """To files that exist, and to headings that they have."""
+    for page in PAGES:
+        for link, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+            target = page.parent / link if link else page
+            assert target.exists(), f"{page.name}: {link}"
+            if heading:
+                assert heading in headings_of(target), f"{page.name}: {link}#{heading}"
+
+
+def headings_of(page):
+    """The fragments of a page's headings, as GitHub and the site make them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
