@@ -1,11 +1,12 @@
 """The command line: options in, one function of the library called, its report printed.
 
-Each module registers its command on the application when it is imported; ``--help`` lists them in this order.
+Each module registers its command on the application when it is imported; ``--help`` lists them in the order below. It
+is the only list of them.
 """
 
 from gguflora.cli.app import main
 
-from gguflora.cli import (  # isort: skip
+from gguflora.cli import (  # noqa: F401  # isort: skip
     convert,
     merge,
     apply_patch,
@@ -24,22 +25,4 @@ from gguflora.cli import (  # isort: skip
     demo,
 )
 
-__all__ = [
-    "apply_patch",
-    "combine",
-    "compare",
-    "convert",
-    "demo",
-    "diff",
-    "doctor",
-    "export",
-    "extract",
-    "inspect",
-    "main",
-    "merge",
-    "pipeline",
-    "resize",
-    "run",
-    "serve",
-    "unmerge",
-]
+__all__ = ["main"]
