@@ -103,7 +103,8 @@ def _model(n_rows: int, n_in: int) -> tuple[Rows, Floats, Floats, float]:
     rows = np.empty((n_rows, Q4_K.row_bytes(n_in)), np.uint8)
     kernels.quantize_rows(weights, Q4_K, rows)
     base = _values(rows, weights.shape)
-    change = rng.standard_normal((n_rows, 8)) @ rng.standard_normal((8, n_in))
+    b, a = rng.standard_normal((n_rows, 8)), rng.standard_normal((8, n_in))
+    change = sum(np.outer(b[:, term], a[term]) for term in range(8))
     steps = [_step_of(block) for block in base.reshape(-1, SUB_BLOCK)[:1024]]
     return rows, base, (change / np.sqrt((change**2).mean())).astype(np.float32), float(np.median(steps))
 

@@ -29,11 +29,18 @@ class Block:
 
 def blocks(page, language=None):
     """The blocks of a page, given as ``README.md`` or ``docs/server.md``; of one language, or all."""
-    found = [
-        Block(page, match["language"], match["title"], match["text"])
-        for match in _BLOCK.finditer((ROOT / page).read_text(encoding="utf-8"))
-    ]
+    found = _blocks_of(page, (ROOT / page).read_text(encoding="utf-8"))
     return [block for block in found if language in {None, block.language}]
+
+
+def sections(page):
+    """The blocks of a page by the second-level heading above them."""
+    parts = re.split(r"^## (.*)$", (ROOT / page).read_text(encoding="utf-8"), flags=re.M)
+    return {title: _blocks_of(page, text) for title, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def _blocks_of(page, text):
+    return [Block(page, match["language"], match["title"], match["text"]) for match in _BLOCK.finditer(text)]
 
 
 def texts(page, language):
