@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 import yaml
 
 import gguflora
+from gguflora.cli.app import app
 from gguflora.diagnostics import demo
 from support import ROOT, serving
 from support.cli import run
@@ -205,3 +207,28 @@ def headings_of(page):
     """The fragments of a page's headings, as GitHub and the site make them."""
     titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.M)
     return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+def test_own_workflow():
+    """It runs what runs everywhere, and keeps the site."""
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    [job] = workflow["jobs"].values()
+    assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]) for step in job["steps"] if "uses" in step)
+    assert [step["run"] for step in job["steps"] if step.get("name") == "Test"] == [".ci/run"]
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    [kept] = [step["with"]["path"] for step in job["steps"] if "upload" in step.get("uses", "")]
+    assert yaml.safe_load((ROOT / "mkdocs.yml").read_text())["site_dir"] == kept
+    assert "\ntools/docs\n" in (ROOT / ".ci/run").read_text()
+
+
+@pytest.mark.parametrize("form", sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")), ids=lambda path: path.stem)
+def test_issue_forms(form):
+    """What GitHub asks of a form; the commands and pages that it names exist."""
+    content = yaml.safe_load(form.read_text())
+    assert content.keys() == {"name", "description", "body"}
+    assert all(item["type"] == "textarea" and item["attributes"]["label"] for item in content["body"])
+    ids = [item["id"] for item in content["body"]]
+    assert len(set(ids)) == len(ids)
+    for name in re.findall(r"gguflora ([\w-]+)", form.read_text()):
+        assert name in {"should", "knows"} or name in typer.main.get_command(app).commands
+    assert all((ROOT / path).exists() for path in re.findall(r"docs/\w+\.md", form.read_text()))
