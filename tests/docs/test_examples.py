@@ -52,7 +52,7 @@ def test_makefile(folder):
     assert shell(f"{make} -j2").count("gguflora ") == 4
     merged = gguflora.merge("base.gguf", "verse", "verse.gguf").output
     assert (folder / "out/merged/verse.gguf").read_bytes() == merged.read_bytes()
-    assert json.loads((folder / "out/merged/verse.json").read_text())["total"]["sv"] == pytest.approx(1, abs=0.03)
+    assert json.loads((folder / "out/merged/verse.json").read_text())["total"]["retention"] == pytest.approx(1, abs=0.03)
     assert "gguflora" not in shell(make)
     later = (folder / "out/merged/verse.gguf").stat().st_mtime + 5
     os.utime(folder / "adapters/verse/adapter_config.json", (later, later))
@@ -82,7 +82,7 @@ def test_github_actions(folder, monkeypatch):
     [kept] = [step["with"]["path"].split() for step in job["steps"] if "upload" in step.get("uses", "")]
     assert all(list(folder.glob(pattern)) for pattern in kept)
     report = json.loads((folder / "merge.json").read_text())
-    (folder / "merge.json").write_text(json.dumps(report | {"total": {"sv": 0.5}}))
+    (folder / "merge.json").write_text(json.dumps(report | {"total": {"retention": 0.5}}))
     [check] = [step["run"] for step in job["steps"] if step.get("name") == "Check"]
     with pytest.raises(subprocess.CalledProcessError) as failed:
         shell(check.partition("\n")[2])
@@ -115,7 +115,7 @@ def test_scripting_sessions(folder):
         found[command.split()[0], path] = functools.reduce(lambda item, key: item[key], path[1:].split("."), printed)
     assert len(found) == sessions.count("$ ") == 5
     assert found["convert", ".size"] > 1e5
-    assert found["merge", ".total.sv"] == pytest.approx(1, abs=0.03)
+    assert found["merge", ".total.retention"] == pytest.approx(1, abs=0.03)
     assert found["inspect", ".error.type"] == "AdapterError"
     [example] = texts("docs/scripting.md", "json")
     shown, told = (json.loads(text)["error"] for text in (example, run("inspect", "missing", "--json").stdout))
