@@ -52,7 +52,9 @@ def test_makefile(folder):
     assert shell(f"{make} -j2").count("gguflora ") == 4
     merged = gguflora.merge("base.gguf", "verse", "verse.gguf").output
     assert (folder / "out/merged/verse.gguf").read_bytes() == merged.read_bytes()
-    assert json.loads((folder / "out/merged/verse.json").read_text())["total"]["retention"] == pytest.approx(1, abs=0.03)
+    assert json.loads((folder / "out/merged/verse.json").read_text())["total"]["retention"] == pytest.approx(
+        1, abs=0.03
+    )
     assert "gguflora" not in shell(make)
     later = (folder / "out/merged/verse.gguf").stat().st_mtime + 5
     os.utime(folder / "adapters/verse/adapter_config.json", (later, later))
