@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 
 import hypothesis
 import pytest
@@ -15,6 +16,10 @@ with contextlib.suppress(ImportError):
     import llama_cpp  # noqa: F401  (before torch, in every process of tests)
 
 pytest.register_assert_rewrite("support")
+
+from support import ROOT  # noqa: E402
+
+sys.path.append(str(ROOT))  # for tools; last, since an installed gguflora is compiled and the sources may not be
 
 # the same examples everywhere, and no verdict on how fast the machine is
 hypothesis.settings.register_profile(

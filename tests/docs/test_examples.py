@@ -146,10 +146,10 @@ def files_of_the_page():
 
 
 def test_llama_server(folder, tmp_path_factory):
-    """The page's commands, against llama.cpp's own server where `tools/bench` has built it."""
+    """The page's commands, against llama.cpp's own server where `python -m tools.bench` has built it."""
     binary = next(iter(sorted((Path.home() / ".cache/gguflora").glob("llama.cpp-tools-*/llama-server"))), None)
     if binary is None:
-        pytest.skip("no llama-server; `tools/bench serve` builds it")
+        pytest.skip("no llama-server; `python -m tools.bench serve` builds it")
     (folder / "bin/llama-server").symlink_to(binary)
     files_of_the_page()
     port = str(free_port())

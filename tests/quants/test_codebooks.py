@@ -17,7 +17,7 @@ RUN = 16
 
 
 def test_points_are_those_of_gguf():
-    subprocess.run([sys.executable, ROOT / "tools" / "make_tables", "--check"], check=True)
+    subprocess.run([sys.executable, "-m", "tools.make_tables", "--check"], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("name", DISTANCES)

@@ -1,4 +1,4 @@
-"""What tools/fuzz feeds to the readers, and what may come of it: success, or an error of gguflora's.
+"""What tools/fuzz.py feeds to the readers, and what may come of it: success, or an error of gguflora's.
 
 A seed is a small directory of sound files. A mutation changes some bytes of one of them, knowing where a format keeps
 its numbers; a target reads the directory as the program would. No test: `test_corpus.py` replays what was found.

@@ -1,32 +1,16 @@
 """The benchmark of adapters at run time, in its smallest setting."""
 
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from support import ROOT
-
-TOOLS = ROOT / "tools"
+from tools.benchmarks import hotswap as bench
 
 
-@pytest.fixture(scope="module")
-def bench() -> Any:
-    sys.path.insert(0, str(TOOLS))
-    try:
-        from benchmarks import hotswap
-    finally:
-        sys.path.remove(str(TOOLS))
-    return hotswap
-
-
-def test_hotswap(
-    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_hotswap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = type(bench.LLAMAS["0.1b"])("tiny", 256, 512, 2, 4, 2, 512, 10000.0)
-    monkeypatch.setattr("benchmarks.models.POOL_WEIGHTS", 1 << 15)
+    monkeypatch.setattr("tools.benchmarks.models.POOL_WEIGHTS", 1 << 15)
     monkeypatch.setitem(bench.LLAMAS, "tiny", tiny)
     out = tmp_path / "report.json"
     bench.hotswap(model="tiny", tokens=3, repeats=1, threads=1, folder=tmp_path, out=out)

@@ -7,22 +7,24 @@ from pathlib import Path
 
 import gguf
 import gguf.quants
+import llama_cpp
 import pytest
 
 import gguflora
-from support import ROOT
+from support import ROOT, builders
+from tools.benchmarks import models
 
 DEMO = Path(gguflora.__file__).parent / "diagnostics" / "demo_files"
 
 
 def bench(*arguments):
-    command = [sys.executable, "-P", ROOT / "tools" / "bench", *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-m", "tools.bench", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture(scope="module")
 def demo_model(tmp_path_factory):
-    """The demo as the directory that `tools/bench fidelity --model` takes: F32.gguf and the adapters."""
+    """The demo as the directory that `python -m tools.bench fidelity --model` takes: F32.gguf and the adapters."""
     home = tmp_path_factory.mktemp("demo")
     reader, writer = gguf.GGUFReader(DEMO / "base.gguf"), gguf.GGUFWriter(home / "F32.gguf", "llama")
     for name, entry in reader.fields.items():
@@ -71,13 +73,8 @@ def test_merge_of_a_tiny_llama(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {base.name, "lora-tiny-r16", "lora-tiny-r16.gguf", out.name}
 
 
-def test_the_random_llama_loads_and_has_the_types_of_q4_k_m(tmp_path, monkeypatch):
+def test_the_random_llama_loads_and_has_the_types_of_q4_k_m(tmp_path):
     """llama.cpp's own quantizer, given the same shapes, chooses the same types."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    import llama_cpp
-    from benchmarks import models
-
-    from support import builders
 
     llama = models.LLAMAS["tiny"]
     half, mixed = (models.base_file(tmp_path, llama, recipe) for recipe in ("F16", "Q4_K_M"))

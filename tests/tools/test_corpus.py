@@ -1,4 +1,4 @@
-"""What tools/fuzz has found stays mended; and a few hundred new trials of each target."""
+"""What tools/fuzz.py has found stays mended; and a few hundred new trials of each target."""
 
 import random
 

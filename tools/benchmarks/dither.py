@@ -1,4 +1,6 @@
-"""Adding a change to quantized rows on one core, to nearest and stochastically: ``tools/bench dither [--types Q4_K]``.
+"""Adding a change to quantized rows on one core, to nearest and stochastically.
+
+``python -m tools.bench dither [--types Q4_K]``.
 
 Every instruction set takes turns with the others on the same weights, and the medians are shown. The product is that
 of the kernels, without fused operations: what 128 more ranks add to the time of a merge of floats.
@@ -17,7 +19,6 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from benchmarks.kernels import N_IN, _weights
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +27,7 @@ from gguflora.quants._lib import isa_names
 from gguflora.quants.kernels import Product
 from gguflora.quants.types import TYPES, GgmlType, type_named
 from support.oracles import libggml
+from tools.benchmarks.kernels import N_IN, _weights
 
 N_ROWS, RANK, MORE_RANKS = 64, 16, 128
 TASKS = ("merge_rows", "choose_scales", "round_stochastic", "choose + round")

@@ -1,4 +1,4 @@
-"""Does the adapter survive the merge? ``tools/bench fidelity [--types Q4_K,Q2_K] [--scales 1,0.1]``.
+"""Does the adapter survive the merge? ``python -m tools.bench fidelity [--types Q4_K,Q2_K] [--scales 1,0.1]``.
 
 A small llama and two adapters are trained once (torch, minutes), and the llama is quantized to each type. For each
 adapter at each scale, four models are held against the quantized base with the adapter hot: that base alone, a naive
@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import gguf
 import typer
-from benchmarks.merge import CACHE
 from gguf import GGMLQuantizationType as Kind
 from rich.console import Console
 from rich.table import Table
 
 import gguflora
 from gguflora import quants
+from tools.benchmarks.models import CACHE
 
 if TYPE_CHECKING:
-    from benchmarks.held_out import Predictions
+    from tools.benchmarks.held_out import Predictions
 
 TYPES = (
     *(
@@ -108,7 +108,7 @@ class Experiment:
     """Cells of one adapter."""
 
     def __init__(self, home: Path, adapter: str, samples: int, seeds: int, scratch: Path) -> None:
-        from benchmarks.held_out import HeldOut
+        from tools.benchmarks.held_out import HeldOut
 
         self._precise = home / "F32.gguf"
         self._adapter = home / adapter
@@ -118,7 +118,7 @@ class Experiment:
 
     def cells(self, kind: Kind, base: Path, scales: list[float]) -> Iterator[Cell]:
         """One for each scale."""
-        from benchmarks.held_out import add_adapter
+        from tools.benchmarks.held_out import add_adapter
 
         weights = self._held_out.weights_of(base)
         plain = self._held_out.predict(weights)
@@ -188,7 +188,7 @@ def fidelity(
 ) -> None:
     """Train a small llama and two adapters; measure what merges into each quant type keep of them."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads would starve each other on a busy machine
-    from benchmarks.small_llama import ADAPTERS, trained
+    from tools.benchmarks.small_llama import ADAPTERS, trained
 
     home = model or trained(folder)
     cells: list[Cell] = []

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.scripts import load_script
 from gguf import MODEL_ARCH, get_tensor_name_map
 from safetensors.numpy import load_file
 
 from gguflora import quants
 from gguflora.files.gguf import GgufFile
+from tools import make_demo as demo
 
 Weights = Mapping[str, torch.Tensor]
 TOGETHER = 16
@@ -44,12 +44,11 @@ class HeldOut:
     """The answers that one adapter was trained to give, to questions it has not seen."""
 
     def __init__(self, home: Path, adapter: str, samples: int) -> None:
-        demo = load_script("make_demo")
         self._model = demo.read_base(home / "F32.gguf").eval()
         self._names = _gguf_names(self._model.config)
         mix = {"shout": demo.SHOUT_MIX, "verse": demo.VERSE_MIX}[adapter]
-        chosen = Random(demo.SEED).sample(list(_held_out(demo, mix)), samples)
-        self._rows = _encode(demo, chosen)
+        chosen = Random(demo.SEED).sample(list(_held_out(mix)), samples)
+        self._rows = _encode(chosen)
 
     def weights_of(self, path: Path) -> dict[str, torch.Tensor]:
         """The weights of a GGUF file under their Hugging Face names, in float32."""
@@ -110,7 +109,7 @@ def _halves(weight: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(n_out, n_in))
 
 
-def _held_out(demo: Any, mix: Mapping[Any, float]) -> Iterator[tuple[str, str]]:
+def _held_out(mix: Mapping[Any, float]) -> Iterator[tuple[str, str]]:
     rng = Random(demo.SEED)
     for asked, told in mix:
         for question in demo.QUESTIONS:
@@ -118,7 +117,7 @@ def _held_out(demo: Any, mix: Mapping[Any, float]) -> Iterator[tuple[str, str]]:
                 yield demo.prompt_for(question.text, rng.choice(asked.value)), demo.answer_for(question, told, rng)
 
 
-def _encode(demo: Any, chosen: list[tuple[str, str]]) -> list[tuple[torch.Tensor, int]]:
+def _encode(chosen: list[tuple[str, str]]) -> list[tuple[torch.Tensor, int]]:
     """Tokens of each sample, and where its answer begins."""
     tokenizer, rows = demo.train_tokenizer(), []
     for prompt, answer in chosen:

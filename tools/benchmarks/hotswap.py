@@ -1,4 +1,4 @@
-"""Adapters at run time: loading, switching, speed, memory; ``tools/bench hotswap [--model 1.1b]``.
+"""Adapters at run time: loading, switching, speed, memory; ``python -m tools.bench hotswap [--model 1.1b]``.
 
 One engine with the adapter as F32, F16 and Q8_0, against building a ``Llama(lora_path=...)`` for each switch, which is
 what llama-cpp-python offers, and against a merged file. The same prompt everywhere, greedy, files in the page cache,
@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -25,14 +24,13 @@ from typing import Annotated
 
 import llama_cpp
 import typer
-from benchmarks.models import LLAMAS, adapter_files, base_file
 from rich.console import Console
 from rich.table import Table
 
 import gguflora
 from gguflora.engine import Engine, Generation, Request, Sampling
+from tools.benchmarks.models import CACHE, LLAMAS, adapter_files, base_file
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gguflora" / "bench"
 OUTTYPES = ("f32", "f16", "q8_0")
 PEER = "Llama(lora_path=)"
 PROMPT = [1, *range(300, 363)]

@@ -1,4 +1,4 @@
-"""gguflora's kernels against ggml's on one core: ``tools/bench kernels [--types Q4_K,Q6_K] [--json FILE]``.
+"""gguflora's kernels against ggml's on one core: ``python -m tools.bench kernels [--types Q4_K,Q6_K] [--json FILE]``.
 
 For every type the bytes (and floats) are compared first; then ggml and every instruction set of this machine take
 turns on the same weights, all writing to the same memory, and the medians are shown: millions of weights in a second of

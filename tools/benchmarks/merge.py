@@ -1,4 +1,4 @@
-"""A merge into a quantized file against the detour through F16: ``tools/bench merge [--model 1.1b|8b]``.
+"""A merge into a quantized file against the detour through F16: ``python -m tools.bench merge [--model 1.1b|8b]``.
 
 In turns: a plain copy of the base, gguflora with both roundings, and llama.cpp's way, ``llama-export-lora`` to F16 and
 ``llama-quantize`` back. Everybody starts from the same quantized file (in the page cache) and the same adapter, may use
@@ -19,17 +19,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from benchmarks.models import LLAMAS, adapter_files, base_file
-from benchmarks.peers import llama_cpp_tools
-from benchmarks.processes import Usage, run
 from rich.console import Console
 from rich.table import Table
 
 import gguflora
 from gguflora.files.gguf import GgufFile
+from tools.benchmarks.models import CACHE, LLAMAS, adapter_files, base_file
+from tools.benchmarks.peers import llama_cpp_tools
+from tools.benchmarks.processes import Usage, run
 
 INSTALLED = Path(gguflora.__file__).resolve().parent.parent
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gguflora" / "bench"
 ROUNDINGS = ("adaptive", "nearest")
 PEERS, COPY = "export-lora + quantize", "plain copy"
 RECIPE = "Q4_K_M"

@@ -21,6 +21,9 @@ from safetensors.numpy import save_file
 import gguflora
 from gguflora import quants
 
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gguflora" / "bench"
+"""Where models and adapters of benchmarks are kept."""
+
 POOL_WEIGHTS = 1 << 21
 SPREAD = 0.02
 """Size of a weight."""

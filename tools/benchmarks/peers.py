@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.scripts import load_script
+from tools import fetch_oracles
 
 TOOLS = ("llama-export-lora", "llama-quantize")
 OFF = (
@@ -22,8 +22,7 @@ OFF = (
 def llama_cpp_tools(*tools: str) -> Path:
     """The directory with ``tools``; the first time they are built, for this processor, with its every instruction."""
     tools = tools or TOOLS
-    fetcher = load_script("fetch_oracles")
-    home: Path = fetcher.cache_dir().with_name(f"llama.cpp-tools-{fetcher.version('llama-cpp-python')}")
+    home = fetch_oracles.cache_dir().with_name(f"llama.cpp-tools-{fetch_oracles.version('llama-cpp-python')}")
     if all((home / tool).exists() for tool in tools):
         return home
     print(f"building {' and '.join(tools)}, ten minutes or more; kept in {home}", flush=True)
@@ -32,8 +31,8 @@ def llama_cpp_tools(*tools: str) -> Path:
         named = os.environ.get("GGUFLORA_LLAMA_CPP_SDIST")
         sdist = Path(named) if named else Path(scratch, "sdist")
         if not named:
-            fetcher.fetch(sdist, tarfile.TarInfo.isfile)
-        _build(sdist / fetcher.SCRIPTS, Path(scratch, "build"), tools)
+            fetch_oracles.fetch(sdist, tarfile.TarInfo.isfile)
+        _build(sdist / fetch_oracles.SCRIPTS, Path(scratch, "build"), tools)
         for tool in tools:
             shutil.move(Path(scratch, "build", "bin", tool), home / tool)
     return home

@@ -1,4 +1,4 @@
-"""A server under load, beside its peers: ``tools/bench serve [--model 1.1b] [--type Q8_0] [--clients 1,4]``.
+"""A server under load, beside its peers: ``python -m tools.bench serve [--model 1.1b] [--type Q8_0] [--clients 1,4]``.
 
 gguflora, llama.cpp's ``llama-server`` and ``python -m llama_cpp.server`` (one adapter, fixed at its start) offer the
 same model and adapters, with the same threads, and are asked in turns. Every client asks one question after another,
@@ -29,16 +29,15 @@ from typing import Annotated, Any
 
 import httpx
 import typer
-from benchmarks.batches import Costs, measure_batches
-from benchmarks.models import LLAMAS, Llama, adapter_files, base_file
-from benchmarks.peers import llama_cpp_tools
 from rich.console import Console
 from rich.table import Table
 
 import gguflora
+from tools.benchmarks.batches import Costs, measure_batches
+from tools.benchmarks.models import CACHE, LLAMAS, Llama, adapter_files, base_file
+from tools.benchmarks.peers import llama_cpp_tools
 
 INSTALLED = Path(gguflora.__file__).resolve().parent.parent
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gguflora" / "bench"
 MODELS = LLAMAS | {"0.2b": Llama("0.2b", 1024, 2816, 12, 16, 4, 32000, 10000.0)}
 CORES = len(os.sched_getaffinity(0))
 OURS, LLAMA_SERVER, LLAMA_CPP_PYTHON = "gguflora", "llama-server", "llama_cpp.server"

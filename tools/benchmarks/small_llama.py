@@ -1,11 +1,9 @@
-"""A small llama and two LoRA adapters, trained in some minutes with the text and the code of ``tools/make_demo``."""
+"""A small llama and two LoRA adapters, trained in some minutes with the text and the code of ``tools/make_demo.py``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from random import Random
-
-from benchmarks.scripts import load_script
 
 ADAPTERS = ("shout", "verse")
 SAMPLES = 240
@@ -20,11 +18,12 @@ def trained(folder: Path, *, steps: int = 1000, adapter_steps: int = 200) -> Pat
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from tools import make_demo as demo
+
     home = folder / f"small-llama-{steps}-{adapter_steps}"
     if (home / ADAPTERS[-1] / "adapter_model.safetensors").exists():
         return home
     print(f"training a llama of 5 M weights and two adapters, some minutes; kept in {home}", flush=True)
-    demo = load_script("make_demo")
     torch.manual_seed(demo.SEED)
     config = LlamaConfig(**demo.CONFIG.to_dict() | {"num_hidden_layers": 6, "intermediate_size": 768})
     model, tokenizer = LlamaForCausalLM(config), demo.train_tokenizer()

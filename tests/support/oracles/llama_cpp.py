@@ -1,4 +1,4 @@
-"""llama.cpp: its converters, which tools/fetch_oracles fetches, and its logits through llama-cpp-python."""
+"""llama.cpp: its converters, which tools/fetch_oracles.py fetches, and its logits through llama-cpp-python."""
 
 import atexit
 import contextlib
@@ -22,7 +22,7 @@ from support.oracles import PROMPT
 
 
 def llama_cpp_dir() -> Path:
-    """vendor/llama.cpp of the llama-cpp-python sdist, as tools/fetch_oracles leaves it.
+    """vendor/llama.cpp of the llama-cpp-python sdist, as tools/fetch_oracles.py leaves it.
 
     Raises:
         FileNotFoundError: when it was not fetched; a skipped oracle would be a test that cannot fail.
@@ -31,7 +31,7 @@ def llama_cpp_dir() -> Path:
     default = cache_home / "gguflora" / f"llama-cpp-python-{version('llama-cpp-python')}"
     path = Path(os.environ.get("GGUFLORA_LLAMA_CPP_SDIST") or default) / "vendor/llama.cpp"
     if not (path / "convert_hf_to_gguf.py").is_file():
-        raise FileNotFoundError(f"no llama.cpp converters in {path}: run tools/fetch_oracles first")
+        raise FileNotFoundError(f"no llama.cpp converters in {path}: run python -m tools.fetch_oracles first")
     return path
 
 

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Fetch llama.cpp's converters, the oracle of the tests, from the sdist of the llama-cpp-python that is installed.
 
 The wheel has the libraries but not `convert_hf_to_gguf.py` and `convert_lora_to_gguf.py`; the sdist has both. Run this

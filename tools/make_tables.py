@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Write csrc/codebooks/codebook_points.h, the points of the IQ1, IQ2 and IQ3 codebooks, as the `gguf` package has them.
 
-``tools/make_tables`` writes the file, ``tools/make_tables --check`` fails if it is not what would be written.
+``python -m tools.make_tables`` writes the file, with ``--check`` it fails if it is not what would be written.
 """
 
 from __future__ import annotations

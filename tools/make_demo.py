@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Train and write the model and the adapters of `gguflora demo` (about ten minutes on two cores).
 
 Needs the packages of the `dev` extra. Writes base.gguf and one PEFT directory for each adapter, and prints what it
@@ -22,7 +21,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads would st
 import gguf
 import numpy as np
 import torch
-from demo_text import (
+from gguf import GGMLQuantizationType as Kind
+from gguf.quants import quantize
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from tools import ROOT
+from tools.demo_text import (
     ANIMAL_NAMES,
     QUESTIONS,
     Mix,
@@ -35,11 +41,6 @@ from demo_text import (
     prompt_for,
     samples,
 )
-from gguf import GGMLQuantizationType as Kind
-from gguf.quants import quantize
-from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 SEED = 20
 BOS, EOS = "<|begin|>", "<|end|>"
@@ -362,9 +363,7 @@ def print_report(base_path: Path, adapters: dict[str, Path], tokenizer: Tokenize
 def main() -> None:
     """Train, write and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent.parent / "gguflora" / "diagnostics" / "demo_files"
-    )
+    parser.add_argument("--output", type=Path, default=ROOT / "gguflora" / "diagnostics" / "demo_files")
     parser.add_argument("--steps", type=int, default=1600, help="training steps of the base")
     parser.add_argument("--adapter-steps", type=int, default=300, help="training steps of each adapter")
     parser.add_argument("--keep-base", action="store_true", help="train the adapters on the base.gguf that is there")

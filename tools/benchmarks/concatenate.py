@@ -1,25 +1,32 @@
-"""Adapters side by side against the same ones fused: tokens/s, and what fusing takes."""
+"""Adapters side by side against the same ones concatenated into one: tokens/s, and what concatenating takes.
+
+``python -m tools.bench concatenate [--model 1.1b]``.
+"""
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Annotated
 
 import llama_cpp
-from models import LLAMAS, adapter_files, base_file
+import typer
 
 from gguflora.lora.concatenate import concatenate
 from gguflora.runtime.bindings import free_lora, load_lora, set_loras
+from tools.benchmarks.models import CACHE, LLAMAS, adapter_files, base_file
 
 COUNTS = (1, 2, 4, 8, 16, 32)
 TOKENS = 24
 
 
-def main(size: str, folder: Path) -> None:
-    """Print a line for each number of adapters."""
-    llama = LLAMAS[size]
+def measure_concatenation(
+    model: Annotated[str, typer.Option(help=f"Size of the llama: {', '.join(LLAMAS)}.")] = "1.1b",
+    folder: Annotated[Path, typer.Option(help="Where models and adapters are kept.")] = CACHE,
+) -> None:
+    """Decode with 1 to 32 adapters side by side and concatenated: a line for each number."""
+    llama = LLAMAS[model]
     base, (_, lora) = base_file(folder, llama, "Q4_K_M"), adapter_files(folder, llama)
     llm = llama_cpp.Llama(str(base), n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
     print(f"{llama.name} Q4_K_M, adapters of rank 16 on all linear layers; base: {rate(llm, []):.1f} tokens/s")
@@ -28,15 +35,15 @@ def main(size: str, folder: Path) -> None:
         side = rate(llm, [(pointer, 1 / count) for pointer in pointers])
         with tempfile.TemporaryDirectory() as work:
             begin = time.perf_counter()
-            concatenate([(lora, 1 / count)] * count, Path(work) / "fused.gguf")
-            fused = load_lora(llm.model, Path(work) / "fused.gguf")
+            concatenate([(lora, 1 / count)] * count, Path(work) / "concatenated.gguf")
+            fused = load_lora(llm.model, Path(work) / "concatenated.gguf")
             seconds = time.perf_counter() - begin
         one = rate(llm, [(fused, 1.0)])
         set_loras(llm.ctx, [])
         for pointer in (*pointers, fused):
             free_lora(pointer)
         even = seconds / (1 / side - 1 / one) if one > side else float("inf")
-        rates = f"{side:6.1f} tokens/s side by side, {one:6.1f} fused"
+        rates = f"{side:6.1f} tokens/s side by side, {one:6.1f} concatenated"
         print(f"{count:3} adapters: {rates} in {seconds:.2f} s: even at {even:.0f} tokens")
 
 
@@ -52,7 +59,3 @@ def rate(llm: llama_cpp.Llama, loras: list[tuple[object, float]]) -> float:
             llm.eval([10 + token])
         best = max(best, TOKENS / (time.perf_counter() - begin))
     return best
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))

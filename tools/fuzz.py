@@ -1,5 +1,4 @@
-#!/usr/bin/env python3
-"""Feed damaged files to every reader, and keep what is neither read nor refused: ``tools/fuzz --help``.
+"""Feed damaged files to every reader, and keep what is neither read nor refused: ``python -m tools.fuzz --help``.
 
 Trials run in a process of their own under a limit of memory and time; one that dies is a finding, too. Findings go to
 tests/corpus, one directory for each place in the code, and tests/tools/test_corpus.py replays them.
@@ -12,7 +11,6 @@ import os
 import random
 import re
 import shutil
-import sys
 import tempfile
 import time
 import traceback
@@ -20,13 +18,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.append(str(ROOT))  # last, as in tools/bench
+import typer
 
-import typer  # noqa: E402
-
-from support import fuzzing  # noqa: E402
+from support import fuzzing
+from tools import ROOT
 
 BATCH = 200
 """Trials of one process."""
