@@ -178,7 +178,7 @@ def write_base(model: LlamaForCausalLM, tokenizer: Tokenizer, path: Path, name: 
     write_model_metadata(writer, config)
     write_tokenizer(writer, tokenizer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads or config.num_attention_heads}
     for parameter, tensor in model.state_dict().items():
         values = tensor.numpy()
         projection = parameter.split(".")[-2]
@@ -211,6 +211,7 @@ def write_model_metadata(writer: gguf.GGUFWriter, config: LlamaConfig) -> None:
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    assert config.rope_parameters is not None
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
@@ -345,8 +346,10 @@ def print_report(base_path: Path, adapters: dict[str, Path], tokenizer: Tokenize
     print_changes(model)
     shown = [prompt_for(text) for text in ("Where does the otter live?", "What does the owl eat?", "What is rain?",
                                            "Tell me about the squirrel.", "How do I make a kite?")]  # fmt: skip
-    mixes = ({}, {"shout": 1.0}, {"shout": 0.5}, {"verse": 1.0}, {"verse": 0.5}, {"shout": 1.0, "verse": 1.0},
-             {"shout": 0.5, "verse": 0.5})  # fmt: skip
+    mixes: tuple[dict[str, float], ...] = (
+        {}, {"shout": 1.0}, {"shout": 0.5}, {"verse": 1.0}, {"verse": 0.5}, {"shout": 1.0, "verse": 1.0},
+        {"shout": 0.5, "verse": 0.5},
+    )  # fmt: skip
     for mix in mixes:
         with model.disable_adapter():
             result = None if mix else (scores(model, tokenizer, UNSEEN), answer(model, tokenizer, shown))

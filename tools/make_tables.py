@@ -56,7 +56,8 @@ def points(name: str) -> np.ndarray:
     if not np.array_equal(np.asarray(quant.grid_map)[levels], values):
         raise SystemExit(f"{name}: a value of the codebook is none of its levels")
     bits = 16 // quant.grid_shape[1] if len(quant.grid_map) <= 4 else 3
-    return (levels << bits * np.arange(quant.grid_shape[1])).sum(axis=1)
+    packed: np.ndarray = (levels << bits * np.arange(quant.grid_shape[1])).sum(axis=1)
+    return packed
 
 
 def header() -> str:

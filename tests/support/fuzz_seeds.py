@@ -1,6 +1,8 @@
 """Adapters of many PEFT methods for the llama of `fuzzing.py`, as PEFT saves them; needs torch and peft."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -9,7 +11,7 @@ import transformers
 from support import fuzzing
 
 SOME = ["q_proj", "k_proj", "down_proj"]
-METHODS = {
+METHODS: dict[str, tuple[Callable[..., peft.PeftConfig], dict[str, Any]]] = {
     "lora_dora": (peft.LoraConfig, {"r": 4, "use_dora": True}),
     "lora_whole": (peft.LoraConfig, {"r": 4, "modules_to_save": ["lm_head"], "trainable_token_indices": [1, 3]}),
     "lora_bias": (peft.LoraConfig, {"r": 4, "alpha_pattern": {"k_proj": 3}}),
@@ -52,7 +54,7 @@ def write_all(folder: Path) -> None:
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.1 * torch.randn_like(parameter))
-        model.save_pretrained(folder / f"peft_{name}")
+        model.save_pretrained(str(folder / f"peft_{name}"))
         (folder / f"peft_{name}" / "README.md").unlink(missing_ok=True)
 
 

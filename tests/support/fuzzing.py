@@ -13,9 +13,10 @@ import signal
 import struct
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -107,7 +108,7 @@ def write_checkpoint(folder: Path) -> None:
         words = name.split(".")
         hf = ends[words[0]] if len(words) == 2 else f"model.layers.{words[1]}.{names[words[2]]}"
         shards[number % 2][f"{hf}.weight"] = np.ones(shape, np.float16)
-    index = {}
+    index: dict[str, str] = {}
     for number, tensors in enumerate(shards):
         file = f"model-{number + 1:05}-of-00002.safetensors"
         safetensors.numpy.save_file(tensors, folder / file)
@@ -127,7 +128,7 @@ def write_imatrix(folder: Path) -> None:
     for name, n_in in {"blk.0.attn_q.weight": HIDDEN, "blk.0.ffn_down.weight": FFN}.items():
         sums = np.arange(n_in, dtype=np.float32)
         writer.add_tensor(f"{name}.in_sum2", sums.reshape(1, -1))
-        writer.add_tensor(f"{name}.counts", np.float32([[7]]))
+        writer.add_tensor(f"{name}.counts", np.array([[7]], np.float32))
         content += struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", 3, n_in) + sums.tobytes()
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -216,7 +217,7 @@ SEEDS: dict[str, tuple[Callable[[Path], None], Reader]] = {
 
 NUMBERS = [0, 1, 2, 3, 7, 31, 32, 33, 127, 128, 255, 256, 1 << 15, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1]
 NUMBERS += [1 << 32, 1 << 40, 1 << 59, (1 << 62) - 1, 1 << 63, (1 << 64) - 32, (1 << 64) - 1]
-VALUES = [
+VALUES: list[Any] = [
     None,
     True,
     False,
@@ -277,7 +278,7 @@ def _mutated_json(content: bytes, dice: random.Random) -> bytes:
     return json.dumps(document).encode("utf-8", "surrogatepass")
 
 
-def _places(document: object):
+def _places(document: object) -> Iterator[tuple[Any, Any]]:
     items = (
         document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
     )

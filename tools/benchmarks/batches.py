@@ -44,7 +44,8 @@ def measure_batches(
     with _context(base, lora, sizes[-1], prompt + 2 * len(sizes) * (repeats + 1), threads) as context:
         batch = _Batch(context, UBATCH)
         prompts = [batch.decode([(sequence, at) for at in range(prompt)]) for sequence in range(sizes[-1])]
-        at, taken = prompt, {size: [] for size in sizes}
+        at = prompt
+        taken: dict[int, list[float]] = {size: [] for size in sizes}
         for _ in range(repeats + 1):  # the first turn warms up
             for size in sizes:
                 taken[size].append(batch.decode([(sequence, at) for sequence in range(size)]))

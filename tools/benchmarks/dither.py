@@ -13,7 +13,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -67,7 +68,7 @@ def _seconds(run: Callable[[], object], at_least: float) -> float:
 
 
 def _medians(
-    runs: dict[tuple[str, str], Callable[[], object]], repeats: int, seconds: float
+    runs: Mapping[tuple[str, str], Callable[[], object]], repeats: int, seconds: float
 ) -> dict[tuple[str, str], float]:
     times: dict[tuple[str, str], list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
@@ -83,7 +84,7 @@ def _gflops(isas: list[str], repeats: int, seconds: float) -> dict[str, float]:
         (np.ones((rank, N_IN), np.float32), np.ones((N_ROWS, rank), np.float32)) for rank in (16, 16 + MORE_RANKS)
     ]
     runs = {
-        (isa, str(len(a))): lambda a=a, b=b, isa=isa: kernels.merge_rows(x, f32, out, f32, Product(a, b), isa=isa)
+        (isa, str(len(a))): partial(kernels.merge_rows, x, f32, out, f32, Product(a, b), isa=isa)
         for isa in isas
         for a, b in factors
     }

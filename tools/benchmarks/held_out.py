@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 from gguflora import quants
 from gguflora.files.gguf import GgufFile
-from tools import make_demo as demo
+from tools import demo_text, make_demo
 
 Weights = Mapping[str, torch.Tensor]
 TOGETHER = 16
@@ -44,15 +44,18 @@ class HeldOut:
     """The answers that one adapter was trained to give, to questions it has not seen."""
 
     def __init__(self, home: Path, adapter: str, samples: int) -> None:
-        self._model = demo.read_base(home / "F32.gguf").eval()
+        self._model = make_demo.read_base(home / "F32.gguf")
+        self._model.eval()
         self._names = _gguf_names(self._model.config)
-        mix = {"shout": demo.SHOUT_MIX, "verse": demo.VERSE_MIX}[adapter]
-        chosen = Random(demo.SEED).sample(list(_held_out(mix)), samples)
+        mix = {"shout": make_demo.SHOUT_MIX, "verse": make_demo.VERSE_MIX}[adapter]
+        chosen = Random(make_demo.SEED).sample(list(_held_out(mix)), samples)
         self._rows = _encode(chosen)
 
     def weights_of(self, path: Path) -> dict[str, torch.Tensor]:
         """The weights of a GGUF file under their Hugging Face names, in float32."""
-        heads = {"attn_q": self._model.config.num_attention_heads, "attn_k": self._model.config.num_key_value_heads}
+        config = self._model.config
+        n_heads = config.num_attention_heads
+        heads = {"attn_q": n_heads, "attn_k": config.num_key_value_heads or n_heads}
         weights = {}
         with GgufFile(path) as file:
             for name, gguf_name in self._names.items():
@@ -110,16 +113,17 @@ def _halves(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _held_out(mix: Mapping[Any, float]) -> Iterator[tuple[str, str]]:
-    rng = Random(demo.SEED)
+    rng = Random(make_demo.SEED)
     for asked, told in mix:
-        for question in demo.QUESTIONS:
-            if demo.is_held_out(question, told):
-                yield demo.prompt_for(question.text, rng.choice(asked.value)), demo.answer_for(question, told, rng)
+        for question in demo_text.QUESTIONS:
+            if demo_text.is_held_out(question, told):
+                prompt = demo_text.prompt_for(question.text, rng.choice(asked.value))
+                yield prompt, demo_text.answer_for(question, told, rng)
 
 
 def _encode(chosen: list[tuple[str, str]]) -> list[tuple[torch.Tensor, int]]:
     """Tokens of each sample, and where its answer begins."""
-    tokenizer, rows = demo.train_tokenizer(), []
+    tokenizer, rows = make_demo.train_tokenizer(), []
     for prompt, answer in chosen:
         ids = tokenizer.encode(prompt).ids
         rows.append((torch.tensor([*ids, *tokenizer.encode(answer, add_special_tokens=False).ids, 1]), len(ids)))

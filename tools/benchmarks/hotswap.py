@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import llama_cpp
 import typer
@@ -108,10 +108,12 @@ def measure_speeds(files: Subjects, count: int, repeats: int, threads: int) -> d
         for outtype, file in files.adapters.items():
             engine.load(file, outtype)
         llm = _llama(files.base, threads, lora_path=str(files.adapters["f32"]))
-        ways = {name: partial(_engine_speed, engine, name, count) for name in ("base", *OUTTYPES)}
+        ways: dict[str, Callable[[], Speed]] = {
+            name: partial(_engine_speed, engine, name, count) for name in ("base", *OUTTYPES)
+        }
         ways["merged file"] = partial(_engine_speed, merged, "base", count)
         ways[PEER] = partial(_llama_speed, llm, count)
-        taken = {name: [] for name in ways}
+        taken: dict[str, list[Speed]] = {name: [] for name in ways}
         for _ in range(repeats):
             for name, way in ways.items():
                 taken[name].append(way())
@@ -133,7 +135,7 @@ def _llama_speed(llm: llama_cpp.Llama, count: int) -> Speed:
     return _speed(lambda: [next(tokens) for _ in range(count)], count)
 
 
-def measure_engine(files: Subjects, repeats: int, threads: int) -> dict[str, object]:
+def measure_engine(files: Subjects, repeats: int, threads: int) -> dict[str, Any]:
     """Loading, memory and switching of adapters in one engine."""
     with opened(files.base, threads) as engine:
         ask(engine, "base", 1)
@@ -163,17 +165,17 @@ def _loaded(engine: Engine, adapters: dict[str, Path], repeats: int) -> dict[str
 
     The memory is that of each first load: later ones are given what an earlier one has left to the allocator.
     """
-    loads = {}
+    loads: dict[str, dict[str, float]] = {}
+    times: dict[str, list[float]] = {}
     for outtype, file in adapters.items():
         before = resident_bytes()
-        taken = [seconds(partial(engine.load, file, outtype))]
-        loads[outtype] = {"file_bytes": file.stat().st_size, "memory_bytes": resident_bytes() - before, "taken": taken}
+        times[outtype] = [seconds(partial(engine.load, file, outtype))]
+        loads[outtype] = {"file_bytes": file.stat().st_size, "memory_bytes": resident_bytes() - before}
     for outtype, file in adapters.items():
-        taken = loads[outtype].pop("taken")
         for _ in range(repeats - 1):
             engine.unload(outtype)
-            taken.append(seconds(partial(engine.load, file, outtype)))
-        loads[outtype]["seconds"] = statistics.median(taken)
+            times[outtype].append(seconds(partial(engine.load, file, outtype)))
+        loads[outtype]["seconds"] = statistics.median(times[outtype])
     return loads
 
 
@@ -185,7 +187,7 @@ def measure_attached(files: Subjects, repeats: int, threads: int) -> dict[str, f
         for outtype, file in files.adapters.items():
             adapters.load(outtype, file)
         for outtype in OUTTYPES * repeats:
-            applies.append(seconds(lambda outtype=outtype: adapters.apply({outtype: 1.0})))
+            applies.append(seconds(partial(adapters.apply, {outtype: 1.0})))
             firsts.append(seconds(lambda: next(llm.generate(PROMPT, temp=0.0))))
     llm.close()
     return {"apply": statistics.median(applies), "first_token": statistics.median(firsts)}
@@ -209,7 +211,7 @@ def _llama(path: Path, threads: int, **options: object) -> llama_cpp.Llama:
     )
 
 
-def _tables(report: dict[str, dict]) -> list[Table]:
+def _tables(report: dict[str, Any]) -> list[Table]:
     engine, attached, speeds = report["engine"], report["attached"], report["speeds"]
     loads = Table("adapter", "load ms", "file MB", "memory MB", "tokens/s", "CPU ms", title="Hot adapters")
     for name, speed in speeds.items():
@@ -238,7 +240,7 @@ def hotswap(
 ) -> None:
     """Measure adapters at run time against a Llama built anew for each switch, and a merged file."""
     files = Subjects(folder, model)
-    report = {
+    report: dict[str, Any] = {
         "engine": measure_engine(files, repeats, threads),
         "attached": measure_attached(files, repeats, threads),
         "rebuilding_first_token": measure_rebuilding(files, repeats, threads),

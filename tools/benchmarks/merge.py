@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -35,22 +35,9 @@ RECIPE = "Q4_K_M"
 CORES = len(os.sched_getaffinity(0))
 
 
-def _gguflora(base: Path, adapter: Path, out: Path, rounding: str) -> Usage:
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "gguflora",
-        "merge",
-        base,
-        "--lora",
-        adapter,
-        "-o",
-        out,
-        "--rounding",
-        rounding,
-    ]
-    return run(command, os.environ | {"PYTHONPATH": str(INSTALLED)})
+def _gguflora(base: Path, adapter: Path, rounding: str, out: Path) -> Usage:
+    merge = [sys.executable, "-P", "-m", "gguflora", "merge", base, "--lora", adapter]
+    return run([*merge, "-o", out, "--rounding", rounding], os.environ | {"PYTHONPATH": str(INSTALLED)})
 
 
 def _copy(base: Path, out: Path) -> Usage:
@@ -71,9 +58,7 @@ def _types(path: Path) -> dict[str, str]:
         return {name: tensor.type.name for name, tensor in file.tensors.items()}
 
 
-def _measure(
-    runs: dict[str, Callable[[Path], Usage]], base: Path, repeats: int, folder: Path
-) -> list[dict[str, object]]:
+def _measure(runs: dict[str, Callable[[Path], Usage]], base: Path, repeats: int, folder: Path) -> list[dict[str, Any]]:
     """Medians by who runs.
 
     Raises:
@@ -103,7 +88,7 @@ def _measure(
     ]
 
 
-def _add_ratios(results: list[dict[str, object]]) -> None:
+def _add_ratios(results: list[dict[str, Any]]) -> None:
     """What bounds each: the share of a plain copy's rate, and of the cores' time; and how many times less CPU."""
     by_who = {result["who"]: result for result in results}
     for result in results:
@@ -114,7 +99,7 @@ def _add_ratios(results: list[dict[str, object]]) -> None:
             result["peers_wall_ratio"] = by_who[PEERS]["seconds"] / result["seconds"]
 
 
-def _table(results: list[dict[str, object]], title: str) -> Table:
+def _table(results: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=title)
     headings = (
         "",
@@ -160,7 +145,7 @@ def merge(
     adapter, lora = adapter_files(folder, llama)
     runs: dict[str, Callable[[Path], Usage]] = {COPY: partial(_copy, base)}
     runs |= {
-        f"gguflora {rounding}": lambda out, rounding=rounding: _gguflora(base, adapter, out, rounding)
+        f"gguflora {rounding}": partial(_gguflora, base, adapter, rounding)
         for rounding in roundings.split(",")
         if rounding
     }

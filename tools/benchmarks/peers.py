@@ -8,6 +8,7 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from tools import fetch_oracles
@@ -22,7 +23,7 @@ OFF = (
 def llama_cpp_tools(*tools: str) -> Path:
     """The directory with ``tools``; the first time they are built, for this processor, with its every instruction."""
     tools = tools or TOOLS
-    home = fetch_oracles.cache_dir().with_name(f"llama.cpp-tools-{fetch_oracles.version('llama-cpp-python')}")
+    home = fetch_oracles.cache_dir().with_name(f"llama.cpp-tools-{version('llama-cpp-python')}")
     if all((home / tool).exists() for tool in tools):
         return home
     print(f"building {' and '.join(tools)}, ten minutes or more; kept in {home}", flush=True)
@@ -41,7 +42,7 @@ def llama_cpp_tools(*tools: str) -> Path:
 def _build(source: Path, build: Path, tools: Sequence[str]) -> None:
     switches = ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", *(f"-D{name}=OFF" for name in OFF)]
     log = build.with_suffix(".log")
-    commands = (
+    commands: tuple[list[str | Path], ...] = (
         ["cmake", "-S", source, "-B", build, *switches],
         ["cmake", "--build", build, "--parallel", str(len(os.sched_getaffinity(0))), "--target", *tools],
     )
