@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 with contextlib.suppress(ImportError):
     import llama_cpp  # noqa: F401  (before torch, in every process of tests)
 
+pytest_plugins = ("support.needs", "support.skips")
 pytest.register_assert_rewrite("support")
 
 from support import ROOT  # noqa: E402
@@ -26,6 +27,21 @@ hypothesis.settings.register_profile(
     "tests", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The option ``--full``."""
+    parser.addoption("--full", action="store_true", help="run the tests marked `full`, too, which take long")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes long, unless it is asked for."""
+    if config.option.full or "full" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("full")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ CROSS_COMPILER, EMULATORS = "aarch64-linux-gnu-gcc", ("qemu-aarch64-static", "qe
 Request = tuple[bytes, bytes]
 """What goes to the driver, and the output that it must answer."""
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 
 def build(folder: Path, compiler: str, flags: list[str]) -> Path:
