@@ -83,6 +83,13 @@ def test_import_loads_nothing_heavy(module: str) -> None:
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.parametrize("module", ["torch", "llama_cpp", "transformers", "fastapi", "matplotlib", "distributed"])
+def test_the_command_line_loads_no_extra(module: str) -> None:
+    """Most commands work where only the dependencies are installed."""
+    code = f"import sys, gguflora.cli; sys.exit({module!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+
+
 def test_import_is_quick() -> None:
     """A good deal quicker than numpy's, which a busy machine slows down as much."""
     seconds = {"gguflora": [], "numpy": []}

@@ -32,9 +32,9 @@ from gguflora.files.checksum import sha256_of
 from gguflora.files.remote import remote_inputs
 from gguflora.placement.prefix import read_prefix
 from gguflora.runtime.adapter_files import open_adapter
-from gguflora.runtime.adapter_set import AttachedSet, describe
 
 if TYPE_CHECKING:
+    from gguflora.runtime.adapter_set import AttachedSet
     from gguflora.runtime.bindings import HotAdapter
 
 
@@ -51,6 +51,7 @@ def attach(llm: Any) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only w
         import llama_cpp  # noqa: PLC0415  (import gguflora does not load it)
 
         from gguflora.runtime import guarded_llama, llama_internals  # noqa: PLC0415
+        from gguflora.runtime.adapter_set import AttachedSet  # noqa: PLC0415
         from gguflora.runtime.concatenated_adapters import ConcatenatedAdapters  # noqa: PLC0415
     except ImportError as error:
         raise MissingExtraError("hot-swapping", "llama-cpp-python", "runtime") from error
@@ -234,6 +235,8 @@ class Adapters:
         self.close()
 
     def __repr__(self) -> str:
+        from gguflora.runtime.adapter_set import describe  # noqa: PLC0415
+
         state = (
             "closed"
             if self._set.closed

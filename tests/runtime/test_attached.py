@@ -675,7 +675,7 @@ sys.modules['llama_cpp'] = None
 from gguflora import errors, runtime
 try:
     runtime.attach(object())
-except errors.HotSwapError as error:
+except errors.MissingExtraError as error:
     print(error)
 """
     assert "pip install 'gguflora[runtime]'" in run_python(code)
