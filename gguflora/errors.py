@@ -7,29 +7,29 @@
     |   |-- GgufError
     |   |-- PatchError
     |   `-- SafetensorsError
-    |-- AdapterError              an adapter's configuration or tensors do not make sense
-    |   `-- UnsupportedAdapterError   they do, but this operation cannot express them
-    |-- ArchitectureError         a module of the adapter has no place in the base model
+    |-- AdapterError              an adapter's configuration or tensors are invalid
+    |   `-- UnsupportedAdapterError   the adapter is valid, but this operation does not support it
+    |-- ArchitectureError         a module of the adapter has no counterpart in the base model
     |-- MismatchError             adapter and base do not fit together (shapes, architecture)
-    |-- QuantizationError         values or shapes a quant type cannot hold
+    |-- QuantizationError         values or shapes that a quant type cannot hold
     |   `-- NonFiniteError        NaN or infinity; carries row and column
     |-- OutputError               the target cannot be written (exists, no space, not writable)
     |-- UsageError                an argument is out of range, or arguments contradict each other
-    |-- MissingExtraError         a package is missing that an extra of gguflora installs
+    |-- MissingExtraError         a package that one of gguflora's extras installs is missing
     |-- RemoteError               a remote file cannot be found, read or written, or its checksum is wrong
-    |-- RecipeError               a pipeline's recipe does not make sense
-    |-- ClusterError              a Dask cluster cannot be used, or a process died that did a pipeline's job
+    |-- RecipeError               a pipeline's recipe is invalid
+    |-- ClusterError              a Dask cluster cannot be used, or a process running a pipeline job died
     |-- HotSwapError              llama.cpp refused an adapter, or an adapter set is used wrongly
-    |-- EngineError               the serving engine cannot do what was asked
-    |   |-- EngineClosedError     it is closed
-    |   |-- QueueFullError        too many requests wait already
+    |-- EngineError               the serving engine cannot carry out a request
+    |   |-- EngineClosedError     the engine is closed
+    |   |-- QueueFullError        too many requests are waiting
     |   |-- GenerationError       a request failed while it was computed
-    |   |   `-- DivergedError         its adapters' numbers have grown beyond all bounds
-    |   `-- RequestError          a request makes no sense
+    |   |   `-- DivergedError         its logits are not finite
+    |   `-- RequestError          a request is invalid
     |       |-- AdapterNameError      no adapter of this name is loaded, or the name is taken
     |       `-- PromptTooLongError    the prompt does not fit the context
     |-- ServerError               the server cannot start
-    `-- NativeError               the compiled kernels cannot do what was asked (unknown ISA)
+    `-- NativeError               the compiled kernels do not support the request (unknown ISA)
 """
 
 from __future__ import annotations
@@ -46,18 +46,21 @@ class UsageError(GgufloraError):
 
 
 class MissingExtraError(GgufloraError):
-    """A package is missing that an extra of gguflora installs.
+    """A package that one of gguflora's extras installs is missing.
 
     Args:
-        what: what needs the package.
-        package: the package's name.
+        feature: the feature that needs the package.
+        package: name of the package.
         extra: the extra of gguflora that installs it.
-        otherwise: another way out.
+        alternative: what the user can do instead of installing it.
+
+    Attributes:
+        extra: the extra of gguflora that installs the package.
     """
 
-    def __init__(self, what: str, package: str, extra: str, otherwise: str = "") -> None:
-        way_out = f"pip install 'gguflora[{extra}]'" + (f", {otherwise}" if otherwise else "")
-        super().__init__(f"{what} needs {package}: {way_out}")
+    def __init__(self, feature: str, package: str, extra: str, alternative: str = "") -> None:
+        remedy = f"pip install 'gguflora[{extra}]'" + (f", {alternative}" if alternative else "")
+        super().__init__(f"{feature} needs {package}: {remedy}")
         self.extra = extra
 
 
@@ -78,15 +81,15 @@ class SafetensorsError(FormatError):
 
 
 class AdapterError(GgufloraError):
-    """An adapter's configuration or tensors do not make sense."""
+    """An adapter's configuration or tensors are invalid."""
 
 
 class UnsupportedAdapterError(AdapterError):
-    """The adapter is sound, but the operation asked for cannot express it."""
+    """The adapter is valid, but the requested operation does not support it."""
 
 
 class ArchitectureError(GgufloraError):
-    """A module of the adapter has no place in the base model."""
+    """A module of the adapter has no counterpart in the base model."""
 
 
 class MismatchError(GgufloraError):
@@ -98,11 +101,11 @@ class QuantizationError(GgufloraError):
 
 
 class NonFiniteError(QuantizationError):
-    """A NaN or an infinity where a number is needed.
+    """A NaN or an infinity where a finite number is required.
 
     Attributes:
         row: row of the offending value.
-        column: its column.
+        column: column of the offending value.
     """
 
     def __init__(self, message: str, row: int, column: int) -> None:
@@ -120,7 +123,7 @@ class HotSwapError(GgufloraError):
 
 
 class EngineError(GgufloraError):
-    """The serving engine cannot do what was asked."""
+    """The serving engine cannot carry out a request."""
 
 
 class EngineClosedError(EngineError):
@@ -128,11 +131,11 @@ class EngineClosedError(EngineError):
 
 
 class QueueFullError(EngineError):
-    """Too many requests wait already; try again later."""
+    """Too many requests are waiting; try again later."""
 
 
 class GenerationError(EngineError):
-    """A request failed while it was computed; the engine and other requests live on."""
+    """A request failed while it was computed; the engine and other requests are not affected."""
 
 
 class DivergedError(GenerationError):
@@ -140,7 +143,7 @@ class DivergedError(GenerationError):
 
 
 class RequestError(EngineError):
-    """A request makes no sense: a parameter out of range, a token the model does not have, a broken template."""
+    """A request is invalid: a parameter out of range, a token the model does not have, a broken template."""
 
 
 class AdapterNameError(RequestError):
@@ -156,11 +159,11 @@ class ServerError(GgufloraError):
 
 
 class NativeError(GgufloraError):
-    """The compiled kernels cannot do what was asked."""
+    """The compiled kernels do not support the request."""
 
 
 class RecipeError(GgufloraError):
-    """A pipeline's recipe does not make sense."""
+    """A pipeline's recipe is invalid."""
 
 
 class RemoteError(GgufloraError):
@@ -168,10 +171,10 @@ class RemoteError(GgufloraError):
 
 
 class ClusterError(GgufloraError):
-    """A Dask cluster cannot be used, or a process died that did a pipeline's job."""
+    """A Dask cluster cannot be used, or a process running a pipeline job died."""
 
 
-def listed(names: Collection[str], most: int = 8) -> str:
-    """A few names for a message."""
-    shown = ", ".join(sorted(names)[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+def listed(names: Collection[str], limit: int = 8) -> str:
+    """Format names for a message: the first ``limit`` in sorted order, then the number of the others."""
+    shown = ", ".join(sorted(names)[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

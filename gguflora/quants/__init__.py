@@ -1,4 +1,4 @@
-"""Drop-in for ``gguf.quants``: the same two functions, with ggml's exact bytes, compiled and on all cores."""
+"""Drop-in replacement for ``gguf.quants``: compiled, multithreaded, and byte-identical to ggml."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 __all__ = ["GgmlType", "dequantize", "quantize"]
 
 _BLOCK_WEIGHTS = 1 << 18
-"""Weights a thread takes at a time."""
+"""Number of weights in one unit of work for a thread."""
 
 _FLOATS: dict[str, Any] = {"F32": np.float32, "F16": np.float16}
-"""Types whose arrays hold numbers instead of bytes, as in ``gguf.quants``."""
+"""Types whose arrays hold floats instead of bytes, as in ``gguf.quants``."""
 
 
 def resolve_type(qtype: GGMLQuantizationType | GgmlType | int | str) -> GgmlType:
-    """The type meant by a gguf enum member, ggml's number or its name.
+    """Return the type for a gguf enum member, a ggml type number or a type name.
 
     Raises:
-        QuantizationError: gguflora has no such type.
+        QuantizationError: gguflora does not support the type.
     """
     if isinstance(qtype, GgmlType):
         return qtype
@@ -46,13 +46,13 @@ def quantize(
     imatrix: NDArray[Any] | None = None,
     threads: int | None = None,
 ) -> NDArray[Any]:
-    """Quantize weights to the bytes ``ggml_quantize_chunk`` writes.
+    """Quantize weights to the same bytes as ``ggml_quantize_chunk``.
 
     Args:
         x: weights of shape (..., n_in), any real dtype; each row must be a whole number of blocks.
         qtype: type to quantize to.
         imatrix: importance of the columns, (n_in,), as ``llama-imatrix`` measures it.
-        threads: threads to use; default all CPUs. The bytes do not depend on it.
+        threads: number of threads; by default one per usable CPU. The result does not depend on it.
 
     Returns:
         uint8 array of shape (..., row_bytes); float32 of shape (..., n_in) for F32, float16 for F16.
@@ -75,9 +75,9 @@ def quantize(
         try:
             quantize_rows(rows[start:stop], target, out_rows[start:stop], imatrix=importance)
         except NonFiniteError as error:
-            raise _shifted(error, start) from None
+            raise _shift_row(error, start) from None
 
-    run_rows(len(rows), _rows_at_a_time(n_in), work, threads)
+    run_rows(len(rows), _rows_per_block(n_in), work, threads)
     return out.view(_FLOATS[target.name]) if target.name in _FLOATS else out
 
 
@@ -87,12 +87,12 @@ def dequantize(
     *,
     threads: int | None = None,
 ) -> NDArray[np.float32]:
-    """The float32 weights that ggml reads from quantized rows.
+    """Dequantize rows to the same float32 weights as ggml.
 
     Args:
-        data: array of shape (..., row_bytes) of bytes; a float array of shape (..., n_in) for F32 and F16.
-        qtype: the type of ``data``.
-        threads: threads to use; default all CPUs.
+        data: bytes of shape (..., row_bytes); for F32 and F16, floats of shape (..., n_in).
+        qtype: type of ``data``.
+        threads: number of threads; by default one per usable CPU.
 
     Returns:
         float32 array of shape (..., n_in).
@@ -117,7 +117,7 @@ def dequantize(
     def work(start: int, stop: int) -> None:
         dequantize_rows(rows[start:stop], source, out_rows[start:stop])
 
-    run_rows(len(rows), _rows_at_a_time(n_in), work, threads)
+    run_rows(len(rows), _rows_per_block(n_in), work, threads)
     return out
 
 
@@ -126,11 +126,11 @@ def _as_rows(array: NDArray[Any]) -> NDArray[Any]:
     return array.reshape(n_rows, array.shape[-1])
 
 
-def _rows_at_a_time(n_in: int) -> int:
+def _rows_per_block(n_in: int) -> int:
     return max(1, _BLOCK_WEIGHTS // max(1, n_in))
 
 
-def _shifted(error: NonFiniteError, start: int) -> NonFiniteError:
+def _shift_row(error: NonFiniteError, start: int) -> NonFiniteError:
     row = error.row + start
     message = str(error).replace(f"row {error.row},", f"row {row},")
     return NonFiniteError(message, row, error.column)

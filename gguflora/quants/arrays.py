@@ -1,4 +1,4 @@
-"""The array types of the program: values, packed bytes, indices."""
+"""Type aliases for numpy arrays."""
 
 from __future__ import annotations
 

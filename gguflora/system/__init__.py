@@ -1,1 +1,1 @@
-"""What differs between operating systems: CPUs a process may use, file locks, optional system calls."""
+"""What depends on the system: the CPUs a process may use, and optional packages."""

@@ -1,4 +1,4 @@
-"""The processors that this process may use."""
+"""The number of CPUs and threads to use."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 
 
 def usable_cpus() -> int:
-    """How many processors this process may run on, of all that the machine has."""
+    """Return the number of CPUs this process may run on, which can be fewer than the machine has."""
     return len(os.sched_getaffinity(0))
 
 
 def thread_count(threads: int | None) -> int:
-    """The number of threads to use: as many as asked for, by default one for each usable processor."""
+    """Return ``threads``, or one thread per usable CPU if it is None or 0."""
     return threads or usable_cpus()

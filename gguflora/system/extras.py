@@ -1,4 +1,4 @@
-"""Packages that an installation may lack: faces that can be imported without them, and fail when they are used."""
+"""Optional dependencies: let a package be imported without them, and raise an error only when they are needed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from gguflora.errors import MissingExtraError
 
 
 def lazy_face(package: str, homes: Mapping[str, str], needed: str, error: MissingExtraError) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a package whose modules need another that may be missing.
+    """Return a ``__getattr__`` for a package whose modules import an optional dependency.
 
     Args:
-        package: name of the package of ours.
-        homes: the module of each of its public names.
-        needed: the module that they import.
-        error: raised when one of them is called while ``needed`` is missing.
+        package: name of gguflora's package.
+        homes: the module that defines each of its public names.
+        needed: name of the optional module they import.
+        error: raised when a public name is called while ``needed`` is not installed.
     """
 
     def fail(*_: object, **__: object) -> NoReturn:
