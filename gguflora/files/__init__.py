@@ -1,1 +1,1 @@
-"""Checked access to GGUF and safetensors files."""
+"""Read and write files: GGUF, safetensors, atomic output, remote stores. Nothing here knows about adapters."""

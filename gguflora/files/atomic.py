@@ -1,4 +1,7 @@
-"""Output that is whole or absent: files without names in the target's directory, synced, then given their names."""
+"""Atomic output: write to unnamed or temporary files in the target's directory, sync them, then give them their names.
+
+A reader sees either the complete output or none of it.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +21,21 @@ from gguflora.errors import OutputError
 
 _LOG = logging.getLogger(__name__)
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
-"""What file systems say that have no hard links."""
+"""Errors with which file systems without hard links refuse ``link``."""
 
 
 @contextmanager
 def atomic_output(target: Path, *, force: bool = True) -> Iterator[IO[bytes]]:
-    """A file that becomes ``target`` when the block ends, and leaves nothing behind when it fails.
+    """Open a file that becomes ``target`` when the block ends, and is discarded if the block raises.
 
-    `path_of` says how to open it again.
+    `path_of` gives a path for opening it a second time.
 
     Args:
-        target: name of the file.
-        force: whether a file that has this name by then is replaced; else it is an error.
+        target: path of the file.
+        force: whether to replace a file that exists at ``target`` when the block ends; otherwise it is an error.
 
     Raises:
-        OutputError: if it cannot be written.
+        OutputError: if the file cannot be written.
     """
     with atomic_outputs([target], force=force) as (file,):
         yield file
@@ -40,14 +43,18 @@ def atomic_output(target: Path, *, force: bool = True) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def atomic_outputs(targets: Sequence[Path], *, force: bool = True) -> Iterator[list[IO[bytes]]]:
-    """Files that become ``targets``, all of one directory, when the block ends: all of them or none.
+    """Open files that become ``targets`` when the block ends: all of them or none.
 
-    Until then they have no names (O_TMPFILE), so that not even a killed process leaves one; where the file system has
-    no such files they have temporary ones, which the next output of the same name removes. The first target gets its
-    name last: a split model without its first file cannot be loaded.
+    Until then the files have no names (O_TMPFILE), so a killed process leaves nothing behind. Where the file system
+    does not support that, they have temporary names, and the next output with the same target removes leftovers. The
+    first target gets its name last, because a split model without its first file cannot be loaded.
+
+    Args:
+        targets: paths of the files, all in one directory.
+        force: whether to replace files that exist when the block ends; otherwise they are an error.
 
     Raises:
-        OutputError: if they cannot be written.
+        OutputError: if the files cannot be written.
     """
     target = targets[0]
     try:
@@ -63,7 +70,8 @@ def atomic_outputs(targets: Sequence[Path], *, force: bool = True) -> Iterator[l
         _LOG.debug("wrote %s", ", ".join(map(str, targets)))
     except FileExistsError as error:
         raise OutputError(
-            f"{error.filename2 or target}: was made by someone else in the meantime; see to it"
+            f"{error.filename2 or target}: another process created it in the meantime; choose another name, or remove "
+            "it and try again"
         ) from error
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
@@ -71,11 +79,18 @@ def atomic_outputs(targets: Sequence[Path], *, force: bool = True) -> Iterator[l
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A file of the output before it has its name; ``beside`` is its temporary one, if it needs one."""
+    """An output file that does not have its final name yet.
+
+    Attributes:
+        target: the final path.
+        file: the open file.
+        temporary: temporary path in the same directory.
+        is_named: whether the file has the temporary name; otherwise it has no name.
+    """
 
     target: Path
     file: IO[bytes]
-    beside: Path
+    temporary: Path
     is_named: bool
 
     def finish(self) -> None:
@@ -84,56 +99,60 @@ class _Draft:
         os.fchmod(self.file.fileno(), 0o666 & ~_umask())
 
     def link(self, path: Path) -> None:
-        """Give it a name that is free."""
+        """Give the file a name that is not taken.
+
+        Raises:
+            FileExistsError: if the name is taken.
+        """
         if not self.is_named:
             _link(self.file.fileno(), path)
             return
         try:
-            os.link(self.beside, path)
+            os.link(self.temporary, path)
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
             if path.exists():
-                raise FileExistsError(errno.EEXIST, "exists", str(self.beside), None, str(path)) from error
-            self.beside.replace(path)
+                raise FileExistsError(errno.EEXIST, "exists", str(self.temporary), None, str(path)) from error
+            self.temporary.replace(path)
 
 
 @contextmanager
 def _draft(target: Path) -> Iterator[_Draft]:
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    handle, is_named = _open_beside(beside)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    handle, is_named = _open_temporary(temporary)
     try:
         with os.fdopen(handle, "w+b") as file:
-            with suppress(OSError):  # not all file systems have locks
+            with suppress(OSError):  # not all file systems support locks
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield _Draft(target, file, beside, is_named)
+            yield _Draft(target, file, temporary, is_named)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _publish(drafts: Sequence[_Draft], *, force: bool) -> None:
-    named: list[Path] = []
+    published: list[Path] = []
     try:
         if force:
             for draft in drafts:
                 if not draft.is_named:
-                    draft.link(draft.beside)
-            if len(drafts) > 1:  # the old first file with new others would be no model
+                    draft.link(draft.temporary)
+            if len(drafts) > 1:  # an old first file must never stand beside new other files
                 drafts[0].target.unlink(missing_ok=True)
         for draft in reversed(drafts):
             if force:
-                draft.beside.replace(draft.target)
+                draft.temporary.replace(draft.target)
             else:
                 draft.link(draft.target)
-            named.append(draft.target)
+            published.append(draft.target)
     except BaseException:
-        for path in named:
+        for path in published:
             path.unlink()
         raise
 
 
 def _remove_litter(target: Path) -> None:
-    """Remove temporary files of the target whose processes were killed: nobody holds their locks."""
+    """Remove temporary files that killed processes left for this target: those that no process holds a lock on."""
     start = f".{target.name}."
     with os.scandir(target.parent) as entries:
         litter = [Path(e.path) for e in entries if e.name.startswith(start) and e.name.endswith(".partial")]
@@ -154,34 +173,34 @@ def _remove_litter(target: Path) -> None:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A directory that becomes ``target`` when the block ends, and leaves nothing behind when it fails.
+    """Make a directory that becomes ``target`` when the block ends, and is removed if the block raises.
 
-    What a killed process leaves the next output of the same name removes.
+    If the process is killed, the next output with the same target removes the leftovers.
 
     Raises:
-        OutputError: if it cannot be written.
+        OutputError: if the directory cannot be written.
     """
     target = target.absolute()
-    token = secrets.token_hex(4)  # process numbers are not enough: other machines may share the file system
-    beside = target.with_name(f".{target.name}.{token}.partial")
+    token = secrets.token_hex(4)  # a process id is not unique: other machines may share the file system
+    temporary = target.with_name(f".{target.name}.{token}.partial")
     replaced = target.with_name(f".{target.name}.{token}.old.partial")
     try:
         _remove_litter(target)
-        beside.mkdir()
-        held = os.open(beside, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        temporary.mkdir()
+        handle = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            with suppress(OSError):  # not all file systems have locks
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield beside
-            for path in beside.iterdir():
+            with suppress(OSError):  # not all file systems support locks
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield temporary
+            for path in temporary.iterdir():
                 _sync_file(path)
-            sync_folder(beside)
+            sync_folder(temporary)
             if target.exists():
                 target.replace(replaced)
-            beside.replace(target)
+            temporary.replace(target)
         finally:
-            os.close(held)
-            shutil.rmtree(beside, ignore_errors=True)
+            os.close(handle)
+            shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(replaced, ignore_errors=True)
         sync_folder(target.parent)
     except OSError as error:
@@ -194,24 +213,24 @@ def _sync_file(path: Path) -> None:
 
 
 def path_of(file: IO[bytes]) -> Path:
-    """A path under which this process can open the file, named or not."""
+    """Return a path with which this process can open the file, even if the file has no name."""
     return Path(f"/proc/self/fd/{file.fileno()}")
 
 
-def _open_beside(beside: Path) -> tuple[int, bool]:
-    """A new file in the same directory, and whether it has a name."""
+def _open_temporary(path: Path) -> tuple[int, bool]:
+    """Open a new unnamed file in the directory of ``path``, or else one named ``path``; say whether it is named."""
     flags = os.O_RDWR | os.O_CLOEXEC
     try:
-        return os.open(beside.parent, flags | os.O_TMPFILE, 0o600), False
+        return os.open(path.parent, flags | os.O_TMPFILE, 0o600), False
     except OSError as error:
         if error.errno not in {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL}:
             raise
-    return os.open(beside, flags | os.O_CREAT | os.O_EXCL, 0o600), True
+    return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), True
 
 
 def _link(handle: int, path: Path) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
-    try:  # with a directory given, os.link follows the symbolic link in /proc (linkat, AT_SYMLINK_FOLLOW)
+    try:  # only with src_dir_fd does os.link follow the symbolic link in /proc (linkat, AT_SYMLINK_FOLLOW)
         os.link(f"/proc/self/fd/{handle}", path, src_dir_fd=folder, follow_symlinks=True)
     finally:
         os.close(folder)
@@ -224,7 +243,7 @@ def _umask() -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names in a directory last."""
+    """Sync a directory, so that its entries survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

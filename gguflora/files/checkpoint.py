@@ -1,6 +1,7 @@
-"""The weights of a Hugging Face directory: safetensors in one file, or in shards with an index.
+"""Read weights of a Hugging Face directory: safetensors in one file, or in shards with an index.
 
-Rows are read from disk when they are asked for, not mapped, so that a pass over any model takes little memory.
+Rows are read when they are requested, with ``preadv`` instead of a mapping, so a pass over a large model uses little
+memory.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass(frozen=True, slots=True)
 class StoredWeight:
-    """A matrix of a checkpoint as it lies on disk, (n_rows, n_columns); vectors are columns, kernels are flattened.
+    """A stored matrix, (n_rows, n_columns). A vector is one column; a convolution kernel has its last axes flattened.
 
     Attributes:
-        name: in the Hugging Face model; expert e of a stack is ``<name of the stack>.<e>``.
-        file: that holds it.
-        dtype: as safetensors spells it.
-        offset: of its first byte in the file.
+        name: name in the Hugging Face model; expert e of a stack is ``<name of the stack>.<e>``.
+        file: path of the safetensors file.
+        dtype: name of the dtype in safetensors.
+        n_rows: number of rows.
+        n_columns: number of columns.
+        offset: byte offset of the first value in the file.
     """
 
     name: str
@@ -47,13 +50,14 @@ class Checkpoint:
     """The weights of a Hugging Face directory, opened read-only.
 
     Args:
-        folder: holds ``model.safetensors``, or its index and shards.
+        folder: directory with ``model.safetensors``, or with its index and shards.
 
     Attributes:
-        weights: by name, stacks of experts one by one.
+        folder: the directory.
+        weights: the stored matrices by name; each expert of a stack is a matrix of its own.
 
     Raises:
-        SafetensorsError: if files are missing or damaged.
+        SafetensorsError: if a file is missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -68,27 +72,35 @@ class Checkpoint:
                     self.weights[weight.name] = weight
 
     def read_rows(self, weight: StoredWeight, rows: Indices) -> Float32Array:
-        """Rows of a weight in any order, float32 (len(rows), n_columns).
+        """Read rows of a weight.
+
+        Args:
+            weight: the weight.
+            rows: row numbers, in any order.
+
+        Returns:
+            float32 array (len(rows), n_columns), in the order of ``rows``.
 
         Raises:
-            SafetensorsError: if its dtype is no float, or the file became shorter.
+            SafetensorsError: if the dtype is not a float type, a row does not exist, or the file became shorter.
         """
         if weight.dtype not in _FLOATS:
             raise SafetensorsError(
-                f"{weight.file}: tensor {weight.name!r} has dtype {weight.dtype}, expected {', '.join(_FLOATS)}: these "
-                "are not the weights of high precision"
+                f"{weight.file}: tensor {weight.name!r} has dtype {weight.dtype}, expected {', '.join(_FLOATS)}; give "
+                "the directory of the unquantized model"
             )
         dtype = np.dtype(_FLOATS[weight.dtype])
         row_bytes = weight.n_columns * dtype.itemsize
-        found, inverse = np.unique(rows, return_inverse=True)
-        if len(found) and not 0 <= found[0] <= found[-1] < weight.n_rows:
+        unique, inverse = np.unique(rows, return_inverse=True)
+        if len(unique) and not 0 <= unique[0] <= unique[-1] < weight.n_rows:
             raise SafetensorsError(
-                f"{weight.file}: {weight.name!r} has {weight.n_rows} rows, row {found[-1]} is not there"
+                f"{weight.file}: {weight.name!r} has {weight.n_rows} rows; row {unique[-1]} does not exist"
             )
-        values = np.empty((len(found), weight.n_columns), dtype)
+        values = np.empty((len(unique), weight.n_columns), dtype)
         raw = memoryview(values.view(np.uint8).reshape(-1).data)
-        for first, last in _runs(found):
-            self._read(weight, raw[first * row_bytes : last * row_bytes], weight.offset + int(found[first]) * row_bytes)
+        for start, stop in _runs(unique):
+            offset = weight.offset + int(unique[start]) * row_bytes
+            self._read(weight, raw[start * row_bytes : stop * row_bytes], offset)
         in_order = values if np.array_equal(inverse, np.arange(len(rows))) else values[inverse]
         return as_float32(in_order)
 
@@ -125,19 +137,19 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _matrices(path: Path, name: str, entry: dict[str, Any], data_start: int) -> Iterator[StoredWeight]:
-    """A tensor as matrices: each expert of a stack, the rows of a convolution's kernel, a vector as a column."""
+    """Yield the matrices of a tensor: one per expert of a stack; a kernel is flattened, a vector is one column."""
     shape, start = entry["shape"], data_start + entry["data_offsets"][0]
-    end = data_start + entry["data_offsets"][1]
+    stop = data_start + entry["data_offsets"][1]
     if len(shape) == 3 and "conv1d" not in name:
         for expert in range(shape[0]):
-            offset = start + expert * (end - start) // shape[0]
+            offset = start + expert * (stop - start) // shape[0]
             yield StoredWeight(f"{name}.{expert}", path, entry["dtype"], shape[1], shape[2], offset)
     elif shape:
         yield StoredWeight(name, path, entry["dtype"], shape[0], math.prod(shape[1:]), start)
 
 
 def _runs(numbers: Indices) -> Iterator[tuple[int, int]]:
-    """Where rising numbers follow each other without a gap: first and last (exclusive) positions."""
+    """Return positions (start, stop) of the runs of consecutive numbers in an ascending array."""
     edges = np.flatnonzero(np.diff(numbers) != 1) + 1
     bounds = [0, *edges.tolist(), len(numbers)]
-    return ((first, last) for first, last in pairwise(bounds) if first < last)
+    return ((start, stop) for start, stop in pairwise(bounds) if start < stop)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def sha256_of(*paths: Path) -> str:
-    """SHA-256, in hexadecimal, of a file, or of several as if they were one after the other."""
+    """Return the SHA-256, in hexadecimal, of a file, or of several files as if they were concatenated."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Copy a range of bytes between files, by the kernel where it can."""
+"""Copy a range of bytes between files, with ``copy_file_range`` where the system supports it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,19 @@ import os
 from typing import Final
 
 _BUFFER_BYTES: Final = 4 << 20
-_NOT_HERE: Final = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
+_UNSUPPORTED: Final = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
+"""Errors with which ``copy_file_range`` refuses a pair of files that can still be copied through memory."""
 
 
 def copy_range(source: int, source_offset: int, target: int, target_offset: int, count: int) -> None:
-    """Copy ``count`` bytes; file positions stay as they are.
+    """Copy ``count`` bytes without moving the files' positions.
+
+    Args:
+        source: file descriptor to read from.
+        source_offset: offset of the first byte to read.
+        target: file descriptor to write to.
+        target_offset: offset of the first byte to write.
+        count: number of bytes.
 
     Raises:
         EOFError: if the source ends early.
@@ -21,7 +29,7 @@ def copy_range(source: int, source_offset: int, target: int, target_offset: int,
         try:
             copied = os.copy_file_range(source, target, count, source_offset, target_offset)
         except OSError as error:
-            if error.errno not in _NOT_HERE:
+            if error.errno not in _UNSUPPORTED:
                 raise
             copied = _copy_through_memory(source, source_offset, target, target_offset, count)
         if copied == 0:

@@ -1,8 +1,8 @@
-"""Checked, read-only access to GGUF models, and "the same model but for these tensors".
+"""Checked, read-only access to GGUF models, and the layout of a copy in which some tensors are changed.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian, in one file or split
-into several by llama.cpp (``name-00001-of-00003.gguf``). Every count, length and offset is held against the size of the
-file before it is used, so a damaged file costs one ``GgufError`` and no more memory than the file has bytes.
+into several by llama.cpp (``name-00001-of-00003.gguf``). Every count, length and offset is checked against the size of
+the file before it is used, so a damaged file raises ``GgufError`` and never takes more memory than its size.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ class GgufFile:
     """A GGUF model, opened read-only and checked: one file, or all files of a split model.
 
     Args:
-        path: the file, or any one of the files.
+        path: path of the file; for a split model, of any of its files.
 
     Attributes:
-        path: of the file, or the first of the files.
-        paths: of all files.
-        parts: the files.
-        metadata: the key-value pairs.
+        path: path of the file; for a split model, of its first file.
+        paths: paths of all files.
+        parts: the open files.
+        metadata: the key-value pairs of the first file.
         tensors: the tensors by name, in the order of the files' tensor lists.
-        size: of all files, in bytes.
+        size: total size of all files in bytes.
 
     Raises:
-        GgufError: if a file is missing, damaged, big-endian, of an unknown version, half merged in place, or no part of
-            the same model.
+        GgufError: if a file is missing, damaged, big-endian, of an unknown version, left half merged by a merge in
+            place, or from another model.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -81,24 +81,24 @@ class GgufFile:
         self._starts = [0, *accumulate(part.size for part in self._parts)]
         self.size = self._starts.pop()
         self.tensors: dict[str, TensorEntry] = {}
-        for at, part in zip(self._starts, self._parts, strict=True):
-            self.tensors |= {t.name: replace(t, offset=t.offset + at) for t in part.tensors.values()}
+        for start, part in zip(self._starts, self._parts, strict=True):
+            self.tensors |= {t.name: replace(t, offset=t.offset + start) for t in part.tensors.values()}
 
     def _open_all(self, count: int) -> None:
-        """Open the other files, and put all into their order."""
+        """Open the other files of a split model, and sort all by their number."""
         given = self._parts[0]
         number = given.metadata.get(_NUMBER)
-        found = PART_NAME.fullmatch(given.path.name)
-        if not isinstance(number, int) or not found or (int(found[2]), int(found[3])) != (number + 1, count):
+        match = PART_NAME.fullmatch(given.path.name)
+        if not isinstance(number, int) or not match or (int(match[2]), int(match[3])) != (number + 1, count):
             expected = f"-{number + 1:05}-of-{count:05}.gguf" if isinstance(number, int) else f"-of-{count:05}.gguf"
             raise GgufError(
                 f"{given.path}: is one of {count} files of a split model (split.no is {number!r:.40}), so its name "
                 f"should end in {expected!r}"
             )
-        for index, path in enumerate(part_paths(given.path.with_name(f"{found[1]}.gguf"), count)):
+        for index, path in enumerate(part_paths(given.path.with_name(f"{match[1]}.gguf"), count)):
             self._parts.append(given if index == number else _open_part(path, count))
             _check_part(self._parts[-1], index, count)
-        del self._parts[0]  # which is in its place by now
+        del self._parts[0]  # the given file, which the loop has added again at its place
         _check_together(self._parts)
 
     @property
@@ -106,58 +106,69 @@ class GgufFile:
         """``general.architecture``."""
         value = self.metadata.get("general.architecture")
         if not isinstance(value, str):
-            raise GgufError(f"{self.path}: has no general.architecture; it is not a language model or adapter")
+            raise GgufError(f"{self.path}: has no general.architecture; expected a language model or an adapter")
         return value
 
     def read_rows(self, tensor: TensorEntry, start: int, stop: int) -> NDArray[np.uint8]:
-        """Bytes of the rows ``start`` to ``stop`` (exclusive): a fresh uint8 array (stop - start, row_bytes)."""
+        """Read the rows ``start`` to ``stop`` of a tensor as a new uint8 array (stop - start, row_bytes)."""
         row_bytes = tensor.type.row_bytes(tensor.n_in)
         rows = np.empty((stop - start, row_bytes), np.uint8)
         part, offset = self._locate(tensor.offset)
         part.read_into(memoryview(rows.data).cast("B"), offset + start * row_bytes, f"tensor {tensor.name!r:.100}")
         return rows
 
-    def copy(self, start: int, stop: int, target: int, to: int) -> None:
-        """Copy a range of bytes within one of the files to a file descriptor, by the kernel where it can."""
+    def copy(self, start: int, stop: int, target: int, target_offset: int) -> None:
+        """Copy a range of bytes to another file.
+
+        Args:
+            start: offset of the first byte, counted as if the files were concatenated.
+            stop: offset after the last byte; must lie in the same file.
+            target: file descriptor to write to.
+            target_offset: offset in the target at which to write.
+
+        Raises:
+            GgufError: if the file became shorter.
+        """
         part, offset = self._locate(start)
         try:
-            copy_range(part.fileno(), offset, target, to, stop - start)
+            copy_range(part.fileno(), offset, target, target_offset, stop - start)
         except EOFError as error:
             raise GgufError(f"{part.path}: became shorter while it was being copied") from error
 
     def _locate(self, offset: int) -> tuple[GgufShard, int]:
-        """The file that holds a byte, and where, counted as if the files were one after the other."""
+        """Return the file that holds a byte and its offset there, given its offset in the concatenated files."""
         index = bisect_right(self._starts, offset) - 1
         return self._parts[index], offset - self._starts[index]
 
     def layout(self, entries: Mapping[str, bytes], changed: Forms) -> Layout:
-        """The layout of this model with metadata and tensors changed or added; new tensors come last.
+        """Return the layout of this model with metadata and tensors changed or added; added tensors come last.
 
-        Each file keeps everything else byte for byte; while none of its tensors changes its size, its place, too.
+        All other bytes of a file stay the same. As long as no tensor of a file changes its size, its offsets stay the
+        same, too.
 
         Args:
-            entries: metadata by key, see `encode_entry`.
+            entries: encoded metadata by key, see `encode_entry`.
             changed: shape and type of each tensor whose data is not copied.
         """
         n_tensors = len({*self.tensors, *changed})
         added = {name: form for name, form in changed.items() if name not in self.tensors}
         layouts = []
         for part in self._parts:
-            own = {name: form for name, form in changed.items() if name in part.tensors}
-            own |= added if part is self._parts[-1] else {}
-            replaced = entries if part is self._parts[0] else {}
+            part_changed = {name: form for name, form in changed.items() if name in part.tensors}
+            part_changed |= added if part is self._parts[-1] else {}
+            part_entries = entries if part is self._parts[0] else {}
             if added and _N_TENSORS in part.metadata:
-                replaced = {**replaced, _N_TENSORS: encode_int32(_N_TENSORS, n_tensors)}
-            layouts.append(part_layout(part, replaced, own))
+                part_entries = {**part_entries, _N_TENSORS: encode_int32(_N_TENSORS, n_tensors)}
+            layouts.append(part_layout(part, part_entries, part_changed))
         return join(layouts, [part.size for part in self._parts])
 
     def check_unchanged(self) -> None:
-        """Raise ``GgufError`` if a file was written to since it was opened (by size and time)."""
+        """Raise ``GgufError`` if the size or modification time of a file changed since it was opened."""
         for part in self._parts:
             part.check_unchanged()
 
     def close(self) -> None:
-        """Close the files; the entries stay readable, the rows do not."""
+        """Close the files. Metadata and tensor entries remain available; rows can no longer be read."""
         for part in self._parts:
             part.close()
 
@@ -170,21 +181,23 @@ class GgufFile:
 
 def _open_part(path: Path, count: int) -> GgufShard:
     if not path.exists():
-        raise GgufError(f"{path}: does not exist; the model is split into {count} files, which must lie side by side")
+        raise GgufError(
+            f"{path}: does not exist; the model is split into {count} files, which must be in one directory"
+        )
     return GgufShard(path)
 
 
 def _check_part(part: GgufShard, index: int, count: int) -> None:
-    number, of = part.metadata.get(_NUMBER), part.metadata.get(_COUNT)
-    if (number, of) != (index, count):
+    found_number, found_count = part.metadata.get(_NUMBER), part.metadata.get(_COUNT)
+    if (found_number, found_count) != (index, count):
         raise GgufError(
-            f"{part.path}: split.no is {number!r:.40} and split.count {of!r:.40}, expected {index} and {count}; it is "
-            "not this part of the split model"
+            f"{part.path}: split.no is {found_number!r:.40} and split.count {found_count!r:.40}, expected {index} and "
+            f"{count}; the name does not fit the file's place in the split model"
         )
 
 
 def _check_together(parts: list[GgufShard]) -> None:
-    """Raise unless the parts of a split model together are one."""
+    """Raise unless the files belong to one model and hold all of its tensors."""
     owners: dict[str, Path] = {}
     n_tensors = sum(len(part.tensors) for part in parts)
     for part in parts:

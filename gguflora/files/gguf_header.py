@@ -1,7 +1,8 @@
-"""The header of a GGUF file: a checked reader, and its key-value pairs.
+"""The header of a GGUF file: a checked reader, and the key-value pairs.
 
-The header is read, not mapped, so that a file that becomes shorter costs an error and not the process. Every count and
-length is held against the size of the file before anything is read or allocated for it.
+The header is read, not mapped: a file that is truncated meanwhile then raises an error, where a mapping would kill the
+process with SIGBUS. Every count and length is checked against the size of the file before anything is read or allocated
+for it.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from gguflora.errors import GgufError
 
 MAX_NESTING: Final = 4
 MAX_BYTES: Final = 1 << 27
-"""Longest header that is read: a million tokens and merges take half of it; a sparse file may claim any size."""
+"""Maximum size of a header: a million tokens and merges need half of it, and a sparse file can claim any size."""
 MAX_ARRAYS: Final = 1 << 20
-"""Most arrays in one array."""
+"""Maximum number of arrays in one array."""
 
 _CHUNK: Final = 1 << 20
 _STRING, _ARRAY = 8, 9
@@ -33,12 +34,12 @@ _UINT32, _INT32, _FLOAT32 = 4, 5, 6
 
 
 class Header:
-    """The first bytes of a file, as far as they have been asked for.
+    """The first bytes of a file, read on demand.
 
     Attributes:
-        path: of the file, for messages.
-        size: of the file, in bytes.
-        content: what has been read so far.
+        path: path of the file, for messages.
+        size: size of the file in bytes.
+        content: the bytes read so far.
     """
 
     def __init__(self, path: Path, handle: int, size: int) -> None:
@@ -47,63 +48,82 @@ class Header:
         self.content = bytearray()
         self._handle = handle
 
-    def fill(self, end: int, what: str) -> None:
-        """Make sure that the first ``end`` bytes are read."""
-        if end > self.size:
-            raise self.error(len(self.content), f"{what} reaches to byte {end}, past the end of the file")
-        if end > MAX_BYTES:
-            raise self.error(len(self.content), f"{what} reaches to byte {end}; headers are read up to {MAX_BYTES}")
-        wanted = min(max(end, len(self.content) + _CHUNK), self.size)
-        while len(self.content) < wanted:
+    def fill(self, stop: int, field: str) -> None:
+        """Read the file up to the byte ``stop``, unless that was done before.
+
+        Args:
+            stop: number of bytes that must be in ``content``.
+            field: description of what is read, for messages.
+
+        Raises:
+            GgufError: if the file is shorter, or ``stop`` is more than `MAX_BYTES`.
+        """
+        if stop > self.size:
+            raise self.error(len(self.content), f"{field} reaches to byte {stop}, past the end of the file")
+        if stop > MAX_BYTES:
+            raise self.error(len(self.content), f"{field} reaches to byte {stop}; headers are read up to {MAX_BYTES}")
+        target = min(max(stop, len(self.content) + _CHUNK), self.size)
+        while len(self.content) < target:
             try:
-                chunk = os.pread(self._handle, wanted - len(self.content), len(self.content))
+                chunk = os.pread(self._handle, target - len(self.content), len(self.content))
             except OSError as error:
                 raise GgufError(f"{self.path}: cannot be read: {error.strerror}") from error
             if not chunk:
                 raise GgufError(f"{self.path}: became shorter while it was being read")
             self.content += chunk
 
-    def error(self, at: int, what: str) -> GgufError:
-        """An error about the bytes at ``at``."""
-        return GgufError(f"{self.path}: {what} (at byte {at} of {self.size}); the file is damaged or incomplete")
+    def error(self, at: int, problem: str) -> GgufError:
+        """Return an error about the byte at offset ``at``."""
+        return GgufError(f"{self.path}: {problem} (at byte {at} of {self.size}); the file is damaged or incomplete")
 
 
 class Cursor:
-    """Reads forward through a header; running out of bytes is a ``GgufError``."""
+    """Reads a header from front to back. All methods raise ``GgufError`` when the bytes run out.
+
+    Attributes:
+        header: the header.
+        at: offset of the next byte to read.
+    """
 
     def __init__(self, header: Header, at: int = 0) -> None:
         self.header = header
         self.at = at
 
-    def fail(self, what: str) -> GgufError:
-        """An error about where the cursor is."""
-        return self.header.error(self.at, what)
+    def fail(self, problem: str) -> GgufError:
+        """Return an error about the cursor's position."""
+        return self.header.error(self.at, problem)
 
-    def skip(self, n_bytes: int, what: str) -> int:
-        """Step over ``n_bytes``; returns where they began."""
-        start, end = self.at, self.at + n_bytes
-        if end > len(self.header.content):
-            self.header.fill(end, what)
-        self.at = end
+    def skip(self, n_bytes: int, field: str) -> int:
+        """Skip ``n_bytes`` and return the offset of the first one."""
+        start, stop = self.at, self.at + n_bytes
+        if stop > len(self.header.content):
+            self.header.fill(stop, field)
+        self.at = stop
         return start
 
-    def number(self, code: str, what: str) -> int:
-        """A number of a `struct` code."""
-        start = self.skip(struct.calcsize(code), what)
+    def number(self, code: str, field: str) -> int:
+        """Read a number with a `struct` format."""
+        start = self.skip(struct.calcsize(code), field)
         value: int = struct.unpack_from(code, self.header.content, start)[0]
         return value
 
-    def string(self, what: str) -> str:
-        """A string, which must be UTF-8."""
-        length = self.number("<Q", f"the length of {what}")
-        start = self.skip(length, what)
+    def string(self, field: str) -> str:
+        """Read a UTF-8 string."""
+        length = self.number("<Q", f"the length of {field}")
+        start = self.skip(length, field)
         try:
             return self.header.content[start : start + length].decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self.fail(f"{what} is not UTF-8") from error
+            raise self.fail(f"{field} is not UTF-8") from error
 
     def skip_value(self, kind: int, key: str, depth: int = 0) -> None:
-        """Step over a metadata value."""
+        """Skip a metadata value.
+
+        Args:
+            kind: GGUF's number of the value type.
+            key: key of the entry, for messages.
+            depth: number of arrays around the value.
+        """
         if kind in _SCALARS:
             self.skip(_SIZES[kind], f"the value of {key!r:.100}")
         elif kind == _STRING:
@@ -131,33 +151,40 @@ class Cursor:
             self.skip_value(kind, key, depth + 1)
 
     def _skip_strings(self, count: int, key: str) -> None:
-        """Step over many strings; a vocabulary has a few hundred thousand."""
-        what, unpack = f"a string of the array {key!r:.100}", struct.Struct("<Q").unpack_from
-        header, at, known = self.header, self.at, len(self.header.content)
+        """Skip strings in a tight loop: a vocabulary has a few hundred thousand."""
+        field, unpack = f"a string of the array {key!r:.100}", struct.Struct("<Q").unpack_from
+        header, at, n_read = self.header, self.at, len(self.header.content)
         for _ in range(count):
-            if at + 8 > known:
-                header.fill(at + 8, what)
-                known = len(header.content)
+            if at + 8 > n_read:
+                header.fill(at + 8, field)
+                n_read = len(header.content)
             at += 8 + unpack(header.content, at)[0]
-        if at > known:
-            header.fill(at, what)
+        if at > n_read:
+            header.fill(at, field)
         self.at = at
 
 
 @dataclass(frozen=True, slots=True)
 class _Value:
-    """Where a metadata entry lies: ``start`` of its key, ``value`` (after the type), ``end``."""
+    """The place of a metadata entry.
+
+    Attributes:
+        start: offset of the key.
+        value: offset of the value, which follows the type.
+        stop: offset after the value.
+        type: GGUF's number of the value type.
+    """
 
     start: int
     value: int
-    end: int
+    stop: int
     type: int
 
 
 class Metadata(Mapping[str, Any]):
-    """The key-value pairs of a GGUF file, decoded when asked for.
+    """The key-value pairs of a GGUF file, decoded on access.
 
-    Numbers, booleans and strings come as Python values, arrays as lists.
+    Numbers, booleans and strings are Python values, arrays are lists.
     """
 
     def __init__(self, cursor: Cursor, count: int) -> None:
@@ -184,9 +211,9 @@ class Metadata(Mapping[str, Any]):
         return len(self._entries)
 
     def raw(self, key: str) -> bytes:
-        """The whole entry as it lies in the file: key, type, value."""
+        """Return the encoded entry: key, type and value."""
         entry = self._entries[key]
-        return bytes(self._header.content[entry.start : entry.end])
+        return bytes(self._header.content[entry.start : entry.stop])
 
 
 def _decode(cursor: Cursor, kind: int) -> Any:  # noqa: ANN401
@@ -205,7 +232,7 @@ def _decode(cursor: Cursor, kind: int) -> Any:  # noqa: ANN401
 
 
 def encode_entry(key: str, value: str | int | list[str] | list[float] | list[int]) -> bytes:
-    """A metadata entry in GGUF's encoding: a string, a uint32, or an array of strings, of int32 or of float32."""
+    """Encode a metadata entry: a string, a uint32, or an array of strings, int32 or float32."""
     if isinstance(value, str):
         return encode_string(key) + struct.pack("<I", _STRING) + encode_string(value)
     if isinstance(value, int):
@@ -219,11 +246,11 @@ def encode_entry(key: str, value: str | int | list[str] | list[float] | list[int
 
 
 def encode_int32(key: str, value: int) -> bytes:
-    """A metadata entry that is an int32."""
+    """Encode a metadata entry with an int32 value."""
     return encode_string(key) + struct.pack("<Ii", _INT32, value)
 
 
 def encode_string(text: str) -> bytes:
-    """A string in GGUF's encoding: its length, then UTF-8."""
+    """Encode a string: its length in bytes as uint64, then UTF-8."""
     encoded = text.encode("utf-8")
     return struct.pack("<Q", len(encoded)) + encoded

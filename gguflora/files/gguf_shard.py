@@ -1,4 +1,4 @@
-"""One GGUF file, opened read-only and checked; a split model has several."""
+"""A single GGUF file, opened read-only and checked. A split model consists of several."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ MAX_ALIGNMENT: Final = 1 << 20
 
 
 class GgufShard:
-    """One file.
+    """A single GGUF file.
+
+    Args:
+        path: path of the file.
 
     Attributes:
-        path: of the file.
-        version: of the format, 2 or 3.
+        path: path of the file.
+        version: version of the format, 2 or 3.
         metadata: the key-value pairs.
         tensors: the tensors by name, in the order of the file's tensor list.
-        tensor_list: the list as it lies in the file.
+        tensor_list: the encoded tensor list.
         data_start: offset of the tensor data from the start of the file.
-        alignment: of tensor data, in bytes.
-        size: of the file, in bytes.
+        alignment: alignment of the tensors' data in bytes.
+        size: size of the file in bytes.
 
     Raises:
         GgufError: if the file is missing, damaged, big-endian or of an unknown version.
@@ -85,31 +88,40 @@ class GgufShard:
         return int(alignment)
 
     def fileno(self) -> int:
-        """The file descriptor, for reading only."""
+        """Return the read-only file descriptor."""
         return self._handle
 
-    def read_into(self, target: memoryview, offset: int, what: str) -> None:
+    def read_into(self, target: memoryview, offset: int, content: str) -> None:
         """Fill ``target`` with the bytes at ``offset``.
 
-        Read with ``pread``, not through a mapping, so that a merge of any model runs in little resident memory.
+        The bytes are read with ``preadv``, not through a mapping, so that merging a large model takes little resident
+        memory.
+
+        Args:
+            target: buffer to fill.
+            offset: offset of the first byte in the file.
+            content: description of the bytes, for messages.
+
+        Raises:
+            GgufError: if the bytes cannot be read.
         """
         while target:
             try:
                 count = os.preadv(self._handle, [target], offset)
             except OSError as error:
-                raise GgufError(f"{self.path}: {what} cannot be read: {error.strerror}") from error
+                raise GgufError(f"{self.path}: {content} cannot be read: {error.strerror}") from error
             if count == 0:
-                raise GgufError(f"{self.path}: ends within {what}; was it changed while being read?")
+                raise GgufError(f"{self.path}: ends within {content}; was it changed while being read?")
             target, offset = target[count:], offset + count
 
     def check_unchanged(self) -> None:
-        """Raise ``GgufError`` if the file was written to since it was opened (by size and time)."""
+        """Raise ``GgufError`` if the size or modification time of the file changed since it was opened."""
         now = os.fstat(self._handle)
         if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
             raise GgufError(f"{self.path}: was changed while being read; try again when nothing writes to it")
 
     def close(self) -> None:
-        """Close the file; the entries stay readable, the rows do not."""
+        """Close the file. Metadata and tensor entries remain available; rows can no longer be read."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1

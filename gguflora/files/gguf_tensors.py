@@ -1,6 +1,6 @@
-"""The tensor list of a GGUF file: names, shapes, types and places, checked.
+"""The tensor list of a GGUF file: names, shapes, types and offsets, checked.
 
-GGUF stores dimensions fastest first; here, and only here, they are turned into numpy's order.
+GGUF lists dimensions with the fastest-varying first. This module, and no other, converts them to numpy's order.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a GGUF file.
+    """A tensor of a GGUF file.
 
     Attributes:
-        shape: in numpy's order, rows last but one, ``n_in`` last.
-        offset: of the first byte, from the start of the file; of a split model's, from the start of the first of its
-            files, as if they were one after the other.
+        name: name of the tensor.
+        shape: dimensions in numpy's order: (.., rows, n_in).
+        type: type of the values.
+        offset: offset of the first byte from the start of the file; in a split model, as if its files were
+            concatenated.
+        nbytes: size of the data in bytes.
     """
 
     name: str
@@ -42,7 +45,7 @@ class TensorEntry:
 
     @property
     def n_in(self) -> int:
-        """Length of a row."""
+        """Number of weights in a row."""
         return self.shape[-1]
 
     @property
@@ -53,7 +56,14 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class ListedTensor:
-    """A tensor as the list states it; ``offset`` is from the start of the tensor data, ``type`` ggml's number."""
+    """An entry of the tensor list, not yet checked.
+
+    Attributes:
+        name: name of the tensor.
+        shape: dimensions in numpy's order.
+        type: ggml's number of the type.
+        offset: offset of the first byte from the start of the tensor data.
+    """
 
     name: str
     shape: Shape
@@ -62,7 +72,7 @@ class ListedTensor:
 
 
 def read_listed(cursor: Cursor) -> ListedTensor:
-    """The next tensor of the list."""
+    """Read the next entry of the tensor list."""
     name = cursor.string("the name of a tensor")
     n_dims = cursor.number("<I", f"the number of dimensions of {name!r:.100}")
     if not 1 <= n_dims <= MAX_DIMS:
@@ -75,17 +85,31 @@ def read_listed(cursor: Cursor) -> ListedTensor:
 def place_tensors(
     path: Path, listed: Iterable[ListedTensor], data_start: int, alignment: int, size: int
 ) -> dict[str, TensorEntry]:
-    """The tensors by name, in the order of the list, each checked to lie in the file and apart from the others."""
+    """Check that the listed tensors lie in the file and do not overlap.
+
+    Args:
+        path: path of the file, for messages.
+        listed: the entries of the tensor list.
+        data_start: offset of the tensor data from the start of the file.
+        alignment: alignment of the tensors' data in bytes.
+        size: size of the file in bytes.
+
+    Returns:
+        The tensors by name, in the order of the list.
+
+    Raises:
+        GgufError: if an entry is invalid, or two tensors have one name or overlap.
+    """
     tensors: dict[str, TensorEntry] = {}
     for tensor in listed:
         if tensor.name in tensors:
             raise GgufError(f"{path}: two tensors are named {tensor.name!r:.100}")
         tensors[tensor.name] = _check(path, tensor, data_start, alignment, size)
-    end, before = data_start, ""
+    stop, previous = data_start, ""
     for entry in sorted(tensors.values(), key=lambda entry: entry.offset):
-        if entry.offset < end:
-            raise GgufError(f"{path}: tensors {before!r:.100} and {entry.name!r:.100} overlap")
-        end, before = entry.offset + entry.nbytes, entry.name
+        if entry.offset < stop:
+            raise GgufError(f"{path}: tensors {previous!r:.100} and {entry.name!r:.100} overlap")
+        stop, previous = entry.offset + entry.nbytes, entry.name
     return tensors
 
 
@@ -102,17 +126,17 @@ def _check(path: Path, tensor: ListedTensor, data_start: int, alignment: int, si
         nbytes = n_bytes(tensor.shape, kind)
     except QuantizationError as error:
         raise GgufError(f"{where}: {error}") from error
-    first = data_start + tensor.offset
-    if first + nbytes > size:
+    start = data_start + tensor.offset
+    if start + nbytes > size:
         raise GgufError(
-            f"{where} needs bytes {first} to {first + nbytes}, but the file has only {size}; it is damaged or "
+            f"{where} needs bytes {start} to {start + nbytes}, but the file has only {size}; it is damaged or "
             "incomplete"
         )
-    return TensorEntry(tensor.name, tensor.shape, kind, first, nbytes)
+    return TensorEntry(tensor.name, tensor.shape, kind, start, nbytes)
 
 
 def _type_numbered(kind: int) -> GgmlType | None:
-    """A type by ggml's number: gguflora's own, else the size that the gguf package lists (integers, for example)."""
+    """Return the type with a ggml number, or None. Types without kernels here (integers) come from the gguf package."""
     if kind in TYPES:
         return TYPES[kind]
     import gguf  # noqa: PLC0415  (slow to import)
@@ -126,7 +150,7 @@ def _type_numbered(kind: int) -> GgmlType | None:
 
 
 def n_bytes(shape: Shape, kind: GgmlType) -> int:
-    """Size of a tensor's data.
+    """Return the size of a tensor's data in bytes.
 
     Raises:
         QuantizationError: if a row is not a whole number of blocks.
@@ -135,17 +159,17 @@ def n_bytes(shape: Shape, kind: GgmlType) -> int:
 
 
 def align(offset: int, alignment: int) -> int:
-    """The next multiple of the alignment."""
+    """Round an offset up to a multiple of the alignment."""
     return -(-offset // alignment) * alignment
 
 
 def encode_tensor(name: str, shape: Shape, kind: GgmlType, offset: int) -> bytes:
-    """An entry of the tensor list."""
+    """Encode an entry of the tensor list; ``offset`` counts from the start of the tensor data."""
     dims = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
     return encode_string(name) + dims + struct.pack("<IQ", kind.id, offset)
 
 
 def layer_of(tensor_name: str) -> int | None:
-    """The layer number in a tensor's name (``blk.7.attn_q.weight``, ``dec.blk.7.attn_q.weight``), or None."""
-    found = re.match(r"(?:enc\.|dec\.)?blk\.(\d{1,6})\.", tensor_name)
-    return int(found[1]) if found else None
+    """Return the layer number in a tensor's name (``blk.7.attn_q.weight``, ``dec.blk.7.attn_q.weight``), or None."""
+    match = re.match(r"(?:enc\.|dec\.)?blk\.(\d{1,6})\.", tensor_name)
+    return int(match[1]) if match else None

@@ -1,4 +1,4 @@
-"""Checks of an output path before any work: it must not be an input, exist unasked, or be too large for its disk."""
+"""Check an output path before the work begins: it must be writable, not be an input, and have enough disk space."""
 
 from __future__ import annotations
 
@@ -11,20 +11,26 @@ from gguflora.errors import OutputError
 from gguflora.files.shard_names import same_split
 
 _ADAPTER = "adapter_config.json"
-"""What a directory holds all of whose files are one adapter."""
+"""Name of a file that marks its directory as an adapter."""
 
 
 def check_target(target: Path, inputs: Iterable[Path], *, force: bool, size: int) -> None:
-    """Check, before any work, that ``size`` bytes can be written to ``target``; see `check_targets`."""
+    """Check that ``size`` bytes can be written to ``target``; see `check_targets`."""
     check_targets([target], inputs, force=force, size=size)
 
 
 def check_targets(targets: Sequence[Path], inputs: Iterable[Path], *, force: bool, size: int) -> None:
-    """Check, before any work, that ``size`` bytes in all can be written to files of one directory.
+    """Check that files can be written to one directory.
+
+    Args:
+        targets: paths of the files.
+        inputs: paths that must not be overwritten, not even with ``force``.
+        force: whether existing files may be overwritten.
+        size: total size of the files in bytes.
 
     Raises:
-        OutputError: if one exists and ``force`` is not set, is one of the inputs, or their directory is missing, not
-            writable or too full.
+        OutputError: if a file exists and ``force`` is not set or it is one of the inputs, or if the directory is
+            missing, not writable, or on a disk with too little free space.
     """
     sources = list(inputs)
     for target in targets:
@@ -52,7 +58,7 @@ def _check_name(target: Path, inputs: Iterable[Path], *, force: bool) -> None:
 
 
 def _is_part(source: Path, target: Path) -> bool:
-    """Whether a file is an input, another file of the same split model, or of the same adapter or checkpoint."""
+    """Whether ``target`` is the input ``source``, or belongs to the same split model, adapter or checkpoint."""
     if not source.exists():
         return False
     if source.samefile(target):
@@ -65,16 +71,16 @@ def _is_part(source: Path, target: Path) -> bool:
 
 
 def check_folder_target(target: Path, inputs: Iterable[Path], *, marker: str, force: bool) -> None:
-    """Check, before any work, that a directory can be written at ``target``.
+    """Check that a directory can be written at ``target``.
 
     Args:
-        target: the directory.
-        inputs: what must not be overwritten.
-        marker: name of a file that every directory of this kind holds: others are never overwritten.
-        force: whether one of this kind may be.
+        target: path of the directory.
+        inputs: paths that must not be overwritten, not even with ``force``.
+        marker: name of a file that every directory of this kind holds; a directory without it is never overwritten.
+        force: whether an existing directory with the marker may be overwritten.
 
     Raises:
-        OutputError: if it cannot.
+        OutputError: if the directory cannot be written.
     """
     parent = target.absolute().parent
     if not parent.is_dir():
@@ -84,7 +90,7 @@ def check_folder_target(target: Path, inputs: Iterable[Path], *, marker: str, fo
     if not target.exists() and not target.is_symlink():
         return
     if target.is_symlink() or not target.is_dir() or (any(target.iterdir()) and not (target / marker).is_file()):
-        raise OutputError(f"{target}: exists and is no directory with {marker}; choose another name")
+        raise OutputError(f"{target}: exists, but is not a directory with {marker}; choose another name")
     for source in inputs:
         if source.exists() and (source.samefile(target) or source.parent.samefile(target)):
             raise OutputError(f"{target}: is also an input; choose another name for the output")

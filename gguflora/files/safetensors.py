@@ -1,7 +1,7 @@
-"""Adapter weights from disk: safetensors, in one file or in shards, and torch's older ``.bin`` files.
+"""Read adapter weights: safetensors, in one file or in shards, and torch's older ``.bin`` files.
 
-numpy has no bfloat16, so bf16 tensors are held as uint16 arrays of their bits: slicing, reshaping and permuting need no
-more, and `as_float32` widens them, exactly, where numbers are needed.
+numpy has no bfloat16, so bf16 tensors are uint16 arrays of their bits. That suffices for slicing, reshaping and
+permuting; `as_float32` converts them exactly where numbers are needed.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _BYTES: Final[dict[str, int]] = {
     **{"U64": 8, "U32": 4, "U16": 2, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
 }
 _MAX_HEADER: Final = 100_000_000
-"""As the format's own reader has it."""
+"""Maximum size of a header in bytes, the same as in the reference implementation of the format."""
 
 Header = dict[str, dict[str, Any]]
 
 
 def read_safetensors(path: Path) -> dict[str, Array]:
-    """All tensors of a safetensors file.
+    """Read all tensors of a safetensors file.
 
-    The file is read, not mapped, so that one that becomes shorter costs an error and not the process.
+    The file is read, not mapped: if it is truncated meanwhile, that raises an error instead of killing the process.
 
     Raises:
         SafetensorsError: if the file is missing, damaged, or holds a dtype that adapters do not use.
@@ -53,7 +53,10 @@ def read_safetensors(path: Path) -> dict[str, Array]:
 
 
 def read_header(path: Path) -> tuple[Header, int]:
-    """The entries of a safetensors file (dtype, shape, data_offsets), checked against its size, and where data begins.
+    """Read the header of a safetensors file, and check it against the file's size.
+
+    Returns:
+        The entry of each tensor (dtype, shape, data_offsets), and the offset of the data in the file.
 
     Raises:
         SafetensorsError: if the file is missing or damaged.
@@ -75,7 +78,7 @@ def _open(path: Path) -> Iterator[BinaryIO]:
 
 
 def _read_header(path: Path, file: BinaryIO) -> tuple[Header, int, int]:
-    """The entries, where data begins, and the size of the file."""
+    """Return the entries, the offset of the data, and the size of the file."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size - 8, _MAX_HEADER):
@@ -83,41 +86,41 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[Header, int, int]:
     try:
         header = json.loads(file.read(length))
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its header is no JSON: {error}") from error
+        raise _damaged(path, f"its header is not JSON: {error}") from error
     if not isinstance(header, dict):
-        raise _damaged(path, "its header is no JSON object")
+        raise _damaged(path, "its header is not a JSON object")
     header.pop("__metadata__", None)
     _check_entries(path, header, size - 8 - length)
     return header, 8 + length, size
 
 
 def _check_entries(path: Path, header: Header, n_bytes: int) -> None:
-    """Raise unless the tensors fill the data one after the other."""
+    """Raise unless the tensors fill the data without gaps or overlaps."""
     spans = []
     for name, entry in header.items():
         try:
-            dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(path, f"the entry of {name!r:.100} is {entry!r:.100}") from error
         if dtype not in _BYTES:
             raise _damaged(path, f"tensor {name!r:.100} has the unknown dtype {dtype!r:.40}")
-        numbers = [*shape, start, end] if isinstance(shape, list) else [-1]
+        numbers = [*shape, start, stop] if isinstance(shape, list) else [-1]
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise _damaged(path, f"the entry of {name!r:.100} is {entry!r:.100}")
-        if end - start != math.prod(shape) * _BYTES[dtype]:
-            raise _damaged(path, f"tensor {name!r:.100} of shape {shape!r:.80} has {end - start} bytes")
-        spans.append((start, end))
-    at = 0
-    for start, end in sorted(spans):
-        if start != at:
+        if stop - start != math.prod(shape) * _BYTES[dtype]:
+            raise _damaged(path, f"tensor {name!r:.100} of shape {shape!r:.80} has {stop - start} bytes")
+        spans.append((start, stop))
+    total = 0
+    for start, stop in sorted(spans):
+        if start != total:
             raise _damaged(path, f"its tensors overlap or leave a gap at byte {start} of their data")
-        at = end
-    if at != n_bytes:
-        raise _damaged(path, f"its tensors have {at} bytes, but the file holds {n_bytes}")
+        total = stop
+    if total != n_bytes:
+        raise _damaged(path, f"its tensors have {total} bytes, but the file holds {n_bytes}")
 
 
-def _damaged(path: Path, what: str) -> SafetensorsError:
-    return SafetensorsError(f"{path}: is not a readable safetensors file: {what}")
+def _damaged(path: Path, problem: str) -> SafetensorsError:
+    return SafetensorsError(f"{path}: is not a readable safetensors file: {problem}")
 
 
 def _read_into(path: Path, file: BinaryIO, content: NDArray[np.uint8]) -> None:
@@ -136,18 +139,18 @@ def _view(path: Path, data: Array, name: str, entry: dict[str, Any]) -> Array:
         raise SafetensorsError(
             f"{path}: tensor {name!r} has dtype {entry['dtype']}, expected one of {', '.join(_DTYPES)}"
         )
-    start, end = entry["data_offsets"]
+    start, stop = entry["data_offsets"]
     return np.ndarray(
-        entry["shape"], _DTYPES[entry["dtype"]], data[start:end].tobytes() if start == end else data[start:end]
+        entry["shape"], _DTYPES[entry["dtype"]], data[start:stop].tobytes() if start == stop else data[start:stop]
     )
 
 
 def read_torch_bin(path: Path) -> dict[str, Array]:
-    """All tensors of a ``.bin`` file written by ``torch.save``; nothing in it is executed.
+    """Read all tensors of a ``.bin`` file written by ``torch.save``, without executing code from its pickle.
 
     Raises:
         MissingExtraError: if torch is not installed.
-        SafetensorsError: if torch refuses the file.
+        SafetensorsError: if torch cannot load the file with ``weights_only``.
     """
     try:
         import torch  # noqa: PLC0415  (heavy, and only for these files)
@@ -157,7 +160,7 @@ def read_torch_bin(path: Path) -> dict[str, Array]:
         ) from error
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles that it goes on to refuse
+            warnings.simplefilter("ignore")  # torch warns about pickles that it then refuses to load
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         return {str(name): _from_torch(tensor) for name, tensor in loaded.items()}
     except Exception as error:  # torch.load raises half a dozen unrelated types
@@ -179,21 +182,25 @@ def _first_line(error: Exception) -> str:
 
 
 def is_float(array: Array) -> bool:
-    """Whether `as_float32` of it is meant: floats, or uint16 for bfloat16 bits."""
+    """Whether an array holds floats; uint16 counts as bfloat16 bits."""
     return array.dtype.kind == "f" or array.dtype == np.uint16
 
 
 def as_float32(array: Array) -> NDArray[np.float32]:
-    """The values of an array as float32; uint16 is taken for bfloat16 bits."""
+    """Convert an array to float32; uint16 values are bfloat16 bits."""
     if array.dtype == np.uint16:
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32, copy=False)
 
 
 def read_weights(folder: Path, stem: str) -> tuple[Path, dict[str, Array]]:
-    """The tensors of ``stem.safetensors`` in a folder, of its shards, or of ``stem.bin``, and what they came from.
+    """Read all tensors of ``stem.safetensors`` in a folder, of its shards, or of ``stem.bin``.
 
-    Shards, which transformers writes, have an index ``stem.safetensors.index.json``; its path is given.
+    Returns:
+        The path of the file, for shards of their index ``stem.safetensors.index.json``, and the tensors by name.
+
+    Raises:
+        SafetensorsError: if there is no such file, or it cannot be read.
     """
     single, index, torch_bin = (folder / f"{stem}{end}" for end in (".safetensors", _INDEX, ".bin"))
     if single.is_file():
@@ -210,7 +217,7 @@ def read_weights(folder: Path, stem: str) -> tuple[Path, dict[str, Array]]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The file itself, or of an index of shards all of them.
+    """Return the paths of all shards if ``path`` is an index of shards, otherwise only ``path``.
 
     Raises:
         SafetensorsError: if the index cannot be read.

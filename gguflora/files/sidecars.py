@@ -1,4 +1,4 @@
-"""What lies beside a model that is merged into in place."""
+"""The files that a merge in place keeps beside the model: the undo file and the journal."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from gguflora.errors import GgufError
 
 
 def undo_path(path: Path) -> Path:
-    """The undo file of a model."""
-    return _beside(path, ".undo")
+    """Return the path of a model's undo file."""
+    return _sidecar(path, ".undo")
 
 
 def journal_path(path: Path) -> Path:
-    """The journal of a model, which is there while the model is being changed."""
-    return _beside(path, ".journal")
+    """Return the path of a model's journal, which exists while the model is being changed."""
+    return _sidecar(path, ".journal")
 
 
 def check_finished(path: Path) -> None:
-    """Raise ``GgufError`` for a model that a merge in place or its undoing has left half done."""
+    """Raise ``GgufError`` if a merge or unmerge in place did not finish, or is still running."""
     if journal_path(path).exists():
         raise GgufError(
-            f"{path}: is half merged, for a merge in place was stopped or is going on ({journal_path(path).name}); "
-            f"put the base back with: gguflora unmerge {path}"
+            f"{path}: is half merged: a merge in place was interrupted or is still running "
+            f"({journal_path(path).name} exists); restore the base with: gguflora unmerge {path}"
         )
 
 
-def _beside(path: Path, suffix: str) -> Path:
+def _sidecar(path: Path, suffix: str) -> Path:
     path = path.resolve()
     return path.with_name(path.name + suffix)
