@@ -70,9 +70,9 @@ def open_part(path: str, opened: ExitStack) -> MergePart:
 def _open(path: str) -> IO[bytes]:
     if not is_remote(path):
         return Path(path).open("rb")
-    from gguflora.files.remote.stores import asking, open_store  # noqa: PLC0415  (needs fsspec)
+    from gguflora.files.remote.stores import open_store, store_errors  # noqa: PLC0415  (needs fsspec)
 
-    with asking(path):
+    with store_errors(path):
         store, name = open_store(path)
         file: IO[bytes] = store.open(name, "rb")
     return file

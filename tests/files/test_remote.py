@@ -171,7 +171,7 @@ def test_damage_in_the_cache(site, place):
         ("hf://org/models", r"holds no adapter_config.json; name the .gguf file that is meant; found: base.gguf"),
         ("hf://legal", "expected hf://org/name"),
         ("hf://org/legal/../../x", "expected hf://org/name"),
-        ("hf://org/traversal", r"'\.\.' is no name of a file"),
+        ("hf://org/traversal", r"'\.\.' is not a valid file name"),
         ("hf://org/pickle", r"only .bin files, which are pickles; GGUFLORA_ALLOW_PICKLE=1"),
         ("{url}/nothing", r"no such file \(HTTP 404\)|no such file or folder"),
         ("{url}/round", "redirects without end"),

@@ -1,7 +1,7 @@
-"""Files elsewhere: fsspec URLs (``s3://``, ``https://``, ``memory://``, ...) and Hugging Face ids (``hf://org/name``).
+"""Remote files: fsspec URLs (``s3://``, ``https://``, ``memory://``, ...) and Hugging Face ids (``hf://org/name``).
 
-`fetch` brings an input into a local cache, `put` takes an output to its place. fsspec and huggingface_hub, which do the
-work, are loaded when the first such location is used.
+`fetch` downloads an input to a local cache; `put` uploads an output. fsspec and huggingface_hub are imported when the
+first remote location is used.
 """
 
 from importlib import import_module

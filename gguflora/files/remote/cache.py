@@ -1,4 +1,4 @@
-"""The cache of remote files: where they lie, one download of a file at a time, hashes checked before use."""
+"""The local cache of remote files: its folder, a lock for each file, and the recorded SHA-256 of each file."""
 
 from __future__ import annotations
 
@@ -16,52 +16,54 @@ from gguflora.files.remote.location import redacted
 
 
 def cache_folder() -> Path:
-    """``$GGUFLORA_CACHE``, or ``gguflora`` below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    own = os.environ.get("GGUFLORA_CACHE")
-    if own:
-        return Path(own)
+    """Return ``$GGUFLORA_CACHE``, or by default ``gguflora`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    folder = os.environ.get("GGUFLORA_CACHE")
+    if folder:
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gguflora"
 
 
 def is_offline(url: str) -> bool:
-    """Whether nobody may be asked: GGUFLORA_OFFLINE says so for all stores, HF_HUB_OFFLINE for the Hub."""
+    """Whether network access is disabled for a URL: by GGUFLORA_OFFLINE, or by HF_HUB_OFFLINE for ``hf://``."""
     if url.startswith(("file://", "local://", "memory://")):
         return False
-    return is_on("GGUFLORA_OFFLINE") or (url.startswith("hf://") and is_on("HF_HUB_OFFLINE"))
+    return is_enabled("GGUFLORA_OFFLINE") or (url.startswith("hf://") and is_enabled("HF_HUB_OFFLINE"))
 
 
-def not_fetched(url: str) -> RemoteError:
-    """The error of a file that is asked for offline and not in the cache."""
-    variable = "GGUFLORA_OFFLINE" if is_on("GGUFLORA_OFFLINE") else "HF_HUB_OFFLINE"
-    return RemoteError(f"{redacted(url)}: was not fetched before, and {variable} forbids to fetch it now")
+def not_cached_error(url: str) -> RemoteError:
+    """Return the error for a file that is needed offline but not in the cache."""
+    variable = "GGUFLORA_OFFLINE" if is_enabled("GGUFLORA_OFFLINE") else "HF_HUB_OFFLINE"
+    return RemoteError(f"{redacted(url)}: was not fetched before, and {variable} forbids fetching it now")
 
 
-def is_on(variable: str) -> bool:
-    """Whether an environment variable says yes."""
+def is_enabled(variable: str) -> bool:
+    """Whether an environment variable is set to 1, on, yes or true."""
     return os.environ.get(variable, "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def digest_of(*texts: str) -> str:
-    """A short name for texts of any length."""
+    """Return a short name for some texts: the first 24 hexadecimal digits of their SHA-256."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:24]
 
 
 def make_folder(folder: Path) -> Path:
-    """Make a folder of the cache.
+    """Create a folder of the cache, unless it exists.
 
     Raises:
-        OutputError: if that is impossible.
+        OutputError: if it cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{folder}: the cache cannot be written: {error.strerror}; set GGUFLORA_CACHE") from error
+        raise OutputError(
+            f"{folder}: the cache cannot be written: {error.strerror}; set GGUFLORA_CACHE to another directory"
+        ) from error
     return folder
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Only one process or thread at a time is inside for this file."""
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file of the cache, across threads and processes."""
     handle = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -71,11 +73,11 @@ def held(path: Path) -> Iterator[None]:
 
 
 def recorded_sha256(path: Path) -> str | None:
-    """SHA-256 of a file that was recorded when it came; None if there is none, or the file is another by now.
+    """Return the recorded SHA-256 of a file; None if there is no record, or the file has changed since.
 
-    A file of the same size and time is taken for unchanged, any other is read again.
+    A file with the recorded size and modification time counts as unchanged. Any other file is hashed again.
     """
-    record = _record_of(path)
+    record = _record_path(path)
     with suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(record.read_text(encoding="utf-8"))
         if known["stamp"] == _stamp(path):
@@ -87,8 +89,8 @@ def recorded_sha256(path: Path) -> str | None:
 
 
 def record_sha256(path: Path, sha256: str) -> None:
-    """Remember the SHA-256 of a file."""
-    record = _record_of(path)
+    """Record the SHA-256 of a file that has been checked."""
+    record = _record_path(path)
     make_folder(record.parent)
     draft = record.with_suffix(f".{os.getpid()}.new")
     draft.write_text(json.dumps({"path": str(path), "stamp": _stamp(path), "sha256": sha256}), encoding="utf-8")
@@ -96,29 +98,35 @@ def record_sha256(path: Path, sha256: str) -> None:
 
 
 def has_record(path: Path) -> bool:
-    """Whether a file was found sound before."""
-    return _record_of(path).exists()
+    """Whether the SHA-256 of a file was recorded, so the file was undamaged at that time."""
+    return _record_path(path).exists()
 
 
-def forget(path: Path) -> None:
-    """Drop the record of a file."""
-    _record_of(path).unlink(missing_ok=True)
+def remove_record(path: Path) -> None:
+    """Remove the record of a file's SHA-256, if there is one."""
+    _record_path(path).unlink(missing_ok=True)
 
 
 def check_sha256(location: str, found: str, *expected: str | None) -> None:
-    """Compare a file's SHA-256 with those that are known of it.
+    """Compare a file's SHA-256 with the expected ones.
+
+    Args:
+        location: location of the file, for messages.
+        found: SHA-256 of the file.
+        expected: SHA-256 from each source that may know it; None where it does not.
 
     Raises:
-        RemoteError: if it is another.
+        RemoteError: if they differ.
     """
-    for one in expected:
-        if one is not None and one != found:
+    for sha256 in expected:
+        if sha256 is not None and sha256 != found:
             raise RemoteError(
-                f"{redacted(location)}: its SHA-256 is {found}, expected {one}; it was damaged on its way or replaced"
+                f"{redacted(location)}: its SHA-256 is {found}, expected {sha256}; the file was damaged during the "
+                "transfer, or replaced"
             )
 
 
-def _record_of(path: Path) -> Path:
+def _record_path(path: Path) -> Path:
     return cache_folder() / "checksums" / f"{digest_of(os.path.realpath(path))}.json"
 
 

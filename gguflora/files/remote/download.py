@@ -1,4 +1,4 @@
-"""One file from a store to the disk: in pieces, going on where an attempt was cut short."""
+"""Download a file from a store in pieces, and resume after an interruption."""
 
 from __future__ import annotations
 
@@ -13,35 +13,41 @@ from gguflora.files.checksum import sha256_of
 from gguflora.files.remote import cache
 from gguflora.files.remote.location import redacted
 from gguflora.files.remote.selection import RemoteFile
-from gguflora.files.remote.stores import asking, reason
+from gguflora.files.remote.stores import reason, store_errors
 
 _LOG = logging.getLogger("gguflora.files.remote")
 _PIECE: Final = 16 << 20
 _CHUNK: Final = 1 << 20
 _ATTEMPTS: Final = 5
-"""How often in a row a download may fail without having got any further."""
+"""Number of consecutive attempts without progress after which a download fails."""
 
 
 def download(store: Any, file: RemoteFile, target: Path, sha256: str | None) -> None:  # noqa: ANN401  (fsspec)
-    """Bring a file to ``target``, unless it is there.
+    """Download a file to ``target``, unless it is there already.
 
-    The bytes go to ``<target>.part`` first, where the next attempt, even of another process, goes on.
+    The bytes are first written to ``<target>.part``. A later attempt, also by another process, resumes from that file.
+
+    Args:
+        store: fsspec's file system.
+        file: the remote file.
+        target: local path.
+        sha256: expected SHA-256; None if it is not known.
 
     Raises:
-        RemoteError: if the store fails, or the size or the SHA-256 is another than expected.
-        OutputError: if the disk has no room for it.
+        RemoteError: if the store fails, or the size or the SHA-256 is not the expected one.
+        OutputError: if the disk has too little free space.
     """
-    with cache.held(target):
+    with cache.locked(target):
         if file.stamp and target.exists() and (known := cache.recorded_sha256(target)):
             cache.check_sha256(file.path, known, sha256, file.sha256)
             return
         target.unlink(missing_ok=True)
         part = target.with_name(f"{target.name}.part")
-        if not file.stamp:  # what is there may be of another file
+        if not file.stamp:  # the partial file may come from another version
             part.unlink(missing_ok=True)
-        _check_room(file, part)
+        _check_free_space(file, part)
         _LOG.info("fetching %s", redacted(file.path))
-        _attempt(store, file, part)
+        _download_with_retries(store, file, part)
         found = sha256_of(part)
         try:
             cache.check_sha256(file.path, found, sha256, file.sha256)
@@ -52,35 +58,35 @@ def download(store: Any, file: RemoteFile, target: Path, sha256: str | None) -> 
         cache.record_sha256(target, found)
 
 
-def _check_room(file: RemoteFile, part: Path) -> None:
-    need = (file.size or 0) - (part.stat().st_size if part.exists() else 0)
+def _check_free_space(file: RemoteFile, part: Path) -> None:
+    needed = (file.size or 0) - (part.stat().st_size if part.exists() else 0)
     free = shutil.disk_usage(part.parent).free
-    if need > free:
+    if needed > free:
         raise OutputError(
-            f"{redacted(file.path)}: needs {need:,} bytes in the cache {cache.cache_folder()}, but only {free:,} are "
-            "free; GGUFLORA_CACHE names another place"
+            f"{redacted(file.path)}: needs {needed:,} bytes in the cache {cache.cache_folder()}, but only {free:,} are "
+            "free; set GGUFLORA_CACHE to a directory on another disk"
         )
 
 
-def _attempt(store: Any, file: RemoteFile, part: Path) -> None:  # noqa: ANN401
-    """All of the file, in as many attempts as it takes while they get further."""
+def _download_with_retries(store: Any, file: RemoteFile, part: Path) -> None:  # noqa: ANN401
+    """Download the rest of the file, and retry as long as attempts make progress."""
     failures = 0
     while True:
         before = part.stat().st_size if part.exists() else 0
         try:
-            with asking(file.path):
+            with store_errors(file.path):
                 return _append(store, file, part)
         except RemoteError as error:
-            got = part.stat().st_size if part.exists() else 0
-            failures = 1 if got > before else failures + 1
-            if failures >= _ATTEMPTS or _is_final(error.__cause__):
+            received = part.stat().st_size if part.exists() else 0
+            failures = 1 if received > before else failures + 1
+            if failures >= _ATTEMPTS or _is_permanent(error.__cause__):
                 raise
-            _LOG.warning("%s; going on at byte %d", error, got)
+            _LOG.warning("%s; resuming at byte %d", error, received)
             time.sleep(min(0.1 * 2**failures, 5.0))
 
 
-def _is_final(error: BaseException | None) -> bool:
-    """Whether trying again is useless."""
+def _is_permanent(error: BaseException | None) -> bool:
+    """Whether a retry cannot succeed."""
     if error is None or isinstance(error, FileNotFoundError | PermissionError | NotImplementedError):
         return True
     status = getattr(error, "status", None)
@@ -96,7 +102,7 @@ def _append(store: Any, file: RemoteFile, part: Path) -> None:  # noqa: ANN401
         size = target.tell()
     if file.size is not None and size > file.size:
         part.unlink()
-        raise RemoteError(f"{redacted(file.path)}: has more than the {file.size:,} bytes that the store promised")
+        raise RemoteError(f"{redacted(file.path)}: is longer than the {file.size:,} bytes that the store announced")
     if file.size is not None and size < file.size:
         raise ConnectionError(f"ended after {size:,} of {file.size:,} bytes")
 
@@ -104,15 +110,15 @@ def _append(store: Any, file: RemoteFile, part: Path) -> None:  # noqa: ANN401
 def _read_ranges(store: Any, file: RemoteFile, target: IO[bytes]) -> None:  # noqa: ANN401
     size = file.size
     while size is None or target.tell() < size:
-        end = target.tell() + _PIECE if size is None else min(target.tell() + _PIECE, size)
-        piece = store.cat_file(file.path, start=target.tell(), end=end)
+        stop = target.tell() + _PIECE if size is None else min(target.tell() + _PIECE, size)
+        piece = store.cat_file(file.path, start=target.tell(), end=stop)
         target.write(piece)
         if len(piece) < _PIECE:
             return
 
 
 def _stream(store: Any, file: RemoteFile, target: IO[bytes]) -> None:  # noqa: ANN401
-    """One request for all that is missing; a server that ignores ranges sends the whole file again."""
+    """Request all missing bytes at once. A server that ignores ranges sends the whole file again."""
     done = target.tell()
     if file.size is not None and done == file.size:
         return
@@ -121,7 +127,7 @@ def _stream(store: Any, file: RemoteFile, target: IO[bytes]) -> None:  # noqa: A
         stream.r.raise_for_status()
         etag = stream.r.headers.get("ETag")
         if file.content and etag and file.content.split(" ")[0] != etag.strip('"'):
-            raise RemoteError(f"{redacted(file.path)}: was changed while it was read; try again")
+            raise RemoteError(f"{redacted(file.path)}: was changed while being read; try again")
         if done and stream.r.status != 206:
             target.truncate(0)
             target.seek(0)

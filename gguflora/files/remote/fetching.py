@@ -1,4 +1,4 @@
-"""`fetch`: a local copy of what lies elsewhere."""
+"""Fetch remote files and folders into the local cache, or ask for their size and version."""
 
 from __future__ import annotations
 
@@ -22,16 +22,20 @@ from gguflora.files.remote.selection import ALLOW_PICKLE, RemoteFile, check_name
 
 
 def fetch(location: str, kind: Kind = "file", *, offline: bool | None = None, allow_pickle: bool | None = None) -> Path:
-    """A local copy of a file, or of what is needed of a folder; one that has not changed is not fetched again.
+    """Fetch a file, or the needed files of a folder, unless the cache has their current version.
 
     Args:
-        location: a URL of fsspec, with ``#sha256=...`` to check the file, or ``hf://org/name[@revision][/path]``.
-        kind: which files of a folder are needed; of a split GGUF model all are fetched.
-        offline: use what was fetched before, ask nobody; by default as GGUFLORA_OFFLINE or the Hub's variable says.
-        allow_pickle: fetch ``.bin`` files, too; by default as GGUFLORA_ALLOW_PICKLE says.
+        location: a URL for fsspec, with ``#sha256=...`` to check the file, or ``hf://org/name[@revision][/path]``. For
+            a file of a split GGUF model, all its files are fetched.
+        kind: kind of folder, which determines the files that are needed.
+        offline: use only the cache; by default according to GGUFLORA_OFFLINE and HF_HUB_OFFLINE.
+        allow_pickle: also fetch ``.bin`` files; by default according to GGUFLORA_ALLOW_PICKLE.
+
+    Returns:
+        Path of the local file or folder.
 
     Raises:
-        RemoteError: if it cannot be read, or its checksum is wrong.
+        RemoteError: if a file cannot be read, or its checksum is wrong.
         OutputError: if the cache cannot be written.
     """
     url, sha256 = split_checksum(location)
@@ -42,27 +46,27 @@ def fetch(location: str, kind: Kind = "file", *, offline: bool | None = None, al
         return _newest(url)
     files, is_folder = _list(url, kind, offline=offline, allow_pickle=allow_pickle)
     if sha256 and (is_folder or len(files) > 1):
-        raise RemoteError(f"{redacted(url)}: is not one file, so #sha256= cannot be checked")
+        raise RemoteError(f"{redacted(url)}: is not a single file, so #sha256= cannot be checked")
     if hub.is_hub(url):
         return hub.fetch(url, files, is_folder=is_folder, offline=offline, sha256=sha256)
     version = digest_of(*(f"{file.name} {file.stamp}" for file in files))
     name = file_name(url)
     check_name(url, name)
-    folder = make_folder(_place(url) / version / name if is_folder else _place(url) / version)
+    folder = make_folder(_cache_folder(url) / version / name if is_folder else _cache_folder(url) / version)
     store, _ = stores.open_store(url)
     for file in files:
         download(store, file, folder / file.name, sha256)
-    os.utime(folder)  # the newest version is the one of offline use
+    os.utime(folder)  # offline, the version with the latest time is used
     return folder if is_folder else folder / name
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a store says of a location.
+    """Version and size of a remote file or folder.
 
     Attributes:
-        content: identifies its bytes; None if the store has nothing of the kind.
-        size: in bytes, of all that would be fetched; None if the store does not say.
+        content: identifier of the content; None if the store does not provide one.
+        size: total size in bytes of the files that `fetch` would fetch; None if the store does not provide it.
     """
 
     content: str | None
@@ -70,10 +74,10 @@ class Found:
 
 
 def stat(location: str, kind: Kind = "file") -> Found:
-    """Ask for a location without fetching it.
+    """Ask the store for the version and size of a location, without fetching it.
 
     Raises:
-        RemoteError: if there is nothing, or it cannot be read.
+        RemoteError: if the location does not exist, or cannot be read.
     """
     url, sha256 = split_checksum(location)
     if url.startswith(("file://", "local://")) or (cache.is_offline(url) and not hub.is_hub(url)):
@@ -87,16 +91,16 @@ def stat(location: str, kind: Kind = "file") -> Found:
 
 
 def list_matching(pattern: str) -> list[str]:
-    """All locations that fit a pattern with ``*``, ``?`` or ``[...]``, sorted.
+    """List all locations that match a pattern with ``*``, ``?`` or ``[...]``, sorted.
 
     Raises:
-        RemoteError: if the store cannot be asked.
+        RemoteError: if the store reports an error.
     """
     return hub.list_matching(pattern) if hub.is_hub(pattern) else stores.list_matching(pattern)
 
 
 def _list(url: str, kind: Kind, *, offline: bool, allow_pickle: bool | None) -> tuple[list[RemoteFile], bool]:
-    pickles = cache.is_on(ALLOW_PICKLE) if allow_pickle is None else allow_pickle
+    pickles = cache.is_enabled(ALLOW_PICKLE) if allow_pickle is None else allow_pickle
     if hub.is_hub(url):
         files, is_folder = hub.list_files(url, kind, offline=offline, allow_pickle=pickles)
     else:
@@ -108,18 +112,18 @@ def _list(url: str, kind: Kind, *, offline: bool, allow_pickle: bool | None) -> 
 
 def _local(url: str) -> Path:
     store, path = stores.open_store(url)
-    with stores.asking(url):
+    with stores.store_errors(url):
         store.info(path)
     return Path(path)
 
 
-def _place(url: str) -> Path:
+def _cache_folder(url: str) -> Path:
     return cache.cache_folder() / "files" / digest_of(url)
 
 
 def _newest(url: str) -> Path:
-    """The version of a file or folder that was asked for last."""
-    found = [path for path in _place(url).glob(f"*/{glob.escape(file_name(url))}") if path.exists()]
-    if not found:
-        raise cache.not_fetched(url)
-    return max(found, key=lambda path: (path if path.is_dir() else path.parent).stat().st_mtime_ns)
+    """Return the cached version of a file or folder that was fetched last."""
+    versions = [path for path in _cache_folder(url).glob(f"*/{glob.escape(file_name(url))}") if path.exists()]
+    if not versions:
+        raise cache.not_cached_error(url)
+    return max(versions, key=lambda path: (path if path.is_dir() else path.parent).stat().st_mtime_ns)

@@ -1,4 +1,4 @@
-"""Hugging Face repositories, ``hf://org/name[@revision][/path]``: huggingface_hub fetches, into its own cache."""
+"""Hugging Face repositories, ``hf://org/name[@revision][/path]``, fetched by huggingface_hub into its own cache."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from gguflora.files.checksum import sha256_of
 from gguflora.files.remote import cache
 from gguflora.files.remote.location import Kind, redacted
 from gguflora.files.remote.selection import RemoteFile, check_name, files_to_fetch
-from gguflora.files.remote.stores import asking
+from gguflora.files.remote.stores import store_errors
 from gguflora.files.shard_names import part_names
 
 _SCHEME: Final = "hf://"
-_PLACE: Final = re.compile(
+_LOCATION: Final = re.compile(
     r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/(?:pr|convert)/\w+|[^/@]+))?(?:/(?P<path>.*?))?/?"
 )
 
@@ -28,8 +28,14 @@ _HASH: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a location points to; ``path`` is empty for the whole repository."""
+class HubLocation:
+    """A parsed ``hf://`` location.
+
+    Attributes:
+        repo: the repository, ``org/name``.
+        revision: branch, tag or commit.
+        path: path of a file or folder in the repository; empty for the whole repository.
+    """
 
     repo: str
     revision: str
@@ -37,54 +43,54 @@ class Place:
 
 
 def is_hub(url: str) -> bool:
-    """Whether a location lies on the Hub."""
+    """Whether a URL is a location on the Hugging Face Hub."""
     return url.startswith(_SCHEME)
 
 
-def place_of(url: str) -> Place:
-    """The parts of a location.
+def parse_location(url: str) -> HubLocation:
+    """Parse an ``hf://`` location.
 
     Raises:
-        RemoteError: if it is none.
+        RemoteError: if it is malformed.
     """
-    found = _PLACE.fullmatch(url)
-    if not found or ".." in (found["path"] or "").split("/"):
+    match = _LOCATION.fullmatch(url)
+    if not match or ".." in (match["path"] or "").split("/"):
         raise RemoteError(
             f"{redacted(url)}: expected hf://org/name, hf://org/name@revision or hf://org/name/path/of/file"
         )
-    return Place(found["repo"], unquote(found["revision"] or "main"), found["path"] or "")
+    return HubLocation(match["repo"], unquote(match["revision"] or "main"), match["path"] or "")
 
 
 def list_files(url: str, kind: Kind, *, offline: bool, allow_pickle: bool) -> tuple[list[RemoteFile], bool]:
-    """The files that a location stands for, and whether it is a folder.
+    """List the files to fetch for a location, and say whether the location is a folder.
 
     Raises:
-        RemoteError: if the repository cannot be read, or is not of this kind.
+        RemoteError: if the repository cannot be read, or the folder is not of this kind.
     """
-    place = place_of(url)
-    held = {file.path: file for file in (_cached(url, place) if offline else _siblings(url, place))}
-    if place.path in held:
-        folder, _, own = place.path.rpartition("/")
-        paths = [place.path, *(_inside(folder, name) for name in part_names(own) if name != own)]
-        missing = [path for path in paths if path not in held]
+    place = parse_location(url)
+    files = {file.path: file for file in (_list_cached(url, place) if offline else _list_remote(url, place))}
+    if place.path in files:
+        folder, _, given = place.path.rpartition("/")
+        paths = [place.path, *(_join(folder, name) for name in part_names(given) if name != given)]
+        missing = [path for path in paths if path not in files]
         if missing:
             raise RemoteError(f"{redacted(url)}: the repository has no {missing[0]!r}")
-        return [held[path] for path in paths], False
-    names = [file.name for file in held.values() if file.path == _inside(place.path, file.name)]
-    if place.path and not any(path.startswith(f"{place.path}/") for path in held):
+        return [files[path] for path in paths], False
+    names = [file.name for file in files.values() if file.path == _join(place.path, file.name)]
+    if place.path and not any(path.startswith(f"{place.path}/") for path in files):
         raise RemoteError(f"{redacted(url)}: the repository has no such file or folder")
     chosen = files_to_fetch(url, names, kind, allow_pickle=allow_pickle)
-    return [held[_inside(place.path, name)] for name in chosen], True
+    return [files[_join(place.path, name)] for name in chosen], True
 
 
-def _inside(folder: str, name: str) -> str:
+def _join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def _siblings(url: str, place: Place) -> list[RemoteFile]:
-    """All files of a repository, from one request."""
+def _list_remote(url: str, place: HubLocation) -> list[RemoteFile]:
+    """List all files of a repository with one request."""
     api = _library(url).HfApi(endpoint=_endpoint())
-    with asking(url):
+    with store_errors(url):
         listed = api.model_info(place.repo, revision=place.revision, files_metadata=True)
     files = []
     for one in listed.siblings or []:
@@ -95,8 +101,8 @@ def _siblings(url: str, place: Place) -> list[RemoteFile]:
     return files
 
 
-def _cached(url: str, place: Place) -> list[RemoteFile]:
-    """The files of a repository that huggingface_hub has in its cache, which are named as their hashes."""
+def _list_cached(url: str, place: HubLocation) -> list[RemoteFile]:
+    """List the files of a repository in huggingface_hub's cache, whose blobs are named after their hashes."""
     library = _library(url)
     folder = Path(library.constants.HF_HUB_CACHE) / f"models--{place.repo.replace('/', '--')}"
     reference = folder / "refs" / place.revision
@@ -104,7 +110,7 @@ def _cached(url: str, place: Place) -> list[RemoteFile]:
     snapshot = folder / "snapshots" / commit
     paths = [path for path in snapshot.rglob("*") if path.is_file()]
     if not paths:
-        raise cache.not_fetched(url)
+        raise cache.not_cached_error(url)
     return [_cached_file(path, str(path.relative_to(snapshot)), commit) for path in paths]
 
 
@@ -119,38 +125,44 @@ def _sha256_in(etag: str) -> str | None:
 
 
 def fetch(url: str, files: Sequence[RemoteFile], *, is_folder: bool, offline: bool, sha256: str | None) -> Path:
-    """Local copies of files of `list_files`; a folder of its own holds links to them.
+    """Fetch the files that `list_files` has listed.
+
+    Returns:
+        Path of the file; for a folder, of a directory with links to exactly these files.
 
     Raises:
-        RemoteError: if one cannot be fetched, or its hash is wrong.
+        RemoteError: if a file cannot be fetched, or its hash is wrong.
     """
-    place = place_of(url)
-    found = [_download(url, place, file, offline=offline, sha256=sha256) for file in files]
-    commits = {path.parts[-1 - file.path.count("/") - 1] for path, file in zip(found, files, strict=True)}
+    place = parse_location(url)
+    paths = [_download(url, place, file, offline=offline, sha256=sha256) for file in files]
+    commits = {path.parts[-1 - file.path.count("/") - 1] for path, file in zip(paths, files, strict=True)}
     if len(commits) > 1:
-        raise RemoteError(f"{redacted(url)}: the repository was changed while it was read; try again")
-    return _linked(url, place, commits.pop(), found) if is_folder else found[0]
+        raise RemoteError(f"{redacted(url)}: the repository was changed while being read; try again")
+    return _link_folder(url, place, commits.pop(), paths) if is_folder else paths[0]
 
 
-def _download(url: str, place: Place, file: RemoteFile, *, offline: bool, sha256: str | None) -> Path:
-    """A file in huggingface_hub's cache, its hash checked; one that was sound once and is damaged now comes again."""
+def _download(url: str, place: HubLocation, file: RemoteFile, *, offline: bool, sha256: str | None) -> Path:
+    """Return the path of a file in huggingface_hub's cache, after checking its hash.
+
+    A cached file that was undamaged before and is damaged now is fetched again.
+    """
     while True:
-        with asking(url):
+        with store_errors(url):
             fetched = _library(url).hf_hub_download(
                 place.repo, file.path, revision=place.revision, endpoint=_endpoint(), local_files_only=offline
             )
         path = Path(fetched)
         blob = Path(os.path.realpath(path))
-        with cache.held(cache.make_folder(cache.cache_folder() / "checksums") / blob.name):
-            was_sound = cache.has_record(blob)
+        with cache.locked(cache.make_folder(cache.cache_folder() / "checksums") / blob.name):
+            was_undamaged = cache.has_record(blob)
             found = cache.recorded_sha256(blob) or sha256_of(blob)
             try:
                 cache.check_sha256(f"{url}, {file.path}", found, file.sha256, _sha256_in(blob.name))
             except RemoteError:
-                cache.forget(blob)
+                cache.remove_record(blob)
                 path.unlink()
                 blob.unlink(missing_ok=True)
-                if was_sound and not offline:
+                if was_undamaged and not offline:
                     continue
                 raise
             cache.record_sha256(blob, found)
@@ -158,8 +170,8 @@ def _download(url: str, place: Place, file: RemoteFile, *, offline: bool, sha256
         return path
 
 
-def _linked(url: str, place: Place, commit: str, files: Sequence[Path]) -> Path:
-    """A folder named as the one on the Hub, which holds nothing but these files."""
+def _link_folder(url: str, place: HubLocation, commit: str, files: Sequence[Path]) -> Path:
+    """Return a folder with the name of the one on the Hub and links to only these files."""
     names = "\n".join(path.name for path in files)
     name = _name(place.path) or _name(place.repo)
     folder = cache.cache_folder() / "hub" / cache.digest_of(redacted(url), commit, names) / name
@@ -173,26 +185,26 @@ def _linked(url: str, place: Place, commit: str, files: Sequence[Path]) -> Path:
 
 
 def list_matching(pattern: str) -> list[str]:
-    """The files and folders of a repository that fit a pattern, sorted.
+    """List the files and folders of a repository that match a glob pattern, sorted.
 
     Raises:
         RemoteError: if the repository cannot be read.
     """
-    place = place_of(pattern)
-    files = _cached(pattern, place) if cache.is_offline(pattern) else _siblings(pattern, place)
+    place = parse_location(pattern)
+    files = _list_cached(pattern, place) if cache.is_offline(pattern) else _list_remote(pattern, place)
     paths = {path for file in files for path in (file.path, *map(str, PurePosixPath(file.path).parents)) if path != "."}
     from fsspec.utils import glob_translate  # noqa: PLC0415
 
-    fits = re.compile(glob_translate(place.path))
-    start = pattern[: len(pattern.rstrip("/")) - len(place.path)]
-    return sorted(f"{start}{path}" for path in paths if fits.match(path))
+    path_pattern = re.compile(glob_translate(place.path))
+    prefix = pattern[: len(pattern.rstrip("/")) - len(place.path)]
+    return sorted(f"{prefix}{path}" for path in paths if path_pattern.match(path))
 
 
 def check_path(url: str, path: str) -> None:
-    """Refuse files that would be written outside the repository's folder.
+    """Refuse a path that leads outside the repository's folder.
 
     Raises:
-        RemoteError: if it is one.
+        RemoteError: if a part of the path is not a plain file name.
     """
     for name in path.split("/"):
         check_name(url, name)

@@ -1,4 +1,4 @@
-"""What a location says: whether it is remote, its name, its checksum."""
+"""Parse locations: tell URLs from local paths, and split off names and checksums."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 from gguflora.errors import RemoteError
 
 Kind = Literal["adapter", "model", "config", "file"]
-"""What a folder is fetched as: an adapter, a model with its weights, its configuration only; ``file`` is no folder."""
+"""Kind of an input: an adapter's folder, a model's folder, a model's folder without its weights, or a single file."""
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _COLLAPSED: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/[^/]")
@@ -21,7 +21,7 @@ def is_remote(location: str | os.PathLike[str]) -> bool:
     """Whether a location is a URL.
 
     Raises:
-        RemoteError: if it is a ``pathlib.Path`` of a URL, which is a URL no more.
+        RemoteError: if it is a ``pathlib.Path`` made from a URL, which has lost a slash.
     """
     if isinstance(location, str):
         return bool(_URL.match(location))
@@ -33,26 +33,26 @@ def is_remote(location: str | os.PathLike[str]) -> bool:
 
 
 def looks_remote(location: str | os.PathLike[str]) -> bool:
-    """Whether a location is a URL, or was one before it became a ``pathlib.Path``."""
+    """Whether a location is a URL, or a ``pathlib.Path`` made from a URL."""
     return bool(_COLLAPSED.match(os.fspath(location)) or _URL.match(os.fspath(location)))
 
 
 def split_checksum(location: str) -> tuple[str, str | None]:
-    """A URL and the SHA-256 of its fragment ``#sha256=...``.
+    """Split a URL into the part before its fragment ``#sha256=...`` and the SHA-256, None if there is no fragment.
 
     Raises:
-        RemoteError: if that is no SHA-256.
+        RemoteError: if the fragment is not a SHA-256.
     """
-    found = _CHECKSUM.search(location)
-    if not found:
+    match = _CHECKSUM.search(location)
+    if not match:
         return location, None
-    if len(found[1]) != 64:
-        raise RemoteError(f"{redacted(location)}: #sha256= needs 64 hexadecimal digits, found {len(found[1])}")
-    return location[: found.start()], found[1].lower()
+    if len(match[1]) != 64:
+        raise RemoteError(f"{redacted(location)}: #sha256= needs 64 hexadecimal digits, found {len(match[1])}")
+    return location[: match.start()], match[1].lower()
 
 
 def redacted(location: str | os.PathLike[str]) -> str:
-    """A location as messages may show it: without passwords, and without queries, which hold signatures."""
+    """Return a location without passwords and without queries, which can hold signatures, for use in messages."""
     text = os.fspath(location)
     if not _URL.match(text):
         return text
@@ -63,15 +63,15 @@ def redacted(location: str | os.PathLike[str]) -> str:
 
 
 def file_name(location: str | os.PathLike[str]) -> str:
-    """The last part of a location: of ``hf://org/name@revision`` it is ``name``."""
+    """Return the last component of a location, without a revision: ``name`` for ``hf://org/name@revision``."""
     text = split_checksum(os.fspath(location))[0]
     if not _URL.match(text):
-        return os.path.basename(text.rstrip("/"))  # noqa: PTH119  (of any location)
+        return os.path.basename(text.rstrip("/"))  # noqa: PTH119  (a str, as for URLs)
     path = urlsplit(text).path if text.startswith(("http://", "https://")) else text.split("://", 1)[1]
     name = unquote(path.rstrip("/").rpartition("/")[2])
     return name.partition("@")[0] if text.startswith("hf://") else name
 
 
 def join(folder: str, name: str) -> str:
-    """The URL of a name below a folder's."""
+    """Append a name to the URL of a folder."""
     return f"{folder.rstrip('/')}/{name}"

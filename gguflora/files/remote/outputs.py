@@ -1,4 +1,4 @@
-"""Outputs elsewhere: files that appear whole, folders whose marker appears last, and small files of a pipeline."""
+"""Write and read files in remote stores: outputs, which are uploaded atomically, and small files of a pipeline."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import Any, Final
 from gguflora.errors import OutputError, RemoteError
 from gguflora.files.remote.hub import is_hub
 from gguflora.files.remote.location import redacted
-from gguflora.files.remote.stores import asking, open_store, remote_file
+from gguflora.files.remote.stores import open_store, remote_file, store_errors
 
 _OBJECT_STORES: Final = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"}
-"""Object stores: what is put there appears whole or not at all. Elsewhere files get their names when they are whole."""
+"""Protocols of object stores, where an upload is atomic. In other stores a file is renamed when it is complete."""
 
-_AT_A_TIME: Final = 256
+_FILES_PER_REQUEST: Final = 256
 _MARKER: Final = "adapter_config.json"
 
 
 def put(source: Path, url: str) -> None:
-    """Copy a file or a folder of files to its place, replacing what is there.
+    """Upload a file or a folder of files, and replace what is there.
 
-    A file appears whole or not at all. Of a folder, ``adapter_config.json`` goes first and comes last: without it a
-    folder is no adapter.
+    A file appears completely or not at all. In a folder, an old ``adapter_config.json`` is removed first, and the new
+    one uploaded last: without it, an incomplete folder does not look like an adapter.
 
     Raises:
-        RemoteError: if the store refuses.
+        RemoteError: if the store reports an error.
     """
     store, path = open_store(_checked(url))
-    with asking(url):
+    with store_errors(url):
         if not source.is_dir():
             _put_file(store, source, path)
             return
@@ -63,20 +63,20 @@ def _put_file(store: Any, source: Path, path: str) -> None:  # noqa: ANN401  (fs
 
 
 def _is_object_store(store: Any) -> bool:  # noqa: ANN401
-    """Whether it has no folders to make; asked for one, s3fs would make a bucket."""
+    """Whether a store has no folders to create; s3fs would create a bucket instead."""
     protocols = {store.protocol} if isinstance(store.protocol, str) else set(store.protocol)
     return bool(protocols & _OBJECT_STORES)
 
 
 def write_bytes(url: str, content: bytes) -> None:
-    """Write a small file, whole or not at all.
+    """Write a small file atomically.
 
     Raises:
-        OutputError: if the store refuses.
+        OutputError: if the store reports an error.
     """
     try:
         store, path = open_store(_checked(url))
-        with asking(url):
+        with store_errors(url):
             draft = path if _is_object_store(store) else f"{path}.{secrets.token_hex(4)}.partial"
             store.pipe_file(draft, content)
             if draft != path:
@@ -86,14 +86,14 @@ def write_bytes(url: str, content: bytes) -> None:
 
 
 def create_bytes(url: str, content: bytes) -> bool:
-    """Write a small file that must not be there yet; False if it is.
+    """Create a small file; return False if it exists already.
 
     Raises:
-        OutputError: if the store refuses.
+        OutputError: if the store reports an error.
     """
     try:
         store, path = open_store(_checked(url))
-        with asking(url):
+        with store_errors(url):
             try:
                 if not _is_object_store(store):
                     store.makedirs(path.rpartition("/")[0], exist_ok=True)
@@ -106,13 +106,13 @@ def create_bytes(url: str, content: bytes) -> bool:
 
 
 def read_bytes(url: str) -> bytes | None:
-    """The content of a small file; None if it is not there.
+    """Read a small file; return None if it does not exist.
 
     Raises:
-        RemoteError: if the store refuses.
+        RemoteError: if the store reports an error.
     """
     store, path = open_store(url)
-    with asking(url):
+    with store_errors(url):
         try:
             content: bytes = store.cat_file(path)
         except FileNotFoundError:
@@ -121,62 +121,64 @@ def read_bytes(url: str) -> bytes | None:
 
 
 def remove(url: str) -> None:
-    """Remove a file, if it is there.
+    """Remove a file, if it exists.
 
     Raises:
-        RemoteError: if the store refuses.
+        RemoteError: if the store reports an error.
     """
     store, path = open_store(url)
-    with asking(url), suppress(FileNotFoundError):
+    with store_errors(url), suppress(FileNotFoundError):
         store.rm_file(path)
 
 
 def read_all(url: str, suffix: str) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of a folder's small files; none if it is not there.
+    """Yield names and contents of a folder's small files with a suffix; nothing if the folder does not exist.
 
     Raises:
-        RemoteError: if the store refuses.
+        RemoteError: if the store reports an error.
     """
     store, path = open_store(url)
-    with asking(url):
+    with store_errors(url):
         if not store.isdir(path):
             return
         paths = [entry["name"] for entry in store.ls(path, detail=True) if entry["name"].endswith(suffix)]
-        for first in range(0, len(paths), _AT_A_TIME):
-            contents: dict[str, bytes] = store.cat(paths[first : first + _AT_A_TIME])  # at once, where the store can
+        for start in range(0, len(paths), _FILES_PER_REQUEST):
+            contents: dict[str, bytes] = store.cat(
+                paths[start : start + _FILES_PER_REQUEST]
+            )  # concurrent in most stores
             yield from ((path.rpartition("/")[2], content) for path, content in contents.items())
 
 
 def stamps_of(url: str) -> dict[str, str]:
-    """Sizes and stamps of all files below a location, by what follows it in their names; a file's own is ''.
+    """Return the stamp of every file in a folder, by its path in the folder; if ``url`` is a file, its path is ''.
 
     Raises:
-        RemoteError: if the store refuses.
+        RemoteError: if the store reports an error.
     """
     store, path = open_store(url)
-    with asking(url):
-        found = store.find(path, detail=True)
+    with store_errors(url):
+        entries = store.find(path, detail=True)
     start = len(store._strip_protocol(path))
-    return {name[start:].lstrip("/"): remote_file("", {"name": name, **entry}).stamp for name, entry in found.items()}
+    return {name[start:].lstrip("/"): remote_file("", {"name": name, **entry}).stamp for name, entry in entries.items()}
 
 
 def _checked(url: str) -> str:
-    """The URL, unless nothing is ever written there."""
+    """Return the URL, or raise ``RemoteError`` if its store is read-only."""
     if url.startswith(("http://", "https://")) or is_hub(url):
         raise RemoteError(
-            f"{redacted(url)}: cannot be written; outputs go to a folder, or to s3://, gs:// and the like"
+            f"{redacted(url)}: cannot be written; write to a local folder, or to a store such as s3:// or gs://"
         )
     return url
 
 
 def writable(url: str) -> str:
-    """The URL without slashes at its end.
+    """Check that outputs can be written to a URL, and return it without slashes at the end.
 
     Raises:
-        RemoteError: if nothing can be written there, a package for it is missing, or the store cannot be asked.
+        RemoteError: if the store is read-only or cannot be reached, or a package for it is missing.
     """
     url = _checked(url).rstrip("/")
     store, path = open_store(url)
-    with asking(url), suppress(FileNotFoundError):
+    with store_errors(url), suppress(FileNotFoundError):
         store.info(f"{path}/{_MARKER}")
     return url

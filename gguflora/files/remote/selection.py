@@ -1,4 +1,4 @@
-"""Which files of a folder are wanted: weights as safetensors, and what describes them."""
+"""Select the files of a remote folder to fetch: weights as safetensors, configuration and tokenizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gguflora.errors import RemoteError
 from gguflora.files.remote.location import Kind, redacted
 
 ALLOW_PICKLE: Final = "GGUFLORA_ALLOW_PICKLE"
-"""Environment variable that, set to 1, lets ``.bin`` files be fetched, too."""
+"""Environment variable; set to 1, it allows fetching ``.bin`` files."""
 
 
 _TOKENIZER: Final = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
@@ -21,7 +21,7 @@ NAMES: Final[dict[Kind, tuple[str, ...]]] = {
     "config": ("config.json",),
     "file": (),
 }
-"""The files of a folder that are read, by what it is; a model may have shards, too."""
+"""The files to fetch for each kind of folder; for a model, also its shards."""
 
 PICKLES: Final[dict[Kind, tuple[str, ...]]] = {"adapter": ("adapter_model.bin",)}
 _SHARD: Final = re.compile(r"(?!adapter)[^/]+-\d{5}-of-\d{5}\.safetensors")
@@ -29,15 +29,15 @@ _SHARD: Final = re.compile(r"(?!adapter)[^/]+-\d{5}-of-\d{5}\.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file elsewhere.
+    """A file in a remote store.
 
     Attributes:
-        name: without its folder.
-        path: as its store calls it.
-        size: in bytes; None if the store does not say.
-        content: identifies the bytes (an ETag or a hash); None if the store has nothing of the kind.
-        stamp: changes when the file does; empty if the store has nothing of the kind.
-        sha256: of the bytes, in hexadecimal, if the store says.
+        name: name without the folder.
+        path: path in the store.
+        size: size in bytes; None if the store does not provide it.
+        content: identifier of the content (an ETag or a hash); None if the store does not provide one.
+        stamp: text that changes when the file changes; empty if the store provides nothing to form it from.
+        sha256: SHA-256 in hexadecimal; None if the store does not provide it.
     """
 
     name: str
@@ -49,39 +49,45 @@ class RemoteFile:
 
 
 def files_to_fetch(location: str, names: Iterable[str], kind: Kind, *, allow_pickle: bool) -> list[str]:
-    """The files of a folder that are fetched: weights as safetensors, and what describes them.
+    """Select the files of a folder to fetch.
+
+    Args:
+        location: the folder, for messages.
+        names: names of all files in the folder.
+        kind: kind of folder.
+        allow_pickle: whether to select ``.bin`` files, too.
 
     Raises:
         RemoteError: if the folder is not of this kind.
     """
-    held = sorted(names)
+    available = sorted(names)
     known = {*NAMES[kind], *(PICKLES.get(kind, ()) if allow_pickle else ())}
-    chosen = [name for name in held if name in known or (kind == "model" and _SHARD.fullmatch(name))]
-    problem = _problem(kind, chosen, held)
+    chosen = [name for name in available if name in known or (kind == "model" and _SHARD.fullmatch(name))]
+    problem = _problem(kind, chosen, available)
     if problem:
-        raise RemoteError(f"{redacted(location)}: {problem}; found: {', '.join(held)[:300] or 'nothing'}")
+        raise RemoteError(f"{redacted(location)}: {problem}; found: {', '.join(available)[:300] or 'nothing'}")
     return chosen
 
 
-def _problem(kind: Kind, chosen: Sequence[str], held: Sequence[str]) -> str | None:
+def _problem(kind: Kind, chosen: Sequence[str], available: Sequence[str]) -> str | None:
     if kind == "file":
         return "is a folder; name the file in it"
     needed = "adapter_config.json" if kind == "adapter" else "config.json"
     if needed not in chosen:
-        gguf = "; name the .gguf file that is meant" if any(name.endswith(".gguf") for name in held) else ""
+        gguf = "; name the .gguf file that is meant" if any(name.endswith(".gguf") for name in available) else ""
         return f"holds no {needed}{gguf}"
     if kind == "config" or any(name.endswith((".safetensors", ".bin")) for name in chosen):
         return None
-    pickle = any(name.endswith(".bin") for name in held)
+    pickle = any(name.endswith(".bin") for name in available)
     hint = f", only .bin files, which are pickles; {ALLOW_PICKLE}=1 allows them" if pickle and kind == "adapter" else ""
     return f"holds no weights as safetensors{hint}"
 
 
 def check_name(location: str, name: str) -> None:
-    """Refuse names that would lead out of the cache's folder.
+    """Refuse a name that could lead out of the cache's folder.
 
     Raises:
-        RemoteError: if it is one.
+        RemoteError: if the name is not a plain file name.
     """
     if name in {"", ".", ".."} or "/" in name or "\\" in name or "\0" in name:
-        raise RemoteError(f"{redacted(location)}: {name!r} is no name of a file")
+        raise RemoteError(f"{redacted(location)}: {name!r} is not a valid file name")

@@ -1,4 +1,4 @@
-"""fsspec's file systems: opened, listed, and their errors turned into ours."""
+"""Open and list fsspec's file systems, and translate their errors."""
 
 from __future__ import annotations
 
@@ -26,26 +26,29 @@ _EXCEPTIONS: Final = {
     "GatedRepoError": "is gated: ask for access on its page and set HF_TOKEN",
     "RevisionNotFoundError": "the repository has no such revision",
     "RemoteEntryNotFoundError": "the repository has no such file",
-    "OfflineModeIsEnabled": "HF_HUB_OFFLINE forbids to ask for it",
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE forbids requests to the Hub",
     "TooManyRedirects": "the server redirects without end",
     "NoCredentialsError": "no credentials were found for this store",
     "DefaultCredentialsError": "no credentials were found for this store",
 }
-"""What exceptions of huggingface_hub, aiohttp, httpx and of the stores' libraries mean."""
+"""Messages for exceptions of huggingface_hub, aiohttp, httpx and the stores' libraries, by class name."""
 
 _UNREACHABLE: Final = {"ConnectError", "ConnectTimeout", "ClientConnectorError", "EndpointConnectionError", "gaierror"}
 _STATUS: Final = {
     401: "not authorized; are credentials missing or wrong?",
     403: "access denied; are credentials missing, or not enough?",
     404: "no such file",
-    429: "the server asks to come back later",
+    429: "too many requests; try again later",
 }
 
 
 def open_store(url: str) -> tuple[Any, str]:
-    """The file system of a URL and its path there; listings that it remembers are dropped, as others write, too.
+    """Open the file system of a URL, and return it with the path in it.
+
+    fsspec's cached listings are dropped, because other processes may have written to the store.
 
     Raises:
+        MissingExtraError: if fsspec or aiohttp is not installed.
         RemoteError: if the protocol is unknown, or a package for it is missing.
     """
     if not importlib.util.find_spec("fsspec"):
@@ -53,8 +56,8 @@ def open_store(url: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs  # noqa: PLC0415  (import gguflora does not load it)
 
     is_web = url.startswith(("http://", "https://"))
-    options = {"client_kwargs": {"timeout": _patience()}} if is_web else {}
-    with asking(url):
+    options = {"client_kwargs": {"timeout": _timeout()}} if is_web else {}
+    with store_errors(url):
         try:
             store, path = url_to_fs(url, **options)
         except (ImportError, ValueError) as error:
@@ -63,8 +66,8 @@ def open_store(url: str) -> tuple[Any, str]:
     return store, path
 
 
-def _patience() -> Any:  # noqa: ANN401  (aiohttp is loaded only here)
-    """Any file may take any time, but the server must not fall silent."""
+def _timeout() -> Any:  # noqa: ANN401  (aiohttp is loaded only here)
+    """Return a timeout that does not limit the whole download, only the time without a response."""
     try:
         import aiohttp  # noqa: PLC0415
     except ImportError as error:
@@ -73,36 +76,36 @@ def _patience() -> Any:  # noqa: ANN401  (aiohttp is loaded only here)
 
 
 @contextmanager
-def asking(location: str) -> Iterator[None]:
-    """Turn what stores and their libraries raise into one clear error.
+def store_errors(location: str) -> Iterator[None]:
+    """Translate exceptions of stores and their libraries into `RemoteError`.
 
     Raises:
-        RemoteError: for any of them.
+        RemoteError: if the block raises anything but a `GgufloraError`.
     """
     try:
         yield
     except GgufloraError:
         raise
-    except Exception as error:  # each store has exceptions of its own
+    except Exception as error:  # every store has its own exceptions
         raise RemoteError(f"{redacted(location)}: {reason(error)}") from error
 
 
 def reason(error: BaseException) -> str:
-    """What an exception of a store means; those that it was made from say more."""
+    """Describe an exception of a store, by the most informative exception in its chain of causes."""
     chain = [error]
     while (cause := chain[-1].__cause__) is not None and cause not in chain:
         chain.append(cause)
-    named = [_EXCEPTIONS[name] for one in chain if (name := type(one).__name__) in _EXCEPTIONS]
-    known = named or [text for one in reversed(chain) if (text := _meaning(one))]
-    if known:
-        return known[0]
+    named = [_EXCEPTIONS[name] for cause in chain if (name := type(cause).__name__) in _EXCEPTIONS]
+    reasons = named or [text for cause in reversed(chain) if (text := _single_reason(cause))]
+    if reasons:
+        return reasons[0]
     if isinstance(error, FileNotFoundError):
         return f"cannot be reached: {_first_line(chain[-1])}" if len(chain) > 1 else "no such file or folder"
     return _first_line(error)
 
 
-def _meaning(error: BaseException) -> str | None:
-    """What one exception means, where it can be told from its status or class."""
+def _single_reason(error: BaseException) -> str | None:
+    """Describe one exception by its HTTP status or class; None if neither is known."""
     name = type(error).__name__
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(status, int) and status >= 400:
@@ -121,13 +124,13 @@ def _first_line(error: BaseException) -> str:
 
 
 def list_files(url: str, kind: Kind, *, allow_pickle: bool) -> tuple[list[RemoteFile], bool]:
-    """The files that a location stands for, and whether it is a folder.
+    """List the files to fetch for a location, and say whether the location is a folder.
 
     Raises:
-        RemoteError: if it cannot be read, or is not of this kind.
+        RemoteError: if the location cannot be read, or the folder is not of this kind.
     """
     store, path = open_store(url)
-    with asking(url):
+    with store_errors(url):
         if url.startswith(("http://", "https://")):
             return _list_web(store, url, kind, allow_pickle=allow_pickle)
         entry = store.info(path)
@@ -136,43 +139,46 @@ def list_files(url: str, kind: Kind, *, allow_pickle: bool) -> tuple[list[Remote
             parent = path[: len(path) - len(first.name)]
             others = [(name, f"{parent}{name}") for name in part_names(first.name) if name != first.name]
             return [first, *(remote_file(name, store.info(other)) for name, other in others)], False
-        entries = {one["name"].rstrip("/").rpartition("/")[2]: one for one in store.ls(path, detail=True)}
-    names = [name for name, one in entries.items() if one["type"] != "directory"]
+        entries = {item["name"].rstrip("/").rpartition("/")[2]: item for item in store.ls(path, detail=True)}
+    names = [name for name, item in entries.items() if item["type"] != "directory"]
     chosen = files_to_fetch(url, names, kind, allow_pickle=allow_pickle)
     return [remote_file(name, entries[name]) for name in chosen], True
 
 
 def _list_web(store: Any, url: str, kind: Kind, *, allow_pickle: bool) -> tuple[list[RemoteFile], bool]:  # noqa: ANN401
-    """As `list_files`: web servers have no folders, but names that end in a slash, and perhaps a page of links."""
+    """List files on a web server, like `list_files`.
+
+    A web server has no folders. A URL that ends in a slash counts as one; it may or may not serve a page of links.
+    """
     entry = store.info(url) if not url.endswith("/") else {"url": url}
     if not entry["url"].endswith("/"):
-        own = file_name(url)
-        first = remote_file(own, {**entry, "name": url})
-        others = [(name, url.replace(own[_NUMBERS], name[_NUMBERS])) for name in part_names(own) if name != own]
+        given = file_name(url)
+        first = remote_file(given, {**entry, "name": url})
+        others = [(name, url.replace(given[_NUMBERS], name[_NUMBERS])) for name in part_names(given) if name != given]
         return [first, *(remote_file(name, store.info(other)) for name, other in others)], False
     folder = entry["url"]
     problem: Exception | None = None
     try:
         links = {file_name(link): link for link in store.ls(folder, detail=False) if not link.endswith("/")}
-    except Exception as error:  # most servers list nothing, but have the files
+    except Exception as error:  # most servers serve no listing, but may have the files
         links, problem = {}, error
     candidates = [*links, *NAMES[kind], *(PICKLES.get(kind, ()) if allow_pickle else ())]
-    found = {}
+    urls = {}
     for name in dict.fromkeys(candidates):
         if name in links:
-            found[name] = links[name]
+            urls[name] = links[name]
         elif store.exists(folder + name):
-            found[name] = folder + name
-    if problem and not found:
+            urls[name] = folder + name
+    if problem and not urls:
         raise problem
-    chosen = files_to_fetch(url, found, kind, allow_pickle=allow_pickle)
-    return [remote_file(name, store.info(found[name])) for name in chosen], True
+    chosen = files_to_fetch(url, urls, kind, allow_pickle=allow_pickle)
+    return [remote_file(name, store.info(urls[name])) for name in chosen], True
 
 
 def remote_file(name: str, entry: Mapping[str, Any]) -> RemoteFile:
-    """A file of a listing."""
+    """Convert an entry of fsspec's listings to a `RemoteFile`."""
     content = next((str(entry[key]) for key in _CONTENT if entry.get(key)), None)
-    weak = content is not None and content.startswith("W/")
+    weak = content is not None and content.startswith("W/")  # a weak ETag does not identify the bytes
     time = next((str(entry[key]) for key in _TIMES if entry.get(key)), "")
     size = entry.get("size")
     return RemoteFile(
@@ -185,12 +191,12 @@ def remote_file(name: str, entry: Mapping[str, Any]) -> RemoteFile:
 
 
 def list_matching(url: str) -> list[str]:
-    """All locations that fit a pattern, sorted.
+    """List all locations that match a glob pattern, sorted.
 
     Raises:
-        RemoteError: if the store cannot be asked.
+        RemoteError: if the store reports an error.
     """
     store, path = open_store(url)
-    with asking(url):
-        found: Sequence[str] = store.glob(path)
-        return sorted(one if "://" in one else store.unstrip_protocol(one) for one in found)
+    with store_errors(url):
+        matches: Sequence[str] = store.glob(path)
+        return sorted(match if "://" in match else store.unstrip_protocol(match) for match in matches)
