@@ -1,8 +1,8 @@
-"""Where a Hugging Face weight lies in a GGUF file, and in which order its rows lie there.
+"""Map the weights of a Hugging Face model to GGUF tensors: their names, rows and the order of the rows.
 
-Names come from gguf's ``TensorNameMap`` (`names`); what llama.cpp's converter does beyond renaming is stated in
-`rules`, a rule a line, in terms of orders of rows (`orders`) and of weights that GGUF cuts into several tensors
-(`splits`). `lora_support` knows what llama.cpp does not multiply with a LoRA.
+`names` maps the names, by gguf's ``TensorNameMap``. `rules` states what else llama.cpp's converter does for each
+architecture: it reorders rows (`orders`) and splits weights into several tensors (`splits`). `lora_support` lists the
+tensors to which llama.cpp cannot apply a LoRA.
 """
 
 from gguflora.architectures.biases import with_biases

@@ -1,4 +1,4 @@
-"""What a base model says about itself, in a GGUF file or a Hugging Face ``config.json``."""
+"""Read the description of a base model from a GGUF file or a Hugging Face ``config.json``."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape, layer_
 
 _LOG = logging.getLogger(__name__)
 _ENCODERS: Final = {"bert", "eurobert", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "nomic-bert"}
-"""Architectures without an output weight."""
+"""Architectures that have no output weight."""
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model, without its weights.
+    """The description of a base model, without its weights.
 
     Attributes:
-        path: of the GGUF file (of a split model, its first) or the Hugging Face directory.
-        architecture: as GGUF names it.
-        shapes: (n_out, n_in) of the weights by GGUF name; of a directory only those that its configuration fixes.
+        path: path of the GGUF file (for a split model, of its first file) or of the Hugging Face directory.
+        architecture: GGUF's name of the architecture.
+        shapes: shape of each weight by its GGUF name, (n_out, n_in) for a matrix; for a Hugging Face directory, only
+            of the weights whose shape follows from the configuration.
         n_layers: number of blocks.
-        n_head: attention heads of each layer.
-        n_head_kv: key and value heads of each layer.
-        n_groups: key heads of linear attention, 0 if there is none.
-        absent: those of ``shapes`` that the file does not have, but could: they count as zeros.
-        types: quant types of the tensors of a GGUF file.
+        n_head: number of attention heads of each layer.
+        n_head_kv: number of key and value heads of each layer.
+        n_groups: number of key heads of linear attention; 0 if the model has none.
+        absent: names in ``shapes`` that the file does not hold, but llama.cpp would read; their values count as zeros.
+        types: name of the quant type of each tensor of a GGUF file.
     """
 
     path: Path
@@ -53,11 +54,14 @@ class BaseModel:
 
 
 def read_base(path: str | os.PathLike[str]) -> BaseModel:
-    """Read a base model's description: a GGUF file, or a directory with ``config.json``.
+    """Read the description of a base model.
+
+    Args:
+        path: a GGUF file, or a directory with ``config.json``.
 
     Raises:
         GgufError: if the GGUF file is damaged.
-        ArchitectureError: if it is no language model, or its configuration cannot be used.
+        ArchitectureError: if the file is not a language model, or the configuration cannot be used.
     """
     location = Path(path)
     if location.is_dir():
@@ -67,7 +71,11 @@ def read_base(path: str | os.PathLike[str]) -> BaseModel:
 
 
 def describe(file: GgufFile) -> BaseModel:
-    """What an open GGUF file says about itself as a base model."""
+    """Return the description of the base model in an open GGUF file.
+
+    Raises:
+        ArchitectureError: if the file does not hold a language model.
+    """
     kind = file.metadata.get("general.type", "model")
     if kind != "model":
         raise ArchitectureError(f"{file.path}: general.type is {kind!r}, expected a model as the base")
@@ -127,7 +135,7 @@ _MODEL_TYPES: Final = {
     "exaone4": "exaone4",
     "glm4": "glm4",
 }
-"""Architectures in GGUF of the ``model_type`` of a configuration."""
+"""GGUF's name of the architecture, by ``model_type`` of a configuration."""
 
 _GEMMA: Final = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True}
 _TIED: Final = {"tie_word_embeddings": True}
@@ -144,7 +152,7 @@ _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     "gemma3": {**_GEMMA, "vocab_size": 262208},
     "gemma3_text": {**_GEMMA, "vocab_size": 262208},
 }
-"""What transformers takes for fields that a configuration leaves out, where models on the Hub do leave them out."""
+"""transformers' defaults, by ``model_type``, for fields that configurations on the Hub leave out."""
 
 _SIZES: Final = {
     "hidden_size": 1 << 24,
@@ -155,7 +163,7 @@ _SIZES: Final = {
     "head_dim": 1 << 16,
     "vocab_size": 1 << 28,
 }
-"""What a configuration must say, each with a bound that no model comes near."""
+"""Required fields of a configuration, each with an upper bound far above that of any model."""
 
 
 def _read_config(path: Path) -> BaseModel:
@@ -198,7 +206,7 @@ def _read_sizes(path: Path, config: dict[str, Any]) -> dict[str, int]:
 
 
 def _shapes_of(architecture: str, sizes: Mapping[str, int], *, tied: bool) -> dict[str, Shape]:
-    """Shapes of the matrices of a decoder, as all architectures of `_MODEL_TYPES` are."""
+    """Return the shapes of the matrices of a decoder with an architecture of `_MODEL_TYPES`."""
     hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
     q, kv = (sizes[heads] * sizes["head_dim"] for heads in ("num_attention_heads", "num_key_value_heads"))
     block = {"attn_output": (hidden, q), "ffn_down": (hidden, inner)}
@@ -218,7 +226,7 @@ def _shapes_of(architecture: str, sizes: Mapping[str, int], *, tied: bool) -> di
 
 
 def read_whole_base(path: Path) -> BaseModel:
-    """The base at ``path`` as llama.cpp sees it: of a split model the tensors of all its files.
+    """Read the description of a GGUF model, including the tensors of all files of a split model.
 
     Raises:
         GgufError: if a file is damaged or missing.
@@ -228,5 +236,5 @@ def read_whole_base(path: Path) -> BaseModel:
 
 
 def flat_shape(shape: Shape) -> tuple[int, int]:
-    """Rows and columns of a tensor with its leading dimensions flattened; a vector is one column."""
+    """Return the number of rows and columns of a tensor with its leading dimensions flattened; a vector is a column."""
     return (shape[0], 1) if len(shape) == 1 else (int(np.prod(shape[:-1])), shape[-1])

@@ -1,6 +1,6 @@
-"""Biases that llama.cpp adds where a file has them, so that a merge may bring them in.
+"""Optional biases: those that llama.cpp applies if a file has them, so that a merge may add them.
 
-Facts from llama.cpp's ``src/llama-model.cpp`` (``create_tensor_qkv``), ``src/llama-graph.cpp`` (``build_qkv``) and the
+Source: llama.cpp's ``src/llama-model.cpp`` (``create_tensor_qkv``), ``src/llama-graph.cpp`` (``build_qkv``) and the
 ``TENSOR_NOT_REQUIRED`` biases of ``src/models/*.cpp``.
 """
 
@@ -25,10 +25,10 @@ _WEIGHT: Final = re.compile(r"(blk\.\d+\.(\w+))\.weight")
 
 
 def with_biases(base: BaseModel) -> BaseModel:
-    """The base as if it had, as zeros, every bias that llama.cpp would read; those are its ``absent`` ones."""
+    """Return a description of the base that also has every bias llama.cpp would read; the added ones are ``absent``."""
     absent = {}
     for name, shape in base.shapes.items():
-        found = _WEIGHT.fullmatch(name)
-        if found and found[2] in _READ.get(base.architecture, ()) and f"{found[1]}.bias" not in base.shapes:
-            absent[f"{found[1]}.bias"] = shape[:1]
+        match = _WEIGHT.fullmatch(name)
+        if match and match[2] in _READ.get(base.architecture, ()) and f"{match[1]}.bias" not in base.shapes:
+            absent[f"{match[1]}.bias"] = shape[:1]
     return replace(base, shapes={**base.shapes, **absent}, absent=frozenset(absent))

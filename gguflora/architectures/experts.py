@@ -1,8 +1,8 @@
-"""The weights of experts, which GGUF stacks: (n_experts, n_out, n_in).
+"""The weights of experts, which GGUF stacks in one tensor (n_experts, n_out, n_in).
 
-Checkpoints name each expert's module (``experts.3.gate_proj.weight``, ``experts.3.w1.weight``); transformers 5 holds
-all experts of a layer in one parameter, with gate and up fused (``experts.gate_up_proj``), whose expert 3 is named
-``experts.gate_up_proj.3``; GraniteMoE on disk has ``input_linear.weight`` and ``output_linear.weight`` instead.
+Checkpoints have a module for each expert (``experts.3.gate_proj.weight``, ``experts.3.w1.weight``). transformers 5
+holds all experts of a layer in one parameter, with gate and up fused (``experts.gate_up_proj``); here its expert 3 is
+named ``experts.gate_up_proj.3``. GraniteMoE checkpoints have ``input_linear.weight`` and ``output_linear.weight``.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ _TENSORS: Final = {
     **{"w1": "ffn_gate_exps", "w3": "ffn_up_exps", "w2": "ffn_down_exps"},
     "output_linear": "ffn_down_exps",
 }
-"""GGUF's names; what is not among them is gate and up in one."""
+"""GGUF's name of each kind of weight; a kind that is missing here holds gate and up."""
 
 
-def slices_of_expert(base: BaseModel, path: str, *, interleaved: bool) -> list[TensorSlice]:
-    """The slices of an expert's weight, or of a stack of biases; none if ``path`` names no such thing.
+def expert_slices(base: BaseModel, path: str, *, interleaved: bool) -> list[TensorSlice]:
+    """Return the slices of an expert's weight or of a stack of biases; an empty list if ``path`` names neither.
 
     Args:
         base: the base model.
         path: canonical name of the weight.
-        interleaved: whether the rows of gate and up alternate, where they are fused.
+        interleaved: whether the rows of fused gate and up alternate.
     """
-    found = _MODULE.fullmatch(path) or _STACKED.fullmatch(path)
-    if found:
-        parts = found.groupdict()
+    match = _MODULE.fullmatch(path) or _STACKED.fullmatch(path)
+    if match:
+        parts = match.groupdict()
         name, kind = parts["name"] or parts["linear"], parts.get("kind") or ".weight"
-        tensors = _tensors(int(found["layer"]), name, kind)
-        return _fused(base, tensors, int(found["expert"]), interleaved)
+        tensors = _tensors(int(match["layer"]), name, kind)
+        return _fused(base, tensors, int(match["expert"]), interleaved)
     if biases := _BIASES.fullmatch(path):
         return _bias_columns(base, _tensors(int(biases["layer"]), biases["name"], ".bias"), interleaved)
     return []
@@ -79,8 +79,8 @@ def _bias_columns(base: BaseModel, tensors: list[str], interleaved: bool) -> lis
 
 
 def _shares(sizes: list[int], interleaved: bool) -> list[Indices]:
-    """Which rows of the fused weight each of its parts has."""
+    """Return the rows of a fused weight that belong to each of its parts."""
     if interleaved and len(sizes) > 1:
         return [np.arange(index, len(sizes) * size, len(sizes)) for index, size in enumerate(sizes)]
-    ends = np.cumsum(sizes)
-    return [np.arange(stop - size, stop) for size, stop in zip(sizes, ends, strict=True)]
+    stops = np.cumsum(sizes)
+    return [np.arange(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]

@@ -1,7 +1,7 @@
-"""The Hugging Face weights of a base, from its tensors: the names that `pieces_of` is asked for, the other way round.
+"""Names of the Hugging Face weights that a base model can have: the inverse of `slices_of`.
 
-Names are those of transformers 5, which PEFT sees; where gguf maps several of them to one tensor (``up_proj`` and
-``gate_up_proj``, for example), the architecture decides.
+The names are those of transformers 5, which PEFT uses. Where gguf maps several of them to one tensor (``up_proj`` and
+``gate_up_proj``, for example), the architecture decides which one applies.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from typing import Final
 
 from gguflora.architectures.base_model import BaseModel
-from gguflora.architectures.modules import BLOCKS, LLAMA, modules_of_t5, stands_for_others
+from gguflora.architectures.modules import BLOCKS, LLAMA, is_alternative, t5_modules
 from gguflora.errors import ArchitectureError
 
 _OF_EXPERTS: Final = (".experts.gate_up_proj", ".experts.down_proj")
 _MLP_EXPERTS: Final = tuple(f"mlp{name}" for name in _OF_EXPERTS)
 _FEED_FORWARD_EXPERTS: Final = ("feed_forward.router", *(f"feed_forward{name}" for name in _OF_EXPERTS))
 
-_BESIDE: Final[dict[str, tuple[str, ...]]] = {
+_NOT_LINEAR: Final[dict[str, tuple[str, ...]]] = {
     **dict.fromkeys(
         (
             *("llama", "mistral3", "minicpm", "olmo", "olmoe", "qwen2moe", "qwen3moe", "qwen3next", "qwen35"),
@@ -32,13 +32,13 @@ _BESIDE: Final[dict[str, tuple[str, ...]]] = {
     **dict.fromkeys(("llama4", "jamba"), _FEED_FORWARD_EXPERTS),
     "gpt-oss": ("mlp.router", *_MLP_EXPERTS),
 }
-"""What a layer may have that is no linear module of transformers 5."""
+"""Modules and parameters of a layer that transformers 5 does not implement as ``Linear``."""
 
-_BY_HAND: Final[dict[str, tuple[str, ...]]] = {
+_REMOTE_CODE: Final[dict[str, tuple[str, ...]]] = {
     "baichuan": ("self_attn.W_pack", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     "internlm2": ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
 }
-"""Modules below ``model.layers`` of models that transformers has no class for."""
+"""Modules below ``model.layers`` of models whose code is not part of transformers."""
 
 _EMBEDDINGS: Final = {
     "gpt2": ("transformer.wte", "transformer.wpe"),
@@ -54,10 +54,10 @@ _OUTPUTS: Final = {"internlm2": "output"}
 
 
 def candidates(base: BaseModel) -> Iterator[str]:
-    """Names of the weights that a model of the base's architecture and size may have.
+    """Yield the names of all weights that a model of the base's architecture and size may have.
 
     Raises:
-        ArchitectureError: if the names of the architecture's modules are not known.
+        ArchitectureError: if gguflora does not know the modules of the architecture.
     """
     for module in (
         *_EMBEDDINGS.get(base.architecture, ("model.embed_tokens",)),
@@ -69,19 +69,19 @@ def candidates(base: BaseModel) -> Iterator[str]:
         for module in _modules(base, layer):
             if module.endswith(_OF_EXPERTS):
                 yield from (f"{module}.{expert}" for expert in range(stacks[layer]))
-            elif not stands_for_others(base, layer, module):
+            elif not is_alternative(base, layer, module):
                 yield f"{module}.weight"
 
 
 def _modules(base: BaseModel, layer: int) -> list[str]:
     if base.architecture == "t5":
-        return modules_of_t5([layer])
-    if base.architecture in _BY_HAND:
-        root, modules = LLAMA[0], _BY_HAND[base.architecture]
+        return t5_modules([layer])
+    if base.architecture in _REMOTE_CODE:
+        root, modules = LLAMA[0], _REMOTE_CODE[base.architecture]
     elif base.architecture in BLOCKS:
         root, modules = BLOCKS[base.architecture]
     else:
         raise ArchitectureError(
             f"{base.path}: the Hugging Face names of the modules of architecture {base.architecture!r} are not known"
         )
-    return [f"{root}.{layer}.{module}" for module in (*modules, *_BESIDE.get(base.architecture, ()))]
+    return [f"{root}.{layer}.{module}" for module in (*modules, *_NOT_LINEAR.get(base.architecture, ()))]

@@ -1,6 +1,6 @@
-"""The linear modules of Hugging Face models, in the order of their definition.
+"""The linear modules of Hugging Face models, in the order in which transformers defines them.
 
-The order is needed only where an adapter's file does not name the modules that it adapts (UNILORA).
+The order matters only for adapters whose file does not name the adapted modules (UNILORA).
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ BLOCKS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "qwen35moe": ("model.layers", (*_in("linear_attn", _QWEN_35), *_ATTENTION, *_SHARED_EXPERT)),
     "starcoder2": ("model.layers", (*_ATTENTION, "mlp.c_fc", "mlp.c_proj")),
 }
-"""By architecture: the list of blocks, and the linear modules that a block may have (transformers 5)."""
+"""By architecture: path of the list of blocks, and the linear modules that a block may have (transformers 5)."""
 
-_STACKS_OF_T5: Final = {
+_T5_STACKS: Final = {
     "encoder": (("SelfAttention", ("q", "k", "v", "o")), ("DenseReluDense", ("wi", "wi_0", "wi_1", "wo"))),
     "decoder": (
         *(("SelfAttention", ("q", "k", "v", "o")), ("EncDecAttention", ("q", "k", "v", "o"))),
@@ -77,13 +77,13 @@ _STACKS_OF_T5: Final = {
 
 
 def linear_modules(base: BaseModel) -> list[str]:
-    """The base's linear modules but for those it may have in place of these (experts).
+    """Return the names of the base's linear modules, without experts.
 
     Raises:
-        ArchitectureError: if they are not known for the base's architecture.
+        ArchitectureError: if gguflora does not know the modules of the architecture.
     """
     if base.architecture == "t5":
-        return [*modules_of_t5(range(base.n_layers)), "lm_head"]
+        return [*t5_modules(range(base.n_layers)), "lm_head"]
     if base.architecture not in BLOCKS:
         raise ArchitectureError(
             f"{base.path}: the modules of architecture {base.architecture!r} are not known, and the adapter does not "
@@ -95,27 +95,27 @@ def linear_modules(base: BaseModel) -> list[str]:
         f"{blocks}.{layer}.{module}"
         for layer in range(base.n_layers)
         for module in modules
-        if not stands_for_others(base, layer, f"{blocks}.{layer}.{module}")
+        if not is_alternative(base, layer, f"{blocks}.{layer}.{module}")
     ]
     return [*names, heads.get(base.architecture, "lm_head")]
 
 
-def modules_of_t5(layers: Iterable[int]) -> list[str]:
-    """The linear modules that T5 may have in some layers of its two stacks."""
+def t5_modules(layers: Iterable[int]) -> list[str]:
+    """Return the names of the linear modules that T5 may have in these layers of its encoder and decoder."""
     numbers = list(layers)
     return [
         f"{stack}.block.{number}.layer.{part}.{owner}.{module}"
-        for stack, parts in _STACKS_OF_T5.items()
+        for stack, parts in _T5_STACKS.items()
         for number in numbers
         for part, (owner, modules) in enumerate(parts)
         for module in modules
     ]
 
 
-def stands_for_others(base: BaseModel, layer: int, module: str) -> bool:
-    """Whether `pieces_of` would take a module that this layer does not have for others that it has."""
+def is_alternative(base: BaseModel, layer: int, module: str) -> bool:
+    """Whether this layer has other modules instead, to whose tensors `slices_of` would map this one."""
     if ".self_attn." in module:
-        return f"blk.{layer}.ssm_a" in base.shapes  # a layer of linear attention, whose qkv is one weight
+        return f"blk.{layer}.ssm_a" in base.shapes  # linear attention, with q, k and v in one weight
     if ".shared_mlp." in module:
         return f"blk.{layer}.ffn_gate_inp.weight" not in base.shapes
     if ".DenseReluDense.wi" in module:

@@ -1,4 +1,4 @@
-"""From the names of Hugging Face weights to the names of GGUF tensors, by gguf's ``TensorNameMap``."""
+"""Map names of Hugging Face weights to names of GGUF tensors, by gguf's ``TensorNameMap``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Final
 from gguflora.architectures.base_model import BaseModel
 from gguflora.errors import ArchitectureError
 
-# multimodal models hold the language model one level deeper
+# multimodal models nest the language model one level deeper
 _INNER: Final = re.compile(r"(?:^|(?<=\.))(?:language_model|text_model)\.")
 _OUTER: Final = re.compile(r"^(?:bert|roberta|distilbert)\.")
 
@@ -21,7 +21,7 @@ _RENAMED: Final = {
     "encoder.embed_tokens.weight": "shared.weight",  # T5 has one embedding under three names
     "decoder.embed_tokens.weight": "shared.weight",
 }
-"""Endings of weights' names in transformers, and what the name map calls them."""
+"""Last parts of names in transformers that differ from those in the name map."""
 
 _PREFIXES: Final = ("", "model.", "transformer.", "gpt_neox.", "backbone.")
 _SUFFIXES: Final = (".weight", ".bias")
@@ -29,30 +29,33 @@ _IN_LAYER: Final = re.compile(r"(?:.*\.)?(?:layers|layer|h|block|blk)\.(\d+)\.(.
 
 
 def canonical(weight: str) -> str:
-    """A weight's name without what multimodal and encoder models put before it, in the words of the name map."""
+    """Return the name that the name map has for a weight, without the prefixes of multimodal and encoder models."""
     path = _OUTER.sub("", _INNER.sub("", weight))
-    for ending, other in _RENAMED.items():
-        if path == ending or path.endswith(f".{ending}"):
-            return path[: -len(ending)] + other
+    for suffix, mapped in _RENAMED.items():
+        if path == suffix or path.endswith(f".{suffix}"):
+            return path[: -len(suffix)] + mapped
     return path
 
 
 def layer_and_module(name: str) -> tuple[int, str, str]:
-    """Layer (-1 if none), module within it, and ``.weight``, ``.bias`` or nothing of a weight or tensor."""
-    found = _IN_LAYER.fullmatch(name)
-    layer, path = (int(found[1]), found[2]) if found else (-1, name)
+    """Split the name of a weight or tensor into layer (-1 if none), module, and ``.weight``, ``.bias`` or nothing."""
+    match = _IN_LAYER.fullmatch(name)
+    layer, path = (int(match[1]), match[2]) if match else (-1, name)
     kind = next((suffix for suffix in _SUFFIXES if path.endswith(suffix)), "")
     return layer, path.removesuffix(kind), kind
 
 
 def tensor_of(base: BaseModel, path: str) -> str | None:
-    """The GGUF tensor of a weight by its canonical name; None if the architecture has none, or stores other values.
+    """Return the GGUF tensor of a weight, or None if there is none with the same values.
 
-    Bare models (``AutoModel``) lack the first part of a name that a model with a head has.
+    Args:
+        base: the base model.
+        path: canonical name of the weight.
     """
     if path.endswith("A_log"):  # stored as -exp(A_log)
         return None
     names = _tensor_names(base.architecture, base.n_layers)
+    # names in models without a head (AutoModel) lack the first part, such as "model."
     bare = [path.removeprefix(prefix) for prefix in _PREFIXES if path.startswith(prefix)]
     for candidate in (path, *bare, *(prefix + path for prefix in _PREFIXES)):
         name: str | None = names.get_name(candidate, _SUFFIXES)

@@ -1,6 +1,6 @@
-"""What llama.cpp's converter does to the tensors of each architecture beyond renaming them, a rule a line.
+"""What llama.cpp's converter does to the tensors of each architecture, apart from renaming them.
 
-The facts come from llama.cpp's ``conversion/*.py``; tests/architectures/ runs it on a model of each architecture.
+Source: llama.cpp's ``conversion/*.py``; tests/architectures/ runs it on a model of each architecture.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from gguflora.architectures.orders import (
     Order,
     qkv_by_kind,
     qkv_of_groups,
-    qkv_or_values_by_turns,
-    qkv_with_values_by_turns,
+    qkv_of_linear_attention,
+    qkv_with_tiled_values,
     rotary_k,
     rotary_q,
-    values_by_turns,
+    tiled_values,
 )
 from gguflora.architectures.splits import (
     ROTARY_QKV,
     Split,
+    concatenated,
     grouped_qkv,
     grouped_qkvz,
     latent_keys_and_values,
-    one_below_the_other,
     shared_down,
     shared_gate_up,
 )
@@ -37,15 +37,15 @@ class Rules:
     """The rules of one architecture.
 
     Attributes:
-        rows: orders of rows by GGUF tensor of a layer.
-        columns: orders of columns.
-        splits: weights in several tensors by Hugging Face module of a layer.
-        plus_one: tensors that are stored as 1 + w.
-        interleaved: whether gate and up alternate in a stack of experts.
-        experts_transposed: whether Hugging Face keeps a stack of experts as (n_experts, n_in, n_out).
-        cuts_vocabulary: whether rows of the token embedding without a token are left out.
-        has_output: whether a model may have an output weight of its own.
-        conv1d: layers whose weights Hugging Face keeps as (n_in, n_out), by the end of their names.
+        rows: orders of rows that differ from Hugging Face's, by GGUF name of the tensor in a layer.
+        columns: orders of columns that differ, by GGUF name of the tensor in a layer.
+        splits: weights that are split into several tensors, by Hugging Face name of the module in a layer.
+        plus_one: pattern of tensors that are stored as 1 + w.
+        interleaved: whether the rows of gate and up alternate in a stack of experts.
+        experts_transposed: whether Hugging Face stores a stack of experts as (n_experts, n_in, n_out).
+        cuts_vocabulary: whether rows of the token embedding that do not belong to a token are dropped.
+        has_output: whether a model can have a separate output weight.
+        conv1d: pattern of weights that Hugging Face stores as (n_in, n_out).
     """
 
     rows: Mapping[str, Order] = field(default_factory=dict)
@@ -62,19 +62,19 @@ class Rules:
 PLAIN: Final = Rules()
 _ROTARY: Final = {"attn_q": rotary_q, "attn_k": rotary_k}
 _NORMS: Final = re.compile(r"norm\.weight$")
-_NORMS_BUT_OF_STATES: Final = re.compile(r"(?<!ssm_)norm\.weight$")
+_NORMS_EXCEPT_SSM: Final = re.compile(r"(?<!ssm_)norm\.weight$")
 _MLA: Final = {"self_attn.kv_b_proj": latent_keys_and_values}
-_BY_TURNS: Final = Rules(
+_TILED_VALUES: Final = Rules(
     rows={
-        "attn_qkv": qkv_or_values_by_turns,
-        "ssm_conv1d": qkv_with_values_by_turns,
-        "attn_gate": values_by_turns,
-        "ssm_alpha": values_by_turns,
-        "ssm_beta": values_by_turns,
-        "ssm_dt": values_by_turns,
+        "attn_qkv": qkv_of_linear_attention,
+        "ssm_conv1d": qkv_with_tiled_values,
+        "attn_gate": tiled_values,
+        "ssm_alpha": tiled_values,
+        "ssm_beta": tiled_values,
+        "ssm_dt": tiled_values,
     },
-    columns={"ssm_out": values_by_turns},
-    plus_one=_NORMS_BUT_OF_STATES,
+    columns={"ssm_out": tiled_values},
+    plus_one=_NORMS_EXCEPT_SSM,
 )
 
 KNOWN: Final[Mapping[str, Rules]] = {
@@ -88,15 +88,15 @@ KNOWN: Final[Mapping[str, Rules]] = {
     ),
     "granitemoe": Rules(rows=_ROTARY, splits={"shared_mlp.input_linear": shared_gate_up}),
     "minicpm": Rules(rows=_ROTARY),
-    "baichuan": Rules(splits={"self_attn.W_pack": one_below_the_other(ROTARY_QKV)}),
+    "baichuan": Rules(splits={"self_attn.W_pack": concatenated(ROTARY_QKV)}),
     "internlm2": Rules(splits={"attention.wqkv": grouped_qkv}),
     "qwen2": PLAIN,
     "qwen2moe": PLAIN,
     "qwen3": PLAIN,
     "qwen3moe": PLAIN,
-    "qwen3next": Rules(splits={"linear_attn.in_proj_qkvz": grouped_qkvz}, plus_one=_NORMS_BUT_OF_STATES),
-    "qwen35": _BY_TURNS,
-    "qwen35moe": _BY_TURNS,
+    "qwen3next": Rules(splits={"linear_attn.in_proj_qkvz": grouped_qkvz}, plus_one=_NORMS_EXCEPT_SSM),
+    "qwen35": _TILED_VALUES,
+    "qwen35moe": _TILED_VALUES,
     "gemma": Rules(plus_one=_NORMS, has_output=False),
     "gemma2": Rules(plus_one=_NORMS, has_output=False),
     "gemma3": Rules(plus_one=_NORMS, cuts_vocabulary=True),
@@ -123,4 +123,4 @@ KNOWN: Final[Mapping[str, Rules]] = {
     "bert": PLAIN,
     "t5": PLAIN,
 }
-"""The architectures gguflora knows."""
+"""The rules of the architectures that gguflora knows, by GGUF's name."""
