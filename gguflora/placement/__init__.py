@@ -1,1 +1,1 @@
-"""An adapter fitted to one base: which delta changes which rows of which tensor, and what precedes the first token."""
+"""Fit an adapter to a base: map each delta to rows of a GGUF tensor, and a soft prompt to the base's embeddings."""

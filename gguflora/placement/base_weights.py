@@ -1,4 +1,4 @@
-"""The base's weights that deltas are added to: its own, dequantized, or those of an unquantized base."""
+"""The values to which deltas are added: the base's own, dequantized, or those of an unquantized base."""
 
 from __future__ import annotations
 
@@ -23,11 +23,20 @@ class UnquantizedRows(Protocol):
     """The base's weights before they were quantized."""
 
     def rows(self, tensor: str, start: int, stop: int) -> Float32Array:
-        """Values of a GGUF tensor's rows, leading dimensions flattened: (stop - start, n_in)."""
+        """Return rows of a GGUF tensor with its leading dimensions flattened: (stop - start, n_in)."""
 
 
 class BaseTensors:
-    """Values that changes are added to: the base's own, dequantized, or better ones if those are at hand."""
+    """The values to which deltas are added.
+
+    Args:
+        base: the base.
+        precise: the weights before quantization; by default the base's own, dequantized, are used.
+
+    Attributes:
+        base: the base.
+        is_precise: whether the values are those before quantization.
+    """
 
     def __init__(self, base: GgufFile, precise: UnquantizedRows | None = None) -> None:
         self.base = base
@@ -35,7 +44,7 @@ class BaseTensors:
         self._precise = precise
 
     def values(self, tensor: TensorEntry, start: int, stop: int) -> Float64Array:
-        """Rows of a tensor in float64; of a vector all of it, as one column."""
+        """Return rows of a tensor as float64 (stop - start, n_in); a vector is returned whole, as one column."""
         if self._precise is None:
             return read_values(self.base, tensor, start, stop)
         vector = len(tensor.shape) == 1
@@ -43,7 +52,14 @@ class BaseTensors:
         return (values.reshape(-1, 1) if vector else values).astype(np.float64)
 
     def stored(self, tensor: TensorEntry, rows: Bytes, start: int, stop: int) -> tuple[Bytes, GgmlType]:
-        """Rows of a tensor as bytes of some type, given the base's bytes of them."""
+        """Return rows of a tensor as bytes, and their type: the base's bytes, or F32 of the unquantized weights.
+
+        Args:
+            tensor: the tensor.
+            rows: the base's bytes of the rows.
+            start: first row.
+            stop: row after the last.
+        """
         if self._precise is None:
             return rows, tensor.type
         return np.ascontiguousarray(self._precise_rows(tensor, start, stop)).view(np.uint8), type_named("F32")
@@ -58,7 +74,12 @@ class BaseTensors:
 
 
 class WholeTensorDeltas:
-    """Changes that need a whole Hugging Face weight at once, whose rows lie in any order and in several tensors."""
+    """Computes deltas that need a whole Hugging Face weight, whose rows may lie in several tensors in any order.
+
+    Args:
+        weights: the base's values.
+        targets: all tensors that the deltas change.
+    """
 
     def __init__(self, weights: BaseTensors, targets: Sequence[ChangedTensor]) -> None:
         self.weights = weights
@@ -72,12 +93,12 @@ class WholeTensorDeltas:
         self._weight = ""
 
     def compute(self, delta: Delta) -> Float64Array:
-        """``W' - W`` of the whole weight; those of the last weight are kept, for the next block of rows."""
+        """Return ``W' - W`` of the whole weight. The results for the last weight are cached for its other rows."""
         with self._lock:
             slices = self._slices[id(delta)]
             if self._weight != slices[0][0].weight:
                 self._weight = slices[0][0].weight
-                self._deltas.clear()  # free them before the next is made
+                self._deltas.clear()  # free the memory before computing the next
             if id(delta) not in self._deltas:
                 weight = self._read(delta.shape, slices)
                 known = delta.given(self._layer_weight(delta)) if isinstance(delta, BiasFromWeight) else delta
@@ -102,7 +123,7 @@ class WholeTensorDeltas:
 
 
 def read_values(base: GgufFile, tensor: TensorEntry, start: int, stop: int) -> Float64Array:
-    """Rows of a tensor, leading dimensions flattened, in float64; of a vector all of it, as one column."""
+    """Dequantize rows of a tensor to float64 (stop - start, n_in); a vector is returned whole, as one column."""
     vector = len(tensor.shape) == 1
     start, stop = (0, 1) if vector else (start, stop)
     values = np.empty((stop - start, tensor.n_in), np.float32)
@@ -111,7 +132,7 @@ def read_values(base: GgufFile, tensor: TensorEntry, start: int, stop: int) -> F
 
 
 def read_or_zeros(base: GgufFile, tensor: TensorEntry, start: int, stop: int) -> Bytes:
-    """Bytes of a tensor's rows; of rows beyond its last one zeros, which are zeros in every type."""
+    """Read the bytes of rows of a tensor. Rows after the last one are zero bytes, which mean 0 in every quant type."""
     if 0 < stop <= tensor.n_rows and tensor.nbytes:
         return base.read_rows(tensor, start, stop)
     rows = np.zeros((stop - start, tensor.type.row_bytes(tensor.n_in)), np.uint8)

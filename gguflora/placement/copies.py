@@ -1,4 +1,4 @@
-"""Weights saved beside an adapter that only repeat the base's."""
+"""Recognize weights saved with an adapter that are only copies of the base's."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from gguflora.placement.place import PlacedDelta
 
 
 def without_copies(base: GgufFile, placed: Mapping[str, Sequence[PlacedDelta]]) -> dict[str, list[PlacedDelta]]:
-    """The changes without weights saved beside them only as a copy of the base's (PEFT: save_embedding_layers).
+    """Return the deltas without those that only replace a weight by a copy of it (PEFT: save_embedding_layers).
 
-    A copy differs from the base's weights by no more than their quantization.
+    A copy may differ from the base's weight by the error of quantizing the base.
     """
     kept = {}
     for name, items in placed.items():
         tensor = base.tensors.get(name) or base.tensors[TOKEN_EMBEDDING]
-        others = [item for item in items if not _is_copy(base, tensor, item.delta)]
-        if others:
-            kept[name] = others
+        changed = [item for item in items if not _is_copy(base, tensor, item.delta)]
+        if changed:
+            kept[name] = changed
     return kept
 
 
@@ -38,7 +38,7 @@ def _is_copy(base: GgufFile, tensor: TensorEntry, delta: Delta) -> bool:
     return difference <= _COPY_TOLERANCE.get(tensor.type.name, _QUANTIZED_TOLERANCE) ** 2 * norm
 
 
-# relative differences that rounding to a type may make; 2-bit types lose about a third
+# maximum relative error of rounding to a type; 2-bit types lose about a third
 _COPY_TOLERANCE: Final = {"F32": 1e-2, "F16": 1e-2, "BF16": 1e-2, "Q8_0": 2e-2}
 
 

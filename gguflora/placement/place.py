@@ -1,4 +1,4 @@
-"""An adapter fitted to a base model: which change applies to which rows of which GGUF tensor."""
+"""Map the deltas of an adapter to the tensors of a base, and check that they fit."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
 from gguflora.quants.arrays import Float64Array
 
 FLOATS: Final = {"F32", "F16", "BF16", "F64"}
-"""Types that hold weights as they were trained."""
+"""Types of unquantized weights."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlacedDelta:
-    """A change of a Hugging Face weight, at its place in a GGUF tensor.
+    """A delta of a Hugging Face weight, restricted to one slice of a GGUF tensor.
 
     Attributes:
-        weight: name of the Hugging Face weight (of the GGUF tensor, if the adapter is a GGUF LoRA).
-        delta: what happens to it.
-        tensor_slice: which part of it lies where.
+        weight: name of the Hugging Face weight; for a GGUF LoRA, of the GGUF tensor.
+        delta: the delta of the weight.
+        tensor_slice: the part of the weight and its place in the tensor.
     """
 
     weight: str
@@ -57,13 +57,13 @@ class PlacedDelta:
 
     @property
     def shape(self) -> Shape:
-        """Shape of the slice as GGUF stores it."""
+        """Shape (rows, columns) of the slice as GGUF stores it."""
         columns = self.delta.shape[1] if self.tensor_slice.columns is None else len(self.tensor_slice.columns)
         n_rows = self.delta.shape[0] if self.tensor_slice.rows is None else len(self.tensor_slice.rows)
         return (columns, n_rows) if self.tensor_slice.transposed else (n_rows, columns)
 
     def low_rank(self) -> LowRank | None:
-        """The change of the slice as GGUF stores it, if it is of low rank."""
+        """Return the delta of the slice as GGUF stores it, or None if it is not low-rank."""
         if not isinstance(self.delta, LowRank):
             return None
         part = self.delta.at(self.tensor_slice.rows, self.tensor_slice.columns)
@@ -71,23 +71,28 @@ class PlacedDelta:
 
     @property
     def by_rows(self) -> bool:
-        """Whether `compute` can be had row by row; else `take` it from the change of the whole weight."""
+        """Whether `compute` works on some of the rows; otherwise use `take` on the delta of the whole weight."""
         return not (self.delta.whole or self.tensor_slice.transposed or self.tensor_slice.columns is not None)
 
     def compute(self, stored: Float64Array, start: int) -> Float64Array:
-        """The change of some of the slice's rows, given their values and which row of the slice they begin with."""
+        """Return ``W' - W`` of some rows of the slice.
+
+        Args:
+            stored: values of the rows in the base, (n, columns).
+            start: number of the first of these rows in the slice.
+        """
         numbers = np.arange(start, start + len(stored))
         rows = numbers if self.tensor_slice.rows is None else self.tensor_slice.rows[numbers]
         return self.delta.compute(stored - self.tensor_slice.shift, rows)
 
     def take(self, weight: Float64Array) -> Float64Array:
-        """This slice of an array that has the shape of the Hugging Face weight, as GGUF stores it."""
+        """Return this slice of an array with the shape of the Hugging Face weight, in GGUF's orientation."""
         part = weight if self.tensor_slice.rows is None else weight[self.tensor_slice.rows]
         part = part if self.tensor_slice.columns is None else part[:, self.tensor_slice.columns]
         return part.T if self.tensor_slice.transposed else part
 
     def put(self, stored: Float64Array, weight: Float64Array) -> None:
-        """The inverse of `take` for values: write the stored slice to where it belongs in the Hugging Face weight."""
+        """Write the values of this slice, as GGUF stores them, to their place in the Hugging Face weight."""
         part = (stored.T if self.tensor_slice.transposed else stored) - self.tensor_slice.shift
         rows = np.arange(part.shape[0]) if self.tensor_slice.rows is None else self.tensor_slice.rows
         columns = np.arange(part.shape[1]) if self.tensor_slice.columns is None else self.tensor_slice.columns
@@ -96,7 +101,7 @@ class PlacedDelta:
 
 @dataclass(frozen=True, slots=True)
 class _BaseModelShapes:
-    """The `BaseWeights` of a base model."""
+    """The `BaseShapes` of a base model."""
 
     base: BaseModel
 
@@ -123,17 +128,18 @@ class _BaseModelShapes:
             return True
         try:
             slices = slices_of(self.base, weight)
-        except MismatchError:  # where its place depends on tensors that this layer does not have
+        except MismatchError:  # its place depends on tensors that this layer does not have
             return False
         tied = {OUTPUT} if self.base.is_tied else set()
         return bool(slices) and all(tensor_slice.tensor in self.base.shapes.keys() | tied for tensor_slice in slices)
 
 
 def place(adapter: Adapter, base: BaseModel) -> dict[str, list[PlacedDelta]]:
-    """The adapter's changes by GGUF tensor, in the order of the base's tensors, every one checked against the base.
+    """Map the deltas of an adapter to the base's tensors, and check each against the base.
 
-    Where the base's output weight is tied to its token embedding, changes of the output are listed under
-    ``output.weight``.
+    Returns:
+        The placed deltas by GGUF tensor, in the order of the base's tensors. If the base's output weight is tied to
+        the token embedding, deltas of the output are listed as ``output.weight``.
 
     Raises:
         ArchitectureError: if the base's architecture is unknown, or weights of the adapter have no place in it.
@@ -146,34 +152,29 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[PlacedDelta]]:
             f"but {base.path} is {base.architecture!r}"
         )
     placed: dict[str, list[PlacedDelta]] = {}
-    strangers = []
-    all_changes = adapter.deltas_of(_BaseModelShapes(base))
-    _check_stacks(adapter, base, all_changes)
-    for weight, deltas in all_changes.items():
+    unknown_weights = []
+    all_deltas = adapter.deltas_of(_BaseModelShapes(base))
+    _check_stacks(adapter, base, all_deltas)
+    for weight, deltas in all_deltas.items():
         if (_are_optional(deltas) and not _has(base, weight)) or is_left_out(weight):
             continue
         slices = _slices(base, weight, deltas) if adapter.architecture is None else [_slice_of_tensor(base, weight)]
         if not slices:
-            strangers.append(weight)
+            unknown_weights.append(weight)
             continue
-        turned = [_linear(base, weight, delta) for delta in deltas]
-        sized = [_sized(f"{adapter.path}: {weight!r}", base, delta, slices) for delta in turned]
+        where = f"{adapter.path}: {weight!r}"
+        resolved = [_with_shape(where, base, _as_linear(base, weight, delta), slices) for delta in deltas]
         for tensor_slice in slices:
-            items = [PlacedDelta(weight, delta, _without_padding(base, tensor_slice, delta)) for delta in sized]
-            _check_covers(
-                f"{adapter.path}: {weight!r}",
-                base,
-                [item for item in items if item.tensor_slice is tensor_slice],
-                slices,
-            )
+            items = [PlacedDelta(weight, delta, _without_padding(base, tensor_slice, delta)) for delta in resolved]
+            _check_covers(where, base, [item for item in items if item.tensor_slice is tensor_slice], slices)
             vocabulary = new_vocabulary(item.delta for item in items if item.tensor_slice.rows is None)
             for item in items:
-                _check_fits(f"{adapter.path}: {weight!r}", base, item, vocabulary)
+                _check_fits(where, base, item, vocabulary)
             placed.setdefault(tensor_slice.tensor, []).extend(items)
-    if strangers:
+    if unknown_weights:
         raise ArchitectureError(
-            f"{adapter.path}: {len(strangers)} of {len(all_changes)} weights have no place in {base.path} "
-            f"({base.architecture}): {', '.join(strangers[:8])}{' ...' if len(strangers) > 8 else ''}; "
+            f"{adapter.path}: {len(unknown_weights)} of {len(all_deltas)} weights have no place in {base.path} "
+            f"({base.architecture}): {', '.join(unknown_weights[:8])}{' ...' if len(unknown_weights) > 8 else ''}; "
             "is it the right base?"
         )
     if base.is_tied and TOKEN_EMBEDDING in placed:
@@ -187,7 +188,7 @@ def _is_copy(item: PlacedDelta) -> bool:
 
 
 def _slice_of_tensor(base: BaseModel, name: str) -> TensorSlice:
-    """The place of a change of a GGUF LoRA: a tensor, or ``<tensor>.<e>``, expert e of it."""
+    """Return the slice for a name in a GGUF LoRA: a tensor, or ``<tensor>.<e>`` for expert e of a tensor."""
     tensor, _, expert = name.rpartition(".")
     shape = base.shapes.get(tensor, ())
     if not expert.isdecimal() or len(shape) != 3:
@@ -196,7 +197,7 @@ def _slice_of_tensor(base: BaseModel, name: str) -> TensorSlice:
 
 
 def _check_stacks(adapter: Adapter, base: BaseModel, weights: Iterable[str]) -> None:
-    """Raise unless a change of stacked experts, ``<parameter>.<e>``, is one of all experts."""
+    """Raise unless the adapter changes all experts of a stack, ``<parameter>.<e>``, or none."""
     stacks = Counter(weight.rpartition(".")[0] for weight in weights if weight.rpartition(".")[2].isdecimal())
     for stack, count in stacks.items():
         tensor = (
@@ -213,9 +214,10 @@ def _check_stacks(adapter: Adapter, base: BaseModel, weights: Iterable[str]) -> 
 
 
 def _slices(base: BaseModel, weight: str, deltas: Sequence[Delta | ShapeDependentDelta]) -> list[TensorSlice]:
-    """`slices_of`, and the places of weights that only an adapter of the right kind can change.
+    """Return `slices_of` a weight, and in two special cases more.
 
-    Of an architecture that GGUF knows only tied, the output weight has its place, too.
+    ``A_log`` has a place for deltas that replace it. The output weight has a place even if GGUF knows the architecture
+    only with a tied one.
     """
     decay = decay_of(base, weight)
     if decay is not None:
@@ -226,9 +228,10 @@ def _slices(base: BaseModel, weight: str, deltas: Sequence[Delta | ShapeDependen
 
 
 def _tie(adapter: Adapter, placed: dict[str, list[PlacedDelta]]) -> None:
-    """Let a tied output share changes of the embedding, as PEFT does.
+    """Apply deltas of the embedding to a tied output as well, as PEFT does.
 
-    Trained tokens hold for both; other changes if the adapter was trained tied, whether or not it says them twice.
+    Trained tokens apply to both. Other deltas apply to both if the adapter was trained with tied weights; such an
+    adapter may hold them once or twice.
     """
     embedding = placed[TOKEN_EMBEDDING]
     output = [item for item in placed.get(OUTPUT, []) if not _is_copy(item)]
@@ -238,14 +241,14 @@ def _tie(adapter: Adapter, placed: dict[str, list[PlacedDelta]]) -> None:
     ):
         placed[OUTPUT] = embedding
         return
-    alike = adapter.ensure_weight_tying and not output
-    shared = [item for item in embedding if alike or _is_copy(item) or isinstance(item.delta, ReplaceRows)]
+    shares_all = adapter.ensure_weight_tying and not output
+    shared = [item for item in embedding if shares_all or _is_copy(item) or isinstance(item.delta, ReplaceRows)]
     if shared:
         placed[OUTPUT] = [*shared, *output]
 
 
-def _linear(base: BaseModel, weight: str, delta: Delta | ShapeDependentDelta) -> Delta | ShapeDependentDelta:
-    """The change as (n_out, n_in): weights saved whole lie as the Hugging Face model keeps them."""
+def _as_linear(base: BaseModel, weight: str, delta: Delta | ShapeDependentDelta) -> Delta | ShapeDependentDelta:
+    """Return the delta with (n_out, n_in) orientation; a `Replace` has that of the Hugging Face model at first."""
     if not isinstance(delta, Replace):
         return delta
     if is_conv1d(base, weight) or is_transposed_expert(base, weight):
@@ -262,27 +265,29 @@ def _are_optional(deltas: Sequence[Delta | ShapeDependentDelta]) -> bool:
 def _has(base: BaseModel, weight: str) -> bool:
     try:
         return any(tensor_slice.tensor in base.shapes.keys() - base.absent for tensor_slice in slices_of(base, weight))
-    except MismatchError:  # where its place depends on the shape it should have
+    except MismatchError:  # its place depends on the shape it should have
         return False
 
 
-def _sized(what: str, base: BaseModel, delta: Delta | ShapeDependentDelta, slices: Sequence[TensorSlice]) -> Delta:
+def _with_shape(
+    where: str, base: BaseModel, delta: Delta | ShapeDependentDelta, slices: Sequence[TensorSlice]
+) -> Delta:
     if not isinstance(delta, ShapeDependentDelta):
         return delta
     shape = _weight_shape(base, slices)
     if shape is None:
-        raise MismatchError(f"{what} changes {slices[0].tensor!r}, which {base.path} does not have")
-    if any(known not in {None, found} for known, found in zip(delta.known, shape, strict=True)):
+        raise MismatchError(f"{where} changes {slices[0].tensor!r}, which {base.path} does not have")
+    if any(known not in {None, size} for known, size in zip(delta.known, shape, strict=True)):
         known = ", ".join("any" if size is None else str(size) for size in delta.known)
         raise MismatchError(
-            f"{what} changes a weight of shape ({known}), but {slices[0].tensor!r} of {base.path} holds one of shape "
+            f"{where} changes a weight of shape ({known}), but {slices[0].tensor!r} of {base.path} holds one of shape "
             f"{shape}; is it the right base?"
         )
     return delta.build(shape)
 
 
 def _weight_shape(base: BaseModel, slices: Sequence[TensorSlice]) -> tuple[int, int] | None:
-    """Shape of the Hugging Face weight of which a base holds these slices."""
+    """Return the shape of the Hugging Face weight that a base holds in these slices, or None if it does not have it."""
     tensor_slice = slices[0]
     shape = base.shapes.get(TOKEN_EMBEDDING if tensor_slice.tensor == OUTPUT and base.is_tied else tensor_slice.tensor)
     if shape is None:
@@ -293,14 +298,14 @@ def _weight_shape(base: BaseModel, slices: Sequence[TensorSlice]) -> tuple[int, 
 
 
 def _extent(slices: Sequence[TensorSlice], n_out: int, n_in: int) -> tuple[int, int]:
-    """Rows and columns of a weight by its slices, of which those of no numbers are all of it."""
+    """Return the rows and columns that slices hold together; n_out and n_in where they do not number them."""
     rows = sum(len(tensor_slice.rows) for tensor_slice in slices if tensor_slice.rows is not None)
     columns = sum(len(tensor_slice.columns) for tensor_slice in slices if tensor_slice.columns is not None)
     return rows or n_out, columns or n_in
 
 
 def _without_padding(base: BaseModel, tensor_slice: TensorSlice, delta: Delta) -> TensorSlice:
-    """The slice without rows that GGUF leaves out: those that pad a vocabulary to a multiple of 64, and positions."""
+    """Return the slice without the rows that GGUF drops: padding of a vocabulary to a multiple of 64, and positions."""
     skipped = cut_positions(base, tensor_slice.tensor, delta.shape[0])
     if skipped:
         return replace(tensor_slice, rows=np.arange(skipped, delta.shape[0]))
@@ -312,8 +317,8 @@ def _without_padding(base: BaseModel, tensor_slice: TensorSlice, delta: Delta) -
 
 
 def cautions(base: GgufFile, placed: Mapping[str, Sequence[PlacedDelta]]) -> tuple[str, ...]:
-    """What to warn of because changes depend on weights that are quantized."""
-    found = [
+    """Return warnings for deltas that are computed from weights which the base holds quantized."""
+    warnings = [
         item.delta.caution
         for name, items in placed.items()
         for item in items
@@ -321,35 +326,35 @@ def cautions(base: GgufFile, placed: Mapping[str, Sequence[PlacedDelta]]) -> tup
         and item.delta.caution
         and (base.tensors.get(name) or base.tensors[TOKEN_EMBEDDING]).type.name not in FLOATS
     ]
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(warnings))
 
 
-def _check_covers(what: str, base: BaseModel, items: list[PlacedDelta], slices: list[TensorSlice]) -> None:
-    """The slices of a weight hold each of its rows and columns once, so their numbers tell its shape."""
+def _check_covers(where: str, base: BaseModel, items: list[PlacedDelta], slices: list[TensorSlice]) -> None:
+    """Raise unless the slices, which hold every row and column once, add up to the shape of each delta."""
     for item in items:
         extent = _extent(slices, *item.delta.shape)
         if extent != item.delta.shape:
             raise MismatchError(
-                f"{what} changes a weight of shape {item.delta.shape}, but {item.tensor_slice.tensor!r} of {base.path} "
-                f"holds one of shape {extent}; is it the right base?"
+                f"{where} changes a weight of shape {item.delta.shape}, but {item.tensor_slice.tensor!r} of "
+                f"{base.path} holds one of shape {extent}; is it the right base?"
             )
 
 
 def new_vocabulary(deltas: Iterable[Delta]) -> int:
-    """Rows that the embedding and output must have for these changes of them."""
+    """Return the number of rows that embedding and output need for these deltas; 0 if none replaces rows."""
     sizes = (delta.shape[0] for delta in deltas if isinstance(delta, Replace | ReplaceRows))
     return max(sizes, default=0)
 
 
-def _check_fits(what: str, base: BaseModel, item: PlacedDelta, vocabulary: int) -> None:
+def _check_fits(where: str, base: BaseModel, item: PlacedDelta, vocabulary: int) -> None:
     tensor, start = item.tensor_slice.tensor, item.tensor_slice.start
     shape = base.shapes.get(TOKEN_EMBEDDING if tensor == OUTPUT and base.is_tied else tensor)
     if shape is None:
-        raise MismatchError(f"{what} changes {tensor!r}, which {base.path} does not have; is it the right base?")
+        raise MismatchError(f"{where} changes {tensor!r}, which {base.path} does not have; is it the right base?")
     rows, columns = flat_shape(shape)
     part_rows, part_columns = item.shape
     if isinstance(item.delta, Replace | ReplaceRows) and tensor in {TOKEN_EMBEDDING, OUTPUT}:
-        fits = part_columns == columns  # a resized vocabulary has other rows
+        fits = part_columns == columns  # a resized vocabulary has another number of rows
     elif start or len(shape) > 2 or item.tensor_slice.rows is not None:
         fits = part_columns == columns and start + part_rows <= rows
     else:
@@ -357,6 +362,6 @@ def _check_fits(what: str, base: BaseModel, item: PlacedDelta, vocabulary: int) 
         fits = (part_rows, part_columns) == (rows, columns)
     if not fits:
         raise MismatchError(
-            f"{what} changes a weight of shape {item.delta.shape}, but {tensor!r} of {base.path} is {shape}; "
+            f"{where} changes a weight of shape {item.delta.shape}, but {tensor!r} of {base.path} is {shape}; "
             "is it the right base?"
         )

@@ -1,4 +1,4 @@
-"""A soft prompt fitted to a base model: what llama.cpp is given in place of tokens in front of the first one."""
+"""Fit a soft prompt to a base model: as embeddings or as keys and values that precede the first token."""
 
 from __future__ import annotations
 
@@ -17,34 +17,35 @@ from gguflora.errors import MismatchError, UnsupportedAdapterError
 from gguflora.files.gguf import TOKEN_EMBEDDING
 from gguflora.quants.arrays import Float32Array
 
-_SCALED_AGAIN: Final = frozenset({"gemma", "gemma2"})
-"""Whose graph multiplies embeddings given as numbers by sqrt(n_embd), which in transformers only the lookup does."""
+_SCALES_EMBEDDINGS: Final = frozenset({"gemma", "gemma2"})
+"""Architectures whose llama.cpp graph multiplies input embeddings by sqrt(n_embd). In transformers, only the lookup of
+tokens does that, so the embeddings of a soft prompt are divided by it here."""
 
-_ENCODERS: Final = dict.fromkeys(("bert", "t5"), "is no decoder")
+_ENCODERS: Final = dict.fromkeys(("bert", "t5"), "is not a decoder")
 _NOT_EMBEDDINGS: Final[dict[str, str]] = {
     **_ENCODERS,
-    "glm4": "aborts in llama.cpp when it is given embeddings",
-    "minicpm": "scales embeddings in a way that was not held against PEFT",
+    "glm4": "aborts in llama.cpp on input embeddings",
+    "minicpm": "scales embeddings in a way that has not been compared with PEFT",
 }
 _NOT_KEYS_AND_VALUES: Final[dict[str, str]] = {
     **_ENCODERS,
-    "baichuan": "orders its keys in a way that was not held against PEFT",
-    "deepseek2": "keeps latent vectors, not keys and values",
-    "falcon": "keeps keys once that PEFT learns for every head",
-    "internlm2": "orders its keys in a way that was not held against PEFT",
+    "baichuan": "orders its keys in a way that has not been compared with PEFT",
+    "deepseek2": "caches latent vectors, not keys and values",
+    "falcon": "caches one key for all heads, while PEFT learns one for each",
+    "internlm2": "orders its keys in a way that has not been compared with PEFT",
 }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prefix:
-    """What precedes the first token: either embeddings, or keys and values.
+    """A soft prompt fitted to a base: either embeddings, or keys and values, at the positions before the first token.
 
     Attributes:
-        sha256: of the soft prompt.
-        n_tokens: positions that it takes, from 0.
-        embeddings: (n_tokens, n_embd), as llama.cpp's graph takes them; None if it is keys and values.
-        keys: (n_tokens, n_kv) of each layer, rotated, in the order of GGUF's rows.
-        values: (n_tokens, n_kv) of each layer.
+        sha256: SHA-256 of the soft prompt, in hexadecimal.
+        n_tokens: number of positions that the prefix takes, from position 0.
+        embeddings: input embeddings for llama.cpp's graph, (n_tokens, n_embd); None for keys and values.
+        keys: rotated keys of each layer, (n_tokens, n_kv), in the order of GGUF's rows.
+        values: values of each layer, (n_tokens, n_kv).
     """
 
     sha256: str
@@ -55,21 +56,26 @@ class Prefix:
 
 
 def read_prefix(path: Path, base: BaseModel, task: int | None = None) -> Prefix:
-    """The soft prompt of a PEFT directory, fitted to a base model.
+    """Read the soft prompt of a PEFT directory, and fit it to a base model.
+
+    Args:
+        path: the PEFT directory.
+        base: the base model.
+        task: number of the task for MULTITASK_PROMPT_TUNING.
 
     Raises:
-        AdapterError, FormatError: as `read_soft_prompt`.
-        MismatchError, UnsupportedAdapterError: as `fit_prefix`.
+        AdapterError, FormatError: see `read_soft_prompt`.
+        MismatchError, UnsupportedAdapterError: see `fit_prefix`.
     """
     return fit_prefix(read_soft_prompt(path, task), base)
 
 
 def fit_prefix(prompt: SoftPrompt, base: BaseModel) -> Prefix:
-    """A soft prompt, fitted to a base model.
+    """Fit a soft prompt to a base model.
 
     Raises:
-        MismatchError: if it was made for another model.
-        UnsupportedAdapterError: if llama.cpp could not apply it to this architecture.
+        MismatchError: if the soft prompt was trained for another model.
+        UnsupportedAdapterError: if llama.cpp cannot apply it to this architecture.
     """
     return _with_keys(prompt, base) if prompt.is_keys_and_values else _with_embeddings(prompt, base)
 
@@ -82,7 +88,7 @@ def _with_embeddings(prompt: SoftPrompt, base: BaseModel) -> Prefix:
             f"{prompt.path}: virtual tokens of {prompt.values.shape[1]} numbers, but embeddings of {base.path} have "
             f"{n_embd}; load it on the base it was trained on"
         )
-    scale = np.float32(n_embd) ** np.float32(-0.5) if base.architecture in _SCALED_AGAIN else np.float32(1)
+    scale = np.float32(n_embd) ** np.float32(-0.5) if base.architecture in _SCALES_EMBEDDINGS else np.float32(1)
     return Prefix(prompt.sha256, prompt.n_virtual, np.ascontiguousarray(prompt.values * scale))
 
 
@@ -91,8 +97,8 @@ def _with_keys(prompt: SoftPrompt, base: BaseModel) -> Prefix:
     n_kv, rest = divmod(prompt.values.shape[1], 2 * base.n_layers)
     if rest:
         raise MismatchError(
-            f"{prompt.path}: {prompt.values.shape[1]} numbers for each virtual token, which are no keys and values of "
-            f"the {base.n_layers} layers of {base.path}; load it on the base it was trained on"
+            f"{prompt.path}: {prompt.values.shape[1]} numbers for each virtual token cannot be divided into keys and "
+            f"values of the {base.n_layers} layers of {base.path}; load it on the base it was trained on"
         )
     layers = prompt.values.reshape(prompt.n_virtual, base.n_layers, 2, n_kv)
     return Prefix(

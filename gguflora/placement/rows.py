@@ -1,4 +1,4 @@
-"""What is added to the rows of a tensor: the changes of all adapters that touch them, summed."""
+"""Sum the deltas of all adapters for ranges of a tensor's rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ from gguflora.quants.arrays import Float32Array, Float64Array
 
 @dataclass(frozen=True, slots=True)
 class LowRankRows:
-    """Rows ``start`` to ``stop`` of a tensor, to which ``b @ a`` is added."""
+    """Rows ``start`` to ``stop`` of a tensor, to which ``b @ a`` is added.
+
+    Attributes:
+        start: first row.
+        stop: row after the last.
+        a: (rank, n_in).
+        b: (stop - start, rank), with all scales multiplied in.
+    """
 
     start: int
     stop: int
@@ -26,13 +33,21 @@ class LowRankRows:
     b: Float32Array
 
     def delta(self, start: int, stop: int) -> kernels.Product:
-        """What is added to the rows ``start`` to ``stop``."""
+        """Return the sum of the deltas for the rows ``start`` to ``stop``, as a product of factors."""
         return kernels.Product(self.a, self.b[start - self.start : stop - self.start])
 
 
 @dataclass(frozen=True, slots=True)
 class AnyRows:
-    """Rows ``start`` to ``stop`` of a tensor, changed by any formulas, or by none."""
+    """Rows ``start`` to ``stop`` of a tensor with deltas of any kind, or none.
+
+    Attributes:
+        tensor: the base's tensor.
+        start: first row.
+        stop: row after the last.
+        deltas: the deltas of these rows, each with its scale.
+        whole: computes deltas that need whole weights.
+    """
 
     tensor: TensorEntry
     start: int
@@ -41,14 +56,14 @@ class AnyRows:
     whole: WholeTensorDeltas
 
     def delta(self, start: int, stop: int) -> Float64Array:
-        """What is added to the rows ``start`` to ``stop``; to a vector, as one column."""
+        """Return the sum of the deltas for the rows ``start`` to ``stop``; for a vector, as one column."""
         return self._sum(self.whole.weights.values(self.tensor, start, stop), start)
 
     def _sum(self, stored: Float64Array, start: int) -> Float64Array:
         total = np.zeros_like(stored)
         for item, scale in self.deltas:
-            outer = max(item.tensor_slice.start - start, 0)  # row of the block with which the slice begins
-            inner = max(start - item.tensor_slice.start, 0)  # row of the slice with which the block begins
+            outer = max(item.tensor_slice.start - start, 0)  # row of the block where the slice starts
+            inner = max(start - item.tensor_slice.start, 0)  # row of the slice where the block starts
             count = max(min(len(stored) - outer, item.shape[0] - inner), 0)
             here, there = slice(outer, outer + count), slice(inner, inner + count)
             if item.by_rows:
@@ -61,9 +76,12 @@ class AnyRows:
 def split_rows(
     target: ChangedTensor, whole: WholeTensorDeltas, period: int | None = None
 ) -> Iterator[LowRankRows | AnyRows]:
-    """The rows of a target in ranges with the same changes throughout (the experts of a stack, for example).
+    """Split the rows of a tensor into ranges in which all rows have the same deltas, such as the experts of a stack.
 
-    With a period, no range reaches over a multiple of so many rows.
+    Args:
+        target: the tensor and its deltas.
+        whole: computes deltas that need whole weights.
+        period: if given, ranges are also split at all multiples of this number of rows.
     """
     tensor = target.source
     if len(tensor.shape) == 1:
@@ -79,15 +97,15 @@ def split_rows(
             for item, scale in target.deltas
             if item.tensor_slice.start <= start and stop <= item.tensor_slice.start + item.shape[0]
         ]
-        factors = _low_rank_of(deltas, start, stop)
+        factors = _sum_low_rank(deltas, start, stop)
         if factors:
             yield LowRankRows(start, stop, *factors)
         else:
             yield AnyRows(tensor, start, stop, deltas, whole)
 
 
-def _low_rank_of(deltas: Sequence[ScaledDelta], start: int, stop: int) -> tuple[Float32Array, Float32Array] | None:
-    """Factors a, b of the sum of the changes of some rows, if all are of low rank."""
+def _sum_low_rank(deltas: Sequence[ScaledDelta], start: int, stop: int) -> tuple[Float32Array, Float32Array] | None:
+    """Return factors a, b of the sum of the deltas of some rows, or None if not all deltas are low-rank."""
     parts: list[tuple[LowRank, float]] = []
     for item, scale in deltas:
         delta = item.low_rank()

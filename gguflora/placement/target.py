@@ -1,4 +1,4 @@
-"""The tensors of an output that are not just copied."""
+"""The tensors of an output that differ from the base's."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ ScaledDelta = tuple[PlacedDelta, float]
 
 @dataclass(frozen=True, slots=True)
 class ChangedTensor:
-    """A tensor of the output that is not just copied.
+    """A tensor of the output that differs from the base's.
 
     Attributes:
-        name: in the output.
-        source: the base's tensor it is made from.
-        shape: in the output; it may have more rows than its source, which begin as zeros.
-        type: in the output.
-        changes: what is added to it, each with its scale.
+        name: name in the output.
+        source: the base's tensor that it is computed from.
+        shape: shape in the output; rows that the source does not have start as zeros.
+        type: type in the output.
+        deltas: the deltas to add, each with its scale.
     """
 
     name: str
@@ -38,6 +38,6 @@ class ChangedTensor:
 
 
 def changed_tensor(file: GgufFile, name: str, items: Sequence[PlacedDelta]) -> ChangedTensor:
-    """The target of changes at scale 1; an output weight that the base does not have is made from the embedding."""
+    """Return a tensor with deltas at scale 1. An output weight that the base does not have starts as the embedding."""
     source = file.tensors[name if name in file.tensors else TOKEN_EMBEDDING]
     return ChangedTensor(name, source, source.shape, source.type, [(item, 1.0) for item in items])

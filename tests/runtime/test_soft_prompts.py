@@ -494,6 +494,6 @@ def test_inspect_describes_it(method):
     assert report.virtual_tokens == (5 if method == "CPT" else N_VIRTUAL)
     assert gguflora.inspect(folder).to_dict()["virtual_tokens"] == report.virtual_tokens
     other = gguflora.inspect(folder, zoo.gguf_model("t5"))
-    assert any("no decoder" in text for text in other.warnings)
+    assert any("not a decoder" in text for text in other.warnings)
     said = CliRunner().invoke(app, ["inspect", str(folder)]).output
     assert f"{report.virtual_tokens} virtual tokens in front of the prompt" in " ".join(said.split())
