@@ -1,4 +1,4 @@
-"""Adapters: a PEFT or mlx-lm directory or a GGUF LoRA file, read into deltas of weights."""
+"""Read adapters (PEFT and mlx-lm directories, GGUF LoRA files) into deltas of weights."""
 
 from gguflora.adapters.adapter import Adapter, read_adapter
 

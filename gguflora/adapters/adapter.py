@@ -1,4 +1,4 @@
-"""Read an adapter: a PEFT or mlx-lm directory or a GGUF LoRA file, into deltas of weights."""
+"""Read an adapter (a PEFT or mlx-lm directory, or a GGUF LoRA file) into deltas of weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gguflora.adapters.deltas import Delta, ShapeDependentDelta
 from gguflora.adapters.gguf_lora import read_gguf_lora
 from gguflora.adapters.peft.config import MLX, PeftConfig, read_config
 from gguflora.adapters.peft.modules_to_save import split_modules_to_save
-from gguflora.adapters.peft.pooler import about_pooler
+from gguflora.adapters.peft.pooler import pooler_warnings
 from gguflora.adapters.peft.unsupported import REFUSED
 from gguflora.errors import AdapterError, UnsupportedAdapterError, listed
 from gguflora.files.checksum import sha256_of
@@ -31,17 +31,18 @@ class Adapter:
     """An adapter, read but not yet fitted to a base model.
 
     Attributes:
-        name: of its directory, or its file without the suffix.
-        path: of the file with the weights, or of the index of several such files.
-        sha256: of the weights' files, in hexadecimal.
-        changes: of each weight, to be added, by the weight's name in the Hugging Face model or, with ``architecture``
-            set, in GGUF; but for those that only `deltas_of` knows.
+        name: name of its directory, or of its file without the suffix.
+        path: path of the file with the weights; for shards, of their index.
+        sha256: SHA-256 of the files with the weights, in hexadecimal.
+        deltas: the deltas of each weight, which are added up. Keys are names in the Hugging Face model, or in GGUF if
+            ``architecture`` is set. Deltas that depend on shapes of the base are missing here, see `deltas_of`.
         method: ``peft_type`` of a PEFT adapter, "MLX", or "GGUF LoRA".
-        architecture: of the base it was made for, where it is a GGUF LoRA; None for a PEFT directory.
-        warnings: what the user should know.
-        ties: whether any change of the token embedding holds for an output weight that is tied to it, too.
-        invocation_tokens: the tokens after which an activated LoRA begins; none of any other adapter.
-        shaped: reads the other changes, given the shapes of the base's weights.
+        architecture: architecture of the base for which a GGUF LoRA was made; None for other adapters.
+        warnings: messages for the user.
+        ensure_weight_tying: whether all deltas of the token embedding also apply to an output weight tied to it.
+        invocation_tokens: the tokens that activate an activated LoRA; empty for other adapters.
+        from_base_shapes: function that returns the remaining deltas, given the shapes of the base's weights; None if
+            there are none.
     """
 
     name: str
@@ -57,11 +58,14 @@ class Adapter:
 
     @property
     def changes(self) -> Mapping[str, tuple[Delta | ShapeDependentDelta, ...]]:
-        """`deltas` under their former name, which goes with the next release."""
+        """Former name of `deltas`; the next release will remove it."""
         return self.deltas
 
     def deltas_of(self, base: BaseShapes) -> dict[str, tuple[Delta | ShapeDependentDelta, ...]]:
-        """All changes, those of methods that depend on the shapes of several weights included.
+        """Return all deltas, including those that depend on shapes of the base's weights.
+
+        Args:
+            base: the shapes of the base's weights.
 
         Raises:
             MismatchError: if the base does not have a weight of the adapter.
@@ -74,11 +78,14 @@ class Adapter:
 
 @remote_inputs(path="adapter")
 def read_adapter(path: str | os.PathLike[str]) -> Adapter:
-    """Read a PEFT directory or a GGUF LoRA file.
+    """Read a PEFT or mlx-lm directory or a GGUF LoRA file.
+
+    Args:
+        path: path or remote location of the directory or file.
 
     Raises:
-        AdapterError: if it is missing or makes no sense.
-        UnsupportedAdapterError: if its method or an option of it is not supported.
+        AdapterError: if the adapter is missing or invalid.
+        UnsupportedAdapterError: if its method or one of its options is not supported.
         FormatError: if its weights are damaged.
     """
     location = Path(path)
@@ -87,13 +94,13 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
             f"{location}: no such file or directory; expected a PEFT adapter directory or a GGUF LoRA file"
         )
     adapter = _read_peft(location) if location.is_dir() else _read_gguf(location)
-    _LOG.debug("read %s: %s, %d changes", location, adapter.method, len(adapter.deltas))
+    _LOG.debug("read %s: %s, %d weights", location, adapter.method, len(adapter.deltas))
     return adapter
 
 
 def _read_gguf(location: Path) -> Adapter:
     if location.suffix in {".safetensors", ".bin", ".json"}:
-        raise AdapterError(f"{location}: is one file of an adapter; give the directory it lies in")
+        raise AdapterError(f"{location}: is one file of an adapter; give its directory instead")
     lora = read_gguf_lora(location)
     return Adapter(
         location.stem,
@@ -119,23 +126,23 @@ def _read_peft(folder: Path) -> Adapter:
         )
     weights, tensors = read_weights(folder, "adapters" if config.peft_type == MLX else "adapter_model")
     _check_finite(weights, tensors)
-    saved, own = split_modules_to_save(config, tensors)
+    saved, method_tensors = split_modules_to_save(config, tensors)
     deltas: dict[str, tuple[Delta | ShapeDependentDelta, ...]] = {name: (delta,) for name, delta in saved.items()}
     from_base_shapes = None
     if config.peft_type in READERS:
-        _add(deltas, READERS[config.peft_type](config, own))
-    elif own:
-        from_base_shapes = partial(SHAPED_READERS[config.peft_type], config, own)
+        _add(deltas, READERS[config.peft_type](config, method_tensors))
+    elif method_tensors:
+        from_base_shapes = partial(SHAPED_READERS[config.peft_type], config, method_tensors)
     if not deltas and not from_base_shapes:
         raise AdapterError(f"{weights}: holds no tensor of an adapter; save it again")
-    unclear = config.unclear_alphas(name.removesuffix(".weight") for name in deltas)
+    ambiguous = config.ambiguous_alphas(name.removesuffix(".weight") for name in deltas)
     return Adapter(
         folder.resolve().name,
         weights,
         sha256_of(*weight_files(weights)),
         deltas,
         config.peft_type,
-        warnings=(*about_pooler(tensors), *_about_alphas(unclear)),
+        warnings=(*pooler_warnings(tensors), *_alpha_warnings(ambiguous)),
         ensure_weight_tying=config.flag("ensure_weight_tying") or config.peft_type == MLX,
         invocation_tokens=_invocation_tokens(config),
         from_base_shapes=from_base_shapes,
@@ -143,26 +150,26 @@ def _read_peft(folder: Path) -> Adapter:
 
 
 def _invocation_tokens(config: PeftConfig) -> tuple[int, ...]:
-    """Of aLoRA (https://arxiv.org/abs/2504.12397), a LoRA that leaves what precedes these tokens to the base."""
+    """Return the tokens from which on an aLoRA (https://arxiv.org/abs/2504.12397) is active; empty for other LoRAs."""
     tokens = config.fields.get("alora_invocation_tokens") or []
     if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < 1 << 32 for token in tokens):
         raise config.error("alora_invocation_tokens", "a list of tokens", tokens)
     return tuple(tokens)
 
 
-def _about_alphas(modules: list[str]) -> tuple[str, ...]:
+def _alpha_warnings(modules: list[str]) -> tuple[str, ...]:
     if not modules:
         return ()
     return (
-        f"several patterns of alpha_pattern match {listed(modules, 3)}: the first is taken, as PEFT does when it loads "
-        "the file, but PEFT has sorted them when it wrote it; if another held in training, leave only that one",
+        f"several patterns of alpha_pattern match {listed(modules, 3)}: the first one is used, as in PEFT. PEFT sorts "
+        "the patterns when it writes the file, so another may have applied in training; if so, keep only that one",
     )
 
 
 def _add(
-    deltas: dict[str, tuple[Delta | ShapeDependentDelta, ...]], others: Mapping[str, Delta | ShapeDependentDelta]
+    deltas: dict[str, tuple[Delta | ShapeDependentDelta, ...]], added: Mapping[str, Delta | ShapeDependentDelta]
 ) -> None:
-    for name, delta in others.items():
+    for name, delta in added.items():
         deltas[name] = (*deltas.get(name, ()), delta)
 
 

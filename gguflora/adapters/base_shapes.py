@@ -1,4 +1,4 @@
-"""What a method may ask of the base model: the shapes of its weights, under their Hugging Face names."""
+"""The information about a base model that readers of adapters may use."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import Protocol
 
 
 class BaseShapes(Protocol):
-    """A base model's weights."""
+    """The shapes of a base model's weights, by Hugging Face names."""
 
     def shape(self, weight: str) -> tuple[int, int]:
-        """Shape (n_out, n_in) of a weight, by its Hugging Face name; (n, 1) of a bias or a norm.
+        """Return the shape (n_out, n_in) of a weight, (n, 1) for a bias or a norm.
 
         Raises:
             MismatchError: if the base has no such weight.
         """
 
     def linear_modules(self) -> list[str]:
-        """Names of the modules that are matrix products, in the order in which the Hugging Face model holds them.
+        """Return the names of the linear modules, in the order in which the Hugging Face model defines them.
 
         Raises:
-            ArchitectureError: if that is not known for the base's architecture.
+            ArchitectureError: if gguflora does not know the modules of the base's architecture.
         """

@@ -1,11 +1,11 @@
-"""What an adapter does to one weight: the vocabulary that every PEFT method is read into.
+"""Deltas: what an adapter does to one weight. Every PEFT method is read into these classes.
 
-A weight W is (n_out, n_in), as ``torch.nn.Linear`` and numpy's view of a GGUF tensor have it; a bias or a norm is taken
-for a weight of one column, (n, 1). Arrays keep the dtype they have on disk (bf16 as uint16 bits, see
+A weight W has the shape (n_out, n_in), as in ``torch.nn.Linear`` and in numpy's view of a GGUF tensor. A bias or a norm
+is a weight with one column, (n, 1). Arrays keep their dtype on disk (bf16 as uint16 bits, see
 `gguflora.files.safetensors`) until numbers are needed.
 
-A change says how W' differs from W. Changes of several adapters are added, each times its scale, so at scale s a method
-that multiplies gives ``W + s (W' - W)``.
+A delta is the difference W' - W. Deltas of several adapters are added, each times its scale, so at scale s a method
+that multiplies the weight gives ``W + s (W' - W)``.
 """
 
 from __future__ import annotations
@@ -22,33 +22,37 @@ from gguflora.quants.arrays import Float64Array, Indices
 
 
 class Delta(Protocol):
-    """A change of one weight."""
+    """The difference between a changed weight W' and the base's weight W."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape (n_out, n_in) of the changed weight; a `Replace` may have more rows than the base's."""
+        """Shape (n_out, n_in) of the changed weight; a `Replace` may have more rows than the base's weight."""
 
     @property
     def whole(self) -> bool:
-        """Whether `compute` must be given all rows at once, in order."""
+        """Whether `compute` needs all rows at once, in order."""
 
     def compute(self, w: Float64Array, rows: Indices) -> Float64Array:
-        """``W' - W`` for some rows of W.
+        """Return ``W' - W`` for some rows of W.
 
         Args:
-            w: the rows' values, (len(rows), n_in).
-            rows: their numbers.
+            w: values of the rows, (len(rows), n_in).
+            rows: numbers of the rows.
+
+        Returns:
+            float64 array (len(rows), n_in).
         """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """``W + scaling * b @ a`` (LoRA: https://arxiv.org/abs/2106.09685); the only change a GGUF LoRA can hold.
+    """``W' = W + scaling * b @ a`` (LoRA: https://arxiv.org/abs/2106.09685); the only delta that a GGUF LoRA can hold.
 
     Attributes:
         a: (rank, n_in).
         b: (n_out, rank).
-        scaling: alpha / rank, or what the method puts in its place.
+        scaling: alpha / rank, or the method's own factor.
+        whole: False.
     """
 
     a: Array
@@ -58,7 +62,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """Number of rank-one terms."""
+        """Number of rows of ``a`` and columns of ``b``."""
         return int(self.a.shape[0])
 
     @property
@@ -67,28 +71,30 @@ class LowRank:
         return self.b.shape[0], self.a.shape[1]
 
     def compute(self, w: Float64Array, rows: Indices) -> Float64Array:
-        """``scaling * b[rows] @ a``."""
+        """Return ``scaling * b[rows] @ a``."""
         product: Float64Array = self.scaling * (as_float64(self.b[rows]) @ as_float64(self.a))
         return product
 
     def at(self, rows: Indices | None, columns: Indices | None) -> LowRank:
-        """The change of the weight ``W[rows][:, columns]``."""
+        """Return the delta of the weight ``W[rows][:, columns]``; None stands for all rows or columns."""
         a = self.a if columns is None else self.a[:, columns]
         b = self.b if rows is None else self.b[rows]
         return replace(self, a=a, b=b)
 
     def transposed(self) -> LowRank:
-        """The change of the transposed weight."""
+        """Return the delta of the transposed weight."""
         return replace(self, a=self.b.T, b=self.a.T)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Replace:
-    """``W' = values``: a weight, bias or norm that was saved whole.
+    """``W' = values``: a weight, bias or norm that the adapter holds completely.
 
     Attributes:
         values: (n_out, n_in).
-        frozen: whether training left it alone, so that it is a copy of the base's unless its vocabulary was resized.
+        is_base_copy: whether the weight was not trained, so that its rows equal the base's, except for rows that were
+            added to the vocabulary.
+        whole: False.
     """
 
     values: Array
@@ -101,7 +107,7 @@ class Replace:
         return self.values.shape[0], self.values.shape[1]
 
     def compute(self, w: Float64Array, rows: Indices) -> Float64Array:
-        """``values[rows] - w``; 0 for rows the base has beyond them (a padded vocabulary)."""
+        """Return ``values[rows] - w``; 0 for rows that only the base has (padding of the vocabulary)."""
         result = np.zeros_like(w)
         known = rows < self.values.shape[0]
         result[known] = as_float64(self.values[rows[known]]) - w[known]
@@ -113,9 +119,10 @@ class ReplaceRows:
     """``W'[ids] = values``: trained tokens of an embedding.
 
     Attributes:
-        ids: (n,) distinct row numbers.
-        values: (n, n_in).
-        n_out: rows of the weight, as far as the adapter knows: it may be fewer than the base's.
+        ids: distinct row numbers, (n,).
+        values: new rows, (n, n_in).
+        n_out: lower bound of the number of rows of the weight; the adapter does not state the number itself.
+        whole: False.
     """
 
     ids: Indices
@@ -129,22 +136,22 @@ class ReplaceRows:
         return self.n_out, self.values.shape[1]
 
     def compute(self, w: Float64Array, rows: Indices) -> Float64Array:
-        """``values - w`` in the rows that are replaced, 0 elsewhere."""
+        """Return ``values - w`` for rows that are replaced, 0 for other rows."""
         result = np.zeros_like(w)
-        _, here, there = np.intersect1d(rows, self.ids, return_indices=True)
-        result[here] = as_float64(self.values[there]) - w[here]
+        _, targets, sources = np.intersect1d(rows, self.ids, return_indices=True)
+        result[targets] = as_float64(self.values[sources]) - w[targets]
         return result
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FunctionDelta:
-    """A change by any formula of the base's weight.
+    """A delta that is any function of the base's weight.
 
     Attributes:
-        shape: (n_out, n_in) of the weight.
-        function: from some rows' values (n, n_in) and their numbers to ``W' - W`` of these rows.
-        whole: whether the function must be given all rows at once, in order.
-        caution: what to warn of where the base's weight is quantized.
+        shape: shape (n_out, n_in) of the weight.
+        function: function of rows (n, n_in) and their numbers (n,) that returns ``W' - W`` for these rows.
+        whole: whether the function needs all rows at once, in order.
+        caution: warning to show if the base's weight is quantized; empty for none.
     """
 
     shape: tuple[int, int]
@@ -153,19 +160,20 @@ class FunctionDelta:
     caution: str = ""
 
     def compute(self, w: Float64Array, rows: Indices) -> Float64Array:
-        """The function's result."""
+        """Return the function's result."""
         return self.function(w, rows)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BiasFromWeight:
-    """A change of a bias by any formula of it, plus its layer's weight times a vector.
+    """A delta of a bias: a function of the bias, plus the layer's weight times a vector.
 
     Attributes:
-        shape: (n_out, 1).
+        shape: shape (n_out, 1) of the bias.
         weight: name of the layer's weight in the Hugging Face model.
-        vector: (n_in, 1).
-        formula: the rest of the change.
+        vector: vector by which the weight is multiplied, (n_in, 1).
+        formula: the delta without the product.
+        whole: True.
     """
 
     shape: tuple[int, int]
@@ -175,23 +183,23 @@ class BiasFromWeight:
     whole: bool = field(default=True, init=False)
 
     def given(self, weight: Float64Array) -> FunctionDelta:
-        """The change once the layer's weight (n_out, n_in) is known."""
+        """Return the delta, given the layer's weight (n_out, n_in)."""
         added = weight @ self.vector
         return FunctionDelta(self.shape, lambda w, rows: self.formula.compute(w, rows) + added[rows])
 
     def compute(self, w: Float64Array, rows: Indices) -> Float64Array:
-        """Not to be had from the bias alone: see `given`."""
-        raise TypeError(f"needs {self.weight!r}")
+        """Raise ``TypeError``: the bias alone is not enough, use `given`."""
+        raise TypeError(f"the delta of this bias needs the weight {self.weight!r}; call given() first")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShapeDependentDelta:
-    """A change of a weight whose shape only the base tells.
+    """A delta that needs the shape of the base's weight.
 
     Attributes:
-        known: as much of the weight's shape (n_out, n_in) as the adapter tells.
-        build: from the shape to the change.
-        optional: whether a base without this weight is right, too (a bias that a method changes where there is one).
+        known: the sizes (n_out, n_in) that follow from the adapter; None for a size that does not.
+        build: function of the shape that returns the delta.
+        optional: whether the base may lack this weight (a bias that is changed only if the layer has one).
     """
 
     known: tuple[int | None, int | None]
@@ -208,24 +216,24 @@ class ShapeDependentDelta:
         optional: bool = False,
         caution: str = "",
     ) -> ShapeDependentDelta:
-        """A `FunctionDelta` that takes the base's shape."""
+        """Return a `ShapeDependentDelta` that builds a `FunctionDelta`; for the arguments see these two classes."""
         return cls(known, lambda shape: FunctionDelta(shape, function, whole, caution), optional)
 
 
 def equal(one: Delta, other: Delta) -> bool:
-    """Whether two changes are the same, as far as their attributes tell."""
+    """Whether two deltas have the same type and equal attributes."""
     return type(one) is type(other) and all(
         np.array_equal(getattr(one, name), getattr(other, name)) for name in type(one).__annotations__
     )
 
 
 def as_float64(array: Array) -> Float64Array:
-    """The values of an array as float64; uint16 is taken for bfloat16 bits."""
+    """Convert an array to float64; uint16 values are bfloat16 bits."""
     return (as_float32(array) if array.dtype == np.uint16 else array).astype(np.float64, copy=False)
 
 
 def sum_factors(deltas: Iterable[tuple[LowRank, float]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """One pair of float32 factors for a sum of low-rank changes, each times its scale.
+    """Return one pair of float32 factors for the sum of low-rank deltas, each times its scale.
 
     Returns:
         a (sum of ranks, n_in) and b (n_out, sum of ranks) with ``b @ a = sum(scale * scaling * b_i @ a_i)``.
@@ -237,5 +245,5 @@ def sum_factors(deltas: Iterable[tuple[LowRank, float]]) -> tuple[NDArray[np.flo
 
 
 def fold(delta: LowRank, scale: float = 1.0) -> NDArray[np.float32]:
-    """``scale * scaling * b`` in float32, multiplied in float64 and rounded once."""
+    """Return ``scale * scaling * b`` as float32, multiplied in float64 and rounded once."""
     return (as_float64(delta.b) * (scale * delta.scaling)).astype(np.float32)

@@ -1,9 +1,9 @@
-"""GGUF LoRA files, as llama.cpp's ``llama_adapter_lora_init`` reads them.
+"""Read GGUF LoRA files, with the same meaning as in llama.cpp's ``llama_adapter_lora_init``.
 
-``<tensor>.lora_a`` is (rank, n_in) and ``<tensor>.lora_b`` (n_out, rank) in numpy's order; of ``token_embd.weight``,
-whose product llama.cpp takes the other way round, (rows, rank) and (width, rank); of a stack of experts (n_experts,
-rank, n_in) and (n_experts, n_out, rank), and the change of expert e is named ``<tensor>.<e>``. The scaling is alpha /
-rank, or 1 where alpha is 0 or absent.
+In numpy's order, ``<tensor>.lora_a`` is (rank, n_in) and ``<tensor>.lora_b`` (n_out, rank). For ``token_embd.weight``,
+which llama.cpp multiplies the other way round, they are (rows, rank) and (width, rank). For a stack of experts they are
+(n_experts, rank, n_in) and (n_experts, n_out, rank), and the delta of expert e is named ``<tensor>.<e>``. The scaling
+is alpha / rank, or 1 if alpha is 0 or absent.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _SUFFIXES: Final = (".lora_a", ".lora_b")
 
 @dataclass(frozen=True, slots=True)
 class GgufLora:
-    """What a GGUF LoRA file holds.
+    """The contents of a GGUF LoRA file.
 
     Attributes:
-        architecture: of the base.
-        changes: of each tensor, by its GGUF name.
-        invocation_tokens: the tokens after which an activated LoRA begins; none of any other.
+        architecture: architecture of the base.
+        deltas: the delta of each tensor, by its GGUF name.
+        invocation_tokens: the tokens that activate an activated LoRA; empty for other LoRAs.
     """
 
     architecture: str
@@ -45,7 +45,7 @@ def read_gguf_lora(path: Path) -> GgufLora:
 
     Raises:
         GgufError: if the file is damaged.
-        AdapterError: if it is no GGUF LoRA, or its tensors do not pair up.
+        AdapterError: if the file is not a GGUF LoRA, or a tensor has only one of its two factors.
     """
     with GgufFile(path) as file:
         kind, adapter_type = file.metadata.get("general.type"), file.metadata.get("adapter.type")
@@ -71,9 +71,9 @@ def _invocation_tokens(file: GgufFile) -> tuple[int, ...]:
 
 
 def _pair_up(path: Path, tensors: dict[str, TensorEntry]) -> dict[str, tuple[TensorEntry, TensorEntry]]:
-    strangers = [name for name in tensors if not name.endswith(_SUFFIXES)]
-    if strangers:
-        raise AdapterError(f"{path}: tensor {strangers[0]!r} is neither .lora_a nor .lora_b")
+    unknown = [name for name in tensors if not name.endswith(_SUFFIXES)]
+    if unknown:
+        raise AdapterError(f"{path}: tensor {unknown[0]!r} is neither .lora_a nor .lora_b")
     pairs = {}
     for name in dict.fromkeys(name[: -len(".lora_a")] for name in tensors):
         a, b = tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b")
@@ -81,7 +81,8 @@ def _pair_up(path: Path, tensors: dict[str, TensorEntry]) -> dict[str, tuple[Ten
             raise AdapterError(f"{path}: {name!r} has only one of .lora_a and .lora_b; the adapter is incomplete")
         if len(a.shape) != len(b.shape) or len(a.shape) not in {2, 3} or a.shape[:-2] != b.shape[:-2]:
             raise UnsupportedAdapterError(
-                f"{path}: {name!r} has factors {a.shape} and {b.shape}, expected two matrices, or as many as experts"
+                f"{path}: {name!r} has factors {a.shape} and {b.shape}, expected two matrices, or two stacks with a "
+                "matrix for each expert"
             )
         pairs[name] = (a, b)
     return pairs

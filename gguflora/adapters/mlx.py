@@ -1,9 +1,10 @@
-"""Adapters of mlx-lm: ``adapters.safetensors``, and an ``adapter_config.json`` with ``lora_parameters``.
+"""Read adapters of mlx-lm: ``adapters.safetensors``, and an ``adapter_config.json`` with ``lora_parameters``.
 
-A linear layer has ``lora_a`` (n_in, r) and ``lora_b`` (r, n_out): ``W + scale * (lora_a lora_b)^T``, not divided by the
-rank; an embedding has ``lora_a`` (rows, r) and ``lora_b`` (r, width): ``W + scale * lora_a lora_b``. The experts of
-a ``switch_mlp`` (of gpt-oss and Llama 4: ``experts``) have (n_experts, r, n_in) and (n_experts, n_out, r). DoRA adds
-``m``, the lengths of the rows, also of an embedding. With ``fine_tune_type`` "full" the file holds whole weights.
+A linear layer has ``lora_a`` (n_in, r) and ``lora_b`` (r, n_out): ``W' = W + scale * (lora_a lora_b)^T``, where the
+scale is not divided by the rank. An embedding has ``lora_a`` (rows, r) and ``lora_b`` (r, width): ``W' = W + scale *
+lora_a lora_b``. The experts of a ``switch_mlp`` (in gpt-oss and Llama 4: ``experts``) have (n_experts, r, n_in) and
+(n_experts, n_out, r). DoRA adds ``m``, the norms of the rows, also for an embedding. With ``fine_tune_type`` "full" the
+file holds complete weights.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ _EXPERTS: Final = re.compile(r"(?P<owner>.+)\.(?:switch_mlp|experts)\.(?P<name>[
 
 
 def read_mlx(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta | ShapeDependentDelta]:
-    """The change of every adapted weight, by its name in the Hugging Face model.
+    """Read the delta of every adapted weight, by its name in the Hugging Face model.
 
     Raises:
-        UnsupportedAdapterError: for adapters of old versions whose scale is not certain.
+        UnsupportedAdapterError: if the adapter has an ``alpha``, whose meaning depends on the version of mlx-lm.
     """
     kind = config.fields.get("fine_tune_type", "lora")
     if kind == "full":
@@ -52,8 +53,8 @@ def read_mlx(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delt
     scale = settings.number("scale", 20.0)
     if "alpha" in parameters and settings.number("alpha", 0.0) != settings.number("rank", 8):
         raise UnsupportedAdapterError(
-            f"{config.path}: lora_parameters has alpha, which mlx-lm divides by the rank up to version 0.18 and later "
-            "ignores: remove it, or set scale to scale * alpha / rank first"
+            f"{config.path}: lora_parameters has alpha; mlx-lm up to version 0.18 multiplies scale by alpha / rank, "
+            "later versions ignore it: for the former set scale to scale * alpha / rank, then remove alpha"
         )
     deltas: dict[str, Delta | ShapeDependentDelta] = {}
     for module, parts in by_module(config, tensors, ["lora_a", "lora_b", "m"]).items():
@@ -72,7 +73,8 @@ def _read_full(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, De
             deltas |= {f"{one}.{kind}": Replace(values[e]) for e, one in enumerate(experts)}
         else:
             raise UnsupportedAdapterError(
-                f"{config.path.parent}: {name!r} has shape {values.shape}, expected a vector, a matrix or experts"
+                f"{config.path.parent}: {name!r} has shape {values.shape}, expected a vector, a matrix, or a stack of "
+                "experts"
             )
     return deltas
 
@@ -97,13 +99,13 @@ def _read_experts(
     experts = _expert_modules(module, len(a))
     if not experts or a.shape[:2] != (b.shape[0], b.shape[2]):
         raise AdapterError(
-            f"{config.path.parent}: module {module!r}: lora_a is {a.shape} and lora_b {b.shape}, expected those of "
-            "experts, (n_experts, r, n_in) and (n_experts, n_out, r)"
+            f"{config.path.parent}: module {module!r}: lora_a is {a.shape} and lora_b {b.shape}, expected experts "
+            "with (n_experts, r, n_in) and (n_experts, n_out, r)"
         )
     return {f"{one}.weight": LowRank(a[e], b[e], scale) for e, one in enumerate(experts)}
 
 
 def _expert_modules(module: str, n_experts: int) -> list[str]:
-    """What a checkpoint names the modules of each expert; none if the module holds no experts."""
-    found = _EXPERTS.fullmatch(module)
-    return [f"{found['owner']}.experts.{e}.{found['name']}" for e in range(n_experts)] if found else []
+    """Return the name of each expert's module in a checkpoint; an empty list if the module does not hold experts."""
+    match = _EXPERTS.fullmatch(module)
+    return [f"{match['owner']}.experts.{e}.{match['name']}" for e in range(n_experts)] if match else []

@@ -1,16 +1,18 @@
-"""Soft prompts: what precedes the first token, learned as numbers. Not a change of weights, so only a run can apply it.
+"""Read soft prompts: learned numbers that precede the first token. They change no weights and apply only at run time.
 
-Virtual tokens are embeddings (n_virtual, n_embd):
+Some methods learn virtual tokens, which are embeddings (n_virtual, n_embd):
 
-* PROMPT_TUNING (https://arxiv.org/abs/2104.08691) and CPT (https://arxiv.org/abs/2410.17222) save them as they are.
-* P_TUNING (https://arxiv.org/abs/2103.10385) computes them in an encoder; PEFT saves its output.
+* PROMPT_TUNING (https://arxiv.org/abs/2104.08691) and CPT (https://arxiv.org/abs/2410.17222) store the embeddings.
+* P_TUNING (https://arxiv.org/abs/2103.10385) computes them with an encoder; PEFT stores the encoder's output.
 * MULTITASK_PROMPT_TUNING (https://arxiv.org/abs/2303.02861) shares them among tasks: task t has ``shared * (cols[t] @
   rows[t])``, elementwise, with cols (n_tasks, n_virtual, rank) and rows (n_tasks, rank, n_embd).
 
-Keys and values (n_virtual, n_layers * 2 * n_kv), of each layer first the keys, then the values, all heads in order:
+Others learn keys and values (n_virtual, n_layers * 2 * n_kv): for each layer the keys and then the values of all heads.
 
-* PREFIX_TUNING (https://arxiv.org/abs/2101.00190), where PEFT saves the output of its projection, too, and CARTRIDGE
-  (https://arxiv.org/abs/2506.06266). They are what attention finds in its cache: keys are rotated already.
+* PREFIX_TUNING (https://arxiv.org/abs/2101.00190), with or without projection: PEFT stores the projection's output.
+* CARTRIDGE (https://arxiv.org/abs/2506.06266).
+
+They are stored as attention finds them in the KV cache, so the keys are already rotated.
 
 Source: ``_get_adapter_state_dict`` and ``get_prompt`` of PEFT 0.21.
 """
@@ -45,11 +47,11 @@ class SoftPrompt:
     """A soft prompt, read but not yet fitted to a base model.
 
     Attributes:
-        name: of its directory.
-        path: of the file with the numbers.
-        sha256: of that file, the method and the task, in hexadecimal.
-        method: ``peft_type``.
-        values: float32, a row for each virtual token: its embedding, or the keys and values of all layers.
+        name: name of its directory.
+        path: path of the file with the numbers.
+        sha256: SHA-256 of the method, the task and that file, in hexadecimal.
+        method: ``peft_type`` of the configuration.
+        values: float32 array with a row for each virtual token: its embedding, or its keys and values of all layers.
     """
 
     name: str
@@ -65,42 +67,43 @@ class SoftPrompt:
 
     @property
     def is_keys_and_values(self) -> bool:
-        """Whether a row is the keys and values of all layers, not an embedding."""
+        """Whether the rows hold keys and values of all layers instead of embeddings."""
         return self.method in KEYS_AND_VALUES
 
 
 def is_soft_prompt(path: str | os.PathLike[str]) -> bool:
-    """Whether ``path`` is a PEFT directory of a soft prompt.
+    """Whether ``path`` is a PEFT directory with a soft prompt.
 
     Raises:
-        AdapterError: if its ``adapter_config.json`` makes no sense.
+        AdapterError: if its ``adapter_config.json`` is invalid.
     """
     folder = Path(path)
     return (folder / FILE_NAME).is_file() and read_config(folder).peft_type in VIRTUAL_TOKENS | KEYS_AND_VALUES
 
 
 def read_soft_prompt(path: str | os.PathLike[str], task: int | None = None) -> SoftPrompt:
-    """Read a PEFT directory of a soft prompt.
+    """Read a soft prompt from a PEFT directory.
 
     Args:
         path: the directory.
-        task: which task of MULTITASK_PROMPT_TUNING; may be left out where there is one.
+        task: number of the task for MULTITASK_PROMPT_TUNING; may be omitted if there is only one.
 
     Raises:
-        AdapterError: if the directory makes no sense, or ``task`` does not fit it.
-        UnsupportedAdapterError: if it is no soft prompt, or one for a model with an encoder.
+        AdapterError: if the directory is invalid, or there is no such task.
+        UnsupportedAdapterError: if it does not hold a soft prompt, or one for a model with an encoder.
         FormatError: if its numbers cannot be read.
     """
     folder = Path(path)
     config = read_config(folder)
     if config.peft_type not in VIRTUAL_TOKENS | KEYS_AND_VALUES:
         raise UnsupportedAdapterError(
-            f"{config.path}: peft_type {config.peft_type} is no soft prompt; expected one of "
+            f"{config.path}: peft_type {config.peft_type} is not a soft prompt; expected one of "
             + ", ".join(sorted(VIRTUAL_TOKENS | KEYS_AND_VALUES))
         )
     if config.fields.get("task_type") == "SEQ_2_SEQ_LM" or config.integer_or_none("num_transformer_submodules") == 2:
         raise UnsupportedAdapterError(
-            f"{config.path}: {config.peft_type} for a model with an encoder and a decoder; only decoders can be run"
+            f"{config.path}: {config.peft_type} was trained for a model with an encoder and a decoder; only decoders "
+            "are supported"
         )
     file, tensors = read_weights(folder, "adapter_model")
     values = _values(config, file, tensors, task)
@@ -109,7 +112,7 @@ def read_soft_prompt(path: str | os.PathLike[str], task: int | None = None) -> S
 
 
 def first_task(path: str | os.PathLike[str]) -> int | None:
-    """0 if a soft prompt has tasks, which change nothing of its shape; else None."""
+    """Return 0 if a soft prompt has tasks, else None. The shape of a soft prompt does not depend on the task."""
     return 0 if read_config(Path(path)).peft_type == MULTITASK else None
 
 
@@ -118,17 +121,17 @@ def _values(config: PeftConfig, file: Path, tensors: Mapping[str, Array], task: 
     if set(tensors) != names:
         raise AdapterError(f"{file}: holds {sorted(tensors)[:8]}, expected {sorted(names)} of {config.peft_type}")
     values = _checked(file, _ROWS, tensors[_ROWS], 2)
-    expected = config.integer("num_virtual_tokens", len(values), least=1)
+    expected = config.integer("num_virtual_tokens", len(values), minimum=1)
     if len(values) != expected:
         raise AdapterError(f"{file}: {_ROWS!r} has shape {values.shape}, expected {expected} rows (num_virtual_tokens)")
     if config.peft_type == MULTITASK:
-        return _of_task(file, values, tensors, task)
+        return _select_task(file, values, tensors, task)
     if task is not None:
-        raise AdapterError(f"{config.path}: task {task} was asked for, but {config.peft_type} has no tasks")
+        raise AdapterError(f"{config.path}: task {task} was requested, but {config.peft_type} has no tasks")
     return values
 
 
-def _of_task(
+def _select_task(
     file: Path, shared: NDArray[np.float32], tensors: Mapping[str, Array], task: int | None
 ) -> NDArray[np.float32]:
     cols, rows = (_checked(file, name, tensors[name], 3) for name in (_COLS_OF_TASKS, _ROWS_OF_TASKS))
@@ -140,9 +143,11 @@ def _of_task(
         )
     chosen = 0 if task is None and n_tasks == 1 else task
     if chosen is None or not 0 <= chosen < n_tasks:
-        raise AdapterError(f"{file}: has the tasks 0 to {n_tasks - 1}, asked for {chosen}; choose one with task=")
-    of_task: NDArray[np.float32] = shared * (cols[chosen] @ rows[chosen])
-    return of_task
+        raise AdapterError(
+            f"{file}: has the tasks 0 to {n_tasks - 1}, but {chosen} was requested; choose one with task="
+        )
+    values: NDArray[np.float32] = shared * (cols[chosen] @ rows[chosen])
+    return values
 
 
 def _checked(file: Path, name: str, tensor: Array, n_dims: int) -> NDArray[np.float32]:

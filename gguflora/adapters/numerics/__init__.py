@@ -1,1 +1,1 @@
-"""The mathematics that several adapter methods share: rotations, spectra, wavelets, random streams of torch."""
+"""Numerical functions for adapter methods: rotations, singular values, wavelets, torch's random numbers."""

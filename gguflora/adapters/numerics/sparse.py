@@ -1,4 +1,4 @@
-"""Values added to single elements of a weight."""
+"""Add values to single elements of a weight."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ from gguflora.quants.arrays import Float64Array, Indices
 def add_sparse(
     where: str, shape: tuple[int, int], rows: NDArray[np.int64], columns: NDArray[np.int64], values: Array
 ) -> FunctionDelta:
-    """The change that adds ``values[k]`` at (rows[k], columns[k]), for an element named twice both.
+    """Return the delta that adds ``values[k]`` at (rows[k], columns[k]); values for the same element are summed.
+
+    Args:
+        where: start of an error message: adapter and module.
+        shape: shape (n_out, n_in) of the weight.
+        rows: row numbers, (n,).
+        columns: column numbers, (n,).
+        values: values to add, (n,).
 
     Raises:
-        AdapterError: if an index lies outside the shape; it begins with ``where``.
+        AdapterError: if an index lies outside the shape.
     """
     for axis, numbers, size in (("row", rows, shape[0]), ("column", columns, shape[1])):
         if numbers.size and not (numbers.min() >= 0 and numbers.max() < size):
@@ -35,10 +42,10 @@ def _add(
     sorted_rows: NDArray[np.int64], columns: NDArray[np.int64], values: Array, w: Float64Array, rows: Indices
 ) -> Float64Array:
     delta = np.zeros_like(w)
-    starts, ends = np.searchsorted(sorted_rows, rows), np.searchsorted(sorted_rows, rows, "right")
-    counts = ends - starts
-    here = np.repeat(np.arange(len(rows)), counts)
-    # positions start..end of each row, one after another
-    there = np.arange(counts.sum()) + np.repeat(starts - np.cumsum(counts) + counts, counts)
-    np.add.at(delta, (here, columns[there]), as_float64(values[there]))
+    starts, stops = np.searchsorted(sorted_rows, rows), np.searchsorted(sorted_rows, rows, "right")
+    counts = stops - starts
+    targets = np.repeat(np.arange(len(rows)), counts)
+    # the positions start to stop of each row, concatenated
+    sources = np.arange(counts.sum()) + np.repeat(starts - np.cumsum(counts) + counts, counts)
+    np.add.at(delta, (targets, columns[sources]), as_float64(values[sources]))
     return delta

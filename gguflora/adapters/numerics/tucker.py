@@ -1,4 +1,4 @@
-"""Weights of convolutions by a core tensor and two factors (CP form of LoHa and LoKr, ``use_effective_conv2d``)."""
+"""Weights of convolutions as a core tensor and two factors (LoHa and LoKr with ``use_effective_conv2d``)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from gguflora.quants.arrays import Float64Array
 
 
 def from_core(config: PeftConfig, module: str, rank: int, core: Array, a: Array, b: Array) -> Float64Array:
-    """``w[o, i, k, l] = sum(core[p, q, k, l] * a[p, o] * b[q, i])`` (``peft.tuners.loha.layer``, HadaWeightCP).
+    """Return ``w[o, i, k, l] = sum(core[p, q, k, l] * a[p, o] * b[q, i])``.
+
+    Source: ``peft.tuners.loha.layer``, HadaWeightCP.
 
     Args:
-        config: of the adapter, for messages.
-        module: the same.
-        rank: of the factors.
-        core: (rank, rank, kernel, kernel); of a convolution over time, whose kernel is (k,), (rank, rank, k, 1).
-        a: (rank, n_out).
-        b: (rank, inputs of a group).
+        config: configuration of the adapter, for messages.
+        module: name of the module, for messages.
+        rank: rank of the factors.
+        core: core tensor, (rank, rank, kernel, kernel), or (rank, rank, kernel, 1) for a one-dimensional convolution.
+        a: first factor, (rank, n_out).
+        b: second factor, (rank, inputs of a group).
+
+    Returns:
+        float64 array (n_out, inputs of a group, kernel, kernel).
     """
     expect(config, module, "the core", core, (rank, rank, None, None))
     expect(config, module, "its first factor", a, (rank, None))
@@ -30,14 +35,18 @@ def from_core(config: PeftConfig, module: str, rank: int, core: Array, a: Array,
     return result
 
 
-def dense(values: Float64Array, factor: float) -> LowRank:
-    """A change by a matrix as it is: of a convolution it has few columns, so its rank is low."""
+def dense(values: Float64Array, scaling: float) -> LowRank:
+    """Return ``scaling * values`` as a low-rank delta; its rank is low because a convolution has few columns."""
     n_out, n_in = values.shape
-    return LowRank(np.eye(n_in), values, factor) if n_in <= n_out else LowRank(values, np.eye(n_out), factor)
+    return LowRank(np.eye(n_in), values, scaling) if n_in <= n_out else LowRank(values, np.eye(n_out), scaling)
 
 
 def check_size(config: PeftConfig, module: str, values: Float64Array, n_out: int) -> Float64Array:
-    """The numbers of a product as a matrix of ``n_out`` rows, in the order in which they lie in memory."""
+    """Reshape values to a matrix with ``n_out`` rows.
+
+    Raises:
+        AdapterError: if their number is not a multiple of ``n_out``.
+    """
     if not n_out or values.size % n_out:
         raise AdapterError(
             f"{config.path.parent}: module {module!r}: {values.size} numbers cannot be a weight of {n_out} rows"

@@ -1,7 +1,7 @@
 """Low-pass filters of orthogonal wavelets, as tabulated in Daubechies, "Ten Lectures on Wavelets" (1992).
 
-Daubechies' wavelets with 1 to 10 vanishing moments, her least asymmetric ones (symlets) and coiflets, in the order in
-which a signal is put together again, with the sum sqrt(2).
+Daubechies wavelets with 1 to 10 vanishing moments, symlets and coiflets. The coefficients are those of the synthesis
+filter, in order, and their sum is sqrt(2).
 """
 
 from typing import Final

@@ -1,1 +1,1 @@
-"""PEFT's methods, a module each, and what their checkpoints have in common; `registry` lists them by ``peft_type``."""
+"""Readers of PEFT's methods, one module each. `registry` lists them by ``peft_type``."""

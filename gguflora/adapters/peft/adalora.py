@@ -1,8 +1,8 @@
-"""ADALORA: ``W + scaling * B diag(E) A`` (https://arxiv.org/abs/2303.10512; PEFT: tuners/adalora/layer.py).
+"""ADALORA: ``W' = W + scaling * B diag(E) A`` (https://arxiv.org/abs/2303.10512; PEFT: tuners/adalora/layer.py).
 
 Tensors of a module: ``lora_A`` (r, n_in), ``lora_E`` (r, 1) and ``lora_B`` (n_out, r), without ``.weight``. Training
-prunes r module by module, but the scaling stays ``lora_alpha / (init_r + 1e-5)``; without a positive alpha init_r takes
-its place.
+reduces r for each module, but the scaling is always ``lora_alpha / (init_r + 1e-5)``; if lora_alpha is not positive,
+init_r replaces it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gguflora.files.safetensors import Array
 
 
 def read_adalora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta]:
-    """The change of every adapted weight; modules that were pruned away have none."""
+    """The change of every adapted weight; modules that were pruned to rank 0 have none."""
     rank = config.number("init_r", 12)
     alpha = config.number("lora_alpha", 8)
     scaling = (alpha if alpha > 0 else rank) / (rank + 1e-5)

@@ -16,7 +16,7 @@ from gguflora.quants.arrays import Float64Array, Indices
 
 
 def read_beft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, FunctionDelta]:
-    """The change of every adapted bias; a base without it cannot take the adapter."""
+    """Read the delta of every adapted bias; the base must have these biases."""
     deltas = {}
     for module, parts in by_module(config, tensors, ["beft_bias"]).items():
         (bias,) = take(config, module, parts, "beft_bias")

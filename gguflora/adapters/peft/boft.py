@@ -30,7 +30,7 @@ class _Butterflies:
 
 
 def read_boft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, FunctionDelta]:
-    """The change of every adapted weight."""
+    """Read the delta of every adapted weight."""
     deltas = {}
     for module, parts in by_module(config, tensors, ["boft_R", "boft_s"]).items():
         blocks, scale = take(config, module, parts, "boft_R", "boft_s")
@@ -57,14 +57,14 @@ def _rotate(butterflies: _Butterflies, w: Float64Array, rows: Indices) -> Float6
     return as_float64(butterflies.scale[rows]) * rotated - w
 
 
-@lru_cache(maxsize=4)  # for the next rows of the same weight
+@lru_cache(maxsize=4)  # reused for the next rows of the same weight
 def _rotations(butterflies: _Butterflies) -> Float64Array:
     x = as_float64(butterflies.blocks)
     return cayley((x - x.swapaxes(-1, -2)) / 2)
 
 
 def _butterfly(factor: int, shape: tuple[int, ...], factors: int) -> Indices:
-    """The permutation P of a factor: within each group of 2^factor blocks the even half-blocks, then the odd ones."""
+    """Return the permutation of a factor: in each group of 2^factor blocks the even half-blocks, then the odd ones."""
     count, size, _ = shape
     columns = np.arange(count * size)
     if factors == 1:

@@ -1,6 +1,6 @@
 """C3A: the weight plus a matrix of circulant blocks (https://arxiv.org/abs/2407.19342; ``peft.tuners.c3a``).
 
-Tensor of a module: ``c3a_kernel`` w, (n_out / b, n_in / b, b). Block (p, q) of the change holds
+Tensor of a module: ``c3a_kernel`` w, (n_out / b, n_in / b, b). Block (p, q) of the delta holds
 ``w[p, q, (column - row) mod b] / n_in``.
 """
 
@@ -19,7 +19,7 @@ from gguflora.quants.arrays import Float64Array, Indices
 
 
 def read_c3a(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, FunctionDelta]:
-    """The change of every adapted weight."""
+    """Read the delta of every adapted weight."""
     deltas = {}
     for module, parts in by_module(config, tensors, ["c3a_kernel"]).items():
         (kernel,) = take(config, module, parts, "c3a_kernel")

@@ -1,4 +1,4 @@
-"""``adapter_config.json`` of PEFT, checked as far as gguflora relies on it."""
+"""Read ``adapter_config.json``, with checked access to its fields."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from gguflora.errors import AdapterError
 
 FILE_NAME: Final = "adapter_config.json"
 MLX: Final = "MLX"
-"""Stands for a ``peft_type`` in adapters of mlx-lm, which name none."""
+"""The ``peft_type`` used here for adapters of mlx-lm, whose configuration has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """The parsed file.
+    """The configuration of an adapter. All methods raise ``AdapterError`` if a field has the wrong type or range.
 
     Attributes:
-        path: of the file, for messages.
-        peft_type: in upper case, as PEFT spells it.
-        fields: everything in the file.
+        path: path of the file, for messages.
+        peft_type: PEFT's name of the method, in upper case.
+        fields: all fields of the file.
     """
 
     path: Path
@@ -31,34 +31,34 @@ class PeftConfig:
     fields: Mapping[str, Any]
 
     def number(self, name: str, default: float) -> float:
-        """A number, or ``default`` where the field is missing."""
+        """Return a number, or ``default`` if the field is missing."""
         return self._number(name, self.fields.get(name, default))
 
-    def integer(self, name: str, default: int, least: int = -(1 << 63)) -> int:
-        """A whole number of at least ``least``, or ``default`` where the field is missing."""
+    def integer(self, name: str, default: int, minimum: int = -(1 << 63)) -> int:
+        """Return a whole number of at least ``minimum``, or ``default`` if the field is missing."""
         value = self.fields.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 64:
-            raise self.error(name, f"a whole number from {least}" if least >= 0 else "a whole number", value)
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 1 << 64:
+            raise self.error(name, f"a whole number from {minimum}" if minimum >= 0 else "a whole number", value)
         return value
 
     def integer_or_none(self, name: str) -> int | None:
-        """A whole number, or None where the field is missing or null."""
+        """Return a whole number, or None if the field is missing or null."""
         return None if self.fields.get(name) is None else self.integer(name, 0)
 
     def flag(self, name: str) -> bool:
-        """A boolean, False where the field is missing or null."""
+        """Return a boolean, False if the field is missing or null."""
         value = self.fields.get(name)
         if value is not None and not isinstance(value, bool):
             raise self.error(name, "true or false", value)
         return bool(value)
 
     def for_module(self, name: str, pattern_name: str, module: str, default: float) -> float:
-        """The number that holds for a module: the first matching pattern's, else the field's (PEFT's rule)."""
+        """Return the number for a module: that of the first matching pattern, or else the field's (PEFT's rule)."""
         first = next(self._matching(pattern_name, module), None)
         return self.number(name, default) if first is None else first
 
     def _matching(self, pattern_name: str, module: str) -> Iterator[float]:
-        """The numbers of all patterns that match a module, in the order of the file."""
+        """Yield the numbers of all patterns that match a module, in the order of the file."""
         patterns = self.fields.get(pattern_name) or {}
         if not isinstance(patterns, dict):
             raise self.error(pattern_name, "an object of module patterns and numbers", patterns)
@@ -67,15 +67,15 @@ class PeftConfig:
                 matches = re.match(rf"(.*\.)?({pattern})$", module)
             except re.error as error:
                 raise AdapterError(
-                    f"{self.path}: {pattern_name}: {pattern!r} is no regular expression: {error}"
+                    f"{self.path}: {pattern_name}: {pattern!r} is not a valid regular expression: {error}"
                 ) from error
             if matches:
                 yield self._number(f"{pattern_name}[{pattern!r}]", value)
 
     def ranks(self, module: str) -> list[int]:
-        """The rank ``r`` that holds for a module, or those of all patterns that match it.
+        """Return the ranks of all patterns that match a module, or ``r`` if none matches.
 
-        PEFT sorts the patterns when it writes them, so the first of them need not be the one that held in training.
+        PEFT sorts the patterns when it writes them, so the first need not be the one that applied in training.
         """
         ranks = list(self._matching("rank_pattern", module)) or [self.number("r", 8)]
         for rank in ranks:
@@ -83,13 +83,13 @@ class PeftConfig:
                 raise self.error("r", "a positive whole number", rank)
         return [int(rank) for rank in ranks]
 
-    def rank(self, module: str, found: int) -> int:
-        """The rank that holds for a module: ``found`` in its tensors if a pattern says so, else the first one's."""
+    def rank(self, module: str, stored_rank: int) -> int:
+        """Return the configured rank of a module: ``stored_rank``, that of its tensors, if it is one of `ranks`."""
         ranks = self.ranks(module)
-        return found if found in ranks else ranks[0]
+        return stored_rank if stored_rank in ranks else ranks[0]
 
-    def unclear_alphas(self, modules: Iterable[str]) -> list[str]:
-        """Those of some modules that several patterns match with different alphas: see `ranks`."""
+    def ambiguous_alphas(self, modules: Iterable[str]) -> list[str]:
+        """Return the modules that several patterns match with different alphas; for the reason see `ranks`."""
         return [module for module in modules if len(set(self._matching("alpha_pattern", module))) > 1]
 
     def _number(self, name: str, value: object) -> float:
@@ -98,15 +98,15 @@ class PeftConfig:
         return value
 
     def error(self, name: str, expected: str, found: object) -> AdapterError:
-        """An error about one field."""
+        """Return an error about a field."""
         return AdapterError(f"{self.path}: {name} is {found!r:.100}, expected {expected}")
 
 
 def read_config(folder: Path) -> PeftConfig:
-    """Read a PEFT directory's configuration.
+    """Read the configuration in a PEFT or mlx-lm directory.
 
     Raises:
-        AdapterError: if it is missing, no JSON object, or names no PEFT method.
+        AdapterError: if it is missing, is not a JSON object, or does not name a method.
     """
     path = folder / FILE_NAME
     try:

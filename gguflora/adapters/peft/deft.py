@@ -1,8 +1,8 @@
-"""DEFT: a subspace of the weight's output removed and refilled (``peft.tuners.deft``).
+"""DEFT: the weight's projection to a learned subspace replaced (``peft.tuners.deft``).
 
-Tensors of a module: ``deft_P`` (n_out, r) and, without ``para``, ``deft_R`` (r, n_in). With Q = P, L = relu(P)
-(``decomposition_method`` "relu") or Q = L = the orthonormal factor of P ("qr") it is
-``W' = W + Q (s R - L^T W)``, s = alpha / r or 1 without ``alpha``; with ``para`` (PaRa) ``W' = W - Q L^T W``.
+Tensors of a module: ``deft_P`` (n_out, r) and, without ``para``, ``deft_R`` (r, n_in). Then
+``W' = W + Q (s R - L^T W)``, or with ``para`` (PaRa) ``W' = W - Q L^T W``. For ``decomposition_method`` "relu" Q = P
+and L = relu(P), for "qr" Q = L = the orthonormal factor of P; s is alpha / r, or 1 without ``alpha``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gguflora.quants.arrays import Float64Array, Indices
 
 
 def read_deft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
-    """The change of every adapted weight."""
+    """Read the delta of every adapted weight."""
     method = config.fields.get("decomposition_method", "relu")
     if method not in {"relu", "qr"}:
         raise config.error("decomposition_method", "'relu' or 'qr'", method)

@@ -1,8 +1,8 @@
 """DELORA: rank-one terms of fixed strength (https://arxiv.org/abs/2503.18225; PEFT: tuners/delora/layer.py).
 
-``W + B diag(lambda / (r |A_k| |B^k|)) A diag(w_norm)``, with norms of at least 1e-4. Tensors of a module: ``delora_A``
-(r, n_in), ``delora_B`` (n_out, r), ``delora_lambda`` (1) and ``delora_w_norm`` (n_in), the norms of the base's columns
-when training began.
+``W' = W + B diag(lambda / (r |A_k| |B^k|)) A diag(w_norm)``, with norms of at least 1e-4. Tensors of a module:
+``delora_A`` (r, n_in), ``delora_B`` (n_out, r), ``delora_lambda`` (1) and ``delora_w_norm`` (n_in), the norms of the
+base's columns at the start of training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PARTS: Final = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
 
 
 def read_delora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta]:
-    """The change of every adapted weight."""
+    """Read the delta of every adapted weight."""
     deltas: dict[str, Delta] = {}
     for module, parts in by_module(config, tensors, _PARTS).items():
         a, b, strength, column_norms = take(config, module, parts, *_PARTS)

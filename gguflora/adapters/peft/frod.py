@@ -1,9 +1,9 @@
-"""FRoD: the weight on a basis that layers share, a sparse matrix between (https://doi.org/10.1609/aaai.v40i31.39813).
+"""FRoD: the weight in a basis that layers share, times a sparse matrix (https://doi.org/10.1609/aaai.v40i31.39813).
 
-V (n_in, n_in) is shared by the modules of the same role: ``base_model.frod_V.<role>``, and so are the places of a
-sparse S, ``frod_s_indices.<role>`` (2, n), ``frod_s_size.<role>``. A module has ``frod_lambda_s_values`` (n,), the
-values of S, and ``frod_lambda_l`` l, (n_in,). With ``W V^-T``, its columns at length 1, as U it is
-``W' = U (S + diag(l)) V^T`` (``peft.tuners.frod``).
+Modules with the same role share V (n_in, n_in), ``base_model.frod_V.<role>``, and the positions of the entries of a
+sparse S, ``frod_s_indices.<role>`` (2, n) and ``frod_s_size.<role>``. A module has ``frod_lambda_s_values`` (n,), the
+values of S, and ``frod_lambda_l`` l, (n_in,). Then ``W' = U (S + diag(l)) V^T``, where U is ``W V^-T`` with its columns
+scaled to length 1 (``peft.tuners.frod``).
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ _SHORTEST: Final = 1e-12
 
 
 def read_frod(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
-    """The change of every adapted weight.
+    """Read the delta of every adapted weight.
 
     Raises:
-        UnsupportedAdapterError: if V was not saved: it depends on the signs of a decomposition.
+        UnsupportedAdapterError: if V was not saved. It cannot be recomputed, as it depends on the signs of a
+            decomposition.
     """
     shared = {name: tensor for name, tensor in tensors.items() if name.startswith(_SHARED)}
-    own = {name: tensor for name, tensor in tensors.items() if name not in shared}
+    module_tensors = {name: tensor for name, tensor in tensors.items() if name not in shared}
     deltas = {}
-    for module, parts in by_module(config, own, _PARTS).items():
+    for module, parts in by_module(config, module_tensors, _PARTS).items():
         role = _role(module)
         missing = [name for name in _SHARED[:2] if name + role not in shared]
         if missing:
             raise UnsupportedAdapterError(
-                f"{config.path.parent}: has no {missing[0]}{role}, which cannot be found again from the base; save the "
+                f"{config.path.parent}: has no {missing[0]}{role}, which cannot be computed from the base; save the "
                 "adapter with save_projection=True"
             )
         v, places = (shared[name + role] for name in _SHARED[:2])
@@ -61,7 +62,7 @@ def read_frod(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Sha
 
 
 def _role(module: str) -> str:
-    """What PEFT names the modules that share a V: the last two parts of their path, without a layer's number."""
+    """Return PEFT's name for the modules that share V: the last two parts of the path, without the layer number."""
     parts = module.split(".")
     if len(parts) == 1 or parts[-2].isdigit():
         return parts[-1]

@@ -1,8 +1,8 @@
 """GLoRA: the weight scaled and shifted by low-rank matrices, the bias by the weight (https://arxiv.org/abs/2306.07967).
 
 ``W' = W + W * A + B`` and, where the layer has a bias, ``b' = b + b * D + E + W C`` (``peft.tuners.glora.layer``). Each
-of A to E is stored as ``glora_<A>.Xd`` and ``.Xu``, whose product it is, as ``glora_<A>.X``, which is spread over its
-shape, or as ``glora_<A>.zeros``, which is nothing.
+of A to E is stored as two factors ``glora_<A>.Xd`` and ``.Xu``, as ``glora_<A>.X``, which is broadcast to the shape, or
+as ``glora_<A>.zeros``, which stands for 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PARTS = [f"glora_{letter}.{kind}" for letter in "ABCDE" for kind in ("Xd", "Xu"
 
 
 def read_glora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
-    """The change of every adapted weight, and of its bias if it has one."""
+    """Read the delta of every adapted weight, and of its bias if the base has one."""
     deltas = {}
     for module, parts in by_module(config, tensors, _PARTS).items():
         paths = {letter: _path(config, module, parts, letter) for letter in "ABCDE"}
@@ -33,7 +33,7 @@ def read_glora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Sh
 
 
 def _path(config: PeftConfig, module: str, parts: Parts, letter: str) -> LowRank | Array | None:
-    """A factorised matrix, or a stored one of one column or a single number; None for nothing."""
+    """Return a product of factors, a stored column or a stored number; None for 0."""
     down, up, whole = (parts.get(f"glora_{letter}.{kind}") for kind in ("Xd", "Xu", "X"))
     if down is not None and up is not None and whole is None:
         expect(config, module, f"glora_{letter}.Xd", down, (None, None))
@@ -56,7 +56,7 @@ def _rows_of(path: LowRank | Array | None, w: Float64Array, rows: Indices) -> Fl
 
 
 def _known(*paths: LowRank | Array | None) -> tuple[int | None, int | None]:
-    """As much of the weight's shape as the paths tell."""
+    """Return the sizes of the weight that follow from the paths."""
     for path in paths:
         if isinstance(path, LowRank):
             return path.shape
@@ -75,16 +75,16 @@ def _weight(a: LowRank | Array | None, b: LowRank | Array | None) -> ShapeDepend
 def _bias(
     module: str, c: LowRank | Array | None, d: LowRank | Array | None, e: LowRank | Array | None
 ) -> ShapeDependentDelta:
-    """C enters as a product with the layer's weight, so it makes the change one of two weights."""
+    """Return the delta of a bias; if there is a C, it also depends on the layer's weight."""
 
     def build(shape: tuple[int, int]) -> Delta:
         def delta(w: Float64Array, rows: Indices) -> Float64Array:
             return w * _rows_of(d, w, rows) + _rows_of(e, w, rows)
 
-        own = FunctionDelta(shape, delta)
+        without_weight = FunctionDelta(shape, delta)
         if c is None:
-            return own
+            return without_weight
         vector = as_float64(c.b) @ as_float64(c.a) if isinstance(c, LowRank) else as_float64(c)
-        return BiasFromWeight(shape, f"{module}.weight", vector, own)
+        return BiasFromWeight(shape, f"{module}.weight", vector, without_weight)
 
     return ShapeDependentDelta((_known(d, e)[0], 1), build, optional=True)

@@ -1,9 +1,9 @@
 """GRALORA: a LoRA for each of k x k blocks of a weight (https://arxiv.org/abs/2505.20355; PEFT: tuners/gralora).
 
-Tensors of a module: ``gralora_A`` (k, n_in / k, r) and ``gralora_B`` (k, r, n_out / k), with q = r / k: the block in
-block row i and block column j gets ``(A[j][:, i q : (i + 1) q] B[i][j q : (j + 1) q])^T``. With ``hybrid_r`` = h > 0 an
-ordinary LoRA is added: ``gralora_A_general.weight`` (h, n_in) and ``gralora_B_general.weight`` (n_out, h). The factor
-is alpha / (r + h).
+Tensors of a module: ``gralora_A`` (k, n_in / k, r) and ``gralora_B`` (k, r, n_out / k). With q = r / k, the delta of
+the block in block row i and block column j is ``(A[j][:, i q : (i + 1) q] B[i][j q : (j + 1) q])^T``. With ``hybrid_r``
+= h > 0 an ordinary LoRA is added: ``gralora_A_general.weight`` (h, n_in) and ``gralora_B_general.weight`` (n_out, h).
+The scaling is alpha / (r + h).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _GENERAL: Final = ("gralora_A_general", "gralora_B_general")
 
 def read_gralora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta]:
     """The change of every adapted weight, of rank ``k r + h``."""
-    hybrid = config.integer("hybrid_r", 0, least=0)
+    hybrid = config.integer("hybrid_r", 0, minimum=0)
     deltas: dict[str, Delta] = {}
     for module, parts in by_module(config, tensors, (*_BLOCKS, *_GENERAL)).items():
         a, b, *general = take(config, module, parts, *_BLOCKS, *(_GENERAL if hybrid else ()))
@@ -46,7 +46,7 @@ def read_gralora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, 
 
 
 def _spread(a: Float64Array, b: Float64Array) -> tuple[Float64Array, Float64Array]:
-    """Factors of the whole weight; term (i, j, t) is number t of the block in block row i and block column j."""
+    """Return factors of the whole weight; term (i, j, t) is number t of the block in block row i, block column j."""
     k, width, rank = a.shape
     height, q = b.shape[2], rank // k
     left, right = np.zeros((k, height, k, k, q)), np.zeros((k, k, q, k, width))

@@ -3,8 +3,8 @@
 Tensors of a module: ``hira_A`` (r, n_in), ``hira_B`` (n_out, r): ``W' = W * (1 + B A)``; of an embedding
 ``hira_embedding_A`` (r, rows), ``hira_embedding_B`` (width, r): ``W' = W * (1 + (B A)^T)``.
 
-That is what PEFT merges. Of an embedding whose output the model scales (Gemma's) PEFT's forward pass, unmerged, adds
-the change unscaled, so it differs from its own merge, and from this one.
+This is the weight that PEFT merges. For an embedding whose output the model scales (Gemma), PEFT's unmerged forward
+pass adds the delta unscaled, so it differs from PEFT's merge and from this one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _EMBEDDING = ("hira_embedding_A", "hira_embedding_B")
 
 
 def read_hira(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, FunctionDelta]:
-    """The change of every adapted weight."""
+    """Read the delta of every adapted weight."""
     deltas = {}
     for module, parts in by_module(config, tensors, [*_LINEAR, *_EMBEDDING]).items():
         names = _EMBEDDING if _EMBEDDING[0] in parts else _LINEAR

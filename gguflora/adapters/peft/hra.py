@@ -1,8 +1,8 @@
 """HRA: the weight times a chain of Householder reflections (https://arxiv.org/abs/2405.17484; ``peft.tuners.hra``).
 
-Tensor of a module: ``hra_u`` (n_in, r). With its columns u_k at length 1 it is
-``W' = W (I - 2 u_1 u_1^T) ... (I - 2 u_r u_r^T)``; with ``apply_GS`` the columns are first made
-orthonormal by Gram and Schmidt (``peft.tuners.hra``).
+Tensor of a module: ``hra_u`` (n_in, r). With its columns u_k scaled to length 1,
+``W' = W (I - 2 u_1 u_1^T) ... (I - 2 u_r u_r^T)``. With ``apply_GS`` the columns are first made orthonormal
+(Gram-Schmidt).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gguflora.quants.arrays import Float64Array, Indices
 
 
 def read_hra(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
-    """The change of every adapted weight."""
+    """Read the delta of every adapted weight."""
     deltas = {}
     for module, parts in by_module(config, tensors, ["hra_u"]).items():
         (vectors,) = take(config, module, parts, "hra_u")
@@ -29,7 +29,7 @@ def read_hra(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Shap
         lengths = np.linalg.norm(u, axis=0)
         if not lengths.all():
             raise AdapterError(
-                f"{config.path.parent}: module {module!r}: a column of hra_u is 0, which has no direction"
+                f"{config.path.parent}: module {module!r}: a column of hra_u is 0, expected vectors with a direction"
             )
         u = u / lengths
         function = partial(_reflect_once, np.linalg.qr(u)[0]) if config.flag("apply_GS") else partial(_reflect, u)
@@ -45,6 +45,6 @@ def _reflect(u: Float64Array, w: Float64Array, rows: Indices) -> Float64Array:
 
 
 def _reflect_once(q: Float64Array, w: Float64Array, rows: Indices) -> Float64Array:
-    """All reflections at once: they commute where the columns of q are orthonormal."""
+    """Apply all reflections at once, which is equivalent because the columns of q are orthonormal."""
     delta: Float64Array = -2 * (w @ q) @ q.T
     return delta

@@ -1,7 +1,7 @@
 """IA3: rows or columns of the weight times learned numbers (https://arxiv.org/abs/2205.05638; ``peft.tuners.ia3``).
 
-Tensor of a module: ``ia3_l`` (n_out, 1) for ``W' = l * W`` and ``b' = l * b``, or, of a module that matches
-``feedforward_modules``, (1, n_in) for ``W' = W * l``. Conv1D has the same.
+Tensor of a module: ``ia3_l`` (n_out, 1) for ``W' = l * W`` and ``b' = l * b``; for a module that matches
+``feedforward_modules``, (1, n_in) for ``W' = W * l``. The same holds for Conv1D.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gguflora.quants.arrays import Float64Array, Indices
 
 
 def read_ia3(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
-    """The change of every adapted weight, and of its bias if it has one."""
+    """Read the delta of every adapted weight, and of its bias if the base has one."""
     deltas = {}
     for module, parts in by_module(config, tensors, ["ia3_l"]).items():
         (scale,) = take(config, module, parts, "ia3_l")

@@ -1,4 +1,4 @@
-"""The names of an adapter's tensors: ``base_model.model.<module>.<part>[.<adapter>][.weight|.bias]``."""
+"""Parse the names of an adapter's tensors: ``base_model.model.<module>.<part>[.<adapter>][.weight|.bias]``."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ Parts = dict[str, Array]
 
 
 def by_module(config: PeftConfig, tensors: Mapping[str, Array], parts: Collection[str]) -> dict[str, Parts]:
-    """A method's tensors by module and part.
+    """Group the tensors of a method by module and part.
 
     Args:
-        config: of the adapter, for messages.
-        tensors: all of them must be parts of modules.
-        parts: names of the method's parts, such as ``lora_A``. A part's bias is listed as ``<part>.bias``.
+        config: configuration of the adapter, for messages.
+        tensors: the tensors by name; each must be a part of a module.
+        parts: names of the method's parts, such as ``lora_A``.
+
+    Returns:
+        The parts of each module by name. The bias of a part is named ``<part>.bias``.
 
     Raises:
-        UnsupportedAdapterError: if a tensor is none of the parts.
+        UnsupportedAdapterError: if a tensor is not one of the parts.
         AdapterError: if a module has a part twice (the file holds two adapters).
     """
     names = "|".join(sorted(map(re.escape, parts), key=len, reverse=True))
@@ -33,20 +36,20 @@ def by_module(config: PeftConfig, tensors: Mapping[str, Array], parts: Collectio
         rf"(?:{re.escape(PREFIX)})?(?P<module>.+?)\.(?P<part>{names})(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<kind>weight|bias))?"
     )
     modules: dict[str, Parts] = {}
-    strangers = []
+    unknown_keys = []
     for key, tensor in tensors.items():
-        found = key_pattern.fullmatch(key)
-        if found is None:
-            strangers.append(key)
+        match = key_pattern.fullmatch(key)
+        if match is None:
+            unknown_keys.append(key)
             continue
-        part = f"{found['part']}.bias" if found["kind"] == "bias" else found["part"]
-        if part in modules.setdefault(found["module"], {}):
-            raise AdapterError(f"{config.path.parent}: module {found['module']!r} has more than one {part}")
-        modules[found["module"]][part] = tensor
-    if strangers:
+        part = f"{match['part']}.bias" if match["kind"] == "bias" else match["part"]
+        if part in modules.setdefault(match["module"], {}):
+            raise AdapterError(f"{config.path.parent}: module {match['module']!r} has more than one {part}")
+        modules[match["module"]][part] = tensor
+    if unknown_keys:
         raise UnsupportedAdapterError(
-            f"{config.path.parent}: cannot place {len(strangers)} of {len(tensors)} tensors of a {config.peft_type} "
-            f"adapter: {listed(strangers)}"
+            f"{config.path.parent}: cannot place {len(unknown_keys)} of {len(tensors)} tensors of a {config.peft_type} "
+            f"adapter: {listed(unknown_keys)}"
         )
     return modules
 
@@ -54,30 +57,33 @@ def by_module(config: PeftConfig, tensors: Mapping[str, Array], parts: Collectio
 def split_shared(
     config: PeftConfig, tensors: Mapping[str, Array], names: Collection[str]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The tensors that all modules share, ``base_model.<name>[.<adapter>]``, by name; and the others.
+    """Split off the tensors that all modules share, ``base_model.<name>[.<adapter>]``.
+
+    Returns:
+        The shared tensors by ``<name>``, and the other tensors by their key.
 
     Raises:
-        AdapterError: if one is there twice (the file holds two adapters).
+        AdapterError: if a shared tensor occurs twice (the file holds two adapters).
     """
     key_pattern = re.compile(rf"(?:{re.escape(SHARED_PREFIX)})?({'|'.join(map(re.escape, names))})(?:\.[^.]+)?")
     shared: dict[str, Array] = {}
     others = {}
     for key, tensor in tensors.items():
-        found = key_pattern.fullmatch(key)
-        if found is None:
+        match = key_pattern.fullmatch(key)
+        if match is None:
             others[key] = tensor
-        elif found[1] in shared:
-            raise AdapterError(f"{config.path.parent}: has more than one {found[1]}")
+        elif match[1] in shared:
+            raise AdapterError(f"{config.path.parent}: has more than one {match[1]}")
         else:
-            shared[found[1]] = tensor
+            shared[match[1]] = tensor
     return shared, others
 
 
 def take(config: PeftConfig, module: str, parts: Parts, *names: str) -> list[Array]:
-    """The named parts of a module, which must be all it has.
+    """Return the named parts of a module, and check that it has no others.
 
     Raises:
-        AdapterError: if one is missing, or there are others.
+        AdapterError: if a part is missing, or there are other parts.
     """
     where = f"{config.path.parent}: module {module!r}"
     missing = [name for name in names if name not in parts]
@@ -85,18 +91,18 @@ def take(config: PeftConfig, module: str, parts: Parts, *names: str) -> list[Arr
         raise AdapterError(f"{where} has no {missing[0]} (it has {listed(list(parts))}); the adapter is incomplete")
     others = [name for name in parts if name not in names]
     if others:
-        raise UnsupportedAdapterError(f"{where} has {listed(others)} besides {', '.join(names)}")
+        raise UnsupportedAdapterError(f"{where} has {listed(others)}, expected only {', '.join(names)}")
     return [parts[name] for name in names]
 
 
 def expect(config: PeftConfig, module: str, name: str, array: Array, shape: tuple[int | None, ...]) -> Array:
-    """The array itself, if it holds floating-point numbers and has the shape; None stands for any size.
+    """Check that an array holds floats and has a shape, and return it. None in the shape stands for any size.
 
     Raises:
-        AdapterError: if not.
+        AdapterError: if it does not.
     """
     fits = len(array.shape) == len(shape) and all(
-        size in {None, found} for size, found in zip(shape, array.shape, strict=True)
+        expected in {None, size} for expected, size in zip(shape, array.shape, strict=True)
     )
     if not fits or not is_float(array):
         sizes = ", ".join("n" if size is None else str(size) for size in shape)

@@ -1,4 +1,4 @@
-"""LN tuning: trained norms in the place of the base's (https://arxiv.org/abs/2312.11420; ``peft.tuners.ln_tuning``).
+"""LN tuning: trained norms replace the base's (https://arxiv.org/abs/2312.11420; ``peft.tuners.ln_tuning``).
 
 Tensors of a module: ``ln_tuning_layers.weight`` and ``.bias``, (n,) each.
 """
@@ -16,7 +16,7 @@ _PART = "ln_tuning_layers"
 
 
 def read_ln_tuning(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Replace]:
-    """The new values of every trained norm."""
+    """Read the new values of every trained norm."""
     deltas = {}
     for module, parts in by_module(config, tensors, [_PART]).items():
         for part, values in parts.items():

@@ -1,8 +1,8 @@
-"""LOKR: ``W + scaling * kron(w1, w2)`` (https://arxiv.org/abs/2212.10650, https://arxiv.org/abs/2309.14859).
+"""LOKR: ``W' = W + scaling * kron(w1, w2)`` (https://arxiv.org/abs/2212.10650, https://arxiv.org/abs/2309.14859).
 
-Each of w1 and w2 is saved whole (``lokr_w1``, ``lokr_w2``) or as two factors of rank r (``lokr_w1_a``, ``lokr_w1_b``,
-...); scaling is alpha / r in either case. The Kronecker product of products is the product of Kronecker products, so
-factors of w1 and w2 (one of them the identity, where a matrix is whole) make factors of the change.
+Each of w1 and w2 is stored whole (``lokr_w1``, ``lokr_w2``) or as two factors of rank r (``lokr_w1_a``, ``lokr_w1_b``,
+...); scaling is alpha / r in either case. As kron(A B, C D) = kron(A, C) kron(B, D), the delta has the Kronecker
+products of the factors of w1 and w2 as its factors; a whole matrix is the product of itself and the identity.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _NOTHING: Final = np.zeros(0)
 
 
 def read_lokr(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta]:
-    """The change of every adapted weight."""
+    """Read the delta of every adapted weight."""
     deltas: dict[str, Delta] = {}
     for module, parts in by_module(config, tensors, (*_PARTS, _CORE)).items():
-        ranks = [part.shape[int(name.endswith("_a") and _CORE not in parts)] for name, part in _pairs(parts)]
+        ranks = [part.shape[int(name.endswith("_a") and _CORE not in parts)] for name, part in _stored_factors(parts)]
         rank = config.rank(module, ranks[0] if ranks else 0)
         scaling = config.for_module("alpha", "alpha_pattern", module, 8) / rank
         convolution = _convolution(config, module, parts, rank)
@@ -44,13 +44,13 @@ def read_lokr(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Del
     return deltas
 
 
-def _pairs(parts: Parts) -> list[tuple[str, Array]]:
-    """The factors of w1 and w2, which are of the adapter's rank."""
+def _stored_factors(parts: Parts) -> list[tuple[str, Array]]:
+    """Return the stored factors of w1 and w2, from whose shapes the rank follows."""
     return [(name, part) for name, part in parts.items() if name.endswith(("_a", "_b")) and part.ndim == 2]
 
 
 def _convolution(config: PeftConfig, module: str, parts: Parts, rank: int) -> Float64Array | None:
-    """w2 of a convolution (n_out, inputs of a group, kernel..), taken from the parts; None if it is a matrix."""
+    """Remove w2 of a convolution, (n_out, inputs of a group, kernel..), from the parts; None if it is a matrix."""
     if _CORE in parts:
         a, b = parts.pop("lokr_w2_a", _NOTHING), parts.pop("lokr_w2_b", _NOTHING)
         return from_core(config, module, rank, parts.pop(_CORE), a, b)
@@ -61,21 +61,21 @@ def _convolution(config: PeftConfig, module: str, parts: Parts, rank: int) -> Fl
 
 
 def _kernelwise(w1: Float64Array, w2: Float64Array) -> Float64Array:
-    """w1 as PEFT's make_kron has it: with a kernel of one point, but only beside a kernel of two dimensions."""
+    """Add kernel axes of size 1 to w1 if the kernel of w2 has two dimensions, as PEFT's make_kron does."""
     return w1[:, :, None, None] if w2.ndim == 4 else w1
 
 
 def _factors(config: PeftConfig, module: str, parts: Parts, name: str) -> tuple[Float64Array, Float64Array]:
-    """Two matrices whose product is ``name``, of the lowest rank that is known."""
+    """Return two matrices whose product is ``name``, with the lowest inner dimension possible."""
     pair = f"{name}_a", f"{name}_b"
-    found = [part for part in (name, *pair) if part in parts]
-    if found == [name]:
+    stored = [part for part in (name, *pair) if part in parts]
+    if stored == [name]:
         whole = as_float64(expect(config, module, name, parts[name], (None, None)))
         n_out, n_in = whole.shape
         return (np.eye(n_out), whole) if n_out < n_in else (whole, np.eye(n_in))
-    if found != list(pair):
+    if stored != list(pair):
         raise AdapterError(
-            f"{config.path.parent}: module {module!r} has {listed(found) or 'nothing'}, expected {name} or {pair[0]} "
+            f"{config.path.parent}: module {module!r} has {listed(stored) or 'nothing'}, expected {name} or {pair[0]} "
             f"and {pair[1]}"
         )
     left: Array = expect(config, module, pair[0], parts[pair[0]], (None, None))

@@ -1,8 +1,8 @@
-"""LoRA variants that store a narrower factor than they multiply with.
+"""LoRA variants whose stored factors are narrower than the matrices they stand for.
 
-BD-LoRA (``use_bdlora``; PEFT: tuners/lora/variants.py) keeps A or B block-diagonal and stores its blocks on top of each
-other, (r, n_in / n) or (n_out, r / n). QA-LoRA (``use_qalora``; https://arxiv.org/abs/2309.14717) gives A the means of
-groups of g inputs, times the number of groups, so A is (r, n_in / g).
+BD-LoRA (``use_bdlora``; PEFT: tuners/lora/variants.py) has a block-diagonal A or B with n blocks, which are stored on
+top of each other, (r, n_in / n) or (n_out, r / n). In QA-LoRA (``use_qalora``; https://arxiv.org/abs/2309.14717) the
+inputs of A are the means of groups of g inputs, times the number of groups, so A is (r, n_in / g).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from gguflora.files.safetensors import Array
 
 
 def with_blocks(config: PeftConfig, module: str, a: Array, b: Array) -> tuple[Array, Array]:
-    """A and B as matrices, where one of them is block-diagonal.
+    """Return A and B, with the blocks of a block-diagonal one put on its diagonal.
 
     Raises:
-        AdapterError: if the blocks cannot be told apart.
+        AdapterError: if the stored factor cannot be divided into the configured number of blocks.
     """
     options = config.fields.get("use_bdlora")
     if not options:
@@ -57,8 +57,11 @@ def _diagonal(config: PeftConfig, module: str, stored: Array, n_blocks: int) -> 
 
 
 def with_pooling(config: PeftConfig, delta: LowRank) -> ShapeDependentDelta:
-    """The change whose A stands for groups of inputs, or for single ones in layers that PEFT does not quantize."""
-    group = config.integer("qalora_group_size", 16, least=1)
+    """Return the delta with A expanded from groups of inputs to inputs.
+
+    A module that PEFT has not quantized has an ordinary A, which stays unchanged.
+    """
+    group = config.integer("qalora_group_size", 16, minimum=1)
     return ShapeDependentDelta((delta.shape[0], None), partial(_pooled, delta, group))
 
 

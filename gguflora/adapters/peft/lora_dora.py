@@ -1,11 +1,11 @@
-"""DoRA: LoRA with the length of each row of the weight learned apart (https://arxiv.org/abs/2402.09353).
+"""DoRA: LoRA with a learned norm for each row of the weight (https://arxiv.org/abs/2402.09353).
 
-Besides LoRA's factors a module has ``lora_magnitude_vector`` m, (n_out,) of a linear layer, (width,) of an embedding.
-With ``V = W + scaling * B A`` it is ``W' = m / |V| * V``, where |V| holds the L2 norms of V's rows; of an embedding,
-whose rows are tokens, those of its columns (``peft.tuners.lora.variants``).
+In addition to LoRA's factors a module has ``lora_magnitude_vector`` m: (n_out,) for a linear layer, (width,) for an
+embedding. With ``V = W + scaling * B A``, ``W' = m / |V| * V``, where |V| holds the L2 norms of V's rows, for an
+embedding those of its columns (``peft.tuners.lora.variants``).
 
-At scale s the weight is ``W + s (W' - W)``. PEFT's ``set_scale`` scales ``scaling`` within V instead, which leaves the
-magnitudes as they are and does not come back to W at scale 0.
+At scale s the weight is ``W + s (W' - W)``. PEFT's ``set_scale`` changes ``scaling`` in V instead, which does not
+change the magnitudes and does not give W at scale 0.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from gguflora.quants.arrays import Float64Array, Indices
 def with_magnitude(
     config: PeftConfig, module: str, delta: Delta, magnitude: Array, *, embedding: bool = False
 ) -> FunctionDelta:
-    """The change of a weight by its low-rank change and its magnitudes.
+    """Return the delta of a weight with DoRA.
 
     Args:
-        config: of the adapter, for messages.
-        module: the same.
-        delta: ``scaling * B A``, for PiSSA and OLoRA without their start.
-        magnitude: (n_out,), or (n_in,) of an embedding's weight (rows, width).
+        config: configuration of the adapter, for messages.
+        module: name of the module, for messages.
+        delta: ``scaling * B A``; for PiSSA and OLoRA minus the initial factors.
+        magnitude: the magnitudes, (n_out,), or (width,) for an embedding (rows, width).
         embedding: whether the module is an embedding.
     """
     expect(config, module, "lora_magnitude_vector", magnitude, (delta.shape[int(embedding)],))

@@ -1,9 +1,9 @@
-"""PiSSA and OLoRA: LoRA that starts from a part of the base's weight, and is trained on the rest of it.
+"""PiSSA and OLoRA: LoRA whose initial factors are a part of the base's weight, which is subtracted from it.
 
-An adapter saved without ``path_initial_model_for_weight_conversion`` holds the trained factors only, so the start is
-rebuilt from the base: ``W' = W - start + scaling * B A`` (``peft.tuners.lora.layer``). The start is the sum of the r
-largest singular triplets of W (PiSSA, https://arxiv.org/abs/2404.02948), or ``scaling * Q R`` of the first r columns
-and rows of its QR decomposition (OLoRA, https://arxiv.org/abs/2406.01775).
+An adapter saved without ``path_initial_model_for_weight_conversion`` holds only the trained factors, so the initial
+part is recomputed from the base: ``W' = W - initial + scaling * B A`` (``peft.tuners.lora.layer``). It is the sum of
+the r largest singular triplets of W (PiSSA, https://arxiv.org/abs/2404.02948), or ``scaling * Q R`` with the first r
+columns and rows of W's QR decomposition (OLoRA, https://arxiv.org/abs/2406.01775).
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from gguflora.adapters.deltas import FunctionDelta, LowRank
 from gguflora.adapters.numerics.spectrum import CAUTION, largest
 from gguflora.quants.arrays import Float64Array, Indices
 
-STARTS: Final = ("pissa", "olora")
-"""``init_lora_weights`` whose start is a function of the base's weight alone (``pissa_niter_N`` is random, too)."""
+INITIALIZATIONS: Final = ("pissa", "olora")
+"""Values of ``init_lora_weights`` that depend only on the base's weight; ``pissa_niter_N`` is random as well."""
 
 
-def without_start(delta: LowRank, start: str) -> FunctionDelta:
-    """The change of a weight that was trained without its start.
+def subtract_initial(delta: LowRank, initialization: str) -> FunctionDelta:
+    """Return a low-rank delta minus the initial part of the weight.
 
     Args:
         delta: ``scaling * B A``.
-        start: one of `STARTS`.
+        initialization: one of `INITIALIZATIONS`.
     """
-    function = _without_largest if start == "pissa" else _without_first
+    function = _without_largest if initialization == "pissa" else _without_first
     return FunctionDelta(delta.shape, partial(function, delta), whole=True, caution=CAUTION)
 
 
@@ -38,5 +38,5 @@ def _without_largest(delta: LowRank, w: Float64Array, rows: Indices) -> Float64A
 
 def _without_first(delta: LowRank, w: Float64Array, rows: Indices) -> Float64Array:
     q, r = np.linalg.qr(w)
-    start: Float64Array = delta.scaling * (q[:, : delta.rank] @ r[: delta.rank])
-    return delta.compute(w, rows) - start
+    initial: Float64Array = delta.scaling * (q[:, : delta.rank] @ r[: delta.rank])
+    return delta.compute(w, rows) - initial

@@ -1,7 +1,7 @@
-"""KaSA: the smallest singular triplets of the weight replaced by a low-rank change (https://arxiv.org/abs/2412.06071).
+"""KaSA: the smallest singular triplets of the weight replaced by a low-rank matrix (https://arxiv.org/abs/2412.06071).
 
-LORA with ``kasa_config``: besides LoRA's factors a module has ``lora_diag`` (r,), and ``W' = (W without its r smallest
-singular triplets) + scaling * B diag(lora_diag) A`` (``peft.tuners.lora.variants``, ``KasaLinearVariant``).
+LORA with ``kasa_config``: in addition to LoRA's factors a module has ``lora_diag`` (r,). ``W' = (W without its r
+smallest singular triplets) + scaling * B diag(lora_diag) A`` (``peft.tuners.lora.variants``, ``KasaLinearVariant``).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from gguflora.quants.arrays import Float64Array, Indices
 
 
 def with_diagonal(config: PeftConfig, module: str, delta: LowRank, diagonal: Array) -> FunctionDelta:
-    """The change of a weight by its low-rank factors and what is put between them.
+    """Return the delta of a weight with KaSA.
 
     Args:
-        config: of the adapter, for messages.
-        module: the same.
+        config: configuration of the adapter, for messages.
+        module: name of the module, for messages.
         delta: ``scaling * B A``.
-        diagonal: (r,).
+        diagonal: diagonal of the matrix between B and A, (r,).
     """
     expect(config, module, "lora_diag", diagonal, (delta.rank,))
     scaled = LowRank(delta.a, as_float64(delta.b) * as_float64(diagonal), delta.scaling)

@@ -1,4 +1,4 @@
-"""What LORA multiplies the product of its factors with."""
+"""LoRA's scaling, by which the product of the factors is multiplied."""
 
 from __future__ import annotations
 

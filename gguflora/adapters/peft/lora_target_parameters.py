@@ -1,13 +1,13 @@
 """LORA on parameters instead of modules (``target_parameters``): the stacked experts of a layer.
 
 PEFT (tuners/lora/layer.py, ParamWrapper) wraps a module once for each of its adapted parameters, in the order in which
-it holds them, so the factors of ``experts.gate_up_proj`` and ``experts.down_proj`` are named
-``experts.base_layer.lora_A`` and ``experts.lora_A``. Of E experts, A (r E, n_in) has the rows of one expert together,
-B (n_out, r E) the columns of one term. Expert e's change is named ``<parameter>.<e>`` and laid out like any linear
-layer's, in whatever order the model holds its parameter.
+they are registered, so the factors of ``experts.gate_up_proj`` and ``experts.down_proj`` are named
+``experts.base_layer.lora_A`` and ``experts.lora_A``. For E experts, A is (r E, n_in) with the rows of each expert
+together, and B is (n_out, r E) with the columns of each rank-one term together. The delta of expert e is named
+``<parameter>.<e>`` and has the orientation (n_out, n_in), even if the model stores the parameter transposed.
 
-Before PEFT 0.18 A lay on the parameter's second dimension and B on its third, which for parameters of shape (E, n_out,
-n_in) is the other way round; the base's shape tells.
+Before PEFT 0.18 A belonged to the parameter's second dimension and B to its third, which exchanges them for parameters
+of shape (E, n_out, n_in). The base's shape shows which case applies.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ORDER: Final = (
 
 
 def split_wrapped(config: PeftConfig, modules: Mapping[str, Parts]) -> tuple[dict[str, Parts], dict[str, Parts]]:
-    """The parts of wrapped parameters, by the parameter's name; and those of modules.
+    """Split parts into those of parameters, by the parameter's name, and those of modules.
 
     Raises:
         AdapterError: if a module is not wrapped as often as the configuration says.
@@ -67,7 +67,7 @@ def split_wrapped(config: PeftConfig, modules: Mapping[str, Parts]) -> tuple[dic
 
 
 def _parameters_of(config: PeftConfig, owner: str) -> list[str]:
-    """The adapted parameters of a module, in the order in which it holds them."""
+    """Return the adapted parameters of a module, in the order in which they are registered."""
     targets = config.fields.get("target_parameters") or []
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise config.error("target_parameters", "a list of parameter names", targets)
@@ -79,14 +79,14 @@ def _parameters_of(config: PeftConfig, owner: str) -> list[str]:
     unknown = [name for name in found if name not in _ORDER]
     if len(found) > 1 and unknown:
         raise UnsupportedAdapterError(
-            f"{config.path}: target_parameters names {listed(found)} of one module; in which order it holds "
-            f"{listed(unknown)} is not known"
+            f"{config.path}: target_parameters names {listed(found)} of one module; the order of {listed(unknown)} in "
+            "the module is not known"
         )
     return sorted(found, key=_ORDER.index) if len(found) > 1 else list(found)
 
 
 def _may_hold(config: PeftConfig, owner: str, parameter: str) -> bool:
-    """Whether a parameter's name without a module's may mean one of this module, which is not adapted itself."""
+    """Whether a parameter that is named without a module may belong to this one, which must not be adapted itself."""
     targets = config.fields.get("target_modules") or []
     if isinstance(targets, list) and any(isinstance(target, str) and _ends(owner, target) for target in targets):
         return False
@@ -98,7 +98,7 @@ def _ends(module: str, name: str) -> bool:
 
 
 def read_parameter(config: PeftConfig, parameter: str, parts: Parts) -> dict[str, Delta | ShapeDependentDelta]:
-    """The change of a parameter, or of each expert's part of it.
+    """Read the delta of a parameter, or of each expert in it.
 
     Raises:
         AdapterError: if the factors do not have the configured rank.
@@ -116,19 +116,21 @@ def read_parameter(config: PeftConfig, parameter: str, parts: Parts) -> dict[str
     n_experts = terms // rank
     if n_experts == 1:
         return {parameter: LowRank(a, b, scaling)}
-    of_a, of_b = a.reshape(n_experts, rank, -1), b.reshape(-1, rank, n_experts)
+    experts_a, experts_b = a.reshape(n_experts, rank, -1), b.reshape(-1, rank, n_experts)
     return {
         f"{parameter}.{e}": ShapeDependentDelta(
-            (None, None), partial(_of_expert, config, parameter, of_a[e], of_b[..., e], scaling)
+            (None, None), partial(_build_expert, config, parameter, experts_a[e], experts_b[..., e], scaling)
         )
         for e in range(n_experts)
     }
 
 
-def _of_expert(config: PeftConfig, parameter: str, a: Array, b: Array, scaling: float, shape: tuple[int, int]) -> Delta:
+def _build_expert(
+    config: PeftConfig, parameter: str, a: Array, b: Array, scaling: float, shape: tuple[int, int]
+) -> Delta:
     if (b.shape[0], a.shape[1]) == shape:
         return LowRank(a, b, scaling)
-    if (a.shape[1], b.shape[0]) == shape:  # of a PEFT before 0.18
+    if (a.shape[1], b.shape[0]) == shape:  # written before PEFT 0.18
         return LowRank(np.ascontiguousarray(b.T), np.ascontiguousarray(a.T), scaling)
     raise AdapterError(
         f"{config.path.parent}: parameter {parameter!r}: one expert's A is {a.shape} and B is {b.shape}, which do not "

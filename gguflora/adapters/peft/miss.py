@@ -1,7 +1,7 @@
 """MISS: one row of numbers added to every r-th column (https://arxiv.org/abs/2409.15371; PEFT: tuners/miss/layer.py).
 
-``W + M^T A`` with ``A[k, j] = 1`` where ``j mod r = k``. A module has ``miss_block``, M (r, n_out); with
-``init_weights`` "mini" only its first ``mini_r`` columns, which are repeated.
+``W' = W + M^T A`` with ``A[k, j] = 1`` where ``j mod r = k``. A module has ``miss_block``, M (r, n_out). With
+``init_weights`` "mini" only the first ``mini_r`` columns are stored, and repeated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gguflora.files.safetensors import Array
 
 
 def read_miss(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta | ShapeDependentDelta]:
-    """The change of every adapted weight."""
+    """Read the delta of every adapted weight."""
     kind = config.fields.get("init_weights")
     if kind == "bat":
         return read_bat(config, tensors)

@@ -1,8 +1,7 @@
-"""The order in which a Hugging Face model holds its modules.
+"""The order in which a Hugging Face model registers its modules.
 
-Methods that number the adapted modules (TINYLORA) or deal numbers out to them one after the other (UNILORA) depend on
-it, but safetensors files are sorted by other criteria. The order is stated once for all architectures: in none of those
-that transformers has do two modules stand the other way round.
+TINYLORA, which numbers the adapted modules, depends on it, but safetensors files are sorted differently. One order
+serves all architectures: no two modules have opposite orders in two architectures of transformers.
 """
 
 from __future__ import annotations
@@ -53,15 +52,15 @@ _POOLER: Final = "pooler.dense"
 
 
 def in_order(config: PeftConfig, modules: list[str]) -> list[str]:
-    """Modules in the order in which the model holds them.
+    """Return modules in the order in which the model registers them.
 
     Raises:
-        UnsupportedAdapterError: if the place of one is not known.
+        UnsupportedAdapterError: if the position of a module is not known.
     """
-    return sorted(modules, key=lambda module: _place(config, module))
+    return sorted(modules, key=lambda module: _sort_key(config, module))
 
 
-def _place(config: PeftConfig, module: str) -> tuple[int, ...]:
+def _sort_key(config: PeftConfig, module: str) -> tuple[int, ...]:
     found, leaf = _BLOCK.fullmatch(module), module.rpartition(".")[2]
     if found is None and leaf in _EMBEDDINGS:
         return 0, _EMBEDDINGS.index(leaf)
@@ -78,6 +77,6 @@ def _place(config: PeftConfig, module: str) -> tuple[int, ...]:
             expert = next((int(step) for step in steps if step.isdecimal()), 0)
             return 1, int(found["block"]), part, within, expert, _LEAVES.index(leaf)
     raise UnsupportedAdapterError(
-        f"{config.path.parent}: {config.peft_type} depends on the order of the model's modules, and the place of "
+        f"{config.path.parent}: {config.peft_type} depends on the order of the model's modules; that of "
         f"{module!r} is not known; merge it with PEFT"
     )

@@ -26,14 +26,14 @@ from gguflora.quants.arrays import Float64Array, Indices
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Rotation:
-    """R before it is computed.
+    """The parameters from which R is computed.
 
     Attributes:
-        triangles: (blocks, b (b - 1) / 2).
-        size: b.
-        terms: of Neumann's series; None for the exact inverse.
-        bound: of the norm of each block's Q, None for no bound.
-        inverse: whether it is R^T that the weight is multiplied with on the right.
+        triangles: upper triangles of Q, (blocks, b (b - 1) / 2).
+        size: block size b.
+        terms: number of terms of the Neumann series; None for the exact inverse.
+        bound: upper bound for the norm of each block's Q; None for no bound.
+        inverse: whether ``W' = W R^T``; otherwise ``W' = W R``.
     """
 
     triangles: Array
@@ -44,22 +44,22 @@ class _Rotation:
 
 
 def read_oft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
-    """The change of every adapted weight."""
+    """Read the delta of every adapted weight."""
     deltas = {}
     for module, parts in by_module(config, tensors, ["oft_R", "oft_embedding_R"]).items():
         name = "oft_embedding_R" if "oft_embedding_R" in parts else "oft_R"
         (triangles,) = take(config, module, parts, name)
         expect(config, module, name, triangles, (None, None))
-        deltas[f"{module}.weight"] = _unsized(config, module, triangles, inverse=name == "oft_R")
+        deltas[f"{module}.weight"] = _with_shape(config, module, triangles, inverse=name == "oft_R")
     return deltas
 
 
-def _unsized(config: PeftConfig, module: str, triangles: Array, *, inverse: bool) -> ShapeDependentDelta:
+def _with_shape(config: PeftConfig, module: str, triangles: Array, *, inverse: bool) -> ShapeDependentDelta:
     where = f"{config.path.parent}: module {module!r}"
     blocks, elements = triangles.shape
     size = (1 + math.isqrt(1 + 8 * elements)) // 2
     if size * (size - 1) // 2 != elements:
-        raise AdapterError(f"{where}: oft_R has rows of {elements} numbers, which are no triangle of a matrix")
+        raise AdapterError(f"{where}: oft_R has rows of {elements} numbers, expected a triangle of a square matrix")
     neumann = config.fields.get("use_cayley_neumann") in {None, True}
     rotation = _Rotation(
         triangles,
@@ -83,7 +83,7 @@ def _rotate(rotation: _Rotation, w: Float64Array, rows: Indices) -> Float64Array
     return rotate_columns(w, _blocks(rotation)) - w
 
 
-@lru_cache(maxsize=4)  # for the next rows of the same weight
+@lru_cache(maxsize=4)  # reused for the next rows of the same weight
 def _blocks(rotation: _Rotation) -> Float64Array:
     triangles, size = as_float64(rotation.triangles), rotation.size
     skew = np.zeros((len(triangles), size, size))

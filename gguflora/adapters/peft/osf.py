@@ -22,7 +22,7 @@ _PARTS: Final = tuple(f"osf_svd_params.{name}" for name in ("U_low", "S_low", "V
 
 
 def read_osf(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, FunctionDelta]:
-    """The change of every adapted weight."""
+    """Read the delta of every adapted weight."""
     deltas = {}
     for module, parts in by_module(config, tensors, _PARTS).items():
         u, s, v = take(config, module, parts, *_PARTS)
@@ -31,7 +31,9 @@ def read_osf(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Func
         expect(config, module, _PARTS[2], v, (len(s), None))
         shape = len(u), v.shape[1]
         if len(s) > min(shape):
-            raise AdapterError(f"{config.path.parent}: module {module!r}: {len(s)} triplets of a weight {shape}")
+            raise AdapterError(
+                f"{config.path.parent}: module {module!r} has {len(s)} singular triplets, but a weight of shape {shape}"
+            )
         deltas[f"{module}.weight"] = FunctionDelta(shape, partial(_replace, u, s, v), whole=True, caution=CAUTION)
     return deltas
 

@@ -1,9 +1,9 @@
-"""PEANuT: a small network of the weight's columns added to it (https://arxiv.org/abs/2410.01870).
+"""PEANuT: the delta is a small neural network of the weight's columns (https://arxiv.org/abs/2410.01870).
 
 Tensors of a module: ``peanut_A.weight`` (r, n_out), ``peanut_encoders.<i>.weight`` and ``peanut_decoders.<i>.weight``
-(r, r) for i < ``depth``, ``peanut_B.weight`` (n_out, r). For each column w of the weight h = f(A w); then the encoders,
-each h = f(E h), then the decoders, each h = f(D h) + the h that the encoder at its mirrored place began with; the
-change of the column is ``scaling * B h`` (``peft.tuners.peanut``).
+(r, r) for i < ``depth``, ``peanut_B.weight`` (n_out, r). For each column w of the weight, h = f(A w). Each encoder E
+computes h = f(E h), then each decoder D computes h = f(D h) + the input of the encoder at the mirrored position. The
+delta of the column is ``scaling * B h`` (``peft.tuners.peanut``).
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ ACTIVATIONS: Final[dict[str, Callable[[Float64Array], Float64Array]]] = {
     "gelu_new": lambda x: x * _sigmoid(np.sqrt(8 / np.pi) * (x + 0.044715 * x**3)),
     "gelu_pytorch_tanh": lambda x: x * _sigmoid(np.sqrt(8 / np.pi) * (x + 0.044715 * x**3)),
 }
-"""What transformers' ``ACT2FN`` has for the names of ``act_fn``."""
+"""Activation functions by the value of ``act_fn``, as in transformers' ``ACT2FN``."""
 
 
 def read_peanut(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
-    """The change of every adapted weight.
+    """Read the delta of every adapted weight.
 
     Raises:
-        UnsupportedAdapterError: for an activation gguflora does not have.
+        UnsupportedAdapterError: for an activation function that gguflora does not implement.
     """
     name = config.fields.get("act_fn", "relu")
     if name not in ACTIVATIONS:

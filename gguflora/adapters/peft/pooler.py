@@ -1,4 +1,4 @@
-"""BERT's pooler: a layer that llama.cpp leaves out, because embeddings are not taken from it."""
+"""BERT's pooler, which GGUF files do not have because llama.cpp does not compute embeddings with it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _POOLER: Final = re.compile(r"(?:.*\.)?pooler\.dense\.(?:weight|bias)")
 
 
 def is_left_out(weight: str) -> bool:
-    """Whether no GGUF model has this weight of the Hugging Face model, nor needs it."""
+    """Whether a Hugging Face weight belongs to the pooler, so that GGUF files do not have it."""
     return _POOLER.fullmatch(weight) is not None
 
 
-def about_pooler(names: Iterable[str]) -> tuple[str, ...]:
-    """What to warn of because of the names of an adapter's tensors."""
+def pooler_warnings(names: Iterable[str]) -> tuple[str, ...]:
+    """Return a warning if tensors of an adapter belong to the pooler, given the names of all tensors."""
     if not any(".pooler.dense." in f".{name}" for name in names):
         return ()
     return ("its changes of pooler.dense are left out: llama.cpp has no pooler",)

@@ -1,10 +1,11 @@
 """RandLoRA: random bases shared by all layers, each with learned factors (https://arxiv.org/abs/2502.00987).
 
-All layers share ``base_model.randlora_A`` (r, 1, widest) and ``base_model.randlora_B`` (longest, bases, r). A module
-has ``randlora_lambda`` l (r, n) and ``randlora_gamma`` g (n, m), m the smaller of n_out and n_in. With
-``A[k, i] = l[k, i] A[k] * g[i]``, its first two dimensions as one, times the first rows and bases of B, its last two
-dimensions as one, the product B A, transposed where n_out < n_in, times ``randlora_alpha / r`` is the change
-(``peft.tuners.randlora``). Without ``save_projection`` A and B are made again from ``projection_prng_key``.
+All layers share ``base_model.randlora_A`` (r, 1, ..) and ``base_model.randlora_B`` (.., bases, r), which are large
+enough for every module. A module has ``randlora_lambda`` l (r, n) and ``randlora_gamma`` g (n, m), where m is the
+smaller of n_out and n_in. Its A is ``A[k, i] = l[k, i] A[k] * g[i]``, with the first two dimensions flattened; its B
+has the first rows and n bases of the shared one, with the last two dimensions flattened. The delta is
+``randlora_alpha / r * B A``, transposed if n_out < n_in (``peft.tuners.randlora``). Without ``save_projection`` the
+shared A and B are regenerated from ``projection_prng_key``.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _OWN = ("randlora_lambda", "randlora_gamma")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Bases:
-    """What the change of one weight is made of."""
+    """The factors and scales of the delta of one weight."""
 
     a: Array
     b: Array
@@ -49,7 +50,7 @@ class _Bases:
 
 
 def read_randlora(config: PeftConfig, tensors: Mapping[str, Array], base: BaseShapes) -> dict[str, Delta]:
-    """The change of every adapted weight."""
+    """Read the delta of every adapted weight."""
     own = {name: tensor for name, tensor in tensors.items() if name not in _SHARED}
     modules = by_module(config, own, [*_OWN, "randlora_A", "randlora_B"])
     shapes = {module: base.shape(f"{module}.weight") for module in modules}
@@ -85,7 +86,7 @@ def _multiply(bases: _Bases, w: Float64Array, rows: Indices) -> Float64Array:
     return _factors(bases).compute(w, rows)
 
 
-@lru_cache(maxsize=2)  # for the next rows of the same weight; each is about as large as the weight
+@lru_cache(maxsize=2)  # reused for the next rows of the same weight; an entry is about as large as the weight
 def _factors(bases: _Bases) -> LowRank:
     scales, columns = as_float64(bases.scales), as_float64(bases.columns)
     a = scales[:, :, None] * as_float64(bases.a[:, :, : columns.shape[1]]) * columns
@@ -95,7 +96,7 @@ def _factors(bases: _Bases) -> LowRank:
 
 
 def _random_bases(config: PeftConfig, rank: int, shapes: list[tuple[int, int]]) -> tuple[Array, Array]:
-    """A and B as PEFT makes them: uniform in bfloat16, or with ``sparse`` or ``very_sparse`` of -1, 0 and 1."""
+    """Generate A and B as PEFT does: uniform in bfloat16, or of -1, 0 and 1 with ``sparse`` or ``very_sparse``."""
     n_out, n_in = (max(sizes) for sizes in zip(*shapes, strict=True))
     low, high = min(n_out, n_in), max(n_out, n_in)
     count = -(-low // rank)
@@ -117,7 +118,7 @@ def _uniform(generator: TorchGenerator, shape: tuple[int, int, int]) -> NDArray[
     """``kaiming_uniform_(torch.empty(shape, dtype=torch.bfloat16), a=sqrt(5))``."""
     bound = 1 / math.sqrt(shape[1] * shape[2])
     values = _bfloat16(generator.uniform(shape, -bound, bound))
-    # torch keeps the upper bound out: what rounds to it becomes the lower one
+    # torch excludes the upper bound: a value that rounds to it becomes the lower bound
     return np.where(values == _bfloat16(np.float64(bound)), -values, values)
 
 
@@ -127,6 +128,6 @@ def _signs(uniform: NDArray[np.float32], sparsity: float) -> NDArray[np.float32]
 
 
 def _bfloat16(values: NDArray[np.float32] | np.float64) -> NDArray[np.float32]:
-    """Rounded to the nearest bfloat16, ties to even, as float32."""
+    """Round to the nearest bfloat16, ties to even, and return float32."""
     bits = np.asarray(values, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)

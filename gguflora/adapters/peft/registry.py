@@ -1,4 +1,4 @@
-"""The methods gguflora reads: one table from the name of a method to its reader."""
+"""The tables of PEFT methods and their readers."""
 
 from __future__ import annotations
 
@@ -78,10 +78,11 @@ READERS: Final[dict[str, Reader]] = {
     "VBLORA": vblora.read_vblora,
     "WAVEFT": waveft.read_waveft,
 }
-"""The PEFT methods gguflora reads, by the ``peft_type`` of their configuration.
+"""Reader of each method, by the ``peft_type`` of the configuration.
 
-A reader gets the tensors of its own method and returns a change for every weight they touch, by the weight's name in
-the Hugging Face model (``model.layers.0.self_attn.q_proj.weight``). What is saved whole beside them is read in `saved`.
+A reader gets the configuration and the tensors of its method. It returns the delta of every adapted weight, by the
+weight's name in the Hugging Face model (``model.layers.0.self_attn.q_proj.weight``). `modules_to_save` reads complete
+weights that are saved with them.
 """
 
 SHAPED_READERS: Final[dict[str, ShapedReader]] = {
@@ -90,4 +91,4 @@ SHAPED_READERS: Final[dict[str, ShapedReader]] = {
     "UNILORA": unilora.read_unilora,
     "VERA": vera.read_vera,
 }
-"""The methods whose change of one weight depends on the shapes of others; their readers ask the base, too."""
+"""Reader of each method in which the delta of a weight depends on the shapes of other weights of the base."""

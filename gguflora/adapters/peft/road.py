@@ -2,9 +2,9 @@
 
 The rows of a weight lie in groups of ``group_size``; row i of a group's first half, y1, and row i of its second half,
 y2, are a pair: ``y1' = c1 y1 - s1 y2`` and ``y2' = c2 y2 + s2 y1``, of the weight and the bias alike, where
-``c = alpha cos(theta)``, ``s = alpha sin(theta)``. Tensors of a module: ``road_theta`` and ``road_alpha``; ``road_1``
-has one of each for a pair, ``road_2`` one for a row, ``road_4`` two for a row: a group's ``group_size`` for c, then as
-many for s.
+``c = alpha cos(theta)``, ``s = alpha sin(theta)``. Tensors of a module: ``road_theta`` and ``road_alpha``, each with
+one number per pair (``road_1``), one per row (``road_2``), or two per row (``road_4``: for each group first all numbers
+for c, then all for s).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array
 from gguflora.quants.arrays import Float64Array, Indices
 
-# parameters for a row
+# numbers per row
 _VARIANTS: Final = {"road_1": 0.5, "road_2": 1, "road_4": 2}
 
 
 def read_road(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
-    """The change of every adapted weight, and of its bias if it has one."""
+    """Read the delta of every adapted weight, and of its bias if the base has one."""
     variant, group = config.fields.get("variant", "road_1"), config.number("group_size", 64)
     if variant not in _VARIANTS:
         raise config.error("variant", "one of " + ", ".join(_VARIANTS), variant)
@@ -41,8 +41,8 @@ def read_road(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Sha
         n_out = int(len(theta) / _VARIANTS[variant])
         if n_out % group or n_out * _VARIANTS[variant] != len(theta):
             raise AdapterError(
-                f"{config.path.parent}: module {module!r}: road_theta has {len(theta)} numbers, which groups of "
-                f"{group:g} rows cannot share"
+                f"{config.path.parent}: module {module!r}: road_theta has {len(theta)} numbers, which cannot be "
+                f"divided among groups of {group:g} rows"
             )
         function = partial(_rotate, *_columns(variant, int(group), as_float64(theta), as_float64(alpha)), int(group))
         deltas[f"{module}.weight"] = ShapeDependentDelta.formula((n_out, None), function, whole=True)
@@ -51,7 +51,7 @@ def read_road(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Sha
 
 
 def _columns(variant: str, group: int, theta: Float64Array, alpha: Float64Array) -> tuple[Float64Array, Float64Array]:
-    """C and s of every row."""
+    """Return c and s of every row, as columns."""
     c, s = alpha * np.cos(theta), alpha * np.sin(theta)
     if variant == "road_1":
         c, s = (np.repeat(part.reshape(-1, 1, group // 2), 2, axis=1) for part in (c, s))

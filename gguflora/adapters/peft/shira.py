@@ -1,6 +1,6 @@
-"""SHiRA: some of the weight's elements changed (https://arxiv.org/abs/2406.13175; ``peft.tuners.shira``).
+"""SHiRA: numbers added to some of the weight's elements (https://arxiv.org/abs/2406.13175; ``peft.tuners.shira``).
 
-Tensors of a module: ``shira_indices`` (2, n), rows and columns, and ``shira_weight`` (n,), what is added there.
+Tensors of a module: ``shira_indices`` (2, n), rows and columns, and ``shira_weight`` (n,), the numbers to add there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gguflora.files.safetensors import Array
 
 
 def read_shira(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
-    """The change of every adapted weight."""
+    """Read the delta of every adapted weight."""
     deltas = {}
     for module, parts in by_module(config, tensors, ["shira_indices", "shira_weight"]).items():
         indices, values = take(config, module, parts, "shira_indices", "shira_weight")

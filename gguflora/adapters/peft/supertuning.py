@@ -1,11 +1,11 @@
-"""Super-tuning: some of the weight's elements changed, in "Supra" a low-rank change added (https://arxiv.org/abs/2607.09287).
+"""Super-tuning: numbers added to some elements of the weight, in "Supra" also a LoRA (https://arxiv.org/abs/2607.09287).
 
 Tensors of a module (``peft.tuners.supertuning``): ``supertuning_indices`` (n,), element numbers of the weight in row
 order, ``supertuning_values`` (n,), and with ``r`` set ``supertuning_lora_A`` (r, n_in), ``supertuning_lora_B``
 (n_out, r): ``W' = W + sparse + lora_alpha / r * B A``.
 
-Without ``save_precomputed_indices`` the elements are found again: those with the largest (``select_top``) or smallest
-absolute values, in that order, which the base tells if it holds the weights as they were when training began.
+Without ``save_precomputed_indices`` the elements are determined from the base: those with the largest (``select_top``)
+or smallest absolute values, in that order. That requires a base with the original, unquantized weights.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FACTORS = ("supertuning_lora_A", "supertuning_lora_B")
 
 
 def read_supertuning(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
-    """The change of every adapted weight."""
+    """Read the delta of every adapted weight."""
     modules = by_module(config, tensors, [*_SPARSE, *_FACTORS])
     return {f"{module}.weight": _read_module(config, module, parts) for module, parts in modules.items()}
 
@@ -56,7 +56,7 @@ def _read_module(config: PeftConfig, module: str, parts: Parts) -> ShapeDependen
 
 
 def _by_size(config: PeftConfig, module: str, parts: Parts, low_rank: LowRank | None) -> ShapeDependentDelta:
-    """The change of the weight's largest or smallest elements."""
+    """Return the delta that adds the values to the weight's largest or smallest elements."""
     where = f"{config.path.parent}: module {module!r}"
     (values,) = take(config, module, {name: part for name, part in parts.items() if name in _SPARSE}, _SPARSE[1])
     expect(config, module, _SPARSE[1], values, (None,))
@@ -72,10 +72,11 @@ def _by_size(config: PeftConfig, module: str, parts: Parts, low_rank: LowRank | 
 
 
 def _find(where: str, w: Float64Array, count: int, *, largest: bool) -> Indices:
-    """The elements that training chose, in its order.
+    """Return the elements that were chosen for training, in the same order.
 
     Raises:
-        UnsupportedAdapterError: if the base cannot tell.
+        UnsupportedAdapterError: if the base is quantized, so the elements cannot be determined.
+        MissingExtraError: if elements have equal absolute values, and torch is needed to order them.
     """
     hint = "save the adapter with save_precomputed_indices=True"
     ranking = -np.abs(w).ravel() if largest else np.abs(w).ravel()
@@ -84,12 +85,12 @@ def _find(where: str, w: Float64Array, count: int, *, largest: bool) -> Indices:
     if count > w.size or (ties > 0.01 * count and not _is_half(w)):
         raise UnsupportedAdapterError(
             f"{where} has no {_SPARSE[0]}: it changes the base's {'largest' if largest else 'smallest'} weights, and a "
-            f"quantized base does not tell which those were; give the base as it was trained, or {hint}"
+            f"quantized base does not show which those are; give the unquantized base, or {hint}"
         )
     if not ties:
         return order[:count]
     try:
-        import torch  # noqa: PLC0415  (heavy, and only for these)
+        import torch  # noqa: PLC0415  (slow to import, and needed only for ties)
     except ImportError as error:
         raise MissingExtraError(
             f"{where} has no {_SPARSE[0]}, and some of the weights it changes are of equal size: their order",
@@ -103,7 +104,7 @@ def _find(where: str, w: Float64Array, count: int, *, largest: bool) -> Indices:
 
 
 def _is_half(w: Float64Array) -> bool:
-    """Whether all numbers are those of bfloat16 or float16, in which many are equal without being quantized."""
+    """Whether all numbers are bfloat16 or float16 values, in which ties are frequent without quantization."""
     single = w.astype(np.float32)
     return not (single.view(np.uint32) & 0xFFFF).any() or bool((single.astype(np.float16) == single).all())
 

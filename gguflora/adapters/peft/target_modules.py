@@ -1,4 +1,4 @@
-"""Which modules a configuration adapts, by PEFT's rules, for methods whose file does not list them."""
+"""Decide which modules a configuration adapts, by PEFT's rules; needed for methods whose files do not list them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def is_target(config: PeftConfig, module: str) -> bool:
     """Whether PEFT adapts a linear module of this name.
 
     Raises:
-        AdapterError: if the configuration's patterns make no sense.
+        AdapterError: if the configuration's patterns are invalid.
     """
     saved = config.fields.get("modules_to_save") or []
     if _matches(config, "exclude_modules", module) or any(
@@ -21,23 +21,23 @@ def is_target(config: PeftConfig, module: str) -> bool:
     targets = config.fields.get("target_modules") or []
     if not _matches(config, "target_modules", module):
         return False
-    return isinstance(targets, str) or module in targets or _in_wanted_layer(config, module)
+    return isinstance(targets, str) or module in targets or _in_target_layer(config, module)
 
 
-def _in_wanted_layer(config: PeftConfig, module: str) -> bool:
-    wanted = config.fields.get("layers_to_transform")
-    if wanted is None or wanted == []:
+def _in_target_layer(config: PeftConfig, module: str) -> bool:
+    layers = config.fields.get("layers_to_transform")
+    if layers is None or layers == []:
         return True
     patterns = config.fields.get("layers_pattern") or [r"[^.]*"]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
         if found:
-            return int(found[1]) in (wanted if isinstance(wanted, list) else [wanted])
+            return int(found[1]) in (layers if isinstance(layers, list) else [layers])
     return False
 
 
 def _matches(config: PeftConfig, name: str, module: str) -> bool:
-    """Whether a module is named by a list of last parts of names, or by one regular expression."""
+    """Whether a field, which is a list of name suffixes or one regular expression, matches a module."""
     patterns = config.fields.get(name) or []
     if patterns == "all-linear":
         return module != "lm_head"

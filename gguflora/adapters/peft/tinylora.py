@@ -1,9 +1,10 @@
-"""TINYLORA: ``W + B (sum_k v_k P_k) A`` (https://arxiv.org/abs/2602.04118; PEFT: tuners/tinylora).
+"""TINYLORA: ``W' = W + B (sum_k v_k P_k) A`` (https://arxiv.org/abs/2602.04118; PEFT: tuners/tinylora).
 
 A module has ``tinylora_A`` (r, n_in) and ``tinylora_B`` (n_out, r), from the base's singular vectors, and
-``tinylora_P`` (u, r, r); without ``save_projection`` P is normal with variance 1 / r, from a generator seeded with
-``projection_seed`` plus the module's number. The trained vectors ``base_model.tinylora_v.<j>`` (u) are shared: with
-``weight_tying`` t, about ``n (1 - t)`` of them by n modules, neighbours together.
+``tinylora_P`` (u, r, r). Without ``save_projection`` P is drawn from a normal distribution with variance 1 / r, with a
+generator seeded with ``projection_seed`` plus the module's number. Modules share the trained vectors
+``base_model.tinylora_v.<j>`` (u): with ``weight_tying`` t, n modules have about ``n (1 - t)`` vectors, and consecutive
+modules share one.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _PROJECTION: Final = "tinylora_P"
 
 
 def read_tinylora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta]:
-    """The change of every adapted weight."""
+    """Read the delta of every adapted weight."""
     vectors = {int(found[1]): tensors[key] for key in tensors if (found := _VECTOR.fullmatch(key))}
     own = {key: tensor for key, tensor in tensors.items() if not _VECTOR.fullmatch(key)}
     modules = by_module(config, own, ["tinylora_A", "tinylora_B", _PROJECTION])
@@ -49,7 +50,7 @@ def read_tinylora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str,
 
 
 def _group(config: PeftConfig, number: int, n_modules: int) -> int:
-    """Which vector a module shares."""
+    """Return the number of the vector that a module uses."""
     n_groups = max(1, round(n_modules * (1.0 - config.number("weight_tying", 0.0))))
     return min(number // max(1, n_modules // n_groups), n_groups - 1)
 

@@ -1,7 +1,7 @@
 """TRAINABLE_TOKENS: some rows of an embedding, trained (PEFT: tuners/trainable_tokens).
 
-A module has ``trainable_tokens_delta`` (n, width): in spite of its name the new rows, for the ``token_indices`` of the
-configuration.
+A module has ``trainable_tokens_delta`` (n, width), which despite its name holds the new rows, not their differences.
+The configuration has their numbers in ``token_indices``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ROWS: Final = "trainable_tokens_delta"
 
 
 def _without_tied(tensors: Mapping[str, Array]) -> dict[str, Array]:
-    """The tensors without a second copy: PEFT saves the rows of a tied embedding under the output's name, too."""
+    """Return the tensors without duplicates: PEFT also saves the rows of a tied embedding under the output's name."""
     heads = [key for key in tensors if ".lm_head." in key]
     others = {key: tensor for key, tensor in tensors.items() if key not in heads}
     kept = {key: tensors[key] for key in heads if not any(np.array_equal(tensors[key], o) for o in others.values())}
@@ -29,7 +29,7 @@ def _without_tied(tensors: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def read_trainable_tokens(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta]:
-    """The replaced rows of every adapted embedding."""
+    """Read the replaced rows of every adapted embedding."""
     ids = config.fields.get("token_indices")
     deltas: dict[str, Delta] = {}
     for module, parts in by_module(config, _without_tied(tensors), [_ROWS]).items():

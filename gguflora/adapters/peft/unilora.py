@@ -1,9 +1,10 @@
-"""UNILORA: LoRA whose factors are dealt out of one short vector (https://arxiv.org/abs/2506.00799).
+"""UNILORA: LoRA whose factors take their numbers from one short vector (https://arxiv.org/abs/2506.00799).
 
-PEFT: tuners/unilora. All modules share ``base_model.unilora_theta_d`` (d): a number of a factor is ``theta[index] /
-sqrt(count[index])``, count being how often an index is used in all. With ``save_indices`` a module has
-``unilora_indices_A``, ``unilora_scales_A`` (r, n_in) and the same for B (n_out, r). Without, the indices are drawn
-from numpy's generator seeded with ``proj_seed`` and dealt to the modules in the model's order, first A, then B.
+Source: PEFT, tuners/unilora. All modules share ``base_model.unilora_theta_d`` (d). An element of a factor is
+``theta[index] / sqrt(count[index])``, where count is the number of uses of an index in all factors. With
+``save_indices`` a module has ``unilora_indices_A``, ``unilora_scales_A`` (r, n_in) and the same for B (n_out, r).
+Otherwise the indices come from numpy's generator seeded with ``proj_seed``, and are assigned to the modules in the
+model's order, first to A, then to B.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ _PARTS: Final = ("unilora_indices_A", "unilora_scales_A", "unilora_indices_B", "
 
 
 def read_unilora(config: PeftConfig, tensors: Mapping[str, Array], base: BaseShapes) -> dict[str, Delta]:
-    """The change of every adapted weight."""
+    """Read the delta of every adapted weight."""
     shared, own = split_shared(config, tensors, [_THETA])
     (saved,) = take(config, "base_model", shared, _THETA)
     theta = as_float64(expect(config, "base_model", _THETA, saved, (None,)))
     if not own:
-        return _dealt(config, theta, base)
+        return _with_random_indices(config, theta, base)
     deltas: dict[str, Delta] = {}
     for module, parts in by_module(config, own, _PARTS).items():
         indices_a, scales_a, indices_b, scales_b = take(config, module, parts, *_PARTS)
@@ -51,8 +52,8 @@ def read_unilora(config: PeftConfig, tensors: Mapping[str, Array], base: BaseSha
     return deltas
 
 
-def _dealt(config: PeftConfig, theta: Float64Array, base: BaseShapes) -> dict[str, Delta]:
-    rank = config.integer("r", 4, least=1)
+def _with_random_indices(config: PeftConfig, theta: Float64Array, base: BaseShapes) -> dict[str, Delta]:
+    rank = config.integer("r", 4, minimum=1)
     weights = [f"{module}.weight" for module in base.linear_modules() if is_target(config, module)]
     shapes = {weight: base.shape(weight) for weight in weights}
     if not shapes:
@@ -62,15 +63,15 @@ def _dealt(config: PeftConfig, theta: Float64Array, base: BaseShapes) -> dict[st
     deltas: dict[str, Delta] = {}
     start = 0
     for weight, (n_out, n_in) in shapes.items():
-        middle, end = start + rank * n_in, start + rank * (n_in + n_out)
-        a, b = scaled[indices[start:middle]].reshape(rank, n_in), scaled[indices[middle:end]].reshape(n_out, rank)
-        deltas[weight], start = LowRank(a, b, 1.0), end
+        middle, stop = start + rank * n_in, start + rank * (n_in + n_out)
+        a, b = scaled[indices[start:middle]].reshape(rank, n_in), scaled[indices[middle:stop]].reshape(n_out, rank)
+        deltas[weight], start = LowRank(a, b, 1.0), stop
     return deltas
 
 
 def _draw(config: PeftConfig, n: int, n_choices: int) -> Indices:
-    """``n`` indices of which each occurs equally often, but for a rest."""
-    generator = np.random.default_rng(config.integer("proj_seed", 42, least=0))
+    """Draw ``n`` indices in random order; each occurs equally often, up to a difference of one."""
+    generator = np.random.default_rng(config.integer("proj_seed", 42, minimum=0))
     indices = np.repeat(np.arange(n_choices), n // n_choices)
     if n % n_choices:
         indices = np.concatenate([indices, generator.choice(n_choices, size=n % n_choices, replace=False)])

@@ -1,4 +1,4 @@
-"""PEFT methods that are no fixed change of weights: why, and what to do instead."""
+"""PEFT methods that gguflora does not convert or merge, with the reason and an alternative."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _PROMPT: Final = f"learns virtual tokens, not weights, so no GGUF file can hold 
 _KEYS_AND_VALUES: Final = (
     f"learns keys and values that precede the prompt, not weights, so no GGUF file can hold it; {_RUN}"
 )
-_ROUTED: Final = "weighs its parts anew for every input, so no fixed weight is equal to it"
+_ROUTED: Final = "weights its parts differently for each input, so no fixed weight is equivalent"
 
 REFUSED: Final[dict[str, str]] = {
-    "ADAMSS": "its file does not hold the clustering that says which rows it changes: merge it with PEFT",
+    "ADAMSS": "its file does not hold the clustering that determines the changed rows: merge it with PEFT",
     "ADAPTION_PROMPT": "adds gated attention to learned prompts, not a change of weights: train LORA",
     "CARTRIDGE": _KEYS_AND_VALUES,
     "CPT": _PROMPT,
@@ -23,7 +23,7 @@ REFUSED: Final[dict[str, str]] = {
     "PROMPT_TUNING": _PROMPT,
     "PSOFT": "depends on the signs of singular vectors that its file does not hold: merge it with PEFT",
     "P_TUNING": _PROMPT,
-    "SHADOW": "runs a second network beside the model, so no changed weight is equal to it: train LORA",
+    "SHADOW": "runs a second network in parallel to the model, so no changed weight is equivalent: train LORA",
     "XLORA": f"{_ROUTED}: convert or merge one of its LoRA adapters by itself",
 }
-"""The reason by ``peft_type``, in words that follow the method's name."""
+"""By ``peft_type``: the reason and the alternative, as text that follows the method's name."""

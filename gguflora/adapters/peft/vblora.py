@@ -1,9 +1,9 @@
 """VBLORA: LoRA whose factors are mixed from a bank of vectors (https://arxiv.org/abs/2405.15179; PEFT: tuners/vblora).
 
-All modules share ``vblora_vector_bank`` (N, v). A module's ``vblora_logits_A`` (r, n_in / v, N) and ``vblora_logits_B``
-(n_out / v, r, N) say which ``topk`` vectors make up each piece of v numbers of A and B, weighted with the softmax of
-their logits. With ``save_only_topk_weights`` the file holds the choice instead: ``..._topk_indices`` (.., k) and
-``..._topk_weights`` (.., k - 1), where the last weight is what is left of 1.
+All modules share ``vblora_vector_bank`` (N, v). Each run of v numbers of A and B is the sum of the ``topk`` vectors
+with the largest logits, weighted with the softmax of these logits. A module has ``vblora_logits_A`` (r, n_in / v, N)
+and ``vblora_logits_B`` (n_out / v, r, N). With ``save_only_topk_weights`` it has ``..._topk_indices`` (.., k) and
+``..._topk_weights`` (.., k - 1) instead, where the last weight is 1 minus the sum of the others.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LOGITS: Final = ("vblora_logits_A", "vblora_logits_B")
 
 
 def read_vblora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta]:
-    """The change of every adapted weight."""
+    """Read the delta of every adapted weight."""
     shared, own = split_shared(config, tensors, [_BANK])
     (bank,) = take(config, "base_model", shared, _BANK)
     if bank.ndim != 2:
@@ -48,10 +48,10 @@ def read_vblora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, D
 
 
 def _mix(config: PeftConfig, module: str, parts: Parts, name: str, bank: Float64Array) -> Float64Array:
-    """Vectors (.., .., v) mixed from the bank."""
+    """Return weighted sums of the bank's vectors, (.., .., v)."""
     where = f"{config.path.parent}: module {module!r}: {name}"
     if name in parts:
-        indices, weights = _choose(parts[name], config.integer("topk", 2, least=1))
+        indices, weights = _choose(parts[name], config.integer("topk", 2, minimum=1))
     elif f"{name}_topk_indices" in parts and f"{name}_topk_weights" in parts:
         indices, weights = parts[f"{name}_topk_indices"].astype(np.intp), as_float64(parts[f"{name}_topk_weights"])
         weights = np.concatenate([weights, 1 - weights.sum(axis=-1, keepdims=True)], axis=-1)

@@ -1,11 +1,11 @@
-"""VERA: ``W + diag(b) B diag(d) A`` (https://arxiv.org/abs/2310.11454; PEFT: tuners/vera/layer.py), and PVERA.
+"""VERA: ``W' = W + diag(b) B diag(d) A`` (https://arxiv.org/abs/2310.11454; PEFT: tuners/vera/layer.py), and PVERA.
 
-All modules share A (r, widest n_in) and B (widest n_out, r), of which each takes the corner that fits it; a module has
+All modules share A (r, max n_in) and B (max n_out, r); each uses the first n_in columns and n_out rows. A module has
 ``vera_lambda_d`` (r) and ``vera_lambda_b`` (n_out). Without ``save_projection`` the file holds neither A nor B: they
-come from torch's generator and depend on the shapes of all adapted weights.
+are regenerated with torch's generator, and depend on the shapes of all adapted weights.
 
-PVERA (PEFT: tuners/pvera/layer.py) samples its lambda: A and d have 2 r rows, of which a merge takes the first half,
-the mean.
+PVERA (PEFT: tuners/pvera/layer.py) samples its lambda from a distribution. A and d have 2 r rows; a merge uses the
+first half, which gives the mean.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from gguflora.files.safetensors import Array
 
 
 def read_vera(config: PeftConfig, tensors: Mapping[str, Array], base: BaseShapes) -> dict[str, Delta]:
-    """The change of every adapted weight of a VERA adapter."""
+    """Read the delta of every adapted weight of a VERA adapter."""
     return _read(config, tensors, base, "vera", 1)
 
 
 def read_pvera(config: PeftConfig, tensors: Mapping[str, Array], base: BaseShapes) -> dict[str, Delta]:
-    """The change of every adapted weight of a PVERA adapter."""
+    """Read the delta of every adapted weight of a PVERA adapter."""
     return _read(config, tensors, base, "pvera", 2)
 
 
@@ -50,24 +50,24 @@ def _read(
     deltas: dict[str, Delta] = {}
     for module, parts in modules.items():
         n_out, n_in = shapes[module]
-        of_rows, of_rank = take(config, module, parts, *names)
-        expect(config, module, names[0], of_rows, (n_out,))
-        expect(config, module, names[1], of_rank, (a.shape[0],))
+        lambda_b, lambda_d = take(config, module, parts, *names)
+        expect(config, module, names[0], lambda_b, (n_out,))
+        expect(config, module, names[1], lambda_d, (a.shape[0],))
         rank = b.shape[1]
         if a.shape[0] != multiple * rank or a.shape[1] < n_in or b.shape[0] < n_out:
             raise AdapterError(
                 f"{config.path.parent}: the shared A is {a.shape} and B is {b.shape}, too small for module {module!r} "
                 f"with a weight of shape {(n_out, n_in)}"
             )
-        left = as_float64(of_rows)[:, None] * as_float64(b[:n_out])
-        right = as_float64(of_rank)[:rank, None] * as_float64(a[:rank, :n_in])
+        left = as_float64(lambda_b)[:, None] * as_float64(b[:n_out])
+        right = as_float64(lambda_d)[:rank, None] * as_float64(a[:rank, :n_in])
         deltas[f"{module}.weight"] = LowRank(right, left, 1.0)
     return deltas
 
 
 def _projections(config: PeftConfig, shapes: Sequence[tuple[int, int]], multiple: int) -> tuple[Array, Array]:
-    """A and B as PEFT makes them from ``projection_prng_key``."""
-    rank = config.integer("r", 256, least=1)
+    """Generate A and B from ``projection_prng_key`` as PEFT does."""
+    rank = config.integer("r", 256, minimum=1)
     generator = TorchGenerator(config.integer("projection_prng_key", 0))
     n_out, n_in = max(n_out for n_out, _ in shapes), max(n_in for _, n_in in shapes)
     return generator.kaiming_uniform((multiple * rank, n_in)), generator.kaiming_uniform((n_out, rank))

@@ -1,9 +1,9 @@
-"""WaveFT: a few learned entries of the change's wavelet transform (https://arxiv.org/abs/2505.12532).
+"""WaveFT: a few learned entries of the delta's wavelet transform (https://arxiv.org/abs/2505.12532).
 
-Tensor of a module: ``waveft_spectrum`` (n,). Its entries lie at the places that ``torch.randperm(n_out * n_in)`` with
-the seed ``random_loc_seed`` begins with. Without ``use_idwt`` the change is ``scaling`` times this sparse matrix; with
-it the matrix is padded and read as the four quarters of one level of a wavelet transform, whose inverse, cut to the
-weight's shape, takes its place (``peft.tuners.waveft.layer``).
+Tensor of a module: ``waveft_spectrum`` (n,). The positions of its entries are the first n numbers of
+``torch.randperm(n_out * n_in)`` with the seed ``random_loc_seed``. Without ``use_idwt`` the delta is ``scaling`` times
+this sparse matrix. With ``use_idwt`` the matrix is padded and taken as the four quarters of one level of a wavelet
+transform; the delta is the inverse transform, cropped to the weight's shape (``peft.tuners.waveft.layer``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gguflora.adapters.deltas import Delta, FunctionDelta, ShapeDependentDelta, 
 from gguflora.adapters.numerics.sparse import add_sparse
 from gguflora.adapters.numerics.wavelets import LOW_PASS
 from gguflora.adapters.peft.config import PeftConfig
-from gguflora.adapters.peft.fourierft import random_places
+from gguflora.adapters.peft.fourierft import random_positions
 from gguflora.adapters.peft.keys import by_module, expect, take
 from gguflora.errors import UnsupportedAdapterError
 from gguflora.files.safetensors import Array
@@ -25,10 +25,10 @@ from gguflora.quants.arrays import Float64Array, Indices
 
 
 def read_waveft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, ShapeDependentDelta]:
-    """The change of every adapted weight.
+    """Read the delta of every adapted weight.
 
     Raises:
-        UnsupportedAdapterError: for a wavelet that PEFT itself has no filter for.
+        UnsupportedAdapterError: for a wavelet whose filter PEFT does not have either.
     """
     family = str(config.fields.get("wavelet_family", "db1")).lower()
     inverse = config.fields.get("use_idwt", True) is not False
@@ -38,31 +38,31 @@ def read_waveft(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, S
     for module, parts in by_module(config, tensors, ["waveft_spectrum"]).items():
         (spectrum,) = take(config, module, parts, "waveft_spectrum")
         expect(config, module, "waveft_spectrum", spectrum, (None,))
-        deltas[f"{module}.weight"] = _unsized(config, module, spectrum, family if inverse else None)
+        deltas[f"{module}.weight"] = _with_shape(config, module, spectrum, family if inverse else None)
     return deltas
 
 
-def _unsized(config: PeftConfig, module: str, spectrum: Array, family: str | None) -> ShapeDependentDelta:
+def _with_shape(config: PeftConfig, module: str, spectrum: Array, family: str | None) -> ShapeDependentDelta:
     values = as_float64(spectrum) * config.number("scaling", 25)
 
     def build(shape: tuple[int, int]) -> Delta:
-        places = random_places(config, module, shape, len(spectrum))
+        positions = random_positions(config, module, shape, len(spectrum))
         if family is None:
-            return add_sparse(f"{config.path.parent}: module {module!r}", shape, *places, values)
-        return FunctionDelta(shape, partial(_transform, values, places, np.array(LOW_PASS[family])), whole=True)
+            return add_sparse(f"{config.path.parent}: module {module!r}", shape, *positions, values)
+        return FunctionDelta(shape, partial(_transform, values, positions, np.array(LOW_PASS[family])), whole=True)
 
     return ShapeDependentDelta((None, None), build)
 
 
 def _transform(
-    values: Float64Array, places: tuple[Indices, Indices], low: Float64Array, w: Float64Array, rows: Indices
+    values: Float64Array, positions: tuple[Indices, Indices], low: Float64Array, w: Float64Array, rows: Indices
 ) -> Float64Array:
-    # PEFT pads by what the filter is longer than Haar's, then to even numbers
+    # PEFT pads by the difference between the filter's length and Haar's (2), and then to an even size
     padded = tuple(size + len(low) - 2 + (size + len(low)) % 2 for size in w.shape)
     matrix = np.zeros(padded)
-    matrix[tuple(at + (wide - size) // 2 for at, wide, size in zip(places, padded, w.shape, strict=True))] = values
+    matrix[tuple(at + (wide - size) // 2 for at, wide, size in zip(positions, padded, w.shape, strict=True))] = values
     top, left = (size // 2 for size in padded)
-    # PEFT pairs the upper right quarter with the filter that is rough along the rows, so it belongs at the lower left
+    # PEFT applies the high-pass filter along the rows to the upper right quarter, so that one belongs at the lower left
     matrix = np.block([[matrix[:top, :left], matrix[top:, :left]], [matrix[:top, left:], matrix[top:, left:]]])
     result = _synthesize(_synthesize(matrix, low).T, low).T
     top, left = ((wide - size) // 2 for wide, size in zip(result.shape, w.shape, strict=True))
@@ -70,7 +70,7 @@ def _transform(
 
 
 def _synthesize(halves: Float64Array, low: Float64Array) -> Float64Array:
-    """One level of the inverse transform along the rows: the upper half of them is the smooth one."""
+    """Apply one level of the inverse transform along the rows, of which the upper half holds the low-pass part."""
     count, taps = len(halves) // 2, len(low)
     high = low[::-1] * (-1.0) ** np.arange(taps)
     result = np.zeros((2 * count - 2 + taps, halves.shape[1]))
