@@ -78,7 +78,7 @@ def part_layout(part: GgufShard, entries: Mapping[str, bytes], changed: Forms) -
     if all(name in added or n_bytes(*form) == part.tensors[name].nbytes for name, form in changed.items()):
         tensor_list, offsets, copies, data_size = _arrange_in_place(part, changed, added)
     else:
-        tensor_list, offsets, copies, data_size = _arrange_anew(part, changed)
+        tensor_list, offsets, copies, data_size = _arrange_sequentially(part, changed)
     kept = [part.metadata.raw(key) for key in part.metadata if key not in entries]
     counts = struct.pack("<IQQ", part.version, len({*part.tensors, *changed}), len(kept) + len(entries))
     header = b"".join([MAGIC, counts, *kept, *entries.values(), tensor_list])
@@ -122,7 +122,7 @@ def _with_forms(part: GgufShard, changed: Forms) -> bytes:
     return b"".join(encode_tensor(name, *form, offsets[name]) for name, form in forms.items())
 
 
-def _arrange_anew(part: GgufShard, changed: Forms) -> _Arrangement:
+def _arrange_sequentially(part: GgufShard, changed: Forms) -> _Arrangement:
     """Assign new offsets to all tensors, in the order of the file's tensor list."""
     tensor_list, offsets, copies, size = b"", {}, [], 0
     for name, (shape, kind) in {**{t.name: (t.shape, t.type) for t in part.tensors.values()}, **changed}.items():

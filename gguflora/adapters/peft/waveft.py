@@ -70,7 +70,7 @@ def _transform(
 
 
 def _synthesize(halves: Float64Array, low: Float64Array) -> Float64Array:
-    """Apply one level of the inverse transform along the rows, of which the upper half holds the low-pass part."""
+    """Apply one level of the inverse transform along the rows; their upper half is the low-pass part."""
     count, taps = len(halves) // 2, len(low)
     high = low[::-1] * (-1.0) ** np.arange(taps)
     result = np.zeros((2 * count - 2 + taps, halves.shape[1]))
