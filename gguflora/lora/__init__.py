@@ -1,1 +1,1 @@
-"""Everything whose result is a LoRA: convert, combine, resize, extract, export; and inspect, diff."""
+"""Commands that make or describe a LoRA: convert, combine, resize, extract, export, inspect, diff."""

@@ -1,4 +1,4 @@
-"""One adapter of several: ``combine``, with the methods and the semantics of PEFT's ``add_weighted_adapter``."""
+"""``combine``: merge several adapters into one, with the methods and semantics of PEFT's ``add_weighted_adapter``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ COMBINATIONS: Final = (*METHODS, "cat", "svd", *(f"{method}_svd" for method in M
 
 AdapterPath = str | os.PathLike[str]
 Masks = Callable[[int, str, str, tuple[int, ...]], NDArray[np.bool_]]
-"""Which values DARE keeps, from the adapter's number, the name of the weight, "a", "b" or "delta", and a shape."""
+"""Returns the mask of values that DARE keeps.
+
+Arguments: index of the adapter, name of the weight, array ("a", "b" or "delta"), shape of the array.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +49,14 @@ class CombineReport:
     """What `combine` did.
 
     Attributes:
-        output: the GGUF LoRA file or the PEFT directory.
+        output: path of the GGUF LoRA file or PEFT directory.
         adapters: name, SHA-256 and weight of each adapter.
-        method: how they were combined.
-        tensors: number of changes.
-        ranks: smallest and largest rank.
-        size: of the factors, in bytes.
-        errors: of the methods that end with an SVD, the relative error of each change by its lower rank.
-        warnings: what the user should know.
+        method: the method that combined them.
+        tensors: number of weights that the result changes.
+        ranks: smallest and largest rank of the factors.
+        size: bytes of the factors.
+        errors: relative error of each truncated delta, by name; only for methods that end with an SVD.
+        warnings: messages for the user.
     """
 
     output: Path
@@ -66,7 +69,7 @@ class CombineReport:
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
+        """Return all fields, ready for JSON."""
         return {**asdict(self), "output": str(self.output)}
 
 
@@ -87,27 +90,29 @@ def combine(
 ) -> CombineReport:
     """Combine adapters into one.
 
-    A change that only some of the adapters make is combined from those. Methods without "svd" compute with the factors
-    (each weighted by the square root of weight times alpha / rank, the sign on A) and want one rank; "cat" puts the
-    factors side by side and is exact; "svd" is the best approximation of the sum, found from the factors; the others
-    that end with "_svd" hold one dense matrix of each adapter at a time in memory.
+    A weight that only some adapters change is combined from those adapters. Methods without "svd" work on the factors
+    (each is multiplied by the square root of ``weight * alpha / rank``, with the sign on A) and need equal ranks.
+    "cat" concatenates the factors and is exact. "svd" is the best approximation of the sum and is computed from the
+    factors. The other "_svd" methods hold one dense matrix per adapter in memory.
 
-    Every adapter counts with the change that it makes. PEFT does the same, except where the first adapter is an
-    rsLoRA: its result inherits ``use_rslora`` and acts sqrt(rank) too strongly. `tests/lora/test_combine.py` has both.
+    The result scales each adapter by its own alpha / rank. PEFT does the same, except that the result inherits
+    ``use_rslora`` from the first adapter and is then too strong by sqrt(rank); `tests/lora/test_combine.py` shows
+    both.
 
     Args:
-        adapters: PEFT directories and GGUF LoRA files, each alone (weight 1) or with its weight, which may be negative.
-        out: what to write: a GGUF LoRA file if the name ends with ``.gguf``, else a PEFT directory.
-        method: one of ``linear``, ``cat``, ``svd``, ``ties``, ``dare_linear``, ``dare_ties``, ``magnitude_prune``, or
-            of the latter four with ``_svd``.
-        rank: of the result, for methods that end with an SVD; by default the highest rank of the adapters.
-        density: share of the values that ``ties``, ``dare_*`` and ``magnitude_prune`` keep, above 0 and up to 1.
+        adapters: PEFT directories and GGUF LoRA files, each alone (weight 1) or as ``(path, weight)``; a weight may be
+            negative.
+        out: path to write: a GGUF LoRA file if the name ends with ``.gguf``, else a PEFT directory.
+        method: ``linear``, ``cat``, ``svd``, ``ties``, ``dare_linear``, ``dare_ties``, ``magnitude_prune``, or one of
+            the last four followed by ``_svd``.
+        rank: rank of the result, for methods that end with an SVD; by default the highest rank of the adapters.
+        density: share of the values that ``ties``, ``dare_*`` and ``magnitude_prune`` keep, in (0, 1].
         sign: how ``ties`` and ``dare_ties`` elect a sign: by ``total`` or by ``frequency``.
-        seed: of the values that DARE drops.
-        base: base model of all of them; needed to mix PEFT and GGUF, from one to the other, and for changes that are
-            not of low rank.
+        seed: seed of the random choice of the values that DARE drops.
+        base: base model of all adapters; needed to mix PEFT and GGUF adapters, to write one form from the other, and
+            for deltas that are not of low rank.
         outtype: type of the factors in a GGUF file.
-        masks: for DARE in place of the seed: which values to keep.
+        masks: the values that DARE keeps; replaces ``seed``.
         force: overwrite ``out``.
 
     Raises:
@@ -119,14 +124,14 @@ def combine(
     weights = _checked_weights(weighted)
     inputs = [Path(path) for path, _ in weighted] + ([] if base is None else [Path(base)])
     check_output(target, inputs, outtype=outtype, force=force)
-    sources = _same_names([read_factored(path, model, rank) for path, _ in weighted], model)
-    # of one adapter PEFT only scales the factors, whatever the method
+    sources = _unify_names([read_factored(path, model, rank) for path, _ in weighted], model)
+    # for a single adapter PEFT ignores the method and only scales the factors
     effective, kept = method if len(sources) > 1 else "linear", 1.0 if density is None else density
     job = _Combination(effective, rank, kept, sign, masks or partial(_mask, seed, kept))
     pairs, errors = job.run(sources, weights)
-    combined = replace(sources[0], name=target.stem, pairs=pairs, warnings=_warnings(sources))
-    combined = replace(combined, invocation_tokens=_invocation_tokens(sources))
-    written = write_adapter(combined, target, model, outtype, _made_from(sources, weights, method))
+    combined = replace(sources[0], name=target.stem, pairs=pairs, warnings=_collect_warnings(sources))
+    combined = replace(combined, invocation_tokens=_common_invocation_tokens(sources))
+    written = write_adapter(combined, target, model, outtype, _describe_sources(sources, weights, method))
     return CombineReport(
         output=target,
         adapters=tuple((item.name, item.sha256, weight) for item, weight in zip(sources, weights, strict=True)),
@@ -155,15 +160,15 @@ def _check_options(method: str, rank: int | None, density: float | None, sign: s
 
 def _checked_weights(weighted: Sequence[tuple[AdapterPath, float]]) -> list[float]:
     if not weighted:
-        raise AdapterError("there is no adapter to combine")
+        raise AdapterError("no adapters to combine: give at least one")
     for path, weight in weighted:
         if not abs(float(weight)) <= float(np.finfo(np.float32).max):
             raise AdapterError(f"{os.fspath(path)}: its weight is {weight}, expected a finite number")
     return [float(weight) for _, weight in weighted]
 
 
-def _same_names(sources: list[FactoredAdapter], base: BaseModel | None) -> list[FactoredAdapter]:
-    """The adapters in the names of one world: Hugging Face's if all are, else those of GGUF tensors."""
+def _unify_names(sources: list[FactoredAdapter], base: BaseModel | None) -> list[FactoredAdapter]:
+    """Bring all adapters to the same names: Hugging Face weights if all use them, else GGUF tensors."""
     kinds = {source.architecture for source in sources}
     if len(kinds) == 1 and base is None:
         return sources
@@ -171,28 +176,28 @@ def _same_names(sources: list[FactoredAdapter], base: BaseModel | None) -> list[
         return sources
     if base is None:
         raise MismatchError(
-            "the adapters are of different bases or forms ("
+            "the adapters have different bases or file formats ("
             + ", ".join(f"{source.path}: {source.architecture or 'PEFT'}" for source in sources)
             + "): give the base model with --base"
         )
     return [for_base(source, base) for source in sources]
 
 
-def _invocation_tokens(sources: Sequence[FactoredAdapter]) -> tuple[int, ...]:
+def _common_invocation_tokens(sources: Sequence[FactoredAdapter]) -> tuple[int, ...]:
     tokens = {source.invocation_tokens for source in sources}
     if len(tokens) > 1:
         raise MismatchError(
-            "the adapters are activated by different tokens, so no one adapter is equal to them: "
+            "the adapters are activated by different tokens, which one adapter cannot express: "
             + ", ".join(f"{source.path}: {list(source.invocation_tokens) or 'always'}" for source in sources)
         )
     return tokens.pop()
 
 
-def _warnings(sources: Sequence[FactoredAdapter]) -> tuple[str, ...]:
+def _collect_warnings(sources: Sequence[FactoredAdapter]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(warning for source in sources for warning in source.warnings))
 
 
-def _made_from(sources: Sequence[FactoredAdapter], weights: Sequence[float], method: str) -> dict[str, str]:
+def _describe_sources(sources: Sequence[FactoredAdapter], weights: Sequence[float], method: str) -> dict[str, str]:
     names = ", ".join(f"{source.name} x {weight:g}" for source, weight in zip(sources, weights, strict=True))
     return {"source": names, "source.sha256": ", ".join(source.sha256 for source in sources), "combined": method}
 
@@ -205,7 +210,7 @@ def _mask(seed: int, density: float, adapter: int, name: str, part: str, shape: 
 
 @dataclass(frozen=True, slots=True)
 class _Combination:
-    """How to combine."""
+    """The options of one combination."""
 
     method: str
     rank: int | None
@@ -216,7 +221,7 @@ class _Combination:
     def run(
         self, sources: Sequence[FactoredAdapter], weights: Sequence[float]
     ) -> tuple[dict[str, LowRank], dict[str, float]]:
-        """The combined changes by name; and the errors of those that were approximated."""
+        """Return the combined deltas and the relative errors of the truncated ones, both by name."""
         names = dict.fromkeys(name for source in sources for name in source.pairs)
         ranks = [delta.rank for source in sources for delta in source.pairs.values()]
         pairs, errors = {}, {}
@@ -230,17 +235,17 @@ class _Combination:
             if self.method.endswith("svd"):
                 pairs[name], errors[name] = self._by_svd(name, terms, self.rank or max(ranks))
             else:
-                pairs[name] = _side_by_side(terms) if self.method == "cat" else self._by_factors(name, terms)
+                pairs[name] = _concatenate(terms) if self.method == "cat" else self._by_factors(name, terms)
         return pairs, errors
 
     def _by_factors(self, name: str, terms: Sequence[_Term]) -> LowRank:
         ranks = {term.delta.rank for term in terms}
         if len(ranks) > 1:
             raise MismatchError(
-                f"{name}: the adapters have ranks {listed([str(rank) for rank in ranks])}; {self.method} adds factors "
-                "of one rank: use cat or svd, or resize the adapters first"
+                f"{name}: the adapters have ranks {listed([str(rank) for rank in ranks])}, but {self.method} adds "
+                "factors and needs equal ranks: use cat or svd, or resize the adapters first"
             )
-        # an embedding's factors have changed places, and the sign is on the one that PEFT calls A
+        # PEFT puts the sign on its A; for an embedding A and B are swapped here
         flip = is_embedding(name)
         deltas = [term.delta.transposed() if flip else term.delta for term in terms]
         sizes = [term.weight * term.delta.scaling for term in terms]
@@ -262,15 +267,15 @@ class _Combination:
 
     def _by_svd(self, name: str, terms: Sequence[_Term], rank: int) -> tuple[LowRank, float]:
         if self.method == "svd":
-            return shrink(_side_by_side(terms), rank, None)
-        deltas = [_dense(term.delta) for term in terms]
+            return shrink(_concatenate(terms), rank, None)
+        deltas = [_to_dense(term.delta) for term in terms]
         whole = self._arrays(name, "delta", terms, deltas, [term.weight for term in terms])
         return truncate(as_float64(whole), rank, None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Term:
-    """One adapter's share of a change."""
+    """One adapter's delta of a weight. ``adapter`` is the index of the adapter."""
 
     adapter: int
     delta: LowRank
@@ -280,16 +285,16 @@ class _Term:
 def _check_shapes(name: str, terms: Sequence[_Term], sources: Sequence[FactoredAdapter]) -> None:
     shapes = {term.delta.shape for term in terms}
     if len(shapes) > 1:
-        found = ", ".join(f"{sources[term.adapter].path}: {term.delta.shape}" for term in terms)
-        raise MismatchError(f"{name}: the adapters change weights of different shapes, so of different bases: {found}")
+        by_adapter = ", ".join(f"{sources[term.adapter].path}: {term.delta.shape}" for term in terms)
+        raise MismatchError(f"{name}: different shapes, so the adapters have different bases: {by_adapter}")
 
 
-def _side_by_side(terms: Sequence[_Term]) -> LowRank:
-    """The exact sum, of the sum of the ranks."""
+def _concatenate(terms: Sequence[_Term]) -> LowRank:
+    """Return the exact sum of the deltas; its rank is the sum of their ranks."""
     a = [as_float64(term.delta.a) * (term.weight * term.delta.scaling) for term in terms]
     b = [as_float32(term.delta.b) for term in terms]
     return LowRank(np.concatenate(a, axis=0).astype(np.float32), np.concatenate(b, axis=1), 1.0)
 
 
-def _dense(delta: LowRank) -> NDArray[np.float32]:
+def _to_dense(delta: LowRank) -> NDArray[np.float32]:
     return np.float32(delta.scaling) * (as_float32(delta.b) @ as_float32(delta.a))

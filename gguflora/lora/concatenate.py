@@ -1,4 +1,4 @@
-"""Concatenate GGUF LoRAs into one of the summed rank."""
+"""Sum GGUF LoRAs exactly by concatenating their factors."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from gguflora.quants.arrays import Float32Array
 
 
 def concatenate(adapters: Sequence[tuple[Path, float]], out: Path) -> None:
-    """Write the sum of GGUF LoRA files, each times its scale, as one GGUF LoRA file.
+    """Write the scaled sum of GGUF LoRA files as one GGUF LoRA file, whose rank is the sum of their ranks.
 
-    Factors are stored as F16 where they were and still are exact, else as F32.
+    Factors are stored as F16 if they were F16 and F16 still holds them exactly, else as F32.
+
+    Args:
+        adapters: path and scale of each GGUF LoRA file.
+        out: the file to write.
 
     Raises:
         GgufError: if a file is damaged.
@@ -32,32 +36,32 @@ def concatenate(adapters: Sequence[tuple[Path, float]], out: Path) -> None:
             architecture, alpha = file.architecture, float(file.metadata.get(ALPHA_KEY, 0.0))
             for name in dict.fromkeys(name.rpartition(".")[0] for name in file.tensors):
                 first, second = (file.tensors[f"{name}.lora_{side}"] for side in "ab")
-                values = _values(file, second)
+                values = _dequantize(file, second)
                 scaling = scale * (alpha / values.shape[-1] if alpha else 1.0)
-                a.setdefault(name, []).append(_values(file, first))
+                a.setdefault(name, []).append(_dequantize(file, first))
                 b.setdefault(name, []).append(values * np.float32(scaling))
                 floats |= {name for tensor in (first, second) if tensor.type.name != "F16"}
     stored = []
     for name, parts in a.items():
-        may_halve = name not in floats
+        allow_f16 = name not in floats
         rows = np.concatenate(parts, axis=-1 if name == TOKEN_EMBEDDING else -2)
-        stored.append(_stored(f"{name}.lora_a", rows, may_halve=may_halve))
-        stored.append(_stored(f"{name}.lora_b", np.concatenate(b[name], axis=-1), may_halve=may_halve))
+        stored.append(_encode(f"{name}.lora_a", rows, allow_f16=allow_f16))
+        stored.append(_encode(f"{name}.lora_b", np.concatenate(b[name], axis=-1), allow_f16=allow_f16))
     write_lora(out, LoraHeader("fused", architecture, 0.0, {"source": f"{len(adapters)} adapters"}), stored)
 
 
-def _values(file: GgufFile, tensor: TensorEntry) -> Float32Array:
+def _dequantize(file: GgufFile, tensor: TensorEntry) -> Float32Array:
     return quants.dequantize(file.read_rows(tensor, 0, tensor.n_rows), tensor.type.id).reshape(tensor.shape)
 
 
-def _stored(name: str, values: Float32Array, *, may_halve: bool) -> Stored:
-    kind = exact_type(values) if may_halve else "F32"
+def _encode(name: str, values: Float32Array, *, allow_f16: bool) -> Stored:
+    kind = exact_type(values) if allow_f16 else "F32"
     return Stored(name, kind, quants.quantize(values, kind).view(np.uint8))
 
 
 @contextmanager
 def memory_file(name: str) -> Iterator[Path]:
-    """A file in memory, by a path that holds in this process; gone afterwards."""
+    """Create a file in memory and yield its path, which is valid in this process until the context ends."""
     descriptor = os.memfd_create(name)
     try:
         yield Path(f"/proc/self/fd/{descriptor}")

@@ -1,4 +1,4 @@
-"""PEFT adapter to GGUF LoRA file: ``convert``."""
+"""``convert``: write a PEFT adapter as a GGUF LoRA file."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from gguflora.lora.gguf_writer import (
     Stored,
     check_outtype,
     common_alpha,
-    store,
+    encode_factors,
     write_lora,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertReport:
-    """What `convert` did, or with ``dry_run`` would do.
+    """What `convert` did, or would do with ``dry_run``.
 
     Attributes:
-        output: the GGUF LoRA file.
+        output: path of the GGUF LoRA file.
         adapter: name of the adapter.
-        architecture: of the base, as GGUF names it.
+        architecture: GGUF name of the base's architecture.
         tensors: number of base tensors that the adapter changes.
-        ranks: smallest and largest rank.
-        alpha: as written; 0 where the factors are folded into B.
-        types: number of stored factors by quant type.
-        size: of the tensors, in bytes.
-        errors: relative error of each change that ``rank`` or ``energy`` approximates.
-        warnings: what the user should know.
+        ranks: smallest and largest rank of the factors.
+        alpha: the file's alpha; 0 if the scaling is folded into B.
+        types: number of factors stored as each quant type.
+        size: bytes of the tensors.
+        errors: relative error of each delta that ``rank`` or ``energy`` approximates, by tensor.
+        warnings: messages for the user.
         dry_run: True if nothing was written.
     """
 
@@ -60,7 +60,7 @@ class ConvertReport:
     dry_run: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
+        """Return all fields, ready for JSON."""
         return {**asdict(self), "output": str(self.output)}
 
 
@@ -84,12 +84,12 @@ def convert(
         base: GGUF file of the base model, or a directory with its ``config.json``. Its weights are read only for
             methods that need them.
         out: the file to write.
-        outtype: ``f32``, ``f16``, ``bf16``, ``q8_0``, or ``auto``: f16 for each factor whose values it holds
-            exactly, else f32.
-        rank: approximate changes that are not of this rank or lower by the closest ones that are.
-        energy: the same, with the lowest rank that keeps this share of each change's squared norm.
-        scale: multiplies the adapter's change.
-        dry_run: check everything, write nothing.
+        outtype: type of the factors: ``f32``, ``f16``, ``bf16``, ``q8_0``, or ``auto``, which stores a factor as f16
+            if that is exact, else as f32.
+        rank: approximate each delta of a higher rank by the closest delta of this rank.
+        energy: approximate each delta with the lowest rank that keeps this share of its squared norm.
+        scale: multiplies the adapter's deltas.
+        dry_run: check everything but write nothing.
         force: overwrite ``out``.
 
     Raises:
@@ -104,7 +104,7 @@ def convert(
         replace(factors, scaling=factors.scaling * scale) for factors in factor_adapter(source, model, rank, energy)
     ]
     alpha = common_alpha(factored)
-    stored = [item for factors in factored for item in store(factors, outtype, alpha)]
+    stored = [item for factors in factored for item in encode_factors(factors, outtype, alpha)]
     size = sum(item.content.nbytes for item in stored)
     check_target(target, [source.path, Path(base)], force=force or dry_run, size=size)
     if not dry_run:
@@ -126,20 +126,20 @@ def convert(
         errors={factors.tensor: factors.error for factors in factored if factors.error is not None},
         warnings=(
             *source.warnings,
-            *_cautions(factored),
-            *about_architecture(model, factored),
-            *about_types(outtype, stored),
+            *_collect_cautions(factored),
+            *architecture_warnings(model, factored),
+            *type_warnings(outtype, stored),
         ),
         dry_run=dry_run,
     )
 
 
-def _cautions(factored: Sequence[Factors]) -> tuple[str, ...]:
+def _collect_cautions(factored: Sequence[Factors]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for factors in factored for text in factors.cautions))
 
 
-def about_architecture(model: BaseModel, factored: Sequence[Factors]) -> list[str]:
-    """What to warn of because llama.cpp would not apply it."""
+def architecture_warnings(model: BaseModel, factored: Sequence[Factors]) -> list[str]:
+    """Return warnings about deltas that llama.cpp would not apply."""
     unknown = unknown_warning(model)
     ignored: dict[str, list[str]] = {}
     for factors in factored:
@@ -153,11 +153,11 @@ def about_architecture(model: BaseModel, factored: Sequence[Factors]) -> list[st
     ]
 
 
-def about_types(outtype: str, stored: Sequence[Stored]) -> tuple[str, ...]:
-    """What to warn of because a factor is not of the type asked for."""
+def type_warnings(outtype: str, stored: Sequence[Stored]) -> tuple[str, ...]:
+    """Return warnings about factors that could not be stored as ``outtype``."""
     odd = [item.name for item in stored if outtype == "q8_0" and item.type != "Q8_0"]
     if not odd:
         return ()
     return (
-        f"{len(odd)} of {len(stored)} factors have rows that Q8_0's blocks of 32 do not divide; they are stored as F16",
+        f"{len(odd)} of {len(stored)} factors are stored as F16, because Q8_0 needs rows of a multiple of 32 values",
     )

@@ -1,4 +1,4 @@
-"""How two adapters compare: ``diff``."""
+"""``diff``: compare two adapters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gguflora.lora.factored import (
 from gguflora.quants.arrays import Float64Array
 
 _NEGLIGIBLE: Final = 1e-6
-"""Singular values below this share of the largest span no direction."""
+"""Singular values below this share of the largest count as zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,13 @@ class DifferentChange:
     """A weight that both adapters change.
 
     Attributes:
-        name: of the weight or tensor.
-        cosine: of the angle between the changes, as vectors of all their values.
-        norms: Frobenius norms of the changes of A and B.
-        overlap_in: share of the smaller space of input directions that lies in the other: 0 apart, 1 inside.
-        overlap_out: the same of the output directions.
-        difference: norm of B - A, divided by that of A.
+        name: name of the weight or tensor.
+        cosine: cosine similarity of the two deltas, each flattened to a vector.
+        norms: Frobenius norms of the deltas of A and B.
+        overlap_in: share of the smaller space of input directions that lies in the larger: 0 if they are orthogonal,
+            1 if it lies inside.
+        overlap_out: the same share for the output directions.
+        difference: norm of B - A divided by the norm of A.
     """
 
     name: str
@@ -53,13 +54,13 @@ class DiffReport:
 
     Attributes:
         a: path of the first adapter.
-        b: path of the second.
-        cosine: of all changes together.
-        norms: of all changes together.
-        changes: of the weights that both change.
-        only_a: the others that A changes, and the norms of these changes.
-        only_b: the same of B.
-        warnings: what the user should know.
+        b: path of the second adapter.
+        cosine: cosine similarity of all deltas together.
+        norms: Frobenius norms of all deltas of A and of B together.
+        changes: comparison of each weight that both adapters change.
+        only_a: norm of each delta that only A has, by name.
+        only_b: norm of each delta that only B has, by name.
+        warnings: messages for the user.
     """
 
     a: Path
@@ -73,11 +74,11 @@ class DiffReport:
 
     @property
     def norm_ratio(self) -> float:
-        """Norm of B's changes divided by that of A's."""
+        """Norm of B's deltas divided by the norm of A's."""
         return self.norms[1] / self.norms[0] if self.norms[0] else math.inf
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
+        """Return all fields, ready for JSON."""
         ratio = self.norm_ratio if math.isfinite(self.norm_ratio) else None
         return {**asdict(self), "a": str(self.a), "b": str(self.b), "norm_ratio": ratio}
 
@@ -86,15 +87,15 @@ class DiffReport:
 def diff(
     a: str | os.PathLike[str], b: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None
 ) -> DiffReport:
-    """Compare two adapters of one base by their factors; no change is ever written out as a matrix.
+    """Compare two adapters of the same base. Everything is computed from the factors, never from dense matrices.
 
     Args:
-        a: PEFT directory or GGUF LoRA file.
-        b: the other one.
-        base: their base model, needed to compare PEFT with GGUF, and for changes that are not of low rank.
+        a: first adapter: PEFT directory or GGUF LoRA file.
+        b: second adapter.
+        base: their base model; needed to compare PEFT with GGUF, and for deltas that are not of low rank.
 
     Raises:
-        MismatchError: if they are of different bases, or of different forms and no base is given.
+        MismatchError: if the bases differ, or if the file formats differ and no base is given.
         GgufloraError: if something cannot be read.
     """
     model = None if base is None else read_base(base)
@@ -134,7 +135,9 @@ def _on_base(
 
 def _compare(name: str, one: LowRank, other: LowRank) -> DifferentChange:
     if one.shape != other.shape:
-        raise MismatchError(f"{name}: the changes are of shapes {one.shape} and {other.shape}, so of different bases")
+        raise MismatchError(
+            f"{name}: the shapes are {one.shape} and {other.shape}, so the adapters have different bases"
+        )
     norm_a, norm_b, product = _norm(one), _norm(other), _inner(one, other)
     gap = math.sqrt(max(norm_a**2 + norm_b**2 - 2 * product, 0.0))
     (out_a, in_a), (out_b, in_b) = _directions(one), _directions(other)
@@ -153,7 +156,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def _inner(one: LowRank, other: LowRank) -> float:
-    """Sum of the products of all values: ``tr((b1 a1)^T b2 a2) = sum((b1^T b2) * (a1 a2^T))``."""
+    """Frobenius inner product of two deltas: ``tr((b1 a1)^T b2 a2) = sum((b1^T b2) * (a1 a2^T))``."""
     left = as_float64(one.b).T @ as_float64(other.b)
     right = as_float64(one.a) @ as_float64(other.a).T
     return one.scaling * other.scaling * float((left * right).sum())
@@ -164,7 +167,7 @@ def _norm(delta: LowRank) -> float:
 
 
 def _directions(delta: LowRank) -> tuple[Float64Array, Float64Array]:
-    """Orthonormal bases of the change's output and input directions, (n_out, r) and (n_in, r)."""
+    """Return orthonormal bases of the delta's output and input directions, (n_out, r) and (n_in, r)."""
     q_b, r_b = np.linalg.qr(as_float64(delta.b))
     q_a, r_a = np.linalg.qr(as_float64(delta.a).T)
     u, sizes, vt = np.linalg.svd(r_b @ r_a.T)

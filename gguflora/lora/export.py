@@ -1,4 +1,4 @@
-"""GGUF LoRA back to a PEFT directory: ``export``."""
+"""``export``: write a GGUF LoRA as a PEFT directory."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class ExportReport:
     """What `export` did.
 
     Attributes:
-        output: the PEFT directory.
+        output: path of the PEFT directory.
         adapter: name of the adapter.
-        architecture: of the base, as GGUF names it.
+        architecture: GGUF name of the base's architecture.
         modules: number of adapted modules and parameters.
-        ranks: smallest and largest rank.
-        size: of the factors, in bytes.
-        warnings: what the user should know.
+        ranks: smallest and largest rank of the factors.
+        size: bytes of the factors.
+        warnings: messages for the user.
     """
 
     output: Path
@@ -37,7 +37,7 @@ class ExportReport:
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
+        """Return all fields, ready for JSON."""
         return {**asdict(self), "output": str(self.output)}
 
 
@@ -50,13 +50,13 @@ def export(
     base_model_name: str | None = None,
     force: bool = False,
 ) -> ExportReport:
-    """Write a GGUF LoRA as a PEFT directory, which PEFT loads on the Hugging Face model.
+    """Write a GGUF LoRA as a PEFT directory that PEFT loads on the Hugging Face model.
 
     Args:
-        lora: GGUF LoRA file (or any adapter that is of low rank, to be written as plain LoRA).
-        base: its base, a GGUF file or a directory with ``config.json``; only its description is read.
+        lora: GGUF LoRA file, or another low-rank adapter to write as plain LoRA.
+        base: its base model: a GGUF file or a directory with ``config.json``; only metadata is read.
         out: the directory to write.
-        base_model_name: what the configuration should name as the base: a hub id or a path.
+        base_model_name: hub id or path of the base model for ``adapter_config.json``.
         force: overwrite a PEFT directory at ``out``.
 
     Raises:

@@ -1,9 +1,9 @@
-"""A LoRA from two models: ``extract``.
+"""``extract``: compute a LoRA from the difference of two models.
 
-Each matrix of the difference D is approximated by a randomised SVD (Halko, Martinsson and Tropp 2011, algorithms 4.4
-and 5.1): a random subspace is multiplied by ``D^T D`` and made orthonormal a few times, and D is projected on it. D is
-never held: every pass reads both models in blocks of rows. What 16-bit rounding put between the models is seen through
-where it can be (`gguflora.lora.weighted_svd`).
+Each matrix D of the difference is approximated by a randomised SVD (Halko, Martinsson and Tropp 2011, algorithms 4.4
+and 5.1): a random subspace is multiplied by ``D^T D`` and orthonormalised a few times, then D is projected on it. D is
+never held in memory: every pass reads both models in blocks of rows. `gguflora.lora.weighted_svd` removes the noise
+of 16-bit rounding where that is possible.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gguflora.files.remote import remote_inputs
 from gguflora.lora.factored import FactoredAdapter
 from gguflora.lora.model_difference import Difference, Differences, open_differences
 from gguflora.lora.output import check_output, is_gguf, write_adapter
-from gguflora.lora.weighted_svd import HIGHEST_RANK, balanced, without_rounding
+from gguflora.lora.weighted_svd import HIGHEST_RANK, svd_of_product, without_rounding
 from gguflora.quants.arrays import Float32Array, Float64Array
 from gguflora.quants.threads import run_rows
 
@@ -35,7 +35,7 @@ Progress = Callable[[int, int], None]
 _OVERSAMPLING: Final = 8
 """Columns of the random subspace beyond the rank."""
 _NEGLIGIBLE: Final = 1e-9
-"""Share of a difference's squared norm that need not be explained."""
+"""A remainder below this share of a difference's squared norm is ignored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +43,16 @@ class ExtractReport:
     """What `extract` did.
 
     Attributes:
-        output: the GGUF LoRA file or the PEFT directory.
-        tensors: number of changes.
-        ranks: smallest and largest rank.
-        size: of the factors, in bytes.
+        output: path of the GGUF LoRA file or PEFT directory.
+        tensors: number of weights that the LoRA changes.
+        ranks: smallest and largest rank of the factors.
+        size: bytes of the factors.
         unchanged: number of weights that are equal in both models.
-        errors: distance of each change from the models' difference, relative to that (Frobenius norm): what the rank
-            leaves out, and rounding of the models' weights.
-        left_out: why other differences are not in the LoRA, by name.
+        errors: relative distance (Frobenius norm) of each delta from the models' difference, by name. It includes what
+            the rank cuts off and the rounding of the models' weights.
+        left_out: why a weight that differs is not in the LoRA, by name.
         seconds: wall time.
-        warnings: what the user should know.
+        warnings: messages for the user.
     """
 
     output: Path
@@ -66,7 +66,7 @@ class ExtractReport:
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
+        """Return all fields, ready for JSON."""
         return {**asdict(self), "output": str(self.output)}
 
 
@@ -85,24 +85,25 @@ def extract(
     force: bool = False,
     progress: Progress | None = None,
 ) -> ExtractReport:
-    """Write the LoRA that comes closest to what fine-tuning has done to a model.
+    """Write the LoRA that best approximates the difference between a fine-tuned model and its base.
 
-    Of F16 and BF16 models, where hardly more than rounding is left beyond the rank (up to 64), it is the likeliest
-    change that is looked for, not the one closest to the rounded difference: it is several times closer to what was
-    merged.
+    For F16 and BF16 models, if little more than rounding is left beyond the rank (up to 64), the result is the
+    likeliest delta before rounding rather than the one closest to the rounded difference. It is then several times
+    closer to the LoRA that was merged.
 
     Args:
-        finetuned: GGUF file of any quant types, or Hugging Face directory.
-        base: the same of the model before.
-        out: what to write: a GGUF LoRA file if the name ends with ``.gguf``, else a PEFT directory.
-        rank: the highest rank of a change.
-        energy: if given, the lowest rank up to this one that keeps such a share of a change's squared norm.
-        iterations: power iterations; each reads both models once more.
-        seed: of the random subspace; results do not depend on ``threads``.
-        threads: number of threads; by default one for each core this process may use.
+        finetuned: fine-tuned model: GGUF file of any quant types, or Hugging Face directory.
+        base: the model before fine-tuning, in the same format.
+        out: path to write: a GGUF LoRA file if the name ends with ``.gguf``, else a PEFT directory.
+        rank: highest rank of a delta.
+        energy: if given, use for each delta the lowest rank, up to ``rank``, that keeps this share of its squared
+            norm.
+        iterations: number of power iterations; each reads both models once more.
+        seed: seed of the random subspace; the result does not depend on ``threads``.
+        threads: number of threads; by default one for each core that this process may use.
         outtype: type of the factors in a GGUF file.
         force: overwrite ``out``.
-        progress: called with (weights done, weights in all), from several threads but never at once.
+        progress: called with (weights done, weights in total); calls come from several threads but never overlap.
 
     Raises:
         AdapterError: if the models do not differ, or hold NaN or infinity.
@@ -112,8 +113,8 @@ def extract(
     started, target, tuned, before = time.perf_counter(), Path(out), Path(finetuned), Path(base)
     check_output(target, [tuned, before], outtype=outtype, force=force)
     with open_differences(tuned, before) as differences:
-        work = _Work(differences, rank, energy, iterations, seed, progress)
-        run_rows(len(differences.found), 1, work.do, threads)
+        work = _Extraction(differences, rank, energy, iterations, seed, progress)
+        run_rows(len(differences.weights), 1, work.approximate, threads)
     if not work.pairs:
         raise AdapterError(f"{tuned}: no weight that a LoRA could change differs from {before}")
     architecture = differences.architecture
@@ -146,8 +147,8 @@ def _check_options(rank: int, energy: float | None, iterations: int) -> None:
         raise AdapterError(f"iterations is {iterations}, expected a whole number from 0")
 
 
-class _Work:
-    """The changes found so far; `do` is called from several threads."""
+class _Extraction:
+    """The deltas computed so far. Several threads call `approximate`."""
 
     def __init__(
         self,
@@ -158,25 +159,25 @@ class _Work:
         seed: int,
         progress: Progress | None,
     ) -> None:
-        self._found, self._rank, self._energy = differences.found, rank, energy
+        self._weights, self._rank, self._energy = differences.weights, rank, energy
         self._iterations, self._seed, self._progress = iterations, seed, progress
         self._lock, self._done = threading.Lock(), 0
-        self._total = sum(item.n_rows * item.n_columns for item in self._found)
+        self._total = sum(item.n_rows * item.n_columns for item in self._weights)
         self.pairs: dict[str, LowRank] = {}
         self.errors: dict[str, float] = {}
         self.left_out = dict(differences.left_out)
         self.unchanged = 0
 
-    def do(self, start: int, stop: int) -> None:
-        """Find the changes of some weights."""
-        for item in self._found[start:stop]:
-            found = (
+    def approximate(self, start: int, stop: int) -> None:
+        """Compute the deltas of weights ``start`` to ``stop``."""
+        for item in self._weights[start:stop]:
+            result = (
                 _approximate(item, self._rank, self._energy, self._iterations, self._seed) if not item.problem else None
             )
             norm = item.relative_norm() if item.problem else 0.0
             with self._lock:
-                if found is not None:
-                    self.pairs[item.name], self.errors[item.name] = found
+                if result is not None:
+                    self.pairs[item.name], self.errors[item.name] = result
                 elif norm:
                     self.left_out[item.name] = f"{item.problem}; it differs by {norm:.2g} of its norm"
                 else:
@@ -186,10 +187,10 @@ class _Work:
                     self._progress(self._done, self._total)
 
     def ordered_pairs(self) -> dict[str, LowRank]:
-        """The changes in the order of the models' weights; unchanged experts of a changed stack as zeros."""
+        """Return the deltas in the models' order, with zeros for the unchanged experts of a changed stack."""
         changed_stacks = {_stack_of(name) for name in self.pairs} - {None}
         pairs = {}
-        for item in self._found:
+        for item in self._weights:
             if item.name in self.pairs:
                 pairs[item.name] = self.pairs[item.name]
             elif _stack_of(item.name) in changed_stacks:
@@ -199,12 +200,12 @@ class _Work:
         return pairs
 
     def warnings(self) -> tuple[str, ...]:
-        """What the LoRA leaves out."""
+        """Return a warning for each weight that differs but is not in the LoRA."""
         return tuple(f"{name} is left out: {reason}" for name, reason in self.left_out.items())
 
 
 def _stack_of(name: str) -> str | None:
-    """The name of the stack, if the name is that of an expert in it."""
+    """Return the name of the expert stack that a weight belongs to, or None."""
     stack, _, expert = name.rpartition(".")
     return stack if expert.isdecimal() else None
 
@@ -212,60 +213,60 @@ def _stack_of(name: str) -> str | None:
 def _approximate(
     item: Difference, rank: int, energy: float | None, iterations: int, seed: int
 ) -> tuple[LowRank, float] | None:
-    """The change of low rank and its relative error; None if there is no difference."""
+    """Return the low-rank delta and its relative error, or None if the models do not differ."""
     width = min(rank + _OVERSAMPLING, item.n_rows, item.n_columns)
     rng = np.random.default_rng([seed, zlib.crc32(item.name.encode())])
     v, total = np.linalg.qr(rng.standard_normal((item.n_columns, width)))[0], 0.0
     for number in range(iterations):
-        v, norm = _power(item, v)
+        v, norm = _power_iteration(item, v)
         total = norm if number == 0 else total
         if not total:
             return None
     y, norm = _project(item, v)
     if not norm:
         return None
-    b, a, kept = _cut(y, v, norm, rank, energy)
-    left = max(norm - kept, 0.0)
-    if item.rounded_to is not None and b.shape[1] <= HIGHEST_RANK and left > _NEGLIGIBLE * norm:
-        refined = without_rounding(item, b, a, left)
+    b, a, kept = _truncate(y, v, norm, rank, energy)
+    remainder = max(norm - kept, 0.0)
+    if item.rounded_to is not None and b.shape[1] <= HIGHEST_RANK and remainder > _NEGLIGIBLE * norm:
+        refined = without_rounding(item, b, a, remainder)
         if refined is not None:
             b, a = refined
-            left = _distance(item, b, a)
-    u, sizes, v = balanced(b, a)
+            remainder = _squared_distance(item, b, a)
+    u, sizes, v = svd_of_product(b, a)
     roots = np.sqrt(sizes)
     delta = LowRank((roots[:, None] * v).astype(np.float32), (u * roots).astype(np.float32), 1.0)
-    return (delta.transposed() if item.transposed else delta), float(np.sqrt(left / norm))
+    return (delta.transposed() if item.transposed else delta), float(np.sqrt(remainder / norm))
 
 
-def _power(item: Difference, v: Float64Array) -> tuple[Float64Array, float]:
-    """An orthonormal basis of ``D^T D v``, and the squared norm of D."""
+def _power_iteration(item: Difference, v: Float64Array) -> tuple[Float64Array, float]:
+    """Return an orthonormal basis of ``D^T D v`` and the squared norm of D."""
     z, norm, narrow = np.zeros(v.shape), 0.0, v.astype(np.float32)
     for _, block in item.blocks():
         z += block.T @ (block @ narrow)
-        norm += _square(item, block)
+        norm += _squared_norm(item, block)
     return (np.linalg.qr(z)[0] if norm else v), norm
 
 
 def _project(item: Difference, v: Float64Array) -> tuple[Float64Array, float]:
-    """``D v``, and the squared norm of D."""
+    """Return ``D v`` and the squared norm of D."""
     y, norm = np.empty((item.n_rows, v.shape[1])), 0.0
     for start, block in item.blocks():
-        y[start : start + len(block)] = block.astype(np.float64) @ v  # in float32 its error would hide small ones
-        norm += _square(item, block)
+        y[start : start + len(block)] = block.astype(np.float64) @ v  # float32 errors would hide small deltas
+        norm += _squared_norm(item, block)
     return y, norm
 
 
-def _square(item: Difference, block: Float32Array) -> float:
+def _squared_norm(item: Difference, block: Float32Array) -> float:
     norm = float((block.astype(np.float64) ** 2).sum())
     if not np.isfinite(norm):
         raise AdapterError(f"{item.name}: one of the models holds NaN or infinity")
     return norm
 
 
-def _cut(
+def _truncate(
     y: Float64Array, v: Float64Array, norm: float, rank: int, energy: float | None
 ) -> tuple[Float64Array, Float64Array, float]:
-    """``y v^T`` as factors of the rank asked for, and their squared norm."""
+    """Truncate ``y v^T`` to the requested rank; return b, a and their squared norm."""
     q, r = np.linalg.qr(y)
     u, sizes, w = np.linalg.svd(r)
     kept = min(rank, int((sizes > 0).sum()))
@@ -275,8 +276,8 @@ def _cut(
     return (q @ u[:, :kept]) * sizes[:kept], w[:kept] @ v.T, float(sums[kept - 1])
 
 
-def _distance(item: Difference, b: Float64Array, a: Float64Array) -> float:
-    """The squared norm of ``D - b a``."""
+def _squared_distance(item: Difference, b: Float64Array, a: Float64Array) -> float:
+    """Return the squared norm of ``D - b a``."""
     total = 0.0
     for start, block in item.blocks():
         total += float(((block - b[start : start + len(block)] @ a) ** 2).sum())

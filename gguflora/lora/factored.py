@@ -1,7 +1,7 @@
-"""An adapter as pairs of factors, which is what one can compute with.
+"""Adapters as pairs of low-rank factors, the form that the LoRA algebra works on.
 
-Names are those of a Hugging Face model's weights while no GGUF file is in play, else those of GGUF tensors; `for_base`
-turns the first into the second, `export` the second into the first.
+Pairs are named after the weights of a Hugging Face model, or after GGUF tensors once a GGUF file is involved.
+`for_base` converts the first kind of names to the second, `to_hf.for_model` the second to the first.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ _KEPT_FIELDS: Final = ("base_model_name_or_path", "revision", "task_type", "fan_
 Pairs = Mapping[str, LowRank]
 
 NEARLY_ALL: Final = 0.9999
-"""Share of the squared norm that is kept of changes that are not of low rank, where they are only looked at."""
+"""Share of the squared norm to keep where deltas that are not of low rank are only described, not written."""
 
 
 @dataclass(frozen=True, slots=True)
 class FactoredAdapter:
-    """An adapter that is pairs of factors and nothing else.
+    """An adapter that consists of pairs of factors only.
 
     Attributes:
-        name: of the adapter.
-        path: of its weights.
-        sha256: of them.
-        pairs: by name of the weight or tensor; expert e of a GGUF tensor is named ``<tensor>.<e>``.
-        architecture: of the base, if the names are those of GGUF tensors.
-        invocation_tokens: of an activated LoRA.
-        fields: what a PEFT configuration of it should say besides.
-        warnings: what the user should know.
+        name: name of the adapter.
+        path: path of its weights.
+        sha256: SHA-256 of its weights.
+        pairs: factors by name of the weight or tensor; expert e of a GGUF tensor is named ``<tensor>.<e>``.
+        architecture: GGUF name of the base's architecture if the pairs are named after GGUF tensors, else None.
+        invocation_tokens: tokens that activate an aLoRA; empty for other adapters.
+        fields: additional fields for ``adapter_config.json``.
+        warnings: messages for the user.
     """
 
     name: str
@@ -71,21 +71,21 @@ class FactoredAdapter:
 def read_factored(
     path: str | os.PathLike[str], base: BaseModel | None, rank: int | None = None, energy: float | None = None
 ) -> FactoredAdapter:
-    """Read an adapter whose changes are all of low rank, or that may be approximated on its base.
+    """Read an adapter as pairs of factors; approximate deltas that are not of low rank if asked to.
 
     Args:
         path: PEFT directory or GGUF LoRA file.
-        base: its base, for changes that only a base's weights make factors of.
-        rank: approximate such changes with this rank.
-        energy: or with the lowest rank that keeps this share of their squared norm.
+        base: its base model, for deltas whose factors depend on the base.
+        rank: approximate such deltas with this rank.
+        energy: approximate such deltas with the lowest rank that keeps this share of their squared norm.
 
     Raises:
-        UnsupportedAdapterError: if a change is not of low rank.
+        UnsupportedAdapterError: if a delta is not of low rank and may not be approximated.
         GgufloraError: if something cannot be read.
     """
     adapter = read_adapter(path)
     pairs = _plain_pairs(adapter)
-    fields = _fields(Path(path)) if adapter.architecture is None else {}
+    fields = _config_fields(Path(path)) if adapter.architecture is None else {}
     whole = FactoredAdapter(
         adapter.name,
         adapter.path,
@@ -99,10 +99,10 @@ def read_factored(
     if pairs is not None:
         return whole
     if base is None:
-        odd = [name for name, deltas in adapter.deltas.items() if not _is_plain(deltas)]
+        dependent = [name for name, deltas in adapter.deltas.items() if not _is_plain(deltas)]
         raise UnsupportedAdapterError(
-            f"{adapter.path}: {adapter.method}: {len(odd) or 'all'} changes are no pair of factors without the base "
-            f"({listed(odd) or 'they depend on its shapes'}); give it with --base"
+            f"{adapter.path}: {adapter.method}: the factors of {len(dependent) or 'all'} changes depend on the base "
+            f"({listed(dependent) or 'on its shapes'}); give it with --base"
         )
     factored = factor_adapter(adapter, base, rank, energy)
     texts = [f"{item.tensor}: approximated, relative error {item.error:.2g}" for item in factored if item.error]
@@ -112,37 +112,37 @@ def read_factored(
 
 
 def _plain_pairs(adapter: Adapter) -> Pairs | None:
-    """The changes where each is one pair of factors; copies of the base's weights saved beside them are left out."""
+    """Return the factors if every delta is one pair of factors, else None. Saved copies of base weights are skipped."""
     if adapter.from_base_shapes:
         return None
-    trained = {name: _trained(deltas) for name, deltas in adapter.deltas.items()}
+    trained = {name: _without_base_copies(deltas) for name, deltas in adapter.deltas.items()}
     left = {name: deltas for name, deltas in trained.items() if deltas}
     pairs = {name: deltas[0] for name, deltas in left.items() if len(deltas) == 1}
     low = {name: delta for name, delta in pairs.items() if isinstance(delta, LowRank)}
     return low if low and len(low) == len(left) else None
 
 
-def _trained(deltas: Sequence[Delta | ShapeDependentDelta]) -> list[Delta | ShapeDependentDelta]:
+def _without_base_copies(deltas: Sequence[Delta | ShapeDependentDelta]) -> list[Delta | ShapeDependentDelta]:
     return [delta for delta in deltas if not (isinstance(delta, Replace) and delta.is_base_copy)]
 
 
 def _is_plain(deltas: Sequence[Delta | ShapeDependentDelta]) -> bool:
-    return [isinstance(delta, LowRank) for delta in _trained(deltas)] in ([], [True])
+    return [isinstance(delta, LowRank) for delta in _without_base_copies(deltas)] in ([], [True])
 
 
-def _fields(folder: Path) -> dict[str, Any]:
-    found = read_config(folder).fields
-    return {name: found[name] for name in _KEPT_FIELDS if name in found}
+def _config_fields(folder: Path) -> dict[str, Any]:
+    fields = read_config(folder).fields
+    return {name: fields[name] for name in _KEPT_FIELDS if name in fields}
 
 
 def for_base(adapter: FactoredAdapter, base: BaseModel) -> FactoredAdapter:
-    """The same adapter, by the names and in the row order of a base's GGUF tensors, checked against it.
+    """Convert an adapter to the names and the row order of a base's GGUF tensors, and check that it fits.
 
     Raises:
         GgufloraError: if it does not fit the base.
     """
     if adapter.architecture is not None:
-        place(_as_adapter(adapter), base)  # which checks it
+        place(_as_adapter(adapter), base)  # raises if it does not fit
         return adapter
     factored = factor_adapter(_as_adapter(adapter), base, None, None)
     return replace(adapter, pairs=unstacked(factored), architecture=base.architecture)
@@ -154,7 +154,7 @@ def _as_adapter(adapter: FactoredAdapter) -> Adapter:
 
 
 def unstacked(factored: Sequence[Factors]) -> dict[str, LowRank]:
-    """Pairs by tensor, of a stack of experts by ``<tensor>.<e>``."""
+    """Return pairs by tensor name; expert e of a stack gets the name ``<tensor>.<e>``."""
     pairs = {}
     for item in factored:
         if item.a.ndim == 2:
@@ -166,7 +166,7 @@ def unstacked(factored: Sequence[Factors]) -> dict[str, LowRank]:
 
 
 def stacked(pairs: Pairs) -> list[Factors]:
-    """The inverse of `unstacked`; experts of different rank are filled up with zeros."""
+    """Undo `unstacked`. Experts of a lower rank are padded with zeros."""
     groups: dict[str, dict[int, LowRank]] = {}
     for name, delta in pairs.items():
         tensor, expert = split_expert(name)
@@ -175,9 +175,9 @@ def stacked(pairs: Pairs) -> list[Factors]:
 
 
 def split_expert(name: str) -> tuple[str, int | None]:
-    """A GGUF tensor's name and the number of an expert in it, if the name has one."""
-    found = _EXPERT.fullmatch(name)
-    return (found["tensor"], int(found["expert"])) if found else (name, None)
+    """Split ``<tensor>.<e>`` into the tensor's name and the expert's index, which is None if there is none."""
+    match = _EXPERT.fullmatch(name)
+    return (match["tensor"], int(match["expert"])) if match else (name, None)
 
 
 def _stack(tensor: str, group: Mapping[int, LowRank]) -> Factors:
@@ -196,5 +196,5 @@ def _stack(tensor: str, group: Mapping[int, LowRank]) -> Factors:
 
 
 def is_embedding(name: str) -> bool:
-    """Whether a weight or tensor is a token embedding, whose factors PEFT and GGUF name the other way round."""
+    """Whether a weight or tensor is an embedding; PEFT and GGUF swap the names A and B of its factors."""
     return name == TOKEN_EMBEDDING or _EMBEDDING.fullmatch(name) is not None

@@ -1,4 +1,4 @@
-"""An adapter's changes as the pairs of factors that a GGUF LoRA holds: one pair for a tensor, or a stack of pairs."""
+"""Compute the factors that a GGUF LoRA holds: one pair for each tensor, or a stack of pairs for expert tensors."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from gguflora.quants.arrays import Float64Array
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factors:
-    """The change ``scaling * b @ a`` of a tensor.
+    """The factors of a tensor's delta ``scaling * b @ a``.
 
     Attributes:
-        tensor: its GGUF name.
+        tensor: GGUF name of the tensor.
         a: (rank, n_in), or (n_experts, rank, n_in).
         b: (n_out, rank), or (n_experts, n_out, rank).
         scaling: alpha / rank.
-        error: relative error, where the change was approximated.
-        cautions: what to warn of.
+        error: relative error if the delta was approximated, else None.
+        cautions: messages for the user.
     """
 
     tensor: str
@@ -50,24 +50,24 @@ class Factors:
 
 
 def factor_adapter(adapter: Adapter, base: BaseModel, rank: int | None, energy: float | None) -> list[Factors]:
-    """The factors of every change of an adapter.
+    """Return the factors of every delta of an adapter.
 
     Args:
         adapter: the adapter.
-        base: its base; its weights are read where a change depends on them.
-        rank: approximate changes of a higher rank, or of none.
-        energy: the same, by the share of the squared norm that is kept.
+        base: its base model; weights are read only for deltas that depend on them.
+        rank: approximate deltas of a higher rank with this rank.
+        energy: approximate deltas with the lowest rank that keeps this share of their squared norm.
 
     Raises:
         AdapterError: if the adapter changes nothing.
-        UnsupportedAdapterError: if a change is not of low rank and may not be approximated, or llama.cpp cannot apply
+        UnsupportedAdapterError: if a delta is not of low rank and may not be approximated, or llama.cpp cannot apply
             it.
     """
     placed = place(adapter, base)
     if not placed:
         raise AdapterError(f"{adapter.path}: changes no weight; there is nothing to convert")
     if base.path.is_dir():
-        placed = _without_frozen(placed)
+        placed = _without_base_copies(placed)
         _refuse_tied(adapter, base, placed)
         return _factor_all(adapter, base, None, placed, rank, energy)
     with GgufFile(base.path) as file:
@@ -76,8 +76,8 @@ def factor_adapter(adapter: Adapter, base: BaseModel, rank: int | None, energy: 
         return _factor_all(adapter, base, file, placed, rank, energy)
 
 
-def _without_frozen(placed: dict[str, list[PlacedDelta]]) -> dict[str, list[PlacedDelta]]:
-    """The changes without copies of the base's weights, taken on trust where the base's are not at hand."""
+def _without_base_copies(placed: dict[str, list[PlacedDelta]]) -> dict[str, list[PlacedDelta]]:
+    """Drop deltas that are marked as copies of base weights; the weights to compare them to are not available."""
     kept = {
         name: [item for item in items if not (isinstance(item.delta, Replace) and item.delta.is_base_copy)]
         for name, items in placed.items()
@@ -88,15 +88,15 @@ def _without_frozen(placed: dict[str, list[PlacedDelta]]) -> dict[str, list[Plac
 def _refuse_tied(adapter: Adapter, base: BaseModel, placed: dict[str, list[PlacedDelta]]) -> None:
     changed = [name for name in (TOKEN_EMBEDDING, OUTPUT) if name in placed]
     if base.is_tied and changed:
-        what = " and ".join(item.weight for name in changed for item in placed[name][:1])
-        way = (
+        weights = " and ".join(item.weight for name in changed for item in placed[name][:1])
+        advice = (
             "merge the adapter instead, which unties them"
             if can_untie(base)
             else f"it can be merged only if it changes both alike: {base.architecture} has no output weight of its own"
         )
         raise UnsupportedAdapterError(
-            f"{adapter.path}: changes {what}, but the output weight of {base.path} is tied to its token embedding: "
-            f"llama.cpp aborts on such a LoRA; {way}"
+            f"{adapter.path}: changes {weights}, but the output weight of {base.path} is tied to its token embedding: "
+            f"llama.cpp aborts on such a LoRA; {advice}"
         )
 
 
@@ -108,24 +108,24 @@ def _factor_all(
     rank: int | None,
     energy: float | None,
 ) -> list[Factors]:
-    maker = _Maker(file, placed, rank, energy)
-    made = {name: maker.make(name, items, base.shapes[name]) for name, items in placed.items()}
-    failed = [name for name, factors in made.items() if factors is None]
+    factorization = _Factorization(file, placed, rank, energy)
+    by_tensor = {name: factorization.factor(name, items, base.shapes[name]) for name, items in placed.items()}
+    failed = [name for name, factors in by_tensor.items() if factors is None]
     if failed:
-        raise _not_low_rank(adapter, base, failed, len(made))
-    return [factors for factors in made.values() if factors is not None]
+        raise _not_low_rank(adapter, base, failed, len(by_tensor))
+    return [factors for factors in by_tensor.values() if factors is not None]
 
 
 def _not_low_rank(adapter: Adapter, base: BaseModel, failed: list[str], n_changes: int) -> UnsupportedAdapterError:
     shown = ", ".join(failed[:6]) + (" ..." if len(failed) > 6 else "")
-    what = f"{adapter.path}: {len(failed)} of {n_changes} changes"
+    subject = f"{adapter.path}: {len(failed)} of {n_changes} changes"
     if any(_is_vector(name, base.shapes[name]) for name in failed):
         return UnsupportedAdapterError(
-            f"{what} are of norms or biases, which a GGUF LoRA cannot hold: {shown}; merge the adapter instead"
+            f"{subject} are of norms or biases, which a GGUF LoRA cannot hold: {shown}; merge the adapter instead"
         )
     hint = " with the base as a GGUF file" if base.path.is_dir() else ""
     return UnsupportedAdapterError(
-        f"{what} are not of low rank, as a GGUF LoRA must be: {shown}; merge the adapter, or approximate it with "
+        f"{subject} are not of low rank, as a GGUF LoRA must be: {shown}; merge the adapter, or approximate it with "
         f"--rank N or --energy 0.999{hint}"
     )
 
@@ -135,8 +135,8 @@ def _is_vector(name: str, shape: Shape) -> bool:
     return len(shape) < 2 or name.endswith(".bias")
 
 
-class _Maker:
-    """Makes factors; opens the base's weights only for changes that need them."""
+class _Factorization:
+    """Factors the deltas of one adapter; reads the base's weights only for deltas that need them."""
 
     def __init__(
         self, file: GgufFile | None, placed: dict[str, list[PlacedDelta]], rank: int | None, energy: float | None
@@ -149,20 +149,20 @@ class _Maker:
         )
         self._whole = None if file is None else WholeTensorDeltas(BaseTensors(file), list(self._targets.values()))
 
-    def make(self, name: str, items: Sequence[PlacedDelta], shape: Shape) -> Factors | None:
-        """The factors of one tensor's change; None if it has none."""
+    def factor(self, name: str, items: Sequence[PlacedDelta], shape: Shape) -> Factors | None:
+        """Return the factors of one tensor's delta, or None if it has none."""
         if _is_vector(name, shape):
             return None
         parts = [self._low_rank(item) for item in items]
         known = [part for part in parts if part is not None]
         if len(known) < len(parts):
-            return self._approximated(name, shape)
+            return self._approximate_tensor(name, shape)
         stack = _stack(name, items, known, shape)
         too_high = self._energy is not None or (self._rank is not None and stack.rank > self._rank)
-        return self._shrunk(stack) if too_high else stack
+        return self._shrink(stack) if too_high else stack
 
     def _low_rank(self, item: PlacedDelta) -> LowRank | None:
-        """The change of a slice as factors; replaced rows are their difference from the base's, times unit columns."""
+        """Return a slice's factors or None. For replaced rows, A is the difference from the base, B selects rows."""
         if isinstance(item.delta, ReplaceRows) and self._file is not None and item.tensor_slice.rows is None:
             tensor = self._file.tensors[item.tensor_slice.tensor]
             ids = item.delta.ids[item.delta.ids < tensor.n_rows]
@@ -174,7 +174,7 @@ class _Maker:
             return LowRank((as_float64(item.delta.values) - old).astype(np.float32), b, 1.0)
         return item.low_rank()
 
-    def _approximated(self, name: str, shape: Shape) -> Factors | None:
+    def _approximate_tensor(self, name: str, shape: Shape) -> Factors | None:
         if not self._approximate or self._file is None or self._whole is None:
             return None
         target, n_out = self._targets[name], shape[-2]
@@ -183,37 +183,37 @@ class _Maker:
             rows = AnyRows(target.source, first, first + n_out, target.deltas, self._whole)
             pairs.append(truncate(rows.delta(first, first + n_out), self._rank, self._energy))
         placed = {name: [item for item, _ in target.deltas]}
-        return replace(_joined(name, pairs, shape), cautions=cautions(self._file, placed))
+        return replace(_join_approximations(name, pairs, shape), cautions=cautions(self._file, placed))
 
-    def _shrunk(self, factors: Factors) -> Factors:
+    def _shrink(self, factors: Factors) -> Factors:
         stacked = factors.a.ndim == 3
         a, b = (factors.a, factors.b) if stacked else (factors.a[None], factors.b[None])
         pairs = [shrink(LowRank(x, y, factors.scaling), self._rank, self._energy) for x, y in zip(a, b, strict=True)]
-        return _joined(factors.tensor, pairs, (0,) * (3 if stacked else 2))
+        return _join_approximations(factors.tensor, pairs, (0,) * (3 if stacked else 2))
 
 
-def _joined(name: str, pairs: Sequence[tuple[LowRank, float]], shape: Shape) -> Factors:
-    """Approximations of the parts of a tensor as one; its error is the worst of theirs."""
+def _join_approximations(name: str, pairs: Sequence[tuple[LowRank, float]], shape: Shape) -> Factors:
+    """Join the approximations of a tensor's experts; the error is that of the worst one."""
     rank = max(pair.rank for pair, _ in pairs)
-    a = np.stack([_padded(pair.a, rank, axis=0) for pair, _ in pairs])
-    b = np.stack([_padded(pair.b, rank, axis=1) for pair, _ in pairs])
+    a = np.stack([_pad_rank(pair.a, rank, axis=0) for pair, _ in pairs])
+    b = np.stack([_pad_rank(pair.b, rank, axis=1) for pair, _ in pairs])
     a, b = (a, b) if len(shape) == 3 else (a[0], b[0])
     return Factors(name, a, b, 1.0, max(error for _, error in pairs))
 
 
-def _padded(array: Float64Array | Array, rank: int, axis: int) -> Array:
+def _pad_rank(array: Float64Array | Array, rank: int, axis: int) -> Array:
     missing = [(0, 0), (0, 0)]
     missing[axis] = (0, rank - array.shape[axis])
     return np.pad(array, missing)
 
 
 def _stack(name: str, items: Sequence[PlacedDelta], parts: Sequence[LowRank], shape: Shape) -> Factors:
-    """The sum of the parts, each at its place in the tensor."""
+    """Return the sum of the parts, each placed at its rows of the tensor."""
     n_out, n_in = shape[-2:]
     if len(parts) == 1 and parts[0].shape == shape:
         return Factors(name, parts[0].a, parts[0].b, parts[0].scaling)
     factors = {part.scaling for part in parts}
-    common = factors.pop() if len(factors) == 1 else None  # taken out, it leaves B as it was stored
+    common = factors.pop() if len(factors) == 1 else None  # kept apart from B, which then stays as it was stored
     experts: dict[int, list[LowRank]] = {}
     for item, part in zip(items, parts, strict=True):
         expert, row = divmod(item.tensor_slice.start, n_out)
@@ -227,12 +227,12 @@ def _stack(name: str, items: Sequence[PlacedDelta], parts: Sequence[LowRank], sh
     a = np.zeros((shape[0], rank, n_in), np.float32)
     b = np.zeros((shape[0], n_out, rank), np.float32)
     for expert, group in experts.items():
-        some_a, some_b = sum_factors((part, 1.0) for part in group)
-        a[expert, : len(some_a)], b[expert, :, : len(some_a)] = some_a, some_b
+        expert_a, expert_b = sum_factors((part, 1.0) for part in group)
+        a[expert, : len(expert_a)], b[expert, :, : len(expert_a)] = expert_a, expert_b
     return Factors(name, a, b, scaling)
 
 
 def _with_zero_rows(part: LowRank, first: int, n_out: int) -> LowRank:
-    """The same change in a taller matrix, beginning at row ``first``."""
+    """Place a delta at row ``first`` of a matrix with ``n_out`` rows."""
     below = n_out - first - part.b.shape[0]
     return part if not first and not below else LowRank(part.a, np.pad(part.b, [(first, below), (0, 0)]), part.scaling)

@@ -1,4 +1,4 @@
-"""Write GGUF LoRA files; `adapters.gguf_lora` reads them and says how they are laid out."""
+"""Write GGUF LoRA files. `adapters.gguf_lora` reads them and documents their layout."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OUTTYPES: Final = ("auto", "f32", "f16", "bf16", "q8_0")
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One tensor of the file: bytes (..., row_bytes) of a quant type."""
+    """One tensor of the file: its name, quant type and bytes (..., row_bytes)."""
 
     name: str
     type: str
@@ -35,14 +35,14 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class LoraHeader:
-    """What a file says about itself.
+    """The metadata of a GGUF LoRA file.
 
     Attributes:
-        name: of the adapter.
-        architecture: of its base, as GGUF names it.
-        alpha: as written; 0 where the factors are folded into B.
-        source: what it was made from.
-        invocation_tokens: of an activated LoRA.
+        name: name of the adapter.
+        architecture: GGUF name of the base's architecture.
+        alpha: alpha of all tensors; 0 if the scaling is folded into B.
+        source: values of ``gguflora.<key>`` metadata that say how the file was made.
+        invocation_tokens: tokens that activate an aLoRA; empty for other adapters.
     """
 
     name: str
@@ -53,22 +53,22 @@ class LoraHeader:
 
 
 def check_outtype(outtype: str) -> None:
-    """Raise ``QuantizationError`` for a type that factors are not stored as."""
+    """Raise ``QuantizationError`` unless factors can be stored as this type."""
     if outtype not in OUTTYPES:
         raise QuantizationError(f"outtype is {outtype!r}, expected one of {', '.join(OUTTYPES)}")
 
 
 def common_alpha(factored: Sequence[Factors]) -> float:
-    """The alpha with ``scaling = alpha / rank`` for every tensor, or 0 if there is none.
+    """Return the alpha with ``scaling = alpha / rank`` for every tensor, or 0 if there is none.
 
-    llama.cpp has one alpha for a file, a 32-bit float, and takes 0 as "scaling 1".
+    llama.cpp reads one float32 alpha per file and takes alpha 0 as scaling 1.
     """
     alphas = [float(np.float32(factors.scaling * factors.rank)) for factors in factored]
     return alphas[0] if all(math.isclose(alpha, alphas[0], rel_tol=2**-23) for alpha in alphas) else 0.0
 
 
-def store(factors: Factors, outtype: str, alpha: float) -> list[Stored]:
-    """The two tensors of a pair of factors, in a file of this alpha.
+def encode_factors(factors: Factors, outtype: str, alpha: float) -> list[Stored]:
+    """Encode a pair of factors as the two tensors of a file with this alpha.
 
     Raises:
         QuantizationError: if a value is too large for the type.
@@ -77,7 +77,7 @@ def store(factors: Factors, outtype: str, alpha: float) -> list[Stored]:
     if not alpha and factors.scaling != 1.0:
         b = (as_float64(b) * factors.scaling).astype(np.float32)
     if factors.tensor == TOKEN_EMBEDDING:
-        # llama.cpp looks rows up in A and multiplies them with B: the factors change places
+        # llama.cpp looks up rows of A and multiplies them by B, so the factors are swapped
         a, b = b, a.T
     return [_encode(f"{factors.tensor}.lora_a", a, outtype), _encode(f"{factors.tensor}.lora_b", b, outtype)]
 
@@ -95,8 +95,8 @@ def _encode(name: str, array: Array, outtype: str) -> Stored:
 
 
 def exact_type(values: NDArray[np.float32]) -> str:
-    """F16 where it holds the values exactly, else F32."""
-    # not BF16: with such factors llama.cpp rounds the activations to eight bits, too
+    """Return "F16" if it holds the values exactly, else "F32"."""
+    # not BF16: with BF16 factors llama.cpp also rounds the activations to eight significant bits
     with np.errstate(over="ignore"):
         return "F16" if (values.astype(np.float16) == values).all() else "F32"
 
@@ -129,7 +129,7 @@ def write_lora(path: Path, header: LoraHeader, stored: Sequence[Stored]) -> None
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    # GGUFWriter writes data with ndarray.tofile, which does not notice a disk that is full
+    # GGUFWriter writes data with ndarray.tofile, which does not notice a full disk
     with path.open("ab") as file:
         file.write(bytes(-file.tell() % writer.data_alignment))
         for item in stored:

@@ -1,4 +1,4 @@
-"""What an adapter is, what it does to each weight, and what llama.cpp would make of it: ``inspect``."""
+"""``inspect``: describe an adapter, its delta of each weight, and what llama.cpp cannot apply."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ _BLOCK: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class InspectedChange:
-    """One change.
+    """The delta of one weight.
 
     Attributes:
-        name: of the changed tensor in the base, or without a base of the weight in the Hugging Face model.
-        shape: of the tensor; None where only a base would tell.
-        rank: of the change; None if it is not known to be of low rank.
-        scaling: alpha / rank, or what the method puts in its place; None for a sum of several parts.
-        norm: Frobenius norm of the change; None where only a base would tell.
-        relative: the same, divided by the norm of the base's tensor.
-        problem: why llama.cpp could not apply it at run time.
+        name: name of the base's tensor; without a base, name of the Hugging Face weight.
+        shape: shape of the tensor; None if it depends on a base that was not given.
+        rank: rank of the delta; None if it is not known to be of low rank.
+        factor: scaling of the delta, alpha / rank or the method's equivalent; None for a sum of several parts.
+        norm: Frobenius norm of the delta; None if it depends on a base that was not given.
+        relative: norm of the delta divided by the norm of the base's tensor.
+        problem: why llama.cpp cannot apply the delta at run time; None if it can.
     """
 
     name: str
@@ -67,19 +67,19 @@ class InspectReport:
     """What `inspect` found.
 
     Attributes:
-        adapter: its name.
-        path: of its weights.
+        adapter: name of the adapter.
+        path: path of its weights.
         method: ``peft_type`` of a PEFT adapter, "MLX", or "GGUF LoRA".
-        sha256: of its weights.
-        size: of its weights, in bytes.
-        base: the base model, if one was given.
-        architecture: of the base.
-        changes: what it changes.
-        invocation_tokens: of an activated LoRA.
-        virtual_tokens: of a soft prompt, how many precede the first token.
-        warnings: what the user should know.
-        spectra: singular values of each change, if they were asked for.
-        ranks: what lower ranks would keep, of all changes and of each kind of module, if that was asked for.
+        sha256: SHA-256 of its weights.
+        size: bytes of its weights.
+        base: path of the base model, if one was given.
+        architecture: GGUF name of the base's architecture, if it is known.
+        changes: the delta of each weight.
+        invocation_tokens: tokens that activate an aLoRA; empty for other adapters.
+        virtual_tokens: number of virtual tokens of a soft prompt; 0 for other adapters.
+        warnings: messages for the user.
+        spectra: singular values of each delta, if requested.
+        ranks: what lower ranks would keep, for all deltas and for each kind of module, if requested.
     """
 
     adapter: str
@@ -98,11 +98,11 @@ class InspectReport:
 
     @property
     def problems(self) -> int:
-        """Number of changes that llama.cpp could not apply at run time."""
+        """Number of deltas that llama.cpp cannot apply at run time."""
         return sum(delta.problem is not None for delta in self.changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
+        """Return all fields, ready for JSON."""
         paths = {"path": str(self.path), "base": None if self.base is None else str(self.base)}
         return {**asdict(self), **paths, "problems": self.problems}
 
@@ -115,27 +115,27 @@ def inspect(
     ranks: bool = False,
     plot: str | os.PathLike[str] | None = None,
 ) -> InspectReport:
-    """Describe an adapter; with a base, measure its changes and say what llama.cpp cannot apply.
+    """Describe an adapter. With a base, also measure its deltas and report what llama.cpp cannot apply.
 
     Args:
         adapter: PEFT or mlx-lm directory, or GGUF LoRA file.
-        base: its base model, a GGUF file, or a directory with ``config.json``, of which no weights are read.
-        ranks: find the singular values of each change, and what lower ranks would keep.
-        plot: draw the singular values into this picture (PNG, SVG or PDF); needs matplotlib.
+        base: its base model: a GGUF file, or a directory with ``config.json``, whose weights are not read.
+        ranks: compute the singular values of each delta and what lower ranks would keep.
+        plot: path of a plot of the singular values to write (PNG, SVG or PDF); needs matplotlib.
 
     Raises:
-        GgufloraError: if they cannot be read or do not fit together, or the picture cannot be written.
+        GgufloraError: if the inputs cannot be read or do not fit together, or the plot cannot be written.
     """
     if is_soft_prompt(adapter) and not ranks and plot is None:
         return _inspect_soft_prompt(Path(adapter), base)
     source = read_adapter(adapter)
     model = None if base is None else read_base(base)
-    spectra, choices = _spectra(adapter, model, plot) if ranks or plot is not None else ((), ())
+    spectra, choices = _find_spectra(adapter, model, plot) if ranks or plot is not None else ((), ())
     warnings = list(source.warnings)
     if model is None:
-        changes = tuple(_alone(name, parts) for name, parts in source.deltas.items())
+        changes = tuple(_describe_without_base(name, parts) for name, parts in source.deltas.items())
         if source.from_base_shapes:
-            warnings.append(f"what {source.method} changes depends on the base: give one with --base")
+            warnings.append(f"the changes of {source.method} depend on the base: give it with --base")
     else:
         changes, about_file = _on_base(source, model)
         unknown = unknown_warning(model)
@@ -156,7 +156,7 @@ def inspect(
     )
 
 
-def _spectra(
+def _find_spectra(
     adapter: str | os.PathLike[str], model: BaseModel | None, plot: str | os.PathLike[str] | None
 ) -> tuple[tuple[Spectrum, ...], tuple[RankChoice, ...]]:
     from gguflora.lora.factored import NEARLY_ALL, read_factored  # noqa: PLC0415  (seldom asked for)
@@ -194,8 +194,8 @@ def _inspect_soft_prompt(folder: Path, base: str | os.PathLike[str] | None) -> I
     )
 
 
-def _alone(name: str, parts: Sequence[Delta | ShapeDependentDelta]) -> InspectedChange:
-    """A change as far as it is known without a base."""
+def _describe_without_base(name: str, parts: Sequence[Delta | ShapeDependentDelta]) -> InspectedChange:
+    """Describe a delta as far as that is possible without a base."""
     part = parts[0] if len(parts) == 1 else None
     shape = None if isinstance(parts[0], ShapeDependentDelta) else parts[0].shape
     if not isinstance(part, LowRank):
@@ -210,74 +210,74 @@ def _norm(delta: LowRank) -> float:
 
 
 def _on_base(source: Adapter, model: BaseModel) -> tuple[tuple[InspectedChange, ...], list[str]]:
-    """The changes, and what is wrong with the file as a whole."""
+    """Return the deltas on a base, and warnings about the file as a whole."""
     problems: dict[str, str] = {}
     if source.architecture is not None:
         try:
             problems = problems_of(source.path, model)
         except HotSwapError as error:
-            changes = (_alone(name, parts) for name, parts in source.deltas.items())
+            changes = (_describe_without_base(name, parts) for name, parts in source.deltas.items())
             return tuple(replace(delta, problem="see the warning") for delta in changes), [str(error)]
     fit = {name: parts for name, parts in source.deltas.items() if _tensor_of(name) not in problems}
-    unfit = [_unfit(source, model, name, problem) for name, problem in problems.items()]
-    return (*_measured(replace(source, deltas=fit), model), *unfit), []
+    unfit = [_describe_unfit(source, model, name, problem) for name, problem in problems.items()]
+    return (*_describe_fit(replace(source, deltas=fit), model), *unfit), []
 
 
 def _tensor_of(name: str) -> str:
-    """The tensor of a GGUF LoRA's change, which may be one of expert e: ``<tensor>.<e>``."""
+    """Remove the expert's index from a name like ``<tensor>.<e>``."""
     tensor, _, expert = name.rpartition(".")
     return tensor if expert.isdecimal() else name
 
 
-def _unfit(source: Adapter, model: BaseModel, tensor: str, problem: str) -> InspectedChange:
-    """A change that llama.cpp could not load or apply."""
+def _describe_unfit(source: Adapter, model: BaseModel, tensor: str, problem: str) -> InspectedChange:
+    """Describe a delta that llama.cpp cannot load or apply."""
     parts = [part for name, parts in source.deltas.items() if _tensor_of(name) == tensor for part in parts]
     low = [part for part in parts if isinstance(part, LowRank)]
     norm = sum(_norm(part) ** 2 for part in low) ** 0.5
     return InspectedChange(tensor, model.shapes.get(tensor), low[0].rank, low[0].scaling, norm, None, problem)
 
 
-def _measured(source: Adapter, model: BaseModel) -> list[InspectedChange]:
+def _describe_fit(source: Adapter, model: BaseModel) -> list[InspectedChange]:
     if model.path.is_dir():
-        return [_placed(model, name, items, None) for name, items in place(source, model).items()]
+        return [_describe_placed(model, name, items, None) for name, items in place(source, model).items()]
     whole = with_biases(model)
     with GgufFile(model.path) as file:
         placed = without_copies(file, place(source, whole))
         norms = _measure(file, {name: items for name, items in placed.items() if name not in whole.absent})
-        norms |= {name: (_from_nothing(items), 0.0) for name, items in placed.items() if name in whole.absent}
-        return [_placed(whole, name, items, norms[name]) for name, items in placed.items()]
+        norms |= {name: (_norm_of_new_bias(items), 0.0) for name, items in placed.items() if name in whole.absent}
+        return [_describe_placed(whole, name, items, norms[name]) for name, items in placed.items()]
 
 
-def _from_nothing(items: Sequence[PlacedDelta]) -> float:
-    """Norm of the change of a bias that the base does not have."""
+def _norm_of_new_bias(items: Sequence[PlacedDelta]) -> float:
+    """Norm of the delta of a bias that the base does not have."""
     return float(np.linalg.norm(sum(item.compute(np.zeros(item.shape), 0) for item in items)))
 
 
-def _placed(
+def _describe_placed(
     model: BaseModel, name: str, items: Sequence[PlacedDelta], norms: tuple[float, float] | None
 ) -> InspectedChange:
     parts = [item.low_rank() for item in items]
     low = [part for part in parts if part is not None]
-    ranks = _ranks(items, low) if len(low) == len(parts) else None
-    factors = {part.scaling for part in low}
+    rank = _rank(items, low) if len(low) == len(parts) else None
+    scalings = {part.scaling for part in low}
     norm, base = norms or (None, None)
     return InspectedChange(
         name=name,
         shape=model.shapes.get(name),
-        rank=ranks,
-        factor=factors.pop() if len(factors) == 1 and ranks is not None else None,
+        rank=rank,
+        factor=scalings.pop() if len(scalings) == 1 and rank is not None else None,
         norm=norm,
         relative=norm / base if norm is not None and base else None,
-        problem=_problem(model, name, is_low=ranks is not None),
+        problem=_problem(model, name, is_low=rank is not None),
     )
 
 
-def _ranks(items: Sequence[PlacedDelta], parts: Sequence[LowRank]) -> int:
-    """The rank of a sum of parts; of parts on top of each other, the highest."""
-    by_place: dict[int, int] = {}
+def _rank(items: Sequence[PlacedDelta], parts: Sequence[LowRank]) -> int:
+    """Rank of a tensor's delta: ranks of parts at the same rows add up, and the highest sum counts."""
+    rank_at_row: dict[int, int] = {}
     for item, part in zip(items, parts, strict=True):
-        by_place[item.tensor_slice.start] = by_place.get(item.tensor_slice.start, 0) + part.rank
-    return max(by_place.values())
+        rank_at_row[item.tensor_slice.start] = rank_at_row.get(item.tensor_slice.start, 0) + part.rank
+    return max(rank_at_row.values())
 
 
 def _problem(model: BaseModel, name: str, *, is_low: bool) -> str | None:
@@ -288,7 +288,7 @@ def _problem(model: BaseModel, name: str, *, is_low: bool) -> str | None:
 
 
 def _measure(file: GgufFile, placed: Mapping[str, Sequence[PlacedDelta]]) -> dict[str, tuple[float, float]]:
-    """Norms of the change and of the base's tensor."""
+    """Return the norms of the delta and of the base's tensor, by tensor."""
     targets = {name: changed_tensor(file, name, items) for name, items in placed.items()}
     whole = WholeTensorDeltas(BaseTensors(file), list(targets.values()))
     return {name: _norms(file, target, whole) for name, target in targets.items()}

@@ -1,4 +1,4 @@
-"""The best low-rank approximation of a change (Eckart and Young 1936)."""
+"""The best low-rank approximation of a delta (Eckart and Young 1936)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from gguflora.quants.arrays import Float64Array
 
 
 def truncate(delta: Float64Array, rank: int | None, energy: float | None) -> tuple[LowRank, float]:
-    """The closest matrix of rank ``rank``, or of the lowest rank that keeps a share ``energy`` of the squared norm.
+    """Return the closest matrix of rank ``rank``, or of the lowest rank that keeps ``energy`` of the squared norm.
 
     Args:
-        delta: (n_out, n_in).
-        rank: the rank, or None to choose it by energy.
-        energy: from 0 to 1.
+        delta: the matrix, (n_out, n_in).
+        rank: the rank, or None to choose it by ``energy``.
+        energy: share of the squared norm to keep, in (0, 1].
 
     Returns:
-        The factors, with singular values shared evenly between them, and the relative error in the Frobenius norm.
+        The factors, each multiplied by the square root of the singular values, and the relative error (Frobenius norm).
+
+    Raises:
+        AdapterError: if rank or energy is out of range.
     """
     wide = delta.shape[0] < delta.shape[1]
     gram = delta @ delta.T if wide else delta.T @ delta
@@ -37,7 +40,7 @@ def truncate(delta: Float64Array, rank: int | None, energy: float | None) -> tup
 
 
 def shrink(delta: LowRank, rank: int | None, energy: float | None) -> tuple[LowRank, float]:
-    """`truncate` for a change that has factors: by their QR decompositions, without the product."""
+    """Truncate a delta that is given as factors, using QR decompositions instead of the dense product."""
     q_b, r_b = np.linalg.qr(delta.scaling * as_float64(delta.b))
     q_a, r_a = np.linalg.qr(as_float64(delta.a).T)
     core, error = truncate(r_b @ r_a.T, rank, energy)

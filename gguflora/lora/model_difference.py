@@ -1,4 +1,4 @@
-"""The difference of two models, a matrix at a time and a block of rows at a time."""
+"""The difference of two models, read matrix by matrix in blocks of rows."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Difference:
     """A weight that both models have.
 
     Attributes:
-        name: of the weight or tensor; expert e of a stack is ``<name>.<e>``.
-        n_rows: of its stored form.
-        n_columns: of it.
-        transposed: whether the Hugging Face model keeps it as (n_in, n_out).
-        problem: why a LoRA could not hold its change.
-        rounded_to: the type of 16 bits, ``F16`` or ``BF16``, that the tuned model's values were rounded to.
-        rows: reads the values of some rows of the tuned model and of the base, float32.
+        name: name of the weight or tensor; expert e of a stack is ``<name>.<e>``.
+        n_rows: number of rows as stored.
+        n_columns: number of columns as stored.
+        transposed: whether the Hugging Face model stores it as (n_in, n_out).
+        problem: why a LoRA cannot hold its delta; None if it can.
+        rounded_to: 16-bit type of the tuned model's values, ``F16`` or ``BF16``; None for other types.
+        rows: ``rows(start, stop)`` reads these rows of the tuned model and of the base, as float32.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Difference:
     rows: Callable[[int, int], tuple[Float32Array, Float32Array]]
 
     def blocks(self) -> Iterator[tuple[int, Float32Array]]:
-        """The difference in blocks of rows, each with the number of its first row."""
+        """Yield the difference in blocks of rows, each with the index of its first row."""
         for start, tuned, base in self.both():
             yield start, tuned - base
 
     def relative_norm(self) -> float:
-        """Norm of the difference, divided by that of the base's values."""
+        """Return the norm of the difference divided by the norm of the base; the norm itself if the base is zero."""
         delta = base_norm = 0.0
         for _, tuned, base in self.both():
             delta += float(((tuned - base).astype(np.float64) ** 2).sum())
@@ -61,7 +61,7 @@ class Difference:
         return float(np.sqrt(delta / base_norm)) if base_norm else float(np.sqrt(delta))
 
     def both(self) -> Iterator[tuple[int, Float32Array, Float32Array]]:
-        """The values of both models in blocks of rows, each with the number of its first row."""
+        """Yield the values of both models in blocks of rows: index of the first row, tuned values, base values."""
         step = max(1, _BLOCK // self.n_columns)
         for start in range(0, self.n_rows, step):
             yield start, *self.rows(start, min(start + step, self.n_rows))
@@ -69,23 +69,23 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """What two models have in common.
+    """The differences of two models.
 
     Attributes:
-        architecture: of both, as GGUF names it, if they are GGUF files.
-        found: the weights.
-        left_out: reasons by name for weights that only one has, or in another shape.
-        fields: what a PEFT configuration should say of the model.
+        architecture: architecture of both models if they are GGUF files, else None.
+        weights: the weights that both models have.
+        left_out: why a weight cannot be compared, by name: only one model has it, or the shapes differ.
+        fields: additional fields for ``adapter_config.json``.
     """
 
     architecture: str | None
-    found: tuple[Difference, ...]
+    weights: tuple[Difference, ...]
     left_out: dict[str, str]
     fields: dict[str, Any]
 
 
 def open_differences(tuned: Path, base: Path) -> AbstractContextManager[Differences]:
-    """The difference of two GGUF files or of two Hugging Face directories.
+    """Open two GGUF files or two Hugging Face directories for comparison.
 
     Raises:
         MismatchError: if one is a file and the other a directory, or their architectures differ.
@@ -93,15 +93,15 @@ def open_differences(tuned: Path, base: Path) -> AbstractContextManager[Differen
     """
     if tuned.is_dir() != base.is_dir():
         raise MismatchError(f"{tuned} and {base}: give two GGUF files or two Hugging Face directories")
-    return _of_directories(tuned, base) if tuned.is_dir() else _of_files(tuned, base)
+    return _open_directories(tuned, base) if tuned.is_dir() else _open_files(tuned, base)
 
 
 @contextmanager
-def _of_files(tuned_path: Path, base_path: Path) -> Iterator[Differences]:
+def _open_files(tuned_path: Path, base_path: Path) -> Iterator[Differences]:
     with GgufFile(tuned_path) as tuned, GgufFile(base_path) as base:
         if tuned.architecture != base.architecture:
             raise MismatchError(f"{tuned_path} is {tuned.architecture!r}, but {base_path} is {base.architecture!r}")
-        left_out = _unmatched(
+        left_out = _find_unmatched(
             {name: tensor.shape for name, tensor in tuned.tensors.items()},
             {name: tensor.shape for name, tensor in base.tensors.items()},
         )
@@ -110,12 +110,12 @@ def _of_files(tuned_path: Path, base_path: Path) -> Iterator[Differences]:
             difference
             for name in base.tensors
             if name not in left_out
-            for difference in _of_tensor(tuned, base, name, is_tied=is_tied)
+            for difference in _tensor_differences(tuned, base, name, is_tied=is_tied)
         ]
         yield Differences(base.architecture, tuple(found), left_out, {})
 
 
-def _of_tensor(tuned: GgufFile, base: GgufFile, name: str, *, is_tied: bool) -> Iterator[Difference]:
+def _tensor_differences(tuned: GgufFile, base: GgufFile, name: str, *, is_tied: bool) -> Iterator[Difference]:
     ours, theirs = tuned.tensors[name], base.tensors[name]
     problem = None
     if len(ours.shape) == 1:
@@ -123,16 +123,16 @@ def _of_tensor(tuned: GgufFile, base: GgufFile, name: str, *, is_tied: bool) -> 
     elif name == TOKEN_EMBEDDING and is_tied:
         problem = "the token embedding, to which the output weight is tied: llama.cpp would abort on a LoRA of it"
     n_rows = ours.shape[-2] if len(ours.shape) > 1 else 1
-    for at in range(0, ours.n_rows, n_rows):
-        expert = f".{at // n_rows}" if len(ours.shape) > 2 else ""
+    for offset in range(0, ours.n_rows, n_rows):
+        expert = f".{offset // n_rows}" if len(ours.shape) > 2 else ""
 
-        def rows(start: int, stop: int, at: int = at) -> tuple[Float32Array, Float32Array]:
+        def rows(start: int, stop: int, offset: int = offset) -> tuple[Float32Array, Float32Array]:
             return (
-                _read(tuned, ours, at + start, at + stop),
-                _read(base, theirs, at + start, at + stop),
+                _read(tuned, ours, offset + start, offset + stop),
+                _read(base, theirs, offset + start, offset + stop),
             )
 
-        yield Difference(f"{name}{expert}", n_rows, ours.n_in, False, problem, _half(ours.type.name), rows)
+        yield Difference(f"{name}{expert}", n_rows, ours.n_in, False, problem, _half_type(ours.type.name), rows)
 
 
 def _read(file: GgufFile, tensor: TensorEntry, start: int, stop: int) -> Float32Array:
@@ -142,14 +142,14 @@ def _read(file: GgufFile, tensor: TensorEntry, start: int, stop: int) -> Float32
 
 
 @contextmanager
-def _of_directories(tuned_path: Path, base_path: Path) -> Iterator[Differences]:
+def _open_directories(tuned_path: Path, base_path: Path) -> Iterator[Differences]:
     config = _read_config(base_path)
     with closing(Checkpoint(tuned_path)) as tuned, closing(Checkpoint(base_path)) as base:
-        left_out = _unmatched(
+        left_out = _find_unmatched(
             {name: (weight.n_rows, weight.n_columns) for name, weight in tuned.weights.items()},
             {name: (weight.n_rows, weight.n_columns) for name, weight in base.weights.items()},
         )
-        found = [_of_weight(tuned, base, name, config) for name in base.weights if name not in left_out]
+        found = [_weight_difference(tuned, base, name, config) for name in base.weights if name not in left_out]
         fields = {"fan_in_fan_out": True} if any(item.transposed and _is_layer(item.name) for item in found) else {}
         yield Differences(None, tuple(found), left_out, fields)
 
@@ -166,7 +166,7 @@ def _is_layer(name: str) -> bool:
     return name.endswith(".weight")
 
 
-def _of_weight(tuned: Checkpoint, base: Checkpoint, name: str, config: dict[str, Any]) -> Difference:
+def _weight_difference(tuned: Checkpoint, base: Checkpoint, name: str, config: dict[str, Any]) -> Difference:
     ours, theirs = tuned.weights[name], base.weights[name]
     problem = None
     if ours.n_columns == 1 or name.endswith("bias"):
@@ -185,14 +185,14 @@ def _of_weight(tuned: Checkpoint, base: Checkpoint, name: str, config: dict[str,
         numbers = np.arange(start, stop)
         return tuned.read_rows(ours, numbers), base.read_rows(theirs, numbers)
 
-    return Difference(name, ours.n_rows, ours.n_columns, transposed, problem, _half(ours.dtype), rows)
+    return Difference(name, ours.n_rows, ours.n_columns, transposed, problem, _half_type(ours.dtype), rows)
 
 
-def _half(kind: str) -> str | None:
+def _half_type(kind: str) -> str | None:
     return kind if kind in {"F16", "BF16"} else None
 
 
-def _unmatched(tuned: dict[str, Any], base: dict[str, Any]) -> dict[str, str]:
+def _find_unmatched(tuned: dict[str, Any], base: dict[str, Any]) -> dict[str, str]:
     reasons = dict.fromkeys(tuned.keys() - base.keys(), "only the tuned model has it")
     reasons |= dict.fromkeys(base.keys() - tuned.keys(), "only the base has it")
     for name in tuned.keys() & base.keys():

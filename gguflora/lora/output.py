@@ -1,4 +1,4 @@
-"""Write a factored adapter: a GGUF LoRA file where the name ends with ``.gguf``, else a PEFT directory."""
+"""Write a factored adapter as a GGUF LoRA file if the name ends with ``.gguf``, else as a PEFT directory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from gguflora.architectures.base_model import BaseModel
 from gguflora.errors import AdapterError
 from gguflora.files.atomic import atomic_folder, atomic_output, path_of
 from gguflora.files.output_checks import check_folder_target, check_target
-from gguflora.lora.convert import about_architecture, about_types
+from gguflora.lora.convert import architecture_warnings, type_warnings
 from gguflora.lora.factored import FactoredAdapter, for_base, stacked
 from gguflora.lora.factors import Factors
 from gguflora.lora.gguf_writer import (
     LoraHeader,
     check_outtype,
     common_alpha,
-    store,
+    encode_factors,
     write_lora,
 )
 from gguflora.lora.peft_writer import peft_tensors, write_peft_directory
@@ -30,14 +30,14 @@ GGUF_SUFFIX: Final = ".gguf"
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What was written.
+    """Summary of a written adapter.
 
     Attributes:
-        output: the GGUF LoRA file or the PEFT directory.
+        output: path of the GGUF LoRA file or PEFT directory.
         tensors: number of changed tensors or modules.
-        ranks: smallest and largest rank.
-        size: of the factors, in bytes.
-        warnings: what the user should know.
+        ranks: smallest and largest rank of the factors.
+        size: bytes of the factors.
+        warnings: messages for the user.
     """
 
     output: Path
@@ -48,15 +48,15 @@ class Written:
 
 
 def is_gguf(out: Path) -> bool:
-    """Whether the output is to be a GGUF LoRA file."""
+    """Whether the name asks for a GGUF LoRA file."""
     return out.suffix == GGUF_SUFFIX
 
 
 def check_output(out: Path, inputs: Sequence[Path], *, outtype: str, force: bool) -> None:
-    """Check, before any work, that ``out`` can be written.
+    """Check that ``out`` can be written, before any work is done.
 
     Raises:
-        OutputError: if it cannot.
+        OutputError: if it cannot be written.
         QuantizationError: for an unknown type.
     """
     check_outtype(outtype)
@@ -69,27 +69,27 @@ def check_output(out: Path, inputs: Sequence[Path], *, outtype: str, force: bool
 def write_adapter(
     adapter: FactoredAdapter, out: Path, base: BaseModel | None, outtype: str, source: Mapping[str, str]
 ) -> Written:
-    """Write an adapter in the form that the name asks for.
+    """Write an adapter in the format that the name of ``out`` asks for.
 
     Args:
-        adapter: what to write.
-        out: the file or directory; `check_output` has looked at it.
-        base: needed where the adapter's names are not those of the form.
-        outtype: of the factors in a GGUF file.
-        source: what it was made from, for its metadata.
+        adapter: the adapter to write.
+        out: file or directory to write; call `check_output` first.
+        base: base model; needed if the adapter's names are those of the other format.
+        outtype: type of the factors in a GGUF file.
+        source: how the adapter was made, for the metadata of a GGUF file.
 
     Raises:
         AdapterError: if a base is needed and not given.
         GgufloraError: if adapter and base do not fit, or ``out`` cannot be written.
     """
     if base is None and is_gguf(out) == (adapter.architecture is None):
-        what = "GGUF LoRA from weights of a Hugging Face model" if is_gguf(out) else "PEFT directory from GGUF tensors"
-        raise AdapterError(f"{out}: to make a {what}, give the base model with --base")
+        task = "GGUF LoRA from weights of a Hugging Face model" if is_gguf(out) else "PEFT directory from GGUF tensors"
+        raise AdapterError(f"{out}: to make a {task}, give the base model with --base")
     if not is_gguf(out):
         return _write_peft(adapter if base is None else for_model(adapter, base), out)
     placed = adapter if base is None else for_base(adapter, base)
     factored = stacked(placed.pairs)
-    notes = [] if base is None else about_architecture(base, factored)
+    notes = [] if base is None else architecture_warnings(base, factored)
     return _write_gguf(replace(placed, warnings=(*placed.warnings, *notes)), out, factored, outtype, source)
 
 
@@ -110,12 +110,12 @@ def _write_gguf(
     source: Mapping[str, str],
 ) -> Written:
     alpha = common_alpha(factored)
-    contents = [item for factors in factored for item in store(factors, outtype, alpha)]
+    contents = [item for factors in factored for item in encode_factors(factors, outtype, alpha)]
     header = LoraHeader(adapter.name, str(adapter.architecture), alpha, source, adapter.invocation_tokens)
     with atomic_output(out) as file:
         write_lora(path_of(file), header, contents)
     ranks = [factors.rank for factors in factored]
     size = sum(item.content.nbytes for item in contents)
     return Written(
-        out, len(ranks), (min(ranks), max(ranks)), size, (*adapter.warnings, *about_types(outtype, contents))
+        out, len(ranks), (min(ranks), max(ranks)), size, (*adapter.warnings, *type_warnings(outtype, contents))
     )

@@ -1,4 +1,4 @@
-"""Write a LoRA as PEFT's ``save_pretrained`` does: ``adapter_model.safetensors`` and ``adapter_config.json``."""
+"""Write a LoRA like PEFT's ``save_pretrained``: ``adapter_model.safetensors`` and ``adapter_config.json``."""
 
 from __future__ import annotations
 
@@ -27,42 +27,42 @@ _DTYPES: Final = {"F32": np.float32, "F16": np.float16}
 
 
 def peft_tensors(adapter: FactoredAdapter) -> tuple[dict[str, Array], dict[str, Any]]:
-    """The tensors and the configuration of a PEFT directory.
+    """Return the tensors and the configuration of a PEFT directory.
 
     Args:
-        adapter: by the names of a Hugging Face model's weights.
+        adapter: adapter whose pairs are named after the weights of a Hugging Face model.
 
     Raises:
-        UnsupportedAdapterError: if PEFT has no place for a change.
+        UnsupportedAdapterError: if PEFT's LoRA cannot hold a delta.
     """
     modules, parameters = _split(adapter.pairs)
-    odd = [name for name in modules if not name.endswith(".weight")]
-    if odd:
-        raise UnsupportedAdapterError(f"{adapter.path}: PEFT's LoRA has no place for a change of {odd[0]!r}")
+    unsupported = [name for name in modules if not name.endswith(".weight")]
+    if unsupported:
+        raise UnsupportedAdapterError(f"{adapter.path}: PEFT's LoRA cannot change {unsupported[0]!r}")
     tensors: dict[str, Array] = {}
     for name, delta in modules.items():
-        tensors |= _of_module(name, delta)
+        tensors |= _module_tensors(name, delta)
     forms = {name.removesuffix(".weight"): (delta.rank, _alpha(delta)) for name, delta in modules.items()}
-    for owner, found in parameters.items():
-        stacks = {name: _even(list(found[name])) for name in _ORDER if name in found}
-        tensors |= _of_owner(owner, stacks)
+    for owner, experts in parameters.items():
+        stacks = {name: _with_equal_ranks(list(experts[name])) for name in _ORDER if name in experts}
+        tensors |= _parameter_tensors(owner, stacks)
         forms |= {f"{owner}.{name}": (stack[0].rank, _alpha(stack[0])) for name, stack in stacks.items()}
     targets = [name.removesuffix(".weight") for name in modules]
     return tensors, _config(adapter, forms, targets, [name for name in forms if name not in targets])
 
 
 def _split(pairs: Pairs) -> tuple[dict[str, LowRank], dict[str, dict[str, list[LowRank]]]]:
-    """Changes of modules; and those of experts, in their order, by owner and parameter."""
+    """Split deltas into those of modules, and those of experts, as lists by owner and parameter."""
     modules: dict[str, LowRank] = {}
-    found: dict[tuple[str, str], dict[int, LowRank]] = {}
+    by_parameter: dict[tuple[str, str], dict[int, LowRank]] = {}
     for name, delta in pairs.items():
         match = _PARAMETER.fullmatch(name)
         if match is None:
             modules[name] = delta
         else:
-            found.setdefault((match["owner"], match["parameter"]), {})[int(match["expert"])] = delta
+            by_parameter.setdefault((match["owner"], match["parameter"]), {})[int(match["expert"])] = delta
     owners: dict[str, dict[str, list[LowRank]]] = {}
-    for (owner, parameter), experts in found.items():
+    for (owner, parameter), experts in by_parameter.items():
         if sorted(experts) != list(range(len(experts))):
             raise UnsupportedAdapterError(
                 f"{owner}.{parameter}: only {len(experts)} of the experts are changed; PEFT adapts all of them"
@@ -71,45 +71,49 @@ def _split(pairs: Pairs) -> tuple[dict[str, LowRank], dict[str, dict[str, list[L
     return modules, owners
 
 
-def _of_module(name: str, delta: LowRank) -> dict[str, Array]:
+def _module_tensors(name: str, delta: LowRank) -> dict[str, Array]:
     key = PREFIX + name.removesuffix(".weight")
     if is_embedding(name):
-        return {f"{key}.lora_embedding_A": _stored(delta.b.T), f"{key}.lora_embedding_B": _stored(delta.a.T)}
-    return {f"{key}.lora_A.weight": _stored(delta.a), f"{key}.lora_B.weight": _stored(delta.b)}
+        return {f"{key}.lora_embedding_A": _to_storage(delta.b.T), f"{key}.lora_embedding_B": _to_storage(delta.a.T)}
+    return {f"{key}.lora_A.weight": _to_storage(delta.a), f"{key}.lora_B.weight": _to_storage(delta.b)}
 
 
-def _of_owner(owner: str, stacks: Mapping[str, Sequence[LowRank]]) -> dict[str, Array]:
-    """Wrappers lie in each other, the last parameter outermost (see `adapters.parameters`)."""
+def _parameter_tensors(owner: str, stacks: Mapping[str, Sequence[LowRank]]) -> dict[str, Array]:
+    """Return the tensors of a module's expert parameters.
+
+    PEFT nests one wrapper for each parameter, that of the last parameter outermost
+    (`gguflora.adapters.peft.lora_target_parameters`).
+    """
     tensors: dict[str, Array] = {}
     for depth, stack in enumerate(reversed(list(stacks.values()))):
         key = PREFIX + owner + ".base_layer" * depth
         a = np.concatenate([as_float32(delta.a) for delta in stack], axis=0)
         b = np.stack([as_float32(delta.b) for delta in stack], axis=-1)
-        tensors |= {f"{key}.lora_A.weight": _stored(a), f"{key}.lora_B.weight": _stored(b.reshape(len(b), -1))}
+        tensors |= {f"{key}.lora_A.weight": _to_storage(a), f"{key}.lora_B.weight": _to_storage(b.reshape(len(b), -1))}
     return tensors
 
 
-def _even(stack: list[LowRank]) -> list[LowRank]:
-    """The experts' changes with one rank and one scaling."""
+def _with_equal_ranks(stack: list[LowRank]) -> list[LowRank]:
+    """Give all experts of a stack the same rank and scaling."""
     rank = max(delta.rank for delta in stack)
     if len({(delta.rank, delta.scaling) for delta in stack}) == 1:
         return stack
-    even = []
+    padded_stack = []
     for delta in stack:
-        more = (0, rank - delta.rank)
-        a, b = np.pad(as_float32(delta.a), (more, (0, 0))), np.pad(fold(delta), ((0, 0), more))
-        even.append(LowRank(a, b, 1.0))
-    return even
+        padding = (0, rank - delta.rank)
+        a, b = np.pad(as_float32(delta.a), (padding, (0, 0))), np.pad(fold(delta), ((0, 0), padding))
+        padded_stack.append(LowRank(a, b, 1.0))
+    return padded_stack
 
 
-def _stored(array: Array) -> Array:
-    """Contiguous, in half precision where that is exact."""
+def _to_storage(array: Array) -> Array:
+    """Return a contiguous array, in half precision if that is exact."""
     values = as_float32(array)
     return np.ascontiguousarray(values, _DTYPES[exact_type(values)])
 
 
 def _alpha(delta: LowRank) -> float:
-    """The alpha of a change: a whole number where rounding has only just missed one."""
+    """Return the alpha of a delta, rounded to a whole number if it misses one only by float error."""
     alpha = delta.scaling * delta.rank
     nearest = round(alpha)
     return nearest if abs(alpha - nearest) < 1e-9 * max(1.0, abs(alpha)) else alpha
@@ -132,18 +136,18 @@ def _config(
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
-        "rank_pattern": {name: own for name, (own, _) in forms.items() if own != rank},
-        "alpha_pattern": {name: own for name, (_, own) in forms.items() if own != alpha},
+        "rank_pattern": {name: r for name, (r, _) in forms.items() if r != rank},
+        "alpha_pattern": {name: value for name, (_, value) in forms.items() if value != alpha},
         "target_modules": list(targets),
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
         "init_lora_weights": True,
     }
-    more: dict[str, Any] = {"target_parameters": list(parameters)} if parameters else {}
+    optional: dict[str, Any] = {"target_parameters": list(parameters)} if parameters else {}
     if adapter.invocation_tokens:
-        more["alora_invocation_tokens"] = list(adapter.invocation_tokens)
-    return {**config, **more, **adapter.fields}
+        optional["alora_invocation_tokens"] = list(adapter.invocation_tokens)
+    return {**config, **optional, **adapter.fields}
 
 
 def write_peft_directory(folder: Path, tensors: Mapping[str, Array], config: Mapping[str, Any]) -> None:
@@ -160,7 +164,7 @@ def write_peft_directory(folder: Path, tensors: Mapping[str, Array], config: Map
 
 
 def _with_ordered_metadata(content: bytes) -> bytes:
-    """A safetensors file that is the same each time: the library writes the metadata in random order."""
+    """Sort the metadata of a safetensors file: the library writes it in random order."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

@@ -1,4 +1,4 @@
-"""Pictures of an adapter's singular values."""
+"""Plots of an adapter's singular values."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from gguflora.lora.spectra import Spectrum
 
 
 def plot_spectra(spectra: Sequence[Spectrum], title: str, out: Path) -> None:
-    """Draw the singular values of each change, a panel for each kind of module.
+    """Plot the singular values of each delta, with a panel for each kind of module.
 
     Raises:
         MissingExtraError: if matplotlib is not installed.
-        OutputError: if or the picture cannot be written.
+        OutputError: if the plot cannot be written.
     """
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415  (heavy, and only for pictures)
@@ -35,7 +35,7 @@ def plot_spectra(spectra: Sequence[Spectrum], title: str, out: Path) -> None:
         axis.grid(alpha=0.3)
     for axis in axes[len(kinds) :]:
         axis.remove()
-    for axis in axes[len(kinds) - columns : len(kinds)]:  # the lowest of each column
+    for axis in axes[len(kinds) - columns : len(kinds)]:  # the lowest panel of each column
         axis.tick_params(labelbottom=True)
     figure.supxlabel("number")
     figure.supylabel("singular value")

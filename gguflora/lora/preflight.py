@@ -1,8 +1,8 @@
-"""Whether llama.cpp can load a GGUF LoRA onto a base and decode with it.
+"""Check that llama.cpp can load a GGUF LoRA onto a base and decode with it.
 
-llama.cpp checks some of this itself, ignores some, and aborts the whole process on the rest (an assertion at the load
-or at the first decode). Read from llama.cpp's ``llama-adapter.cpp``, ``llama-graph.cpp`` and ``gguf.cpp``. Only headers
-decide here; of the data it is only asked whether the numbers are finite.
+llama.cpp reports some faults itself, silently ignores others, and aborts the whole process on the rest (an assertion
+when loading or at the first decode). The rules come from llama.cpp's ``llama-adapter.cpp``, ``llama-graph.cpp`` and
+``gguf.cpp``. The checks read headers only, except that all values must be finite.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, Shape, TensorEntry
 
 _ALPHA: Final = "adapter.lora.alpha"
 _INVOCATION: Final = "adapter.alora.invocation_tokens"
-_UINT32, _FLOAT32, _ARRAY = 4, 6, 9  # of GGUF's value types
+_UINT32, _FLOAT32, _ARRAY = 4, 6, 9  # GGUF value types
 _SUFFIXES: Final = (".lora_a", ".lora_b")
 _NOT_MULTIPLIED: Final = frozenset({"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"})
-"""Types that ggml stores but has no matrix product for: it would call a null pointer."""
+"""Types that ggml can store but not multiply: it would call a null pointer."""
 
 _EXPONENT: Final[dict[str, tuple[str, int]]] = {
     "F32": ("<u4", 0x7F800000),
     "F16": ("<u2", 0x7C00),
     "BF16": ("<u2", 0x7F80),
 }
-"""Of the float types: how to read a number's bits, and those that are all set in infinity and NaN."""
+"""NumPy type of the bits of each float type, and its exponent mask, which is all ones in infinity and NaN."""
 
 _CHUNK_BYTES: Final = 1 << 22
 
 
 def check_loadable(path: Path, base: BaseModel) -> None:
-    """Raise unless llama.cpp can load the GGUF LoRA at ``path`` onto ``base`` and apply all of it.
+    """Raise an error unless llama.cpp can load the GGUF LoRA at ``path`` onto ``base`` and apply all of it.
 
     Raises:
         GgufError: if the file is damaged.
-        HotSwapError: if it is no LoRA, or does not fit, or llama.cpp would abort or ignore a part of it.
+        HotSwapError: if the file is not a LoRA or does not fit, or llama.cpp would abort on it or ignore a part of it.
     """
     with GgufFile(path) as file:
         _check_metadata(file, base)
@@ -52,23 +52,23 @@ def check_loadable(path: Path, base: BaseModel) -> None:
 
 
 def problems_of(path: Path, base: BaseModel) -> dict[str, str]:
-    """What `check_loadable` would raise for each tensor of the base that a GGUF LoRA changes, if anything.
+    """Return the error message of `check_loadable` for each faulty tensor, by name of the base's tensor.
 
     Raises:
         GgufError: if the file is damaged.
-        HotSwapError: if the file as a whole is no LoRA for this base.
+        HotSwapError: if the file is not a LoRA or is for another architecture.
     """
     problems: dict[str, str] = {}
     with GgufFile(path) as file:
         _check_metadata(file, base)
         for name, (a, b) in _pair_up(file).items():
-            where = f"{path}: {name!r}"
+            location = f"{path}: {name!r}"
             try:
-                _check_pair(where, name, a, b, base)
+                _check_pair(location, name, a, b, base)
                 _check_finite(file, a)
                 _check_finite(file, b)
             except HotSwapError as error:
-                problems[name] = str(error).removeprefix(f"{where}: ")
+                problems[name] = str(error).removeprefix(f"{location}: ")
     return problems
 
 
@@ -90,7 +90,7 @@ def _check_metadata(file: GgufFile, base: BaseModel) -> None:
         raise HotSwapError(f"{file.path}: has a metadata entry without a key; write the file again")
     if _ALPHA in metadata and not _is_finite_float32(metadata.raw(_ALPHA), _ALPHA):
         raise HotSwapError(f"{file.path}: {_ALPHA} is {metadata[_ALPHA]!r}, expected a finite number stored as FLOAT32")
-    if _INVOCATION in metadata and not _is_tokens(metadata.raw(_INVOCATION), _INVOCATION):
+    if _INVOCATION in metadata and not _is_token_array(metadata.raw(_INVOCATION), _INVOCATION):
         raise HotSwapError(
             f"{file.path}: {_INVOCATION} is {metadata[_INVOCATION]!r:.100}, expected tokens in an array of UINT32"
         )
@@ -98,27 +98,27 @@ def _check_metadata(file: GgufFile, base: BaseModel) -> None:
 
 def _is_finite_float32(entry: bytes, key: str) -> bool:
     """Whether a raw metadata entry (length, key, type, value) holds a finite FLOAT32."""
-    kind_at = 8 + len(key.encode())
-    kind, *rest = struct.unpack_from("<I", entry, kind_at)
-    return kind == _FLOAT32 and not rest and math.isfinite(struct.unpack_from("<f", entry, kind_at + 4)[0])
+    type_offset = 8 + len(key.encode())
+    kind, *rest = struct.unpack_from("<I", entry, type_offset)
+    return kind == _FLOAT32 and not rest and math.isfinite(struct.unpack_from("<f", entry, type_offset + 4)[0])
 
 
-def _is_tokens(entry: bytes, key: str) -> bool:
-    """Whether a raw metadata entry (length, key, type, values) is an array of UINT32 that is not empty."""
-    kind_at = 8 + len(key.encode())
-    (kind,) = struct.unpack_from("<I", entry, kind_at)
+def _is_token_array(entry: bytes, key: str) -> bool:
+    """Whether a raw metadata entry (length, key, type, values) is a non-empty array of UINT32."""
+    type_offset = 8 + len(key.encode())
+    (kind,) = struct.unpack_from("<I", entry, type_offset)
     if kind != _ARRAY:
         return False
-    element, count = struct.unpack_from("<IQ", entry, kind_at + 4)
+    element, count = struct.unpack_from("<IQ", entry, type_offset + 4)
     return bool(element == _UINT32 and count > 0)
 
 
 def _pair_up(file: GgufFile) -> Mapping[str, tuple[TensorEntry, TensorEntry]]:
-    strangers = [name for name in file.tensors if not name.endswith(_SUFFIXES)]
-    if strangers:
+    unknown_tensors = [name for name in file.tensors if not name.endswith(_SUFFIXES)]
+    if unknown_tensors:
         raise HotSwapError(
-            f"{file.path}: tensor {strangers[0]!r} is neither .lora_a nor .lora_b"
-            + (f", nor are {len(strangers) - 1} others" if strangers[1:] else "")
+            f"{file.path}: tensor {unknown_tensors[0]!r} is neither .lora_a nor .lora_b"
+            + (f", nor are {len(unknown_tensors) - 1} others" if unknown_tensors[1:] else "")
             + "; llama.cpp would refuse or silently ignore it: merge the adapter into the base instead"
         )
     pairs = {}
@@ -133,36 +133,36 @@ def _pair_up(file: GgufFile) -> Mapping[str, tuple[TensorEntry, TensorEntry]]:
     return pairs
 
 
-def _check_pair(where: str, name: str, a: TensorEntry, b: TensorEntry, base: BaseModel) -> None:
+def _check_pair(location: str, name: str, a: TensorEntry, b: TensorEntry, base: BaseModel) -> None:
     if name == TOKEN_EMBEDDING and base.is_tied:
         raise HotSwapError(
-            f"{where}: the base {base.path} has no output.weight, its token embedding serves as both, and llama.cpp "
+            f"{location}: the base {base.path} has no output.weight, its token embedding serves as both, and llama.cpp "
             "aborts on a LoRA of such an embedding; merge the adapter into the base instead"
         )
     weight = base.shapes.get(name)
     if weight is None:
         hint = "merge the adapter instead" if name == "output.weight" else "was it made for another model?"
-        raise HotSwapError(f"{where}: the base {base.path} has no such tensor; {hint}")
+        raise HotSwapError(f"{location}: the base {base.path} has no such tensor; {hint}")
     if len(weight) < 2:
         raise HotSwapError(
-            f"{where}: is a vector in the base; llama.cpp would silently ignore this LoRA: merge it instead"
+            f"{location}: is a vector in the base; llama.cpp would silently ignore this LoRA: merge it instead"
         )
     ignored = ignored_at_run_time(base, name)
     aborts = aborts_at_run_time(base, name)
     if ignored or aborts:
-        raise HotSwapError(f"{where}: {ignored or aborts}; merge the adapter into the base instead")
+        raise HotSwapError(f"{location}: {ignored or aborts}; merge the adapter into the base instead")
     for part in (a, b):
         if part.type.name in _NOT_MULTIPLIED:
             raise HotSwapError(
-                f"{where}: {part.name!r} is stored as {part.type.name}; llama.cpp cannot multiply with that type"
+                f"{location}: {part.name!r} is stored as {part.type.name}; llama.cpp cannot multiply with that type"
             )
-    _check_shapes(where, name, weight, a.shape, b.shape)
+    _check_shapes(location, name, weight, a.shape, b.shape)
 
 
-def _check_shapes(where: str, name: str, weight: Shape, a: Shape, b: Shape) -> None:
+def _check_shapes(location: str, name: str, weight: Shape, a: Shape, b: Shape) -> None:
     stack, n_out, n_in = _as_stack(weight)
     rank = b[-1]
-    if name.endswith("token_embd.weight"):  # llama.cpp looks up rows of A, so it is stored the other way round
+    if name.endswith("token_embd.weight"):  # llama.cpp looks up rows of A, so the factors are swapped
         expected_a, expected_b = (*stack, n_out, rank), (*stack, n_in, rank)
     else:
         expected_a, expected_b = (*stack, rank, n_in), (*stack, n_out, rank)
@@ -170,18 +170,18 @@ def _check_shapes(where: str, name: str, weight: Shape, a: Shape, b: Shape) -> N
         leading, rows, columns = _as_stack(found)
         if (*leading, rows, columns) != expected:
             raise HotSwapError(
-                f"{where}: {part} has shape {found}, expected {_in_words(expected)} to fit the base's {weight} "
+                f"{location}: {part} has shape {found}, expected {_format_shape(expected)} to fit the base's {weight} "
                 f"at rank {rank}; was it made for another model?"
             )
 
 
 def _as_stack(shape: Shape) -> tuple[Shape, int, int]:
-    """Leading dimensions (always two), rows, columns: GGUF writers drop leading ones or keep them."""
+    """Return two leading dimensions, rows and columns; GGUF writers may drop leading dimensions of 1."""
     padded = (1,) * (4 - len(shape)) + shape
     return padded[:2], padded[2], padded[3]
 
 
-def _in_words(shape: Shape) -> str:
+def _format_shape(shape: Shape) -> str:
     while len(shape) > 2 and shape[0] == 1:
         shape = shape[1:]
     return str(shape)

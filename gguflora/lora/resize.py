@@ -1,4 +1,4 @@
-"""Adapters of another rank: ``resize``."""
+"""``resize``: reduce the rank of an adapter."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class ResizeReport:
     """What `resize` did.
 
     Attributes:
-        output: the GGUF LoRA file or the PEFT directory.
+        output: path of the GGUF LoRA file or PEFT directory.
         adapter: name of the adapter.
-        tensors: number of changes.
+        tensors: number of weights that the adapter changes.
         old_ranks: smallest and largest rank before.
-        ranks: the same, afterwards.
-        old_size: of the adapter's weights before, in bytes.
-        size: of the factors now.
-        errors: relative error (Frobenius norm) of each change whose rank became lower.
-        warnings: what the user should know.
+        ranks: smallest and largest rank now.
+        old_size: bytes of the adapter's weights before.
+        size: bytes of the factors now.
+        errors: relative error (Frobenius norm) of each delta whose rank was reduced, by name.
+        warnings: messages for the user.
     """
 
     output: Path
@@ -43,7 +43,7 @@ class ResizeReport:
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
+        """Return all fields, ready for JSON."""
         return {**asdict(self), "output": str(self.output)}
 
 
@@ -58,18 +58,21 @@ def resize(
     outtype: str = "auto",
     force: bool = False,
 ) -> ResizeReport:
-    """Write the closest adapter of a lower rank (Eckart and Young), found from the factors alone.
+    """Write the closest adapter of a lower rank (Eckart and Young 1936), computed from the factors alone.
+
+    Give either ``rank`` or ``energy``.
 
     Args:
         adapter: PEFT directory or GGUF LoRA file.
-        out: what to write: a GGUF LoRA file if the name ends with ``.gguf``, else a PEFT directory.
-        rank: which no change shall exceed; changes of this rank or lower stay as they are.
-        energy: instead, for each change, the lowest rank that keeps this share of its squared norm.
-        base: its base model, needed between the two forms and for changes that are not of low rank.
+        out: path to write: a GGUF LoRA file if the name ends with ``.gguf``, else a PEFT directory.
+        rank: highest rank of a delta; deltas of this rank or lower are kept unchanged.
+        energy: use for each delta the lowest rank that keeps this share of its squared norm.
+        base: its base model; needed to write one format from the other, and for deltas that are not of low rank.
         outtype: type of the factors in a GGUF file.
         force: overwrite ``out``.
 
     Raises:
+        AdapterError: if not exactly one of ``rank`` and ``energy`` is given.
         GgufloraError: if something cannot be read, does not fit together or cannot be written.
     """
     if (rank is None) == (energy is None):
@@ -80,11 +83,11 @@ def resize(
     source = read_factored(adapter, model, rank, energy)
     resized, errors = {}, {}
     for name, delta in source.pairs.items():
-        resized[name], error = _resized(delta, rank, energy)
+        resized[name], error = _resize(delta, rank, energy)
         if error is not None:
             errors[name] = error
     new = replace(source, pairs=resized)
-    made_from = {"source": source.path.name, "source.sha256": source.sha256, "resized": _asked(rank, energy)}
+    made_from = {"source": source.path.name, "source.sha256": source.sha256, "resized": _describe_target(rank, energy)}
     written = write_adapter(new, target, model, outtype, made_from)
     ranks = [delta.rank for delta in source.pairs.values()]
     return ResizeReport(
@@ -100,12 +103,12 @@ def resize(
     )
 
 
-def _asked(rank: int | None, energy: float | None) -> str:
+def _describe_target(rank: int | None, energy: float | None) -> str:
     return f"rank {rank}" if rank is not None else f"energy {energy}"
 
 
-def _resized(delta: LowRank, rank: int | None, energy: float | None) -> tuple[LowRank, float | None]:
-    """The change with its new rank, and the error if that is lower than before."""
+def _resize(delta: LowRank, rank: int | None, energy: float | None) -> tuple[LowRank, float | None]:
+    """Return the resized delta, and its relative error if the rank was reduced, else None."""
     if rank is not None and delta.rank <= rank:
         return delta, None
     smaller, error = shrink(delta, rank, energy)

@@ -1,4 +1,4 @@
-"""Singular values of the changes of an adapter, and what a lower rank would keep of them."""
+"""Singular values of an adapter's deltas, and what lower ranks would keep."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ WHOLE: Final = "all"
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """The singular values of one change.
+    """The singular values of one delta.
 
     Attributes:
-        name: of the weight or tensor.
-        kind: of module, such as ``q_proj`` or ``attn_q``.
-        rank: of the stored factors.
-        values: the singular values, largest first, as many as the rank.
-        bytes_a_rank: bytes of its factors for each rank.
+        name: name of the weight or tensor.
+        kind: kind of module, such as ``q_proj`` or ``attn_q``.
+        rank: rank of the stored factors.
+        values: the ``rank`` singular values, largest first.
+        bytes_a_rank: bytes that each rank adds to the factors.
     """
 
     name: str
@@ -36,13 +36,13 @@ class Spectrum:
 
 @dataclass(frozen=True, slots=True)
 class RankChoice:
-    """What a rank would keep.
+    """What an adapter would keep if its rank were reduced.
 
     Attributes:
-        kind: of module, or "all".
-        rank: which no change would exceed.
-        size: of the factors then, in bytes.
-        energy: share of the changes' squared norms that is kept.
+        kind: kind of module, or "all".
+        rank: highest rank of a delta.
+        size: bytes of the factors at this rank.
+        energy: share of the deltas' squared norms that remains.
         saving: share of the bytes that is saved.
     """
 
@@ -54,7 +54,7 @@ class RankChoice:
 
 
 def singular_values(delta: LowRank) -> Float64Array:
-    """The singular values of ``scaling * b @ a``, largest first, without the product."""
+    """Return the singular values of ``scaling * b @ a``, largest first, without computing the product."""
     _, r_b = np.linalg.qr(delta.scaling * as_float64(delta.b))
     _, r_a = np.linalg.qr(as_float64(delta.a).T)
     values: Float64Array = np.linalg.svd(r_b @ r_a.T, compute_uv=False)
@@ -62,7 +62,7 @@ def singular_values(delta: LowRank) -> Float64Array:
 
 
 def spectra_of(pairs: Mapping[str, LowRank]) -> tuple[Spectrum, ...]:
-    """The spectrum of each change."""
+    """Return the spectrum of each delta."""
     return tuple(_spectrum(name, delta) for name, delta in pairs.items())
 
 
@@ -73,14 +73,14 @@ def _spectrum(name: str, delta: LowRank) -> Spectrum:
 
 
 def kind_of(name: str) -> str:
-    """The kind of module that a weight or tensor belongs to: its name's last part but ``weight`` and an expert."""
+    """Return the kind of module: the last part of the name except ``weight`` and expert numbers."""
     parts = layer_and_module(name)[1].split(".")
     words = [part for part in parts if not part.isdecimal() and part != "weight"]
     return words[-1] if words else name
 
 
 def rank_choices(spectra: Sequence[Spectrum]) -> tuple[RankChoice, ...]:
-    """What each power of two below the highest rank would keep, and that rank: of all changes, and of each kind."""
+    """Return what the powers of two up to the highest rank, and that rank, would keep: for all deltas and each kind."""
     kinds = [WHOLE, *dict.fromkeys(spectrum.kind for spectrum in spectra)]
     return tuple(choice for kind in kinds for choice in _choices(kind, spectra))
 

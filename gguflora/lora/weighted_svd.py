@@ -1,12 +1,14 @@
-"""A change of low rank seen through the rounding of 16-bit weights.
+"""Recover a low-rank delta from weights that were rounded to 16 bits.
 
-Where a tuned model is stored as F16 or BF16, its difference from the base is the change plus rounding errors, of which
-an SVD keeps a share in every direction. But the error of each weight is known to be at most half the distance of the
-numbers around it, and small weights have small ones. The factors that fit best when each weight counts by the inverse
-of its error's variance (weighted low-rank approximation, Srebro and Jaakkola 2003, here by alternating least squares)
-come several times closer to the change. The variance is that of rounding plus that of whatever else lies between the
-models, the same for all weights, which is estimated from those that rounding has changed least: the more there is, the
-nearer is the result to the SVD's.
+If a tuned model is stored as F16 or BF16, its difference from the base is the delta plus rounding errors, and an SVD
+keeps a share of those errors in every direction. But the rounding error of a weight is at most half the spacing of the
+numbers around it, and this spacing is known and small for small weights. Weighted low-rank approximation (Srebro and
+Jaakkola 2003, here by alternating least squares) weights each entry by the inverse variance of its error and comes
+several times closer to the delta than the SVD.
+
+The variance is the sum of two parts: that of rounding, and that of all other differences, which is assumed equal for
+all weights and estimated from the weights with the smallest rounding errors. The larger the second part, the closer
+the result is to the SVD's.
 """
 
 from __future__ import annotations
@@ -21,18 +23,18 @@ from gguflora.lora.model_difference import Difference
 from gguflora.quants.arrays import Float32Array, Float64Array
 
 HIGHEST_RANK: Final = 64
-"""Work and memory grow with the square of the rank; above this they would be those of another program."""
+"""Work and memory grow with the square of the rank; above this limit the SVD's factors are used."""
 _SWEEPS: Final = 5
 _CLOSE: Final = 1e-4
-"""A step of this share of the change is the last."""
+"""Stop when a sweep moves the delta by less than this share of its norm."""
 _MANTISSA: Final = {"F16": (10, -14), "BF16": (7, -126)}
-"""Bits of the mantissa, and the lowest exponent of normal numbers."""
-_EXPLAINED: Final = 3.0
-"""What is left over may be this many times what one rounding leaves, to be worth the work; two leave twice as much."""
-_PRECISE: Final = 1 / 8
-"""Share of the weights that tell how much there is besides rounding."""
+"""Mantissa bits and lowest exponent of normal numbers."""
+_WORTHWHILE: Final = 3.0
+"""Highest ratio of the remainder to the error of one rounding that is worth the work; two roundings give 2."""
+_PRECISE_SHARE: Final = 1 / 8
+"""Share of the weights, those with the smallest rounding errors, that estimate the other differences."""
 _RIDGE: Final = 1e-6
-_AT_ONCE: Final = 512
+_BATCH: Final = 512
 
 Factors = tuple[Float64Array, Float64Array]
 Pairs = tuple[NDArray[np.intp], NDArray[np.intp]]
@@ -40,11 +42,11 @@ Pairs = tuple[NDArray[np.intp], NDArray[np.intp]]
 
 @dataclass(frozen=True, slots=True)
 class RoundingVariance:
-    """The errors that rounding may have made.
+    """The variance of the rounding errors of a model's weights.
 
     Attributes:
-        variances: by the eight bits of a float32's exponent.
-        precise: variance that the `_PRECISE` share of the weights do not exceed.
+        variances: variance of a weight's error, by the eight exponent bits of its float32 value.
+        precise: highest variance among the `_PRECISE_SHARE` of the weights with the smallest errors.
         total: sum of the variances of all weights.
     """
 
@@ -54,20 +56,20 @@ class RoundingVariance:
 
     @classmethod
     def from_difference(cls, item: Difference) -> RoundingVariance:
-        """Of a model of 16-bit values."""
+        """Compute the variances for a tuned model with 16-bit values."""
         bits, lowest = _MANTISSA[str(item.rounded_to)]
         exponents = np.maximum(np.arange(256) - 127, lowest) - bits
         variances = np.minimum(np.ldexp(1.0, 2 * exponents) / 12, np.finfo(np.float32).max / 4)
         counts = np.zeros(256)
         for _, tuned, base in item.both():
             counts += np.bincount(_exponents(tuned, base).ravel(), minlength=256)
-        precise = int(np.searchsorted(np.cumsum(counts), _PRECISE * counts.sum()))
+        precise = int(np.searchsorted(np.cumsum(counts), _PRECISE_SHARE * counts.sum()))
         return cls(variances.astype(np.float32), float(variances[precise]), float(counts @ variances))
 
     def around(self, tuned: Float32Array, base: Float32Array) -> Float32Array:
-        """Variances of weights, in the model where they are larger: it is not known which was rounded."""
-        found: Float32Array = self.variances[_exponents(tuned, base)]
-        return found
+        """Return the variance of each weight, for the larger of both values: it is unknown which one was rounded."""
+        variances: Float32Array = self.variances[_exponents(tuned, base)]
+        return variances
 
 
 def _exponents(tuned: Float32Array, base: Float32Array) -> NDArray[np.uint32]:
@@ -76,40 +78,40 @@ def _exponents(tuned: Float32Array, base: Float32Array) -> NDArray[np.uint32]:
     return exponents
 
 
-def without_rounding(item: Difference, b: Float64Array, a: Float64Array, left: float) -> Factors | None:
-    """Factors that fit the precisely known weights better than an SVD's.
+def without_rounding(item: Difference, b: Float64Array, a: Float64Array, remainder: float) -> Factors | None:
+    """Refine an SVD's factors by weighting each entry with the inverse variance of its error.
 
     Args:
-        item: of 16-bit values; read once, and once for each sweep.
-        b: the SVD's first factor (n_rows, rank), of rank up to `HIGHEST_RANK`.
-        a: its second one (rank, n_columns).
-        left: squared norm of what they leave over.
+        item: difference of models with 16-bit values; read once, and once more for each sweep.
+        b: left factor of the SVD, (n_rows, rank), of rank up to `HIGHEST_RANK`.
+        a: right factor of the SVD, (rank, n_columns).
+        remainder: squared norm of the difference minus ``b a``.
 
     Returns:
-        None if there is much more than rounding between the models: then the SVD's are the ones to take.
+        The refined b and a, or None if the models differ by much more than rounding: keep the SVD's factors then.
     """
     rounding = RoundingVariance.from_difference(item)
-    if left > _EXPLAINED * rounding.total:
+    if remainder > _WORTHWHILE * rounding.total:
         return None
-    other = left / (item.n_rows * item.n_columns)
-    last, now = (b, a), (b, a)
+    other = remainder / (item.n_rows * item.n_columns)
+    previous, current = (b, a), (b, a)
     for number in range(_SWEEPS):
-        start = now if number < 2 else _beyond(last, now)
-        last, (now, other) = now, _sweep(item, rounding, start, other)
-        if _distance(last, now) < _CLOSE * np.linalg.norm(balanced(*now)[1]):
+        start = current if number < 2 else _extrapolate(previous, current)
+        previous, (current, other) = current, _sweep(item, rounding, start, other)
+        if _distance(previous, current) < _CLOSE * np.linalg.norm(svd_of_product(*current)[1]):
             break
-    return now
+    return current
 
 
 def _distance(one: Factors, another: Factors) -> float:
-    _, sizes, _ = balanced(np.hstack([one[0], -another[0]]), np.vstack([one[1], another[1]]))
+    _, sizes, _ = svd_of_product(np.hstack([one[0], -another[0]]), np.vstack([one[1], another[1]]))
     return float(np.linalg.norm(sizes))
 
 
-def _beyond(last: Factors, now: Factors) -> Factors:
-    """As far again as the last sweep went, cut to the rank: it saves about every other sweep."""
-    rank = now[0].shape[1]
-    u, sizes, v = balanced(np.hstack([2 * now[0], -last[0]]), np.vstack([now[1], last[1]]))
+def _extrapolate(previous: Factors, current: Factors) -> Factors:
+    """Extrapolate by the step of the previous sweep, truncated to the rank; this saves about every other sweep."""
+    rank = current[0].shape[1]
+    u, sizes, v = svd_of_product(np.hstack([2 * current[0], -previous[0]]), np.vstack([current[1], previous[1]]))
     return u[:, :rank] * sizes[:rank], v[:rank]
 
 
@@ -117,15 +119,15 @@ def _sweep(item: Difference, rounding: RoundingVariance, start: Factors, other: 
     """Fit the rows of b, block by block, then the columns of a, whose equations are summed over the blocks.
 
     Args:
-        item: the difference of the models.
-        rounding: the variance of rounding.
-        start: b and a.
-        other: the variance of everything else, as far as is known.
+        item: difference of the models.
+        rounding: variance of the rounding errors.
+        start: b and a before the sweep.
+        other: estimated variance of all other differences.
 
     Returns:
-        b and a; and the variance of everything else, as the factors at the start show it.
+        The new b and a, and the variance of all other differences as estimated with the factors in ``start``.
     """
-    u, sizes, v = balanced(*start)
+    u, sizes, v = svd_of_product(*start)
     pairs = np.triu_indices(len(sizes))
     scaled, narrow = u * sizes, v.astype(np.float32)
     products = _products(narrow.T, pairs)
@@ -148,8 +150,8 @@ def _sweep(item: Difference, rounding: RoundingVariance, start: Factors, other: 
     return (scaled / sizes, a), max(excess / count, 1e-6 * other)
 
 
-def balanced(b: Float64Array, a: Float64Array) -> tuple[Float64Array, Float64Array, Float64Array]:
-    """The SVD of ``b a``: orthonormal columns (n_rows, rank), sizes, orthonormal rows (rank, n_columns)."""
+def svd_of_product(b: Float64Array, a: Float64Array) -> tuple[Float64Array, Float64Array, Float64Array]:
+    """Return the SVD of ``b a``: columns (n_rows, rank), singular values (rank,), rows (rank, n_columns)."""
     q_b, r_b = np.linalg.qr(b)
     q_a, r_a = np.linalg.qr(a.T)
     u, sizes, v = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
@@ -157,20 +159,20 @@ def balanced(b: Float64Array, a: Float64Array) -> tuple[Float64Array, Float64Arr
 
 
 def _products(vectors: Float32Array, pairs: Pairs) -> Float32Array:
-    """Products of the pairs of columns."""
-    found: Float32Array = vectors[:, pairs[0]] * vectors[:, pairs[1]]
-    return found
+    """Return the products of the given pairs of columns."""
+    products: Float32Array = vectors[:, pairs[0]] * vectors[:, pairs[1]]
+    return products
 
 
 def _solve(gram: NDArray[np.floating], right: NDArray[np.floating], pairs: Pairs) -> Float64Array:
-    """Least squares (n, rank), of symmetric matrices given by the products of pairs."""
+    """Solve n symmetric systems of size rank, whose matrices are given as their upper triangles; return (n, rank)."""
     n, rank = right.shape
-    found = np.empty((n, rank))
-    for first in range(0, n, _AT_ONCE):
-        part = slice(first, first + _AT_ONCE)
+    solution = np.empty((n, rank))
+    for first in range(0, n, _BATCH):
+        part = slice(first, first + _BATCH)
         matrices = np.empty((len(gram[part]), rank, rank))
         matrices[:, pairs[0], pairs[1]] = matrices[:, pairs[1], pairs[0]] = gram[part]
         traces = np.trace(matrices, axis1=1, axis2=2)
         matrices[:, range(rank), range(rank)] += (_RIDGE * traces / rank + np.finfo(np.float32).tiny)[:, None]
-        found[part] = np.linalg.solve(matrices, right[part, :, None].astype(np.float64))[..., 0]
-    return found
+        solution[part] = np.linalg.solve(matrices, right[part, :, None].astype(np.float64))[..., 0]
+    return solution
