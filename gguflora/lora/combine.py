@@ -203,7 +203,7 @@ def _describe_sources(sources: Sequence[FactoredAdapter], weights: Sequence[floa
 
 
 def _mask(seed: int, density: float, adapter: int, name: str, part: str, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Values to keep, of each factor of each adapter independently, whatever is done in which order."""
+    """Draw the values that DARE keeps; the draws of each adapter, weight and factor are independent of the order."""
     rng = np.random.default_rng([seed, adapter, zlib.crc32(f"{name} {part}".encode())])
     return rng.random(shape, np.float32) < density
 
