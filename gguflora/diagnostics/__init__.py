@@ -1,1 +1,1 @@
-"""Does it work here, and how well: doctor, demo and compare."""
+"""Check that gguflora works on this machine and how well: doctor, demo and compare."""

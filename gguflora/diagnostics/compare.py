@@ -1,7 +1,7 @@
-"""How far a merged file's answers are from those of the adapters it was made of: ``compare``.
+"""``compare``: measure how far a merged file's answers are from those of its adapters.
 
-The truth is the base with the adapters applied at run time ("hot"): no weight of it was rounded again. llama.cpp
-evaluates a text with the base, the hot adapters and the merged file side by side, a few positions at a time.
+The reference is the base with the adapters applied at run time ("hot"), because this does not round any weights.
+llama.cpp evaluates a text with the base, the hot adapters and the merged file side by side, a few positions at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.architectures.base_model import read_whole_base
-from gguflora.diagnostics.divergence import _divergences, _log_softmax
+from gguflora.diagnostics.divergence import kl_divergences, log_softmax
 from gguflora.errors import (
     FormatError,
     HotSwapError,
@@ -61,22 +61,22 @@ and why beans take hours.
 "Have you seen my glasses?" asked the old man. "They are on your nose," said the girl, and she was right. He thanked
 her, sat down by the window, and read the letter from his brother for the third time.
 """
-"""What is evaluated where no text is given: a story, a recipe, a program, an explanation, a conversation."""
+"""The default text: a story, a recipe, a program, an explanation, a conversation."""
 
 POSITIONS_AT_ONCE: Final = 16
-"""Positions whose distributions are compared together; a row of them is as long as the vocabulary."""
+"""Positions that are compared at once; each has a float64 row as long as the vocabulary."""
 MIN_CTX: Final = 16
 SPEED_PROMPT, SPEED_ANSWER, SPEED_TURNS = 128, 16, 3
 
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """How far a model's predictions are from those of the hot adapters.
+    """The distance of a model's predictions from those of the hot adapters.
 
     Attributes:
-        kl: mean Kullback-Leibler divergence, in nats per token.
-        error: standard error of that mean.
-        top_agreement: share of the positions where both find the same token most likely.
+        kl: mean Kullback-Leibler divergence in nats per token.
+        error: standard error of the mean.
+        top_agreement: share of the positions where both models have the same most likely token.
     """
 
     kl: float
@@ -86,7 +86,7 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens a second: of a prompt that is read, and of an answer that is generated."""
+    """Tokens per second while reading a prompt and while generating an answer."""
 
     prompt: float
     generation: float
@@ -97,15 +97,15 @@ class CompareReport:
     """What `compare` found. The models are called "base", "hot", "merged" and "naive".
 
     Attributes:
-        base: the base file.
-        merged: the merged file.
+        base: path of the base file.
+        merged: path of the merged file.
         adapters: path and scale of each adapter.
         text: the file that was evaluated, or "built-in text".
-        positions: number of tokens predicted.
-        n_ctx: length of the windows the text was cut into.
-        divergences: from the hot adapters, by model.
-        perplexities: on the text, by model.
-        speeds: of the hot adapters and of the merged file.
+        positions: number of predicted tokens.
+        n_ctx: number of tokens in each window of the text.
+        divergences: divergence from the hot adapters, by model.
+        perplexities: perplexity on the text, by model.
+        speeds: speed of the hot adapters and of the merged file.
     """
 
     base: Path
@@ -119,7 +119,7 @@ class CompareReport:
     speeds: dict[str, Speed]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
+        """Return all fields, ready for JSON."""
         return {**asdict(self), "base": str(self.base), "merged": str(self.merged)}
 
 
@@ -134,19 +134,19 @@ def compare(
     n_ctx: int = 512,
     threads: int | None = None,
 ) -> CompareReport:
-    """Measure how well ``merged`` answers for ``base`` with ``adapters`` applied at run time.
+    """Measure how closely ``merged`` reproduces the answers of ``base`` with ``adapters`` applied at run time.
 
-    Needs llama-cpp-python, and memory for two of the models at once.
+    Needs llama-cpp-python, and memory for two models at once.
 
     Args:
         base: the GGUF file that was merged into.
-        merged: the result.
-        adapters: as `gguflora.merge` takes them.
-        text: a UTF-8 file to evaluate, best of the kind the adapters were trained for; by default a short one of
-            common English.
-        naive: also measure a merge that rounds each weight to the nearest, made in a temporary file.
-        n_ctx: tokens of a window; each one begins a new text.
-        threads: by default one for each core this process may use.
+        merged: the merged GGUF file.
+        adapters: the merged adapters, as for `gguflora.merge`.
+        text: a UTF-8 file to evaluate, ideally similar to the adapters' training data; by default a short English
+            text.
+        naive: also measure a merge that rounds to nearest; it is written to a temporary file.
+        n_ctx: number of tokens in each window of the text; each window is evaluated on its own.
+        threads: number of threads; by default one for each core that this process may use.
 
     Raises:
         UsageError: if ``n_ctx`` is too small.
@@ -159,15 +159,15 @@ def compare(
         raise UsageError(f"n_ctx is {n_ctx}, expected at least {MIN_CTX} tokens")
     base_path, merged_path, pairs = Path(base), Path(merged), with_scales(adapters)
     used_threads = thread_count(threads)
-    loras = _loras(base_path, pairs)
+    loras = _open_loras(base_path, pairs)
     with _open(base_path, used_threads) as base_model:
         tokens, window = _tokens(base_model, text), min(n_ctx, base_model.n_ctx_train)
         windows = list(_windows(tokens, base_model.first_tokens, window))
         hot = base_model.context(window, loras)
         with _open(merged_path, used_threads, base_model) as model:
-            others = {"base": base_model.context(window), "merged": model.context(window)}
-            tallies = _measure(windows, hot, others)
-            speeds = _speeds({"hot": hot, "merged": others["merged"]}, tokens, window)
+            contexts = {"base": base_model.context(window), "merged": model.context(window)}
+            tallies = _measure(windows, hot, contexts)
+            speeds = _speeds({"hot": hot, "merged": contexts["merged"]}, tokens, window)
         if naive:
             with _naive_merge(base_path, pairs, used_threads) as file, _open(file, used_threads, base_model) as model:
                 tallies |= _measure(windows, hot, {"naive": model.context(window)})
@@ -184,8 +184,8 @@ def compare(
     )
 
 
-def _loras(base: Path, pairs: Sequence[tuple[str | os.PathLike[str], float]]) -> list[tuple[Path, float]]:
-    """The adapters as GGUF LoRA files that llama.cpp can apply to the base."""
+def _open_loras(base: Path, pairs: Sequence[tuple[str | os.PathLike[str], float]]) -> list[tuple[Path, float]]:
+    """Return the adapters as GGUF LoRA files that llama.cpp can apply to the base."""
     model = read_whole_base(base)
     loras = []
     for path, scale in pairs:
@@ -193,21 +193,21 @@ def _loras(base: Path, pairs: Sequence[tuple[str | os.PathLike[str], float]]) ->
             loras.append((open_adapter(Path(path), model).file, scale))
         except (HotSwapError, UnsupportedAdapterError) as error:
             raise HotSwapError(
-                f"{path}: cannot be applied at run time, and only with that can a merge be compared: {error}. "
-                "What 'gguflora convert --rank N' makes of it can: an approximation, with the error it reports"
+                f"{path}: cannot be applied at run time, which comparing needs: {error}. Compare with the "
+                "approximation that 'gguflora convert --rank N' writes; convert reports its error"
             ) from error
     return loras
 
 
 @contextmanager
 def _open(path: Path, threads: int, like: LogitsModel | None = None) -> Iterator[LogitsModel]:
-    """A model, which must have the vocabulary of ``like``."""
+    """Open a model; its vocabulary must have the size of ``like``'s."""
     try:
         from gguflora.diagnostics.logits import LogitsModel  # noqa: PLC0415  (import gguflora does not load llama_cpp)
     except ImportError as error:
         raise MissingExtraError("comparing", "llama-cpp-python", "runtime") from error
     with GgufFile(path) as file:
-        first = file.path  # of a split model llama.cpp asks for the first file
+        first = file.path  # llama.cpp opens a split model by its first file
     with LogitsModel(first, threads) as model:
         if like is not None and model.n_vocab != like.n_vocab:
             raise MismatchError(
@@ -221,12 +221,12 @@ def _tokens(model: LogitsModel, text: str | os.PathLike[str] | None) -> list[int
     content = BUILT_IN_TEXT.encode() if text is None else Path(text).read_bytes()
     tokens = model.tokenize(content)
     if len(tokens) < 2:
-        raise FormatError(f"{text}: has {len(tokens)} tokens, expected a text of some length")
+        raise FormatError(f"{text}: has {len(tokens)} tokens, expected at least 2")
     return tokens
 
 
 def _windows(tokens: Sequence[int], first: list[int], n_ctx: int) -> Iterator[list[int]]:
-    """The text in pieces of up to ``n_ctx`` tokens, each beginning as a text does."""
+    """Split the text into windows of up to ``n_ctx`` tokens, each starting with the tokens that start a text."""
     step = n_ctx - len(first)
     for start in range(0, len(tokens), step):
         window = [*first, *tokens[start : start + step]]
@@ -235,15 +235,15 @@ def _windows(tokens: Sequence[int], first: list[int], n_ctx: int) -> Iterator[li
 
 
 class _Tally:
-    """Sums over the positions."""
+    """Sums of a model's measures over all positions."""
 
     def __init__(self) -> None:
         self.count = 0
         self._kl = self._kl_squared = self._agreements = self._loss = 0.0
 
     def add(self, log_p: NDArray[np.float64], log_q: NDArray[np.float64], targets: Sequence[int]) -> None:
-        """Positions' log-probabilities by the hot adapters and by this model, and the tokens that follow."""
-        divergences = _divergences(log_p, log_q)
+        """Add positions: log-probabilities of the hot adapters and of this model, and the tokens that follow."""
+        divergences = kl_divergences(log_p, log_q)
         self.count += len(targets)
         self._kl += float(divergences.sum())
         self._kl_squared += float((divergences**2).sum())
@@ -260,35 +260,36 @@ class _Tally:
 
 
 def _measure(
-    windows: Sequence[list[int]], hot: LogitsContext, others: Mapping[str, LogitsContext]
+    windows: Sequence[list[int]], hot: LogitsContext, contexts: Mapping[str, LogitsContext]
 ) -> dict[str, _Tally]:
-    """All models over the text, side by side."""
+    """Evaluate the text with all models side by side."""
     from gguflora.diagnostics.logits import POSITIONS  # noqa: PLC0415
 
-    contexts = {"hot": hot, **others}
-    tallies = {name: _Tally() for name in contexts}
+    all_contexts = {"hot": hot, **contexts}
+    tallies = {name: _Tally() for name in all_contexts}
     for window in windows:
-        for context in contexts.values():
+        for context in all_contexts.values():
             context.clear()
         for start in range(0, len(window) - 1, POSITIONS):
             targets = window[start + 1 : start + 1 + POSITIONS]
-            logits = {name: context.decode(window[start : start + len(targets)]) for name, context in contexts.items()}
+            inputs = window[start : start + len(targets)]
+            logits = {name: context.decode(inputs) for name, context in all_contexts.items()}
             _add(tallies, logits, targets)
     return tallies
 
 
 def _add(tallies: Mapping[str, _Tally], logits: Mapping[str, NDArray[np.float32]], targets: Sequence[int]) -> None:
     for start in range(0, len(targets), POSITIONS_AT_ONCE):
-        some = slice(start, start + POSITIONS_AT_ONCE)
-        log_p = _log_softmax(logits["hot"][some])
+        block = slice(start, start + POSITIONS_AT_ONCE)
+        log_p = log_softmax(logits["hot"][block])
         for name, tally in tallies.items():
-            log_q = log_p if name == "hot" else _log_softmax(logits[name][some])
-            tally.add(log_p, log_q, targets[some])
+            log_q = log_p if name == "hot" else log_softmax(logits[name][block])
+            tally.add(log_p, log_q, targets[block])
 
 
 @contextmanager
 def _naive_merge(base: Path, pairs: AdapterArgument, threads: int) -> Iterator[Path]:
-    """A merge that rounds to the nearest, gone afterwards."""
+    """Merge with nearest rounding into a temporary file."""
     with tempfile.TemporaryDirectory(prefix="gguflora-") as folder:
         file = Path(folder) / "naive.gguf"
         merge(base, pairs, file, threads=threads, rounding="nearest")
@@ -296,21 +297,21 @@ def _naive_merge(base: Path, pairs: AdapterArgument, threads: int) -> Iterator[P
 
 
 def _speeds(contexts: Mapping[str, LogitsContext], tokens: Sequence[int], n_ctx: int) -> dict[str, Speed]:
-    """Medians over some turns: read a prompt, then go on token by token (of the text, so that all do the same)."""
+    """Measure median speeds: read a prompt, then decode token by token. All models decode the same text."""
     answer = min(SPEED_ANSWER, n_ctx // 2)
     prompt = min(SPEED_PROMPT, n_ctx - answer)
     needed = prompt + answer
     run = (list(tokens) * (needed // len(tokens) + 1))[:needed]
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in contexts}
+    timings: dict[str, list[tuple[float, float]]] = {name: [] for name in contexts}
     for _ in range(SPEED_TURNS):
         for name, context in contexts.items():
-            taken[name].append(_time(context, run, prompt))
-    medians = {name: np.median(turns, axis=0).tolist() for name, turns in taken.items()}
+            timings[name].append(_time(context, run, prompt))
+    medians = {name: np.median(turns, axis=0).tolist() for name, turns in timings.items()}
     return {name: Speed(prompt / seconds[0], answer / seconds[1]) for name, seconds in medians.items()}
 
 
 def _time(context: LogitsContext, tokens: Sequence[int], prompt: int) -> tuple[float, float]:
-    """Seconds for the prompt and for the rest."""
+    """Return the seconds for the prompt and for the tokens after it."""
     context.clear()
     moments = [time.perf_counter()]
     context.decode(tokens[:prompt], only_last=True)

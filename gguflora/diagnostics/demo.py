@@ -1,6 +1,6 @@
-"""The main job on an embedded model: convert two adapters, merge one, hot-swap both, compare.
+"""``demo``: convert two adapters, merge one, hot-swap both and compare, on a small model in the package.
 
-The model and its adapters, ``shout`` (capitals) and ``verse`` (rhymes), are made by ``tools/make_demo``.
+``python -m tools.make_demo`` makes the model and its adapters, ``shout`` (capitals) and ``verse`` (rhymes).
 """
 
 from __future__ import annotations
@@ -36,7 +36,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class DemoAnswer:
-    """One row of the demo: which weights answered, what, and the seconds to get ready and to answer."""
+    """One answer of the demo.
+
+    Attributes:
+        weights: name of the weights that answered.
+        text: the answer.
+        swap_seconds: time to switch to these weights; None for the merged file.
+        answer_seconds: time to answer.
+    """
 
     weights: str
     text: str
@@ -49,12 +56,13 @@ class DemoReport:
     """Everything the demo measured.
 
     Attributes:
-        answers: one for each set of weights.
-        convert_seconds: for each adapter.
-        load_seconds: of the base model and of each adapter.
+        prompt: the prompt of all answers.
+        answers: one answer for each set of weights.
+        convert_seconds: time to convert each adapter.
+        load_seconds: time to load the base model, each adapter, and the merged file.
         merge: the report of the merge.
-        kl: mean KL divergence of the merged file from the hot adapter on the prompt and its answer, nats per token.
-        kl_base: the same of the base model: how much the adapter changes.
+        kl: mean KL divergence of the merged file from the hot adapter on the prompt and its answer, in nats per token.
+        kl_base: mean KL divergence of the base from the hot adapter, which shows how much the adapter changes.
     """
 
     prompt: str
@@ -66,7 +74,7 @@ class DemoReport:
     kl_base: float
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
+        """Return all fields, ready for JSON."""
         return {**asdict(self), "merge": self.merge.to_dict()}
 
 
@@ -74,11 +82,11 @@ def run_demo(keep: str | os.PathLike[str] | None = None, *, prompt: str = PROMPT
     """Convert, merge and hot-swap the demo's adapters on its model.
 
     Args:
-        keep: directory where its files (two GGUF LoRA, one merged model) are written and stay.
-        prompt: what every set of weights is asked.
+        keep: directory for the files (two GGUF LoRAs, one merged model); by default they are temporary.
+        prompt: the prompt for every set of weights.
 
     Raises:
-        HotSwapError: if llama-cpp-python is not installed.
+        MissingExtraError: if llama-cpp-python is not installed.
     """
     if keep is not None:
         Path(keep).mkdir(parents=True, exist_ok=True)
@@ -154,7 +162,7 @@ def _evaluate(llm: Any, text: str) -> NDArray[np.float32]:  # noqa: ANN401
 
 def _open(path: Path) -> Any:  # noqa: ANN401
     try:
-        import llama_cpp  # noqa: PLC0415  (only here is it needed)
+        import llama_cpp  # noqa: PLC0415  (optional)
     except ImportError as error:
         raise MissingExtraError("the demo", "llama-cpp-python", "runtime") from error
     return llama_cpp.Llama(str(path), n_ctx=256, logits_all=True, seed=0, verbose=False)

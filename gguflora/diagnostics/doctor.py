@@ -1,4 +1,4 @@
-"""What this machine offers and what is installed, for bug reports: ``doctor``."""
+"""``doctor``: describe the machine and the installed packages, for bug reports."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PACKAGES: Final = ("numpy", "gguf", "safetensors", "llama-cpp-python", "torch", 
 
 @dataclass(frozen=True, slots=True)
 class QuantType:
-    """What the kernels can do with a quant type; the same on every instruction set.
+    """What the kernels support for a quant type; it is the same for every instruction set.
 
     Attributes:
-        name: as ggml spells it.
-        block_weights: weights of a block.
-        block_bytes: bytes of a block.
-        needs_imatrix: whether it can be quantized only with an importance matrix.
-        dithers: whether the type supports adaptive (stochastic) rounding.
+        name: ggml's name of the type.
+        block_weights: number of weights in a block.
+        block_bytes: number of bytes in a block.
+        needs_imatrix: whether quantizing needs an importance matrix.
+        dithers: whether stochastic rounding supports the type.
     """
 
     name: str
@@ -41,16 +41,16 @@ class DoctorReport:
     """What `doctor` found.
 
     Attributes:
-        version: of gguflora.
+        version: version of gguflora.
         python: version of Python.
-        platform: the operating system, in words.
+        platform: name and version of the operating system.
         cpu: name of the processor.
-        usable_cores: cores that this process may use.
-        cores: cores of the machine.
-        isa: the instruction set of the kernels in use.
-        isas: those that this machine could use.
+        usable_cores: number of cores that this process may use.
+        cores: number of cores of the machine.
+        isa: instruction set that the kernels use.
+        isas: instruction sets that the kernels can use on this machine.
         types: the quant types.
-        packages: installed version by name; None if it is not installed.
+        packages: installed version of each package; None if it is not installed.
     """
 
     version: str
@@ -65,12 +65,12 @@ class DoctorReport:
     packages: dict[str, str | None]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
+        """Return all fields, ready for JSON."""
         return asdict(self)
 
 
 def doctor() -> DoctorReport:
-    """Say what this machine offers and what is installed."""
+    """Describe the machine and the installed packages."""
     return DoctorReport(
         version=__version__,
         python=platform.python_version(),
@@ -84,7 +84,7 @@ def doctor() -> DoctorReport:
             QuantType(kind.name, kind.block_weights, kind.block_bytes, kind.needs_imatrix, kind.supports_stochastic)
             for kind in TYPES.values()
         ),
-        packages={package: _installed(package) for package in PACKAGES},
+        packages={package: _installed_version(package) for package in PACKAGES},
     )
 
 
@@ -97,7 +97,7 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def _installed(package: str) -> str | None:
+def _installed_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:

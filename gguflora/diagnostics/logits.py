@@ -1,8 +1,8 @@
-"""Logits of many tokens from llama.cpp: a model, contexts on it, a few positions at a time.
+"""Compute the logits of many tokens with llama.cpp: one model, several contexts, a few positions at a time.
 
-``llama_cpp.Llama`` holds one context, and room for the logits of all its positions; a comparison needs several contexts
-on one model, and the logits only until they are compared. Imports llama_cpp, so nothing that ``import gguflora``
-reaches may import this module at its top.
+``llama_cpp.Llama`` has one context and memory for the logits of all its positions. A comparison needs several contexts
+of one model, and logits only until they are compared. This module imports llama_cpp, so ``import gguflora`` must not
+import it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,15 @@ from gguflora.runtime.bindings import (
 )
 
 POSITIONS: Final = 128
-"""Tokens evaluated at once: enough to be as quick as more, and the logits stay small."""
+"""Tokens of one call of ``llama_decode``: larger batches are not faster and need more memory for logits."""
 
 
 class LogitsModel:
-    """A GGUF model in llama.cpp's memory; a context manager that frees it, and what was made of it.
+    """A GGUF model loaded by llama.cpp; a context manager that frees it with its contexts and LoRAs.
+
+    Args:
+        path: the GGUF file; for a split model, its first file.
+        threads: number of threads.
 
     Raises:
         HotSwapError: if llama.cpp cannot load it.
@@ -43,10 +47,10 @@ class LogitsModel:
     def __init__(self, path: Path, threads: int) -> None:
         self.path = path
         self._threads = threads
-        with ExitStack() as made:
-            made.enter_context(_without_log())
-            self._load_model(made)
-            self._resources = made.pop_all()
+        with ExitStack() as resources:
+            resources.enter_context(_without_log())
+            self._load_model(resources)
+            self._resources = resources.pop_all()
 
     def _load_model(self, resources: ExitStack) -> None:
         llama_cpp.llama_backend_init()
@@ -55,32 +59,32 @@ class LogitsModel:
         with captured_log() as log:
             self.pointer = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), parameters)
         if not self.pointer:
-            raise HotSwapError(f"{self.path}: llama.cpp could not load this model: {_said(log)}")
+            raise HotSwapError(f"{self.path}: llama.cpp could not load this model: {_log_text(log)}")
         resources.callback(llama_cpp.llama_model_free, self.pointer)
         self._vocabulary = llama_cpp.llama_model_get_vocab(self.pointer)
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocabulary)
         self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(self.pointer)
 
     def tokenize(self, text: bytes) -> list[int]:
-        """Tokens of a text, without a token for its beginning."""
-        room = len(text) + 8
-        tokens = (llama_cpp.llama_token * room)()
-        count = llama_cpp.llama_tokenize(self._vocabulary, text, len(text), tokens, room, False, False)
+        """Return the tokens of a text, without a token for its beginning."""
+        capacity = len(text) + 8
+        tokens = (llama_cpp.llama_token * capacity)()
+        count = llama_cpp.llama_tokenize(self._vocabulary, text, len(text), tokens, capacity, False, False)
         if count < 0:
             raise HotSwapError(f"{self.path}: llama.cpp could not tokenize the text")
         return list(tokens[:count])
 
     @property
     def first_tokens(self) -> list[int]:
-        """What every text begins with: the token for the beginning, or nothing."""
+        """The tokens that every text starts with: the beginning-of-text token, or none."""
         adds = llama_cpp.llama_vocab_get_add_bos(self._vocabulary)
         return [llama_cpp.llama_vocab_bos(self._vocabulary)] if adds else []
 
     def context(self, n_ctx: int, loras: Sequence[tuple[Path, float]] = ()) -> LogitsContext:
-        """A context of its own, with adapters (GGUF file, scale) applied.
+        """Create a context with adapters (GGUF file, scale) applied.
 
         Raises:
-            HotSwapError: if llama.cpp refuses, or there is not enough memory.
+            HotSwapError: if llama.cpp cannot create it, for example because memory is short.
         """
         applied = [(self._load(path), scale) for path, scale in loras]
         parameters = llama_cpp.llama_context_default_params()
@@ -90,7 +94,7 @@ class LogitsModel:
         with captured_log() as log:
             pointer = llama_cpp.llama_init_from_model(self.pointer, parameters)
         if not pointer:
-            raise HotSwapError(f"{self.path}: llama.cpp could not make a context of {n_ctx} tokens: {_said(log)}")
+            raise HotSwapError(f"{self.path}: llama.cpp could not create a context of {n_ctx} tokens: {_log_text(log)}")
         self._resources.callback(llama_cpp.llama_free, pointer)
         set_loras(pointer, applied)
         return LogitsContext(self, pointer)
@@ -110,7 +114,7 @@ class LogitsModel:
 
 
 class LogitsContext:
-    """Evaluates one text after another. It lives as long as its `LogitsModel`."""
+    """A context of a `LogitsModel`, which evaluates one text after another."""
 
     def __init__(self, model: LogitsModel, pointer: Any) -> None:  # noqa: ANN401  (llama_cpp has no types)
         self._model = model
@@ -118,7 +122,7 @@ class LogitsContext:
         self._count = 0
 
     def clear(self) -> None:
-        """Begin a new text."""
+        """Start a new text."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._pointer), True)
         self._count = 0
 
@@ -126,12 +130,12 @@ class LogitsContext:
         """Evaluate up to `POSITIONS` more tokens of the text.
 
         Returns:
-            logits (n_tokens, n_vocab), or those of the last token alone; valid until the next call.
+            Logits (n_tokens, n_vocab), or (1, n_vocab) for the last token alone; valid until the next call.
 
         Raises:
-            HotSwapError: if llama.cpp cannot, or the model gives no logits.
+            HotSwapError: if llama.cpp fails, or the model gives no logits.
         """
-        batch = _batch_of(tokens, self._count, only_last=only_last)
+        batch = _create_batch(tokens, self._count, only_last=only_last)
         status = llama_cpp.llama_decode(self._pointer, batch)
         logits = llama_cpp.llama_get_logits(self._pointer) if status == 0 else None
         if not logits:
@@ -143,8 +147,8 @@ class LogitsContext:
         return np.ctypeslib.as_array(logits, (rows, self._model.n_vocab))
 
 
-def _batch_of(tokens: Sequence[int], start: int, *, only_last: bool) -> Any:  # noqa: ANN401
-    """A ``llama_batch`` of the tokens at the positions from ``start`` on; its arrays live as long as itself."""
+def _create_batch(tokens: Sequence[int], start: int, *, only_last: bool) -> Any:  # noqa: ANN401
+    """Create a ``llama_batch`` of tokens at the positions from ``start`` on; it keeps its arrays alive."""
     count = len(tokens)
     batch = llama_cpp.llama_batch()
     batch.n_tokens = count
@@ -153,7 +157,7 @@ def _batch_of(tokens: Sequence[int], start: int, *, only_last: bool) -> Any:  # 
         ("pos", (llama_cpp.llama_pos * count)(*range(start, start + count))),
         ("logits", (ctypes.c_int8 * count)(*[not only_last] * (count - 1), True)),
     )
-    for name, array in arrays:  # a pointer made by cast keeps what it points to
+    for name, array in arrays:  # a pointer made by cast keeps its target alive
         setattr(batch, name, ctypes.cast(array, ctypes.POINTER(array._type_)))
     return batch
 
@@ -170,5 +174,5 @@ def _without_log() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _said(log: Sequence[str]) -> str:
+def _log_text(log: Sequence[str]) -> str:
     return " ".join("".join(log).split()) or "it gave no reason"
