@@ -1,4 +1,4 @@
-"""Recipes of many steps, each done only when something it depends on has changed. Needs pydantic."""
+"""Run recipes of many steps; a step runs only if something that it depends on has changed. Needs pydantic."""
 
 from typing import TYPE_CHECKING, Final
 

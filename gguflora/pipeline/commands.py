@@ -1,4 +1,4 @@
-"""The commands that a recipe's steps may name."""
+"""The commands that steps of a recipe can run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @cache
 def commands() -> Mapping[str, Callable[..., Any]]:
-    """The function of each action; imported when first asked for, since together they are most of gguflora."""
+    """Return the function of each action. They are imported on first use, because they load most of gguflora."""
     from gguflora.diagnostics.compare import compare  # noqa: PLC0415
     from gguflora.lora.combine import combine  # noqa: PLC0415
     from gguflora.lora.convert import convert  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""Jobs on a Dask cluster: an `Engine` whose jobs are tasks of a scheduler."""
+"""Run jobs on a Dask cluster: a `JobBackend` whose jobs are tasks of a scheduler."""
 
 from __future__ import annotations
 
@@ -29,51 +29,51 @@ from gguflora.pipeline.plan import Location
 
 _LOG = logging.getLogger("gguflora.pipeline")
 _TIMEOUT: Final = 10
-"""Seconds within which the scheduler must answer, and a worker be there."""
+"""Seconds to wait for the scheduler to answer, and for a first worker."""
 _RETRIES: Final = 2
-"""How often a job is tried again whose process died. Of workers that die Dask's ``allowed-failures`` decides."""
+"""Retries of a job whose process died. For workers that die, Dask's ``allowed-failures`` counts."""
 
 
-class DaskEngine:
-    """Does jobs on the workers of a scheduler.
+class DaskBackend:
+    """Runs jobs on the workers of a scheduler.
 
     Args:
-        address: of the scheduler, such as ``tcp://host:8786``.
-        at_a_time: how many jobs; by default as many as the workers have threads.
-        memory: what running jobs may need together, in MB; by default what the workers have.
-        store: a folder that the workers must see as this machine does.
+        address: address of the scheduler, such as ``tcp://host:8786``.
+        max_concurrency: highest number of concurrent jobs; by default the number of the workers' threads.
+        memory: memory for all running jobs together, in MB; by default the workers' memory.
+        store: a folder that this machine and the workers must share.
 
     Raises:
-        ClusterError: if the scheduler cannot be reached or has no workers, or they cannot do the jobs.
+        ClusterError: if the scheduler cannot be reached, has no workers, or they cannot run the jobs.
     """
 
     def __init__(self, address: str, *, max_concurrency: int | None, memory: int | None, store: Location) -> None:
         self._address, self._run = address, secrets.token_hex(4)
         self._lock, self._futures, self._closed = threading.Lock(), set[Future](), False
-        self._client = _connected(address)
+        self._client = _connect(address)
         try:
             workers = self._checked_workers(store)
         except BaseException:
             self._client.close()
             raise
-        self._most = max((facts["declared"] for facts in workers if facts["declared"]), default=None)
+        self._declared_limit = max((facts["declared"] for facts in workers if facts["declared"]), default=None)
         self.max_concurrency = max_concurrency or sum(facts["threads"] for facts in workers)
-        self.memory, self.threads = memory or _memory_of(workers), 1  # a worker's thread stands for a core
-        _LOG.info("%s: %d workers, %d jobs at a time", address, len(workers), self.max_concurrency)
+        self.memory, self.threads = memory or _memory_of(workers), 1  # a worker has one thread per core
+        _LOG.info("%s: %d workers, up to %d concurrent jobs", address, len(workers), self.max_concurrency)
 
     def run(self, request: Request) -> Answer:
-        """The answer to a job; waits for it, and may be called from several threads.
+        """Run a job and return its answer. Safe to call from several threads.
 
-        A merge with ``parts`` is done in as many tasks, which write there, and one that assembles them.
+        A merge with ``parts`` runs as one task for each part, and one that assembles them.
         """
         if "parts" not in request:
-            return self._answers([request])[0]
-        answers = self._answers(_part_requests(request))
+            return self._run_all([request])[0]
+        answers = self._run_all(_part_requests(request))
         failed = [answer for answer in answers if "report" not in answer]
-        return failed[0] if failed else self._answers([_assembling_request(request)])[0]
+        return failed[0] if failed else self._run_all([_assemble_request(request)])[0]
 
     def close(self) -> None:
-        """Cancel what is running, and leave the scheduler."""
+        """Cancel running jobs and disconnect from the scheduler."""
         with self._lock:
             self._closed = True
             futures = list(self._futures)
@@ -90,13 +90,14 @@ class DaskEngine:
                 f"{self._address}: the scheduler has no workers; start some: dask worker {self._address}"
             ) from error
         with _probe(store) as file:
-            found = self._client.run(dask_worker.facts, file, on_error="return")
-        for worker, facts in found.items():
+            replies = self._client.run(dask_worker.facts, file, on_error="return")
+        for worker, facts in replies.items():
             if isinstance(facts, GgufloraError):
                 raise ClusterError(f"{worker}: {facts}")
             if isinstance(facts, BaseException):
-                said = f"has no gguflora {__version__} ({facts}); install the same version on all workers"
-                raise ClusterError(f"{worker}: {said}")
+                raise ClusterError(
+                    f"{worker}: has no gguflora {__version__} ({facts}); install the same version on all workers"
+                )
             if facts["version"] != __version__:
                 raise ClusterError(f"{worker}: {dask_worker.version_error(facts['version'], __version__)}")
             if not facts["shares"]:
@@ -104,11 +105,11 @@ class DaskEngine:
                     f"{worker}: does not see {store} as this machine does; all machines must have the output folder "
                     "under the same path, or it must be a URL such as s3://bucket/folder"
                 )
-        return list(found.values())
+        return list(replies.values())
 
-    def _answers(self, requests: Sequence[Request]) -> list[Answer]:
-        """The answers to jobs that are done at the same time; the first failure cancels those that go on."""
-        futures = [self._submitted(request) for request in requests]
+    def _run_all(self, requests: Sequence[Request]) -> list[Answer]:
+        """Run jobs concurrently and return their answers. The first failure cancels the others."""
+        futures = [self._submit(request) for request in requests]
         answers = []
         try:
             for future in futures:
@@ -120,9 +121,11 @@ class DaskEngine:
                 self._futures.difference_update(futures)
         return answers
 
-    def _submitted(self, request: Request) -> Future | None:
-        """The task of a job; None if the run is over."""
-        need = None if self._most is None else {dask_worker.MEMORY: min(request["memory"], self._most)}
+    def _submit(self, request: Request) -> Future | None:
+        """Submit a job as a task; return None if the backend is closed."""
+        resources = (
+            None if self._declared_limit is None else {dask_worker.MEMORY: min(request["memory"], self._declared_limit)}
+        )
         with self._lock:
             if self._closed:
                 return None
@@ -130,7 +133,7 @@ class DaskEngine:
                 dask_worker.run_job,
                 {**request, "version": __version__},
                 key=f"{request['action']}-{request['key'][:32]}-{self._run}",
-                resources=need,
+                resources=resources,
                 retries=_RETRIES,
                 pure=False,
             )
@@ -140,24 +143,24 @@ class DaskEngine:
 
 @contextmanager
 def _probe(store: Location) -> Iterator[str]:
-    """A file that all who share the store can see."""
+    """Create a temporary file in the store, to test that workers share it."""
     if isinstance(store, Path):
         with tempfile.NamedTemporaryFile(dir=store) as file:
             yield file.name
         return
-    place = remote.join(store, secrets.token_hex(8))
-    remote.write_bytes(place, b"")
+    location = remote.join(store, secrets.token_hex(8))
+    remote.write_bytes(location, b"")
     try:
-        yield place
+        yield location
     finally:
-        remote.remove(place)
+        remote.remove(location)
 
 
 class _Client(Client):  # type: ignore[misc]  # Dask has no types
-    """One that stops its thread and closes if it cannot connect.
+    """A client that stops its thread and closes if it cannot connect.
 
-    Left to the garbage collector it would be closed at any moment, with a lock that every client holds while it
-    starts its thread: if that was the moment, it would wait for ever.
+    Otherwise the garbage collector closes it at any time. Closing needs a lock that every client holds while it starts
+    its thread, so closing at that moment would deadlock.
     """
 
     def __init__(self, address: str) -> None:
@@ -169,15 +172,15 @@ class _Client(Client):  # type: ignore[misc]  # Dask has no types
             raise
 
 
-def _connected(address: str) -> Client:
+def _connect(address: str) -> Client:
     try:
         return _Client(address)
-    except (OSError, ValueError, TypeError, ImportError) as error:  # of a wrong address ValueError, of tls:// TypeError
+    except (OSError, ValueError, TypeError, ImportError) as error:  # ValueError for a bad address, TypeError for tls://
         raise ClusterError(f"{address}: no Dask scheduler can be reached: {error}") from error
 
 
 def _memory_of(workers: Sequence[dict[str, Any]]) -> int:
-    """What the workers have together, in MB. Where they declare it as a resource, Dask sees to it."""
+    """Return the workers' memory in MB; unlimited if it is unknown, or if Dask manages it as a declared resource."""
     known = [facts["memory"] for facts in workers]
     if None in known or any(facts["declared"] for facts in workers):
         return sys.maxsize
@@ -198,10 +201,10 @@ def _part_requests(request: Request) -> list[Request]:
     ]
 
 
-def _assembling_request(request: Request) -> Request:
+def _assemble_request(request: Request) -> Request:
     arguments = {**request["arguments"], "parts": request["parts"]}
-    own = {name: item for name, item in request.items() if name != "parts"}
-    return {**own, "action": "assemble", "arguments": arguments}
+    others = {name: item for name, item in request.items() if name != "parts"}
+    return {**others, "action": "assemble", "arguments": arguments}
 
 
 def _answer(future: Future) -> Answer:
@@ -210,7 +213,7 @@ def _answer(future: Future) -> Answer:
     except CancelledError:
         return {"error": "interrupted: its task was cancelled, or the scheduler is gone"}
     except KilledWorker as error:
-        return {"error": f"{error.allowed_failures + 1} workers died of it, the last was {error.last_worker.address}"}
-    except Exception as error:  # whatever a worker raised
+        return {"error": f"{error.allowed_failures + 1} workers died of this job, last {error.last_worker.address}"}
+    except Exception as error:  # any error of the worker
         return {"error": str(error) or type(error).__name__}
     return answer

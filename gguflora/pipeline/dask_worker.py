@@ -1,4 +1,4 @@
-"""What a Dask worker does for a pipeline: each job in a process of its own, so that the worker outlives it."""
+"""Run a pipeline's jobs on a Dask worker, in separate processes, so that the worker survives a crash."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from distributed import Worker
 
 MEMORY: Final = "memory_mb"
-"""Name of the resource that a worker may declare: what its jobs may need together, in MB."""
+"""Name of the Dask resource that a worker may declare: memory for all of its jobs together, in MB."""
 
 _PROCESSES: Final = Workers()
 
 
 def run_job(request: Request) -> Answer:
-    """Do a job; it is ended when Dask cancels the task, or the worker is told to go.
+    """Run a job. It is stopped when Dask cancels the task or the worker shuts down.
 
     Raises:
-        ClusterError: if its process died, so that Dask tries it again.
+        ClusterError: if its process died; Dask then retries it.
     """
-    if request["version"] != __version__:  # a worker that came later than the check of all
+    if request["version"] != __version__:  # the worker joined after the client had checked all workers
         return {"error": f"{get_worker().address}: {version_error(__version__, request['version'])}"}
     worker = get_worker()
     key = worker.get_current_task()
@@ -43,15 +43,15 @@ def run_job(request: Request) -> Answer:
 
 
 def version_error(found: str, expected: str) -> str:
-    """What to say of a worker with another version."""
+    """Return the error message for a worker with another version."""
     return f"has gguflora {found}, expected {expected}; install the same version on all workers"
 
 
 def facts(file: str, dask_worker: Worker) -> dict[str, Any]:
-    """What a client must know of a worker.
+    """Return what a client must know about a worker: version, threads, memory in MB, and whether it sees ``file``.
 
     Args:
-        file: that the client has just made in the store which all should share.
+        file: a file that the client has created in the shared store.
         dask_worker: the worker.
     """
     state = dask_worker.state

@@ -1,4 +1,4 @@
-"""A pipeline's report as one HTML page without anything from elsewhere."""
+"""Write a pipeline's report as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _row(report: PipelineReport, result: StepResult) -> str:
 
 
 def _bars(report: PipelineReport) -> str:
-    """Wall time of each job that ran."""
+    """Return a bar chart of the wall time of each job that ran."""
     ran = [result for result in report.results if result.seconds > 0]
     if not ran:
         return ""

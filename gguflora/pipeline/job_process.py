@@ -1,7 +1,8 @@
-"""Jobs: `run_job` a request here. As a program, do those on stdin, so that nothing they do can take others down.
+"""Run jobs: `run_job` runs one in this process; as a program, this module runs the jobs that it reads from stdin.
 
-A request is a JSON object: ``action`` (a command), ``arguments`` (its keywords) and ``out`` (where its output goes); in
-all of them a path is a location, local or remote. The answer has the command's ``report``, or an ``error``.
+Separate processes keep a crash of one job from ending others. A request is a JSON object: ``action`` (a command),
+``arguments`` (its keyword arguments) and ``out`` (the location of its output). Locations are paths or URLs. The answer
+has the command's ``report`` or an ``error``.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from gguflora.pipeline.commands import commands
 from gguflora.pipeline.state import write_json
 
 _REPORTING: Final = {"inspect", "compare"}
-"""Actions that write nothing but their report."""
+"""Actions whose only output is their report."""
 
 
 def run_job(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Do a job: remote inputs are fetched into the cache, the output is put into its place when it is whole."""
+    """Run a job. Remote inputs are fetched into the cache; the output appears at its location only when complete."""
     try:
         return {"report": _run(request["action"], dict(request["arguments"]), request["out"])}
     except GgufloraError as error:
@@ -45,16 +46,16 @@ def _run(action: str, arguments: dict[str, Any], out: str) -> dict[str, Any]:
         return run_command(action, arguments, Path(out))
     with tempfile.TemporaryDirectory(prefix="gguflora-") as folder:
         report = run_command(action, arguments, Path(folder) / remote.file_name(out))
-        for made in sorted(Path(folder).iterdir(), reverse=True):  # of a split model the first file last
-            remote.put(made, remote.join(out.rpartition("/")[0], made.name))
+        for file in sorted(Path(folder).iterdir(), reverse=True):  # the first file of a split model last
+            remote.put(file, remote.join(out.rpartition("/")[0], file.name))
     return report | ({"output": out} if "output" in report else {})
 
 
 def run_command(action: str, arguments: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Run one command; returns its report, ready for JSON.
+    """Run one command and return its report, ready for JSON.
 
     Raises:
-        GgufloraError: as the command does.
+        GgufloraError: if the command raises it.
     """
     command = commands()[action]
     if "adapters" in arguments:
@@ -72,10 +73,10 @@ def _stop(*_: object) -> NoReturn:
 
 
 def main() -> None:
-    """Do the jobs on stdin until there are no more."""
+    """Run the jobs on stdin until it is closed."""
     signal.signal(signal.SIGTERM, _stop)  # so that a terminated job removes its temporary files
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print must not get between
+    os.dup2(2, 1)  # libraries may print to stdout, which is for answers only
     requests: SimpleQueue[str] = SimpleQueue()
     Thread(target=_read, args=(requests,), daemon=True).start()
     with suppress(KeyboardInterrupt, BrokenPipeError):
@@ -86,7 +87,7 @@ def main() -> None:
 def _read(requests: SimpleQueue[str]) -> None:
     for line in sys.stdin:
         requests.put(line)
-    os.kill(os.getpid(), signal.SIGTERM)  # who asked is gone: stop what is running
+    os.kill(os.getpid(), signal.SIGTERM)  # the parent process is gone: stop the running job
 
 
 if __name__ == "__main__":

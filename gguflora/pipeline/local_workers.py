@@ -1,4 +1,4 @@
-"""Processes that do jobs: each does many, one after the other, and its death takes only its job with it."""
+"""Run jobs in processes on this machine. Each process runs many jobs in turn; if it dies, only its job fails."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from typing import IO, Any, Final, Protocol
 from gguflora.system.cpus import usable_cpus
 
 Request = dict[str, Any]
-"""A job, ready for JSON: ``action``, ``arguments`` and ``out`` are for `worker`, the rest is for an `JobBackend`.
+"""A job, ready for JSON. `gguflora.pipeline.job_process` uses ``action``, ``arguments`` and ``out``.
 
-That is ``key``, a hash of the output's place and of all that it depends on; ``memory``, its peak in MB; and, for a
-merge that may be done in parts, where these go, ``parts``.
+A `JobBackend` uses ``key``, a hash of the output's location and everything that it depends on; ``memory``, the job's
+peak memory in MB; and, for a merge that may run in parts, ``parts``, the locations of the parts.
 """
 Answer = dict[str, Any]
-"""``report``, or ``error``; ``died`` if that was the end of a process."""
+"""The ``report`` of a job, or its ``error``; ``died`` is set if the process died."""
 
 _POLL_MILLISECONDS: Final = 200
 
 
 class JobBackend(Protocol):
-    """Where jobs are done.
+    """Runs jobs.
 
     Attributes:
-        at_a_time: how many jobs at a time.
-        memory: what they may need together, in MB.
-        threads: how many threads a job should use.
+        max_concurrency: highest number of concurrent jobs.
+        memory: memory for all running jobs together, in MB.
+        threads: number of threads that a job should use.
     """
 
     max_concurrency: int
@@ -41,14 +41,14 @@ class JobBackend(Protocol):
     threads: int
 
     def run(self, request: Request) -> Answer:
-        """The answer to a job; waits for it, and may be called from several threads."""
+        """Run a job and return its answer. Safe to call from several threads."""
 
     def close(self) -> None:
-        """Stop; jobs that run are cut short and leave nothing behind."""
+        """Stop all jobs. They remove their temporary files."""
 
 
 class Workers:
-    """As many processes of `worker` on this machine as there are jobs at a time; `close` ends them."""
+    """Runs jobs in up to ``max_concurrency`` processes on this machine."""
 
     def __init__(self, max_concurrency: int = 1, memory: int | None = None) -> None:
         self.max_concurrency, self.memory = max_concurrency, memory or _free_memory()
@@ -59,9 +59,9 @@ class Workers:
         self._closed = False
 
     def run(self, request: Request, is_cancelled: Callable[[], bool] = lambda: False) -> Answer:
-        """The answer to a job, which is ended when it is found to be cancelled."""
-        if "memory://" in json.dumps(request):  # which is this process's own
-            from gguflora.pipeline.job_process import run_job  # noqa: PLC0415  (so that it can be run as a program)
+        """Run a job and return its answer; stop it when ``is_cancelled`` returns true."""
+        if "memory://" in json.dumps(request):  # such a store exists in this process only
+            from gguflora.pipeline.job_process import run_job  # noqa: PLC0415  (a program of its own, too)
 
             answer_here: Answer = json.loads(json.dumps(run_job(request)))
             return answer_here
@@ -76,20 +76,20 @@ class Workers:
                 self._idle.append(worker)
                 return answer
             self._all.discard(worker)
-        return {"error": worker.last_words(), "died": True}
+        return {"error": worker.describe_end(), "died": True}
 
     def close(self) -> None:
-        """Stop all processes; jobs that run are cut short and leave nothing behind."""
+        """Stop all processes. Running jobs remove their temporary files."""
         with self._lock:
             self._closed = True
-            every, idle = list(self._all), list(self._idle)
+            workers, idle = list(self._all), list(self._idle)
             self._all.clear()
             self._idle.clear()
-        for worker in every:
+        for worker in workers:
             worker.terminate()
-        for worker in every:
+        for worker in workers:
             worker.wait()
-        for worker in idle:  # the others are closed by those who have asked them
+        for worker in idle:  # the threads that use the others close them
             worker.close()
 
 
@@ -101,27 +101,27 @@ class _Worker:
     def __init__(self) -> None:
         package = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-        self._complaints: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "gguflora.pipeline.job_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._complaints,
+            stderr=self._stderr,
             text=True,
             env={**os.environ, "PYTHONPATH": path},
         )
-        self._answered = select.poll()
+        self._stdout_poll = select.poll()
         if self._process.stdout is not None:
-            self._answered.register(self._process.stdout)
+            self._stdout_poll.register(self._process.stdout)
 
     def ask(self, request: Request, is_cancelled: Callable[[], bool]) -> Answer | None:
-        """The answer; None if the process has died."""
+        """Send a request and return the answer, or None if the process has died."""
         if self._process.stdin is None or self._process.stdout is None:
             return None
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-            while not self._answered.poll(_POLL_MILLISECONDS):
+            while not self._stdout_poll.poll(_POLL_MILLISECONDS):
                 if is_cancelled():
                     self._process.terminate()
             answer: Answer = json.loads(self._process.stdout.readline())
@@ -129,24 +129,24 @@ class _Worker:
             return None
         return answer
 
-    def last_words(self) -> str:
-        """How the process ended."""
+    def describe_end(self) -> str:
+        """Describe how the process ended, for an error message."""
         code = self._process.wait()
-        self._complaints.seek(0)
-        lines = self._complaints.read().decode(errors="replace").strip().splitlines()
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
         self.close()
         return f"its process ended with code {code}: {(lines or ['no message'])[-1]}"
 
     def terminate(self) -> None:
-        """Let the process end."""
+        """Ask the process to end."""
         self._process.terminate()
 
     def wait(self) -> None:
-        """Wait for its end."""
+        """Wait until the process has ended."""
         self._process.wait()
 
     def close(self) -> None:
-        """Close its streams."""
-        for stream in (self._process.stdin, self._process.stdout, self._complaints):
+        """Close the streams of the process."""
+        for stream in (self._process.stdin, self._process.stdout, self._stderr):
             if stream is not None:
                 stream.close()

@@ -1,4 +1,4 @@
-"""One run at a time in an output folder, here or elsewhere."""
+"""Lock an output folder, local or remote, so that only one pipeline writes to it."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from gguflora.pipeline.plan import STATE, Location
 _LOG = logging.getLogger("gguflora.pipeline")
 _LOCK: Final = "lock"
 BEAT: Final = 20.0
-"""Seconds after which a run says again that it holds a remote folder."""
+"""Seconds between renewals of the lock of a remote folder."""
 STALE: Final = 180.0
-"""Seconds without a word after which it is taken for dead."""
+"""Seconds without a renewal after which the owner of a lock counts as dead."""
 
 
 @contextmanager
 def locked(folder: Location) -> Iterator[None]:
-    """Hold an output folder, which is made if it is missing.
+    """Lock an output folder; create it if it is missing.
 
     Raises:
-        OutputError: if another run holds it, or it cannot be written.
+        OutputError: if another run has locked it, or it cannot be written.
     """
     with _locked_path(folder) if isinstance(folder, Path) else _locked_url(folder):
         yield
@@ -60,60 +60,60 @@ def _locked_path(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked_url(folder: str) -> Iterator[None]:
-    """Stores have no locks: a file that only one can create, rewritten every now and then while its owner lives."""
+    """Lock with a file that only one process can create and that its owner renews, because stores have no locks."""
     lock, token, ended = remote.join(folder, f"{STATE}/{_LOCK}"), secrets.token_hex(8), threading.Event()
-    if not remote.create_bytes(lock, _mark(token)):
+    if not remote.create_bytes(lock, _lock_content(token)):
         _take_over(folder, lock, token)
-    beating = threading.Thread(target=_beat, args=(lock, token, ended), daemon=True)
-    beating.start()
+    renewer = threading.Thread(target=_renew, args=(lock, token, ended), daemon=True)
+    renewer.start()
     try:
         yield
     finally:
         ended.set()
-        beating.join()
-        if _holder(lock).get("token") == token:
-            with suppress(GgufloraError):  # it goes stale
+        renewer.join()
+        if _read_holder(lock).get("token") == token:
+            with suppress(GgufloraError):  # otherwise it becomes stale
                 remote.remove(lock)
 
 
-def _mark(token: str) -> bytes:
+def _lock_content(token: str) -> bytes:
     owner = {"host": socket.gethostname(), "process": os.getpid(), "token": token, "time": time.time()}
     return json.dumps(owner).encode()
 
 
-def _holder(lock: str) -> dict[str, Any]:
+def _read_holder(lock: str) -> dict[str, Any]:
     with suppress(GgufloraError, ValueError):
-        found = json.loads(remote.read_bytes(lock) or b"{}")
-        return found if isinstance(found, dict) else {}
+        content = json.loads(remote.read_bytes(lock) or b"{}")
+        return content if isinstance(content, dict) else {}
     return {}
 
 
 def _take_over(folder: str, lock: str, token: str) -> None:
-    """Become the owner in the place of one that died; of several that try, one succeeds.
+    """Take over a lock whose owner died. If several processes try, one succeeds.
 
     Raises:
-        OutputError: if the owner lives.
+        OutputError: if the owner is alive, or another process is taking over.
     """
-    holder = _holder(lock)
+    holder = _read_holder(lock)
     silent = time.time() - float(holder.get("time", 0))
-    who = f"process {holder.get('process')} on {holder.get('host')}"
+    owner = f"process {holder.get('process')} on {holder.get('host')}"
     if silent < STALE:
         raise OutputError(
-            f"{folder}: another pipeline ({who}) is writing to it; if it was killed, it is taken for dead "
+            f"{folder}: another pipeline ({owner}) is writing to it; if it was killed, it is taken for dead "
             f"{STALE:.0f} s after its last sign of life, which was {silent:.0f} s ago"
         )
     heir = f"{lock}-after-{holder.get('token', 'nobody')}"
-    if not remote.create_bytes(heir, _mark(token)):
-        raise OutputError(f"{folder}: another pipeline is taking it over from {who}; if none is, remove {heir}")
-    _LOG.warning("%s: taking over from %s, silent for %.0f s", folder, who, silent)
-    remote.write_bytes(lock, _mark(token))
+    if not remote.create_bytes(heir, _lock_content(token)):
+        raise OutputError(f"{folder}: another pipeline is taking it over from {owner}; if none is, remove {heir}")
+    _LOG.warning("%s: taking over from %s, silent for %.0f s", folder, owner, silent)
+    remote.write_bytes(lock, _lock_content(token))
     remote.remove(heir)
 
 
-def _beat(lock: str, token: str, ended: threading.Event) -> None:
+def _renew(lock: str, token: str, ended: threading.Event) -> None:
     while not ended.wait(BEAT):
-        if _holder(lock).get("token") not in {token, None}:
+        if _read_holder(lock).get("token") not in {token, None}:
             _LOG.error("%s: another pipeline has taken over; this one was silent for too long", lock)
             return
         with suppress(GgufloraError):  # the next one may succeed
-            remote.write_bytes(lock, _mark(token))
+            remote.write_bytes(lock, _lock_content(token))

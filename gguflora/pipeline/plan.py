@@ -1,4 +1,4 @@
-"""From a recipe to jobs: matrices multiplied out, templates filled in, outputs and inputs checked."""
+"""Turn a recipe into jobs: expand matrices, fill in templates, check outputs and inputs."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from typing import Any, Final
 from gguflora.errors import RecipeError, RemoteError
 from gguflora.files import remote
 from gguflora.files.shard_names import PART_NAME, part_names, part_paths
-from gguflora.pipeline.recipe import Merge, RecipeFile, Step, validated
+from gguflora.pipeline.recipe import Merge, RecipeFile, Step, validate_step
 
 Location = Path | str
 """A local path, or a URL."""
 
 STATE: Final = ".gguflora"
-"""Folder of what a pipeline remembers, in the output folder."""
+"""Folder of a pipeline's own files, in the output folder."""
 
 _VARIABLE: Final = re.compile(r"\{(\w*)\}")
-_AT_A_TIME: Final = 16
-"""How many remote inputs are looked up at a time."""
+_MAX_LOOKUPS: Final = 16
+"""Highest number of concurrent lookups of remote inputs."""
 _META: Final = {"name", "for", "for_each", "action", "out", "checks", "memory", "split"}
 
 
@@ -34,8 +34,8 @@ class Value:
     """A value of a matrix.
 
     Attributes:
-        value: what it stands for in a parameter: a path or a number.
-        label: what it stands for in the name of an output.
+        value: text or number to insert in a parameter.
+        label: text to insert in the name of an output.
     """
 
     value: str | int | float
@@ -47,11 +47,11 @@ class PipelineJob:
     """A step for one combination of its matrix.
 
     Attributes:
-        step: the step, its templates filled in.
-        index: of the step in the recipe.
-        name: of the output, below the output folder.
-        out: the output.
-        inputs: all that it reads, and as what folders among it are fetched from elsewhere.
+        step: the step with its templates filled in.
+        index: index of the step in the recipe.
+        name: path of the output relative to the output folder.
+        out: location of the output.
+        inputs: locations of all inputs, and the kind of each, which says what to fetch of a remote folder.
     """
 
     step: Step
@@ -62,30 +62,30 @@ class PipelineJob:
 
     @property
     def action(self) -> str:
-        """The command."""
+        """Name of the command."""
         return str(self.step.model_dump(include={"action"})["action"])
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the command, but for ``out``."""
+        """Keyword arguments of the command, except ``out``."""
         fields = self.step.model_dump(exclude=_META)
         if "adapters" in fields:
-            fields["adapters"] = [_use(item) for item in fields["adapters"]]
+            fields["adapters"] = [_path_and_scale(item) for item in fields["adapters"]]
         return {name: value for name, value in fields.items() if value is not None}
 
 
-def _use(item: Any) -> tuple[str, float]:  # noqa: ANN401  (a path, or a table of path and scale)
+def _path_and_scale(item: Any) -> tuple[str, float]:  # noqa: ANN401  (a path, or a table of path and scale)
     return (item, 1.0) if isinstance(item, str) else (item["path"], item["scale"])
 
 
 @dataclass(frozen=True, slots=True)
 class RecipePlan:
-    """What a recipe comes to.
+    """The jobs of a recipe.
 
     Attributes:
-        folder: of the outputs.
-        jobs: each after those that it depends on.
-        found: what stores say of the remote inputs.
+        folder: location of the output folder.
+        jobs: the jobs; each comes after those that it depends on.
+        found: metadata of the remote inputs, by location.
     """
 
     folder: Location
@@ -94,10 +94,10 @@ class RecipePlan:
 
 
 def plan_jobs(file: RecipeFile) -> RecipePlan:
-    """The jobs of a recipe.
+    """Plan the jobs of a recipe.
 
     Raises:
-        RecipeError: for cycles, unknown names, missing sources, and outputs that meet or leave the folder.
+        RecipeError: for cycles, unknown names, missing sources, and outputs that overlap or are outside of the folder.
     """
     planner = _Planner(file, _output_folder(file))
     for index in range(len(file.recipe.steps)):
@@ -117,13 +117,13 @@ def _output_folder(file: RecipeFile) -> Location:
         raise file.error(("output",), str(error)) from error
 
 
-def identity(location: Location) -> Location:
-    """What is the same for all ways to write a location."""
+def canonical(location: Location) -> Location:
+    """Return the canonical form of a location."""
     return location.resolve() if isinstance(location, Path) else location
 
 
-def located(text: str) -> Location:
-    """A location from its text."""
+def to_location(text: str) -> Location:
+    """Return the location that a text names: a URL or a path."""
     return text if remote.is_remote(text) else Path(text)
 
 
@@ -135,7 +135,7 @@ class _Planner:
         self.order: list[int] = []
 
     def plan(self, index: int, above: tuple[int, ...]) -> None:
-        """The jobs of a step, after those of the steps it takes its values from."""
+        """Plan the jobs of a step, after those of the steps that its matrix refers to."""
         if index in self.jobs:
             return
         step = self._file.recipe.steps[index]
@@ -153,21 +153,21 @@ class _Planner:
     def _values(
         self, index: int, variable: str, given: str | Sequence[str | int | float], above: tuple[int, ...]
     ) -> list[Value]:
-        where = ("steps", index, "for", variable)
+        key = ("steps", index, "for", variable)
         if not isinstance(given, str):
             return [Value(item, str(item)) for item in given]
         kind, _, name = given.partition(".")
         if kind == "sources" and name in self._file.recipe.sources:
-            return [Value(str(location), label_of(location)) for location in self._source(name)]
+            return [Value(str(path), label_of(path)) for path in self._source(name)]
         if kind == "steps" and name in self._by_name:
             self.plan(self._by_name[name], above)
             return [Value(str(job.out), label_of(job.out)) for job in self.jobs[self._by_name[name]]]
         known = [f"sources.{name}" for name in self._file.recipe.sources] + [f"steps.{name}" for name in self._by_name]
-        raise self._file.error(where, f"{given!r} is unknown; expected a list, or one of {', '.join(known)}")
+        raise self._file.error(key, f"{given!r} is unknown; expected a list, or one of {', '.join(known)}")
 
     def _source(self, name: str) -> list[Location]:
         given = self._file.recipe.sources[name]
-        found: list[Location] = []
+        locations: list[Location] = []
         for pattern in [given] if isinstance(given, str) else given:
             try:
                 matches = self._matches(pattern)
@@ -176,35 +176,35 @@ class _Planner:
             missing = [path for path in matches if isinstance(path, Path) and not path.exists()]
             if not matches or missing:
                 raise self._file.error(("sources", name), f"{pattern!r}: no such file or directory")
-            found += matches
-        return found
+            locations += matches
+        return locations
 
     def _matches(self, pattern: str) -> Sequence[Location]:
-        if remote.is_remote(pattern):  # the question mark of a web address is none of a pattern
+        if remote.is_remote(pattern):  # in a web address a question mark is not a wildcard
             is_web = pattern.startswith(("http://", "https://"))
             return remote.list_matching(pattern) if re.search(r"[*\[]" if is_web else r"[*?\[]", pattern) else [pattern]
         if not re.search(r"[*?\[]", pattern):
             return [self._root / pattern]
-        names = glob.glob(pattern, root_dir=self._root, recursive=True, include_hidden=True)  # noqa: PTH207  (absolute ones)
+        names = glob.glob(pattern, root_dir=self._root, recursive=True, include_hidden=True)  # noqa: PTH207  (patterns may be absolute)
         return _without_later_parts([self._root / name for name in names])
 
     def _job(self, index: int, values: Mapping[str, Value]) -> PipelineJob:
         step = self._file.recipe.steps[index]
         given = step.model_dump(by_alias=True, exclude_unset=True)
         fields = {
-            name: item if name in _META else self._filled(index, name, item, values) for name, item in given.items()
+            name: item if name in _META else self._fill(index, name, item, values) for name, item in given.items()
         }
         labels = {name: value.label for name, value in values.items()}
-        fields["out"] = self._text(index, "out", step.out, labels)
+        fields["out"] = self._fill_text(index, "out", step.out, labels)
         for name in step.inputs:
             if fields.get(name) is not None:
-                fields[name] = self._located(fields[name])
-        filled = validated(self._file, index, fields)
+                fields[name] = self._resolve(fields[name])
+        filled = validate_step(self._file, index, fields)
         name, out = self._output(index, _first_part(filled))
         return PipelineJob(filled, index, name, out, _inputs(filled))
 
     def _output(self, index: int, text: str) -> tuple[str, Location]:
-        """An output's name below the folder, and where it is."""
+        """Return an output's path relative to the output folder, and its location."""
         name = os.path.normpath(text)
         out: Location | None = None
         if isinstance(self.folder, str):
@@ -215,62 +215,63 @@ class _Planner:
             raise self._file.error(("steps", index, "out"), f"{text!r} is not in the output folder {self.folder}")
         return name, out
 
-    def _filled(self, index: int, name: str, item: Any, values: Mapping[str, Value]) -> Any:  # noqa: ANN401
+    def _fill(self, index: int, name: str, item: Any, values: Mapping[str, Value]) -> Any:  # noqa: ANN401
         if isinstance(item, list):
-            return [self._filled(index, name, one, values) for one in item]
+            return [self._fill(index, name, entry, values) for entry in item]
         if isinstance(item, dict):
-            return {key: self._filled(index, name, one, values) for key, one in item.items()}
+            return {key: self._fill(index, name, entry, values) for key, entry in item.items()}
         if not isinstance(item, str):
             return item
         whole = _VARIABLE.fullmatch(item)
         if whole and whole[1] in values:
             return values[whole[1]].value
-        return self._text(index, name, item, {key: str(value.value) for key, value in values.items()})
+        return self._fill_text(index, name, item, {key: str(value.value) for key, value in values.items()})
 
-    def _text(self, index: int, name: str, template: str, values: Mapping[str, str]) -> str:
+    def _fill_text(self, index: int, name: str, template: str, values: Mapping[str, str]) -> str:
         unknown = [variable for variable in _VARIABLE.findall(template) if variable not in values]
         if unknown:
             known = ", ".join(values) or "none"
             raise self._file.error(
-                ("steps", index, name), f"{template!r} names {{{unknown[0]}}}; the variables of its matrix: {known}"
+                ("steps", index, name), f"{template!r} uses {{{unknown[0]}}}; the variables of its matrix: {known}"
             )
-        return _VARIABLE.sub(lambda found: values[found[1]], template)
+        return _VARIABLE.sub(lambda match: values[match[1]], template)
 
-    def _located(self, item: Any) -> Any:  # noqa: ANN401  (a path, a table with a path, or a list of them)
+    def _resolve(self, item: Any) -> Any:  # noqa: ANN401  (a path, a table with a path, or a list of them)
         if isinstance(item, list):
-            return [self._located(one) for one in item]
+            return [self._resolve(entry) for entry in item]
         if isinstance(item, dict):
-            return {**item, "path": self._located(item["path"])}
+            return {**item, "path": self._resolve(item["path"])}
         return item if isinstance(item, str) and remote.is_remote(item) else str(self._root / str(item))
 
 
 def _first_part(step: Step) -> str:
-    """The name of a step's output; of a merge into a split model that of the first file."""
+    """Return the name of a step's output; for a split model, of its first file."""
     count = len(part_names(remote.file_name(step.base))) if isinstance(step, Merge) else 1
     return str(part_paths(Path(step.out), count)[0])
 
 
 def _without_later_parts(paths: Sequence[Path]) -> list[Path]:
-    """Paths in order; a split model is named by its first file."""
-    found = set(paths)
+    """Sort paths, and keep only the first file of a split model."""
+    all_paths = set(paths)
     firsts = {path: path.with_name(part_names(path.name)[0]) for path in paths}
-    return sorted(path for path, first in firsts.items() if path == first or first not in found)
+    return sorted(path for path, first in firsts.items() if path == first or first not in all_paths)
 
 
 def label_of(location: Location) -> str:
-    """A file's name without its suffix, or a directory's name; a split model's without the number of the file."""
+    """Return a file's name without suffix and without the number of a split model's file, or a directory's name."""
     name = PurePosixPath(PART_NAME.sub(r"\1.gguf", remote.file_name(str(location))))
     is_folder = isinstance(location, Path) and location.is_dir()
     return name.stem if name.suffix in {".gguf", ".json"} and not is_folder else name.name
 
 
 def _inputs(step: Step) -> dict[Location, remote.Kind]:
-    found: dict[Location, remote.Kind] = {}
+    inputs: dict[Location, remote.Kind] = {}
     for name, kind in step.inputs.items():
         item = getattr(step, name)
         items = item if isinstance(item, list) else [item]
-        found |= {located(one if isinstance(one, str) else one.path): kind for one in items if one is not None}
-    return found
+        paths = [entry if isinstance(entry, str) else entry.path for entry in items if entry is not None]
+        inputs |= {to_location(path): kind for path in paths}
+    return inputs
 
 
 def _check_outputs(file: RecipeFile, jobs: Sequence[PipelineJob]) -> None:
@@ -288,34 +289,34 @@ def _check_outputs(file: RecipeFile, jobs: Sequence[PipelineJob]) -> None:
 
 
 def _check_inputs(file: RecipeFile, jobs: Sequence[PipelineJob]) -> dict[str, remote.Found]:
-    """Look up all that no job makes."""
-    made = {job.out for job in jobs}
+    """Check the inputs that no job makes; return metadata of the remote ones."""
+    outputs = {job.out for job in jobs}
     for job in jobs:
         for location in job.inputs:
-            if identity(location) == job.out:
+            if canonical(location) == job.out:
                 raise file.error(("steps", job.index, "out"), f"{job.out} is also an input of the step")
-            if isinstance(location, Path) and identity(location) not in made and not location.exists():
-                raise _unusable(file, job, location, f"{location}: no such file or directory")
-    elsewhere = {
+            if isinstance(location, Path) and canonical(location) not in outputs and not location.exists():
+                raise _input_error(file, job, location, f"{location}: no such file or directory")
+    remote_inputs = {
         location: (kind, job)
         for job in jobs
         for location, kind in job.inputs.items()
-        if isinstance(location, str) and location not in made
+        if isinstance(location, str) and location not in outputs
     }
-    with ThreadPoolExecutor(_AT_A_TIME) as pool:
-        found = pool.map(lambda item: _look(file, item[0], *item[1]), elsewhere.items())
-        return dict(zip(elsewhere, found, strict=True))
+    with ThreadPoolExecutor(_MAX_LOOKUPS) as pool:
+        found = pool.map(lambda item: _stat_input(file, item[0], *item[1]), remote_inputs.items())
+        return dict(zip(remote_inputs, found, strict=True))
 
 
-def _look(file: RecipeFile, location: str, kind: remote.Kind, job: PipelineJob) -> remote.Found:
+def _stat_input(file: RecipeFile, location: str, kind: remote.Kind, job: PipelineJob) -> remote.Found:
     try:
         return remote.stat(location, kind)
     except RemoteError as error:
-        raise _unusable(file, job, location, str(error)) from error
+        raise _input_error(file, job, location, str(error)) from error
 
 
-def _unusable(file: RecipeFile, job: PipelineJob, location: Location, message: str) -> RecipeError:
-    """An error about an input, at the key that names it."""
+def _input_error(file: RecipeFile, job: PipelineJob, location: Location, message: str) -> RecipeError:
+    """Return an error about an input, located at the key that names it."""
     for source, given in file.recipe.sources.items():
         if str(location) in ([given] if isinstance(given, str) else given):
             return file.error(("sources", source), message)

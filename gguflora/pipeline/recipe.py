@@ -1,4 +1,4 @@
-"""What a recipe may say: a TOML file, checked before anything runs, with the line and the key in every message."""
+"""The format of recipes: a TOML file that is checked before anything runs. Errors name the line and the key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gguflora.files.remote import Kind, input_kinds
 from gguflora.pipeline.commands import commands
 
 Template = Annotated[str, Field(pattern=r"^\{\w+\}$")]
-"""A number that is taken from the matrix."""
+"""A variable of the matrix in place of a number."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][\w-]*$")]
 Whole = int | Template
@@ -30,7 +30,7 @@ class _Strict(BaseModel):
 
 
 class Limits(_Strict):
-    """What a number of a step's report must keep to."""
+    """Limits of a number in a step's report."""
 
     min: float | None = None
     max: float | None = None
@@ -44,14 +44,14 @@ class AdapterUse(_Strict):
 
 
 class Step(_Strict):
-    """What all steps have.
+    """The keys that all steps have.
 
     Attributes:
-        name: of the step.
-        for_each: the matrix: by variable a list of values, or ``sources.NAME`` or ``steps.NAME``.
-        out: name of each output below the output folder; ``{variable}`` stands for a value or a file's stem.
-        checks: limits of numbers in the report, by their path in it, such as ``errors.*``; see `checks`.
-        memory: peak memory of one job, in MB.
+        name: name of the step.
+        for_each: the matrix: for each variable a list of values, or ``sources.NAME`` or ``steps.NAME``.
+        out: path of each output in the output folder; ``{variable}`` is replaced by a value, or by a file's stem.
+        checks: limits of numbers in the report by path, such as ``errors.*``; see `gguflora.pipeline.checks`.
+        memory: peak memory of one job in MB.
     """
 
     name: Name
@@ -62,7 +62,7 @@ class Step(_Strict):
 
     @property
     def inputs(self) -> Mapping[str, Kind]:
-        """The keys that name inputs, and as what a folder is fetched from elsewhere."""
+        """The keys that name inputs, and the kind of each, which says what to fetch of a remote folder."""
         return input_kinds(commands()[self.model_dump(include={"action"})["action"]])
 
 
@@ -82,7 +82,7 @@ class Merge(Step):
     """`gguflora.merge`.
 
     Attributes:
-        split: in how many parts it is done on a cluster, each by a worker; the result is the same.
+        split: number of parts of the merge on a cluster, each done by one worker; the result is the same.
     """
 
     action: Literal["merge"]
@@ -178,26 +178,26 @@ class Recipe(_Strict):
 
     Attributes:
         output: folder of all outputs; it may be remote (``s3://bucket/folder``).
-        sources: locations and globs by name: paths from the recipe's folder, URLs of fsspec, ``hf://org/name``.
-        steps: what to do.
+        sources: locations and globs by name: paths relative to the recipe's folder, fsspec URLs, ``hf://org/name``.
+        steps: the steps to run.
     """
 
-    output: str = Field(description="Folder of all outputs: a path from the recipe's folder, or a URL to write to.")
+    output: str = Field(description="Folder of all outputs: a path relative to the recipe's folder, or a writable URL.")
     sources: dict[Name, str | list[str]] = Field(
         default={},
-        description="Locations or globs: paths from the recipe's folder, URLs, hf://org/name[@revision][/path].",
+        description="Locations or globs: paths relative to the recipe's folder, URLs, hf://org/name[@revision][/path].",
     )
     steps: list[AnyStep] = Field(min_length=1)
 
 
 @dataclass(frozen=True, slots=True)
 class RecipeFile:
-    """A recipe and where its parts stand.
+    """A recipe and its file.
 
     Attributes:
-        path: of the file.
-        text: its content.
-        recipe: what it says.
+        path: path of the file.
+        text: text of the file.
+        recipe: the parsed recipe.
     """
 
     path: Path
@@ -205,12 +205,12 @@ class RecipeFile:
     recipe: Recipe
 
     def error(self, location: Sequence[str | int], message: str) -> RecipeError:
-        """An error about one key, with its line."""
+        """Return an error about a key, with its line."""
         return _error(self.path, self.text, location, message)
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The JSON schema of recipes, for editors."""
+    """Return the JSON schema of recipes, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
 
 
@@ -218,7 +218,7 @@ def read_recipe(path: Path) -> RecipeFile:
     """Read a recipe.
 
     Raises:
-        RecipeError: if it cannot be read, is no TOML, or says what no recipe may say.
+        RecipeError: if it cannot be read, is not TOML, or is not a valid recipe.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -226,46 +226,48 @@ def read_recipe(path: Path) -> RecipeFile:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{path}: is no TOML: {error}") from error
+        raise RecipeError(f"{path}: is not TOML: {error}") from error
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        raise _first(path, text, error) from None
+        raise _first_error(path, text, error) from None
     file = RecipeFile(path, text, recipe)
     names = [step.name for step in recipe.steps]
     for index, name in enumerate(names):
         if name in names[:index]:
-            raise file.error(("steps", index, "name"), f"a step named {name!r} is there already")
+            raise file.error(("steps", index, "name"), f"another step is named {name!r}, too")
     return file
 
 
-def validated(file: RecipeFile, index: int, fields: dict[str, Any]) -> Step:
-    """A step once its templates have been filled in.
+def validate_step(file: RecipeFile, index: int, fields: dict[str, Any]) -> Step:
+    """Validate a step whose templates have been filled in.
 
     Raises:
-        RecipeError: if a value of the matrix does not fit.
+        RecipeError: if a value of the matrix has the wrong type.
     """
     try:
         return type(file.recipe.steps[index]).model_validate(fields)
     except ValidationError as error:
-        found = error.errors()[0]
-        raise file.error(("steps", index, *_location(found)), _said(found)) from None
+        problem = error.errors()[0]
+        raise file.error(("steps", index, *_location(problem)), _describe(problem)) from None
 
 
-def _first(path: Path, text: str, error: ValidationError) -> RecipeError:
+def _first_error(path: Path, text: str, error: ValidationError) -> RecipeError:
     problems = error.errors()
-    # of a choice of forms each is reported; a key that is unknown says most
+    # pydantic reports every alternative of a union; an unknown key is the most helpful message
     problem = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
-    return _error(path, text, _location(problem), _said(problem))
+    return _error(path, text, _location(problem), _describe(problem))
 
 
 def _location(problem: Any) -> list[str | int]:  # noqa: ANN401  (pydantic's ErrorDetails)
-    """The keys that lead to a problem, without the names of the forms that a value may have."""
-    keys = [part for part in problem["loc"] if part not in _FORMS and not str(part).startswith(("list[", "literal["))]
+    """Return the keys that lead to a problem, without pydantic's names of union alternatives."""
+    keys = [
+        part for part in problem["loc"] if part not in _ALTERNATIVES and not str(part).startswith(("list[", "literal["))
+    ]
     return [*keys, "action"] if problem["type"].startswith("union_tag") else keys
 
 
-def _said(problem: Any) -> str:  # noqa: ANN401  (pydantic's ErrorDetails)
+def _describe(problem: Any) -> str:  # noqa: ANN401  (pydantic's ErrorDetails)
     if problem["type"] == "extra_forbidden":
         return "unknown key"
     if problem["type"].startswith("union_tag"):
@@ -275,7 +277,7 @@ def _said(problem: Any) -> str:  # noqa: ANN401  (pydantic's ErrorDetails)
 
 
 _ACTIONS: Final = {"convert", "merge", "combine", "resize", "extract", "export", "inspect", "compare"}
-_FORMS: Final = {*_ACTIONS, "str", "int", "float", "constrained-str", "AdapterUse"}
+_ALTERNATIVES: Final = {*_ACTIONS, "str", "int", "float", "constrained-str", "AdapterUse"}
 
 
 def _error(path: Path, text: str, location: Sequence[str | int], message: str) -> RecipeError:
@@ -284,7 +286,7 @@ def _error(path: Path, text: str, location: Sequence[str | int], message: str) -
 
 
 def line_of(text: str, location: Sequence[str | int]) -> int:
-    """The line, from 1, on which a key stands; of the table it belongs to, if it has none of its own."""
+    """Return the line (from 1) of a key, or of the table that it belongs to."""
     lines, start, end = text.splitlines(), 0, None
     keys = [str(part) for part in location if not isinstance(part, int)]
     if len(location) > 1 and location[0] == "steps" and isinstance(location[1], int):

@@ -1,4 +1,4 @@
-"""What a pipeline has done."""
+"""The results of a pipeline."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Status = Literal["done", "kept", "planned", "failed", "left"]
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What became of one job: a step for one combination of its matrix.
+    """The result of one job: a step for one combination of its matrix.
 
     Attributes:
         step: name of the step.
-        out: its output; a string where it is a URL.
-        status: ``done``; ``kept`` as nothing had changed; ``planned`` in a dry run; ``failed``; ``left`` undone after a
-            failure.
+        out: location of the output; a string if it is a URL.
+        status: ``done``; ``kept`` if nothing had changed; ``planned`` in a dry run; ``failed``; ``left`` if it did not
+            run because of another failure.
         seconds: wall time.
-        key: hash of what the output depends on.
-        error: why it failed, or what it waited for.
-        packed: the `report`, of which a run of many steps has many: from `compress`.
+        key: hash of everything that the output depends on.
+        error: why the job failed or did not run.
+        packed: the `report`, compressed by `compress` to save memory in runs of many jobs.
     """
 
     step: str
@@ -37,17 +37,17 @@ class StepResult:
 
     @property
     def report(self) -> dict[str, Any] | None:
-        """The command's, ready for JSON."""
+        """The report of the command, ready for JSON."""
         return None if self.packed is None else json.loads(zlib.decompress(self.packed))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
+        """Return all fields, ready for JSON."""
         fields = {name: getattr(self, name) for name in ("step", "status", "seconds", "key", "report", "error")}
         return {**fields, "out": str(self.out)}
 
 
 def compress(report: Mapping[str, Any] | None) -> bytes | None:
-    """A report in about a tenth of its size."""
+    """Compress a report to about a tenth of its size."""
     return None if report is None else zlib.compress(json.dumps(report).encode(), level=1)
 
 
@@ -56,9 +56,9 @@ class PipelineReport:
     """What `run_pipeline` did.
 
     Attributes:
-        recipe: its file.
-        output: folder of the outputs; a string where it is a URL.
-        results: one for each job, in the order of the recipe.
+        recipe: path of the recipe.
+        output: location of the output folder; a string if it is a URL.
+        results: result of each job, in the order of the recipe.
         seconds: wall time.
     """
 
@@ -69,15 +69,15 @@ class PipelineReport:
 
     @property
     def failed(self) -> int:
-        """Number of jobs that failed or were left undone."""
+        """Number of jobs that failed or did not run because of a failure."""
         return sum(result.status in {"failed", "left"} for result in self.results)
 
     def name_of(self, result: StepResult) -> str:
-        """The name of a result's output below the folder."""
+        """Return the path of a result's output relative to the output folder."""
         return str(result.out).removeprefix(f"{self.output}/")
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
+        """Return all fields, ready for JSON."""
         return {
             "recipe": str(self.recipe),
             "output": str(self.output),

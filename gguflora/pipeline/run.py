@@ -1,4 +1,4 @@
-"""Run recipes: ``run_pipeline``."""
+"""``run_pipeline``: run a recipe."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from gguflora.pipeline.checks import failed_checks
 from gguflora.pipeline.html import write_html
 from gguflora.pipeline.local_workers import JobBackend, Request, Workers
 from gguflora.pipeline.lock import locked
-from gguflora.pipeline.plan import Location, PipelineJob, RecipePlan, identity, located, plan_jobs
+from gguflora.pipeline.plan import Location, PipelineJob, RecipePlan, canonical, plan_jobs, to_location
 from gguflora.pipeline.recipe import Merge, RecipeFile, read_recipe
 from gguflora.pipeline.results import PipelineReport, Status, StepResult, compress
-from gguflora.pipeline.state import Keys, Records, discard, discard_parts, inside, part_places, write_json
+from gguflora.pipeline.state import Keys, Records, discard, discard_parts, inside, part_locations, write_json
 
 _LOG = logging.getLogger("gguflora.pipeline")
 
@@ -36,35 +36,35 @@ def run_pipeline(
     report: str | os.PathLike[str] | None = None,
     memory: int | None = None,
 ) -> PipelineReport:
-    """Do what a recipe says; what has been done before and has not changed since is kept.
+    """Run the steps of a recipe. Outputs that are up to date are kept.
 
     Args:
-        recipe: TOML file, see `gguflora.pipeline.recipe`; its paths begin at its folder.
-        jobs: how many jobs to run at a time, each in a process of its own; by default 1, or with a scheduler as many
-            as its workers have threads.
-        scheduler: address of a Dask scheduler, such as ``tcp://host:8786``, on whose workers the jobs are done.
-        dry_run: check everything, run nothing.
-        keep_going: after a failure, go on with what does not depend on it.
+        recipe: TOML file, see `gguflora.pipeline.recipe`; its paths are relative to its folder.
+        jobs: highest number of concurrent jobs, each in its own process; by default 1, or with a scheduler the number
+            of its workers' threads.
+        scheduler: address of a Dask scheduler, such as ``tcp://host:8786``, whose workers run the jobs.
+        dry_run: check everything but run nothing.
+        keep_going: after a failure, continue with jobs that do not depend on it.
         resume: keep outputs that are up to date; False makes all of them again.
         report: folder for ``report.json`` and ``report.html``.
-        memory: what the running jobs may need together by their own account, in MB; by default what is free now, or
-            what the workers have.
+        memory: memory in MB that running jobs may claim together (the ``memory`` of their steps); by default the free
+            memory, or the workers' memory.
 
     Raises:
-        RecipeError: if the recipe does not make sense; nothing has run then.
-        OutputError: if another run holds the output folder, or the disk has no room for the outputs.
-        ClusterError: if the scheduler cannot be reached, or its workers cannot do the jobs.
+        RecipeError: if the recipe is invalid; nothing has run then.
+        OutputError: if another run is using the output folder, or the disk has too little space for the outputs.
+        ClusterError: if the scheduler cannot be reached, or its workers cannot run the jobs.
     """
     started, file = time.perf_counter(), read_recipe(Path(recipe))
     if jobs is not None and jobs < 1:
         raise RecipeError(f"jobs is {jobs}, expected a positive whole number")
     plan = plan_jobs(file)
-    graph = _graph(file, plan.jobs)
+    graph = _dependencies(file, plan.jobs)
     if dry_run:
         results = [StepResult(job.step.name, job.out, "planned", 0.0, "") for job in plan.jobs]
     else:
         with locked(plan.folder):
-            runner = _Runner(plan, graph, _engine(plan.folder, scheduler, jobs, memory))
+            runner = _Runner(plan, graph, _open_backend(plan.folder, scheduler, jobs, memory))
             results = runner.run(keep_going=keep_going, resume=resume)
     done = PipelineReport(Path(recipe), plan.folder, tuple(results), time.perf_counter() - started)
     if report is not None:
@@ -72,14 +72,14 @@ def run_pipeline(
     return done
 
 
-def _graph(file: RecipeFile, jobs: list[PipelineJob]) -> dict[Location, set[Location]]:
-    """The outputs that each output is made from.
+def _dependencies(file: RecipeFile, jobs: list[PipelineJob]) -> dict[Location, set[Location]]:
+    """Return the outputs that each output is made from.
 
     Raises:
-        RecipeError: if jobs wait for each other.
+        RecipeError: if jobs depend on each other in a cycle.
     """
     made = {job.out for job in jobs}
-    graph = {job.out: {identity(location) for location in job.inputs} & made for job in jobs}
+    graph = {job.out: {canonical(location) for location in job.inputs} & made for job in jobs}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -90,12 +90,12 @@ def _graph(file: RecipeFile, jobs: list[PipelineJob]) -> dict[Location, set[Loca
     return graph
 
 
-def _engine(folder: Location, scheduler: str | None, jobs: int | None, memory: int | None) -> JobBackend:
+def _open_backend(folder: Location, scheduler: str | None, jobs: int | None, memory: int | None) -> JobBackend:
     if scheduler is None:
         return Workers(jobs or 1, memory)
-    from gguflora.pipeline.dask_client import DaskEngine  # noqa: PLC0415  (needs Dask)
+    from gguflora.pipeline.dask_client import DaskBackend  # noqa: PLC0415  (needs Dask)
 
-    return DaskEngine(scheduler, max_concurrency=jobs, memory=memory, store=inside(folder, ""))
+    return DaskBackend(scheduler, max_concurrency=jobs, memory=memory, store=inside(folder, ""))
 
 
 def _write_report(folder: Path, report: PipelineReport) -> None:
@@ -108,24 +108,24 @@ def _write_report(folder: Path, report: PipelineReport) -> None:
 
 
 class _Runner:
-    """Starts jobs when what they wait for is there, and there is memory for them."""
+    """Starts jobs when their inputs are ready and there is enough memory."""
 
-    def __init__(self, plan: RecipePlan, graph: dict[Location, set[Location]], engine: JobBackend) -> None:
-        self._plan, self._jobs, self._graph = plan, {job.out: job for job in plan.jobs}, graph
-        self._engine, self._has_failed = engine, False
+    def __init__(self, plan: RecipePlan, graph: dict[Location, set[Location]], backend: JobBackend) -> None:
+        self._plan, self._jobs, self._dependencies = plan, {job.out: job for job in plan.jobs}, graph
+        self._backend, self._has_failed = backend, False
         self._keys: dict[Location, str] = {}
         self._results: dict[Location, StepResult] = {}
         self._records = Records(plan.folder)
 
     def run(self, *, keep_going: bool, resume: bool) -> list[StepResult]:
-        """All results, in the order of the jobs."""
-        order = list(TopologicalSorter(self._graph).static_order())
+        """Run all jobs and return their results in the order of the jobs."""
+        order = list(TopologicalSorter(self._dependencies).static_order())
         keys = Keys(self._plan.folder, self._plan.found)
-        sorter = TopologicalSorter(self._graph)
+        sorter = TopologicalSorter(self._dependencies)
         sorter.prepare()
         waiting: list[Location] = []
         running: dict[Future[StepResult], Location] = {}
-        with ThreadPoolExecutor(self._engine.max_concurrency) as pool:
+        with ThreadPoolExecutor(self._backend.max_concurrency) as pool:
             try:
                 discard_parts(self._plan.folder)
                 self._check_space(order)
@@ -133,16 +133,16 @@ class _Runner:
                     waiting += sorter.get_ready()
                     for out in self._to_start(waiting, list(running.values())):
                         waiting.remove(out)
-                        result = self._settled(out, keys, keep_going=keep_going, resume=resume)
+                        result = self._result_without_running(out, keys, keep_going=keep_going, resume=resume)
                         if result is None:
-                            running[pool.submit(self._do, self._jobs[out])] = out
+                            running[pool.submit(self._run_job, self._jobs[out])] = out
                         else:
                             self._finish(result)
                             sorter.done(out)
                     if running:
                         self._collect(running, sorter)
             finally:
-                self._engine.close()
+                self._backend.close()
                 keys.save()
         return [self._results[out] for out in self._jobs]
 
@@ -153,11 +153,11 @@ class _Runner:
             sorter.done(running.pop(future))
 
     def _to_start(self, waiting: list[Location], running: list[Location]) -> list[Location]:
-        """Jobs for which there is room; one that asks for more than there is runs alone."""
-        free = self._engine.memory - sum(self._jobs[out].step.memory for out in running)
+        """Choose jobs that fit into memory. A job that needs more memory than there is runs alone."""
+        free = self._backend.memory - sum(self._jobs[out].step.memory for out in running)
         chosen: list[Location] = []
         for out in waiting:
-            if len(running) + len(chosen) == self._engine.max_concurrency:
+            if len(running) + len(chosen) == self._backend.max_concurrency:
                 break
             need = self._jobs[out].step.memory
             alone = not running and not chosen
@@ -166,14 +166,16 @@ class _Runner:
                 free -= need
         return chosen
 
-    def _settled(self, out: Location, keys: Keys, *, keep_going: bool, resume: bool) -> StepResult | None:
-        """The result of a job that need not or cannot run; None if it must."""
+    def _result_without_running(
+        self, out: Location, keys: Keys, *, keep_going: bool, resume: bool
+    ) -> StepResult | None:
+        """Return the result of a job that need not or cannot run, or None if it must run."""
         job = self._jobs[out]
-        bad = [path for path in self._graph[out] if self._results[path].status in {"failed", "left"}]
-        if bad:
-            return self._result(job, "left", error=f"waits for {bad[0]}, which was not made")
+        missing = [path for path in self._dependencies[out] if self._results[path].status in {"failed", "left"}]
+        if missing:
+            return self._result(job, "left", error=f"needs {missing[0]}, which was not made")
         if self._has_failed and not keep_going:
-            return self._result(job, "left", error="another step failed; --keep-going goes on with the rest")
+            return self._result(job, "left", error="another step failed; use --keep-going to run the other steps")
         try:
             self._keys[out] = keys.key_of(job)
         except RemoteError as error:
@@ -184,10 +186,10 @@ class _Runner:
         failed = failed_checks(report, job.step.checks)
         return self._result(job, "failed" if failed else "kept", report=report, error="; ".join(failed) or None)
 
-    def _do(self, job: PipelineJob) -> StepResult:
+    def _run_job(self, job: PipelineJob) -> StepResult:
         try:
             return self._make(job)
-        except GgufloraError as error:  # of the folder or store of the outputs
+        except GgufloraError as error:  # while writing to the output folder
             return self._result(job, "failed", error=str(error))
 
     def _make(self, job: PipelineJob) -> StepResult:
@@ -195,9 +197,9 @@ class _Runner:
         _LOG.info("%s: making %s", job.step.name, job.out)
         self._records.forget(job)
         request = self._request(job)
-        answer = self._engine.run(request)
+        answer = self._backend.run(request)
         for part in request.get("parts", ()):
-            discard(located(part))
+            discard(to_location(part))
         seconds = time.perf_counter() - started
         if "report" not in answer:
             return self._result(job, "failed", seconds=seconds, error=answer["error"])
@@ -207,18 +209,18 @@ class _Runner:
         return self._result(job, status, seconds=seconds, report=answer["report"], error="; ".join(failed) or None)
 
     def _request(self, job: PipelineJob) -> Request:
-        """The job with a share of the cores for commands that can use several."""
+        """Return the request for a job; commands with threads get the backend's number of threads."""
         step, arguments = job.step, job.arguments
         key = hashlib.sha256(f"{self._keys[job.out]} {job.out}".encode()).hexdigest()
         if "threads" in type(step).model_fields:
-            arguments.setdefault("threads", self._engine.threads)
+            arguments.setdefault("threads", self._backend.threads)
         request = {"action": job.action, "arguments": arguments, "out": str(job.out), "key": key, "memory": step.memory}
         if isinstance(step, Merge) and step.split:
-            request["parts"] = [str(part) for part in part_places(self._plan.folder, key, step.split)]
+            request["parts"] = [str(part) for part in part_locations(self._plan.folder, key, step.split)]
         return request
 
     def _check_space(self, order: list[Location]) -> None:
-        """Merged models are nearly as large as their bases; what is there already is replaced."""
+        """Check the disk space for new merged models, which are about as large as their bases."""
         if not isinstance(self._plan.folder, Path):
             return
         need = 0

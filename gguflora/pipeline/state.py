@@ -1,4 +1,4 @@
-"""What a pipeline remembers between runs: hashes of inputs, and what each output was made from."""
+"""The state that a pipeline keeps between runs: hashes of inputs, and what each output was made from."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from gguflora.files import remote
 from gguflora.files.atomic import atomic_output
 from gguflora.files.checksum import sha256_of
 from gguflora.files.shard_names import part_names
-from gguflora.pipeline.plan import STATE, Location, PipelineJob, identity
+from gguflora.pipeline.plan import STATE, Location, PipelineJob, canonical
 
 _HASHES: Final = "hashes.json"
 
 
 class Keys:
-    """The keys of jobs: hashes of all that their outputs depend on.
+    """Computes the keys of jobs: hashes of everything that their outputs depend on.
 
-    Of remote inputs the store's own hashes count, where it has any. Hashes of files are remembered with their size and
-    time, so that an unchanged model is not read again.
+    For remote inputs the store's own hashes are used if it has any. Hashes of local files are saved with size and
+    modification time, so that unchanged models are not read again.
 
     Args:
-        folder: of the outputs.
-        found: what stores say of the remote inputs.
+        folder: location of the output folder.
+        found: metadata of the remote inputs, by location.
     """
 
     def __init__(self, folder: Location, found: Mapping[str, remote.Found]) -> None:
@@ -37,16 +37,16 @@ class Keys:
         self._keys: dict[Location, str] = {}
 
     def key_of(self, job: PipelineJob) -> str:
-        """The key of a job, whose inputs' jobs have been asked for before.
+        """Return the key of a job. Call it first for the jobs that make its inputs.
 
         Raises:
             RemoteError: if an input cannot be read.
         """
-        inputs = [self._keys.get(identity(one)) or self._content(one, kind) for one, kind in job.inputs.items()]
+        inputs = [self._keys.get(canonical(item)) or self._content(item, kind) for item, kind in job.inputs.items()]
         names = {str(location): f"input {number}" for number, location in enumerate(job.inputs)}
-        what = {"version": __version__, "action": job.action, "inputs": inputs}
+        parts = {"version": __version__, "action": job.action, "inputs": inputs}
         name = remote.file_name(str(job.out))
-        text = json.dumps({**what, "arguments": job.arguments, "name": name}, sort_keys=True, default=str)
+        text = json.dumps({**parts, "arguments": job.arguments, "name": name}, sort_keys=True, default=str)
         for path, label in sorted(names.items(), key=lambda entry: -len(entry[0])):
             text = text.replace(json.dumps(path), json.dumps(label))
         self._keys[job.out] = hashlib.sha256(text.encode()).hexdigest()
@@ -64,34 +64,34 @@ class Keys:
         return digest.hexdigest()
 
     def _hash(self, path: Path) -> str:
-        place, stat = str(path.resolve()), path.stat()
+        resolved, stat = str(path.resolve()), path.stat()
         stamp = [stat.st_size, stat.st_mtime_ns]
-        if self._known.get(place, [])[:2] != stamp:
-            self._known[place] = [*stamp, sha256_of(path)]
-        return str(self._known[place][2])
+        if self._known.get(resolved, [])[:2] != stamp:
+            self._known[resolved] = [*stamp, sha256_of(path)]
+        return str(self._known[resolved][2])
 
     def save(self) -> None:
-        """Remember the hashes for the next run."""
+        """Save the hashes for the next run."""
         write_json(self._file, self._known)
 
 
 class Records:
-    """What each output was made from, kept in the output folder."""
+    """Records in the output folder of what each output was made from."""
 
     def __init__(self, folder: Location) -> None:
         self._folder = folder
         self._packed: dict[str, bytes] = {}
         self._stamps: dict[str, dict[str, str]] = {}
-        if isinstance(folder, str):  # all at once: asking for each would take a request or two each
+        if isinstance(folder, str):  # read all at once: reading each would take one or two requests
             records = remote.read_all(remote.join(folder, STATE), ".json")
             self._packed = {name: zlib.compress(content, 1) for name, content in records}
             self._add_stamps(remote.stamps_of(folder))
 
     def kept_report(self, job: PipelineJob, key: str) -> dict[str, Any] | None:
-        """The report with which a job's output was made, if that output is there and nothing has changed since."""
-        place = inside(self._folder, _record(job))
-        packed = self._packed.get(_record(job))
-        record = _read_json(place) if isinstance(place, Path) else packed and _as_object(zlib.decompress(packed))
+        """Return the report of a job whose output exists and is up to date, else None."""
+        location = inside(self._folder, _record_name(job))
+        packed = self._packed.get(_record_name(job))
+        record = _read_json(location) if isinstance(location, Path) else packed and _as_object(zlib.decompress(packed))
         if not record or record.get("key") != key or record.get("stamp") != self._stamp(job):
             return None
         report = record.get("report")
@@ -103,98 +103,98 @@ class Records:
             stamps = remote.stamps_of(job.out)
             self._add_stamps({f"{job.name}/{name}".rstrip("/"): stamp for name, stamp in stamps.items()})
         content = {"key": key, "out": str(job.out), "stamp": self._stamp(job), "report": report}
-        write_json(inside(self._folder, _record(job)), content)
+        write_json(inside(self._folder, _record_name(job)), content)
 
     def forget(self, job: PipelineJob) -> None:
-        """Let a job be done again, whatever becomes of its output."""
-        if isinstance(self._folder, Path) or self._packed.pop(_record(job), None) is not None:
-            discard(inside(self._folder, _record(job)))
+        """Remove a job's record, so that the job runs again whatever happens to its output."""
+        if isinstance(self._folder, Path) or self._packed.pop(_record_name(job), None) is not None:
+            discard(inside(self._folder, _record_name(job)))
         self._stamps.pop(job.name, None)
 
     def _add_stamps(self, stamps: Mapping[str, str]) -> None:
-        """Stamps of files below the output folder, held by the folder that each is in."""
+        """Add the stamps of files in the output folder, grouped by directory."""
         for path, stamp in stamps.items():
             folder, _, name = path.rpartition("/")
             self._stamps.setdefault(folder, {})[name] = stamp
 
     def _stamp(self, job: PipelineJob) -> list[list[Any]] | None:
-        """Names, sizes and times of an output's files; None if it is not there."""
+        """Return names, sizes and times of an output's files, or None if it does not exist."""
         if isinstance(job.out, str):
             folder, _, name = job.name.rpartition("/")
-            beside = self._stamps.get(folder, {})
-            own = {part: beside[part] for part in part_names(name) if part in beside}
-            stamps = own if len(own) == len(part_names(name)) else self._stamps.get(job.name, {})
+            in_folder = self._stamps.get(folder, {})
+            files = {part: in_folder[part] for part in part_names(name) if part in in_folder}
+            stamps = files if len(files) == len(part_names(name)) else self._stamps.get(job.name, {})
             return [list(item) for item in sorted(stamps.items())] or None
         if not job.out.exists():
             return None
-        files = _files_of(job.out)
-        if not all(file.exists() for file in files):
+        paths = _files_of(job.out)
+        if not all(path.exists() for path in paths):
             return None
-        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
 def _files_of(path: Path) -> list[Path]:
-    """The files of a folder, or of a split model; any other file alone."""
+    """Return the files of a folder or of a split model, or a single file."""
     if path.is_dir():
         return sorted(entry for entry in path.iterdir() if entry.is_file())
     return [path.with_name(name) for name in part_names(path.name)]
 
 
-def _record(job: PipelineJob) -> str:
+def _record_name(job: PipelineJob) -> str:
     return f"{hashlib.sha256(job.name.encode()).hexdigest()[:24]}.json"
 
 
 def inside(folder: Location, name: str) -> Location:
-    """A place in a pipeline's own folder, which is in its output folder."""
+    """Return the location of a file in a pipeline's own folder, which is in its output folder."""
     return folder / STATE / name if isinstance(folder, Path) else remote.join(folder, f"{STATE}/{name}")
 
 
-def discard(place: Location) -> None:
-    """Remove a file, if it is there."""
-    if isinstance(place, Path):
-        place.unlink(missing_ok=True)
+def discard(location: Location) -> None:
+    """Remove a file if it exists."""
+    if isinstance(location, Path):
+        location.unlink(missing_ok=True)
     else:
-        remote.remove(place)
+        remote.remove(location)
 
 
-def part_places(folder: Location, key: str, count: int) -> list[Location]:
-    """Where the parts of a merge lie until they are assembled."""
+def part_locations(folder: Location, key: str, count: int) -> list[Location]:
+    """Return the locations of a merge's parts until they are assembled."""
     return [inside(folder, f"{key[:32]}-{number}.part") for number in range(1, count + 1)]
 
 
 def discard_parts(folder: Location) -> None:
-    """Remove the parts of merges that a run which was killed has left."""
-    own = inside(folder, "")
-    names = [path.name for path in own.iterdir()] if isinstance(own, Path) else remote.stamps_of(own)
+    """Remove parts of merges that a killed run has left behind."""
+    state = inside(folder, "")
+    names = [path.name for path in state.iterdir()] if isinstance(state, Path) else remote.stamps_of(state)
     for name in names:
         if name.endswith(".part"):
             discard(inside(folder, name))
 
 
-def _read_json(place: Location) -> dict[str, Any] | None:
-    if isinstance(place, str):
-        return _as_object(remote.read_bytes(place) or b"")
+def _read_json(location: Location) -> dict[str, Any] | None:
+    if isinstance(location, str):
+        return _as_object(remote.read_bytes(location) or b"")
     with suppress(OSError):
-        return _as_object(place.read_bytes())
+        return _as_object(location.read_bytes())
     return None
 
 
 def _as_object(content: bytes) -> dict[str, Any] | None:
     with suppress(ValueError):
-        found = json.loads(content)
-        return found if isinstance(found, dict) else None
+        value = json.loads(content)
+        return value if isinstance(value, dict) else None
     return None
 
 
-def write_json(place: Location, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all.
+def write_json(location: Location, content: Mapping[str, Any]) -> None:
+    """Write a JSON file atomically.
 
     Raises:
         OutputError: if it cannot be written.
     """
     text = json.dumps(content, indent=2).encode()
-    if isinstance(place, str):
-        remote.write_bytes(place, text)
+    if isinstance(location, str):
+        remote.write_bytes(location, text)
         return
-    with atomic_output(place) as file:
+    with atomic_output(location) as file:
         file.write(text)

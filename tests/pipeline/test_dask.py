@@ -315,7 +315,7 @@ def test_workers_that_do_not_share_the_folder(cluster, tmp_path, monkeypatch):
     recipe_in(tmp_path, "small")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ClusterError, match="does not see /proc/self/cwd as this machine does"):
-        dask_client.DaskEngine(cluster.address, max_concurrency=1, memory=None, store=Path("/proc/self/cwd"))
+        dask_client.DaskBackend(cluster.address, max_concurrency=1, memory=None, store=Path("/proc/self/cwd"))
 
 
 def test_scheduler_that_dies(cluster, tmp_path):

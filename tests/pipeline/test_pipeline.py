@@ -179,7 +179,7 @@ def test_a_failure_takes_nothing_else_down(folder):
         "one-r2-base.gguf": "left", "two-r1-base.gguf": "done", "two-r2-base.gguf": "done", "both": "failed",
     }  # fmt: skip
     assert "expected rank 5" in found["one-r1"].error
-    assert "waits for" in found["one-r1-base.gguf"].error
+    assert "needs" in found["one-r1-base.gguf"].error
     assert report.failed == 5
     (folder / "out/two-r1-base.gguf").unlink()
     stopped = gguflora.run_pipeline(recipe)
@@ -221,9 +221,9 @@ def test_checks_fail_a_step_and_what_depends_on_it(folder):
         ('"sources.adapters"', '"sources.adaptors"', r":11: steps.1.for.adapter: 'sources.adaptors' is unknown"),
         ('"sources.adapters"', '"steps.lora"', r"wait for each other: small -> lora -> small"),
         ('"adapters/*"', '"nowhere/*"', r":6: sources.adapters: 'nowhere/\*': no such file"),
-        ('name = "lora"', 'name = "small"', r":17: steps.2.name: a step named 'small' is there already"),
+        ('name = "lora"', 'name = "small"', r":17: steps.2.name: another step is named 'small', too"),
         ('["adapters/one",', '["adapters/three",', r"steps.4.adapters: .*three: no such file or directory"),
-        ('output = "out"', "output = ", r"is no TOML: .*line 2"),
+        ('output = "out"', "output = ", r"is not TOML: .*line 2"),
         ('output = "out"', "", r"output: field required"),
     ],
 )
