@@ -1,1 +1,1 @@
-"""Merges: what makes merged weights and writes them, to a new file, a patch, or into the base itself."""
+"""Merge adapters into quantized weights; write the result as a new file, as a patch, or into the base itself."""

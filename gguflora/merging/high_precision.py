@@ -1,7 +1,7 @@
-"""Weights of a base as they were before it was quantized, in the shapes and row order of its GGUF tensors.
+"""Read the weights of a base before quantization, in the shapes and row order of its GGUF tensors.
 
-They come from a GGUF file of a more precise type, or from a Hugging Face directory, where `architectures` says which
-weights make up a tensor.
+The source is a GGUF file of a more precise type, or a Hugging Face directory, whose weights `gguflora.architectures`
+maps to GGUF tensors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gguflora.quants.types import TYPES
 
 _TOLERANCE: Final = {"F32": 1e-2, "F16": 1e-2, "BF16": 1e-2, "Q8_0": 2e-2}
 _QUANTIZED_TOLERANCE: Final = 0.8
-"""Relative difference that quantization makes, by type: 1-bit types lose half. Unrelated weights differ by 1.4."""
+"""Highest relative difference due to quantization: 1-bit types reach 0.5, unrelated weights differ by 1.4."""
 _SAMPLES: Final = 16
 
 
@@ -40,7 +40,7 @@ class _Source(Protocol):
 
 
 class UnquantizedBase:
-    """The weights of a base before it was quantized; see `open`."""
+    """The weights of a base before quantization. Create it with `open`."""
 
     def __init__(self, path: Path, source: _Source) -> None:
         self.path = path
@@ -51,25 +51,25 @@ class UnquantizedBase:
         """Open a GGUF file or a Hugging Face directory that holds the weights of ``model``.
 
         Raises:
-            FormatError: if it is damaged or holds no weights.
-            MismatchError: if it is another architecture.
+            FormatError: if the file or directory is damaged or holds no weights.
+            MismatchError: if the architectures differ.
         """
         location = Path(path)
         source = _HfWeights(location, model) if location.is_dir() else _GgufWeights(location, model)
         return cls(location, source)
 
     def check(self, base: GgufFile, tensors: Iterable[str]) -> None:
-        """Raise unless these tensors of the quantized base are the quantized ones of these weights.
+        """Compare samples of tensors with the quantized base.
 
         Raises:
-            MismatchError: if a tensor is missing, has another shape, or its values differ by more than quantization.
+            MismatchError: if a tensor is missing, has another shape, or differs by more than quantization explains.
         """
         for name in tensors:
             self._source.check(name)
             entry = base.tensors[name]
             difference = norm = 0.0
             for row in sorted({int(row) for row in np.linspace(0, entry.n_rows - 1, _SAMPLES)}):
-                stored, values = _dequantized(base, entry, row, row + 1), self.rows(name, row, row + 1)
+                stored, values = _dequantize(base, entry, row, row + 1), self.rows(name, row, row + 1)
                 difference += float(np.square(stored - values, dtype=np.float64).sum())
                 norm += float(np.square(stored, dtype=np.float64).sum())
             if not difference <= _TOLERANCE.get(entry.type.name, _QUANTIZED_TOLERANCE) ** 2 * norm:
@@ -79,13 +79,13 @@ class UnquantizedBase:
                 )
 
     def rows(self, tensor: str, start: int, stop: int) -> Float32Array:
-        """Rows ``start`` to ``stop`` (exclusive) of a tensor of the quantized base, float32 (stop - start, n_in).
+        """Read rows ``start`` to ``stop`` of a tensor, as float32 (stop - start, n_in), in the base's row order.
 
-        Leading dimensions count as rows; a vector is one row. May be called from several threads.
+        Leading dimensions count as rows; a vector is one row. Safe to call from several threads.
 
         Raises:
-            MismatchError: if the weights of high precision lack the tensor.
-            FormatError: if they cannot be read.
+            MismatchError: if the tensor is missing.
+            FormatError: if it cannot be read.
         """
         return self._source.rows(tensor, start, stop)
 
@@ -101,7 +101,7 @@ class UnquantizedBase:
 
 
 class _GgufWeights:
-    """Tensors of the same names in a GGUF file of any types."""
+    """Reads tensors of the same names from another GGUF file of any quant types."""
 
     def __init__(self, path: Path, model: BaseModel) -> None:
         self._model = model
@@ -123,7 +123,7 @@ class _GgufWeights:
 
     def rows(self, tensor: str, start: int, stop: int) -> Float32Array:
         self.check(tensor)
-        return _dequantized(self._file, self._file.tensors[tensor], start, stop)
+        return _dequantize(self._file, self._file.tensors[tensor], start, stop)
 
     def close(self) -> None:
         self._file.close()
@@ -141,7 +141,7 @@ def _check_architecture(file: GgufFile, model: BaseModel) -> None:
         raise MismatchError(f"{file.path}: is {found!r}, but {model.path} is {model.architecture!r}")
 
 
-def _dequantized(file: GgufFile, tensor: TensorEntry, start: int, stop: int) -> Float32Array:
+def _dequantize(file: GgufFile, tensor: TensorEntry, start: int, stop: int) -> Float32Array:
     if tensor.type.id not in TYPES:
         raise GgufError(f"{file.path}: tensor {tensor.name!r} is {tensor.type.name}, expected weights")
     values = np.empty((stop - start, tensor.n_in), np.float32)
@@ -151,12 +151,14 @@ def _dequantized(file: GgufFile, tensor: TensorEntry, start: int, stop: int) -> 
 
 @dataclass(frozen=True, slots=True)
 class _WeightPart:
-    """A slice of a GGUF tensor and the weight that it is taken from.
+    """A slice of a GGUF tensor and the weight that it comes from.
 
     Attributes:
-        fits: whether the weight has as many rows and columns as its slices.
-        flipped: whether the weight lies on disk as (n_in, n_out).
-        decay: whether GGUF stores -exp of the values.
+        weight: the weight on disk.
+        tensor_slice: the slice of the GGUF tensor.
+        fits: whether the slices of the weight cover all of its rows and columns.
+        flipped: whether the weight is stored as (n_in, n_out).
+        decay: whether GGUF stores ``-exp(value)``.
     """
 
     weight: StoredWeight
@@ -180,36 +182,36 @@ class _WeightPart:
 
     @property
     def stop(self) -> int:
-        """Row of the tensor after the slice's last."""
+        """Row of the tensor after the last row of the slice."""
         return self.tensor_slice.start + self.stored_shape[0]
 
 
 class _HfWeights:
-    """The weights of a Hugging Face directory at their places in GGUF tensors."""
+    """Reads GGUF tensors from the weights of a Hugging Face directory."""
 
     def __init__(self, folder: Path, model: BaseModel) -> None:
         self._model = model
         self._checkpoint = Checkpoint(folder)
         self._lock = threading.Lock()
         self._flipped: tuple[str, Float32Array] | None = None
-        found: dict[str, list[_WeightPart]] = {}
+        by_tensor: dict[str, list[_WeightPart]] = {}
         for name, weight in self._checkpoint.weights.items():
             for part in _weight_parts(model, name, weight):
                 if part.tensor_slice.tensor in model.shapes:
-                    found.setdefault(part.tensor_slice.tensor, []).append(part)
-        if OUTPUT in model.shapes and OUTPUT not in found:  # tied in the one, not in the other
-            found[OUTPUT] = found.get(TOKEN_EMBEDDING, [])
-        self._parts = {tensor: _in_order(parts) for tensor, parts in found.items()}
+                    by_tensor.setdefault(part.tensor_slice.tensor, []).append(part)
+        if OUTPUT in model.shapes and OUTPUT not in by_tensor:  # tied here, but not in the GGUF file
+            by_tensor[OUTPUT] = by_tensor.get(TOKEN_EMBEDDING, [])
+        self._parts = {tensor: _sort_parts(parts) for tensor, parts in by_tensor.items()}
 
     def check(self, tensor: str) -> None:
-        """Raise ``MismatchError`` unless the parts of a tensor hold each of its rows once."""
+        """Raise ``MismatchError`` unless the parts of a tensor cover each of its rows exactly once."""
         parts = self._parts.get(tensor, [])
-        at, (n_rows, n_columns) = 0, flat_shape(_shape_in(self._model, tensor))
+        covered, (n_rows, n_columns) = 0, flat_shape(_shape_in(self._model, tensor))
         for part in parts:
-            if not part.fits or part.tensor_slice.start != at or part.stored_shape[1] != n_columns:
+            if not part.fits or part.tensor_slice.start != covered or part.stored_shape[1] != n_columns:
                 break
-            at = part.stop
-        if at != n_rows:
+            covered = part.stop
+        if covered != n_rows:
             found = ", ".join(f"{part.weight.name!r} {part.shape}" for part in parts[:8]) or "no weight"
             raise MismatchError(
                 f"{self._checkpoint.folder}: has {found} for {tensor!r} of {self._model.path}, which is "
@@ -219,7 +221,7 @@ class _HfWeights:
     def rows(self, tensor: str, start: int, stop: int) -> Float32Array:
         self.check(tensor)
         if len(self._model.shapes[tensor]) == 1:
-            return self._column(tensor)
+            return self._read_vector(tensor)
         values = np.empty((stop - start, self._model.shapes[tensor][-1]), np.float32)
         for part in self._parts[tensor]:
             low, high = max(part.tensor_slice.start, start), min(part.stop, stop)
@@ -229,13 +231,13 @@ class _HfWeights:
                 )
         return values
 
-    def _column(self, tensor: str) -> Float32Array:
-        """A vector, as one row."""
+    def _read_vector(self, tensor: str) -> Float32Array:
+        """Read a vector as one row."""
         columns = [self._read(part, 0, part.stored_shape[0]) for part in self._parts[tensor]]
         return np.concatenate(columns).reshape(1, -1)
 
     def _read(self, part: _WeightPart, start: int, stop: int) -> Float32Array:
-        """Some rows of a slice, counted from its first, with GGUF's values."""
+        """Read rows of a slice, counted from its first row, with the values that GGUF stores."""
         tensor_slice, n_rows = part.tensor_slice, part.shape[0]
         numbers = np.arange(n_rows) if tensor_slice.rows is None else tensor_slice.rows
         values = self._weight_rows(part, numbers if tensor_slice.transposed else numbers[start:stop])
@@ -246,7 +248,7 @@ class _HfWeights:
     def _weight_rows(self, part: _WeightPart, rows: Indices) -> Float32Array:
         if not part.flipped:
             return self._checkpoint.read_rows(part.weight, rows)
-        with self._lock:  # rows lie across the whole weight: kept for the next block of them
+        with self._lock:  # a row is a column on disk: keep the transposed weight for the next blocks
             if self._flipped is None or self._flipped[0] != part.weight.name:
                 whole = self._checkpoint.read_rows(part.weight, np.arange(part.weight.n_rows))
                 self._flipped = part.weight.name, whole.T
@@ -256,23 +258,23 @@ class _HfWeights:
         self._checkpoint.close()
 
 
-def _in_order(parts: Sequence[_WeightPart]) -> list[_WeightPart]:
-    """Parts by their rows; a checkpoint may hold one weight under several names, of which the first is taken."""
-    by_place = {(part.tensor_slice.start, part.stored_shape): part for part in reversed(parts)}
-    return sorted(by_place.values(), key=lambda part: part.tensor_slice.start)
+def _sort_parts(parts: Sequence[_WeightPart]) -> list[_WeightPart]:
+    """Sort parts by row and drop duplicates: a checkpoint may hold one weight under several names."""
+    unique = {(part.tensor_slice.start, part.stored_shape): part for part in reversed(parts)}
+    return sorted(unique.values(), key=lambda part: part.tensor_slice.start)
 
 
 def _weight_parts(model: BaseModel, name: str, weight: StoredWeight) -> list[_WeightPart]:
-    """The places of a weight; none if GGUF does not have it."""
+    """Return the slices that a weight makes up; an empty list if GGUF does not store it."""
     decay = decay_of(model, name)
     if decay is not None:
         return [_WeightPart(weight, decay, decay=True)]
     try:
         slices = slices_of(model, name)
-    except MismatchError:  # where its place depends on tensors that the base lacks
+    except MismatchError:  # its slices depend on tensors that the base lacks
         return []
     flipped = is_conv1d(model, name) or is_transposed_expert(model, name)
-    fits = _cover(slices, *_shape(weight, flipped=flipped))
+    fits = _covers(slices, *_shape(weight, flipped=flipped))
     return [_without_padding(model, _WeightPart(weight, tensor_slice, fits, flipped)) for tensor_slice in slices]
 
 
@@ -280,15 +282,15 @@ def _shape(weight: StoredWeight, *, flipped: bool) -> tuple[int, int]:
     return (weight.n_columns, weight.n_rows) if flipped else (weight.n_rows, weight.n_columns)
 
 
-def _cover(slices: Sequence[TensorSlice], n_out: int, n_in: int) -> bool:
-    """Whether slices that name their rows or columns name all of them."""
+def _covers(slices: Sequence[TensorSlice], n_out: int, n_in: int) -> bool:
+    """Whether slices with explicit rows or columns cover all of them."""
     rows = sum(len(tensor_slice.rows) for tensor_slice in slices if tensor_slice.rows is not None)
     columns = sum(len(tensor_slice.columns) for tensor_slice in slices if tensor_slice.columns is not None)
     return rows in {0, n_out} and columns in {0, n_in}
 
 
 def _without_padding(model: BaseModel, part: _WeightPart) -> _WeightPart:
-    """The part without the rows of a vocabulary, or of positions, that GGUF leaves out."""
+    """Drop the rows of a vocabulary or of positions that GGUF does not store."""
     skipped = cut_positions(model, part.tensor_slice.tensor, part.shape[0])
     if skipped:
         return replace(part, tensor_slice=replace(part.tensor_slice, rows=np.arange(skipped, part.shape[0])))

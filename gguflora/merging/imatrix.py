@@ -1,12 +1,13 @@
-"""Importance matrices of llama.cpp: how much each column of a weight matters when it is quantized.
+"""Read llama.cpp's importance matrices, which say how much each column of a weight matters for quantization.
 
-Two formats, told apart by their first bytes, and turned into the weights that ``llama-quantize`` hands to ggml (facts
-from llama.cpp's ``common/imatrix-loader.cpp`` and ``tools/quantize/quantize.cpp``):
+There are two formats, which differ in their first bytes. Both are converted to the weights that ``llama-quantize``
+passes to ggml (llama.cpp's ``common/imatrix-loader.cpp`` and ``tools/quantize/quantize.cpp``):
 
-* GGUF: ``<tensor>.in_sum2`` holds sums of squared inputs, (n_in,) or (n_experts, n_in), and ``<tensor>.counts`` over
-  how many inputs; the weights are sums / count, or 1 for an expert that saw no input.
-* ``.dat``: int32 number of entries; each has int32 length and bytes of the tensor's name, int32 number of calls, int32
-  number of values, float32 values; the weights are values / calls. After them, optionally, what it was computed from.
+* GGUF: ``<tensor>.in_sum2`` holds sums of squared inputs, (n_in,) or (n_experts, n_in), and ``<tensor>.counts`` the
+  number of inputs. The weights are sum / count, or 1 for an expert that saw no input.
+* ``.dat``: int32 number of entries; each entry has int32 length and bytes of the tensor's name, int32 number of calls,
+  int32 number of values, and float32 values. The weights are values / calls. Optional data about the calibration text
+  follows.
 """
 
 from __future__ import annotations
@@ -27,17 +28,18 @@ from gguflora.quants.arrays import Float32Array
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _SMALLEST_ENTRY: Final = 3 * 4 + 1 + 4
-"""Bytes of an entry of a ``.dat`` file with a name of one letter and one value."""
+"""Bytes of the smallest entry of a ``.dat`` file: a name of one letter and one value."""
 _MAX_COUNT: Final = 2.0**53
 
 
 def read_imatrix(path: str | os.PathLike[str]) -> dict[str, Float32Array]:
-    """The weights of the columns, float32 (n_in,) or (n_experts, n_in), by GGUF tensor.
+    """Read the weights of the columns, float32 (n_in,) or (n_experts, n_in), by GGUF tensor.
 
-    ``.dat`` files do not say how many experts there are: theirs are (n_experts * n_in,). See `importance_of`.
+    ``.dat`` files do not store the number of experts, so theirs are (n_experts * n_in,); `importance_of` reshapes them.
 
     Raises:
-        FormatError: if the file is missing, damaged, no importance matrix, or holds values that no sum of squares has.
+        FormatError: if the file is missing or damaged, is not an importance matrix, or holds negative, infinite or NaN
+            values.
     """
     location = Path(path)
     with _open(location) as file:
@@ -51,7 +53,7 @@ def read_imatrix(path: str | os.PathLike[str]) -> dict[str, Float32Array]:
 
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
-    """The file, which is read, not mapped, so that one that becomes shorter costs an error and not the process."""
+    """Open the file for reading. It is not mapped: truncation while reading would kill the process with SIGBUS."""
     if not path.is_file():  # a named pipe would block
         raise FormatError(f"{path}: {'is not a file' if path.exists() else 'does not exist'}")
     try:
@@ -62,27 +64,27 @@ def _open(path: Path) -> Iterator[BinaryIO]:
 
 
 def importance_of(imatrix: Mapping[str, Float32Array], tensor: str, shape: Shape) -> Float32Array | None:
-    """The weights of a tensor's columns, float32 (n_matrices, n_in); None if the matrix does not have it.
+    """Return the weights of a tensor's columns, float32 (n_matrices, n_in), or None if there are none.
 
     Args:
-        imatrix: by `read_imatrix`.
-        tensor: its name.
-        shape: its shape in numpy's order; leading dimensions are those of a stack of experts.
+        imatrix: the result of `read_imatrix`.
+        tensor: name of the tensor.
+        shape: shape of the tensor in numpy's order; leading dimensions count experts.
 
     Raises:
-        MismatchError: if it was made for a tensor of another size.
+        MismatchError: if the weights are for a tensor of another size.
     """
-    found = imatrix.get(tensor)
-    if found is None:
+    weights = imatrix.get(tensor)
+    if weights is None:
         return None
     matrices = math.prod(shape[:-2])
-    if found.size == matrices * shape[-1]:
-        return found.reshape(matrices, shape[-1])
-    if tensor == TOKEN_EMBEDDING:  # llama-quantize goes on without: tied to the output it may have any size
+    if weights.size == matrices * shape[-1]:
+        return weights.reshape(matrices, shape[-1])
+    if tensor == TOKEN_EMBEDDING:  # llama-quantize ignores the weights, too: tied to the output they may have any size
         return None
     raise MismatchError(
-        f"the importance matrix has {found.size} values for {tensor!r}, expected {matrices} x {shape[-1]}; was it made "
-        "for another model?"
+        f"the importance matrix has {weights.size} values for {tensor!r}, expected {matrices} x {shape[-1]}; was it "
+        "made for another model?"
     )
 
 
@@ -92,7 +94,7 @@ def _read_gguf(path: Path) -> dict[str, Float32Array]:
             name.removesuffix(end): None for name in file.tensors for end in (_SUMS, _COUNTS) if name.endswith(end)
         }
         if not names:
-            raise GgufError(f"{path}: is a GGUF file but no importance matrix: no tensor's name ends in {_SUMS!r}")
+            raise GgufError(f"{path}: is a GGUF file but not an importance matrix: no tensor's name ends in {_SUMS!r}")
         return {name: _mean_squares(file, name) for name in names}
 
 
@@ -104,10 +106,10 @@ def _mean_squares(file: GgufFile, name: str) -> Float32Array:
     if len(sums) % len(counts):
         raise GgufError(f"{file.path}: {name!r} has {len(sums)} sums for {len(counts)} counts, expected a multiple")
     if not (np.abs(counts) < _MAX_COUNT).all():
-        raise GgufError(f"{file.path}: {name + _COUNTS!r} holds {counts.max()}, which is no count")
+        raise GgufError(f"{file.path}: {name + _COUNTS!r} holds {counts.max()}, expected a number of inputs")
     whole = np.floor(counts.astype(np.float64) + 0.5).astype(np.float32)[:, None]  # halves away from 0, as lround
     rows = sums.reshape(len(counts), -1)
-    with np.errstate(over="ignore", invalid="ignore"):  # what is no finite number is refused later
+    with np.errstate(over="ignore", invalid="ignore"):  # `_check_weights` refuses infinity and NaN later
         weights = np.divide(rows, whole, out=np.ones_like(rows), where=whole > 0)
     return weights if len(counts) > 1 else weights[0]
 
@@ -122,14 +124,15 @@ def _read_dat(path: Path, file: BinaryIO) -> dict[str, Float32Array]:
     reader = _Reader(path, file)
     count = reader.integer("the number of entries")
     if not 1 <= count <= reader.size // _SMALLEST_ENTRY:
-        raise FormatError(f"{path}: claims {count} entries in {reader.size} bytes; it is no importance matrix")
+        raise FormatError(f"{path}: claims {count} entries in {reader.size} bytes; it is not an importance matrix")
     entries: dict[str, Float32Array] = {}
     for number in range(count):
         length = reader.integer(f"the length of name {number}")
         raw = reader.take(length, f"name {number}").split(b"\0")[0]
         name = raw.decode("utf-8", errors="replace")
         if not raw or name in entries:
-            raise FormatError(f"{path}: entry {number} has {'the name of another' if raw else 'no name'}: {name!r:.80}")
+            problem = "the same name as another" if raw else "no name"
+            raise FormatError(f"{path}: entry {number} has {problem}: {name!r:.80}")
         calls = reader.integer(f"the number of calls of {name!r:.80}")
         n_values = reader.integer(f"the number of values of {name!r:.80}")
         if n_values < 1:
@@ -141,30 +144,32 @@ def _read_dat(path: Path, file: BinaryIO) -> dict[str, Float32Array]:
 
 
 class _Reader:
-    """Reads forward; running out of bytes is a ``FormatError``."""
+    """Reads a file sequentially; raises ``FormatError`` if it is too short."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path = path
         self._file = file
-        self._at = file.seek(0)
+        self._position = file.seek(0)
         self.size = os.fstat(file.fileno()).st_size
 
-    def take(self, count: int, what: str) -> bytes:
-        left = self.size - self._at
-        if not 0 <= count <= left:
-            raise FormatError(f"{self._path}: {what} needs {count} bytes at byte {self._at}, but {left} are left")
+    def take(self, count: int, field: str) -> bytes:
+        remaining = self.size - self._position
+        if not 0 <= count <= remaining:
+            raise FormatError(
+                f"{self._path}: {field} needs {count} bytes at byte {self._position}, but {remaining} are left"
+            )
         content = self._file.read(count)
         if len(content) < count:
             raise FormatError(f"{self._path}: became shorter while it was being read")
-        self._at += count
+        self._position += count
         return content
 
-    def integer(self, what: str) -> int:
-        value: int = struct.unpack("<i", self.take(4, what))[0]
+    def integer(self, field: str) -> int:
+        value: int = struct.unpack("<i", self.take(4, field))[0]
         return value
 
 
-def _check_weights(what: str, weights: Float32Array) -> None:
+def _check_weights(subject: str, weights: Float32Array) -> None:
     if not (np.isfinite(weights) & (weights >= 0)).all():
         wrong = weights[~(np.isfinite(weights) & (weights >= 0))].flat[0]
-        raise FormatError(f"{what} holds {wrong}, expected finite numbers of at least 0")
+        raise FormatError(f"{subject} holds {wrong}, expected finite numbers of at least 0")

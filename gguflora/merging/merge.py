@@ -1,8 +1,7 @@
-"""Merge adapters into a quantized GGUF file: ``merge``.
+"""``merge``: merge adapters into a quantized GGUF file.
 
-The output is the base file but for the rows of the changed tensors: those are dequantized, changed and quantized
-again, a block of rows at a time, on several threads, while the rest is copied by the kernel. No model is ever held in
-memory.
+The rows of changed tensors are dequantized, changed and quantized again in blocks, on several threads. The operating
+system copies everything else from the base. The model is never held in memory.
 """
 
 from __future__ import annotations
@@ -61,37 +60,38 @@ def merge(
 
     Args:
         base: GGUF file of any quant types, or any file of a split model; opened read-only.
-        adapters: a PEFT directory or GGUF LoRA file, or a sequence of them or of (path, scale); summed, then
-            rounded once.
-        out: the file to write; of a split base as many files, named like it (``out-00001-of-00003.gguf``).
-        patch: instead of ``out``: write only what changes, for `gguflora.apply_patch`.
-        in_place: instead of ``out``: write the changed rows into ``base`` itself, after an undo file beside it, for
+        adapters: a PEFT directory or GGUF LoRA file, or a sequence of paths or ``(path, scale)``. Their deltas are
+            summed and rounded once.
+        out: the file to write. For a split base, the same number of files with names like
+            ``out-00001-of-00003.gguf``.
+        patch: instead of ``out``: write only the changes to this file, for `gguflora.apply_patch`.
+        in_place: instead of ``out``: write the changed rows into ``base`` itself and an undo file beside it, for
             `gguflora.unmerge`.
-        rounding: ``adaptive`` keeps changes that are smaller than a quantization step (see docs/rounding.md);
-            ``nearest`` makes exactly the bytes ggml would.
-        seed: of the adaptive rounding; the same seed gives the same bytes.
-        base_f16: the base before it was quantized, a GGUF file or a Hugging Face directory: changes are added to its
+        rounding: ``adaptive`` is stochastic rounding, which keeps deltas smaller than a quantization step (see
+            docs/rounding.md); ``nearest`` gives exactly ggml's bytes.
+        seed: seed of the stochastic rounding; the same seed gives the same bytes.
+        base_f16: the base before quantization, a GGUF file or a Hugging Face directory. Deltas are added to its
             weights, and the sum is rounded to nearest.
-        outtype: type of the changed matrices; ``keep`` leaves each in its own.
-        type: types of some changed tensors by pattern, before ``outtype``.
-        imatrix: importance matrix (GGUF or legacy ``.dat``) for the search of scales, as llama-quantize uses it.
-        threads: number of threads; by default one for each core this process may use.
-        dry_run: check everything, write nothing.
+        outtype: quant type of the changed matrices; ``keep`` keeps each tensor's own type.
+        type: quant types of changed tensors by name pattern; takes precedence over ``outtype``.
+        imatrix: importance matrix (GGUF or legacy ``.dat``) for the choice of scales, as llama-quantize uses it.
+        threads: number of threads; by default one for each core that this process may use.
+        dry_run: check everything but write nothing.
         force: overwrite ``out`` or ``patch``.
-        progress: called with (bytes done, bytes in all), from several threads but never at once.
+        progress: called with (bytes done, bytes in total); calls come from several threads but never overlap.
 
     Raises:
-        GgufloraError: if something cannot be read, does not fit together or cannot be written; ``out`` is then as
-            it was, and so is ``base``, or the message says how to get it back.
+        GgufloraError: if something cannot be read, does not fit together or cannot be written. ``out`` is then
+            unchanged, and so is ``base``, or the message says how to restore it.
     """
     if (out is not None) + (patch is not None) + in_place != 1:
-        raise OutputError("say where the result goes with exactly one of --out, --patch and --in-place")
+        raise OutputError("give exactly one of --out, --patch and --in-place")
     started = time.perf_counter()
     used_threads = thread_count(threads)
     options = MergeOptions(rounding, seed, base_f16, outtype, type, imatrix)
     with prepared_merge(base, adapters, options) as merging:
         file, plan = merging.file, merging.plan
-        outputs = _outputs(file, out, patch)
+        outputs = _output_paths(file, out, patch)
         if in_place:
             plan = replace(plan, layout=check_in_place(file, plan.targets))
         else:
@@ -136,21 +136,21 @@ def plan_merge(
     out: str | os.PathLike[str] = "merged.gguf",
     **options: Any,  # noqa: ANN401  (the fields of MergeOptions)
 ) -> MergeReport:
-    """What `merge` with the same arguments would do: every check made, nothing written.
+    """Make all checks of `merge` without writing anything, and report what it would do.
 
     Args:
-        base: as `merge` has it.
-        adapters: the same.
-        out: the same.
-        options: those of `merge` that `MergeOptions` lists.
+        base: as for `merge`.
+        adapters: as for `merge`.
+        out: as for `merge`.
+        options: the options of `merge` that `MergeOptions` lists.
 
     Raises:
-        GgufloraError: as `merge` would.
+        GgufloraError: under the same conditions as `merge`.
     """
     return merge(base, adapters, out, **asdict(MergeOptions(**options)), dry_run=True)
 
 
-def _outputs(
+def _output_paths(
     file: GgufFile, out: str | os.PathLike[str] | None, patch: str | os.PathLike[str] | None
 ) -> tuple[Path, ...]:
     if patch is not None:

@@ -1,4 +1,4 @@
-"""Which quant type each merged tensor is written in."""
+"""Choose the quant type of each merged tensor."""
 
 from __future__ import annotations
 
@@ -14,37 +14,41 @@ from gguflora.quants.types import GgmlType, type_named
 
 @dataclass(frozen=True, slots=True)
 class OutputTypes:
-    """In which types changed tensors are written.
+    """The quant types of changed tensors.
 
     Attributes:
-        general: for all matrices; None keeps each tensor's own.
-        patterns: for tensors whose name matches, a glob of the whole name or a regular expression found in it; the
-            first that matches counts.
+        general: type of all matrices; None keeps each tensor's own type.
+        patterns: types by name pattern; a pattern is a glob for the whole name, or a regular expression that is
+            searched in it. The first match counts.
     """
 
     general: GgmlType | None = None
     patterns: tuple[tuple[str, GgmlType], ...] = ()
 
     @classmethod
-    def named(cls, outtype: str, patterns: Mapping[str, str]) -> OutputTypes:
-        """From the names that a user gives.
+    def from_names(cls, outtype: str, patterns: Mapping[str, str]) -> OutputTypes:
+        """Look up the types that a user named.
 
         Raises:
-            QuantizationError: for an unknown type.
+            QuantizationError: if a type is unknown.
         """
         general = None if outtype == "keep" else type_named(outtype)
         return cls(general, tuple((pattern, type_named(name)) for pattern, name in patterns.items()))
 
     def type_of(self, name: str, source: TensorEntry, *, only_floats: bool) -> GgmlType:
-        """The type of a changed tensor; what a quantized file holds in F32, it holds so for a reason."""
+        """Return the output type of a changed tensor.
+
+        ``outtype`` does not apply to vectors, to `_PRECISE` tensors, or to F32 tensors of a quantized file, which
+        llama.cpp keeps in F32 on purpose.
+        """
         for pattern, kind in self.patterns:
             if _matches(pattern, name):
                 return kind
-        stays = len(source.shape) < 2 or (source.type.name == "F32" and not only_floats) or name.endswith(_PRECISE)
-        return source.type if self.general is None or stays else self.general
+        is_kept = len(source.shape) < 2 or (source.type.name == "F32" and not only_floats) or name.endswith(_PRECISE)
+        return source.type if self.general is None or is_kept else self.general
 
-    def unused(self, names: Sequence[str]) -> list[str]:
-        """Patterns that match none of the names."""
+    def unused_patterns(self, names: Sequence[str]) -> list[str]:
+        """Return the patterns that match none of the names."""
         return [pattern for pattern, _ in self.patterns if not any(_matches(pattern, name) for name in names)]
 
 

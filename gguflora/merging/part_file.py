@@ -1,4 +1,4 @@
-"""The file of a merge part: layout, writing, checked reading."""
+"""Read merge part files and check them. `gguflora.merging.parts` documents their layout and writes them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,22 @@ from gguflora.files.remote import is_remote, redacted
 from gguflora.merging.sinks import Block, FileSink
 from gguflora.placement.target import ChangedTensor
 
-_END: Final = struct.Struct("<Q8s")
-
-
-_MAGIC: Final = b"GFLPART1"
+TRAILER: Final = struct.Struct("<Q8s")
+"""Length of the JSON before it, and `MAGIC`."""
+MAGIC: Final = b"GFLPART1"
 
 
 @dataclass(frozen=True, slots=True)
 class MergePart:
-    """A part file that has been read but for its rows."""
+    """An open part file, whose rows have not been read yet.
+
+    Attributes:
+        path: path or URL of the file.
+        file: the open file.
+        plan: hash of the merge that the part belongs to.
+        seconds: time that it took to make the part.
+        tensors: offset, sums and blocks of each tensor, by name.
+    """
 
     path: str
     file: IO[bytes]
@@ -36,12 +43,12 @@ class MergePart:
     tensors: dict[str, dict[str, Any]]
 
     def put(self, sink: FileSink, targets: Mapping[str, ChangedTensor]) -> None:
-        """Hand the rows to a sink, each block checked."""
+        """Write the rows to a sink and check the CRC-32 of each block."""
         for name, tensor in self.tensors.items():
             target = targets[name]
             row_bytes = target.type.row_bytes(target.shape[-1])
             for start, n_rows, checksum in tensor["blocks"]:
-                with _part_errors(self.path):
+                with part_errors(self.path):
                     self.file.seek(tensor["offset"] + start * row_bytes)
                     content = self.file.read(n_rows * row_bytes)
                 if len(content) != n_rows * row_bytes or zlib.crc32(content) != checksum:
@@ -51,16 +58,16 @@ class MergePart:
 
 
 def open_part(path: str, opened: ExitStack) -> MergePart:
-    """Open a part, local or remote, and check what it says of itself.
+    """Open a local or remote part file and read its index.
 
     Raises:
-        FormatError: if it is no part of a merge, or damaged.
+        FormatError: if it is not a part of a merge, or is damaged.
     """
-    with _part_errors(path):
+    with part_errors(path):
         file = opened.enter_context(_open(path))
-        trailer = file.seek(-_END.size, os.SEEK_END)
-        length, magic = _END.unpack(file.read())
-        if magic != _MAGIC or length > trailer:
+        trailer = file.seek(-TRAILER.size, os.SEEK_END)
+        length, magic = TRAILER.unpack(file.read())
+        if magic != MAGIC or length > trailer:
             raise ValueError(magic)
         file.seek(trailer - length)
         index = json.loads(file.read(length))
@@ -79,18 +86,20 @@ def _open(path: str) -> IO[bytes]:
 
 
 @contextmanager
-def _part_errors(path: str) -> Iterator[None]:
+def part_errors(path: str) -> Iterator[None]:
+    """Turn errors while reading a part file into ``FormatError``."""
     try:
         yield
     except FileNotFoundError as error:
         raise FormatError(f"{redacted(path)}: does not exist; all parts are needed") from error
     except OSError as error:
-        raise FormatError(f"{redacted(path)}: cannot be read as a part of a merge: {error.strerror}") from error
+        raise FormatError(f"{redacted(path)}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{redacted(path)}: is no part of a merge, or is cut off") from error
+        raise FormatError(f"{redacted(path)}: is not a part of a merge, or is truncated") from error
 
 
-def _check_rows(part: MergePart, n_rows: Mapping[str, int]) -> None:
+def check_rows(part: MergePart, n_rows: Mapping[str, int]) -> None:
+    """Raise ``ValueError`` unless each tensor's blocks hold all of its rows in order."""
     for name, tensor in part.tensors.items():
         row = 0
         for start, count, _ in tensor["blocks"]:

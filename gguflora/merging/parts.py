@@ -1,13 +1,13 @@
-"""One merge done in parts, which may be on different machines: ``merge_part`` and ``assemble``.
+"""Split a merge into parts that may run on different machines: ``merge_part`` and ``assemble``.
 
-Each part makes its share of the changed tensors; assembling copies the rest of the base and puts the shares in their
-places. The bytes and the report are those of `gguflora.merge` with the same arguments, for rounding knows nothing
-beyond one tensor. A part is a file of
+Each part computes its share of the changed tensors. ``assemble`` copies the rest of the base and inserts the shares.
+The bytes and the report equal those of `gguflora.merge` with the same arguments, because each tensor is rounded on its
+own. A part file consists of
 
 * the new rows of its tensors, one tensor after the other;
-* a JSON object: the ``plan`` it belongs to (a hash), ``seconds``, and by tensor its ``offset``, its ``sums`` (see
-  `gguflora.quants.kernels.SUMS`) and its ``blocks``: first row, number of rows, CRC-32;
-* 16 bytes: the length of the JSON (little-endian), ``GFLPART1``.
+* a JSON object with ``plan`` (a hash of the merge), ``seconds``, and ``tensors``: for each tensor its ``offset``, its
+  ``sums`` (see `gguflora.quants.kernels.SUMS`) and its ``blocks`` (first row, number of rows, CRC-32);
+* 16 bytes: the length of the JSON (little-endian) and ``GFLPART1``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from gguflora.files.atomic import atomic_output, atomic_outputs
 from gguflora.files.gguf import GgufFile, Layout, ShardLayout, part_paths
 from gguflora.files.output_checks import check_target, check_targets
 from gguflora.files.remote import is_remote, redacted, remote_inputs
-from gguflora.merging.part_file import _END, _MAGIC, MergePart, _check_rows, _part_errors, open_part
+from gguflora.merging.part_file import MAGIC, TRAILER, MergePart, check_rows, open_part, part_errors
 from gguflora.merging.prepare import (
     AdapterArgument,
     MergeOptions,
@@ -52,11 +52,11 @@ class PartReport:
     """What `merge_part` did.
 
     Attributes:
-        output: the part file.
-        tensors: names of the tensors it holds.
-        written: its size in bytes.
+        output: path of the part file.
+        tensors: names of the tensors in the part.
+        written: size of the part file in bytes.
         seconds: wall time.
-        threads: used.
+        threads: number of threads used.
     """
 
     output: Path
@@ -66,7 +66,7 @@ class PartReport:
     threads: int
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
+        """Return all fields, ready for JSON."""
         return {**asdict(self), "output": str(self.output)}
 
 
@@ -83,24 +83,24 @@ def merge_part(
     progress: Progress | None = None,
     **options: Any,  # noqa: ANN401  (the fields of MergeOptions)
 ) -> PartReport:
-    """Make one of the parts of a merge.
+    """Compute one part of a merge.
 
     Args:
-        base: as `gguflora.merge` has it.
-        adapters: the same.
+        base: as for `gguflora.merge`.
+        adapters: as for `gguflora.merge`.
         out: the part file to write.
-        number: of the part, from 1.
-        count: how many parts there are.
-        threads: number of threads; by default one for each core this process may use.
+        number: number of the part, starting with 1.
+        count: number of parts.
+        threads: number of threads; by default one for each core that this process may use.
         force: overwrite ``out``.
-        progress: called with (bytes done, bytes in all), from several threads but never at once.
-        options: those of `gguflora.merge` that `MergeOptions` lists.
+        progress: called with (bytes done, bytes in total); calls come from several threads but never overlap.
+        options: the options of `gguflora.merge` that `MergeOptions` lists.
 
     Raises:
-        GgufloraError: as `gguflora.merge` would.
+        GgufloraError: under the same conditions as `gguflora.merge`.
     """
     if not 1 <= number <= count:
-        raise OutputError(f"{out}: is to be part {number} of {count}, expected a number from 1 to {count}")
+        raise OutputError(f"{out}: cannot be part {number} of {count}; expected a number from 1 to {count}")
     started, target = time.perf_counter(), Path(out)
     used_threads = thread_count(threads)
     chosen = MergeOptions(**options)
@@ -130,9 +130,9 @@ def merge_part(
                 for each in share
             }
             seconds = time.perf_counter() - started
-            index = json.dumps({"plan": _hash(merging, chosen), "seconds": seconds, "tensors": tensors}).encode()
+            index = json.dumps({"plan": _hash_plan(merging, chosen), "seconds": seconds, "tensors": tensors}).encode()
             output.seek(layout.size)
-            output.write(index + _END.pack(len(index), _MAGIC))
+            output.write(index + TRAILER.pack(len(index), MAGIC))
             written = output.tell()
     return PartReport(target, tuple(each.name for each in share), written, seconds, used_threads)
 
@@ -148,23 +148,24 @@ def assemble(
     force: bool = False,
     **options: Any,  # noqa: ANN401  (the fields of MergeOptions)
 ) -> MergeReport:
-    """Write the merged model from all of its parts, which stay.
+    """Write the merged model from all of its parts. The part files are kept.
 
     Args:
         base: as for `merge_part`.
-        adapters: the same.
-        out: the file to write; of a split base as many files, named like it.
+        adapters: as for `merge_part`.
+        out: the file to write; for a split base, the same number of files with names like
+            ``out-00001-of-00003.gguf``.
         parts: the part files, in any order; they may be remote.
-        threads: number of threads; by default one for each core this process may use.
+        threads: number of threads; by default one for each core that this process may use.
         force: overwrite ``out``.
         options: as for `merge_part`; ``base_f16`` is not read again.
 
     Returns:
-        The report of `gguflora.merge`; its ``seconds`` are those of all parts and of assembling them.
+        The report of `gguflora.merge`. Its ``seconds`` are the sum over all parts and assembling.
 
     Raises:
-        FormatError: if a part is missing, damaged, or belongs to another merge.
-        GgufloraError: as `gguflora.merge` would.
+        FormatError: if a part is missing or damaged, or belongs to another merge.
+        GgufloraError: under the same conditions as `gguflora.merge`.
     """
     started = time.perf_counter()
     used_threads = thread_count(threads)
@@ -173,7 +174,7 @@ def assemble(
         opened = [open_part(os.fspath(path), stack) for path in parts]
         merging = stack.enter_context(prepared_merge(base, adapters, replace(chosen, base_f16=None)))
         layout = merging.plan.layout
-        _check_parts(merging, opened, _hash(merging, chosen))
+        _check_parts(merging, opened, _hash_plan(merging, chosen))
         outputs = part_paths(Path(out), len(merging.file.paths))
         check_targets(
             outputs,
@@ -181,7 +182,7 @@ def assemble(
             force=force,
             size=layout.size,
         )
-        rest = Rewriter(
+        copier = Rewriter(
             merging.weights,
             layout,
             (),
@@ -193,7 +194,7 @@ def assemble(
         targets = {target.name: target for target in merging.plan.targets}
         with atomic_outputs(outputs, force=force) as drafts, ThreadPoolExecutor(used_threads) as pool:
             sink = FileSink(drafts, merging.file, layout)
-            rest.write(sink)
+            copier.write(sink)
             list(pool.map(lambda part: part.put(sink, targets), opened))
             merging.file.check_unchanged()
         return merging.report(
@@ -207,9 +208,9 @@ def assemble(
 
 
 def shares(targets: Sequence[ChangedTensor], count: int) -> list[list[ChangedTensor]]:
-    """Tensors divided into ``count`` shares of about the same size in bytes, some of them empty if need be.
+    """Divide tensors into ``count`` shares of about equal size in bytes; shares may be empty.
 
-    Tensors that one change touches stay together, for a formula may need the whole Hugging Face weight they come from.
+    Tensors with a common delta stay together: the delta may need the whole Hugging Face weight that they come from.
     """
     deltas = [{id(item.delta) for item, _ in target.deltas} for target in targets]
     groups: dict[int, list[int]] = {}
@@ -221,9 +222,9 @@ def shares(targets: Sequence[ChangedTensor], count: int) -> list[list[ChangedTen
     sizes = {number: sum(_n_bytes(targets[member]) for member in group) for number, group in groups.items()}
     loads, chosen = [0] * count, [list[int]() for _ in range(count)]
     for number in sorted(groups, key=lambda number: -sizes[number]):
-        least = loads.index(min(loads))
-        loads[least] += sizes[number]
-        chosen[least] += groups[number]
+        smallest = loads.index(min(loads))
+        loads[smallest] += sizes[number]
+        chosen[smallest] += groups[number]
     return [[targets[number] for number in sorted(numbers)] for numbers in chosen]
 
 
@@ -238,8 +239,8 @@ def _part_layout(share: Sequence[ChangedTensor]) -> Layout:
     return Layout((ShardLayout(0, b"", size),), (), offsets, size)
 
 
-def _hash(merging: PreparedMerge, options: MergeOptions) -> str:
-    """What must be the same for all parts: the header says which adapters, rounding, seed and version."""
+def _hash_plan(merging: PreparedMerge, options: MergeOptions) -> str:
+    """Hash everything that all parts must agree on; the header has the adapters, rounding, seed and version."""
     digest, rounding = hashlib.sha256(), merging.rounding
     for part in merging.plan.layout.parts:
         digest.update(part.header)
@@ -251,7 +252,7 @@ def _hash(merging: PreparedMerge, options: MergeOptions) -> str:
 
 
 class _PartSink:
-    """A part file; remembers the CRC-32 of each block."""
+    """Writes rows to a part file and records the CRC-32 of each block."""
 
     def __init__(self, output: IO[bytes], base: GgufFile, layout: Layout) -> None:
         self._rows = FileSink([output], base, layout)
@@ -269,7 +270,7 @@ class _PartSink:
 
 
 def _check_parts(merging: PreparedMerge, parts: Sequence[MergePart], plan: str) -> None:
-    """Raise unless the parts belong to this merge and hold each row of each changed tensor once."""
+    """Raise ``FormatError`` unless the parts belong to this merge and hold each row of each changed tensor once."""
     held: dict[str, str] = {}
     for part in parts:
         if part.plan != plan:
@@ -284,5 +285,5 @@ def _check_parts(merging: PreparedMerge, parts: Sequence[MergePart], plan: str) 
         if target.name not in held:
             raise FormatError(f"{merging.file.path}: no part of the merge holds {target.name!r}; all are needed")
     for part in parts:
-        with _part_errors(part.path):
-            _check_rows(part, {target.name: target.n_rows for target in merging.plan.targets})
+        with part_errors(part.path):
+            check_rows(part, {target.name: target.n_rows for target in merging.plan.targets})

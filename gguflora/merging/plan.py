@@ -1,4 +1,4 @@
-"""What a merge will do: which tensors change how, in which type they are written, and the file that comes of it."""
+"""Plan a merge: which tensors change, in which quant type they are written, and the layout of the output file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MERGED_NAMES: Final = "gguflora.merged.names"
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
-    """The layout of the output, what is not just copied from the base, and what the user should know."""
+    """The layout of the output, the tensors that are not just copied from the base, and warnings for the user."""
 
     layout: Layout
     targets: Sequence[ChangedTensor]
@@ -50,16 +50,16 @@ def make_plan(
     rounding: RoundingOptions,
     types: OutputTypes = _AS_BASE,
     *,
-    anew: bool = False,
+    from_unquantized: bool = False,
 ) -> MergePlan:
     """Plan a merge.
 
     Args:
         file: the base.
         sources: adapters and their scales.
-        rounding: how weights will be rounded; it is recorded in the metadata.
-        types: of the changed tensors.
-        anew: whether all changed weights are quantized anew, from the base before it was quantized.
+        rounding: rounding of the weights; it is recorded in the metadata.
+        types: quant types of the changed tensors.
+        from_unquantized: whether deltas are added to the base before quantization instead of the quantized base.
 
     Raises:
         GgufloraError: if adapters and base do not fit together, or a tensor cannot be written as asked.
@@ -71,36 +71,36 @@ def make_plan(
     for source, scale in sources:
         if source.invocation_tokens:
             raise UnsupportedAdapterError(
-                f"{source.path}: is an activated LoRA, which leaves the base as it is up to its invocation tokens, so "
+                f"{source.path}: is an activated LoRA, which does not change the base before its invocation tokens, so "
                 "it cannot be merged; convert it and load it at run time"
             )
         placed = without_copies(file, place(source, model))
         warnings += [f"{source.path}: {text}" for text in (*source.warnings, *cautions(file, placed))]
         for name, placed_items in placed.items():
-            effective = [(item, scale) for item in placed_items if scale and not _is_nothing(item)]
+            effective = [(item, scale) for item in placed_items if scale and not _is_zero(item)]
             if effective:
                 deltas.setdefault(name, []).extend(effective)
     untied = _untie(model, deltas) if model.is_tied else set()
-    entries = _record(file, sources, rounding)
-    n_tokens = _vocabulary_of(file, deltas)
+    entries = _merge_record(file, sources, rounding)
+    n_tokens = _find_new_vocabulary(file, deltas)
     if n_tokens:
         for source, _ in sources:
             entries |= grown_vocabulary(file, source.path.parent, n_tokens)
     targets, only_floats = [], not any(tensor.type.block_weights > 1 for tensor in file.tensors.values())
     for name, items in deltas.items():
-        entry = file.tensors.get(TOKEN_EMBEDDING if name in untied else name) or _absent(name, model.shapes[name])
+        entry = file.tensors.get(TOKEN_EMBEDDING if name in untied else name) or _missing_bias(name, model.shapes[name])
         grown = n_tokens and name in {TOKEN_EMBEDDING, OUTPUT}
         shape = (n_tokens, entry.n_in) if grown else entry.shape
         targets.append(ChangedTensor(name, entry, shape, types.type_of(name, entry, only_floats=only_floats), items))
     for target in targets:
-        _check_type(file, target, rounding, anew=anew)
-    warnings += [f"--type {pattern}: matches no changed tensor" for pattern in types.unused(list(deltas))]
+        _check_type(file, target, rounding, from_unquantized=from_unquantized)
+    warnings += [f"--type {pattern}: matches no changed tensor" for pattern in types.unused_patterns(list(deltas))]
     layout = file.layout(entries, {target.name: (target.shape, target.type) for target in targets})
     return MergePlan(layout, targets, tuple(warnings))
 
 
-def _vocabulary_of(file: GgufFile, deltas: Mapping[str, Sequence[ScaledDelta]]) -> int:
-    """Rows of the embedding and output where an adapter has more than the base, else 0."""
+def _find_new_vocabulary(file: GgufFile, deltas: Mapping[str, Sequence[ScaledDelta]]) -> int:
+    """Return the size of the adapters' vocabulary if it is larger than the base's, else 0."""
     names = [name for name in (TOKEN_EMBEDDING, OUTPUT) if name in deltas or name in file.tensors]
     rows = {
         name: new_vocabulary(item.delta for item, _ in deltas.get(name, ()) if item.tensor_slice.rows is None)
@@ -119,22 +119,25 @@ def _vocabulary_of(file: GgufFile, deltas: Mapping[str, Sequence[ScaledDelta]]) 
     return n_tokens
 
 
-def _absent(name: str, shape: Shape) -> TensorEntry:
-    """A bias that the base does not have: zeros that take no room."""
+def _missing_bias(name: str, shape: Shape) -> TensorEntry:
+    """Return the entry of a bias that the base does not have: zeros without stored bytes."""
     return TensorEntry(name, shape, type_named("F32"), 0, 0)
 
 
-def _is_nothing(item: PlacedDelta) -> bool:
+def _is_zero(item: PlacedDelta) -> bool:
     return isinstance(item.delta, LowRank) and item.delta.scaling == 0
 
 
 def _untie(model: BaseModel, deltas: dict[str, list[ScaledDelta]]) -> set[str]:
-    """Where a tied embedding and output change differently, an output weight of its own.
+    """Give a model with tied embeddings an output weight of its own if embedding and output change differently.
 
-    It begins as a copy of the embedding. Leaves ``deltas`` with an entry for it, or without one if none is needed.
+    The new output weight starts as a copy of the embedding. Its entry in ``deltas`` is removed if it is not needed.
+
+    Returns:
+        Names of the tensors that are copies of the embedding.
     """
     embedding, output = deltas.get(TOKEN_EMBEDDING, []), deltas.get(OUTPUT, [])
-    if len(embedding) == len(output) and all(map(_same, embedding, output)):
+    if len(embedding) == len(output) and all(map(_is_same_delta, embedding, output)):
         deltas.pop(OUTPUT, None)
         return set()
     if not can_untie(model):
@@ -146,34 +149,36 @@ def _untie(model: BaseModel, deltas: dict[str, list[ScaledDelta]]) -> set[str]:
     return {OUTPUT}
 
 
-def _same(one: ScaledDelta, other: ScaledDelta) -> bool:
+def _is_same_delta(one: ScaledDelta, other: ScaledDelta) -> bool:
     (a, scale_a), (b, scale_b) = (one[0].delta, one[1]), (other[0].delta, other[1])
     if isinstance(a, Replace) and isinstance(b, Replace) and a.shape == b.shape:
         return scale_a == scale_b and np.array_equal(a.values, b.values)
     return a is b and scale_a == scale_b
 
 
-def _check_type(file: GgufFile, target: ChangedTensor, rounding: RoundingOptions, *, anew: bool) -> None:
+def _check_type(file: GgufFile, target: ChangedTensor, rounding: RoundingOptions, *, from_unquantized: bool) -> None:
     source, kind = target.source, target.type
-    where = f"{file.path}: tensor {source.name!r}"
+    location = f"{file.path}: tensor {source.name!r}"
     if source.type.id not in TYPES:
-        raise QuantizationError(f"{where} is {source.type.name}, which cannot be quantized again")
+        raise QuantizationError(f"{location} is {source.type.name}, which cannot be quantized again")
     if source.n_in % kind.block_weights:
         raise QuantizationError(
-            f"{where} has rows of {source.n_in} weights, which cannot be stored as {kind.name} (a multiple of "
+            f"{location} has rows of {source.n_in} weights, which cannot be stored as {kind.name} (a multiple of "
             f"{kind.block_weights} is needed); give it another type with --type {source.name}=Q8_0, for example"
         )
-    dithered = kind == source.type and kind.supports_stochastic and rounding.mode == "adaptive" and not anew
+    is_stochastic = kind == source.type and kind.supports_stochastic and rounding.mode == "adaptive" and not from_unquantized
     importance = rounding.importance(target, 0) if len(target.shape) > 1 else None
-    if kind.needs_imatrix and importance is None and not dithered:
+    if kind.needs_imatrix and importance is None and not is_stochastic:
         raise QuantizationError(
-            f"{where} would be {kind.name}, which cannot be quantized without an importance matrix; give one "
-            "that names it with --imatrix, or another type with --outtype"
+            f"{location} would be {kind.name}, which cannot be quantized without an importance matrix; give one "
+            "for this tensor with --imatrix, or another type with --outtype"
         )
 
 
-def _record(file: GgufFile, sources: Sequence[tuple[Adapter, float]], rounding: RoundingOptions) -> dict[str, bytes]:
-    """Metadata that says what was merged, after what an earlier merge has said."""
+def _merge_record(
+    file: GgufFile, sources: Sequence[tuple[Adapter, float]], rounding: RoundingOptions
+) -> dict[str, bytes]:
+    """Return the metadata that records this merge, appended to the record of earlier merges."""
     earlier = len(file.metadata.get(MERGED_NAMES) or [])
     lists: dict[str, tuple[Any, list[Any]]] = {
         MERGED_NAMES: ("", [source.name for source, _ in sources]),
@@ -189,6 +194,6 @@ def _record(file: GgufFile, sources: Sequence[tuple[Adapter, float]], rounding: 
     return {"gguflora.version": encode_entry("gguflora.version", __version__), **record}
 
 
-def merges_of(file: GgufFile) -> int:
-    """How many adapters the base has taken in already."""
+def count_merges(file: GgufFile) -> int:
+    """Return the number of adapters that were merged into the base before."""
     return len(file.metadata.get(MERGED_NAMES) or [])

@@ -1,4 +1,4 @@
-"""Pictures of what a merge kept of each change."""
+"""Plots of how much of each delta a merge kept."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Row = Mapping[str, Any]
 _LAYER: Final = re.compile(r"(.*?)blk\.(\d+)\.(.*)")
 _NO_LAYER: Final = -1
 _LEAST_SPREAD: Final = 0.1
-"""Distance from 1 at which retention is drawn in the strongest colours, unless one lies further out."""
+"""Smallest distance from 1 at which retention gets the strongest colour."""
 
 
 def plot_report(report: MergeReport | Mapping[str, Any], out: Path) -> None:
-    """Draw retention, size and signal to noise of every tensor's change as heat maps, layers by modules.
+    """Plot retention, relative size and signal-to-noise ratio of each tensor's delta as heat maps, layers by modules.
 
     Args:
-        report: of a merge, or its ``to_dict()``, which is what ``gguflora merge --report`` writes.
-        out: the picture: PNG, SVG or PDF.
+        report: report of a merge, or its ``to_dict()``, which ``gguflora merge --report`` writes.
+        out: the plot to write: PNG, SVG or PDF.
 
     Raises:
         MissingExtraError: if matplotlib is not installed.
-        OutputError: if nothing was measured, or the picture cannot be written.
+        OutputError: if nothing was measured, or the plot cannot be written.
     """
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415  (heavy, and only for pictures)
@@ -47,7 +47,7 @@ def plot_report(report: MergeReport | Mapping[str, Any], out: Path) -> None:
         f"{Path(content['output']).name}: {content['rounding']} rounding, retention {content['total']['retention']:.1%}"
     )
     for axis, (key, title) in zip(figure.subplots(1, 3, sharey=True), _TITLES.items(), strict=True):
-        _draw(figure, axis, _heat(rows, key, layers, modules), key)
+        _draw(figure, axis, _heat_map(rows, key, layers, modules), key)
         axis.set_title(title)
         axis.set_xticks(range(len(modules)), modules, rotation=90)
         axis.set_yticks(range(len(layers)), ["-" if layer == _NO_LAYER else str(layer) for layer in layers])
@@ -65,24 +65,24 @@ _TITLES: Final = {
 }
 
 
-def _place(name: str) -> tuple[int, str]:
-    """Layer and module of a tensor."""
-    found = _LAYER.fullmatch(name)
-    layer, module = (int(found[2]), found[1] + found[3]) if found else (_NO_LAYER, name)
+def _layer_and_module(name: str) -> tuple[int, str]:
+    """Return the layer and the module of a tensor."""
+    match = _LAYER.fullmatch(name)
+    layer, module = (int(match[2]), match[1] + match[3]) if match else (_NO_LAYER, name)
     return layer, module.removesuffix(".weight")
 
 
 def _axes(rows: Sequence[Row]) -> tuple[list[int], list[str]]:
-    """All layers in order, and all modules in the order of the file."""
-    places = [_place(row["name"]) for row in rows]
+    """Return all layers, sorted, and all modules in the order of the first layer."""
+    places = [_layer_and_module(row["name"]) for row in rows]
     return sorted({layer for layer, _ in places}), list(dict.fromkeys(module for _, module in sorted(places)))
 
 
-def _heat(rows: Sequence[Row], key: str, layers: list[int], modules: list[str]) -> NDArray[np.float64]:
-    """A measure as (layers, modules); NaN where no tensor is, or it is infinite."""
+def _heat_map(rows: Sequence[Row], key: str, layers: list[int], modules: list[str]) -> NDArray[np.float64]:
+    """Return a measure as (layers, modules), NaN where there is no tensor or the value is infinite."""
     heat = np.full((len(layers), len(modules)), np.nan)
     for row in rows:
-        layer, module = _place(row["name"])
+        layer, module = _layer_and_module(row["name"])
         heat[layers.index(layer), modules.index(module)] = row[key] * (100 if key == "relative_change" else 1)
     heat[~np.isfinite(heat)] = np.nan
     return heat

@@ -1,4 +1,4 @@
-"""A merge that has been read, checked and planned, before anything is written: ``prepared_merge``."""
+"""Read, check and plan a merge before anything is written: ``prepared_merge``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gguflora.merging.high_precision import UnquantizedBase
 from gguflora.merging.imatrix import read_imatrix
 from gguflora.merging.output_types import OutputTypes
 from gguflora.merging.patch import Merged
-from gguflora.merging.plan import MergePlan, make_plan, merges_of
+from gguflora.merging.plan import MergePlan, count_merges, make_plan
 from gguflora.merging.report import MergeReport, TensorReport, warnings_of
 from gguflora.merging.rounding import Mode, RoundingOptions, Sums
 from gguflora.placement.base_weights import BaseTensors
@@ -33,7 +33,7 @@ MAX_SEED: Final = 2**31 - 1
 
 @dataclass(frozen=True, slots=True)
 class MergeOptions:
-    """What decides the bytes of a merge, beside base and adapters; `gguflora.merge` says what each does."""
+    """The options that determine the bytes of a merge; `gguflora.merge` documents them."""
 
     rounding: Mode = "adaptive"
     seed: int = 0
@@ -45,14 +45,14 @@ class MergeOptions:
 
 @dataclass(frozen=True, slots=True)
 class PreparedMerge:
-    """All that a merge needs but a place for its output.
+    """Everything that a merge needs except its output.
 
     Attributes:
         file: the base.
         sources: adapters and their scales.
-        rounding: of the changed weights.
-        plan: what is to be done.
-        weights: what changes are added to.
+        rounding: rounding of the changed weights.
+        plan: the plan of the merge.
+        weights: the weights that deltas are added to.
     """
 
     file: GgufFile
@@ -63,18 +63,18 @@ class PreparedMerge:
 
     @property
     def inputs(self) -> list[Path]:
-        """Files that the output must not replace."""
+        """The input files, which the output must not replace."""
         return [*self.file.paths, *(source.path for source, _ in self.sources)]
 
     @property
     def merged(self) -> Merged:
-        """What is merged, for records."""
+        """The adapters, rounding and seed, to be recorded in a patch."""
         adapters = tuple((source.name, source.sha256, scale) for source, scale in self.sources)
         return Merged(adapters, self.rounding.mode, self.rounding.seed)
 
     def report(self, output: Path, sums: Mapping[str, Sums], **more: Any) -> MergeReport:  # noqa: ANN401
-        """The report on a merge with these sums of each target; without any, on a plan."""
-        tensors, total = _reports(self.plan, sums)
+        """Report on a merge, given the sums of each target; without sums, report on the plan."""
+        tensors, total = _tensor_reports(self.plan, sums)
         return MergeReport(
             output=output,
             adapters=self.merged.adapters,
@@ -97,12 +97,12 @@ def prepared_merge(
     Raises:
         GgufloraError: if something cannot be read or does not fit together.
     """
-    types = OutputTypes.named(options.outtype, options.type or {})
+    types = OutputTypes.from_names(options.outtype, options.type or {})
     with ExitStack() as opened:
         file = opened.enter_context(GgufFile(base))
         sources = [(read_adapter(path), scale) for path, scale in with_scales(adapters)]
-        rounding = _rounding(file, options)
-        plan = make_plan(file, sources, rounding, types, anew=options.base_f16 is not None)
+        rounding = _rounding_options(file, options)
+        plan = make_plan(file, sources, rounding, types, from_unquantized=options.base_f16 is not None)
         unquantized = None
         if options.base_f16 is not None:
             unquantized = opened.enter_context(UnquantizedBase.open(options.base_f16, describe(file)))
@@ -111,7 +111,7 @@ def prepared_merge(
 
 
 def with_scales(adapters: AdapterArgument) -> list[tuple[AdapterPath, float]]:
-    """The paths of adapters and their scales, 1 where none is given; ``AdapterError`` if one is not finite."""
+    """Return the paths of adapters and their scales, 1 by default; raise ``AdapterError`` if one is not finite."""
     given = [adapters] if isinstance(adapters, str | os.PathLike) else adapters
     pairs = [item if isinstance(item, tuple) else (item, 1.0) for item in given]
     for path, scale in pairs:
@@ -120,18 +120,18 @@ def with_scales(adapters: AdapterArgument) -> list[tuple[AdapterPath, float]]:
     return [(path, float(scale)) for path, scale in pairs]
 
 
-def _rounding(file: GgufFile, options: MergeOptions) -> RoundingOptions:
+def _rounding_options(file: GgufFile, options: MergeOptions) -> RoundingOptions:
     mode, seed = options.rounding, options.seed
     if mode not in get_args(Mode):
         raise QuantizationError(f"rounding is {mode!r}, expected one of {', '.join(get_args(Mode))}")
     if not 0 <= seed <= MAX_SEED:
         raise QuantizationError(f"the seed is {seed}, expected a number from 0 to {MAX_SEED}")
     imatrix = {} if options.imatrix is None else read_imatrix(options.imatrix)
-    return RoundingOptions(mode, seed, merges_of(file), imatrix)
+    return RoundingOptions(mode, seed, count_merges(file), imatrix)
 
 
-def _reports(plan: MergePlan, sums: Mapping[str, Sums]) -> tuple[tuple[TensorReport, ...], TensorReport]:
-    """A report for each changed tensor, and one for all together; without sums, of what is planned."""
+def _tensor_reports(plan: MergePlan, sums: Mapping[str, Sums]) -> tuple[tuple[TensorReport, ...], TensorReport]:
+    """Return a report for each changed tensor and one for all of them; without sums, they have no measures."""
     changed = [target for target in plan.targets if target.deltas]
     count = sum(math.prod(target.shape) for target in changed)
     if not sums:

@@ -1,4 +1,4 @@
-"""What a merge did: how much of each tensor's change the rounding has kept."""
+"""Reports of a merge: how much of each tensor's delta the rounding kept."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from gguflora.quants.types import type_named
 
 TOLERANCE: Final = 0.03
 MIN_SNR_DB: Final = -20.0
-"""Below it the noise of rounding has a hundred times the energy of the change. Measured on trained models: at -19 dB
-the answers of Q2_K and IQ2_S merges are still much nearer to the adapter's than the base's, at -22 dB those of IQ1_M
-are not.
+"""Below this ratio the rounding noise has a hundred times the energy of the delta. Measured on trained models: at
+-19 dB the answers of Q2_K and IQ2_S merges are still much closer to the adapter's than the base's answers are; at
+-22 dB those of IQ1_M are not.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class TensorReport:
-    """One changed tensor; measures are None in a dry run, and where nothing changes.
+    """Measures of one changed tensor. They are None in a dry run and if the delta is zero.
+
+    W are the weights of the base, W' those of the output.
 
     Attributes:
-        name: of the tensor.
-        type: of the output.
-        weights: number of them.
-        retention: ``<W' - W, delta> / <delta, delta>``: the share of the wanted change that the written weights have;
-            1 is right, 0 means the adapter is gone.
+        name: name of the tensor.
+        type: quant type in the output.
+        weights: number of weights.
+        retention: ``<W' - W, delta> / <delta, delta>``, the share of the delta that the output has: 1 is right, 0
+            means that the adapter is lost.
         relative_change: ``|delta| / |W|``.
-        snr_db: signal to noise, ``|delta|^2 / |W' - (W + delta)|^2``, in decibels.
-        clipped: share of the weights that lie outside of the range of their block's scales.
-        retention_error: standard error that independent rounding gives ``retention``.
+        snr_db: signal-to-noise ratio ``|delta|^2 / |W' - (W + delta)|^2`` in decibels.
+        clipped: share of the weights outside of the range of their block's scales.
+        retention_error: standard error of ``retention`` if weights are rounded independently.
     """
 
     name: str
@@ -47,7 +49,7 @@ class TensorReport:
 
     @classmethod
     def from_sums(cls, name: str, type: str, weights: int, sums: Sums) -> TensorReport:
-        """From the sums that the kernels make, see `gguflora.quants.kernels.SUMS`."""
+        """Compute the measures from the sums of the kernels, see `gguflora.quants.kernels.SUMS`."""
         weight2, delta2, moved, error2, clipped = (float(sums[SUMS.index(key)]) for key in SUMS)
         if not delta2:
             return cls(name, type, weights, clipped=clipped / weights)
@@ -64,40 +66,40 @@ class TensorReport:
 
     @property
     def is_off(self) -> bool:
-        """Whether the retention is not 1, beyond what chance explains."""
+        """Whether the retention differs from 1 by more than tolerance and chance explain."""
         return self.retention is not None and abs(1 - self.retention) > TOLERANCE + 2 * (self.retention_error or 0.0)
 
     @property
     def sv(self) -> float | None:
-        """`retention` under its former name, which goes with the next release."""
+        """Former name of `retention`, which will be removed in the next release."""
         return self.retention
 
     @property
     def sv_error(self) -> float | None:
-        """`retention_error` under its former name, which goes with the next release."""
+        """Former name of `retention_error`, which will be removed in the next release."""
         return self.retention_error
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON, and two of them under their former names, too."""
+        """Return all fields, ready for JSON; two of them also under their former names."""
         return {**asdict(self), "sv": self.sv, "sv_error": self.sv_error}
 
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What `merge` did, or with ``dry_run`` would do.
+    """What `merge` did, or would do with ``dry_run``.
 
     Attributes:
-        output: the merged GGUF file; or the patch.
+        output: path of the merged GGUF file or of the patch.
         adapters: name, SHA-256 and scale of each adapter.
-        tensors: the changed tensors.
-        total: all of them together.
-        rounding: ``adaptive`` or ``nearest``.
-        seed: of the adaptive rounding.
-        size: of the merged model, in bytes.
-        written: bytes of the file that was written: model, patch, or undo file; 0 in a dry run.
+        tensors: measures of each changed tensor.
+        total: measures of all changed tensors together.
+        rounding: ``adaptive`` (stochastic rounding) or ``nearest``.
+        seed: seed of the stochastic rounding.
+        size: size of the merged model in bytes.
+        written: size of the written file in bytes: model, patch, or undo file; 0 in a dry run.
         seconds: wall time.
-        threads: used.
-        warnings: what the user should know.
+        threads: number of threads used.
+        warnings: messages for the user.
         dry_run: True if nothing was written.
     """
 
@@ -127,11 +129,11 @@ class MergeReport:
 
     @property
     def weights_per_second(self) -> float:
-        """Changed weights for each second of wall time."""
+        """Number of changed weights per second of wall time."""
         return self.weights / self.seconds if self.seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
+        """Return all fields, ready for JSON."""
         adapters = [{"name": name, "sha256": sha256, "scale": scale} for name, sha256, scale in self.adapters]
         return {
             **asdict(self),
@@ -146,36 +148,35 @@ class MergeReport:
 
 
 def warnings_of(tensors: Sequence[TensorReport], total: TensorReport, rounding: Mode) -> list[str]:
-    """What the user should know of the rounding."""
-    found = (_retention_warning(tensors, total, rounding), _noise_warning(total))
-    return [warning for warning in found if warning is not None]
+    """Return warnings about the rounding."""
+    warnings = (_retention_warning(tensors, total, rounding), _noise_warning(total))
+    return [warning for warning in warnings if warning is not None]
 
 
 def _noise_warning(total: TensorReport) -> str | None:
-    """What to say if the types are too coarse for the change."""
+    """Warn if the quant types are too coarse for the delta."""
     if total.snr_db is None or total.snr_db >= MIN_SNR_DB:
         return None
     return (
-        "the change is weak for the types of the changed tensors: rounding adds "
-        f"{10 ** (-total.snr_db / 20):.0f} times its norm as noise, and the answers may be worse than the base's; "
-        "--base-f16, or a finer type with --outtype or --type, is the way"
+        "the change is too small for the types of the changed tensors: the rounding noise has "
+        f"{10 ** (-total.snr_db / 20):.0f} times its norm, and the answers may be worse than the base's; "
+        "try --base-f16, or a finer type with --outtype or --type"
     )
 
 
 def _retention_warning(tensors: Sequence[TensorReport], total: TensorReport, rounding: Mode) -> str | None:
-    """What to say if tensors keep too little or too much of their change."""
+    """Warn if tensors keep too little or too much of their delta."""
     off = [tensor for tensor in tensors if tensor.is_off]
     if not off or total.retention is None:
         return None
     worst = max(off, key=lambda tensor: abs(1 - (tensor.retention or 0.0)))
-    hint = f"; {_remedy(worst, rounding)}"
     return (
-        f"{len(off)} of {len(tensors)} tensors do not keep their change: the worst, {worst.name} ({worst.type}), has "
-        f"{worst.retention:.0%} of it, all together have {total.retention:.0%}{hint}"
+        f"{len(off)} of {len(tensors)} tensors do not keep their change: the worst, {worst.name} ({worst.type}), keeps "
+        f"{worst.retention:.0%} of it, all tensors together {total.retention:.0%}; {_remedy(worst, rounding)}"
     )
 
 
 def _remedy(tensor: TensorReport, rounding: Mode) -> str:
     if rounding == "nearest" and type_named(tensor.type).supports_stochastic:
-        return "--rounding adaptive keeps it"
-    return "--base-f16, or another type with --outtype or --type, may keep it"
+        return "use --rounding adaptive"
+    return "try --base-f16, or another type with --outtype or --type"

@@ -1,4 +1,4 @@
-"""Changed tensors made anew block by block on several threads, and a GGUF file written again with them."""
+"""Rewrite a GGUF file: requantize changed tensors in blocks of rows on several threads, copy the rest."""
 
 from __future__ import annotations
 
@@ -25,22 +25,21 @@ from gguflora.quants.kernels import SUMS
 Task = Callable[[], int]
 
 BLOCK_WEIGHTS: Final = 1 << 20
-"""Weights of one task: enough to make Python's share of the time small, and a few megabytes of rows."""
+"""Weights of one task: enough to keep Python's overhead small, while its rows take only a few megabytes."""
 COPY_BYTES: Final = 64 << 20
 
 
 class Rewriter:
-    """Makes the targets anew, block by block, and hands them and the rest of the base to a sink.
+    """Requantizes changed tensors in blocks and passes them and the rest of the base to a sink.
 
     Args:
-        weights: of the base.
-        layout: of the output.
-        targets: the tensors that change.
-        rounding: how their weights are rounded.
+        weights: weights of the base.
+        layout: layout of the output.
+        targets: the changed tensors.
+        rounding: rounding of their weights.
         threads: number of threads.
-        folder: where temporary files may be made.
-        progress: called with (bytes done, bytes in all), from several threads but never at once.
-
+        folder: directory for temporary files.
+        progress: called with (bytes done, bytes in total); calls come from several threads but never overlap.
     """
 
     def __init__(
@@ -64,12 +63,12 @@ class Rewriter:
         self._cancelled = threading.Event()
 
     def sums(self, target: str) -> Sums:
-        """What `_native.SUMS` names, over all rows of a target; known when `write` has returned."""
+        """Return the `gguflora.quants.kernels.SUMS` over all rows of a target. Call it after `write` has returned."""
         total: Sums = np.sum(self._totals[target], axis=0)
         return total
 
     def write(self, sink: RowSink) -> None:
-        """Hand everything over; the first error stops all threads and is raised."""
+        """Write everything to the sink. The first error stops all threads and is raised."""
         pending: set[Future[None]] = set()
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="gguflora")
         try:
@@ -91,31 +90,30 @@ class Rewriter:
                 self._progress(self._done, self._layout.data_size)
 
     def _tasks(self, sink: RowSink) -> Iterator[Task]:
-        """Everything to do, about in the order of the output; a task returns the number of bytes it has handed over.
+        """Yield all tasks, roughly in the order of the output. A task returns the number of bytes it has written.
 
-        What is to be measured before rows can be written is begun before the rows in front of them are written, so that
-        no thread waits for another for long. Formulas are taken in turn, for they may need a whole weight, of which
-        one is held at a time.
+        The measuring tasks of a job come before the writing tasks of the job in front of it, so that threads rarely
+        wait for measurements. Jobs that may need a whole weight run in turn, so that only one such weight is in memory.
         """
-        behind: Sequence[Task] = ()
+        pending_writes: Sequence[Task] = ()
         for job in self._jobs(sink):
             if job.in_turn:
-                yield from behind
-                behind = ()
+                yield from pending_writes
+                pending_writes = ()
             yield from job.measure
-            yield from behind
-            behind = job.write
-        yield from behind
+            yield from pending_writes
+            pending_writes = job.write
+        yield from pending_writes
 
     def _jobs(self, sink: RowSink) -> Iterator[_RewriteJob]:
-        places = [(to, self._copies(sink, start, stop, to)) for start, stop, to in self._layout.copies]
-        places += [(self._layout.offsets[target.name], self._changes(sink, target)) for target in self._targets]
-        for _, jobs in sorted(places, key=lambda place: place[0]):
+        jobs_at = [(to, self._copies(sink, start, stop, to)) for start, stop, to in self._layout.copies]
+        jobs_at += [(self._layout.offsets[target.name], self._changes(sink, target)) for target in self._targets]
+        for _, jobs in sorted(jobs_at, key=lambda item: item[0]):
             yield from jobs
 
     def _copies(self, sink: RowSink, start: int, stop: int, to: int) -> Iterator[_RewriteJob]:
-        places = range(start, stop, COPY_BYTES)
-        tasks = [partial(self._copy, sink, at, min(at + COPY_BYTES, stop), to + at - start) for at in places]
+        offsets = range(start, stop, COPY_BYTES)
+        tasks = [partial(self._copy, sink, at, min(at + COPY_BYTES, stop), to + at - start) for at in offsets]
         yield _RewriteJob((), tasks, in_turn=False)
 
     def _copy(self, sink: RowSink, start: int, stop: int, to: int) -> int:
@@ -130,25 +128,25 @@ class Rewriter:
             totals.append(np.zeros(len(SUMS)))
             rounder = RowsRounder(self._weights, target, rows, self._rounding, self._folder, totals[-1])
             blocks = [(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
-            measure = [partial(self._measure, rounder, target, *block) for block in blocks if rounder.two_passes]
+            measure = [partial(self._measure, rounder, target, *block) for block in blocks if rounder.is_stochastic]
             write = [partial(self._write, sink, rounder, target, *block) for block in blocks]
             yield _RewriteJob(measure, write, in_turn=isinstance(rows, AnyRows))
 
     def _measure(self, rounder: RowsRounder, target: ChangedTensor, start: int, stop: int) -> int:
-        with self._naming(target, start):
-            rounder.measure(start, stop)  # even when cancelled, for another thread may wait for it
+        with self._located_errors(target, start):
+            rounder.measure(start, stop)  # even when cancelled: another thread may be waiting for it
         return 0
 
     def _write(self, sink: RowSink, rounder: RowsRounder, target: ChangedTensor, start: int, stop: int) -> int:
         if self._cancelled.is_set():
             return 0
-        with self._naming(target, start):
+        with self._located_errors(target, start):
             old, new = rounder.new(start, stop)
         sink.put(Block(target, start, old, new))
         return new.nbytes
 
     @contextmanager
-    def _naming(self, target: ChangedTensor, start: int) -> Iterator[None]:
+    def _located_errors(self, target: ChangedTensor, start: int) -> Iterator[None]:
         try:
             yield
         except NonFiniteError as error:
@@ -163,7 +161,7 @@ class Rewriter:
 
 @dataclass(frozen=True, slots=True)
 class _RewriteJob:
-    """Tasks that belong together: all of ``measure`` must be begun before any of ``write`` is."""
+    """Tasks for a range of rows. All tasks of ``measure`` must start before any task of ``write``."""
 
     measure: Sequence[Task]
     write: Sequence[Task]
@@ -171,8 +169,8 @@ class _RewriteJob:
 
 
 def _collect(pending: set[Future[None]]) -> set[Future[None]]:
-    """Wait for one of the pending tasks; raises its error."""
-    done, left = wait(pending, return_when=FIRST_COMPLETED)
+    """Wait until a pending task is done and raise its error; return the tasks that are still pending."""
+    done, still_pending = wait(pending, return_when=FIRST_COMPLETED)
     for future in done:
         future.result()
-    return left
+    return still_pending

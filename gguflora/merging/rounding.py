@@ -1,23 +1,23 @@
-"""How changed weights become codes of their quant type: by ggml's own rounding to nearest, or by stochastic rounding.
+"""Round changed weights to their quant type: ggml's nearest rounding, or adaptive stochastic rounding.
 
-A dequantized weight lies in the middle of its rounding cell, so nearest rounding puts a small change back, always: the
-adapter is lost. Stochastic rounding goes up or down at random, such that the expected weight is the wanted one:
+A dequantized weight lies in the middle of its rounding cell, so nearest rounding undoes every small delta and the
+adapter is lost. Stochastic rounding rounds up or down at random, with probabilities that make the expected weight equal
+to the target:
 
-1. For each block the base's scales are kept, or those of ggml's quantization of the changed weights are taken,
-   whichever has the lower expected error.
-2. What clipping at the lowest and highest level takes from the change is put back by a gain, one for a range of rows
-   that change together (a tensor; an expert of a stack).
-3. Codes are rounded without bias, by a random number that depends on seed, tensor name and place alone; where the
-   change is larger than about a third of a step, to the nearest. In the codebooks of IQ1, IQ2 and IQ3 eight or four
-   weights move together, to one of the nearest points and signs (csrc/kernels/dither_codebook.h).
+1. Each block keeps the base's scales, or takes those of ggml's quantization of the changed weights, whichever has the
+   lower expected error.
+2. A gain compensates for what clipping takes from the delta. There is one gain for each range of rows that change
+   together (a tensor, or an expert of a stack).
+3. Codes are rounded without bias, using a random number that depends only on seed, tensor name and position. Where the
+   delta is larger than about a third of a step, they are rounded to nearest. In the codebooks of IQ1, IQ2 and IQ3 eight
+   or four weights move together, to one of the nearest code points and signs (csrc/README.md).
 
-The first two need a pass over the rows before the codes can be made.
+The first two steps need a pass over the rows before codes can be written.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.errors import QuantizationError
+from gguflora.merging.file_io import read_into, write_at
 from gguflora.merging.imatrix import importance_of
 from gguflora.placement.base_weights import BaseTensors, read_or_zeros
 from gguflora.placement.rows import AnyRows, LowRankRows
@@ -46,13 +47,13 @@ Sums = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class RoundingOptions:
-    """How to round.
+    """Options of the rounding.
 
     Attributes:
-        mode: ``adaptive``, or ``nearest`` for exactly the bytes that ggml would make.
-        seed: of the random numbers.
-        merges: how many adapters the base has taken in before; a second merge must not draw the same numbers.
-        imatrix: importance of each column by tensor name, (n_in,) or (n_experts, n_in), for the search of scales.
+        mode: ``adaptive`` (stochastic rounding), or ``nearest`` for exactly ggml's bytes.
+        seed: seed of the random numbers.
+        merges: number of adapters that were merged into the base before; a second merge must draw other numbers.
+        imatrix: importance of each column by tensor name, (n_in,) or (n_experts, n_in), for the choice of scales.
     """
 
     mode: Mode = "adaptive"
@@ -61,15 +62,15 @@ class RoundingOptions:
     imatrix: Mapping[str, Float32Array] = field(default_factory=dict)
 
     def key(self, name: str) -> int:
-        """64 bits from which a tensor's random numbers are made."""
+        """Return the 64-bit key of a tensor's random numbers."""
         text = f"{self.seed}:{self.merges}:{name}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
     def importance(self, target: ChangedTensor, first_row: int) -> Float32Array | None:
-        """Importance of the columns in a row of a tensor, if it is known.
+        """Return the importance of the columns for a row of a tensor, or None if it is unknown.
 
         Raises:
-            MismatchError: if the importance matrix was made for a tensor of another size.
+            MismatchError: if the importance matrix is for a tensor of another size.
         """
         values = importance_of(self.imatrix, target.name, target.source.shape)
         if values is None:
@@ -78,23 +79,23 @@ class RoundingOptions:
         return row
 
     def period(self, target: ChangedTensor) -> int | None:
-        """Number of rows after which the importance changes, if it does."""
+        """Return the number of rows with the same importance (one expert), or None if all rows have the same."""
         return target.shape[-2] if target.name in self.imatrix and len(target.shape) > 2 else None
 
 
 class RowsRounder:
-    """New bytes for a range of rows that change together, and how well they keep the change.
+    """Rounds a range of rows that change together, and measures how well they keep the delta.
 
-    Where `two_passes` is set, `measure` must have been called for every block of the range, with the same bounds,
-    before `new` returns; calls may come from several threads, `new` waits.
+    If `is_stochastic` is set, call `measure` for every block of the range, and `new` with the same bounds. Calls may
+    come from several threads; `new` waits until all blocks are measured.
 
     Args:
-        weights: of the base.
+        weights: weights of the base.
         target: the tensor.
-        rows: its rows, and what is added to them.
-        rounding: how.
-        folder: where a temporary file may be made.
-        total: gets the sums over all rows when the last of them is done, in the order of `_native.SUMS`.
+        rows: the rows and their delta.
+        rounding: the rounding options.
+        folder: directory for a temporary file.
+        total: receives the `gguflora.quants.kernels.SUMS` over all rows when the last row is done.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class RowsRounder:
         self._source, self._type = target.source.type, target.type
         self._importance = rounding.importance(target, rows.start)
         self._changes_anything = isinstance(rows, LowRankRows) or bool(rows.deltas)
-        self.two_passes = (
+        self.is_stochastic = (
             rounding.mode == "adaptive"
             and self._type == self._source
             and self._type.supports_stochastic
@@ -120,36 +121,36 @@ class RowsRounder:
         self._total = total
         self._measured = _RowSums(rows.stop - rows.start, 2)
         self._written = _RowSums(rows.stop - rows.start, len(kernels.SUMS))
-        self._scales = _ChosenScales(folder, self._type.row_bytes(target.source.n_in))
+        self._new_scales = _NewScales(folder, self._type.row_bytes(target.source.n_in))
 
     def measure(self, start: int, stop: int) -> None:
-        """First pass over the rows ``start`` to ``stop``: choose scales, measure what clipping takes."""
+        """First pass over the rows ``start`` to ``stop``: choose scales and measure what clipping takes."""
         offset = self._rows.start
         with self._measured.rows(start - offset, stop - offset) as sums:
             rows = self._read(start, stop)
-            chosen, delta = np.empty_like(rows), _single(self._rows.delta(start, stop))
-            sums[:], n_new = kernels.choose_scales(rows, self._type, chosen, delta, imatrix=self._importance)
+            blocks, delta = np.empty_like(rows), _to_kernel_delta(self._rows.delta(start, stop))
+            sums[:], n_new = kernels.choose_scales(rows, self._type, blocks, delta, imatrix=self._importance)
             if n_new:
-                self._scales.put(start - offset, chosen)
+                self._new_scales.put(start - offset, blocks)
 
     def new(self, start: int, stop: int) -> tuple[Bytes, Bytes]:
-        """The base's bytes of the rows ``start`` to ``stop``, and the new ones."""
+        """Return the base's bytes of the rows ``start`` to ``stop``, and the new bytes."""
         offset, rows = self._rows.start, self._read(start, stop)
         with self._written.rows(start - offset, stop - offset) as sums:
             new = self._round(rows, start, stop, sums)
         if self._written.is_complete():
             self._total[:] = self._written.total()
-            self._scales.close()
+            self._new_scales.close()
         return rows, new
 
     def _round(self, rows: Bytes, start: int, stop: int, sums: Sums) -> Bytes:
         if not self._changes_anything and self._type == self._source:
             return rows
-        if self.two_passes:
-            return self._dither(rows, start, stop, sums)
+        if self.is_stochastic:
+            return self._round_stochastic(rows, start, stop, sums)
         if isinstance(self._rows, LowRankRows):
-            return self._nearest_product(self._rows, rows, start, stop, sums)
-        return self._nearest(rows, start, stop, sums)
+            return self._round_low_rank_to_nearest(self._rows, rows, start, stop, sums)
+        return self._round_to_nearest(rows, start, stop, sums)
 
     def _read(self, start: int, stop: int) -> Bytes:
         return read_or_zeros(self._weights.base, self._target.source, start, stop)
@@ -157,47 +158,46 @@ class RowsRounder:
     def _empty(self, n_rows: int) -> Bytes:
         return np.empty((n_rows, self._type.row_bytes(self._target.source.n_in)), np.uint8)
 
-    def _dither(self, rows: Bytes, start: int, stop: int, sums: Sums) -> Bytes:
-        reached, wanted = self._measured.total()
-        if not (
-            np.isfinite(wanted) and reached >= _LEAST_REACHED * wanted
-        ):  # no scale holds it: float16's range is left
+    def _round_stochastic(self, rows: Bytes, start: int, stop: int, sums: Sums) -> Bytes:
+        reached, target = self._measured.total()
+        # the scales are float16: where they overflow, almost nothing of the delta is reached
+        if not (np.isfinite(target) and reached >= _LEAST_REACHED * target):
             raise QuantizationError(
                 f"{self._weights.base.path}: tensor {self._target.name!r}: the changed weights are too large for "
                 f"{self._type.name}; is the adapter's scale right?"
             )
-        gain = 1 / float(np.clip(reached / wanted, 0.5, 1)) if wanted > 0 else 1.0
-        new = self._scales.take(start - self._rows.start, len(rows))
+        gain = 1 / float(np.clip(reached / target, 0.5, 1)) if target > 0 else 1.0
+        new = self._new_scales.take(start - self._rows.start, len(rows))
         new = rows.copy() if new is None else new
-        delta = _single(self._rows.delta(start, stop))
+        delta = _to_kernel_delta(self._rows.delta(start, stop))
         sums[:] = kernels.round_stochastic(
             rows, self._type, new, delta, gain=gain, key=self._rounding.key(self._target.name), first_row=start
         )
         return new
 
-    def _nearest_product(self, added: LowRankRows, rows: Bytes, start: int, stop: int, sums: Sums) -> Bytes:
+    def _round_low_rank_to_nearest(self, added: LowRankRows, rows: Bytes, start: int, stop: int, sums: Sums) -> Bytes:
         new, (src, kind) = self._empty(len(rows)), self._weights.stored(self._target.source, rows, start, stop)
         delta = added.delta(start, stop)
         sums[:] = kernels.merge_rows(src, kind, new, self._type, delta, imatrix=self._importance)
         return new
 
-    def _nearest(self, rows: Bytes, start: int, stop: int, sums: Sums) -> Bytes:
-        """Summed in float64 and rounded once, since a change may be a replacement; unchanged rows keep their bytes."""
+    def _round_to_nearest(self, rows: Bytes, start: int, stop: int, sums: Sums) -> Bytes:
+        """Add in float64 and round once, because a delta may replace weights; unchanged rows keep their bytes."""
         delta = np.asarray(self._rows.delta(start, stop), np.float64).reshape(len(rows), -1)
         stored = self._weights.values(self._target.source, start, stop).reshape(delta.shape)
-        wanted = (stored + delta).astype(np.float32)
-        keeps = self._type == self._source
-        touched = delta.any(axis=1) if keeps else np.ones(len(rows), bool)
-        new = rows.copy() if keeps else self._empty(len(rows))
-        sums[touched], new[touched] = self._to_nearest(stored[touched], delta[touched], wanted[touched])
+        values = (stored + delta).astype(np.float32)
+        is_same_type = self._type == self._source
+        changed = delta.any(axis=1) if is_same_type else np.ones(len(rows), bool)
+        new = rows.copy() if is_same_type else self._empty(len(rows))
+        sums[changed], new[changed] = self._quantize(stored[changed], delta[changed], values[changed])
         return new
 
-    def _to_nearest(self, stored: Float64Array, delta: Float64Array, wanted: Float32Array) -> tuple[Sums, Bytes]:
-        new = self._empty(len(wanted))
-        nothing = kernels.Product(np.zeros((0, wanted.shape[1]), np.float32), np.zeros((len(wanted), 0), np.float32))
-        source = np.ascontiguousarray(wanted).view(np.uint8)
-        sums = kernels.merge_rows(source, _FLOAT, new, self._type, nothing, imatrix=self._importance)
-        after = np.empty(wanted.shape, np.float32)
+    def _quantize(self, stored: Float64Array, delta: Float64Array, values: Float32Array) -> tuple[Sums, Bytes]:
+        new = self._empty(len(values))
+        no_delta = kernels.Product(np.zeros((0, values.shape[1]), np.float32), np.zeros((len(values), 0), np.float32))
+        source = np.ascontiguousarray(values).view(np.uint8)
+        sums = kernels.merge_rows(source, _FLOAT, new, self._type, no_delta, imatrix=self._importance)
+        after = np.empty(values.shape, np.float32)
         kernels.dequantize_rows(new, self._type, after)
         moved, clipped = ((after - stored) * delta).sum(axis=1), sums[:, kernels.SUMS.index("clipped")]
         error = ((after - (stored + delta)) ** 2).sum(axis=1)
@@ -207,68 +207,62 @@ class RowsRounder:
 _FLOAT = type_named("F32")
 
 
-def _single(delta: kernels.Product | Float64Array) -> kernels.KernelDelta:
+def _to_kernel_delta(delta: kernels.Product | Float64Array) -> kernels.KernelDelta:
     return delta if isinstance(delta, kernels.Product) else np.ascontiguousarray(delta, np.float32)
 
 
 class _RowSums:
-    """Sums by row, filled in by several threads, and their total, which does not depend on how."""
+    """Sums of each row, computed by several threads. Their total does not depend on the order."""
 
     def __init__(self, n_rows: int, n_sums: int) -> None:
         self._sums = np.zeros((n_rows, n_sums))
-        self._left = n_rows
+        self._n_missing = n_rows
         self._lock = threading.Lock()
         self._complete = threading.Event()
 
     @contextmanager
     def rows(self, start: int, stop: int) -> Iterator[Sums]:
-        """The sums of some rows, to be filled in; counted even if that fails, for nobody may wait for ever."""
+        """Yield the sums of rows for filling in. Failed rows count as done, so that no thread waits forever."""
         try:
             yield self._sums[start:stop]
         finally:
             with self._lock:
-                self._left -= stop - start
-                if not self._left:
+                self._n_missing -= stop - start
+                if not self._n_missing:
                     self._complete.set()
 
     def is_complete(self) -> bool:
-        """Whether all rows have been seen to."""
+        """Whether all rows are done."""
         return self._complete.is_set()
 
     def total(self) -> Sums:
-        """The sums over all rows; waits for them."""
+        """Wait until all rows are done and return the sums over them."""
         self._complete.wait()
         total: Sums = self._sums.sum(axis=0)
         return total
 
 
-class _ChosenScales:
-    """Blocks whose scales are new, kept between the passes in a file without a name: they may be many."""
+class _NewScales:
+    """Blocks with new scales, kept in an unnamed temporary file between the passes, because there may be many."""
 
     def __init__(self, folder: Path, row_bytes: int) -> None:
         self._folder, self._row_bytes = folder, row_bytes
         self._file: IO[bytes] | None = None
-        self._known: set[int] = set()
+        self._rows_stored: set[int] = set()
         self._lock = threading.Lock()
 
     def put(self, row: int, blocks: Bytes) -> None:
         with self._lock:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115  (see `close`)
-            self._known.add(row)
-        view, offset = memoryview(blocks.data).cast("B"), row * self._row_bytes
-        while view:
-            count = os.pwrite(self._file.fileno(), view, offset)
-            view, offset = view[count:], offset + count
+            self._rows_stored.add(row)
+        write_at(self._file.fileno(), blocks.data, row * self._row_bytes)
 
     def take(self, row: int, n_rows: int) -> Bytes | None:
-        if row not in self._known or self._file is None:
+        if row not in self._rows_stored or self._file is None:
             return None
         blocks = np.empty((n_rows, self._row_bytes), np.uint8)
-        view, offset = memoryview(blocks.data).cast("B"), row * self._row_bytes
-        while view:
-            count = os.preadv(self._file.fileno(), [view], offset)
-            view, offset = view[count:], offset + count
+        read_into(self._file.fileno(), blocks.data, row * self._row_bytes)
         return blocks
 
     def close(self) -> None:

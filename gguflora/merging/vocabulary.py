@@ -1,4 +1,4 @@
-"""A vocabulary that grew while an adapter was trained: the new tokens, from the tokenizer saved with the adapter."""
+"""Extend the base's vocabulary with the tokens of the tokenizer that was saved with an adapter."""
 
 from __future__ import annotations
 
@@ -20,9 +20,17 @@ _TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "added_tok
 
 
 def grown_vocabulary(base: GgufFile, folder: Path, n_tokens: int) -> dict[str, bytes]:
-    """Metadata of a base with its list of tokens made ``n_tokens`` long; empty if it is that long already.
+    """Return the metadata entries of a vocabulary with ``n_tokens`` tokens, or none if the base has as many.
 
-    Rows for which the tokenizer has no token are padding, and get names like llama.cpp's converter gives them.
+    Rows without a token are padding and are named ``[PAD<number>]``, as llama.cpp's converter does.
+
+    Args:
+        base: the base model.
+        folder: directory of the adapter, with its tokenizer.
+        n_tokens: number of tokens of the new vocabulary.
+
+    Returns:
+        The encoded entries by key.
 
     Raises:
         UnsupportedAdapterError: if the adapter's directory has no tokenizer.
@@ -35,21 +43,21 @@ def grown_vocabulary(base: GgufFile, folder: Path, n_tokens: int) -> dict[str, b
     if added is None:
         raise UnsupportedAdapterError(
             f"{folder}: its embedding has {n_tokens} rows, but {base.path} has {len(tokens)} tokens: the vocabulary "
-            f"was resized. Put the tokenizer it was trained with ({_TOKENIZER_FILES[0]}) into the adapter's directory"
+            f"was resized. Copy the tokenizer of the training ({_TOKENIZER_FILES[0]}) to the adapter's directory"
         )
-    news = [added.get(index, (f"[PAD{index}]", _UNUSED)) for index in range(len(tokens), n_tokens)]
-    grown: dict[str, list[Any]] = {TOKENS: [*tokens, *(text for text, _ in news)]}
+    new_tokens = [added.get(index, (f"[PAD{index}]", _UNUSED)) for index in range(len(tokens), n_tokens)]
+    grown: dict[str, list[Any]] = {TOKENS: [*tokens, *(text for text, _ in new_tokens)]}
     if types := base.metadata.get(TOKEN_TYPES):
-        grown[TOKEN_TYPES] = [*types, *(kind for _, kind in news)]
+        grown[TOKEN_TYPES] = [*types, *(kind for _, kind in new_tokens)]
     if scores := base.metadata.get(SCORES):
-        grown[SCORES] = [*scores, *([_SCORE_OF_ADDED] * len(news))]
+        grown[SCORES] = [*scores, *([_SCORE_OF_ADDED] * len(new_tokens))]
     entries = {key: encode_entry(key, values) for key, values in grown.items()}
     size_key = f"{base.architecture}.vocab_size"
     return entries | ({size_key: encode_entry(size_key, n_tokens)} if size_key in base.metadata else {})
 
 
 def _added_tokens(folder: Path) -> dict[int, tuple[str, int]] | None:
-    """Text and type of the tokens that a tokenizer adds to its model's, by number; None if there is no tokenizer."""
+    """Return text and type of a tokenizer's added tokens by number, or None if there is no tokenizer."""
     for name in _TOKENIZER_FILES:
         path = folder / name
         if path.is_file():

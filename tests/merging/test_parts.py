@@ -147,7 +147,7 @@ def test_parts_that_are_not_those_of_the_merge(tmp_path):
     content = parts[1].read_bytes()
     for damaged in (content[:-1], content[:100], b"", content[:-16] + b"\xff" * 8 + content[-8:]):
         parts[1].write_bytes(damaged)
-        refused("2.part: (is no part of a merge|cannot be read)")
+        refused("2.part: (is not a part of a merge|cannot be read)")
     parts[1].write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
     refused("2.part: is damaged: 'blk")
     with pytest.raises(OutputError, match="part 3 of 2"):

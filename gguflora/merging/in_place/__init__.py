@@ -1,22 +1,22 @@
-"""Merge into the base file itself, such that the base can be had again: ``merge(..., in_place=True)``, ``unmerge``.
+"""Merge into the base file itself, so that the base can be restored: ``merge(..., in_place=True)`` and ``unmerge``.
 
-Beside ``model.gguf`` lie ``model.gguf.undo``, a patch file (see `gguflora.merging.patch`) of what was merged, and,
+Two files are created beside ``model.gguf``: ``model.gguf.undo``, a patch file (see `gguflora.merging.patch`), and,
 while the model is being changed, ``model.gguf.journal``. A merge
 
-1. locks the model and writes the undo file, whole and synced, before any byte of the model changes;
-2. changes the model chunk by chunk: the chunk's present bytes go into the journal, which is synced; then the new ones
-   go into the model, which is synced;
+1. locks the model, then writes and syncs the whole undo file before any byte of the model changes;
+2. changes the model in chunks: it writes the chunk's old bytes to the journal and syncs it, then writes the new bytes
+   to the model and syncs it;
 3. removes the journal.
 
-So at every moment each stretch of bytes that the undo file names is as it was, as it shall be, or, in one chunk, in the
-journal with a checksum. The undo file has checksums of both, so that they can be told apart whatever else happened. A
-journal that is damaged was being written, so its chunk had not been begun.
+At every moment, each range of bytes in the undo file is therefore old or new, or belongs to the one chunk whose old
+bytes are in the journal with a checksum. The undo file has checksums of the old and the new bytes, which tell them
+apart. If the journal is damaged, it was still being written, so its chunk was not changed yet.
 
-``unmerge`` works out the base from the three, and goes on only if its SHA-256 is right; then it puts the journal's
-chunk back and changes the others in the same way, chunk by chunk with a journal, so that it can be stopped at any
-moment, too, and called again. Last it removes the journal, then the undo file.
+``unmerge`` computes the base from the three files and continues only if its SHA-256 is right. It then restores the
+journal's chunk and changes the others in the same way, in chunks with a journal, so that it can be interrupted at any
+moment and called again. Finally it removes the journal and then the undo file.
 
-Metadata cannot grow in place: the undo file is the record of what was merged.
+Metadata cannot grow in place, so only the undo file records what was merged.
 """
 
 from gguflora.merging.in_place.apply import check_in_place, merge_in_place

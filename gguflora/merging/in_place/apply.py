@@ -1,4 +1,4 @@
-"""Merge into the base file itself."""
+"""Merge into the base file itself; `gguflora.merging.in_place` describes how."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from gguflora.placement.target import ChangedTensor
 
 
 def check_in_place(base: GgufFile, targets: Sequence[ChangedTensor]) -> Layout:
-    """Check, before any work, that targets can be written over the base's tensors.
+    """Check that targets can overwrite the base's tensors, before any work is done.
 
     Returns:
-        The layout of the result: that of the base.
+        The layout of the result, which is the layout of the base.
 
     Raises:
-        OutputError: if they cannot.
+        OutputError: if a target has another shape or type, or the base was merged in place before.
     """
     for target in targets:
         form, known = (target.shape, target.type), base.tensors.get(target.name)
         if known is None or form != (known.shape, known.type):
-            what = "would be added" if known is None else f"would become {target.type.name} {target.shape}"
+            change = "would be added" if known is None else f"would become {target.type.name} {target.shape}"
             raise OutputError(
-                f"{base.path}: tensor {target.name!r} {what}, which changes the file's layout and cannot be done in "
+                f"{base.path}: tensor {target.name!r} {change}, which changes the file's layout and cannot be done in "
                 "place; write a new model with --out"
             )
     undo = undo_path(base.path)
     if undo.exists():
         raise OutputError(
-            f"{base.path}: was merged in place before ({undo.name} is beside it); put the base back with: gguflora "
+            f"{base.path}: was merged in place before ({undo.name} is beside it); restore the base with: gguflora "
             f"unmerge {base.path}, and merge all adapters at once"
         )
     layout = base.layout({}, {target.name: (target.shape, target.type) for target in targets})
@@ -54,7 +54,7 @@ def check_in_place(base: GgufFile, targets: Sequence[ChangedTensor]) -> Layout:
 
 
 def _with_header(part: ShardLayout, base: GgufShard) -> ShardLayout:
-    """A file of the result whose header is the base's, byte for byte."""
+    """Return the layout of a file with the base's own header, byte for byte."""
     return replace(part, header=os.pread(base.fileno(), len(part.header), 0))
 
 
@@ -66,20 +66,20 @@ def merge_in_place(
     *,
     threads: int,
 ) -> int:
-    """Write changed rows over the base's, after an undo file.
+    """Write an undo file, then overwrite the changed rows of the base.
 
     Args:
-        base: the file that is merged into.
-        targets: the tensors that change.
-        rewrite: hands the changed rows to a sink.
-        merged: to be recorded.
+        base: the base of the merge.
+        targets: the changed tensors.
+        rewrite: writes the changed rows to a sink.
+        merged: what was merged; it is recorded in the undo file.
         threads: number of threads.
 
     Returns:
         The size of the undo file in bytes.
 
     Raises:
-        GgufloraError: if it cannot be done; the base is then as it was, or the message says how to get it back.
+        GgufloraError: if it cannot be done. The base is then unchanged, or the message says how to restore it.
     """
     with locked(base.paths) as model:
         base.check_unchanged()
@@ -96,27 +96,27 @@ def _apply(model: JournalModel, undo: Patch, threads: int) -> None:
         journal.change(_changes(model, undo, threads))
         journal.remove()
     except BaseException as error:
-        _give_up(model, undo, threads)
+        _roll_back(model, undo, threads)
         if isinstance(error, OSError):
             raise OutputError(
-                f"{model.path}: cannot be changed in place: {error.strerror or error}; it is as it was"
+                f"{model.path}: cannot be changed in place: {error.strerror or error}; the file is unchanged"
             ) from error
         raise
 
 
-def _give_up(model: JournalModel, undo: Patch, threads: int) -> None:
+def _roll_back(model: JournalModel, undo: Patch, threads: int) -> None:
     try:
         restore(model, undo, threads)
     except (OSError, GgufloraError) as error:
         raise OutputError(
-            f"{model.path}: is half merged, and cannot be put back now ({error}); when that is mended, put the base "
-            f"back with: gguflora unmerge {model.path}"
+            f"{model.path}: is half merged and could not be restored ({error}); fix this, then restore the base "
+            f"with: gguflora unmerge {model.path}"
         ) from error
 
 
 def _changes(model: JournalModel, undo: Patch, threads: int) -> Iterator[Change]:
-    moved = (record for record in undo.records if record.old != record.new)
-    return ahead((partial(_change, model, undo, record) for record in moved), threads)
+    changed = (record for record in undo.records if record.old != record.new)
+    return ahead((partial(_change, model, undo, record) for record in changed), threads)
 
 
 def _change(model: JournalModel, undo: Patch, record: Record) -> Change:

@@ -1,4 +1,4 @@
-"""The model that is changed in place, and the journal that makes its changes safe."""
+"""Lock a model that is changed in place, and journal its changes so that they can be undone after a crash."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from gguflora.merging.patch.format import MAX_LENGTH
 from gguflora.quants.arrays import Bytes
 
 CHUNK_BYTES: Final = 16 << 20
-"""What is changed between two syncs, give or take a record."""
+"""Bytes that are changed between two syncs, up to one record more."""
 
 _PREAMBLE: Final = struct.Struct("<8sQ32s")
 _MAGIC: Final = b"gfl undo"
 _PLACE: Final = np.dtype([("offset", "<u8"), ("length", "<u8")])
 
 Change = tuple[int, Bytes, Bytes]
-"""Where bytes lie, what they are, and what they shall be."""
+"""Offset, old bytes and new bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class JournalModel:
-    """A locked model that can be written.
+    """A locked model, open for writing.
 
     Attributes:
-        path: of its (first) file itself, symbolic links followed.
+        path: path of its (first) file, with symbolic links resolved.
         files: its files.
     """
 
@@ -47,16 +47,16 @@ class JournalModel:
 
     @property
     def undo(self) -> Path:
-        """The undo file."""
+        """Path of the undo file."""
         return undo_path(self.path)
 
 
 @contextmanager
 def locked(paths: Sequence[Path]) -> Iterator[JournalModel]:
-    """A model that nobody else merges into or unmerges meanwhile.
+    """Open a model for writing and lock it against other merges and unmerges.
 
     Raises:
-        OutputError: if somebody does, or a file cannot be written.
+        OutputError: if another process has locked it, or a file cannot be written.
     """
     with ExitStack() as stack:
         handles = []
@@ -84,11 +84,11 @@ def _lock(path: Path, handle: int) -> None:
 
 
 class Journal:
-    """Present bytes of the chunk of a model that is being changed.
+    """Holds the old bytes of the chunk of a model that is being changed.
 
     Args:
         model: the model.
-        owner: SHA-256 of the base, in hexadecimal: a journal of another is not taken for this one's.
+        owner: SHA-256 of the base, in hexadecimal; it keeps the journal of another base from being used.
     """
 
     def __init__(self, model: JournalModel, owner: str) -> None:
@@ -96,24 +96,24 @@ class Journal:
         self._path = journal_path(model.path)
 
     def change(self, changes: Iterable[Change]) -> None:
-        """Change the model, such that it can be repaired whenever this is stopped; no changes need no journal."""
+        """Change the model so that it can be restored after an interruption at any time. No changes need no journal."""
         chunks = _chunks(changes)
         first = next(chunks, None)
         if first is None:
             return
         handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            os.posix_fallocate(handle, 0, CHUNK_BYTES + 2 * MAX_LENGTH)  # a full disk is noticed now or never
+            os.posix_fallocate(handle, 0, CHUNK_BYTES + 2 * MAX_LENGTH)  # fail now if the disk is full, not midway
             sync_folder(self._path.parent)
             for chunk in chain([first], chunks):
-                self._keep(handle, chunk)
+                self._save(handle, chunk)
                 for offset, _, after in chunk:
                     self._model.files.write(after, offset)
                 self._model.files.sync()
         finally:
             os.close(handle)
 
-    def _keep(self, handle: int, chunk: list[Change]) -> None:
+    def _save(self, handle: int, chunk: list[Change]) -> None:
         places = np.array([(offset, len(before)) for offset, before, _ in chunk], _PLACE)
         content = np.concatenate([places.view(np.uint8), *(before for _, before, _ in chunk)])
         start = _PREAMBLE.pack(_MAGIC, len(chunk), self._digest(content))
@@ -121,8 +121,8 @@ class Journal:
         write(handle, content, len(start))
         os.fsync(handle)
 
-    def kept(self) -> dict[int, Bytes]:
-        """Bytes of the chunk that was being changed, by offset; none if no chunk was begun."""
+    def read_saved(self) -> dict[int, Bytes]:
+        """Return the saved bytes of the chunk that was being changed, by offset; none if no change had begun."""
         try:
             handle = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
@@ -143,11 +143,11 @@ class Journal:
         end = n_places + sum(length for _, length in places)
         if end > len(content) or self._digest(content[:end]) != digest:
             return {}
-        kept, at = {}, n_places
+        saved, position = {}, n_places
         for offset, length in places:
-            kept[offset] = content[at : at + length]
-            at += length
-        return kept
+            saved[offset] = content[position : position + length]
+            position += length
+        return saved
 
     def _digest(self, content: Bytes) -> bytes:
         digest = hashlib.sha256(self._owner.encode())
@@ -155,7 +155,7 @@ class Journal:
         return digest.digest()
 
     def remove(self) -> None:
-        """Remove the journal; the model is synced."""
+        """Remove the journal. The model must be synced."""
         self._path.unlink(missing_ok=True)
         sync_folder(self._path.parent)
 

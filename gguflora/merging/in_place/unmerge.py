@@ -1,4 +1,4 @@
-"""Give back the base that was merged into: ``unmerge``."""
+"""``unmerge``: restore a base that was merged into in place."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ from gguflora.merging.patch.format import (
     open_patch,
 )
 from gguflora.merging.patch.stream import (
-    Piece,
+    FilePiece,
     ahead,
     copied_pieces,
     in_order,
     restored_bytes,
     sha256,
+    with_progress,
 )
 from gguflora.merging.sinks import Progress
 from gguflora.quants.arrays import Bytes
@@ -44,11 +45,11 @@ class UnmergeReport:
     """What `unmerge` did.
 
     Attributes:
-        base: the (first) file, which is the base again.
-        sha256: of it.
-        size: of all its files, in bytes.
-        changed: number of bytes in the stretches that were put back.
-        adapters: name, SHA-256 and scale of each adapter that is out again.
+        base: path of the restored base; for a split model, of its first file.
+        sha256: SHA-256 of the base.
+        size: size of all its files in bytes.
+        changed: number of bytes in the ranges that were restored.
+        adapters: name, SHA-256 and scale of each adapter that was removed.
         seconds: wall time.
     """
 
@@ -60,7 +61,7 @@ class UnmergeReport:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
+        """Return all fields, ready for JSON."""
         adapters = [{"name": name, "sha256": sha256, "scale": scale} for name, sha256, scale in self.adapters]
         return {**asdict(self), "base": str(self.base), "adapters": adapters}
 
@@ -68,25 +69,25 @@ class UnmergeReport:
 def unmerge(
     base: str | os.PathLike[str], *, threads: int | None = None, progress: Progress | None = None
 ) -> UnmergeReport:
-    """Give back the base that ``merge(..., in_place=True)`` has merged into, even if that was stopped midway.
+    """Restore the base after ``merge(..., in_place=True)``, even if the merge was interrupted.
 
-    Nothing is written before it is known that exactly the base comes out; then the undo file is removed.
+    Nothing is written until it is certain that the result is exactly the base. Afterwards the undo file is removed.
 
     Args:
-        base: the merged file (of a split model any one), with its undo file beside it.
-        threads: number of threads; by default one for each core this process may use.
-        progress: called with (bytes checked, bytes in all).
+        base: the merged file, or any file of a split model, with its undo file beside it.
+        threads: number of threads; by default one for each core that this process may use.
+        progress: called with (bytes checked, bytes in total).
 
     Raises:
-        PatchError: if the undo file is missing or damaged, or the model was changed since.
+        PatchError: if the undo file is missing or damaged, or something else changed the model since the merge.
         OutputError: if the file cannot be written.
     """
     started, path = time.perf_counter(), Path(base)
     path = path if undo_path(path).exists() else path.with_name(part_names(path.name)[0])
     if not undo_path(path).exists():
         raise PatchError(
-            f"{undo_path(path)}: does not exist; only a model that was merged with --in-place, and its undo file kept, "
-            "can be unmerged"
+            f"{undo_path(path)}: does not exist; unmerge needs a model that was merged with --in-place, and its undo "
+            "file"
         )
     with open_patch(undo_path(path)) as undo:
         paths = part_paths(path, len(undo.facts.merged_sizes))
@@ -95,7 +96,7 @@ def unmerge(
             changed = restore(model, undo, thread_count(threads), progress)
         except OSError as error:
             raise OutputError(
-                f"{path}: cannot be changed: {error.strerror or error}; when that is mended, run unmerge again"
+                f"{path}: cannot be changed: {error.strerror or error}; fix this and run unmerge again"
             ) from error
         facts = undo.facts
     seconds = time.perf_counter() - started
@@ -103,18 +104,18 @@ def unmerge(
 
 
 def restore(model: JournalModel, undo: Patch, threads: int, progress: Progress | None = None) -> int:
-    """Make the base of a merged or half-merged model, and remove journal and undo file.
+    """Restore the base of a merged or half-merged model, and remove journal and undo file.
 
     Returns:
-        Number of bytes in the stretches that were put back.
+        Number of bytes in the ranges that were restored.
 
     Raises:
-        PatchError: if the model is neither; nothing is written then.
+        PatchError: if the result would not be the base; nothing is written then.
     """
     journal = Journal(model, undo.facts.base_sha256)
-    kept = journal.kept()
-    _check(model, undo, kept, threads, progress)
-    for offset, content in kept.items():
+    saved = journal.read_saved()
+    _check(model, undo, saved, threads, progress)
+    for offset, content in saved.items():
         model.files.write(content, offset)
     model.files.sync()
     changed = 0
@@ -135,55 +136,50 @@ def restore(model: JournalModel, undo: Patch, threads: int, progress: Progress |
 
 
 def _change(model: JournalModel, undo: Patch, record: Record) -> Change | None:
-    """How to put a stretch back; None if it is as it was."""
-    now = model.files.read(record.to, record.length)
-    old = _base_bytes(model, undo, record, now)
-    return None if old is now else (record.to, now, old)
+    """Return the change that restores a record's bytes, or None if they are restored already."""
+    current = model.files.read(record.to, record.length)
+    old = _base_bytes(model, undo, record, current)
+    return None if old is current else (record.to, current, old)
 
 
 def _check(
-    model: JournalModel, undo: Patch, kept: Mapping[int, Bytes], threads: int, progress: Progress | None
+    model: JournalModel, undo: Patch, saved: Mapping[int, Bytes], threads: int, progress: Progress | None
 ) -> None:
-    """Raise unless exactly the base would come out."""
+    """Raise ``PatchError`` unless the result would be exactly the base."""
     facts = undo.facts
     if model.files.size != facts.base_size:
-        raise PatchError(f"{model.path}: its size is not the {facts.base_size:,} bytes that {undo.path.name} is for")
+        raise PatchError(
+            f"{model.path}: has {model.files.size:,} bytes, but {undo.path.name} is for {facts.base_size:,} bytes"
+        )
     if any(record.source != record.to for record in undo.records):
         raise PatchError(f"{undo.path}: is a patch for another file, not an undo file")
-    pieces = _base_pieces(model, undo, kept, threads)
-    digest = sha256(_reported(pieces, facts.base_size, progress))
+    pieces = _base_pieces(model, undo, saved, threads)
+    digest = sha256(with_progress(pieces, facts.base_size, progress))
     if digest != facts.base_sha256:
         raise _changed_since(model, undo)
 
 
-def _base_pieces(model: JournalModel, undo: Patch, kept: Mapping[int, Bytes], threads: int) -> Iterator[Piece]:
-    def made(record: Record) -> Piece:
-        now = kept.get(record.to)
-        now = model.files.read(record.to, record.length) if now is None else now
-        return record.to, _base_bytes(model, undo, record, now)
+def _base_pieces(model: JournalModel, undo: Patch, saved: Mapping[int, Bytes], threads: int) -> Iterator[FilePiece]:
+    def restore_piece(record: Record) -> FilePiece:
+        current = saved.get(record.to)
+        current = model.files.read(record.to, record.length) if current is None else current
+        return record.to, _base_bytes(model, undo, record, current)
 
-    records = [(record.to, partial(made, record)) for record in undo.records]
+    records = [(record.to, partial(restore_piece, record)) for record in undo.records]
     return in_order([*copied_pieces(undo, model.files), *records], threads)
 
 
-def _base_bytes(model: JournalModel, undo: Patch, record: Record, now: Bytes) -> Bytes:
-    found = checksum(now)
-    if found == record.old:
-        return now
-    if found != record.new:
+def _base_bytes(model: JournalModel, undo: Patch, record: Record, current: Bytes) -> Bytes:
+    actual = checksum(current)
+    if actual == record.old:
+        return current
+    if actual != record.new:
         raise _changed_since(model, undo)
-    return restored_bytes(undo, record, now)
+    return restored_bytes(undo, record, current)
 
 
 def _changed_since(model: JournalModel, undo: Patch) -> PatchError:
     return PatchError(
-        f"{model.path}: was changed by something else since {undo.facts.merged} was merged in place, so the base "
-        f"{undo.facts.base_name} cannot be had again from {undo.path.name}; nothing was written"
+        f"{model.path}: was changed by something else since {undo.facts.merged} was merged in place, so "
+        f"{undo.path.name} cannot restore the base {undo.facts.base_name}; nothing was written"
     )
-
-
-def _reported(pieces: Iterable[Piece], total: int, progress: Progress | None) -> Iterator[Piece]:
-    for to, content in pieces:
-        yield to, content
-        if progress:
-            progress(to + len(content), total)

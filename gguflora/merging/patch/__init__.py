@@ -1,6 +1,6 @@
-"""A merged model as a patch of its base: ``merge(..., patch=...)`` writes it, ``apply_patch`` makes the model of it.
+"""Store a merged model as a patch of its base: ``merge(..., patch=...)`` writes it, ``apply_patch`` applies it.
 
-`coding` says how differences are stored, `format` how the file is laid out.
+`coding` documents how differences are stored, `format` how the file is laid out.
 """
 
 from gguflora.merging.patch.create import Merged, write_patch

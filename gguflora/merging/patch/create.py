@@ -1,4 +1,4 @@
-"""Make a patch: a sink for the rows that a merge changes, and the file that comes of it."""
+"""Create a patch: a sink that encodes the rows that a merge changes, and the patch file."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from gguflora.merging.sinks import Block, RowSink
 from gguflora.quants.arrays import Bytes
 
 _COUNTS = 24
-"""Bytes of a GGUF file before its first metadata entry: magic, version, number of tensors and of entries."""
+"""Bytes before the first metadata entry of a GGUF file: magic, version, number of tensors, number of entries."""
 
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What a patch merges: name, SHA-256 and scale of each adapter; how it was rounded, with which seed."""
+    """What was merged: name, SHA-256 and scale of each adapter, the rounding mode and its seed."""
 
     adapters: tuple[tuple[str, str, float], ...]
     rounding: str
@@ -55,18 +55,19 @@ def write_patch(
     threads: int,
     force: bool = True,
 ) -> int:
-    """Write what a merge changes as a patch file.
+    """Write the changes of a merge as a patch file.
 
-    The result's SHA-256 is taken of the patch applied to the base, so a patch that is written is known to work.
+    The SHA-256 of the result is computed by applying the patch to the base, so every patch is tested before it is
+    written.
 
     Args:
-        target: the patch file.
-        base: the file that is merged into.
-        layout: of the result.
-        rewrite: hands the changed rows, and the copied ranges but for the header, to a sink.
-        merged: to be recorded.
+        target: the patch file to write.
+        base: the base of the merge.
+        layout: layout of the result.
+        rewrite: writes the changed rows and the copied ranges, except the header, to a sink.
+        merged: what was merged; it is recorded in the patch.
         threads: number of threads.
-        force: whether a file that has the target's name by then is replaced.
+        force: overwrite ``target``.
 
     Returns:
         The size of the patch in bytes.
@@ -102,11 +103,11 @@ def write_patch(
 
 
 class PatchSink:
-    """Takes changed rows and keeps what leads to them, in the order in which they come.
+    """Encodes changed rows in the order in which they arrive, and writes them to a temporary file.
 
     Args:
-        spill: file descriptor of a temporary file.
-        layout: of the result.
+        spill: file descriptor of the temporary file.
+        layout: layout of the result.
     """
 
     def __init__(self, spill: int, layout: Layout) -> None:
@@ -117,11 +118,11 @@ class PatchSink:
         self._lock = threading.Lock()
 
     def put(self, block: Block) -> None:
-        """Take new rows of a changed tensor."""
+        """Encode new rows of a changed tensor; rows that the base lacks are encoded as a difference from zeros."""
         target, grain = block.target, Grain.from_type(block.target.type)
         to = self._layout.offsets[target.name] + block.start * block.new.shape[1]
-        alike = target.type == target.source.type and target.shape[-1] == target.source.n_in
-        n_known = max(0, min(len(block.new), target.source.n_rows - block.start)) if alike else 0
+        is_comparable = target.type == target.source.type and target.shape[-1] == target.source.n_in
+        n_known = max(0, min(len(block.new), target.source.n_rows - block.start)) if is_comparable else 0
         known = n_known * block.new.shape[1]
         new = block.new.reshape(-1)
         source = target.source.offset + block.start * block.new.shape[1]
@@ -129,38 +130,38 @@ class PatchSink:
         self._add(to + known, None, np.zeros(len(new) - known, np.uint8), new[known:], grain)
 
     def copy(self, start: int, stop: int, to: int) -> None:
-        """Take a range of the base's bytes."""
+        """Record that the base's bytes ``start`` to ``stop`` are copied to ``to``."""
         with self._lock:
             self._copies.append((start, stop, to))
 
     def put_headers(self, base: GgufFile) -> None:
-        """Take the headers of the result's files, most of which are the base's: tokenizers are large."""
+        """Encode the headers of the result's files; most of their bytes (the tokenizer) are copied from the base."""
         starts = [0, *accumulate(part.size for part in base.parts)]
         for source, part, new in zip(starts, base.parts, self._layout.parts, strict=False):
             self._put_header(part, source, new.header, new.start)
 
-    def _put_header(self, part: GgufShard, source: int, header: bytes, at: int) -> None:
+    def _put_header(self, part: GgufShard, source: int, header: bytes, offset: int) -> None:
         done = 0
         for start, stop, to in header_copies(part, header):
-            self._put_new(header[done:to], at + done)
-            self.copy(source + start, source + stop, at + to)
+            self._put_new(header[done:to], offset + done)
+            self.copy(source + start, source + stop, offset + to)
             done = to + stop - start
-        self._put_new(header[done:], at + done)
+        self._put_new(header[done:], offset + done)
 
     def _put_new(self, content: bytes, to: int) -> None:
         new = np.frombuffer(content, np.uint8)
         self._add(to, None, np.zeros(len(new), np.uint8), new, PLAIN)
 
     def patch(self, path: Path, facts: Facts) -> Patch:
-        """All that was taken, in the order of the result."""
+        """Return the patch with all copies and records, in the order of the result."""
         records = sorted(self._records, key=lambda record: record.to)
-        return Patch(path, self._spill, facts, joined(self._copies), records)
+        return Patch(path, self._spill, facts, join_ranges(self._copies), records)
 
     def _add(self, to: int, source: int | None, old: Bytes, new: Bytes, grain: Grain) -> None:
         step = MAX_LENGTH // grain.block * grain.block
-        for at in range(0, len(new), step):
-            place = None if source is None else source + at
-            self._add_one(to + at, place, old[at : at + step], new[at : at + step], grain)
+        for start in range(0, len(new), step):
+            offset = None if source is None else source + start
+            self._add_one(to + start, offset, old[start : start + step], new[start : start + step], grain)
 
     def _add_one(self, to: int, source: int | None, old: Bytes, new: Bytes, grain: Grain) -> None:
         payload = encode(old, new, grain)
@@ -174,13 +175,13 @@ class PatchSink:
 
 
 def header_copies(base: GgufShard, header: bytes) -> list[Range]:
-    """Where a header repeats the base's, or metadata entries and tensor list of it."""
+    """Find the ranges that a header has in common with the base's header: all of it, metadata entries, tensor list."""
     if header == os.pread(base.fileno(), len(header), 0):
         return [(0, len(header), 0)]
-    return joined(_repeated(base, header))
+    return join_ranges(_common_ranges(base, header))
 
 
-def _repeated(base: GgufShard, header: bytes) -> Iterator[Range]:
+def _common_ranges(base: GgufShard, header: bytes) -> Iterator[Range]:
     start = to = _COUNTS
     for key in base.metadata:
         entry = base.metadata.raw(key)
@@ -195,12 +196,12 @@ def _repeated(base: GgufShard, header: bytes) -> Iterator[Range]:
         yield start, start + len(tail), at
 
 
-def joined(ranges: Sequence[Range] | Iterator[Range]) -> list[Range]:
-    """Ranges in the order of the result, of which those that follow each other are one."""
-    whole: list[Range] = []
+def join_ranges(ranges: Sequence[Range] | Iterator[Range]) -> list[Range]:
+    """Sort ranges by their offset in the result and join adjacent ones."""
+    joined: list[Range] = []
     for start, stop, to in sorted(ranges, key=lambda copied: copied[2]):
-        if whole and whole[-1][1] == start and whole[-1][2] + whole[-1][1] - whole[-1][0] == to:
-            whole[-1] = whole[-1][0], stop, whole[-1][2]
+        if joined and joined[-1][1] == start and joined[-1][2] + joined[-1][1] - joined[-1][0] == to:
+            joined[-1] = joined[-1][0], stop, joined[-1][2]
         else:
-            whole.append((start, stop, to))
-    return whole
+            joined.append((start, stop, to))
+    return joined

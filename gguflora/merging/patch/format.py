@@ -1,16 +1,16 @@
-"""A patch file: from the bytes of one GGUF file to those of another.
+"""The patch file format, which turns one GGUF file into another.
 
 ::
 
-    magic, version, lengths of what follows, SHA-256 of the next three     PREAMBLE
-    JSON: base and result (name, size, SHA-256), adapters, rounding        Facts
-    ranges of the base that are copied                                     COPY each
-    what is made of the base's bytes by a difference, or anew              RECORD each
-    the records' payloads, one after the other                             see `gguflora.merging.patch.coding`
+    magic, version, lengths of the following sections, SHA-256 of the next three   PREAMBLE
+    JSON: base and result (name, size, SHA-256), adapters, rounding                Facts
+    ranges that are copied from the base                                           COPY each
+    ranges that are encoded as a difference from the base, or from zeros           RECORD each
+    the records' payloads, one after the other                                     see `gguflora.merging.patch.coding`
 
-All numbers are little-endian. Copies and records are in the order of the result and fill it without gaps. Every byte of
-the file is under a checksum, every length is checked before it is used, and nothing decompresses to more than its
-record says.
+All numbers are little-endian. Copies and records are sorted by their offset in the result and fill it without gaps.
+Every byte of the file is covered by a checksum, every length is checked before use, and no payload decompresses to more
+than its record says.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ MAGIC: Final = b"gguflora"
 VERSION: Final = 1
 MAX_JSON: Final = 1 << 20
 MAX_LENGTH: Final = 4 << 20
-"""Most bytes that one record makes."""
+"""Highest number of bytes of the result in one record."""
 
 _PREAMBLE: Final = struct.Struct("<8sIIQQ32s")
-_NOTHING: Final = 2**64 - 1
+_NO_SOURCE: Final = 2**64 - 1
 _COPY: Final = np.dtype([("first", "<u8"), ("last", "<u8"), ("to", "<u8")])
 _RECORD: Final = np.dtype(
     [
@@ -51,23 +51,23 @@ _RECORD: Final = np.dtype(
 )  # fmt: skip
 
 Range = tuple[int, int, int]
-"""First and last (exclusive) byte in the base, and where they go."""
+"""Start and stop in the base, and the offset in the result."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Bytes of the result that are not copied.
+    """A range of the result that is encoded as a difference.
 
     Attributes:
-        to: where they go.
-        source: where the base's bytes lie that they are made of; None where they are made of zeros.
-        length: number of them.
-        grain: of the difference.
-        at: where the payload lies in its file.
-        size: of the payload.
+        to: offset in the result.
+        source: offset of the base's bytes; None if the difference is from zeros.
+        length: number of bytes in the result.
+        grain: structure of the bytes.
+        at: offset of the payload in its file.
+        size: bytes of the payload.
         crc: CRC-32 of the payload.
         old: `checksum` of the base's bytes.
-        new: `checksum` of the result's.
+        new: `checksum` of the result's bytes.
     """
 
     to: int
@@ -83,18 +83,18 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Where a patch leads from and to, and what it merges.
+    """Metadata of a patch: its base, its result, and what was merged.
 
     Attributes:
-        base_name: name of the base file, or of the first file of a split base.
-        base_size: its size in bytes, of all files.
-        base_sha256: its SHA-256, of all files one after the other.
+        base_name: name of the base file; for a split base, of its first file.
+        base_size: size of the base in bytes; for a split base, of all its files.
+        base_sha256: SHA-256 of the base; for a split base, of all its files concatenated.
         merged_sizes: sizes of the result's files in bytes.
-        merged_sha256: its SHA-256, as the base's.
+        merged_sha256: SHA-256 of the result; for a split model, of all its files concatenated.
         adapters: name, SHA-256 and scale of each adapter.
-        rounding: ``adaptive`` or ``nearest``.
-        seed: of the adaptive rounding.
-        version: of the gguflora that made the patch.
+        rounding: ``adaptive`` (stochastic rounding) or ``nearest``.
+        seed: seed of the stochastic rounding.
+        version: version of gguflora that made the patch.
     """
 
     base_name: str
@@ -114,13 +114,13 @@ class Facts:
 
     @property
     def merged(self) -> str:
-        """What is merged, for people."""
+        """The adapters and their scales, as text for messages."""
         return ", ".join(f"{name} x {scale:g}" for name, _, scale in self.adapters)
 
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """Copies and records in the order of the result; payloads are read from ``handle`` when needed."""
+    """A patch: copies and records in the order of the result. Payloads are read from ``handle`` when needed."""
 
     path: Path
     handle: int
@@ -129,10 +129,10 @@ class Patch:
     records: Sequence[Record]
 
     def payload(self, record: Record) -> bytes:
-        """The payload of a record.
+        """Read the payload of a record.
 
         Raises:
-            PatchError: if it is damaged.
+            PatchError: if the payload is damaged.
         """
         content = os.pread(self.handle, record.size, record.at)
         if len(content) != record.size or zlib.crc32(content) != record.crc:
@@ -141,16 +141,16 @@ class Patch:
 
 
 def checksum(content: Bytes) -> int:
-    """64 bits that tell stretches of bytes apart."""
+    """Return the first 64 bits of the SHA-256 of bytes."""
     return int.from_bytes(hashlib.sha256(content.data).digest()[:8], "little")
 
 
 @contextmanager
 def open_patch(path: Path) -> Iterator[Patch]:
-    """A patch file, checked but for the payloads, which are checked as they are read.
+    """Open and check a patch file. Payloads are checked when they are read.
 
     Raises:
-        PatchError: if the file is missing, damaged or no patch.
+        PatchError: if the file is missing or damaged, or is not a patch.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe must not block
@@ -165,10 +165,10 @@ def open_patch(path: Path) -> Iterator[Patch]:
 
 
 def write_patch_file(output: IO[bytes], patch: Patch) -> None:
-    """Write a patch, whose payloads may lie elsewhere in any order, as a file."""
+    """Write a patch file. The payloads are read from the patch's handle, in any order."""
     text = json.dumps(asdict(patch.facts), sort_keys=True).encode()
     copies = np.array([tuple(copied) for copied in patch.copies], _COPY)
-    records = np.array([_packed(record) for record in patch.records], _RECORD)
+    records = np.array([_to_row(record) for record in patch.records], _RECORD)
     tables = text + copies.tobytes() + records.tobytes()
     digest = hashlib.sha256(tables).digest()
     output.write(_PREAMBLE.pack(MAGIC, VERSION, len(text), len(copies), len(records), digest))
@@ -177,8 +177,8 @@ def write_patch_file(output: IO[bytes], patch: Patch) -> None:
         output.write(patch.payload(record))
 
 
-def _packed(record: Record) -> tuple[int, ...]:
-    source = _NOTHING if record.source is None else record.source
+def _to_row(record: Record) -> tuple[int, ...]:
+    source = _NO_SOURCE if record.source is None else record.source
     block, width = record.grain.block, record.grain.width
     return record.to, source, record.length, record.size, block, width, record.crc, record.old, record.new
 
@@ -193,60 +193,60 @@ def _read(path: Path, handle: int) -> Patch:
         raise PatchError(f"{path}: has version {version} of the format, expected {VERSION}; use a newer gguflora")
     n_tables = n_text + n_copies * _COPY.itemsize + n_records * _RECORD.itemsize
     if n_text > MAX_JSON or _PREAMBLE.size + n_tables > size:
-        raise _damaged(path, f"claims {n_copies} copies and {n_records} records, more than it has room for")
+        raise _damage_error(path, f"claims {n_copies} copies and {n_records} records, which its size cannot hold")
     tables = os.pread(handle, n_tables, _PREAMBLE.size)
     if hashlib.sha256(tables).digest() != digest:
-        raise _damaged(path, "the checksum of its tables is wrong")
-    facts = _facts(path, tables[:n_text])
+        raise _damage_error(path, "the checksum of its tables is wrong")
+    facts = _parse_facts(path, tables[:n_text])
     copies = np.frombuffer(tables, _COPY, n_copies, n_text)
     records = np.frombuffer(tables, _RECORD, n_records, n_text + copies.nbytes)
-    patch = Patch(path, handle, facts, copies.tolist(), _unpacked(records, _PREAMBLE.size + n_tables))
+    patch = Patch(path, handle, facts, copies.tolist(), _from_table(records, _PREAMBLE.size + n_tables))
     _check(patch, size, _PREAMBLE.size + n_tables)
     return patch
 
 
-def _unpacked(table: NDArray[np.void], at: int) -> list[Record]:
+def _from_table(table: NDArray[np.void], at: int) -> list[Record]:
     records = []
     for to, source, length, size, block, width, crc, old, new in table.tolist():
-        known = None if source == _NOTHING else source
+        known = None if source == _NO_SOURCE else source
         records.append(Record(to, known, length, Grain(block, width), at, size, crc, old, new))
         at += size
     return records
 
 
-def _facts(path: Path, text: bytes) -> Facts:
+def _parse_facts(path: Path, text: bytes) -> Facts:
     try:
         given = json.loads(text)
         adapters = tuple((str(name), str(sha256), float(scale)) for name, sha256, scale in given.pop("adapters"))
         sizes = tuple(int(size) for size in given.pop("merged_sizes"))
         facts = Facts(**given, adapters=adapters, merged_sizes=sizes)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise _damaged(path, f"its facts are not as expected ({error})") from error
+        raise _damage_error(path, f"its metadata is not as expected ({error})") from error
     for field in fields(Facts):
         kind = type(getattr(facts, field.name)).__name__
         if not field.type.startswith(kind):
-            raise _damaged(path, f"its {field.name} is of type {kind}")
+            raise _damage_error(path, f"its {field.name} is of type {kind}")
     return facts
 
 
 def _check(patch: Patch, size: int, n_before: int) -> None:
-    """Raise unless the result is filled without gaps, out of the base, by payloads that fill the file."""
+    """Raise ``PatchError`` unless copies and records fill the result without gaps and payloads fill the file."""
     facts = patch.facts
     places = [(to, last - first, last) for first, last, to in patch.copies]
     places += [(r.to, r.length, 0 if r.source is None else r.source + r.length) for r in patch.records]
     end = 0
     for to, length, source_end in sorted(places):
         if to != end or length <= 0 or source_end > facts.base_size:
-            raise _damaged(patch.path, f"what it has for byte {to} of the result does not fit")
+            raise _damage_error(patch.path, f"its copies and records leave a gap or overlap at byte {to} of the result")
         end = to + length
     if end != facts.merged_size or min(facts.merged_sizes) <= 0:
-        raise _damaged(patch.path, f"makes {end} bytes, but states {facts.merged_size}")
+        raise _damage_error(patch.path, f"its copies and records make {end} bytes, expected {facts.merged_size}")
     for record in patch.records:
         if record.length > MAX_LENGTH or not record.grain.fits(record.length):
-            raise _damaged(patch.path, f"a record makes {record.length} bytes in a way that cannot be")
+            raise _damage_error(patch.path, f"a record of {record.length} bytes does not consist of whole blocks")
     if n_before + sum(record.size for record in patch.records) != size:
-        raise _damaged(patch.path, f"its size is {size}, which is not what its records say")
+        raise _damage_error(patch.path, f"its size is {size}, which does not match its records")
 
 
-def _damaged(path: Path, what: str) -> PatchError:
-    return PatchError(f"{path}: {what}; the file is damaged or incomplete")
+def _damage_error(path: Path, problem: str) -> PatchError:
+    return PatchError(f"{path}: {problem}; the file is damaged or incomplete")
