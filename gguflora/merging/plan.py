@@ -166,7 +166,9 @@ def _check_type(file: GgufFile, target: ChangedTensor, rounding: RoundingOptions
             f"{location} has rows of {source.n_in} weights, which cannot be stored as {kind.name} (a multiple of "
             f"{kind.block_weights} is needed); give it another type with --type {source.name}=Q8_0, for example"
         )
-    is_stochastic = kind == source.type and kind.supports_stochastic and rounding.mode == "adaptive" and not from_unquantized
+    is_stochastic = (
+        kind == source.type and kind.supports_stochastic and rounding.mode == "adaptive" and not from_unquantized
+    )
     importance = rounding.importance(target, 0) if len(target.shape) > 1 else None
     if kind.needs_imatrix and importance is None and not is_stochastic:
         raise QuantizationError(
