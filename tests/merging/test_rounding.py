@@ -109,7 +109,7 @@ def test_warns_where_the_noise_is_a_hundredfold(tmp_path):
     kept, _ = merged(base_of("Q4_K_M"), tmp_path / "out.gguf")
     drowned = gguflora.merge(base_of("Q4_K_M"), [(adapter_of(), SCALE / 100)], tmp_path / "out.gguf", force=True)
     assert drowned.total.snr_db < -20 < kept.total.snr_db
-    assert "weak for the types" in drowned.warnings[-1]
+    assert "too small for the types" in drowned.warnings[-1]
 
 
 def test_change_that_no_grid_holds(tmp_path):
