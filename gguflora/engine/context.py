@@ -20,7 +20,7 @@ from gguflora.engine.model import Model
 from gguflora.engine.registry import NO_ADAPTERS, AdapterPhase, Embeddings
 from gguflora.errors import DivergedError, EngineError, GenerationError
 from gguflora.placement.prefix import Prefix
-from gguflora.runtime.bindings import axes_of_embeddings, captured_log, put_prefix
+from gguflora.runtime.bindings import captured_log, position_factors, put_prefix
 from gguflora.runtime.concatenated_adapters import ConcatenatedAdapters
 from gguflora.runtime.llama_internals import kv_bytes_of
 
@@ -118,7 +118,7 @@ class Context:
     def __init__(self, model: Model, options: ContextOptions, fused: ConcatenatedAdapters) -> None:
         self._model = model
         self._fused = fused
-        with captured_log(least=_INFO) as log:
+        with captured_log(min_level=_INFO) as log:
             pointer = llama_cpp.llama_init_from_model(model.pointer, _parameters(options))
         if not pointer:
             raise EngineError(f"llama.cpp could not make a context of {options.n_ctx} tokens: {' '.join(log).strip()}")
@@ -131,7 +131,7 @@ class Context:
         self.identity: Identity | None = None
         self.used = 0.0
         self._applied = NO_ADAPTERS
-        self._batch = _Batch(self.n_batch, axes_of_embeddings(model.pointer))
+        self._batch = _Batch(self.n_batch, position_factors(model.pointer))
         self._outputs: dict[int, Slot] = {}
         self._unproven: set[int] = set()  # ids of slots whose last logits nobody has seen to be finite
         self._poisoned = False

@@ -13,7 +13,7 @@ import llama_cpp
 from llama_cpp import llama_chat_format
 
 from gguflora.errors import EngineError, RequestError
-from gguflora.runtime.bindings import captured_log
+from gguflora.runtime.bindings import captured_log, reason_of
 from gguflora.runtime.llama_internals import silence
 
 _PLAIN_TEMPLATE: Final = (
@@ -42,8 +42,7 @@ class Model:
         with captured_log() as log:
             pointer = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
         if not pointer:
-            said = " ".join("".join(log).split()) or "it gave no reason"
-            raise EngineError(f"{path}: llama.cpp could not load this model: {said}")
+            raise EngineError(f"{path}: llama.cpp could not load this model: {reason_of(log)}")
         self.pointer: Any = pointer
         self._vocab = llama_cpp.llama_model_get_vocab(pointer)
         self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self._vocab))

@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python: adapters of a running model, attached and swapped without a stale KV cache."""
+"""Attach and swap adapters of a running llama-cpp-python model without leaving a stale KV cache."""
 
 from gguflora.runtime.attached import Adapters, attach
 

@@ -1,4 +1,4 @@
-"""From an adapter on disk to a GGUF LoRA file that llama.cpp can load safely."""
+"""Turn an adapter on disk into a GGUF LoRA file that llama.cpp can load safely."""
 
 from __future__ import annotations
 
@@ -18,16 +18,25 @@ from gguflora.files.checksum import sha256_of
 from gguflora.lora.convert import convert
 from gguflora.lora.preflight import check_loadable
 
-_TIMES_THE_BASE: Final = 32
-_ALWAYS_READ: Final = 1 << 30
+_MAX_TIMES_BASE: Final = 32
+"""A file larger than this many times the base cannot be one of its adapters."""
 
-_KEPT_FILES: Final = 32
-"""How many converted adapters the cache keeps, newest first."""
+_ALWAYS_ALLOWED_BYTES: Final = 1 << 30
+
+_MAX_CACHED_FILES: Final = 32
+"""Number of converted adapters in the cache; the least recently used ones are deleted."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSource:
-    """A checked GGUF LoRA file, its SHA-256, its size in bytes, and the method that trained it."""
+    """A GGUF LoRA file that has been checked against the base.
+
+    Attributes:
+        file: path of the GGUF LoRA file.
+        sha256: SHA-256 of the file, in hexadecimal.
+        size: size of the file in bytes.
+        method: PEFT's name of the training method, such as "LORA".
+    """
 
     file: Path
     sha256: str
@@ -36,11 +45,18 @@ class AdapterSource:
 
 
 def open_adapter(location: Path, base: BaseModel) -> AdapterSource:
-    """The GGUF LoRA at ``location``, or the one converted of the PEFT directory there, checked against ``base``.
+    """Return a GGUF LoRA file for the adapter at ``location``, checked against ``base``.
+
+    A PEFT directory is converted first; the result is cached.
+
+    Args:
+        location: GGUF LoRA file or PEFT directory.
+        base: model that will run the adapter.
 
     Raises:
-        HotSwapError: if there is nothing, or it does not fit the base, or llama.cpp would abort or ignore a part of it.
-        GgufError, AdapterError, ArchitectureError, MismatchError: if it cannot be read or converted.
+        HotSwapError: if ``location`` does not exist, does not fit the base, or holds tensors that would make llama.cpp
+            abort or that it would ignore.
+        GgufError, AdapterError, ArchitectureError, MismatchError: if the adapter cannot be read or converted.
     """
     if not location.exists():
         raise HotSwapError(f"{location}: no such file or directory; expected a GGUF LoRA file or a PEFT directory")
@@ -53,13 +69,13 @@ def open_adapter(location: Path, base: BaseModel) -> AdapterSource:
 
 
 def cache_folder() -> Path:
-    """Where converted adapters are kept: ``gguflora/adapters`` below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return the directory of converted adapters: ``gguflora/adapters`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     below = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(below) / "gguflora" / "adapters"
 
 
 def _converted(folder: Path, base: BaseModel) -> Path:
-    """A PEFT directory as a GGUF LoRA, from the cache where it was converted for this base before."""
+    """Convert a PEFT directory to a GGUF LoRA file, or take the file of an earlier conversion from the cache."""
     cache = cache_folder()
     file = cache / f"{_cache_key(folder, base)}.gguf"
     if not file.exists():
@@ -74,7 +90,10 @@ def _converted(folder: Path, base: BaseModel) -> Path:
 
 
 def _cache_key(folder: Path, base: BaseModel) -> str:
-    """Hash of all that a conversion depends on; of the base, large as it is, its place, size and time."""
+    """Hash everything that a conversion depends on.
+
+    The base is too large to read each time, so its path, size and modification time stand for its content.
+    """
     stat = base.path.stat()
     digest = hashlib.sha256(
         json.dumps([__version__, str(base.path.resolve()), stat.st_size, stat.st_mtime_ns]).encode()
@@ -87,26 +106,26 @@ def _cache_key(folder: Path, base: BaseModel) -> str:
 
 
 def _check_sizes(files: Sequence[Path], base_bytes: int) -> None:
-    """Raise before reading what can be no adapter of such a base for hours."""
-    most = max(_TIMES_THE_BASE * base_bytes, _ALWAYS_READ)
+    """Raise if a file is too large to be an adapter of this base, instead of hashing it for hours."""
+    limit = max(_MAX_TIMES_BASE * base_bytes, _ALWAYS_ALLOWED_BYTES)
     for path in files:
-        if path.stat().st_size > most:
+        if path.stat().st_size > limit:
             raise HotSwapError(
-                f"{path}: has {path.stat().st_size} bytes, more than {_TIMES_THE_BASE} times those of the base: "
-                "this is no adapter of it"
+                f"{path}: has {path.stat().st_size} bytes, more than {_MAX_TIMES_BASE} times the size of the base; "
+                "this cannot be an adapter of it"
             )
 
 
 def _prune(cache: Path) -> None:
     files = sorted(cache.glob("*.gguf"), key=lambda file: file.stat().st_mtime, reverse=True)
-    for file in files[_KEPT_FILES:]:
+    for file in files[_MAX_CACHED_FILES:]:
         file.unlink(missing_ok=True)
 
 
 def _method(folder: Path) -> str:
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # an mlx directory, say: converted all the same
+    except (OSError, ValueError):  # for example a directory of mlx-lm, which has no such file
         return "LORA"
     method = config.get("peft_type") if isinstance(config, dict) else None
     return method if isinstance(method, str) else "LORA"

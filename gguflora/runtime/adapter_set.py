@@ -1,4 +1,4 @@
-"""The adapters that are applied at one time, and how a KV cache knows them."""
+"""The adapters that a Llama has loaded and applied, and the identity that its KV cache depends on."""
 
 from __future__ import annotations
 
@@ -18,33 +18,35 @@ BASE: Final = ""
 """Identity of the empty adapter set."""
 
 
-_Untyped: TypeAlias = Any
-"""An object of llama_cpp, which has no types."""
+Untyped: TypeAlias = Any
+"""An object of llama_cpp, which has no type annotations."""
 
 
 def identity_of(adapters: Sequence[tuple[str, float]]) -> str:
-    """Identity of a set of (SHA-256 of the file, scale): equal sets compute equal logits, whatever their names."""
+    """Return a hash of (SHA-256 of the file, scale) pairs; sets with equal hashes compute equal logits."""
     parts = sorted(f"{sha256}@{np.float32(scale).tobytes().hex()}" for sha256, scale in adapters)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else BASE
 
 
 class AttachedSet:
-    """The adapters one Llama has loaded and applied. Belongs to the Llama and does not refer to it.
+    """The adapters that one Llama has loaded and applied.
+
+    The Llama owns this object; the object does not refer back to it, so that dropping the Llama frees it.
 
     Attributes:
-        turn: who may use the Llama.
-        lock: held around every change, and while the Llama computes.
-        loaded: by name.
-        active: scale by name, of those applied; none is 0.
-        origin: identity of the set found when gguflora was attached.
-        identity: of the set in force.
-        changes: how often the identity has changed.
-        closed: whether everything is unset and freed.
-        starts: where the activated LoRAs begin in the tokens evaluated so far.
-        planned: whether `starts` holds for what is evaluated next, too: while tokens are being generated.
+        llama_lock: gives one call or generation at a time the use of the Llama.
+        lock: held while the Llama computes and while its adapters change.
+        loaded: the loaded adapters by name.
+        active: scale of each applied adapter by name; never 0.
+        origin: identity of the set that was applied when gguflora was attached.
+        identity: identity of the set applied now.
+        changes: number of times that the identity has changed.
+        closed: whether all adapters are unset and freed.
+        starts: position of the first token that each activated LoRA computes, in the tokens evaluated so far.
+        planned: whether `starts` is already right for the tokens evaluated next; true while tokens are generated.
     """
 
-    def __init__(self, context: _Untyped, model: _Untyped, fused: ConcatenatedAdapters) -> None:
+    def __init__(self, context: Untyped, model: Untyped, fused: ConcatenatedAdapters) -> None:
         self._context = context
         self._model = model
         self._fused = fused
@@ -60,16 +62,16 @@ class AttachedSet:
 
     @property
     def invocations(self) -> dict[str, tuple[int, ...]]:
-        """Invocation tokens of the activated LoRAs that are applied."""
+        """Invocation tokens of the applied activated LoRAs, by name."""
         return {name: self.loaded[name].invocation for name in self.active if self.loaded[name].invocation}
 
     @property
     def prefix(self) -> Prefix | None:
-        """The soft prompt that is applied."""
+        """The applied soft prompt, if there is one."""
         return next((self.loaded[name].prefix for name in self.active if self.loaded[name].prefix), None)
 
     def set_active(self, active: Mapping[str, float]) -> bool:
-        """Put ``active`` in force; returns whether that changes what the model computes."""
+        """Apply the adapters of ``active`` (scale by name); return whether this changes what the model computes."""
         self._set(active)
         self.active, self.starts = dict(active), {}
         identity = identity_of([(self.loaded[name].sha256, scale) for name, scale in active.items()])
@@ -80,7 +82,7 @@ class AttachedSet:
         return changed
 
     def set_started(self, started: frozenset[str]) -> None:
-        """Let the context compute with the applied adapters, of the activated LoRAs only with those that have begun."""
+        """Set the context's adapters to the applied ones, without activated LoRAs that are not in ``started``."""
         waiting = self.invocations.keys() - started
         self._set({name: scale for name, scale in self.active.items() if name not in waiting})
 
@@ -90,7 +92,7 @@ class AttachedSet:
         self._fused.apply(self._context.ctx, parts)
 
     def free(self, name: str) -> None:
-        """Forget an adapter that is not active, and free it if it is gguflora's."""
+        """Unload an adapter that is not active, and free its memory if gguflora owns it."""
         adapter = self.loaded.pop(name)
         self._fused.drop(adapter.sha256)
         if adapter.owned:
@@ -105,7 +107,7 @@ class AttachedSet:
             if self._context.ctx is not None:
                 self.set_active({})
             self.active = {}
-            if self._model.model is None:  # freed by hand, and its adapters with it
+            if self._model.model is None:  # somebody freed the model, and its adapters with it
                 self.loaded.clear()
             else:
                 self._fused.free()
@@ -114,5 +116,5 @@ class AttachedSet:
 
 
 def describe(active: Mapping[str, float]) -> str:
-    """An adapter set in words."""
+    """Describe an adapter set in words, for messages."""
     return ", ".join(f"{name} at {scale:g}" for name, scale in active.items()) or "no adapter"

@@ -1,7 +1,8 @@
 """Activated LoRA (aLoRA, https://arxiv.org/abs/2504.12397): an adapter that begins at its invocation tokens.
 
-What precedes them is computed without the adapter, so its keys and values are the base's. An adapter begins where its
-invocation tokens occur last in the prompt, and not at all if they do not (``calculate_alora_offsets`` of PEFT 0.21).
+The tokens before them are computed without the adapter, so their keys and values are those of the base. An adapter
+begins at the last occurrence of its invocation tokens in the prompt, and does not begin if they do not occur
+(``calculate_alora_offsets`` in PEFT 0.21).
 """
 
 from __future__ import annotations
@@ -12,26 +13,26 @@ from itertools import pairwise
 import numpy as np
 
 Starts = Mapping[str, int | None]
-"""Where each activated LoRA of a set begins, by its name; None if it does not."""
+"""Position of the token at which each activated LoRA begins, by name; None if it does not begin."""
 
 
 def start_of(tokens: Sequence[int], invocation: Sequence[int]) -> int | None:
-    """Where the invocation tokens occur last."""
-    sequence, wanted = np.asarray(tokens, np.int64), np.asarray(invocation, np.int64)
-    if not 0 < len(wanted) <= len(sequence):
+    """Return the position of the last occurrence of ``invocation`` in ``tokens``; None if there is none."""
+    sequence, pattern = np.asarray(tokens, np.int64), np.asarray(invocation, np.int64)
+    if not 0 < len(pattern) <= len(sequence):
         return None
-    places = np.lib.stride_tricks.sliding_window_view(sequence, len(wanted))
-    found = np.flatnonzero((places == wanted).all(axis=1))
-    return int(found[-1]) if len(found) else None
+    windows = np.lib.stride_tricks.sliding_window_view(sequence, len(pattern))
+    matches = np.flatnonzero((windows == pattern).all(axis=1))
+    return int(matches[-1]) if len(matches) else None
 
 
 def starts_of(tokens: Sequence[int], invocations: Mapping[str, Sequence[int]]) -> dict[str, int | None]:
-    """Where each adapter begins in a prompt, given its invocation tokens."""
+    """Return the position at which each adapter begins in a prompt, given the invocation tokens by adapter name."""
     return {name: start_of(tokens, invocation) for name, invocation in invocations.items()}
 
 
 def n_in_common(before: Starts, after: Starts, n_tokens: int) -> int:
-    """How many of the first ``n_tokens`` tokens are computed by the same adapters under both."""
+    """Return how many of the first ``n_tokens`` tokens the same adapters compute before and after."""
     for name in after:
         old, new = (n_tokens if start is None else start for start in (before.get(name), after[name]))
         if old != new:
@@ -39,9 +40,9 @@ def n_in_common(before: Starts, after: Starts, n_tokens: int) -> int:
     return n_tokens
 
 
-def segments(first: int, last: int, starts: Starts) -> Iterator[tuple[int, int, frozenset[str]]]:
-    """The tokens ``first`` to ``last`` - 1 cut where an adapter begins: (begin, end, adapters that have begun)."""
-    known = {name: start for name, start in starts.items() if start is not None}
-    borders = sorted({first, last, *(start for start in known.values() if first < start < last)})
-    for set_started, end in pairwise(borders):
-        yield set_started, end, frozenset(name for name, start in known.items() if start <= set_started)
+def segments(start: int, stop: int, starts: Starts) -> Iterator[tuple[int, int, frozenset[str]]]:
+    """Cut a range of tokens where an adapter begins; yield (start, stop, adapters that have begun) of each segment."""
+    known = {name: at for name, at in starts.items() if at is not None}
+    borders = sorted({start, stop, *(at for at in known.values() if start < at < stop)})
+    for segment_start, segment_stop in pairwise(borders):
+        yield segment_start, segment_stop, frozenset(name for name, at in known.items() if at <= segment_start)

@@ -1,5 +1,7 @@
 """Hot-swapping: load, apply, rescale and remove adapters of a running ``llama_cpp.Llama``.
 
+::
+
     adapters = gguflora.attach(llm)
     adapters.load("legal", "legal.gguf")
     adapters.apply(legal=0.75)
@@ -8,7 +10,8 @@
         ...
     adapters.close()                       # the base model again
 
-Changing the set forgets the tokens evaluated so far (``llm.n_tokens`` is 0): none of them may answer for another set.
+A change of the adapter set discards the tokens evaluated so far (``llm.n_tokens`` becomes 0), because their keys and
+values were computed with other adapters.
 """
 
 from __future__ import annotations
@@ -39,12 +42,16 @@ if TYPE_CHECKING:
 
 
 def attach(llm: Any) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only where it is used, and has no types)
-    """Adapters of ``llm``, a ``llama_cpp.Llama``; attached twice, the same ones.
+    """Make the adapters of a ``llama_cpp.Llama`` swappable; a second call returns the same set of adapters.
 
-    The adapter of ``Llama(lora_path=...)`` is taken over under the file's stem, loaded and active with its scale.
+    An adapter given as ``Llama(lora_path=...)`` becomes a loaded adapter named after its file's stem, active at its
+    scale.
+
+    Args:
+        llm: an open ``llama_cpp.Llama``.
 
     Raises:
-        HotSwapError: if ``llm`` is no open Llama.
+        HotSwapError: if ``llm`` is not an open Llama, or its version of llama-cpp-python lacks what is needed.
         MissingExtraError: if llama-cpp-python is not installed.
     """
     try:
@@ -84,7 +91,7 @@ def _adopt(llm: Any, adapters: AttachedSet, *, active: bool) -> None:  # noqa: A
     path = Path(llm.lora_path)
     try:
         sha256 = sha256_of(path)
-    except OSError:  # the file has gone since: like no other
+    except OSError:  # the file is gone: treat the adapter as different from every other
         sha256 = uuid.uuid4().hex
     invocation = invocation_of(pointer)
     adapters.loaded[path.stem] = HotAdapter(path.stem, sha256, pointer, path, owned=False, invocation=invocation)
@@ -97,17 +104,17 @@ def _adopt(llm: Any, adapters: AttachedSet, *, active: bool) -> None:  # noqa: A
 
 
 class Adapters:
-    """The adapters of one ``llama_cpp.Llama``, made by `attach`; a context manager that closes them.
+    """The adapters of one ``llama_cpp.Llama``, made by `attach`. As a context manager it closes them on exit.
 
-    A change of the adapter set (`apply`, `remove`, `unload`, `using`) forgets the tokens evaluated so far, unless the
-    new set is equal to the one in force (same files, same scales). Entries of ``llm.set_cache`` are kept apart by set.
-    A state from ``llm.save_state`` can be loaded under its own set only, and ``llm.generate`` cannot go on across a
-    change: both raise `HotSwapError`. After `close` nothing is checked any more.
+    A change of the adapter set (`apply`, `remove`, `unload`, `using`) discards the tokens evaluated so far, unless the
+    new set equals the current one (same files, same scales). ``llm.set_cache`` keeps separate entries for each set. A
+    state from ``llm.save_state`` can be loaded only under the set it was saved with, and ``llm.generate`` cannot
+    continue after a change: both raise `HotSwapError`. After `close` these checks end.
 
-    Calls from several threads take turns: one call or generation at a time uses the Llama, the others wait. A
-    generation whose adapters another thread changes between its tokens raises `HotSwapError` when it goes on.
+    Threads take turns: one call or one generation uses the Llama, the others wait. If another thread changes the
+    adapters between two tokens of a generation, the generation raises `HotSwapError` when it continues.
 
-    Closing the Llama frees its adapters first; a method called after that, or after `close`, raises `HotSwapError`.
+    Closing the Llama frees its adapters first. A method called after that, or after `close`, raises `HotSwapError`.
     """
 
     def __init__(self, llm: Any, adapters: AttachedSet) -> None:  # noqa: ANN401
@@ -117,7 +124,7 @@ class Adapters:
 
     @property
     def active(self) -> dict[str, float]:
-        """Scale of each adapter that is applied; those at scale 0 are not."""
+        """Scale of each applied adapter, by name. An adapter at scale 0 is not applied."""
         return dict(self._set.active)
 
     @property
@@ -130,14 +137,14 @@ class Adapters:
         """Load an adapter without applying it.
 
         Args:
-            name: what to call it from now on.
-            path: a GGUF LoRA file, or a PEFT directory: a soft prompt is read, anything else is converted first.
-            task: which task of a MULTITASK_PROMPT_TUNING adapter; may be left out where there is one.
+            name: name of the adapter in later calls.
+            path: a GGUF LoRA file, or a PEFT directory: a soft prompt is read, any other adapter is converted first.
+            task: number of the task of a MULTITASK_PROMPT_TUNING adapter; optional if it has only one.
 
         Raises:
-            HotSwapError: if the name is taken, or the adapter does not fit the base, or llama.cpp refuses it or would
+            HotSwapError: if the name is taken, the adapter does not fit the base, or llama.cpp refuses it or would
                 abort.
-            GgufError: if the adapter is damaged, or the file of the base cannot be read any more.
+            GgufError: if the adapter is damaged, or the base's file can no longer be read.
             AdapterError, ArchitectureError, MismatchError: if the PEFT directory cannot be converted for this base.
         """
         location = Path(path)
@@ -155,19 +162,23 @@ class Adapters:
             _check_prefix_fits(location, prefix.n_tokens, self._llm.n_ctx())
             return HotAdapter(name, prefix.sha256, None, location, prefix=prefix)
         if task is not None:
-            raise HotSwapError(f"{location}: is no soft prompt, so it has no task {task}")
+            raise HotSwapError(f"{location}: is not a soft prompt, so it has no task {task}")
         source = open_adapter(location, self._base)
         pointer = load_lora(self._llm.model, source.file)
         return HotAdapter(name, source.sha256, pointer, location, invocation=invocation_of(pointer))
 
     def apply(self, scales: Mapping[str, float] | None = None, /, **more: float) -> None:
-        """Make these adapters, each at its scale, the complete set; without arguments the base model answers.
+        """Apply exactly these adapters, each at its scale; without arguments, no adapter.
 
-        Negative scales are allowed, 0 means off. A soft prompt is on (1) or off (0), and only one can be on. If this
-        raises, the set before stays in force.
+        Negative scales are allowed, and 0 means off. A soft prompt is on (1) or off (0), and only one can be on. If
+        this raises, the previous set stays applied.
+
+        Args:
+            scales: scale by adapter name, for names that are not Python identifiers.
+            **more: scales of further adapters, by name.
 
         Raises:
-            HotSwapError: if a name is unknown or given twice, or a scale is no finite number.
+            HotSwapError: if a name is unknown or given twice, or a scale is not a finite number.
         """
         with self._open() as adapters:
             active = _checked_scales(scales, more, adapters)
@@ -175,7 +186,7 @@ class Adapters:
             self._change(active)
 
     def remove(self, name: str) -> None:
-        """Take an adapter out of the set; it stays loaded.
+        """Stop applying an adapter; it stays loaded.
 
         Raises:
             HotSwapError: if no adapter of this name is loaded.
@@ -185,7 +196,7 @@ class Adapters:
             self._change({other: scale for other, scale in adapters.active.items() if other != name})
 
     def unload(self, name: str) -> None:
-        """Take an adapter out of the set and free it.
+        """Stop applying an adapter and free it.
 
         Raises:
             HotSwapError: if no adapter of this name is loaded.
@@ -196,9 +207,9 @@ class Adapters:
 
     @contextmanager
     def using(self, scales: Mapping[str, float] | None = None, /, **more: float) -> Iterator[Adapters]:
-        """`apply` for the length of a ``with`` block; the set before is back afterwards, whatever happens inside.
+        """`apply` the adapters for the length of a ``with`` block, and apply the previous set at its end.
 
-        Adapters of the set before that were unloaded inside the block do not come back.
+        The previous set returns even if the block raises, except for adapters that the block has unloaded.
         """
         with self._open() as adapters:
             before = {name: (adapters.loaded[name], scale) for name, scale in adapters.active.items()}
@@ -217,7 +228,7 @@ class Adapters:
                     )
 
     def close(self) -> None:
-        """Unset and free all adapters: ``llm`` is the base model again. Idempotent, also after ``llm.close()``."""
+        """Free all adapters, so that ``llm`` is the base model again. Idempotent, also after ``llm.close()``."""
         from gguflora.runtime import guarded_llama  # noqa: PLC0415
 
         with self._set.lock:
@@ -262,7 +273,7 @@ class Adapters:
         if prefix is None:
             return
         try:
-            self._set.set_started(frozenset())  # an activated LoRA does not compute the soft prompt
+            self._set.set_started(frozenset())  # activated LoRAs must not take part in computing the soft prompt
             bindings.put_prefix(self._llm.ctx, prefix)
         except GgufloraError:
             self._set.set_active(before)
@@ -270,7 +281,7 @@ class Adapters:
             raise
 
     def _forget(self) -> None:
-        """Forget the tokens evaluated so far."""
+        """Discard the tokens evaluated so far."""
         from gguflora.runtime.bindings import clear_memory  # noqa: PLC0415
         from gguflora.runtime.llama_internals import set_room  # noqa: PLC0415
 
@@ -282,9 +293,9 @@ class Adapters:
 
 def _check_new_name(name: str, adapters: AttachedSet) -> None:
     if not isinstance(name, str) or not name:
-        raise HotSwapError(f"the name of an adapter is a non-empty string, found {name!r}")
+        raise HotSwapError(f"the name of an adapter must be a non-empty string, found {name!r}")
     if name in adapters.loaded:
-        raise HotSwapError(f"an adapter named {name!r} is loaded already; unload it first, or take another name")
+        raise HotSwapError(f"an adapter named {name!r} is loaded already; unload it first, or use another name")
 
 
 def _find(name: str, adapters: AttachedSet) -> HotAdapter:
@@ -298,18 +309,18 @@ def _find(name: str, adapters: AttachedSet) -> HotAdapter:
 def _checked_scales(
     scales: Mapping[str, float] | None, more: Mapping[str, float], adapters: AttachedSet
 ) -> dict[str, float]:
-    """Names and scales of the adapters to switch on."""
+    """Return the scales of the adapters to apply, by name, without those at scale 0."""
     if scales is not None and not isinstance(scales, Mapping):
         raise HotSwapError(f"apply needs scales by name, such as {{'legal': 0.75}} or legal=0.75, found {scales!r:.80}")
     first = dict(scales or {})
-    twice = sorted(first.keys() & more.keys())
-    if twice:
-        raise HotSwapError(f"the scale of {twice[0]!r} is given twice")
-    wanted = {**first, **more}
-    for name, scale in wanted.items():
+    repeated = sorted(first.keys() & more.keys())
+    if repeated:
+        raise HotSwapError(f"the scale of {repeated[0]!r} is given twice")
+    requested = {**first, **more}
+    for name, scale in requested.items():
         _find(name, adapters)
         _check_scale(name, scale)
-    return {name: float(scale) for name, scale in wanted.items() if _is_on(scale)}
+    return {name: float(scale) for name, scale in requested.items() if _is_on(scale)}
 
 
 def _check_soft_prompts(scales: Mapping[str, float]) -> None:
@@ -317,14 +328,14 @@ def _check_soft_prompts(scales: Mapping[str, float]) -> None:
         if scale != 1:
             raise HotSwapError(f"{name!r} is a soft prompt, which is on (1) or off (0); found the scale {scale:g}")
     if len(scales) > 1:
-        raise HotSwapError(f"only one soft prompt can precede the prompt, found {', '.join(map(repr, scales))}")
+        raise HotSwapError(f"only one soft prompt can be applied at once, found {', '.join(map(repr, scales))}")
 
 
 def _check_prefix_fits(location: Path, n_tokens: int, n_ctx: int) -> None:
     if n_tokens >= n_ctx:
         raise HotSwapError(
-            f"{location}: a soft prompt of {n_tokens} tokens does not fit into the context of {n_ctx}; open the model "
-            "with a larger n_ctx"
+            f"{location}: a soft prompt of {n_tokens} tokens does not fit into the context of {n_ctx} tokens; open the "
+            "model with a larger n_ctx"
         )
 
 
@@ -340,7 +351,7 @@ def _is_on(scale: float) -> bool:
 
 
 def _as_float32(scale: float) -> float:
-    """What llama.cpp makes of a scale."""
+    """Round a scale as llama.cpp does; infinite if a 32-bit float cannot hold it."""
     try:
         with np.errstate(over="ignore"):
             return float(np.float32(float(scale)))

@@ -1,8 +1,9 @@
-"""What a ``llama_cpp.Llama`` may reuse of earlier work: only what was computed under the adapters now in force.
+"""Guard a ``llama_cpp.Llama`` so that it reuses only tokens computed under the adapters that are applied now.
 
-llama-cpp-python reuses tokens in four ways: the KV cache of its context, ``generate``'s prefix match on it, the caches
-of ``set_cache``, and saved states. None of them knows of adapters. `guard` gives one Llama a class that does, and that
-puts a soft prompt in front of the first token and lets activated LoRAs begin where they should.
+llama-cpp-python reuses tokens in four ways: the KV cache of its context, the prefix match of ``generate``, the caches
+of ``set_cache``, and saved states. None of them considers adapters. `guard` changes the class of one Llama to one that
+does. The class also puts a soft prompt in front of the first token and starts activated LoRAs at their invocation
+tokens.
 """
 
 from __future__ import annotations
@@ -17,19 +18,10 @@ import numpy as np
 
 from gguflora.errors import HotSwapError
 from gguflora.placement.prefix import Prefix
-from gguflora.runtime.adapter_set import BASE, AttachedSet, _Untyped, describe
-from gguflora.runtime.alora import (
-    n_in_common,
-    segments,
-    starts_of,
-)
-from gguflora.runtime.bindings import (
-    begins_with,
-    clear_memory,
-    is_stateful,
-    put_prefix,
-)
-from gguflora.runtime.llama_internals import Guarded, LlamaContext, call_on_close, go_back, reset_asked, wrappers_of
+from gguflora.runtime.adapter_set import BASE, AttachedSet, Untyped, describe
+from gguflora.runtime.alora import n_in_common, segments, starts_of
+from gguflora.runtime.bindings import begins_with, clear_memory, is_stateful, put_prefix
+from gguflora.runtime.llama_internals import Guarded, LlamaContext, call_on_close, reset_asked, rewind, wrappers_of
 
 _ATTRIBUTE: Final = "_gguflora"
 _TAG: Final = "adapter_set"
@@ -38,17 +30,18 @@ _TOKEN_BITS: Final = 32
 
 
 class CachePartition:
-    """The entries of a llama-cpp-python cache that belong to one adapter set, as a cache of its own.
+    """A view of a llama-cpp-python cache that shows only the entries of one adapter set.
 
-    Tokens are moved to a number range of the set's own, so that keys of two sets never share a prefix, in memory and on
-    disk. The set that gguflora found when attached keeps the plain tokens: what was cached before stays within reach.
+    Tokens are shifted into a number range that belongs to the set, so that keys of two sets never share a prefix, in
+    memory or on disk. The set that was applied when gguflora was attached uses the plain tokens, so that entries cached
+    before remain usable.
     """
 
-    def __init__(self, cache: _Untyped, identity: str, origin: str) -> None:
+    def __init__(self, cache: Untyped, identity: str, origin: str) -> None:
         self.cache = cache
         self._offset = 0 if identity == origin else _namespace(identity) << _TOKEN_BITS
 
-    def __getitem__(self, tokens: Sequence[int]) -> _Untyped:
+    def __getitem__(self, tokens: Sequence[int]) -> Untyped:
         return self.cache[self._key(tokens)]
 
     def __setitem__(self, tokens: Sequence[int], state: object) -> None:
@@ -57,8 +50,8 @@ class CachePartition:
     def __contains__(self, tokens: Sequence[int]) -> bool:
         return self._key(tokens) in self.cache
 
-    def __getattr__(self, name: str) -> _Untyped:
-        if name == "cache":  # not yet set, while being unpickled
+    def __getattr__(self, name: str) -> Untyped:
+        if name == "cache":  # not set yet while the object is unpickled
             raise AttributeError(name)
         return getattr(self.cache, name)
 
@@ -71,22 +64,22 @@ def _namespace(identity: str) -> int:
 
 
 class GuardedLlama(Guarded, llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp has no types
-    """A Llama that reuses nothing across adapter sets. An existing Llama becomes one by `guard`."""
+    """A Llama that reuses nothing across adapter sets. `guard` turns an existing Llama into one."""
 
     n_tokens: int
 
     @property
     def cache(self) -> CachePartition | None:
-        """The part of the cache that belongs to the adapter set in force."""
+        """The part of the cache that belongs to the applied adapter set."""
         cache, adapters = self.__dict__.get("cache"), _set_of(self)
         return None if cache is None else CachePartition(cache, adapters.identity, adapters.origin)
 
     @cache.setter
-    def cache(self, cache: _Untyped) -> None:
+    def cache(self, cache: Untyped) -> None:
         self.__dict__["cache"] = cache.cache if isinstance(cache, CachePartition) else cache
 
-    def save_state(self) -> _Untyped:
-        """As `llama_cpp.Llama.save_state`; the state remembers its adapter set."""
+    def save_state(self) -> Untyped:
+        """Save a state as `llama_cpp.Llama.save_state` does, with the identity of the adapter set."""
         adapters = _set_of(self)
         with adapters.lock:
             state = super().save_state()
@@ -94,8 +87,8 @@ class GuardedLlama(Guarded, llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp
             setattr(state, _STARTS, dict(adapters.starts))
         return state
 
-    def load_state(self, state: _Untyped) -> None:
-        """As `llama_cpp.Llama.load_state`.
+    def load_state(self, state: Untyped) -> None:
+        """Load a state as `llama_cpp.Llama.load_state` does.
 
         Raises:
             HotSwapError: if the state was saved under another adapter set.
@@ -104,14 +97,14 @@ class GuardedLlama(Guarded, llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp
         with adapters.llama_lock.call():
             if getattr(state, _TAG, adapters.origin) != adapters.identity:
                 raise HotSwapError(
-                    "this state was saved under another adapter set than the one in force "
+                    "this state was saved under an adapter set other than the one applied now "
                     f"({describe(adapters.active)}); apply that set first, or evaluate the prompt again"
                 )
             super().load_state(state)
             adapters.starts = getattr(state, _STARTS, {})
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """As `llama_cpp.Llama.eval`.
+        """Evaluate tokens as `llama_cpp.Llama.eval` does.
 
         Raises:
             HotSwapError: if the tokens do not fit into the context.
@@ -128,26 +121,28 @@ class GuardedLlama(Guarded, llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp
             if not adapters.invocations:
                 super().eval(tokens)
                 return
-            first = self.n_tokens
-            for set_started, end, started in segments(first, first + len(tokens), adapters.starts):
+            offset = self.n_tokens
+            for start, stop, started in segments(offset, offset + len(tokens), adapters.starts):
                 adapters.set_started(started)
-                super().eval(tokens[set_started - first : end - first])
+                super().eval(tokens[start - offset : stop - offset])
 
     def _plan(self, tokens: list[int]) -> list[int]:
-        """Decide where activated LoRAs begin in ``tokens``, the whole sequence; forget what was computed otherwise.
+        """Decide where activated LoRAs begin in ``tokens``, the whole sequence so far.
+
+        Tokens evaluated with other adapters than the plan asks for are discarded.
 
         Returns:
-            Those of the tokens that are not evaluated yet, or no more.
+            The tokens that must be evaluated, at the end of the sequence.
         """
         adapters = _set_of(self)
         starts = starts_of(tokens, adapters.invocations)
         kept = n_in_common(adapters.starts, starts, self.n_tokens)
         adapters.starts = starts
         if kept < self.n_tokens:
-            if is_stateful(self.model):  # cannot go back by a few tokens
+            if is_stateful(self.model):  # a recurrent state cannot be rewound by a few tokens
                 self.reset()
                 kept = 0
-            go_back(self, kept)
+            rewind(self, kept)
         return tokens[kept:]
 
     def _check_room(self, n_tokens: int) -> None:
@@ -161,27 +156,29 @@ class GuardedLlama(Guarded, llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp
                 "shorten the prompt, or open the model with a larger n_ctx"
             )
 
-    def embed(self, *args: _Untyped, **kwargs: _Untyped) -> _Untyped:
-        """As `llama_cpp.Llama.embed`.
+    def embed(self, *args: Untyped, **kwargs: Untyped) -> Untyped:
+        """Embed texts as `llama_cpp.Llama.embed` does.
 
         Raises:
-            HotSwapError: if a soft prompt or an activated LoRA is applied, with which no texts can be embedded.
+            HotSwapError: if a soft prompt or an activated LoRA is applied.
         """
         adapters = _set_of(self)
         with adapters.llama_lock.call():
             if adapters.prefix or adapters.invocations:
-                raise HotSwapError("embeddings of texts cannot be had with a soft prompt or an activated LoRA applied")
+                raise HotSwapError(
+                    "cannot embed texts while a soft prompt or an activated LoRA is applied; remove it first"
+                )
             return super().embed(*args, **kwargs)
 
-    def generate(self, tokens: Sequence[int], *args: _Untyped, **kwargs: _Untyped) -> Iterator[int]:
-        """As `llama_cpp.Llama.generate`.
+    def generate(self, tokens: Sequence[int], *args: Untyped, **kwargs: Untyped) -> Iterator[int]:
+        """Generate tokens as `llama_cpp.Llama.generate` does.
 
         Raises:
-            HotSwapError: if the adapter set changes while tokens are still being taken.
+            HotSwapError: if the adapter set changes before the last token.
         """
         return _set_of(self).llama_lock.generate(self._tokens(list(tokens), *args, **kwargs))
 
-    def _tokens(self, tokens: list[int], *args: _Untyped, **kwargs: _Untyped) -> Generator[int, Any, None]:
+    def _tokens(self, tokens: list[int], *args: Untyped, **kwargs: Untyped) -> Generator[int, Any, None]:
         adapters = _set_of(self)
         changes, sent = adapters.changes, None
         resets = reset_asked(llama_cpp.Llama, args, kwargs)
@@ -194,7 +191,7 @@ class GuardedLlama(Guarded, llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp
             if adapters.changes != changes:
                 raise HotSwapError(
                     "the adapter set was changed while tokens were being generated; "
-                    "take the tokens first, or generate again under the new set"
+                    "finish the generation first, or start again under the new set"
                 )
             adapters.planned = True
             try:
@@ -205,44 +202,44 @@ class GuardedLlama(Guarded, llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp
                 adapters.planned = False
             sent = yield token
 
-    def _create_completion(self, *args: _Untyped, **kwargs: _Untyped) -> Iterator[_Untyped]:
+    def _create_completion(self, *args: Untyped, **kwargs: Untyped) -> Iterator[Untyped]:
         return _set_of(self).llama_lock.generate(super()._create_completion(*args, **kwargs))
 
     def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., Any], tuple[type], Any]:
-        # Llama pickles as its constructor's arguments: the copy has no adapters and is a plain Llama
+        # Llama pickles the arguments of its constructor, so the copy has no adapters: make it a plain Llama
         return copyreg.__newobj__, (_class_before(self),), self.__getstate__()  # type: ignore[attr-defined]
 
 
 class _ShiftedContext(LlamaContext):  # type: ignore[misc]  # llama_cpp has no types
-    """A context whose tokens stand ``shift`` positions further on, behind a soft prompt."""
+    """A context that shifts all tokens by ``shift`` positions, to make room for a soft prompt in front."""
 
     shift = 0
 
     def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
-        set_started, end = (place if place < 0 else place + self.shift for place in (p0, p1))
-        removed: bool = super().kv_cache_seq_rm(seq_id, set_started, end)
+        start, stop = (position if position < 0 else position + self.shift for position in (p0, p1))
+        removed: bool = super().kv_cache_seq_rm(seq_id, start, stop)
         return removed
 
-    def decode(self, batch: _Untyped) -> None:
+    def decode(self, batch: Untyped) -> None:
         if self.shift:
             positions = np.ctypeslib.as_array(batch.batch.pos, (batch.n_tokens(),))
             positions += self.shift
         super().decode(batch)
 
 
-def _ensure_prefix(llm: _Untyped, prefix: Prefix) -> None:
-    """Let the context begin with a soft prompt; what else it holds is not valid."""
+def _ensure_prefix(llm: Untyped, prefix: Prefix) -> None:
+    """Put a soft prompt at the beginning of the context, which holds no valid tokens, unless it is there already."""
     if not begins_with(llm.ctx, prefix):
         clear_memory(llm.ctx, llm.n_vocab())
         put_prefix(llm.ctx, prefix)
 
 
-def _set_of(llm: _Untyped) -> AttachedSet:
+def _set_of(llm: Untyped) -> AttachedSet:
     adapters: AttachedSet = llm.__dict__[_ATTRIBUTE]
     return adapters
 
 
-def _class_before(llm: _Untyped) -> type:
+def _class_before(llm: Untyped) -> type:
     before: type = type(llm).__bases__[1]
     return before
 
@@ -251,24 +248,24 @@ _CLASSES: Final[dict[type, type]] = {}
 
 
 def _guarded(kind: type) -> type:
-    """`GuardedLlama` over ``kind``, which is Llama or a subclass of it; always the same class for the same one."""
+    """Return a subclass of `GuardedLlama` and ``kind`` (Llama or a subclass), the same for each call."""
     if kind not in _CLASSES:
         names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
         _CLASSES[kind] = type(kind.__name__, (GuardedLlama, kind), names)
     return _CLASSES[kind]
 
 
-def attached_set(llm: _Untyped) -> AttachedSet | None:
-    """The adapter set ``llm`` has or last had; None if gguflora was never attached to it."""
+def attached_set(llm: Untyped) -> AttachedSet | None:
+    """Return the adapter set that was last attached to ``llm``; None if there never was one."""
     adapters: AttachedSet | None = llm.__dict__.get(_ATTRIBUTE)
     return adapters
 
 
-def guard(llm: _Untyped, adapters: AttachedSet) -> None:
-    """Let ``llm`` reuse only what was computed under ``adapters``, and free them before its model when it is closed.
+def guard(llm: Untyped, adapters: AttachedSet) -> None:
+    """Make ``llm`` reuse only tokens computed under ``adapters``, and free them before its model when it is closed.
 
-    The class of this one Llama is exchanged for a subclass: that also catches ``llm.cache = ...``, and unlike wrapped
-    methods makes no reference cycle, so that dropping the Llama frees its model at once.
+    The class of this one Llama becomes a subclass of it. Unlike wrapped methods this also catches ``llm.cache = ...``
+    and makes no reference cycle, so that dropping the Llama frees its model at once.
     """
     llm.__dict__[_ATTRIBUTE] = adapters
     llm.__class__ = _guarded(type(llm))
@@ -278,11 +275,11 @@ def guard(llm: _Untyped, adapters: AttachedSet) -> None:
     call_on_close(llm, adapters.release)
 
 
-def unguard(llm: _Untyped) -> None:
+def unguard(llm: Untyped) -> None:
     """Undo `guard` once the adapter set is released. Idempotent."""
     if not isinstance(llm, GuardedLlama):
         return
     adapters, cache = _set_of(llm), llm.__dict__.get("cache")
     llm.__class__ = _class_before(llm)
-    if cache is not None and adapters.origin != BASE:  # its plain keys are those of Llama(lora_path=...)'s adapter
+    if cache is not None and adapters.origin != BASE:  # plain keys belong to the adapter of Llama(lora_path=...)
         llm.cache = CachePartition(cache, BASE, adapters.origin)

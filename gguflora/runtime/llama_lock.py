@@ -1,4 +1,4 @@
-"""Taking turns at one ``llama_cpp.Llama``, which can do one thing at a time and does not check."""
+"""A lock around one ``llama_cpp.Llama``, which can do only one thing at a time and does not check that itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ _Item = TypeVar("_Item")
 
 
 class _Session:
-    """A call or a generation that has its turn: ``thread`` ran it last, ``running`` is whether it does now."""
+    """A call or a generation that holds the lock.
+
+    Attributes:
+        thread: the thread that ran it last.
+        running: whether that thread is running it now.
+        over: whether another call has taken the lock from it.
+    """
 
     def __init__(self) -> None:
         self.thread = threading.current_thread()
@@ -22,13 +28,13 @@ class _Session:
 
 
 class LlamaLock:
-    """Lets one call or one generation at a time use a Llama; those of other threads wait until it is over.
+    """Lets one call or one generation use a Llama; calls of other threads wait until it is over.
 
-    A generation keeps its turn between tokens. If the thread that took its last token begins another call meanwhile,
-    or has ended, the generation loses its turn and raises when it goes on.
+    A generation holds the lock between tokens, too. If the thread that took its last token starts another call or has
+    ended, the generation loses the lock and raises when it continues.
 
     Attributes:
-        lock: held while the Llama computes; whoever changes its adapters holds it, too.
+        lock: held while the Llama computes and while its adapters change.
     """
 
     def __init__(self) -> None:
@@ -38,7 +44,7 @@ class LlamaLock:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Hold the turn for the length of a ``with`` block. Blocks of one thread may be nested."""
+        """Hold the lock for the length of a ``with`` block. Blocks of one thread may be nested."""
         session = self._begin()
         try:
             with self._running(session), self.lock:
@@ -47,10 +53,10 @@ class LlamaLock:
             self._end(session)
 
     def generate(self, steps: Generator[_Item, Any, None]) -> Generator[_Item, Any, None]:
-        """The items of ``steps``, computed while holding the turn.
+        """Yield the items of ``steps``, computed while the lock is held.
 
         Raises:
-            HotSwapError: if another call of the same thread has taken the turn between two items.
+            HotSwapError: if another call of the same thread has taken the lock between two items.
         """
         session, sent = self._begin(), None
         try:
@@ -66,7 +72,7 @@ class LlamaLock:
             self._end(session)
 
     def _begin(self) -> _Session | None:
-        """A new session; None inside one that is running in this thread."""
+        """Start a session; return None inside a session that this thread is already running."""
         me = threading.current_thread()
         with self._free:
             while self._session is not None and self._session.thread is not me and self._session.thread.is_alive():
@@ -92,8 +98,8 @@ class LlamaLock:
         with self._free:
             if session.over:
                 raise HotSwapError(
-                    "another call to this Llama has begun while tokens were still being generated; "
-                    "take all tokens first, or use gguflora.engine for several generations at a time"
+                    "another call to this Llama started while tokens were still being generated; "
+                    "finish the generation first, or use gguflora.engine for several generations at once"
                 )
             session.thread, session.running = threading.current_thread(), True
         try:

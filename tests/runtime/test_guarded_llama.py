@@ -297,7 +297,7 @@ def test_a_state_belongs_to_its_set(llm, adapters):
     adapters.apply(b=1.0)
     llm.eval(PROMPT)
     before = llm.scores[: len(PROMPT)].copy()
-    with pytest.raises(HotSwapError, match=r"another adapter set than the one in force \(b at 1\)"):
+    with pytest.raises(HotSwapError, match=r"an adapter set other than the one applied now \(b at 1\)"):
         llm.load_state(state)
     np.testing.assert_array_equal(llm.scores[: len(PROMPT)], before)
     adapters.apply(a=1.0)
