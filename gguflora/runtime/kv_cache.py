@@ -20,7 +20,7 @@ from gguflora.placement.prefix import Prefix
 from gguflora.quants.arrays import Float32Array
 
 _FLOAT_BYTES: Final[dict[int, int]] = {0: 4, 1: 2, 30: 2}
-"""Bytes of a number by ``enum ggml_type``: F32, F16, BF16. Quantized caches cannot be written: they are rotated, too."""
+"""Bytes of a number by ``enum ggml_type``: F32, F16, BF16. Quantized caches are also rotated and cannot be written."""
 
 
 class _LayoutError(Exception):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from gguflora.errors import GgufError, GgufloraError, HotSwapError
-from gguflora.runtime import attached, bindings
+from gguflora.runtime import adapter_files, attached, bindings
 from support import builders, hotswap
 from support.hotswap import (
     A,
@@ -357,7 +357,7 @@ def test_missing_damaged_and_foreign_files(llm, adapters, tmp_path):
 
 
 def test_llama_cpps_own_words_are_in_the_exception(adapters, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(attached, "check_loadable", lambda path, base: None)  # so that it gets as far as llama.cpp
+    monkeypatch.setattr(adapter_files, "check_loadable", lambda path, base: None)  # so that it gets as far as llama.cpp
     path = hotswap.write_lora(tmp_path / "odd.gguf", {"blk.9.attn_q.weight.lora_a": np.ones((4, 96), np.float32)})
     with pytest.raises(HotSwapError, match=r"odd\.gguf.*blk\.9\.attn_q\.weight.*is missing one component"):
         adapters.load("c", path)
@@ -490,7 +490,7 @@ OPEN = """
 import sys
 import llama_cpp
 from gguflora import runtime
-from gguflora.runtime import bindings as llama
+from gguflora.runtime import bindings
 base, lora = sys.argv[1:3]
 llm = llama_cpp.Llama(base, n_ctx=64, n_threads=1, verbose=False)
 def attached():
