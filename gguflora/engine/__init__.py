@@ -1,4 +1,4 @@
-"""The serving engine: one base model in memory, any adapter set for each request, nothing stale.
+"""The serving engine: one base model in memory, and any adapter set for each request.
 
 ::
 
@@ -17,9 +17,10 @@ from gguflora.system.extras import lazy_face
 
 if TYPE_CHECKING:
     from gguflora.engine.adapter_sets import BASE, AdapterSet, describe_set
-    from gguflora.engine.engine import ContextStats, Engine, EngineStats
+    from gguflora.engine.engine import Engine
     from gguflora.engine.registry import LoadedAdapter
     from gguflora.engine.requests import Generation, Piece, Request, Sampling, Timings, TokenLogprob, Usage
+    from gguflora.engine.stats import ContextStats, EngineStats
 
 __all__ = [
     "BASE",
@@ -41,9 +42,9 @@ __all__ = [
 _HOMES: Final = {
     "BASE": "gguflora.engine.adapter_sets",
     "AdapterSet": "gguflora.engine.adapter_sets",
-    "ContextStats": "gguflora.engine.engine",
+    "ContextStats": "gguflora.engine.stats",
     "Engine": "gguflora.engine.engine",
-    "EngineStats": "gguflora.engine.engine",
+    "EngineStats": "gguflora.engine.stats",
     "Generation": "gguflora.engine.requests",
     "LoadedAdapter": "gguflora.engine.registry",
     "Piece": "gguflora.engine.requests",

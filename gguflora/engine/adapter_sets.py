@@ -1,4 +1,4 @@
-"""Adapter sets by name: ``legal@0.5+tone@0.3``."""
+"""Names of adapter sets, such as ``legal@0.5+tone@0.3``."""
 
 from __future__ import annotations
 
@@ -13,35 +13,38 @@ import numpy as np
 from gguflora.errors import AdapterNameError, RequestError
 
 AdapterSet: TypeAlias = tuple[tuple[str, float], ...]
-"""Names and scales, sorted by name; nothing at scale 0. Equal sets are equal."""
+"""Names and scales, sorted by name, without scales of 0. Equal sets are equal tuples."""
 
 Identity: TypeAlias = frozenset[tuple[str, int, float]]
-"""(SHA-256 of the file, generation, scale) of each adapter of a set: what its KV cells depend on."""
+"""(SHA-256 of the file, load id, scale) of each adapter of a set: KV cells of sets with equal identities are equal."""
 
 BASE: Final = "base"
-"""The empty set's name."""
+"""The name of the empty set."""
 
 _NAME: Final = re.compile(r"[^\s@+=,]+")
 
 
 def check_name(name: str) -> None:
-    """Raise unless ``name`` can be that of an adapter.
+    """Check that ``name`` is a valid name of an adapter.
 
     Raises:
-        AdapterNameError: if it cannot.
+        AdapterNameError: if it is not.
     """
     if not isinstance(name, str) or name == BASE or not _NAME.fullmatch(name):
         raise AdapterNameError(
-            f"{name!r:.80} cannot name an adapter: expected text without spaces and @ + = , that is not {BASE!r}"
+            f"{name!r:.80} cannot name an adapter: expected text without spaces and @ + = , other than {BASE!r}"
         )
 
 
 def parse_set(text: str) -> list[tuple[str, float | None]]:
-    """Names and scales of ``legal@0.5+tone``; None for a scale left out.
+    """Read names and scales from text such as ``legal@0.5+tone``.
+
+    Returns:
+        (name, scale) pairs; the scale is None where the text gives none.
 
     Raises:
-        AdapterNameError: for a malformed name.
-        RequestError: for a scale that is no number.
+        AdapterNameError: if a name is malformed.
+        RequestError: if a scale is not a number.
     """
     if text == BASE:
         return []
@@ -57,11 +60,15 @@ def parse_set(text: str) -> list[tuple[str, float | None]]:
 
 
 def canonical_set(pairs: Iterable[tuple[str, float | None]], default_scales: Mapping[str, float]) -> AdapterSet:
-    """The set of these names at these scales (None: the adapter's own), each rounded to a 32-bit float.
+    """Return the set of these adapters, with each scale rounded to a 32-bit float.
+
+    Args:
+        pairs: names and scales; None stands for the adapter's default scale.
+        default_scales: default scale of each loaded adapter, by name.
 
     Raises:
-        AdapterNameError: for a name that is not in ``default_scales``.
-        RequestError: for a name given twice, or a scale that is no finite number.
+        AdapterNameError: if a name is not in ``default_scales``.
+        RequestError: if a name is given twice, or a scale is not a finite number.
     """
     scales: dict[str, float] = {}
     for name, scale in pairs:
@@ -75,10 +82,10 @@ def canonical_set(pairs: Iterable[tuple[str, float | None]], default_scales: Map
 
 
 def checked_scale(name: str, scale: float) -> float:
-    """``scale`` as the 32-bit float that llama.cpp makes of it.
+    """Round a scale to a 32-bit float, as llama.cpp does.
 
     Raises:
-        RequestError: if it is no finite number.
+        RequestError: if it is not a finite number.
     """
     if isinstance(scale, numbers.Real) and not isinstance(scale, bool):
         with np.errstate(over="ignore"):
@@ -89,5 +96,5 @@ def checked_scale(name: str, scale: float) -> float:
 
 
 def describe_set(adapters: AdapterSet) -> str:
-    """The text that `parse_set` reads as ``adapters``."""
+    """Return the text of an adapter set; `parse_set` reads it back."""
     return "+".join(f"{name}@{scale:g}" for name, scale in adapters) or BASE

@@ -1,4 +1,4 @@
-"""The text of an answer from the bytes of its tokens: whole characters only, and nothing of a stop text."""
+"""Assemble the text of an answer from the bytes of its tokens: whole characters, without stop texts."""
 
 from __future__ import annotations
 
@@ -9,57 +9,60 @@ from gguflora.engine.requests import Piece, TokenLogprob
 
 
 class AnswerText:
-    """Collects tokens and gives out what is sure to belong to the answer.
+    """Collects tokens and releases text as soon as it certainly belongs to the answer.
+
+    Args:
+        stop: texts that end the answer.
 
     Attributes:
-        stopped: whether a stop text was found.
+        stopped: whether a stop text has occurred.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = stop
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""  # text not given out: it may be the beginning of a stop text
-        self._given = 0  # characters given out
-        self._tokens: list[tuple[int, int, int, TokenLogprob | None]] = []  # token, first and last character, logprob
+        self._held = ""  # text held back because it may be the beginning of a stop text
+        self._n_released = 0  # characters released
+        self._tokens: list[tuple[int, int, int, TokenLogprob | None]] = []  # token, start, stop (characters), logprob
         self.stopped = False
 
     def push(self, token: int, piece: bytes, logprob: TokenLogprob | None = None) -> Piece:
-        """Add a token; what can be given out now, perhaps nothing."""
-        begin = self._given + len(self._held)
+        """Add a token and its bytes; return the text that can be released now, which may be empty."""
+        start = self._n_released + len(self._held)
         self._held += self._decoder.decode(piece)
         unfinished = bool(self._decoder.getstate()[0])
-        self._tokens.append((token, begin, self._given + len(self._held) + unfinished, logprob))
-        found = [at for text in self._stop if (at := self._held.find(text)) >= 0]
-        if found:
+        self._tokens.append((token, start, self._n_released + len(self._held) + unfinished, logprob))
+        matches = [at for text in self._stop if (at := self._held.find(text)) >= 0]
+        if matches:
             self.stopped = True
-            return self._cut(min(found))
-        return self._give(len(self._held) - self._doubtful())
+            return self._release_last(min(matches))
+        return self._release(len(self._held) - self._possible_stop_length())
 
     def finish(self) -> Piece:
-        """What was held back, once no more tokens come."""
+        """Return the text that was held back, after the last token."""
         if self.stopped:
             return Piece("")
         self._held += self._decoder.decode(b"", final=True)
-        return self._cut(len(self._held))
+        return self._release_last(len(self._held))
 
-    def _doubtful(self) -> int:
-        """Length of the longest end of the held text with which a stop text begins."""
+    def _possible_stop_length(self) -> int:
+        """Return the length of the longest suffix of the held text that is a prefix of a stop text."""
         longest = min(max((len(text) for text in self._stop), default=1) - 1, len(self._held))
         return next(
             (n for n in range(longest, 0, -1) if any(text.startswith(self._held[-n:]) for text in self._stop)), 0
         )
 
-    def _give(self, n_chars: int) -> Piece:
+    def _release(self, n_chars: int) -> Piece:
         text, self._held = self._held[:n_chars], self._held[n_chars:]
-        self._given += n_chars
-        ended = [entry for entry in self._tokens if entry[2] <= self._given]
+        self._n_released += n_chars
+        ended = [entry for entry in self._tokens if entry[2] <= self._n_released]
         self._tokens = self._tokens[len(ended) :]
         return _piece(text, ended)
 
-    def _cut(self, n_chars: int) -> Piece:
-        """The last piece: also tokens of which only a part is given out."""
-        end = self._given + n_chars
-        started = [entry for entry in self._tokens if entry[1] < end or entry[2] <= end]
+    def _release_last(self, n_chars: int) -> Piece:
+        """Return the last piece, with the tokens that only partly belong to the answer, too."""
+        stop = self._n_released + n_chars
+        started = [entry for entry in self._tokens if entry[1] < stop or entry[2] <= stop]
         self._tokens = []
         return _piece(self._held[:n_chars], started)
 

@@ -1,4 +1,4 @@
-"""A conversation in the terminal: prompts are answered, lines that begin with ``/`` are commands."""
+"""A conversation in the terminal: a line that begins with ``/`` is a command, any other line is a prompt."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from gguflora.errors import AdapterNameError, GgufloraError, RequestError
 HELP: Final = """\
 /lora               list the adapters
 /lora NAME SCALE    set an adapter's scale, for example: /lora legal 0.5
-/load NAME PATH     load an adapter and switch it on; NAME:TASK chooses one of a multitask prompt's tasks
+/load NAME PATH     load an adapter and switch it on; NAME:TASK chooses a task of a multitask prompt
 /off                switch all adapters off
-/compare PROMPT     the base and each adapter side by side
-/new                forget the conversation
-/help               this list
-/quit               end"""
+/compare PROMPT     show the answers of the base and of each adapter side by side
+/new                start a new conversation
+/help               show this list
+/quit               quit"""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatAnswer:
-    """One answer and what it took.
+    """One answer and its speed.
 
     Attributes:
-        adapters: the set that gave it, as text.
-        text: of the answer.
-        tokens: of the answer.
-        ttft: seconds to the first token.
-        seconds: to the last one.
-        tokens_per_second: while it was generated.
+        adapters: the adapter set, as text.
+        text: text of the answer.
+        tokens: number of tokens of the answer.
+        ttft: seconds from the request to the first token.
+        seconds: seconds from the request to the last token.
+        tokens_per_second: tokens generated per second, after the first token.
     """
 
     adapters: str
@@ -48,14 +48,14 @@ class Chat:
     """A conversation with one engine.
 
     Attributes:
-        engine: whose adapters are used.
-        write: takes the answer's text as it comes.
-        tell: takes lines about it.
-        show: takes the answers of ``/compare``.
-        raw: whether prompts are continued as they are, each alone, instead of by the chat template.
-        max_tokens: of one answer.
-        sampling: of all answers.
-        scales: by name, of the adapters that are on.
+        engine: the engine that answers.
+        write: called with each piece of an answer's text.
+        tell: called with each message about the conversation, one line.
+        show: called with the answers of ``/compare``.
+        raw: continue each prompt as plain text, without the chat template and without earlier messages.
+        max_tokens: largest number of tokens of one answer.
+        sampling: sampling parameters of all answers.
+        scales: scale of each adapter that is on, by name.
         messages: the conversation so far.
     """
 
@@ -70,7 +70,10 @@ class Chat:
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def handle(self, line: str) -> bool:
-        """Do what a line says; False if it ends the conversation. Errors are told, not raised."""
+        """Run a command or answer a prompt; return False if the line ends the conversation.
+
+        Errors go to `tell`; they are not raised.
+        """
         line = line.strip()
         word, _, rest = line.partition(" ")
         try:
@@ -83,10 +86,10 @@ class Chat:
         return True
 
     def say(self, text: str) -> ChatAnswer:
-        """Answer a prompt; in a chat, both join the conversation.
+        """Answer a prompt and, unless `raw`, add both to the conversation.
 
         Raises:
-            GgufloraError: if it cannot be answered; then the conversation is as before.
+            GgufloraError: if the prompt cannot be answered; the conversation then stays as it was.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         answer = self._answer(self._tokens(text, messages), self.adapters, self.write)
@@ -96,7 +99,10 @@ class Chat:
         return answer
 
     def compare(self, prompt: str) -> list[ChatAnswer]:
-        """Answers of the base, of each adapter alone, and of the set that is on, in turn; not remembered."""
+        """Answer a prompt with the base, with each adapter alone, and with the current set.
+
+        The answers do not become part of the conversation.
+        """
         tokens = self._tokens(prompt, [{"role": "user", "content": prompt}])
         names = [adapter.name for adapter in self.engine.adapters()]
         alone = [self.engine.adapter_set([(name, self.scales.get(name) or 1.0)]) for name in names]
@@ -105,7 +111,7 @@ class Chat:
 
     @property
     def adapters(self) -> AdapterSet:
-        """The set that is on."""
+        """The current adapter set."""
         return self.engine.adapter_set(list(self.scales.items()))
 
     def _tokens(self, text: str, messages: list[dict[str, str]]) -> list[int]:
@@ -121,9 +127,9 @@ class Chat:
             for piece in generation:
                 text += piece.text
                 write(piece.text)
-        except KeyboardInterrupt:  # ends the answer, not the conversation
+        except KeyboardInterrupt:  # Ctrl+C ends the answer, not the conversation
             generation.cancel()
-            for _ in generation:  # what was on its way
+            for _ in generation:  # discard pieces that were already under way
                 pass
         finally:
             write("\n")
@@ -141,7 +147,7 @@ class Chat:
         if word == "/quit":
             return False
         if word not in commands:
-            raise RequestError(f"{word} is no command; /help lists them")
+            raise RequestError(f"{word} is not a command; /help lists the commands")
         commands[word](rest)
         return True
 
@@ -187,7 +193,7 @@ class Chat:
 
     def _new(self, _: str) -> None:
         self.messages = []
-        self.tell("the conversation begins anew")
+        self.tell("started a new conversation")
 
 
 def _measured(generation: Generation, adapters: str, text: str, seconds: float) -> ChatAnswer:
@@ -197,5 +203,5 @@ def _measured(generation: Generation, adapters: str, text: str, seconds: float) 
 
 
 def describe(answer: ChatAnswer) -> str:
-    """What an answer took, in words."""
+    """Describe the length and speed of an answer in words."""
     return f"{answer.tokens} tokens, {answer.tokens_per_second:.1f} tokens/s, first after {answer.ttft * 1e3:.0f} ms"

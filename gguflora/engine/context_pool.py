@@ -1,4 +1,4 @@
-"""A bounded number of contexts on one model, each with the adapter set that used it last."""
+"""A limited number of contexts on one model, each assigned to the adapter set that used it last."""
 
 from __future__ import annotations
 
@@ -13,37 +13,47 @@ from gguflora.runtime.bindings import put_prefix
 
 
 class ContextPool:
-    """Contexts by adapter set; the one unused for longest is given to another set. For one thread.
+    """Assigns contexts to adapter sets; a new set gets the least recently used idle context. Not thread-safe.
+
+    Args:
+        make: makes a context.
+        max_contexts: largest number of contexts.
+        max_kv_bytes: largest size of all KV caches in bytes; None for no limit.
 
     Attributes:
-        contexts: all of them.
-        saved_bytes: memory that KV cells of suspended requests may take outside of the contexts.
-        swaps: how often a context was given to another set.
-        names: of the set that each context has or last had.
+        contexts: the contexts made so far.
+        saved_bytes: memory in bytes for the KV cells of suspended requests, outside of the contexts.
+        swaps: number of times that a context was assigned to another set.
+        names: current or last adapter set of each context.
+
+    Raises:
+        EngineError: if the limit is too small for one context.
     """
 
     def __init__(self, make: Callable[[], Context], max_contexts: int, max_kv_bytes: int | None) -> None:
         self._make = make
         self.names: dict[Context, AdapterSet] = {}
         self.contexts = [make()]
-        self._most = max_contexts
-        told = self.contexts[0].kv_bytes
-        kv_bytes = self.saved_bytes = told or 0
-        if max_kv_bytes is not None and told is None:
+        self._max_contexts = max_contexts
+        reported = self.contexts[0].kv_bytes
+        kv_bytes = self.saved_bytes = reported or 0
+        if max_kv_bytes is not None and reported is None:
             self.close()
-            raise EngineError("this llama.cpp does not tell how large a KV cache is, so max_kv_bytes cannot be kept")
+            raise EngineError(
+                "this llama.cpp does not report the size of a KV cache, so max_kv_bytes cannot be enforced"
+            )
         if max_kv_bytes is not None and kv_bytes:
             if kv_bytes > max_kv_bytes:
                 self.close()
                 raise EngineError(
                     f"one context needs {kv_bytes} bytes of KV cache, more than the {max_kv_bytes} allowed; lower n_ctx"
                 )
-            self._most = min(max_contexts, max_kv_bytes // kv_bytes)
-            self.saved_bytes = min(kv_bytes, max_kv_bytes - self._most * kv_bytes)
+            self._max_contexts = min(max_contexts, max_kv_bytes // kv_bytes)
+            self.saved_bytes = min(kv_bytes, max_kv_bytes - self._max_contexts * kv_bytes)
         self.swaps = 0
 
     def context_of(self, adapters: ResolvedSet) -> Context | None:
-        """The context with this set's ground, given to it if need be; None if all others are at work."""
+        """Return the context of this set, assigning one if necessary; None if all contexts are busy with others."""
         identity = adapters.base_phase.identity
         for context in self.contexts:
             if context.identity == identity:
@@ -59,17 +69,17 @@ class ContextPool:
         fresh = [context for context in self.contexts if context.identity is None and context.is_idle]
         if fresh:
             return fresh[0]
-        if len(self.contexts) < self._most:
+        if len(self.contexts) < self._max_contexts:
             self.contexts.append(self._make())
             return self.contexts[-1]
         idle = [context for context in self.contexts if context.is_idle]
         return min(idle, key=lambda context: context.used) if idle else None
 
     def try_prefix(self, prefix: Prefix) -> None:
-        """Raise unless a context's cache can be given the keys and values of a soft prompt.
+        """Check that the keys and values of a soft prompt can be written to a context's cache.
 
         Raises:
-            UnsupportedAdapterError: if not.
+            UnsupportedAdapterError: if they cannot.
         """
         context = self._make()
         try:
@@ -77,10 +87,10 @@ class ContextPool:
         finally:
             context.free()
 
-    def drop(self, resident: RegisteredAdapter) -> None:
-        """Take an adapter that no request uses out of all contexts."""
+    def drop(self, registered: RegisteredAdapter) -> None:
+        """Remove an adapter that no request uses from all contexts."""
         for context in self.contexts:
-            if context.knows(resident.adapter.generation):
+            if context.knows(registered.adapter.load_id):
                 context.reset_to(None)
                 self.names.pop(context, None)
 

@@ -1,4 +1,4 @@
-"""A request under way: its tokens, where it stands, and what it has given out."""
+"""A request that the scheduler is working on: its tokens, its progress and its output."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import time
 from dataclasses import dataclass
 
 from gguflora.engine.answer_text import AnswerText
-from gguflora.engine.context import Chunk, Context, Key, SavedSlot, Slot
+from gguflora.engine.context import Context
 from gguflora.engine.model import Model
 from gguflora.engine.registry import AdapterPhase, Embeddings, ResolvedSet
 from gguflora.engine.requests import Ending, FinishReason, GenerationSink, Piece, Request, Timings, TokenLogprob, Usage
 from gguflora.engine.sampler import Sampler, token_logprob
+from gguflora.engine.slots import Chunk, Key, SavedSlot, Slot
 from gguflora.errors import EngineError
 from gguflora.placement.prefix import Prefix
 from gguflora.runtime.alora import starts_of
@@ -18,12 +19,13 @@ from gguflora.runtime.alora import starts_of
 
 @dataclass(slots=True)
 class TokenPlan:
-    """What is decoded at each position of a request: a soft prompt, then tokens, the last perhaps by more adapters.
+    """What to decode at each position of a request, and with which adapters: first a soft prompt, then tokens.
 
     Attributes:
-        keys: by position; see `Key`.
-        tokens: those of them that are tokens.
-        starts: positions from which on activated LoRAs compute, too; None for those that never do.
+        adapters: the request's adapter set.
+        keys: key of each position; see `Key`.
+        tokens: the tokens, without the soft prompt.
+        starts: position at which each activated LoRA begins, by name; None if it does not begin.
     """
 
     adapters: ResolvedSet
@@ -33,7 +35,7 @@ class TokenPlan:
 
     @classmethod
     def from_prompt(cls, adapters: ResolvedSet, prompt: list[int]) -> TokenPlan:
-        """The plan of a prompt."""
+        """Plan the tokens of a prompt."""
         n_before = adapters.n_before
         starts = {
             name: None if start is None else n_before + start
@@ -45,28 +47,32 @@ class TokenPlan:
         return plan
 
     def append(self, token: int) -> None:
-        """A token more."""
+        """Add a token."""
         phase = self._phase(len(self.keys))
         self.keys.append(token if phase is self.adapters.base_phase else (token, phase.identity))
         self.tokens.append(token)
 
-    def chunk(self, slot: Slot, most: int) -> Chunk:
-        """What ``slot`` lacks, at most so many positions of one kind; keys and values all at once."""
-        first, n_before, written = len(slot.held), self.adapters.n_before, self.adapters.keys_and_values
-        n_written = written.n_tokens if written else 0
-        borders = [n_written, n_before, len(self.keys), *(start for start in self.starts.values() if start)]
-        end = min(border for border in borders if border > first)
+    def chunk(self, slot: Slot, limit: int) -> Chunk:
+        """Return the next positions that ``slot`` lacks.
+
+        A chunk has at most ``limit`` positions, all of one kind and with the same adapters. The keys and values of a
+        soft prompt come all at once.
+        """
+        start, n_before, prefix = len(slot.held), self.adapters.n_before, self.adapters.keys_and_values
+        n_prefix = prefix.n_tokens if prefix else 0
+        borders = [n_prefix, n_before, len(self.keys), *(position for position in self.starts.values() if position)]
+        stop = min(border for border in borders if border > start)
         inputs: list[int] | Embeddings | Prefix
-        if written and first < n_written:
-            inputs = written
-        elif first < n_before:
-            end = min(end, first + most)
+        if prefix and start < n_prefix:
+            inputs = prefix
+        elif start < n_before:
+            stop = min(stop, start + limit)
             assert self.adapters.embeddings is not None
-            inputs = self.adapters.embeddings[first - n_written : end - n_written]
+            inputs = self.adapters.embeddings[start - n_prefix : stop - n_prefix]
         else:
-            end = min(end, first + most)
-            inputs = self.tokens[first - n_before : end - n_before]
-        return Chunk(slot, self.keys[first:end], inputs, self._phase(first), end == len(self.keys))
+            stop = min(stop, start + limit)
+            inputs = self.tokens[start - n_before : stop - n_before]
+        return Chunk(slot, self.keys[start:stop], inputs, self._phase(start), stop == len(self.keys))
 
     def _phase(self, position: int) -> AdapterPhase:
         started = (name for name, start in self.starts.items() if start is not None and position >= start)
@@ -74,12 +80,14 @@ class TokenPlan:
 
 
 class GenerationJob:
-    """One request of the scheduler.
+    """One request in the scheduler.
 
     Attributes:
-        adapters: its set, resolved.
-        slot: where it is computed; None while it waits.
-        saved: what its slot held when it was suspended.
+        request: the request.
+        adapters: its adapter set, resolved.
+        slot: the slot that computes it; None while it waits.
+        saved: copy of its slot from when it was suspended, if there was memory for one.
+        ended: whether the caller has been told that it ended.
     """
 
     def __init__(self, request: Request, adapters: ResolvedSet, sink: GenerationSink, model: Model, n_ctx: int) -> None:
@@ -90,7 +98,7 @@ class GenerationJob:
         self.saved: SavedSlot | None = None
         self._plan = TokenPlan.from_prompt(adapters, prompt)
         self._n_prompt = len(self._plan.keys)
-        self._last = min(self._n_prompt + request.max_tokens, n_ctx)  # positions at most
+        self._max_positions = min(self._n_prompt + request.max_tokens, n_ctx)
         self._sink = sink
         self._model = model
         self._sampler = Sampler(request.sampling, model.n_vocab, prompt)
@@ -102,22 +110,22 @@ class GenerationJob:
 
     @property
     def started(self) -> bool:
-        """Whether it has ever run."""
+        """Whether the job has started; it may be suspended."""
         return self._reused is not None
 
     @property
     def keys(self) -> list[Key]:
-        """Of all positions so far."""
+        """Keys of all positions so far."""
         return self._plan.keys
 
     @property
     def remaining(self) -> int:
-        """Positions that are still to be decoded before the next token can be chosen."""
+        """Number of positions to decode before the next token can be sampled."""
         return len(self.keys) - (0 if self.slot is None else len(self.slot.held))
 
     @property
     def interruption(self) -> FinishReason | None:
-        """Why it must end now, whatever it has; None if it may go on."""
+        """Why the job must end now: "cancelled" or "timeout"; None if it may continue."""
         if self._sink.cancelled.is_set():
             return "cancelled"
         timeout = self.request.timeout
@@ -126,19 +134,22 @@ class GenerationJob:
         return None
 
     def start(self, slot: Slot) -> None:
-        """Go on in ``slot``."""
+        """Start or resume the job in ``slot``."""
         self.slot, self.saved = slot, None
         if self._reused is None:
             self._reused = len(slot.held)
             self._started = time.monotonic()
 
-    def chunk(self, most: int) -> Chunk:
-        """What to decode next, at most so many positions."""
+    def chunk(self, limit: int) -> Chunk:
+        """Return what to decode next, at most ``limit`` positions unless it is a prefix of keys and values."""
         assert self.slot is not None
-        return self._plan.chunk(self.slot, most)
+        return self._plan.chunk(self.slot, limit)
 
     def advance(self, context: Context, index: int) -> FinishReason | None:
-        """Choose the next token by the logits at ``index``; why the request ends with it, or None.
+        """Sample the next token from the logits at ``index`` of the context's last batch.
+
+        Returns:
+            The reason if the request ends with this token, else None.
 
         Raises:
             GenerationError: if the logits are not finite.
@@ -146,20 +157,20 @@ class GenerationJob:
         logits = context.logits(index)
         if self._first == 0:
             self._first = time.monotonic()
-        if len(self.keys) >= self._last:
+        if len(self.keys) >= self._max_positions:
             return "length"
         token = self._sampler.sample(context.pointer, index)
-        wanted = self.request.logprobs
-        logprob = None if wanted is None else token_logprob(logits, token, wanted, self._model.piece)
+        n_top = self.request.logprobs
+        logprob = None if n_top is None else token_logprob(logits, token, n_top, self._model.piece)
         self._plan.append(token)
         if self._model.is_end(token):
             return "stop"
-        self._give(token, logprob)
+        self._push(token, logprob)
         if self._text.stopped:
             return "stop"
-        return "length" if len(self.keys) >= self._last else None
+        return "length" if len(self.keys) >= self._max_positions else None
 
-    def _give(self, token: int, logprob: TokenLogprob | None) -> None:
+    def _push(self, token: int, logprob: TokenLogprob | None) -> None:
         self._send(self._text.push(token, self._model.piece(token), logprob))
 
     def _send(self, piece: Piece) -> None:
@@ -167,7 +178,7 @@ class GenerationJob:
             self._sink.put(piece)
 
     def end(self, reason: FinishReason, error: EngineError | None = None) -> None:
-        """Tell the caller that nothing more comes. Idempotent."""
+        """Tell the caller that the request has ended. Idempotent."""
         if self.ended:
             return
         self.ended = True
@@ -177,7 +188,7 @@ class GenerationJob:
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far; embeddings before the prompt count as its tokens."""
+        """Token counts so far; embeddings in front of the prompt count as prompt tokens."""
         return Usage(self._n_prompt, len(self.keys) - self._n_prompt, self._reused or 0)
 
     def _timings(self) -> Timings:

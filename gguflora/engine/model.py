@@ -1,4 +1,4 @@
-"""One set of weights in llama.cpp, its vocabulary and its chat template."""
+"""A model loaded by llama.cpp: its weights, vocabulary and chat template."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import llama_cpp
 from llama_cpp import llama_chat_format
 
 from gguflora.errors import EngineError, RequestError
-from gguflora.runtime.bindings import captured_log, reason_of
+from gguflora.runtime.bindings import captured_log, is_stateful, reason_of
 from gguflora.runtime.llama_internals import silence
 
 _PLAIN_TEMPLATE: Final = (
@@ -23,16 +23,26 @@ _PLAIN_TEMPLATE: Final = (
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-"""For models that bring no template: they were trained on plain text."""
+"""The template for models that have none, which were trained on plain text."""
 
 _PIECE_BYTES: Final = 128
 
 
 class Model:
-    """A ``llama_model``. Its methods that ask the vocabulary are safe among threads.
+    """A ``llama_model``. Methods that only use the vocabulary are thread-safe.
+
+    Args:
+        path: the GGUF file.
+        verbose: whether llama.cpp prints its log.
+
+    Attributes:
+        pointer: the ``llama_model *``; None once freed.
+        n_vocab: number of tokens in the vocabulary.
+        n_embd: number of values of an embedding.
+        rewinds: whether its state can be rewound by a few tokens; false for recurrent and hybrid models.
 
     Raises:
-        EngineError: with llama.cpp's log text, if it cannot load the file.
+        EngineError: if llama.cpp cannot load the file, with llama.cpp's log text.
     """
 
     def __init__(self, path: Path, *, verbose: bool) -> None:
@@ -47,24 +57,24 @@ class Model:
         self._vocab = llama_cpp.llama_model_get_vocab(pointer)
         self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         self.n_embd = int(llama_cpp.llama_model_n_embd(pointer))
-        self.rewinds = not (llama_cpp.llama_model_is_recurrent(pointer) or llama_cpp.llama_model_is_hybrid(pointer))
+        self.rewinds = not is_stateful(pointer)
         if llama_cpp.llama_model_has_encoder(pointer) or not llama_cpp.llama_model_has_decoder(pointer):
             self.free()
-            raise EngineError(f"{path}: has an encoder; the engine serves models that only decode")
+            raise EngineError(f"{path}: the model has an encoder; the engine serves decoder-only models")
         self.piece = lru_cache(maxsize=1 << 16)(self._piece)
 
     def free(self) -> None:
-        """Free the weights; contexts and adapters must be gone. Idempotent."""
+        """Free the weights; all contexts and adapters must be freed before. Idempotent."""
         pointer, self.pointer = self.pointer, None
         if pointer is not None:
             llama_cpp.llama_model_free(pointer)
 
     def is_end(self, token: int) -> bool:
-        """Whether the model ends its answer with ``token``."""
+        """Return whether ``token`` ends an answer."""
         return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
 
     def tokenize(self, text: str, *, add_bos: bool, special: bool) -> list[int]:
-        """Tokens of ``text``; with ``special`` also where it spells control tokens."""
+        """Split ``text`` into tokens; ``special`` reads the spelling of a control token as that token."""
         encoded = text.encode("utf-8", errors="replace")
         size = len(encoded) + 2
         while True:
@@ -75,7 +85,7 @@ class Model:
             size = -count
 
     def _piece(self, token: int, special: bool = False) -> bytes:
-        """Bytes of one token; nothing for a control token unless ``special``."""
+        """Return the bytes of one token; a control token has none unless ``special``."""
         size = _PIECE_BYTES
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -85,20 +95,20 @@ class Model:
             size = -count
 
     def detokenize(self, tokens: Sequence[int]) -> bytes:
-        """The bytes of ``tokens``, without control tokens."""
+        """Return the bytes of ``tokens``, without control tokens."""
         return b"".join(self.piece(int(token)) for token in tokens)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **template_kwargs: Any) -> list[int]:  # noqa: ANN401
-        """Tokens of a chat by the model's own template, up to where its answer begins.
+        """Turn a chat into tokens with the model's own template, up to where its answer begins.
 
         Raises:
             RequestError: if the template refuses the messages.
         """
         if not messages or not all(isinstance(message, Mapping) and "role" in message for message in messages):
-            raise RequestError("a chat is one message or more, each with a role and content")
+            raise RequestError("a chat needs at least one message, and each message needs a role and content")
         try:
             text = self._formatter(messages=messages, **template_kwargs).prompt
-        except Exception as error:  # whatever a template of someone else's raises
+        except Exception as error:  # a foreign template can raise anything
             raise RequestError(f"the model's chat template refuses these messages: {error}") from error
         return self.tokenize(text, add_bos=not self._has_template, special=True)
 

@@ -1,4 +1,4 @@
-"""The adapters an engine has loaded: names, and who uses them."""
+"""The adapters that an engine has loaded, by name, and the number of requests that use each."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ class LoadedAdapter:
     """An adapter that requests can name.
 
     Attributes:
-        id: from 0, never given twice: a client may still know that of an adapter no longer loaded.
-        path: where it was loaded from: a GGUF LoRA file or a PEFT directory.
-        sha256: of the GGUF LoRA file, in hexadecimal.
-        size: of that file, in bytes.
-        method: how it was trained, in PEFT's words.
-        generation: how many loads this engine had done before; no two loads have the same.
-        scale: used where a set gives none.
+        id: number of the adapter, from 0. Never reused, because a client may remember the id of an unloaded adapter.
+        name: name of the adapter.
+        path: GGUF LoRA file or PEFT directory that it was loaded from.
+        sha256: SHA-256 of the GGUF LoRA file, in hexadecimal.
+        size: size of that file in bytes.
+        method: PEFT's name of the training method, such as "LORA".
+        load_id: number of loads that the engine had started before; different for each load.
+        scale: scale in adapter sets that do not give one.
     """
 
     id: int
@@ -43,20 +44,26 @@ class LoadedAdapter:
     sha256: str
     size: int
     method: str
-    generation: int
+    load_id: int
     scale: float = 1.0
+
+    @property
+    def generation(self) -> int:
+        """Old name of `load_id`."""
+        return self.load_id
 
 
 @dataclass(slots=True, eq=False)
 class RegisteredAdapter:
-    """A loaded adapter in memory.
+    """A loaded adapter with its data in memory.
 
     Attributes:
+        adapter: its public description.
         pointer: its ``llama_adapter_lora *``; None for a soft prompt.
-        prefix: of a soft prompt: what precedes the tokens.
-        invocation: of an activated LoRA: the tokens that it begins to work at.
+        prefix: the embeddings, or keys and values, of a soft prompt; None for other adapters.
+        invocation: the tokens at which an activated LoRA begins; empty for other adapters.
         users: number of requests that use it.
-        removed: whether its name is gone.
+        removed: whether it has been unloaded or replaced.
     """
 
     adapter: LoadedAdapter
@@ -69,11 +76,11 @@ class RegisteredAdapter:
 
 @dataclass(frozen=True, slots=True)
 class AdapterPhase:
-    """The adapters that compute a stretch of a request's tokens.
+    """The adapters that compute some consecutive tokens of a request.
 
     Attributes:
-        identity: what KV cells computed by them depend on.
-        parts: those of llama.cpp.
+        identity: identity of the KV cells that they compute.
+        parts: the LoRAs that llama.cpp applies, with their scales.
     """
 
     identity: Identity
@@ -85,11 +92,12 @@ NO_ADAPTERS: Final = AdapterPhase(frozenset(), ())
 
 @dataclass(frozen=True)
 class ResolvedSet:
-    """An adapter set of one request, resolved: what its names meant when it was submitted.
+    """The adapters that the names of a request's set stood for when the request was submitted.
 
     Attributes:
-        members: with their scales.
-        request_prefix: embeddings that the request itself puts before its tokens.
+        names: names and scales of the set.
+        members: the adapters and their scales.
+        request_prefix: embeddings (n, n_embd) that the request itself puts in front of its tokens.
     """
 
     names: AdapterSet
@@ -99,16 +107,18 @@ class ResolvedSet:
 
     @cached_property
     def base_phase(self) -> AdapterPhase:
-        """What computes from the first token on: all but activated LoRAs. Requests that share it share a context."""
+        """Adapters of the first token: all but activated LoRAs. Requests with equal ones share a context."""
         return self.phase(frozenset())
 
     @cached_property
     def invocations(self) -> dict[str, tuple[int, ...]]:
         """Invocation tokens of the activated LoRAs, by name."""
-        return {resident.adapter.name: resident.invocation for resident, _ in self.members if resident.invocation}
+        return {
+            registered.adapter.name: registered.invocation for registered, _ in self.members if registered.invocation
+        }
 
     def phase(self, started: frozenset[str]) -> AdapterPhase:
-        """What computes where these of the activated LoRAs have begun."""
+        """Return the adapters that compute a token at which the activated LoRAs named in ``started`` have begun."""
         if started not in self._phases:
             waiting = self.invocations.keys() - started
             self._phases[started] = self._phase([m for m in self.members if m[0].adapter.name not in waiting])
@@ -116,124 +126,134 @@ class ResolvedSet:
 
     @cached_property
     def keys_and_values(self) -> Prefix | None:
-        """The soft prompt that is written to the cache before anything is decoded."""
+        """The soft prompt of keys and values, which are written to the cache before anything is decoded."""
         return next((r.prefix for r, _ in self.members if r.prefix and r.prefix.embeddings is None), None)
 
     @cached_property
     def embeddings(self) -> Embeddings | None:
-        """Embeddings (n, n_embd) decoded before the tokens: those of a soft prompt, then the request's own."""
+        """Embeddings (n, n_embd) to decode before the tokens: those of a soft prompt, then those of the request."""
         parts = [r.prefix.embeddings for r, _ in self.members if r.prefix and r.prefix.embeddings is not None]
         parts += [] if self.request_prefix is None else [self.request_prefix]
         return np.concatenate(parts, dtype=np.float32) if parts else None
 
     @property
     def n_before(self) -> int:
-        """Positions before the first token."""
-        written = self.keys_and_values.n_tokens if self.keys_and_values else 0
-        return written + (0 if self.embeddings is None else len(self.embeddings))
+        """Number of positions before the first token."""
+        n_prefix = self.keys_and_values.n_tokens if self.keys_and_values else 0
+        return n_prefix + (0 if self.embeddings is None else len(self.embeddings))
 
     def _phase(self, members: Sequence[tuple[RegisteredAdapter, float]]) -> AdapterPhase:
-        of = {(resident.adapter.sha256, resident.adapter.generation, scale) for resident, scale in members}
+        identity = {(registered.adapter.sha256, registered.adapter.load_id, scale) for registered, scale in members}
         if self.request_prefix is not None:
-            of.add((hashlib.sha256(self.request_prefix.tobytes()).hexdigest(), -1, 1.0))
-        loras = [(resident, scale) for resident, scale in members if resident.pointer is not None]
+            identity.add((hashlib.sha256(self.request_prefix.tobytes()).hexdigest(), -1, 1.0))
+        loras = [(registered, scale) for registered, scale in members if registered.pointer is not None]
         parts = [ScaledLora(each.pointer, each.adapter.path, each.adapter.sha256, scale) for each, scale in loras]
-        return AdapterPhase(frozenset(of), tuple(parts))
+        return AdapterPhase(frozenset(identity), tuple(parts))
 
 
 def _check_soft_prompts(members: Sequence[tuple[RegisteredAdapter, float]]) -> None:
-    soft = [(resident.adapter.name, scale) for resident, scale in members if resident.prefix]
+    soft = [(registered.adapter.name, scale) for registered, scale in members if registered.prefix]
     for name, scale in soft:
         if scale != 1:
             raise RequestError(f"{name!r} is a soft prompt, which is on (1) or off (0); found the scale {scale:g}")
     if len(soft) > 1:
-        raise RequestError(f"only one soft prompt can precede the prompt, found {', '.join(name for name, _ in soft)}")
+        raise RequestError(f"only one soft prompt can be applied at once, found {', '.join(name for name, _ in soft)}")
 
 
 class AdapterRegistry:
-    """All loaded adapters by name. Thread-safe."""
+    """The loaded adapters by name. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._by_name: dict[str, RegisteredAdapter] = {}
-        self._numbers = itertools.count()
-        self._reserved: dict[str, int] = {}
-        self._generations = itertools.count()
+        self._ids = itertools.count()
+        self._reserved: set[str] = set()
+        self._load_ids = itertools.count()
 
     def reserve(self, name: str, replace: bool = False) -> tuple[int, int]:
-        """Keep ``name`` for a load under way, which may ``replace`` another: the new adapter's id and generation.
+        """Reserve a name while an adapter is being loaded.
+
+        Args:
+            name: name of the new adapter.
+            replace: whether a loaded adapter may have the name already.
+
+        Returns:
+            The new adapter's id and load id.
 
         Raises:
-            AdapterNameError: if it is taken or malformed.
+            AdapterNameError: if the name is taken or malformed.
         """
         check_name(name)
         with self._lock:
             if name in self._reserved or (name in self._by_name and not replace):
                 raise AdapterNameError(
-                    f"an adapter named {name!r} is loaded already; unload it first, or take another name"
+                    f"an adapter named {name!r} is loaded already; unload it first, or use another name"
                 )
-            number = next(self._numbers)
-            self._reserved[name] = number
-            return number, next(self._generations)
+            self._reserved.add(name)
+            return next(self._ids), next(self._load_ids)
 
     def give_up(self, name: str) -> None:
-        """The load under way has failed."""
+        """Release a reserved name after its load has failed."""
         with self._lock:
-            self._reserved.pop(name, None)
+            self._reserved.discard(name)
 
-    def add(self, resident: RegisteredAdapter) -> RegisteredAdapter | None:
-        """The load under way has succeeded; the adapter that had this name before, if any."""
+    def add(self, registered: RegisteredAdapter) -> RegisteredAdapter | None:
+        """Add an adapter under its reserved name; return the adapter that it replaces, if there is one."""
         with self._lock:
-            self._reserved.pop(resident.adapter.name, None)
-            replaced = self._by_name.get(resident.adapter.name)
+            self._reserved.discard(registered.adapter.name)
+            replaced = self._by_name.get(registered.adapter.name)
             if replaced is not None:
                 replaced.removed = True
-            self._by_name[resident.adapter.name] = resident
+            self._by_name[registered.adapter.name] = registered
             return replaced
 
     def remove(self, name: str) -> RegisteredAdapter:
-        """Take an adapter out; requests that use it still do.
+        """Remove an adapter from the registry and return it; requests that use it keep it.
 
         Raises:
-            AdapterNameError: if there is none of this name.
+            AdapterNameError: if no adapter of this name is loaded.
         """
         with self._lock:
             if name not in self._by_name:
                 known = ", ".join(map(repr, self._by_name)) or "none"
                 raise AdapterNameError(f"no adapter named {name!r:.80} is loaded; loaded: {known}")
-            resident = self._by_name.pop(name)
-            resident.removed = True
-            return resident
+            registered = self._by_name.pop(name)
+            registered.removed = True
+            return registered
 
     def take(self, names: AdapterSet, prefix: Embeddings | None = None) -> ResolvedSet:
-        """Resolve a set (with what the request puts before its tokens), and count its user until `give_back`.
+        """Resolve the names of a request's adapter set, and count the request as a user until `give_back`.
+
+        Args:
+            names: names and scales of the set.
+            prefix: embeddings (n, n_embd) that the request puts in front of its tokens.
 
         Raises:
-            AdapterNameError: if a name is gone.
-            RequestError: if there are several soft prompts, or one with another scale than 1.
+            AdapterNameError: if an adapter has been unloaded.
+            RequestError: if there are several soft prompts, or one has a scale other than 1.
         """
         with self._lock:
-            gone = [name for name, _ in names if name not in self._by_name]
-            if gone:
-                raise AdapterNameError(f"no adapter named {gone[0]!r:.80} is loaded any more")
+            missing = [name for name, _ in names if name not in self._by_name]
+            if missing:
+                raise AdapterNameError(f"the adapter {missing[0]!r:.80} is no longer loaded")
             members = tuple((self._by_name[name], scale) for name, scale in names)
             _check_soft_prompts(members)
-            for resident, _ in members:
-                resident.users += 1
+            for registered, _ in members:
+                registered.users += 1
             return ResolvedSet(names, members, prefix)
 
     def give_back(self, taken: ResolvedSet) -> list[RegisteredAdapter]:
-        """A user has ended; the adapters that nobody can reach any more."""
+        """End the use of a set by a request; return its adapters that are removed and have no users left."""
         with self._lock:
-            for resident, _ in taken.members:
-                resident.users -= 1
-            return [resident for resident, _ in taken.members if resident.removed and not resident.users]
+            for registered, _ in taken.members:
+                registered.users -= 1
+            return [registered for registered, _ in taken.members if registered.removed and not registered.users]
 
     def all(self) -> Sequence[RegisteredAdapter]:
-        """Those that have names, by id."""
+        """Return the loaded adapters, sorted by id."""
         with self._lock:
-            return sorted(self._by_name.values(), key=lambda resident: resident.adapter.id)
+            return sorted(self._by_name.values(), key=lambda registered: registered.adapter.id)
 
     def scales(self) -> dict[str, float]:
-        """Default scale of each name."""
-        return {resident.adapter.name: resident.adapter.scale for resident in self.all()}
+        """Return the default scale of each adapter, by name."""
+        return {registered.adapter.name: registered.adapter.scale for registered in self.all()}

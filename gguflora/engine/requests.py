@@ -1,4 +1,4 @@
-"""What a caller asks of the engine, and what it gets back."""
+"""Requests to the engine, and the answers that it returns."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _MAX_PENALTY: Final = 1000.0
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 takes the most likely one.
+    """Parameters for sampling the next token, as in llama.cpp.
 
     Attributes:
-        temperature: divides the logits, at least 0.
-        top_p: keep the most likely tokens of this total probability; 1 keeps all.
-        top_k: keep this many tokens; 0 keeps all.
-        min_p: keep tokens at least this likely relative to the most likely one; 0 keeps all.
-        seed: of the random numbers; None takes one that nobody knows.
-        repeat_penalty: divides the logits of the last 64 tokens' members; 1 leaves them.
-        frequency_penalty: subtracted for each time a token occurs among the last 64.
-        presence_penalty: subtracted once from tokens among the last 64.
-        logit_bias: added to the logit of a token.
+        temperature: divisor of the logits, at least 0; 0 always takes the most likely token.
+        top_p: keep the most likely tokens whose probabilities sum to this; 1 keeps all.
+        top_k: keep this number of most likely tokens; 0 keeps all.
+        min_p: keep tokens whose probability is at least this share of the highest one; 0 keeps all.
+        seed: seed of the random numbers; None for a random seed.
+        repeat_penalty: weakens the logits of tokens that occur among the last 64; 1 leaves them unchanged.
+        frequency_penalty: subtracted from a token's logit for each occurrence among the last 64 tokens.
+        presence_penalty: subtracted once from the logit of a token that occurs among the last 64 tokens.
+        logit_bias: number to add to the logit of a token, by token.
     """
 
     temperature: float = 0.8
@@ -48,10 +48,10 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def check(self, n_vocab: int) -> None:
-        """Raise unless llama.cpp's samplers can work with these numbers.
+        """Check that llama.cpp's samplers accept these parameters.
 
         Raises:
-            RequestError: naming the parameter.
+            RequestError: if a parameter is out of range; the message names it.
         """
         _check_number("temperature", self.temperature, 0, 100)
         _check_number("top_p", self.top_p, 0, 1)
@@ -69,16 +69,17 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """One text to continue.
+    """One prompt to continue.
 
     Attributes:
         tokens: the prompt.
-        adapters: from `Engine.adapter_set`; names and scales.
-        max_tokens: how many tokens to generate at most; 0 only evaluates the prompt.
-        stop: texts that end the answer and are not part of it.
-        logprobs: how many of the most likely tokens to report beside each generated one; None reports nothing.
-        timeout: seconds from `Engine.submit` on, waiting included.
-        prefix: embeddings (n, n_embd) decoded before the tokens.
+        adapters: names and scales of the adapter set, from `Engine.adapter_set`.
+        max_tokens: largest number of tokens to generate; 0 only evaluates the prompt.
+        sampling: sampling parameters.
+        stop: texts that end the answer; they are not part of it.
+        logprobs: number of most likely tokens to report at each generated token; None reports no log probabilities.
+        timeout: seconds after which the request ends, from `Engine.submit` on; waiting counts.
+        prefix: embeddings (n, n_embd) to decode before the tokens.
     """
 
     tokens: Sequence[int]
@@ -91,10 +92,10 @@ class Request:
     prefix: NDArray[np.float32] | None = None
 
     def check(self, n_vocab: int) -> None:
-        """Raise unless the model can work on this.
+        """Check the request for a model with ``n_vocab`` tokens in its vocabulary.
 
         Raises:
-            RequestError: naming the parameter.
+            RequestError: if a parameter is out of range; the message names it.
         """
         if not len(self.tokens):
             raise RequestError("the prompt has no tokens; give at least one")
@@ -112,10 +113,13 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A generated token's natural logarithm of its probability, before temperature and the like.
+    """A generated token and its log probability (natural logarithm), before temperature and penalties.
 
     Attributes:
-        top: the most likely tokens in its place, best first.
+        token: the token.
+        text: bytes of the token.
+        logprob: its log probability.
+        top: (token, bytes, log probability) of the most likely tokens at its position, best first.
     """
 
     token: int
@@ -126,7 +130,13 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of the answer: whole characters, and the tokens that end in it."""
+    """A part of an answer.
+
+    Attributes:
+        text: whole characters.
+        tokens: the tokens that end in this part.
+        logprobs: log probabilities of these tokens, if the request asks for them.
+    """
 
     text: str
     tokens: tuple[int, ...] = ()
@@ -135,7 +145,13 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one request; of the prompt's, `reused_tokens` were evaluated by an earlier one."""
+    """Token counts of one request.
+
+    Attributes:
+        prompt_tokens: number of prompt tokens.
+        completion_tokens: number of generated tokens.
+        reused_tokens: number of prompt tokens that an earlier request had evaluated.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -144,7 +160,14 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds of one request: waiting, evaluating the prompt, generating; `ttft` from submit to the first token."""
+    """Durations of one request in seconds.
+
+    Attributes:
+        queue: waiting to start.
+        prefill: evaluating the prompt.
+        decode: generating, after the first token.
+        ttft: from `Engine.submit` to the first token.
+    """
 
     queue: float = 0.0
     prefill: float = 0.0
@@ -154,7 +177,14 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a request ended."""
+    """The end of a request.
+
+    Attributes:
+        reason: why it ended.
+        usage: its token counts.
+        timings: its durations.
+        error: the error, if the reason is "error".
+    """
 
     reason: FinishReason
     usage: Usage
@@ -163,13 +193,13 @@ class Ending:
 
 
 class Generation:
-    """The answer to one request as it comes: an iterator of `Piece`, for one thread.
+    """The answer to one request, as an iterator of `Piece`. Not thread-safe.
 
-    Dropped before its end, it is cancelled.
+    The request is cancelled when this object is garbage-collected.
 
     Args:
-        notify: called in the engine's thread when something has come, with whether it is the end. It must be quick and
-            not raise; as long as it refers to this object, dropping does not cancel.
+        notify: called in the engine's thread when something arrives, with True if it is the end. It must be quick and
+            must not raise. While it refers to this object, the object is not garbage-collected.
     """
 
     def __init__(self, notify: Callable[[bool], None] | None = None) -> None:
@@ -182,7 +212,7 @@ class Generation:
         return self
 
     def __next__(self) -> Piece:
-        """The next piece, waited for.
+        """Wait for the next piece and return it.
 
         Raises:
             GenerationError: if the request failed; then `finish_reason` is "error".
@@ -197,7 +227,10 @@ class Generation:
         raise StopIteration
 
     def arrived(self) -> list[Piece]:
-        """What has come and was not taken yet, without waiting. After the end `finish_reason` and `error` are set."""
+        """Return the pieces that have arrived since the last call, without waiting.
+
+        This method does not raise: after the end, see `finish_reason` and `error`.
+        """
         pieces: list[Piece] = []
         while self._ending is None and not self._arrived.empty():
             arrived = self._arrived.get()
@@ -208,31 +241,34 @@ class Generation:
         return pieces
 
     def text(self) -> str:
-        """All that is still to come, waited for."""
+        """Wait for the end and return the rest of the answer."""
         return "".join(piece.text for piece in self)
 
     def cancel(self) -> None:
-        """End the request at the next token. Idempotent, from any thread; the iterator then ends by itself."""
+        """End the request at the next token; the iterator then ends. Idempotent, and callable from any thread."""
         self._cancelled.set()
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """Why it ended: "stop" (end of text or a stop text), "length", "cancelled", "timeout", "error"; else None."""
+        """Why the request ended: "stop" (end of text or a stop text), "length", "cancelled", "timeout" or "error".
+
+        None if it has not ended.
+        """
         return None if self._ending is None else self._ending.reason
 
     @property
     def error(self) -> EngineError | None:
-        """Why it failed, if it ended by "error"."""
+        """The error, if the request ended with "error"."""
         return None if self._ending is None else self._ending.error
 
     @property
     def usage(self) -> Usage:
-        """Tokens, once ended."""
+        """Token counts; all 0 before the end."""
         return Usage() if self._ending is None else self._ending.usage
 
     @property
     def timings(self) -> Timings:
-        """Seconds, once ended."""
+        """Durations; all 0 before the end."""
         return Timings() if self._ending is None else self._ending.timings
 
     def __del__(self) -> None:
@@ -241,7 +277,11 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class GenerationSink:
-    """The scheduler's end of a `Generation`; does not keep it alive."""
+    """The scheduler's end of a `Generation`. It does not keep the `Generation` alive.
+
+    Attributes:
+        cancelled: set when the caller cancels the request.
+    """
 
     _arrived: queue.SimpleQueue[Piece | Ending]
     _notify: Callable[[bool], None] | None
@@ -249,11 +289,11 @@ class GenerationSink:
 
     @classmethod
     def from_generation(cls, generation: Generation) -> GenerationSink:
-        """The other end of ``generation``."""
+        """Make the sink that feeds ``generation``."""
         return cls(generation._arrived, generation._notify, generation._cancelled)
 
     def put(self, item: Piece | Ending) -> None:
-        """Hand over what comes next."""
+        """Pass a piece or the end to the caller."""
         self._arrived.put(item)
         if self._notify is not None:
             self._notify(isinstance(item, Ending))

@@ -1,4 +1,4 @@
-"""One answer of a model with adapters: ``run``."""
+"""Answer one prompt, or hold a conversation: ``run``."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from gguflora.files.remote import remote_inputs
 
 AdapterPath = str | os.PathLike[str]
 Adapters = Mapping[str, AdapterPath | tuple[AdapterPath, float]]
-"""By name: a GGUF LoRA file or PEFT directory, alone or with its scale."""
+"""Adapters by name: each a GGUF LoRA file or PEFT directory, or a tuple of it and its scale."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunReport(ChatAnswer):
-    """What `run` was answered.
+    """The answer to `run`, with the attributes of `gguflora.engine.chat.ChatAnswer`.
 
     Attributes:
-        base: the base model.
-        prompt: what was asked.
+        base: path of the base model.
+        prompt: the prompt.
     """
 
     base: Path
@@ -51,23 +51,25 @@ def run(
     threads: int | None = None,
     write: Callable[[str], None] = lambda _: None,
 ) -> RunReport:
-    """Ask a model one thing; needs llama-cpp-python. `gguflora.engine.Engine` asks many.
+    """Answer one prompt with a model and adapters. Needs llama-cpp-python.
+
+    This loads the model for a single answer; to answer many prompts, use `gguflora.engine.Engine`.
 
     Args:
-        base: the base model, a GGUF file.
-        prompt: what to ask.
-        adapters: by name, a GGUF LoRA file or PEFT directory (scale 1), or such a path and its scale.
-        tasks: of those that are MULTITASK_PROMPT_TUNING: which task, by name.
-        raw: continue the prompt as it is, without the model's chat template.
-        ctx: tokens of context; by default the model's, at most 4096.
-        max_tokens: most tokens of the answer.
-        temperature: 0 takes the most likely token.
-        seed: of the random numbers.
-        threads: number of threads; by default one for each core this process may use, but one.
-        write: takes the text as it comes.
+        base: GGUF file of the base model.
+        prompt: the prompt.
+        adapters: adapters by name: each a GGUF LoRA file or PEFT directory, or a tuple of it and its scale (default 1).
+        tasks: task number of each MULTITASK_PROMPT_TUNING adapter in ``adapters``, by name.
+        raw: continue the prompt as plain text, without the model's chat template.
+        ctx: size of the context in tokens; by default the model's training length, up to 4096.
+        max_tokens: largest number of tokens of the answer.
+        temperature: sampling temperature; 0 always takes the most likely token.
+        seed: seed of the random numbers.
+        threads: number of threads; by default one less than the cores that this process may use.
+        write: called with each piece of the answer's text.
 
     Raises:
-        GgufloraError: if something cannot be read or does not fit together.
+        GgufloraError: if an input cannot be read, or inputs do not fit together.
     """
     with open_chat(
         base,
@@ -102,7 +104,7 @@ def open_chat(
     tell: Callable[[str], None] = lambda _: None,
     show: Callable[[list[ChatAnswer]], None] = lambda _: None,
 ) -> Iterator[Chat]:
-    """A conversation with an engine of its own; the arguments are those of `run` and of `gguflora.engine.chat.Chat`."""
+    """Load a model and open a conversation with it; see `run` and `gguflora.engine.chat.Chat` for the arguments."""
     scaled = {name: item if isinstance(item, tuple) else (item, 1.0) for name, item in adapters.items()}
     paths = {name: path for name, (path, _) in scaled.items()}
     n_ctx = context_size(base, ctx)

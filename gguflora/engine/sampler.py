@@ -1,4 +1,4 @@
-"""llama.cpp's sampler chain for one request, and log probabilities of its logits."""
+"""Sampling with llama.cpp's sampler chain, and log probabilities of tokens."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from numpy.typing import NDArray
 from gguflora.engine.requests import Sampling, TokenLogprob
 
 _PENALTY_WINDOW: Final = 64
-_COLDEST: Final = 1e-4
-"""A temperature below this takes the most likely token: dividing by it could overflow a 32-bit float."""
+_MIN_TEMPERATURE: Final = 1e-4
+"""Temperatures below this count as 0, because dividing by them could overflow a 32-bit float."""
 
 _MAX_BIAS: Final = 1e6
-_LEAST_LOGPROB: Final = -9999.0
-"""OpenAI's for tokens that cannot be: JSON knows no infinity."""
+_MIN_LOGPROB: Final = -9999.0
+"""OpenAI's log probability of an impossible token; JSON has no infinity."""
 
 
 class Sampler:
-    """A sampler chain of llama.cpp. Takes logits that are finite.
+    """A sampler chain of llama.cpp. The logits must be finite.
 
     Args:
-        sampling: checked already.
+        sampling: sampling parameters that have been checked.
         n_vocab: number of logits.
-        prompt: its last tokens count for the penalties.
+        prompt: tokens of the prompt; the last of them count for the penalties.
     """
 
     def __init__(self, sampling: Sampling, n_vocab: int, prompt: Sequence[int]) -> None:
@@ -40,7 +40,7 @@ class Sampler:
             llama_cpp.llama_sampler_accept(self._chain, token)
 
     def sample(self, context: int, index: int) -> int:
-        """Choose a token by the logits of the ``index``-th token of the last batch, and remember it."""
+        """Sample a token from the logits at ``index`` of the context's last batch, and record it for the penalties."""
         return int(llama_cpp.llama_sampler_sample(self._chain, context, index))
 
     def close(self) -> None:
@@ -63,7 +63,7 @@ def _parts(sampling: Sampling, n_vocab: int) -> list[Any]:
     penalties = (sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty)
     if penalties != (1, 0, 0):
         parts.append(llama_cpp.llama_sampler_init_penalties(n_vocab, _PENALTY_WINDOW, *penalties))
-    if sampling.temperature < _COLDEST:
+    if sampling.temperature < _MIN_TEMPERATURE:
         return [*parts, llama_cpp.llama_sampler_init_greedy()]
     seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
     return [
@@ -72,16 +72,23 @@ def _parts(sampling: Sampling, n_vocab: int) -> list[Any]:
         llama_cpp.llama_sampler_init_top_p(sampling.top_p, 1),
         llama_cpp.llama_sampler_init_min_p(sampling.min_p, 1),
         llama_cpp.llama_sampler_init_temp(sampling.temperature),
-        llama_cpp.llama_sampler_init_dist(seed % llama_cpp.LLAMA_DEFAULT_SEED),  # the default seed means a random one
+        llama_cpp.llama_sampler_init_dist(seed % llama_cpp.LLAMA_DEFAULT_SEED),  # LLAMA_DEFAULT_SEED means random
     ]
 
 
 def token_logprob(logits: NDArray[np.float32], token: int, n_top: int, text_of: Callable[[int], bytes]) -> TokenLogprob:
-    """Log probability of ``token`` and of the ``n_top`` most likely ones, by a softmax in double precision."""
+    """Compute the log probabilities of ``token`` and of the ``n_top`` most likely tokens, in double precision.
+
+    Args:
+        logits: finite logits (n_vocab,).
+        token: the generated token.
+        n_top: number of most likely tokens.
+        text_of: returns the bytes of a token.
+    """
     wide = logits.astype(np.float64)
     wide -= wide.max()
     wide -= np.log(np.exp(wide).sum())
-    np.maximum(wide, _LEAST_LOGPROB, out=wide)
+    np.maximum(wide, _MIN_LOGPROB, out=wide)
     top = np.argpartition(-wide, min(n_top, len(wide) - 1))[:n_top]
     ordered = top[np.lexsort((top, -wide[top]))]
     return TokenLogprob(

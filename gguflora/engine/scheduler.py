@@ -1,8 +1,8 @@
-"""The one thread that works in llama.cpp: which requests run, in which context, and what is decoded next.
+"""The scheduler: a single thread calls llama.cpp and decides which requests run, where, and what is decoded next.
 
-Requests of one adapter set share a context and are decoded together: every step decodes one token of each that
-generates, and a part of the prompts of those that begin. Contexts take turns by the time they have used. A set that
-finds no context waits for an idle one, or for a busy one to have had its slice.
+Requests of one adapter set share a context and are decoded together. Each step decodes one token of every request that
+is generating, and part of the prompts of requests that have just started. The next step belongs to the adapter set that
+has used the least time. A set without a context waits until a context is idle or its owner's time slice is over.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from gguflora.engine.adapter_sets import Identity
-from gguflora.engine.context import Chunk, Context
+from gguflora.engine.context import Context
 from gguflora.engine.context_pool import ContextPool
 from gguflora.engine.job import GenerationJob
 from gguflora.engine.registry import ResolvedSet
 from gguflora.engine.requests import FinishReason
+from gguflora.engine.slots import Chunk
 from gguflora.errors import EngineClosedError, EngineError, GenerationError, QueueFullError
 
 T = TypeVar("T")
 
 SLICE_SECONDS: Final = 0.5
-"""How long a context stays with a set while another waits for one."""
+"""Time for which a set keeps its context while another set waits for one."""
 
 _MIXED_SHARE: Final = 4
-"""While others generate, a prompt may fill a batch to this fraction only: they wait for it."""
+"""While requests generate, prompts may use only 1/4 of a batch, so that the generating requests do not wait long."""
 
 
 @dataclass(slots=True, eq=False)
@@ -37,8 +38,12 @@ class AdapterQueue:
     """All requests of one adapter set.
 
     Attributes:
-        spent: seconds of computing, the measure of whose turn it is.
-        since: `spent` when it got its context.
+        adapters: the adapter set.
+        waiting: jobs without a slot, in order.
+        running: jobs with a slot in the context.
+        context: the context of the set, if it has one.
+        spent: seconds of computing; the queue with the least comes next.
+        since: value of `spent` when the set got its context.
     """
 
     adapters: ResolvedSet
@@ -50,12 +55,16 @@ class AdapterQueue:
 
 
 class Scheduler:
-    """Runs jobs on a pool of contexts in a thread of its own.
+    """Runs jobs on a pool of contexts, in its own thread.
 
     Args:
-        pool: used by this thread only.
-        queue_size: how many jobs may wait before they run for the first time.
-        finished: told of every job that has ended, in the thread, before its caller is.
+        pool: the contexts; only the scheduler's thread uses them.
+        queue_size: largest number of jobs that wait to start.
+        finished: called in the scheduler's thread with each job that has ended, before its caller is told.
+
+    Attributes:
+        ended: number of ended jobs by finish reason.
+        tokens: number of tokens of ended jobs: "prompt", "out" and "reused"; and of all decoded tokens: "decoded".
     """
 
     def __init__(self, pool: ContextPool, queue_size: int, finished: Callable[[GenerationJob], None]) -> None:
@@ -74,31 +83,36 @@ class Scheduler:
 
     @property
     def queued(self) -> int:
-        """Jobs that have not begun."""
+        """Number of jobs that have not started."""
         return self._queued
 
     @property
     def running(self) -> int:
-        """Jobs that have begun and not ended. In the thread only."""
+        """Number of jobs that have started and not ended. Only for the scheduler's thread."""
         return sum(job.started for queue in self._queues.values() for job in [*queue.running, *queue.waiting])
 
     def submit(self, job: GenerationJob) -> None:
-        """Let a job wait for its turn.
+        """Put a job into the queue.
 
         Raises:
-            QueueFullError: if too many do.
+            QueueFullError: if too many jobs are waiting.
+            EngineClosedError: if the scheduler is closed.
         """
         with self._wake:
             if self._closing:
                 raise EngineClosedError("the engine is closed")
             if self._queued >= self._queue_size:
-                raise QueueFullError(f"{self._queued} requests wait already; try again later")
+                raise QueueFullError(f"{self._queued} requests are waiting already; try again later")
             self._queued += 1
             self._arrived.append(job)
             self._wake.notify()
 
     def call(self, work: Callable[[], T]) -> T:
-        """Run ``work`` in the thread between two steps, and wait for it."""
+        """Run ``work`` in the scheduler's thread, between two steps, and return its result.
+
+        Raises:
+            EngineClosedError: if the scheduler is closed.
+        """
         done: Future[T] = Future()
 
         def run() -> None:
@@ -134,7 +148,7 @@ class Scheduler:
                 self._end(job, "cancelled")
 
     def _receive(self) -> bool:
-        """Take in what has arrived, waiting for it if there is nothing else to do; False once closed."""
+        """Process arrived jobs and calls, and wait for some if no job is left; return False once closed."""
         while True:
             with self._wake:
                 while not (self._arrived or self._closing or self._queues):
@@ -155,13 +169,13 @@ class Scheduler:
     def _enqueue(self, job: GenerationJob) -> None:
         identity = job.adapters.base_phase.identity
         if identity not in self._queues:
-            # not 0: a newcomer would have every turn until it has caught up
+            # with 0, a new queue would have every turn until it has caught up
             spent = min((queue.spent for queue in self._queues.values()), default=0.0)
             self._queues[identity] = AdapterQueue(job.adapters, spent=spent)
         self._queues[identity].waiting.append(job)
 
     def _sweep(self) -> None:
-        """End jobs that were cancelled or are out of time; forget lanes without jobs."""
+        """End jobs that are cancelled or timed out, and remove queues without jobs."""
         for identity, queue in list(self._queues.items()):
             for job in [*queue.running, *queue.waiting]:
                 reason = job.interruption
@@ -172,40 +186,40 @@ class Scheduler:
                 del self._queues[identity]
 
     def _admit(self) -> None:
-        """Let waiting jobs into their contexts, the lanes with the least time first."""
+        """Start waiting jobs, those of the queue with the least time first."""
         for queue in sorted(self._queues.values(), key=lambda queue: queue.spent):
             if queue.waiting:
                 self._guarded(queue, self._fill)
 
     def _guarded(self, queue: AdapterQueue, work: Callable[[AdapterQueue], None]) -> None:
-        """Whatever goes wrong in one lane ends the jobs of that lane only."""
+        """Call ``work`` on a queue; if it raises, end the jobs of this queue only."""
         try:
             work(queue)
         except Exception as error:
             self._fail(queue, [*queue.running, *queue.waiting], error)
 
     def _fill(self, queue: AdapterQueue) -> None:
-        """Start jobs of ``queue`` while there is a context and room in it."""
+        """Start jobs of ``queue`` while its context has room."""
         if queue.context is None and not self._find_context(queue):
             return
         while queue.waiting and self._start(queue, queue.waiting[0]):
             queue.running.append(queue.waiting.popleft())
 
     def _find_context(self, queue: AdapterQueue) -> bool:
-        """Give ``queue`` a context, if need be that of a lane whose slice is over; whether it has one."""
+        """Give ``queue`` a context, perhaps one from a queue whose time slice is over; return whether it has one."""
         context = self.pool.context_of(queue.adapters)
         if context is None:
-            holders = [other for other in self._queues.values() if other.context is not None]
-            over = [other for other in holders if other.spent - other.since >= SLICE_SECONDS]
-            if not over:
+            owners = [other for other in self._queues.values() if other.context is not None]
+            expired = [other for other in owners if other.spent - other.since >= SLICE_SECONDS]
+            if not expired:
                 return False
-            self._suspend(max(over, key=lambda other: other.spent))
+            self._suspend(max(expired, key=lambda other: other.spent))
             context = self.pool.context_of(queue.adapters)
         queue.context, queue.since = context, queue.spent
         return context is not None
 
     def _suspend(self, queue: AdapterQueue) -> None:
-        """Take a lane's context away; its jobs wait for their next turn."""
+        """Take the context away from a queue; its running jobs wait again."""
         for job in reversed(queue.running):
             self._save(queue, job)
             self._leave_slot(queue, job)
@@ -214,16 +228,16 @@ class Scheduler:
         queue.context = None
 
     def _save(self, queue: AdapterQueue, job: GenerationJob) -> None:
-        """Keep what a job's slot holds, if there is memory for it; else it is computed again."""
+        """Copy a job's slot if there is memory for it; otherwise the job's tokens will be computed again."""
         context, slot = queue.context, job.slot
         assert context is not None
         assert slot is not None
-        kept = sum(len(job.saved.data) for other in self._queues.values() for job in other.waiting if job.saved)
-        if slot.held and kept + context.state_bytes(slot) <= self.pool.saved_bytes:
+        in_use = sum(len(job.saved.data) for other in self._queues.values() for job in other.waiting if job.saved)
+        if slot.held and in_use + context.state_bytes(slot) <= self.pool.saved_bytes:
             job.saved = context.save(slot)
 
     def _start(self, queue: AdapterQueue, job: GenerationJob) -> bool:
-        """Give ``job`` a slot of its lane's context, if there is one and room for it."""
+        """Start ``job`` if a slot is free and the context has room for its tokens; return whether it started."""
         context = queue.context
         assert context is not None
         in_use = sum(len(running.keys) for running in queue.running)
@@ -244,7 +258,7 @@ class Scheduler:
         return min(running, key=lambda queue: queue.spent) if running else None
 
     def _step(self, queue: AdapterQueue) -> None:
-        """Decode what is next of every job, and choose the next token of those whose turn has come."""
+        """Decode the next tokens of every job, and sample a token for each job whose prompt is complete."""
         started = time.perf_counter()
         for group in self._plan(queue):
             self._decode(queue, group)
@@ -275,7 +289,7 @@ class Scheduler:
             self._end(job, reason)
 
     def _plan(self, queue: AdapterQueue) -> list[list[tuple[GenerationJob, Chunk]]]:
-        """What to decode, by group: one token of each job that generates, then prompts in order of arrival."""
+        """Return the chunks to decode, by group: a token of each generating job, then prompts in order of arrival."""
         context = queue.context
         assert context is not None
         generating = any(job.remaining == 1 for other in self._queues.values() for job in other.running)
@@ -292,7 +306,7 @@ class Scheduler:
                 return _grouped(plan)
             if len(queue.running) == 1:
                 raise GenerationError("the context is full")
-            newest = queue.running.pop()  # it waits until the others have done
+            newest = queue.running.pop()  # it waits until the others have ended
             self._leave_slot(queue, newest)
             queue.waiting.appendleft(newest)
 
@@ -316,12 +330,12 @@ class Scheduler:
 
     def _fail(self, queue: AdapterQueue, jobs: Sequence[GenerationJob], error: Exception) -> None:
         context = queue.context
-        told = error if isinstance(error, EngineError) else GenerationError(f"computing the request failed: {error}")
+        reported = error if isinstance(error, EngineError) else GenerationError(f"the request failed: {error}")
         for job in jobs:
             if context is not None and job.slot is not None:
                 context.keep(job.slot, 0)
             self._leave(queue, job)
-            self._end(job, "error", told)
+            self._end(job, "error", reported)
 
     def _end(self, job: GenerationJob, reason: FinishReason, error: EngineError | None = None) -> None:
         if job.ended:
@@ -337,7 +351,7 @@ class Scheduler:
 
 
 def _grouped(plan: Sequence[tuple[GenerationJob, Chunk]]) -> list[list[tuple[GenerationJob, Chunk]]]:
-    """Parts of the plan that can each be decoded in one batch."""
+    """Split a plan into groups that can each be decoded in one batch."""
     groups: dict[tuple[bool, bool, Identity], list[tuple[GenerationJob, Chunk]]] = {}
     for job, chunk in plan:
         groups.setdefault(chunk.group, []).append((job, chunk))

@@ -46,10 +46,10 @@ class AttachedSet:
         planned: whether `starts` is already right for the tokens evaluated next; true while tokens are generated.
     """
 
-    def __init__(self, context: Untyped, model: Untyped, fused: ConcatenatedAdapters) -> None:
+    def __init__(self, context: Untyped, model: Untyped, concatenated: ConcatenatedAdapters) -> None:
         self._context = context
         self._model = model
-        self._fused = fused
+        self._concatenated = concatenated
         self.llama_lock: Final = LlamaLock()
         self.lock: Final = self.llama_lock.lock
         self.loaded: dict[str, HotAdapter] = {}
@@ -89,12 +89,12 @@ class AttachedSet:
     def _set(self, active: Mapping[str, float]) -> None:
         loaded = [(self.loaded[name], scale) for name, scale in active.items()]
         parts = [ScaledLora(each.pointer, each.path, each.sha256, scale) for each, scale in loaded if each.pointer]
-        self._fused.apply(self._context.ctx, parts)
+        self._concatenated.apply(self._context.ctx, parts)
 
     def free(self, name: str) -> None:
         """Unload an adapter that is not active, and free its memory if gguflora owns it."""
         adapter = self.loaded.pop(name)
-        self._fused.drop(adapter.sha256)
+        self._concatenated.drop(adapter.sha256)
         if adapter.owned:
             free_lora(adapter.pointer)
 
@@ -110,7 +110,7 @@ class AttachedSet:
             if self._model.model is None:  # somebody freed the model, and its adapters with it
                 self.loaded.clear()
             else:
-                self._fused.free()
+                self._concatenated.free()
             for name in list(self.loaded):
                 self.free(name)
 

@@ -71,10 +71,10 @@ def attach(llm: Any) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only w
     if before is not None and not before.closed:
         return Adapters(llm, before)
     base = cache(partial(read_whole_base, Path(llm.model_path)))
-    fused = ConcatenatedAdapters(
+    concatenated = ConcatenatedAdapters(
         llm.model, llm.metadata.get("general.architecture", ""), lambda path: open_adapter(path, base()).file
     )
-    adapters = AttachedSet(*llama_internals.wrappers_of(llm), fused)
+    adapters = AttachedSet(*llama_internals.wrappers_of(llm), concatenated)
     _adopt(llm, adapters, active=before is None)
     guarded_llama.guard(llm, adapters)
     return Adapters(llm, adapters)

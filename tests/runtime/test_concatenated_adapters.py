@@ -126,7 +126,7 @@ def test_64_at_once(tmp_path):
                 adapters.load(name, path)
             adapters.apply(scales)
             np.testing.assert_allclose(logits(llm), wanted, atol=1e-4, rtol=0)
-            assert len(adapters._set._fused._made) == 1
+            assert len(adapters._set._concatenated._made) == 1
             adapters.apply(n0=1.0)
             one = logits(llm)
             adapters.apply(scales)
@@ -205,7 +205,7 @@ def test_elsewhere_it_is_applied_side_by_side(tmp_path):
             adapters.load(f"n{number}", path)
             path.unlink()
         adapters.apply(dict.fromkeys(adapters.loaded, 0.1))
-        assert not adapters._set._fused._made
+        assert not adapters._set._concatenated._made
         logits(llm)
 
 
@@ -218,12 +218,12 @@ def test_fused_adapters_are_freed(tmp_path, monkeypatch):
         for step in range(7):
             adapters.apply(dict.fromkeys(adapters.loaded, 0.1 * (step + 1)))
             logits(llm)
-        assert len(adapters._set._fused._made) == 4
+        assert len(adapters._set._concatenated._made) == 4
         assert len(freed) == 3
         adapters.unload("n0")
         assert len(freed) == 7
     open_files = [str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.exists()]
-    assert not [name for name in open_files if "gguflora-fused" in name]
+    assert not [name for name in open_files if "gguflora-concatenated" in name]
 
 
 def test_fixed_graphs_are_those_of_llama_cpp():
