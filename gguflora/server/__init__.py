@@ -1,4 +1,4 @@
-"""An HTTP server around one engine: OpenAI's API, adapters by request, a page; needs the extra ``server``."""
+"""An HTTP server for one engine: OpenAI's API, adapters by request, a web page. Needs the extra ``server``."""
 
 from typing import TYPE_CHECKING, Final
 

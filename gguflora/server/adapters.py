@@ -1,4 +1,4 @@
-"""Endpoints for adapters: llama-server's ``/lora-adapters``, vLLM's load and unload, and what an adapter changes."""
+"""Endpoints for adapters: llama-server's ``/lora-adapters``, vLLM's load and unload, and statistics of an adapter."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import itertools
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
 
@@ -17,23 +17,21 @@ from gguflora.engine import LoadedAdapter
 from gguflora.errors import AdapterNameError
 from gguflora.server.errors import Failure
 from gguflora.server.schemas import LoadBody, LoraScale, UnloadBody
-from gguflora.server.service import BASE_MODEL, DEFAULT_MODEL, Service, service_of
+from gguflora.server.service import BASE_MODEL, DEFAULT_MODEL, Service, ServiceDep
 
 router = APIRouter()
-Offered = Annotated[Service, Depends(service_of)]
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
-_OUTSIDE: Final = "lora_path is not inside the directory that the server loads adapters from"
 
 
 @router.get("/lora-adapters")
-def list_adapters(service: Offered) -> list[dict[str, Any]]:
-    """All loaded adapters, with the scales of requests that name no adapter set."""
+def list_adapters(service: ServiceDep) -> list[dict[str, Any]]:
+    """List the loaded adapters, with the scales for requests that name no adapter set."""
     return [_entry(adapter, service.scales.get(adapter.name, 0.0)) for adapter in service.engine.adapters()]
 
 
 def _entry(adapter: LoadedAdapter, scale: float) -> dict[str, Any]:
-    """As llama-server, but the path is only the file's name."""
+    """Describe an adapter as llama-server does, but with the file's name in place of its path."""
     return {
         "id": adapter.id,
         "path": adapter.path.name,
@@ -46,30 +44,32 @@ def _entry(adapter: LoadedAdapter, scale: float) -> dict[str, Any]:
 
 
 @router.post("/lora-adapters")
-def set_scales(scales: list[LoraScale], service: Offered) -> dict[str, bool]:
-    """Set the scales of requests that name no adapter set; adapters left out are off."""
-    wanted = service.by_id(scales)
-    service.engine.adapter_set(list(wanted.items()))  # refuses what the engine could not apply
-    service.scales = wanted
+def set_scales(scales: list[LoraScale], service: ServiceDep) -> dict[str, bool]:
+    """Set the scales for requests that name no adapter set; adapters that are not listed are off."""
+    by_name = service.by_id(scales)
+    service.engine.adapter_set(list(by_name.items()))  # raises if the engine could not apply them
+    service.scales = by_name
     return {"success": True}
 
 
 @router.get("/lora-adapters/{adapter_id}/changes")
-async def show_changes(adapter_id: int, service: Offered) -> dict[str, Any]:
-    """How much an adapter changes each tensor at scale 1, relative to the tensor's norm."""
+async def show_changes(adapter_id: int, service: ServiceDep) -> dict[str, Any]:
+    """Return how much an adapter changes each tensor at scale 1, relative to the tensor's norm."""
     adapter = service.find(adapter_id)
     measured = asyncio.wrap_future(service.adapter_stats.measure(adapter.path, adapter.sha256))
-    rows = await asyncio.shield(measured)  # others may wait for the same
+    rows = await asyncio.shield(measured)  # other requests may wait for the same future
     return {"id": adapter.id, "name": adapter.name, "changes": rows}
 
 
 @router.post("/v1/load_lora_adapter")
-async def load_adapter(body: LoadBody, service: Offered) -> PlainTextResponse:
+async def load_adapter(body: LoadBody, service: ServiceDep) -> PlainTextResponse:
     """Load an adapter from the directory given with ``--allow-load``."""
     folder = _loading_folder(service)
     if not _NAME.fullmatch(body.lora_name) or body.lora_name in {BASE_MODEL, DEFAULT_MODEL, service.engine.model_name}:
         raise Failure(
-            400, "lora_name needs letters, digits, '.', '_', '-' or '/', and is no model's name", param="lora_name"
+            400,
+            "lora_name must consist of letters, digits, '.', '_', '-' and '/', and must not be the name of a model",
+            param="lora_name",
         )
     if not body.load_inplace and body.lora_name in {adapter.name for adapter in service.engine.adapters()}:
         raise Failure(
@@ -83,7 +83,7 @@ async def load_adapter(body: LoadBody, service: Offered) -> PlainTextResponse:
 
 
 @router.post("/v1/unload_lora_adapter")
-async def unload_adapter(body: UnloadBody, service: Offered) -> PlainTextResponse:
+async def unload_adapter(body: UnloadBody, service: ServiceDep) -> PlainTextResponse:
     """Unload an adapter."""
     _loading_folder(service)
     await run_in_threadpool(service.engine.unload, body.lora_name)
@@ -93,7 +93,7 @@ async def unload_adapter(body: UnloadBody, service: Offered) -> PlainTextRespons
 
 def _loading_folder(service: Service) -> Path:
     if service.settings.allow_load is None:
-        raise Failure(403, "loading is off; the server allows it when started with --allow-load DIR", "loading_is_off")
+        raise Failure(403, "loading is off; start the server with --allow-load DIR to allow it", "loading_is_off")
     return service.settings.allow_load.resolve()
 
 
@@ -101,30 +101,38 @@ def _load(service: Service, body: LoadBody, folder: Path) -> None:
     path = path_inside(folder, body.lora_path)
     try:
         service.engine.load(path, body.lora_name, task=body.task, replace=body.load_inplace)
-    except AdapterNameError as error:  # another client loads one of this name
+    except AdapterNameError as error:  # another client is loading an adapter of this name
         raise Failure(400, str(error), "already_loaded", "lora_name") from error
 
 
 def path_inside(folder: Path, text: str) -> Path:
-    """The path, links resolved, if it and all that it holds lie inside the folder; relative paths start there.
+    """Resolve a path that a client has sent.
 
-    Only files and directories can be loaded: whoever opened a pipe would wait for its other end.
+    Args:
+        folder: the directory that the server loads adapters from; relative paths start here.
+        text: path of a file or directory. It and all files in it must lie inside the folder after links are followed.
+            Other kinds of files, such as pipes, are refused, because reading them could block.
 
     Raises:
-        Failure: if not, whether it exists or not.
+        Failure: if the path is not inside the folder or does not exist; the message does not tell which.
     """
     try:
         path = (folder / text).resolve()
         inside = path.is_relative_to(folder) and path.exists() and _all_inside(path, folder)
-    except (OSError, ValueError, RuntimeError):  # a name too long, a NUL, a loop of links
+    except (OSError, ValueError, RuntimeError):  # a name that is too long, a NUL character, a loop of links
         inside = False
     if not inside:
-        raise Failure(400, f"{_OUTSIDE}, or does not exist", "bad_path", "lora_path")
+        raise Failure(
+            400,
+            "lora_path is not inside the directory that the server loads adapters from, or does not exist",
+            "bad_path",
+            "lora_path",
+        )
     return path
 
 
 def _all_inside(path: Path, folder: Path) -> bool:
-    """Whether a file, or every file of a directory, lies inside the folder when links are followed."""
+    """Return whether a file, or every file of a directory, lies inside the folder after links are followed."""
     files = (Path(root, name).resolve() for root, folders, names in os.walk(path) for name in folders + names)
     return all(
         file.is_relative_to(folder) and (file.is_file() or file.is_dir()) for file in itertools.chain([path], files)

@@ -1,11 +1,11 @@
-"""The application: gates, endpoints, page, metrics around one engine."""
+"""The ASGI application: middleware, endpoints, web page and metrics for one engine."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
-from fastapi import APIRouter, Depends, FastAPI, Response
+from fastapi import APIRouter, FastAPI, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
 from starlette.exceptions import HTTPException
@@ -14,10 +14,10 @@ from gguflora.engine import Engine
 from gguflora.errors import GgufloraError
 from gguflora.server import adapters, completions
 from gguflora.server.adapter_stats import AdapterStats
-from gguflora.server.errors import answer_failure
-from gguflora.server.metrics import CONTENT_TYPE, Metrics, Timed
-from gguflora.server.middleware import Gates
-from gguflora.server.service import Service, service_of
+from gguflora.server.errors import handle_exception
+from gguflora.server.metrics import CONTENT_TYPE, Metrics, RequestTimer
+from gguflora.server.middleware import RequestGuard
+from gguflora.server.service import Service, ServiceDep
 from gguflora.server.settings import Settings
 
 _PAGE: Final = Path(__file__).parent / "page"
@@ -28,13 +28,15 @@ _FILES: Final = {
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 router = APIRouter()
-Offered = Annotated[Service, Depends(service_of)]
 
 
 def create_app(engine: Engine, base: Path, settings: Settings | None = None) -> FastAPI:
-    """The ASGI application that offers ``engine``, whose weights are those of the file ``base``.
+    """Make the ASGI application that serves an engine.
 
-    The engine stays open: whoever made it closes it when the server has ended.
+    Args:
+        engine: the engine; the caller closes it after the server has ended.
+        base: file of the engine's weights.
+        settings: limits and permissions.
     """
     settings = settings or Settings()
     metrics = Metrics(engine)
@@ -45,9 +47,9 @@ def create_app(engine: Engine, base: Path, settings: Settings | None = None) -> 
     for path, (name, kind) in _FILES.items():
         app.add_api_route(path, _file(_PAGE / name, kind), include_in_schema=False)
     for error in (GgufloraError, HTTPException, RequestValidationError):
-        app.add_exception_handler(error, answer_failure)
-    app.add_middleware(Gates, settings=settings)
-    app.add_middleware(Timed, metrics=metrics)
+        app.add_exception_handler(error, handle_exception)
+    app.add_middleware(RequestGuard, settings=settings)
+    app.add_middleware(RequestTimer, metrics=metrics)
     return app
 
 
@@ -60,11 +62,11 @@ def _file(path: Path, kind: str) -> Any:  # noqa: ANN401  (FastAPI reads the end
 
 @router.get("/health")
 def health() -> dict[str, str]:
-    """Whether the server answers."""
+    """Report that the server is running."""
     return {"status": "ok"}
 
 
 @router.get("/metrics")
-def metrics(service: Offered) -> Response:
-    """Prometheus metrics."""
+def metrics(service: ServiceDep) -> Response:
+    """Return the metrics in Prometheus' text format."""
     return Response(service.metrics.render(), media_type=CONTENT_TYPE)

@@ -1,4 +1,4 @@
-"""Endpoints that answer: OpenAI's /v1/models, /v1/completions, /v1/chat/completions."""
+"""OpenAI's endpoints: /v1/models, /v1/completions and /v1/chat/completions."""
 
 from __future__ import annotations
 
@@ -9,42 +9,34 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 
 from gguflora import engine
-from gguflora.server.errors import as_event, failure_of
-from gguflora.server.openai_format import (
-    ChatForm,
-    Choice,
-    Form,
-    TextForm,
-    timings,
-    usage,
-)
+from gguflora.server.errors import as_failure
+from gguflora.server.openai_format import ChatForm, Choice, Form, TextForm, timings, usage
 from gguflora.server.prompts import chat_requests, text_requests
 from gguflora.server.schemas import ChatBody, CompletionBody, GenerationBody
-from gguflora.server.service import BASE_MODEL, Service, service_of
+from gguflora.server.service import BASE_MODEL, Service, ServiceDep
 from gguflora.server.streaming import Answers, EventStream, while_connected
 
 _LOG: Final = logging.getLogger(__name__)
 router = APIRouter()
-Offered = Annotated[Service, Depends(service_of)]
 
 
 @router.get("/v1/models")
-def list_models(service: Offered) -> dict[str, Any]:
-    """The base and each adapter; a request may also name a set of them, such as ``legal@0.5+tone@0.3``."""
+def list_models(service: ServiceDep) -> dict[str, Any]:
+    """List the base and each adapter; requests may also name a set, such as ``legal@0.5+tone@0.3``."""
     names = [BASE_MODEL, *(adapter.name for adapter in service.engine.adapters())]
     return {"object": "list", "data": [_model(service, name) for name in names]}
 
 
 @router.get("/v1/models/{model:path}")
-def show_model(model: str, service: Offered) -> dict[str, Any]:
-    """One model, or one adapter set."""
+def show_model(model: str, service: ServiceDep) -> dict[str, Any]:
+    """Describe the base, an adapter or an adapter set."""
     service.adapter_set(model, None)
     return _model(service, model)
 
@@ -62,26 +54,34 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 
 
 @router.post("/v1/completions")
-async def complete(body: CompletionBody, request: Request, service: Offered) -> Response:
+async def complete(body: CompletionBody, request: Request, service: ServiceDep) -> Response:
     """Continue one or several texts."""
     adapters = service.adapter_set(body.model, body.lora)
-    answers = Answers(at_once=bool(body.stream))
+    answers = Answers(stream=bool(body.stream))
     await run_in_threadpool(lambda: answers.begin(service.engine, text_requests(service, body, adapters)))
     return await _Completion(service, TextForm(), body, answers, body.logprobs is not None).respond(request)
 
 
 @router.post("/v1/chat/completions")
-async def chat(body: ChatBody, request: Request, service: Offered) -> Response:
+async def chat(body: ChatBody, request: Request, service: ServiceDep) -> Response:
     """Answer the last message of a chat."""
     adapters = service.adapter_set(body.model, body.lora)
-    answers = Answers(at_once=bool(body.stream))
+    answers = Answers(stream=bool(body.stream))
     await run_in_threadpool(lambda: answers.begin(service.engine, chat_requests(service, body, adapters)))
     return await _Completion(service, ChatForm(), body, answers, bool(body.logprobs)).respond(request)
 
 
 @dataclass(frozen=True, slots=True)
 class _Completion:
-    """One request that is being answered."""
+    """One request that is being answered.
+
+    Attributes:
+        service: the service that answers.
+        form: the format of the answer.
+        body: the request's body.
+        answers: the generations.
+        with_logprobs: whether the client asked for log probabilities.
+    """
 
     service: Service
     form: Form
@@ -126,10 +126,10 @@ class _Completion:
         }
 
     async def _events(self) -> AsyncIterator[bytes]:
-        """Server-sent events: chunks, then usage if asked for, then ``[DONE]``; or an error, and the end."""
+        """Yield server-sent events: chunks, then the usage if requested, then ``[DONE]``; an error ends the stream."""
         head = self._head(self.form.chunk)
-        counts = bool(self.body.stream_options and self.body.stream_options.include_usage)
-        no_usage = {"usage": None} if counts else {}
+        include_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
+        no_usage = {"usage": None} if include_usage else {}
         choices = self._choices()
         try:
             yield b"".join(
@@ -141,20 +141,20 @@ class _Completion:
                     for choice, more in self._chunks(choices, await self.answers.arrived())
                 )
         except Exception as error:
-            failure = failure_of(error, self.service.folders())
+            failure = as_failure(error, self.service.folders())
             if failure.status == HTTPStatus.INTERNAL_SERVER_ERROR:
                 _LOG.error("an answer failed", exc_info=error)
-            yield as_event(failure)
+            yield failure.to_event()
             return
         self.service.metrics.finished(self.answers.generations)
-        if counts:
+        if include_usage:
             yield _event({**head, "choices": [], "usage": self._usage()})
         yield b"data: [DONE]\n\n"
 
     def _chunks(
         self, choices: Sequence[Choice], arrived: Sequence[tuple[int, engine.Piece | None]]
     ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """A chunk for each of what has arrived, and what stands beside it."""
+        """Yield a chunk for each arrived item, with fields to add beside it."""
         for index, piece in arrived:
             if piece is not None:
                 yield choices[index].add(piece), {}

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form: ``{"error": {"message", "type", "param", "code"}}``, without paths and tracebacks."""
+"""Errors in OpenAI's format, ``{"error": {"message", "type", "param", "code"}}``, without directories or tracebacks."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _DIRECTORY: Final = re.compile(r"(?<![\w./])/(?:[^/\s:'\"]+/)+")
 
 
 class Failure(HTTPException):
-    """What a client is told.
+    """An error that the client is told.
 
     Args:
-        status: of HTTP.
+        status: HTTP status.
         message: what went wrong, and what to try.
-        code: for programs.
-        param: the field at fault.
+        code: short name of the error, for programs.
+        param: field of the request that is wrong.
     """
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
@@ -46,7 +46,7 @@ class Failure(HTTPException):
 
     @property
     def kind(self) -> str:
-        """OpenAI's ``type``."""
+        """OpenAI's ``type`` of the error."""
         if self.status >= 500:
             return "server_error"
         return {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(
@@ -54,18 +54,27 @@ class Failure(HTTPException):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """OpenAI's form."""
+        """Return the error in OpenAI's format."""
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
         return {"error": error}
 
-    def response(self) -> JSONResponse:
-        """As an HTTP response."""
+    def to_event(self) -> bytes:
+        """Return the error as a server-sent event, as OpenAI's clients expect it in the middle of a stream."""
+        return f"data: {json.dumps(self.to_dict())}\n\n".encode()
+
+    def to_response(self) -> JSONResponse:
+        """Return the error as an HTTP response."""
         headers = {429: {"Retry-After": str(_RETRY_SECONDS)}, 401: {"WWW-Authenticate": "Bearer"}}.get(self.status)
         return JSONResponse(self.to_dict(), self.status, headers)
 
 
 def without_directories(message: str, folders: Iterable[Path] = ()) -> str:
-    """The message with the names of files, but not where they lie; ``folders`` may have spaces in their names."""
+    """Remove directories from the paths in a message, so that only the names of files remain.
+
+    Args:
+        message: the message.
+        folders: directories to remove even if their names contain spaces.
+    """
     spellings = {str(path) for folder in folders for path in (folder, folder.absolute(), folder.resolve())}
     for spelling in sorted(spellings, key=len, reverse=True):
         message = message.replace(f"{spelling}/", "")
@@ -81,15 +90,15 @@ _FAILURES: Final[tuple[tuple[type[GgufloraError], int, str, str | None], ...]] =
     (GenerationError, 500, "generation_failed", None),
     (GgufloraError, 400, "invalid_request", None),
 )
-"""Status, code and parameter; the first class that fits."""
+"""Status, code and parameter of each error; the first class that matches is used."""
 
 
-def failure_of(error: Exception, folders: Iterable[Path] = ()) -> Failure:
-    """What to tell a client about an exception, without the names of ``folders`` and other directories."""
+def as_failure(error: Exception, folders: Iterable[Path] = ()) -> Failure:
+    """Turn an exception into what the client is told, without ``folders`` and other directories."""
     if isinstance(error, Failure):
         return error
     if isinstance(error, RequestValidationError):
-        return _of_validation(error)
+        return _as_validation_failure(error)
     if isinstance(error, HTTPException):
         return Failure(error.status_code, str(error.detail))
     for kind, status, code, param in _FAILURES:
@@ -98,21 +107,16 @@ def failure_of(error: Exception, folders: Iterable[Path] = ()) -> Failure:
     return Failure(500, "internal error; the server's log has the details", "internal_error")
 
 
-def _of_validation(error: RequestValidationError) -> Failure:
+def _as_validation_failure(error: RequestValidationError) -> Failure:
     first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part != "body"]
+    field = [str(part) for part in first["loc"] if part != "body"]
     reason = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         return Failure(400, f"the body is not JSON: {first.get('ctx', {}).get('error', reason)}", "invalid_json")
-    param = ".".join(where) or None
+    param = ".".join(field) or None
     return Failure(400, f"{param}: {reason}" if param else reason, "invalid_value", param)
 
 
-async def answer_failure(request: Request, error: Exception) -> JSONResponse:
-    """FastAPI's exception handler."""
-    return failure_of(error, request.app.state.service.folders()).response()
-
-
-def as_event(error: Failure) -> bytes:
-    """A failure in the middle of a stream, as OpenAI's clients expect it."""
-    return f"data: {json.dumps(error.to_dict())}\n\n".encode()
+async def handle_exception(request: Request, error: Exception) -> JSONResponse:
+    """Answer a request with an error; FastAPI calls this."""
+    return as_failure(error, request.app.state.service.folders()).to_response()

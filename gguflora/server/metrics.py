@@ -1,4 +1,4 @@
-"""Prometheus metrics: what the engine counts, and how long requests take."""
+"""Prometheus metrics: the engine's statistics, and the durations of requests."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gguflora.engine import Engine, Generation
 
-__all__ = ["CONTENT_TYPE", "Metrics", "Timed"]
+__all__ = ["CONTENT_TYPE", "Metrics", "RequestTimer"]
 
 _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class _EngineCollector(Collector):
-    """Asks the engine at the moment the metrics are read."""
+    """Reads the engine's statistics whenever the metrics are read."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def collect(self) -> Iterable[Metric]:
-        """The engine's numbers."""
+        """Yield the engine's statistics as metrics."""
         stats = self._engine.stats()
-        yield _counter("prompt_tokens", "Tokens of prompts.", stats.prompt_tokens)
-        yield _counter("reused_tokens", "Tokens of prompts found in a KV cache.", stats.reused_tokens)
-        yield _counter("completion_tokens", "Tokens of answers.", stats.completion_tokens)
-        yield _counter("decoded_tokens", "Tokens through the model.", stats.decoded_tokens)
+        yield _counter("prompt_tokens", "Prompt tokens of ended requests.", stats.prompt_tokens)
+        yield _counter("reused_tokens", "Prompt tokens found in a KV cache.", stats.reused_tokens)
+        yield _counter("completion_tokens", "Generated tokens of ended requests.", stats.completion_tokens)
+        yield _counter("decoded_tokens", "Tokens decoded by the model.", stats.decoded_tokens)
         yield _counter("swaps", "Contexts given to another adapter set.", stats.swaps)
-        yield _gauge("queued", "Requests that wait.", stats.queued)
-        yield _gauge("running", "Requests that are being answered.", stats.running)
+        yield _gauge("queued", "Requests waiting to start.", stats.queued)
+        yield _gauge("running", "Requests being answered.", stats.running)
         yield _gauge("contexts", "Contexts in memory.", len(stats.contexts))
         yield _gauge("kv_bytes", "Bytes of all KV caches.", stats.kv_bytes)
-        yield _gauge("adapters", "Adapters in memory.", stats.adapters)
+        yield _gauge("adapters", "Loaded adapters.", stats.adapters)
         ended = CounterMetricFamily("gguflora_answers", "Ended answers by reason.", labels=["reason"])
         for reason, count in stats.requests.items():
             ended.add_metric([reason], count)
@@ -61,30 +61,32 @@ class Metrics:
         self._requests = Counter(
             "gguflora_requests", "Requests by endpoint and status.", ["endpoint", "status"], registry=self._registry
         )
-        self._seconds = self._histogram("request_seconds", "From a request to the end of its response.", ["endpoint"])
-        self._first = self._histogram("time_to_first_token_seconds", "From the queue to the first token.")
-        self._queue = self._histogram("queue_seconds", "Time spent waiting.")
+        self._seconds = self._histogram(
+            "request_seconds", "Time from a request to the end of its response.", ["endpoint"]
+        )
+        self._first = self._histogram("time_to_first_token_seconds", "Time from submission to the first token.")
+        self._queue = self._histogram("queue_seconds", "Time spent waiting to start.")
 
     def _histogram(self, name: str, text: str, labels: Sequence[str] = ()) -> Histogram:
         return Histogram(f"gguflora_{name}", text, labels, buckets=_SECONDS, registry=self._registry)
 
     def answered(self, endpoint: str, status: int, seconds: float) -> None:
-        """Count a response."""
+        """Record a response and its duration."""
         self._requests.labels(endpoint, str(status)).inc()
         self._seconds.labels(endpoint).observe(seconds)
 
     def finished(self, generations: Sequence[Generation]) -> None:
-        """Count generations that have ended well."""
+        """Record the timings of generations that have succeeded."""
         for generation in generations:
             self._first.observe(generation.timings.ttft)
             self._queue.observe(generation.timings.queue)
 
     def render(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
-class Timed:
+class RequestTimer:
     """ASGI middleware that counts and times every request."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -92,21 +94,21 @@ class Timed:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand the request on; count it when its response is over."""
+        """Pass a request on, and record it when its response is over."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started, status = time.perf_counter(), 500
 
-        async def send_noting_status(message: Message) -> None:
+        async def send_and_record_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self._app(scope, receive, send_noting_status)
+            await self._app(scope, receive, send_and_record_status)
         finally:
-            route = scope.get("route")  # none for an unknown path: labels must not grow with what clients invent
+            route = scope.get("route")  # unknown paths share one label: clients must not be able to add labels
             endpoint = getattr(route, "path", "other")
             self._metrics.answered(endpoint, status, time.perf_counter() - started)

@@ -1,4 +1,4 @@
-"""What every request passes before it reaches an endpoint: host, origin, key, size; and the headers of every answer."""
+"""Middleware that checks the host, origin, key and size of every request, and sets headers of every response."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gguflora.server.errors import Failure, failure_of
+from gguflora.server.errors import Failure, as_failure
 from gguflora.server.settings import KEY_VARIABLE, Settings
 
 _LOG: Final = logging.getLogger(__name__)
 
 OPEN_PATHS: Final = frozenset({"/", "/page.css", "/page.js", "/icon.svg", "/health"})
-"""What needs no key."""
+"""Paths that need no key."""
 
 _HEADERS: Final = {
     "Content-Security-Policy": (
@@ -28,29 +28,34 @@ _HEADERS: Final = {
 }
 
 
-class Gates:
-    """ASGI middleware which refuses what must not reach an endpoint."""
+class RequestGuard:
+    """ASGI middleware that refuses requests which must not reach an endpoint.
+
+    Args:
+        app: the application behind it.
+        settings: limits and permissions.
+    """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
         self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request pass, or answer it with the reason why not."""
+        """Pass a request on, or answer it with an error."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        answer = _Answer(send)
+        response = _Response(send)
         try:
             self._check(scope["method"], scope["path"], Headers(scope=scope))
-            await self._app(scope, _limited(receive, self._settings.max_body), answer.send)
+            await self._app(scope, _limited(receive, self._settings.max_body), response.send)
         except Exception as error:
-            failure = failure_of(error)
+            failure = as_failure(error)
             if failure is not error:
                 _LOG.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
-            if answer.begun:
+            if response.started:
                 raise
-            await failure.response()(scope, receive, answer.send)
+            await failure.to_response()(scope, receive, response.send)
 
     def _check(self, method: str, path: str, headers: Headers) -> None:
         self._check_host(headers)
@@ -63,10 +68,10 @@ class Gates:
             raise _too_large(self._settings.max_body)
 
     def _check_host(self, headers: Headers) -> None:
-        """Against DNS rebinding: a page from elsewhere that has made its own name point to this machine."""
+        """Protect against DNS rebinding, where a foreign web page lets its own name point to this machine."""
         hosts = self._settings.hosts
         if hosts is not None and _host_name(headers.get("host", "")) not in hosts:
-            raise Failure(403, f"this server is addressed as {' or '.join(sorted(hosts))}", "wrong_host")
+            raise Failure(403, f"the host of this server must be {' or '.join(sorted(hosts))}", "wrong_host")
 
     def _check_key(self, headers: Headers) -> None:
         expected = self._settings.api_key
@@ -79,7 +84,7 @@ class Gates:
 
 
 def _check_origin(headers: Headers) -> None:
-    """Against pages from elsewhere which post to this server behind the user's back."""
+    """Protect against foreign web pages that post to this server without the user's knowledge."""
     origin = headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != headers.get("host"):
         raise Failure(403, "requests from other web pages are not allowed", "wrong_origin")
@@ -94,7 +99,7 @@ def _too_large(limit: int) -> Failure:
 
 
 def _limited(receive: Receive, limit: int) -> Receive:
-    """Refuse a body that grows beyond the limit; its Content-Length may be missing."""
+    """Refuse a body that exceeds the limit while it is received; its Content-Length may be missing or wrong."""
     size = 0
 
     async def receive_limited() -> Message:
@@ -108,16 +113,16 @@ def _limited(receive: Receive, limit: int) -> Receive:
     return receive_limited
 
 
-class _Answer:
-    """Adds the headers of every answer, and knows whether it has begun."""
+class _Response:
+    """Adds headers to a response and remembers whether it has started."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self.begun = False
+        self.started = False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.begun = True
+            self.started = True
             headers = MutableHeaders(scope=message)
             for name, value in _HEADERS.items():
                 headers.setdefault(name, value)

@@ -1,4 +1,4 @@
-"""Answers in OpenAI's form, whole and in chunks."""
+"""Answers in OpenAI's format, whole or in chunks."""
 
 from __future__ import annotations
 
@@ -10,44 +10,50 @@ from gguflora.engine import Generation, Piece, TokenLogprob
 
 
 class Form(Protocol):
-    """How one kind of answer is written."""
+    """The format of one kind of answer.
+
+    Attributes:
+        prefix: beginning of an answer's id.
+        whole: ``object`` of a whole answer.
+        chunk: ``object`` of a chunk.
+    """
 
     prefix: str
     whole: str
     chunk: str
 
     def choice(self, text: str) -> dict[str, Any]:
-        """What a whole choice says."""
+        """Return the text fields of a whole choice."""
 
     def delta(self, text: str) -> dict[str, Any]:
-        """What a chunk of it says."""
+        """Return the text fields of a chunk."""
 
     def opening(self) -> dict[str, Any] | None:
-        """What a choice's first chunk says, before there is any text."""
+        """Return the fields of a choice's first chunk, before any text; None if there is no such chunk."""
 
     def logprobs(self, tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
-        """Log probabilities of tokens that begin at this character of the answer."""
+        """Return the log probabilities of tokens; the first of them begins at character ``offset`` of the answer."""
 
 
 class TextForm:
-    """/v1/completions."""
+    """The format of /v1/completions."""
 
     prefix = "cmpl"
     whole = chunk = "text_completion"
 
     def choice(self, text: str) -> dict[str, Any]:
-        """What a whole choice says."""
+        """Return the text."""
         return {"text": text}
 
     def delta(self, text: str) -> dict[str, Any]:
-        """What a chunk of it says."""
+        """Return the text."""
         return {"text": text}
 
     def opening(self) -> None:
-        """Nothing."""
+        """Return None: there is no opening chunk."""
 
     def logprobs(self, tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
-        """OpenAI's lists; offsets count characters of the answer."""
+        """Return OpenAI's lists; offsets count characters of the answer."""
         texts = [_text(token.text) for token in tokens]
         return {
             "tokens": texts,
@@ -58,26 +64,26 @@ class TextForm:
 
 
 class ChatForm:
-    """/v1/chat/completions."""
+    """The format of /v1/chat/completions."""
 
     prefix = "chatcmpl"
     whole = "chat.completion"
     chunk = "chat.completion.chunk"
 
     def choice(self, text: str) -> dict[str, Any]:
-        """What a whole choice says."""
+        """Return the assistant's message."""
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
     def delta(self, text: str) -> dict[str, Any]:
-        """What a chunk of it says."""
+        """Return a part of the assistant's message."""
         return {"delta": {"content": text} if text else {}}
 
     def opening(self) -> dict[str, Any]:
-        """The role."""
+        """Return the role."""
         return {"delta": {"role": "assistant", "content": ""}}
 
     def logprobs(self, tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
-        """OpenAI's objects."""
+        """Return OpenAI's objects; chats have no offsets."""
         del offset
         items = [
             _item(token.text, token.logprob)
@@ -97,7 +103,15 @@ def _item(text: bytes, logprob: float) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Choice:
-    """One answer as far as it has come."""
+    """One answer, as far as it has arrived.
+
+    Attributes:
+        form: the format.
+        index: number of the answer in the response.
+        with_logprobs: whether to report log probabilities.
+        text: the text so far.
+        tokens: log probabilities of the tokens so far.
+    """
 
     form: Form
     index: int
@@ -106,35 +120,40 @@ class Choice:
     tokens: list[TokenLogprob] = field(default_factory=list)
 
     def add(self, piece: Piece) -> dict[str, Any]:
-        """Take a piece; the chunk that carries it."""
+        """Add a piece and return the chunk that carries it."""
         offset = len(self.text)
         self.text += piece.text
         self.tokens += piece.logprobs
         return self._chunk(self.form.delta(piece.text), self._logprobs(piece.logprobs, offset))
 
     def opening(self) -> dict[str, Any] | None:
-        """The chunk before the first text, if there is one."""
-        said = self.form.opening()
-        return None if said is None else self._chunk(said)
+        """Return the chunk before the first text, if the format has one."""
+        fields = self.form.opening()
+        return None if fields is None else self._chunk(fields)
 
     def closing(self, reason: str | None) -> dict[str, Any]:
-        """The last chunk."""
+        """Return the last chunk."""
         return self._chunk(self.form.delta("")) | {"finish_reason": reason}
 
     def whole(self, reason: str | None) -> dict[str, Any]:
-        """The whole choice."""
+        """Return the whole choice."""
         logprobs = self._logprobs(self.tokens, 0)
         return {"index": self.index, **self.form.choice(self.text), "logprobs": logprobs, "finish_reason": reason}
 
-    def _chunk(self, said: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
-        return {"index": self.index, **said, "logprobs": logprobs, "finish_reason": None}
+    def _chunk(self, fields: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+        return {"index": self.index, **fields, "logprobs": logprobs, "finish_reason": None}
 
     def _logprobs(self, tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any] | None:
         return self.form.logprobs(tokens, offset) if self.with_logprobs else None
 
 
 def usage(generations: Sequence[Generation], n: int) -> dict[str, Any]:
-    """OpenAI's ``usage`` of ended generations, ``n`` for each prompt, which counts once."""
+    """Return OpenAI's ``usage`` of ended generations.
+
+    Args:
+        generations: the generations of a request, ``n`` for each prompt in turn.
+        n: number of answers to each prompt; a prompt's tokens count once.
+    """
     prompt = sum(generation.usage.prompt_tokens for generation in generations[::n])
     completion = sum(generation.usage.completion_tokens for generation in generations)
     reused = sum(generation.usage.reused_tokens for generation in generations[::n])
@@ -147,26 +166,26 @@ def usage(generations: Sequence[Generation], n: int) -> dict[str, Any]:
 
 
 def tokens_per_second(generation: Generation) -> float:
-    """After the first token, which belongs to the prompt's evaluation; 0 if there was no other."""
+    """Return the speed of a generation after its first token, which counts as prompt evaluation; 0 without others."""
     rest, seconds = generation.usage.completion_tokens - 1, generation.timings.decode
     return rest / seconds if rest > 0 and seconds > 0 else 0.0
 
 
 def timings(generations: Sequence[Generation]) -> dict[str, Any]:
-    """llama-server's ``timings``, of an answer that is alone."""
+    """Return llama-server's ``timings``, or nothing if a request has several answers."""
     if len(generations) != 1:
         return {}
     (generation,) = generations
-    used, seconds = generation.usage, generation.timings
-    evaluated = used.prompt_tokens - used.reused_tokens
+    tokens, seconds = generation.usage, generation.timings
+    evaluated = tokens.prompt_tokens - tokens.reused_tokens
     return {
         "timings": {
-            "cache_n": used.reused_tokens,
+            "cache_n": tokens.reused_tokens,
             "queue_ms": seconds.queue * 1e3,
             "prompt_n": evaluated,
             "prompt_ms": seconds.prefill * 1e3,
             "prompt_per_second": evaluated / seconds.prefill if seconds.prefill else 0.0,
-            "predicted_n": used.completion_tokens,
+            "predicted_n": tokens.completion_tokens,
             "predicted_ms": seconds.decode * 1e3,
             "predicted_per_second": tokens_per_second(generation),
         }

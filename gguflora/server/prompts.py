@@ -1,4 +1,4 @@
-"""From a request's body to requests for the engine."""
+"""Turn the body of an HTTP request into requests to the engine."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from gguflora.server.schemas import ChatBody, CompletionBody, GenerationBody
 from gguflora.server.service import Service
 
 _DEFAULT_TOKENS: Final = 16
-"""OpenAI's, for completions."""
+"""OpenAI's default of ``max_tokens`` for completions."""
 
 
 def text_requests(service: Service, body: CompletionBody, adapters: AdapterSet) -> list[Request]:
-    """One request for each prompt and each of its ``n`` answers.
+    """Return one request for each prompt and each of its ``n`` answers.
 
     Raises:
-        Failure: if they are too many, or ask for too many tokens.
+        Failure: if there are too many requests, or they ask for too many tokens.
     """
     max_tokens = _checked_tokens(service, body.max_tokens or _DEFAULT_TOKENS)
     prompts = [service.engine.tokenize(item) if isinstance(item, str) else item for item in body.prompts()]
@@ -26,24 +26,24 @@ def text_requests(service: Service, body: CompletionBody, adapters: AdapterSet) 
 
 
 def chat_requests(service: Service, body: ChatBody, adapters: AdapterSet) -> list[Request]:
-    """One request for each of the ``n`` answers.
+    """Return one request for each of the ``n`` answers.
 
     Raises:
-        Failure: if they are too many, or ask for too many tokens.
+        Failure: if there are too many requests, or they ask for too many tokens.
     """
     tokens = service.engine.render_chat([message.for_template() for message in body.messages])
-    asked = body.max_completion_tokens or body.max_tokens
-    max_tokens = _checked_tokens(service, asked) if asked else service.settings.max_tokens
+    requested = body.max_completion_tokens or body.max_tokens
+    max_tokens = _checked_tokens(service, requested) if requested else service.settings.max_tokens
     return _requests(service, body, adapters, [tokens], max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
 
 
-def _checked_tokens(service: Service, asked: int) -> int:
+def _checked_tokens(service: Service, requested: int) -> int:
     limit = service.settings.max_tokens
-    if asked > limit:
+    if requested > limit:
         raise Failure(
-            400, f"max_tokens is {asked}, but this server's limit is {limit}", "too_many_tokens", "max_tokens"
+            400, f"max_tokens is {requested}, but this server's limit is {limit}", "too_many_tokens", "max_tokens"
         )
-    return asked
+    return requested
 
 
 def _requests(
@@ -56,7 +56,7 @@ def _requests(
 ) -> list[Request]:
     n, limit = body.n or 1, service.settings.max_answers
     if not 0 < len(prompts) * n <= limit:
-        message = f"{len(prompts)} prompts with {n} answers each: this server gives 1 to {limit} answers to a request"
+        message = f"{len(prompts)} prompts with {n} answers each; this server allows 1 to {limit} answers per request"
         raise Failure(400, message, "too_many_answers", "n")
     sampling = _sampling(body)
     return [
@@ -75,7 +75,7 @@ def _requests(
 
 
 def _sampling(body: GenerationBody) -> Sampling:
-    """The engine's own defaults for what the body leaves out."""
+    """Return the sampling parameters of a body, with the engine's defaults for those that it leaves out."""
     names = ("temperature", "top_p", "min_p", "seed", "repeat_penalty", "frequency_penalty", "presence_penalty")
     given = {name: value for name in names if (value := getattr(body, name)) is not None}
     if body.top_k is not None:

@@ -1,6 +1,6 @@
 """Bodies of requests: OpenAI's fields, llama-server's ``lora``, vLLM's ``lora_name`` and ``lora_path``.
 
-Fields that would change the answer and cannot be honoured are refused; others that are unknown are ignored.
+Fields that would change the answer but are not supported are refused; other unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _REFUSED: Final[dict[str, object]] = {
     "suffix": "",
     "tools": [],
 }
-"""Fields that are not supported, and the value (beside null) that means nothing."""
+"""Fields that are not supported, and the value (apart from null) that has no effect."""
 
 
 class _Body(BaseModel):
@@ -41,12 +41,12 @@ class StreamOptions(_Body):
 
 
 class ResponseFormat(_Body):
-    """OpenAI's ``response_format``; text only."""
+    """OpenAI's ``response_format``; only text is supported."""
 
     type: Literal["text"]
 
 
-def _as_list(value: Any) -> Any:  # noqa: ANN401  (whatever the client sent)
+def _as_list(value: Any) -> Any:  # noqa: ANN401  (any JSON value)
     return [value] if isinstance(value, str) else value
 
 
@@ -56,7 +56,7 @@ StopTexts = Annotated[
 
 
 class GenerationBody(_Body):
-    """What completions and chat completions have in common."""
+    """The fields that completions and chat completions share."""
 
     model: str | None = Field(None, max_length=1024)
     lora: list[LoraScale] | None = Field(None, max_length=256)
@@ -80,27 +80,27 @@ class GenerationBody(_Body):
     @classmethod
     def _refuse_unsupported(cls, body: Any) -> Any:  # noqa: ANN401
         if isinstance(body, dict):
-            for name, nothing in _REFUSED.items():
-                if body.get(name) not in (None, nothing):
+            for name, no_effect in _REFUSED.items():
+                if body.get(name) not in (None, no_effect):
                     raise ValueError(f"{name!r} is not supported by this server")
         return body
 
 
 class CompletionBody(GenerationBody):
-    """POST /v1/completions."""
+    """Body of POST /v1/completions."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=20)
 
     def prompts(self) -> list[str | list[int]]:
-        """All prompts, texts or tokens."""
+        """Return all prompts, each a text or a list of tokens."""
         prompt: Any = self.prompt
         several = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int))
         return list(prompt) if several else [prompt]
 
 
 class TextPart(_Body):
-    """A part of a message's content; text only."""
+    """A part of a message's content; only text is supported."""
 
     type: Literal["text"]
     text: str
@@ -114,14 +114,14 @@ class Message(_Body):
     name: str | None = None
 
     def for_template(self) -> dict[str, str]:
-        """What chat templates expect."""
+        """Return the message as chat templates expect it."""
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class ChatBody(GenerationBody):
-    """POST /v1/chat/completions."""
+    """Body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=1024)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -136,7 +136,7 @@ class ChatBody(GenerationBody):
 
 
 class LoadBody(_Body):
-    """POST /v1/load_lora_adapter; ``task`` chooses one of a MULTITASK_PROMPT_TUNING adapter."""
+    """Body of POST /v1/load_lora_adapter; ``task`` selects a task of a MULTITASK_PROMPT_TUNING adapter."""
 
     lora_name: str = Field(min_length=1, max_length=256)
     lora_path: str = Field(min_length=1, max_length=4096)
@@ -145,6 +145,6 @@ class LoadBody(_Body):
 
 
 class UnloadBody(_Body):
-    """POST /v1/unload_lora_adapter."""
+    """Body of POST /v1/unload_lora_adapter."""
 
     lora_name: str = Field(min_length=1, max_length=256)

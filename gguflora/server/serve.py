@@ -1,4 +1,4 @@
-"""A server from start to end: ``serve``."""
+"""Run a server: ``serve``."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from gguflora.errors import MissingExtraError, ServerError
 from gguflora.files.remote import remote_inputs
 from gguflora.server.settings import KEY_VARIABLE, Settings
 
-_NEEDED: Final = ("fastapi", "uvicorn", "prometheus_client")
+_REQUIRED: Final = ("fastapi", "uvicorn", "prometheus_client")
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _BACKLOG: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
 class ServeReport:
-    """A server that takes requests.
+    """A running server.
 
     Attributes:
-        url: where.
+        url: address of the server.
         model: name of the base model in requests.
         adapters: names of the adapters.
-        warnings: what the user should know.
+        warnings: warnings for the user.
     """
 
     url: str
@@ -62,41 +62,43 @@ def serve(
     timeout: float = 600.0,
     ready: Callable[[ServeReport], None] = lambda _: None,
 ) -> ServeReport:
-    """Serve a model with any adapters per request until SIGINT or SIGTERM; then running answers end first.
+    """Serve a model until SIGINT or SIGTERM; each request selects its adapters.
 
-    Clients need the key in the environment variable GGUFLORA_API_KEY, if there is one.
+    The server finishes the running answers before it stops. If the environment variable GGUFLORA_API_KEY is set,
+    clients must send its value as their API key.
 
     Args:
-        base: the base model, a GGUF file.
-        adapters: GGUF LoRA files or PEFT directories by name.
-        tasks: of those that are MULTITASK_PROMPT_TUNING: which task, by name.
+        base: GGUF file of the base model.
+        adapters: GGUF LoRA files or PEFT directories, by name.
+        tasks: task number of each MULTITASK_PROMPT_TUNING adapter in ``adapters``, by name.
         host: address to listen on.
-        port: port to listen on; 0 takes a free one.
-        ctx: tokens of context, for all requests decoded together; by default the model's, at most 4096.
-        parallel: requests decoded together in one context.
-        contexts: adapter sets that keep a KV cache.
-        queue: requests that may wait; more are answered 429.
-        threads: number of threads; by default one for each core this process may use, but one.
+        port: port to listen on; 0 selects a free one.
+        ctx: size of a context in tokens, for all requests decoded together; by default the model's training length, up
+            to 4096.
+        parallel: largest number of requests decoded together in one context.
+        contexts: largest number of adapter sets with a KV cache.
+        queue: largest number of waiting requests; further requests get status 429.
+        threads: number of threads; by default one less than the cores that this process may use.
         allow_load: directory from which clients may load adapters.
-        max_tokens: most tokens of one answer.
-        timeout: seconds after which a request is given up.
-        ready: called when requests are taken.
+        max_tokens: largest number of tokens of one answer.
+        timeout: seconds after which a request is aborted.
+        ready: called when the server accepts requests.
 
     Raises:
         MissingExtraError: if the extra ``server`` is not installed.
-        ServerError: if nothing can listen at the address.
-        GgufloraError: if something cannot be read or does not fit together.
+        ServerError: if the server cannot listen on the address.
+        GgufloraError: if an input cannot be read, or inputs do not fit together.
     """
-    missing = [name for name in _NEEDED if not importlib.util.find_spec(name)]
+    missing = [name for name in _REQUIRED if not importlib.util.find_spec(name)]
     if missing:
         raise MissingExtraError("serve", ", ".join(missing), "server")
     key = os.environ.get(KEY_VARIABLE) or None
     warnings: tuple[str, ...] = ()
     if key is None and host not in _LOOPBACK:
-        warnings = (f"whoever reaches {host} can use this server; set {KEY_VARIABLE} to ask for a key",)
+        warnings = (f"anyone who can reach {host} can use this server; set {KEY_VARIABLE} to require a key",)
     folder = None if allow_load is None else Path(allow_load)
     if folder is not None and not folder.is_dir():
-        raise ServerError(f"{folder}: is no directory to load adapters from")
+        raise ServerError(f"{folder}: is not a directory, so no adapters can be loaded from it")
     settings = Settings(api_key=key, allow_load=folder, max_tokens=max_tokens, timeout=timeout)
     with (
         listen(host, port) as listener,
@@ -119,10 +121,10 @@ def serve(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket at this address; port 0 takes a free one.
+    """Open a listening socket; port 0 selects a free one.
 
     Raises:
-        ServerError: if the address cannot be had.
+        ServerError: if the address is not available.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -132,17 +134,17 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run_server(engine: Engine, base: Path, listener: socket.socket, settings: Settings) -> None:
-    """Answer requests until SIGINT or SIGTERM, then let running ones end, for ``settings.timeout`` seconds at most.
+    """Answer requests until SIGINT or SIGTERM, then finish running ones for up to ``settings.timeout`` seconds.
 
     Args:
-        engine: stays open.
-        base: the file of its weights.
-        listener: from `listen`.
+        engine: the engine; it stays open.
+        base: file of the engine's weights.
+        listener: socket from `listen`.
         settings: limits and permissions.
     """
-    import uvicorn  # noqa: PLC0415  (no other command needs it)
+    import uvicorn  # noqa: PLC0415  (in the extra ``server``)
 
-    from gguflora.server.app import create_app  # noqa: PLC0415  (nor FastAPI)
+    from gguflora.server.app import create_app  # noqa: PLC0415  (needs FastAPI)
 
     if settings.api_key is None and listener.getsockname()[0] in _LOOPBACK:
         settings = replace(settings, hosts=_LOOPBACK)
@@ -153,11 +155,11 @@ def run_server(engine: Engine, base: Path, listener: socket.socket, settings: Se
         server_header=False,
         timeout_graceful_shutdown=math.ceil(settings.timeout),
     )
-    with suppress(KeyboardInterrupt):  # uvicorn raises the signal again when it has ended
+    with suppress(KeyboardInterrupt):  # uvicorn raises the signal again after it has stopped
         uvicorn.Server(config).run(sockets=[listener])
 
 
 def url_of(listener: socket.socket) -> str:
-    """Where clients find the server."""
+    """Return the URL of a server that listens on ``listener``."""
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -1,4 +1,4 @@
-"""What the endpoints share: the engine, its limits, and the adapter set of requests that name none."""
+"""State that the endpoints share: the engine, the settings, and the default scales of adapters."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
-from fastapi import Request
+from fastapi import Depends, Request
 
 from gguflora.engine import AdapterSet, Engine, LoadedAdapter
 from gguflora.server.adapter_stats import AdapterStats
@@ -19,18 +19,22 @@ from gguflora.server.settings import Settings
 
 BASE_MODEL: Final = "base"
 DEFAULT_MODEL: Final = "default"
-"""``model`` of requests that take the scales set by POST /lora-adapters."""
+"""Value of ``model`` in requests that use the scales set by POST /lora-adapters."""
 
 
 @dataclass(slots=True)
 class Service:
-    """One engine on offer.
+    """The state of one server.
 
     Attributes:
-        base: the file of the engine's weights.
-        scales: by adapter name, of requests that name no adapter set; as in llama-server set by POST /lora-adapters,
-            but at first all are off.
-        created: seconds since the epoch.
+        engine: the engine.
+        base: file of the engine's weights.
+        settings: limits and permissions.
+        metrics: Prometheus metrics.
+        adapter_stats: measures adapters.
+        scales: scales for requests that name no adapter set, by adapter name. POST /lora-adapters sets them, as in
+            llama-server; unlike there, all adapters are off at first.
+        created: start of the server in seconds since the epoch.
     """
 
     engine: Engine
@@ -42,7 +46,7 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def adapter_set(self, model: str | None, lora: Sequence[LoraScale] | None) -> AdapterSet:
-        """The adapter set that a request names: by llama-server's ``lora``, else by ``model``.
+        """Return the adapter set that a request names, with llama-server's ``lora`` or else with ``model``.
 
         Raises:
             AdapterNameError: if ``model`` names an adapter that is not loaded.
@@ -52,7 +56,11 @@ class Service:
         return named if lora is None else self.engine.adapter_set(list(self.by_id(lora).items()))
 
     def by_id(self, lora: Sequence[LoraScale]) -> dict[str, float]:
-        """Scales by name; of an id given twice, the last."""
+        """Return scales by adapter name; if an id is given twice, the last scale counts.
+
+        Raises:
+            Failure: if an id is unknown.
+        """
         names = {adapter.id: adapter.name for adapter in self.engine.adapters()}
         for item in lora:
             if item.id not in names:
@@ -61,17 +69,21 @@ class Service:
         return {names[item.id]: item.scale for item in lora}
 
     def find(self, adapter_id: int) -> LoadedAdapter:
-        """A loaded adapter by its id."""
+        """Return the loaded adapter with this id.
+
+        Raises:
+            Failure: if there is none.
+        """
         for adapter in self.engine.adapters():
             if adapter.id == adapter_id:
                 return adapter
         raise Failure(404, f"no adapter has the id {adapter_id}", "unknown_adapter")
 
     def folders(self) -> list[Path]:
-        """Directories whose names are nobody's business."""
+        """Return the directories whose names clients must not learn."""
         files = [self.base, *(adapter.path for adapter in self.engine.adapters())]
-        own = [] if self.settings.allow_load is None else [self.settings.allow_load]
-        return [*own, *(file.parent for file in files)]
+        allowed = [] if self.settings.allow_load is None else [self.settings.allow_load]
+        return [*allowed, *(file.parent for file in files)]
 
     def _default_set(self) -> AdapterSet:
         loaded = {adapter.name for adapter in self.engine.adapters()}
@@ -79,6 +91,10 @@ class Service:
 
 
 def service_of(request: Request) -> Service:
-    """The service behind an endpoint, for FastAPI's ``Depends``."""
+    """Return the service behind an endpoint, for FastAPI's ``Depends``."""
     service: Service = request.app.state.service
     return service
+
+
+ServiceDep = Annotated[Service, Depends(service_of)]
+"""The type of an endpoint's parameter that FastAPI fills with the service."""

@@ -1,4 +1,4 @@
-"""What a server is told when it starts."""
+"""Settings of a server."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Settings:
     """Limits and permissions of one server.
 
     Attributes:
-        api_key: what clients must send as a bearer token; None lets everybody in.
-        allow_load: directory from which clients may load adapters; None forbids it.
-        max_tokens: most tokens that one answer may have.
-        max_body: most bytes that one request may have.
-        max_answers: most answers (``n`` times the number of prompts) that one request may ask for.
-        timeout: seconds after which a request is given up, in the queue or while it is answered.
-        hosts: names by which the server may be addressed; None for any.
+        api_key: bearer token that clients must send; None requires no token.
+        allow_load: directory from which clients may load adapters; None forbids loading.
+        max_tokens: largest number of tokens of one answer.
+        max_body: largest size of a request in bytes.
+        max_answers: largest number of answers to one request (``n`` times the number of prompts).
+        timeout: seconds after which a request is aborted; waiting counts.
+        hosts: host names that requests may be addressed to; None allows any.
     """
 
     api_key: str | None = None

@@ -1,4 +1,4 @@
-"""Generations, which the engine computes in its own thread, as answers of an event loop that end with their client."""
+"""Pass generations from the engine's thread to the event loop, and cancel them when their client disconnects."""
 
 from __future__ import annotations
 
@@ -20,21 +20,20 @@ CLIENT_GONE = 499
 
 
 class Answers:
-    """The generations of one request of a client, all running.
+    """The generations of one client's request, which run at the same time.
 
-    The engine's thread only wakes the event loop, and not again before the loop has looked.
+    The engine's thread wakes the event loop, but only once until the loop has fetched what has arrived.
 
     Args:
-        at_once: take every piece when it comes, not all of a generation at its end.
+        stream: wake the event loop for every piece, not only at the end of a generation.
 
     Attributes:
-        generations: in the order of their requests.
-        running: how many have not been seen to end.
+        generations: the generations, in the order of their requests.
     """
 
-    def __init__(self, *, at_once: bool) -> None:
+    def __init__(self, *, stream: bool) -> None:
         self.generations: list[Generation] = []
-        self._at_once = at_once
+        self._stream = stream
         self._open: list[int] = []
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
@@ -42,14 +41,14 @@ class Answers:
 
     @property
     def running(self) -> int:
-        """How many have not been seen to end."""
+        """Number of generations whose end `arrived` has not reported yet."""
         return len(self._open)
 
     def begin(self, engine: Engine, requests: Sequence[EngineRequest]) -> None:
-        """Put all of them into the queue, or none. From any thread.
+        """Submit all requests, or none of them. Callable from any thread.
 
         Raises:
-            QueueFullError: if they do not fit.
+            QueueFullError: if the queue has no room for all of them.
         """
         try:
             for request in requests:
@@ -60,50 +59,53 @@ class Answers:
         self._open = list(range(len(requests)))
 
     async def arrived(self) -> list[tuple[int, Piece | None]]:
-        """Numbers of generations with their next pieces, waited for; None for one that has ended well.
+        """Wait until something arrives and return it.
+
+        Returns:
+            Pairs of a generation's index and its next piece, or None if it has ended normally.
 
         Raises:
-            EngineError: if one failed.
-            Failure: if one was given up.
+            EngineError: if a generation failed.
+            Failure: if a generation was aborted.
         """
         await self._wake.wait()
         self._wake.clear()
-        self._woken = False  # before looking: what comes later wakes again
-        found: list[tuple[int, Piece | None]] = []
+        self._woken = False  # before fetching, so that later pieces wake the loop again
+        items: list[tuple[int, Piece | None]] = []
         for index in list(self._open):
             generation = self.generations[index]
-            found.extend((index, piece) for piece in generation.arrived())
+            items.extend((index, piece) for piece in generation.arrived())
             if generation.finish_reason is not None:
-                _check_ended_well(generation)
+                _check_ended_normally(generation)
                 self._open.remove(index)
-                found.append((index, None))
-        return found
+                items.append((index, None))
+        return items
 
     def cancel(self) -> None:
-        """End them all. Idempotent."""
+        """Cancel all generations. Idempotent."""
         for generation in self.generations:
             generation.cancel()
 
     def _notify(self, ended: bool) -> None:
-        """Of any generation, in the engine's thread."""
-        if not self._woken and (ended or self._at_once):
+        """Wake the event loop; the engine's thread calls this for each generation."""
+        if not self._woken and (ended or self._stream):
             self._woken = True
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with suppress(RuntimeError):  # the loop is closed, so nobody is waiting
                 self._loop.call_soon_threadsafe(self._wake.set)
 
 
-def _check_ended_well(generation: Generation) -> None:
+def _check_ended_normally(generation: Generation) -> None:
     reason = generation.finish_reason
     if generation.error is not None:
         raise generation.error
     if reason == "timeout":
         raise Failure(504, "the answer took longer than the server allows", "timeout")
     if reason not in {"stop", "length"}:
-        raise Failure(503, "the answer was given up by the server", reason)
+        raise Failure(503, "the server aborted the answer", reason)
 
 
 class EventStream(Response):
-    """Server-sent events; the generations are cancelled when it is over, however it ends."""
+    """A response of server-sent events; at its end, normal or not, the generations are cancelled."""
 
     media_type = "text/event-stream"
 
@@ -114,7 +116,7 @@ class EventStream(Response):
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, until the client goes away."""
+        """Send the events until the last one or until the client disconnects."""
         del scope
         listening = _when_disconnected(receive, self._answers.cancel)
         try:
@@ -128,10 +130,10 @@ class EventStream(Response):
 
 
 async def while_connected(request: Request, answers: Answers, work: Awaitable[T]) -> T:
-    """The result of ``work``; the generations are cancelled if the client goes away first.
+    """Return the result of ``work``, or cancel the generations if the client disconnects first.
 
     Raises:
-        Failure: if it has gone (nobody hears it).
+        Failure: if the client has disconnected; nobody receives it.
     """
     working = asyncio.ensure_future(work)
     listening = _when_disconnected(request.receive, working.cancel)
@@ -140,7 +142,7 @@ async def while_connected(request: Request, answers: Answers, work: Awaitable[T]
     except asyncio.CancelledError:
         if not listening.done() or listening.cancelled():
             raise
-        raise Failure(CLIENT_GONE, "the client has gone", "cancelled") from None
+        raise Failure(CLIENT_GONE, "the client has disconnected", "cancelled") from None
     finally:
         working.cancel()
         listening.cancel()
@@ -148,7 +150,7 @@ async def while_connected(request: Request, answers: Answers, work: Awaitable[T]
 
 
 def _when_disconnected(receive: Receive, then: Callable[[], object]) -> asyncio.Task[None]:
-    """Call ``then`` as soon as the client has gone; to be cancelled when nobody wants to know any more."""
+    """Start a task that calls ``then`` when the client disconnects; the caller cancels the task."""
 
     async def listen() -> None:
         while (await receive())["type"] != "http.disconnect":

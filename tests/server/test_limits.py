@@ -16,7 +16,7 @@ import pytest
 from gguflora.diagnostics import demo
 from gguflora.errors import GgufloraError
 from gguflora.server.app import create_app
-from gguflora.server.errors import failure_of
+from gguflora.server.errors import as_failure
 from gguflora.server.settings import Settings
 from support import serving
 from support.serving import LONG, PROMPT, expected_text, lora_file, wait_until
@@ -179,7 +179,7 @@ def test_a_scale_beyond_all_bounds_is_the_clients_error():
 
 def test_messages_lose_their_directories():
     error = GgufloraError("/srv/a/a.gguf: no fit for /home/my models/x/b.gguf (expected 3/4), '/tmp/c/d' and/or /e/f")
-    message = failure_of(error, [Path("/home/my models")]).message
+    message = as_failure(error, [Path("/home/my models")]).message
     assert message == "a.gguf: no fit for x/b.gguf (expected 3/4), 'd' and/or f"
 
 
