@@ -1,6 +1,6 @@
 """LoRA for GGUF: convert PEFT adapters, merge them into quantized models, hot-swap them at run time.
 
-The module of a name is loaded when the name is first used, so that ``import gguflora`` costs next to nothing.
+A public name's module is loaded when the name is first used, so that ``import gguflora`` is fast.
 """
 
 import logging
@@ -117,9 +117,9 @@ _PACKAGES = frozenset(
         "system",
     }
 )
-"""What ``import gguflora`` alone makes reachable, as ``gguflora.quants``."""
+"""Packages that are attributes of ``gguflora`` without an import of their own, such as ``gguflora.quants``."""
 
-__all__ = sorted([*_HOMES, "GgufloraError", "__version__"])  # noqa: PLE0605  (ruff knows literals only)
+__all__ = sorted([*_HOMES, "GgufloraError", "__version__"])  # noqa: PLE0605  (ruff accepts only literals)
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401  (a function, a class or a package)

@@ -1,4 +1,4 @@
-"""``python -m gguflora``."""
+"""Run the command line with ``python -m gguflora``."""
 
 from gguflora.cli import main
 

@@ -1,7 +1,7 @@
-"""The command line: options in, one function of the library called, its report printed.
+"""The command line: each command calls one function of the library and prints its report.
 
-Each module registers its command on the application when it is imported; ``--help`` lists them in the order below. It
-is the only list of them.
+A module registers its command on the application when it is imported. The list below is the only one, and ``--help``
+shows the commands in its order. To add a command, write its module and add one line here.
 """
 
 from gguflora.cli.app import main

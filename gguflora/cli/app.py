@@ -1,4 +1,4 @@
-"""What every command shares: the typer application, the consoles, how a report is printed and how an error ends."""
+"""The typer application, and what all commands share: consoles, progress bars, printing of reports, errors."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ ProgressCallback = Callable[[int, int], None]
 FAILED: Final = 1
 INTERRUPTED: Final = 130
 _AFTER_INTERRUPT: Final = {
-    "pipeline": "the steps that were done are kept, and the next run goes on from them",
-    "unmerge": "run it again to have the whole base back",
+    "pipeline": "finished steps are kept, and the next run continues after them",
+    "unmerge": "run it again to restore the base completely",
 }
-_ClickException: Any = typer.BadParameter.mro()[2]  # click is a part of typer in some versions
+"""What a command's message says after Ctrl+C; by default, that nothing was written."""
+
+_ClickException: Any = typer.BadParameter.mro()[2]  # some versions of typer contain their own copy of click
 
 app = typer.Typer(
     help="LoRA for GGUF: convert PEFT adapters, merge them into quantized models, hot-swap them at run time.",
@@ -36,14 +38,14 @@ app = typer.Typer(
 )
 console = Console(soft_wrap=True, highlight=False)
 if not console.is_terminal:
-    console.width = max(console.width, 110)  # for tables in pipes and files
+    console.width = max(console.width, 110)  # so that tables in pipes and files are not too narrow
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log what is done, on stderr.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Write a log to stderr.")] = False,
 ) -> None:
     if version:
         print(f"gguflora {__version__}")
@@ -55,7 +57,11 @@ def _root(
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[ProgressCallback | None]:
-    """A bar on stderr while the block runs; None where stderr is no terminal."""
+    """Show a progress bar on stderr while the block runs.
+
+    Yields:
+        A function that takes the bytes done and in total; None if stderr is not a terminal.
+    """
     if not stderr.is_terminal:
         yield None
         return
@@ -72,17 +78,17 @@ def progress_bar(title: str) -> Iterator[ProgressCallback | None]:
 
 
 class Report(Protocol):
-    """What every command's result can do."""
+    """The result of a command."""
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
+        """Return all fields, ready for JSON."""
 
 
 R = TypeVar("R", bound=Report)
 
 
 def print_report(report: R, as_text: Callable[[R], None], *, as_json: bool) -> None:
-    """The report's warnings on stderr, and the report on stdout, as JSON or as ``as_text`` prints it."""
+    """Print a report's warnings to stderr, and the report to stdout, as JSON or by calling ``as_text``."""
     print_warnings(getattr(report, "warnings", ()))
     if as_json:
         print(to_json(report))
@@ -91,17 +97,17 @@ def print_report(report: R, as_text: Callable[[R], None], *, as_json: bool) -> N
 
 
 def print_warnings(warnings: tuple[str, ...]) -> None:
-    """What the user should know, on stderr."""
+    """Print warnings to stderr."""
     for warning in warnings:
         stderr.print(f"warning: {warning}", markup=False)
 
 
 def to_json(report: Report, *, indent: int | None = 2) -> str:
-    """The report as JSON, which has no infinities: they become null."""
+    """Return a report as JSON. Infinities and NaN, which JSON lacks, become null."""
     return json.dumps(_finite(report.to_dict()), indent=indent, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:  # noqa: ANN401  (what JSON can hold)
+def _finite(value: Any) -> Any:  # noqa: ANN401  (any JSON value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -110,23 +116,23 @@ def _finite(value: Any) -> Any:  # noqa: ANN401  (what JSON can hold)
 
 
 def span(ranks: tuple[int, int]) -> str:
-    """Smallest and largest rank, in words."""
+    """Return the smallest and largest rank in words."""
     low, high = ranks
     return f"rank {low}" if low == high else f"ranks {low} to {high}"
 
 
 def print_errors(errors: Mapping[str, float], label: str = "relative error ") -> None:
-    """What was approximated, the worst first."""
+    """Print the error of each approximated delta, the largest first."""
     for name, error in sorted(errors.items(), key=lambda item: -item[1]):
         console.print(f"  {name}: {label}{error:.2g}", markup=False)
 
 
 def main() -> None:
-    """Run the command line: exit code 0, 1 for an error, 2 for wrong usage, 130 when interrupted.
+    """Run the command line and exit: code 0 for success, 1 for an error, 2 for wrong usage, 130 after Ctrl+C.
 
-    Errors are told on stderr; with ``--json`` also on stdout, as ``{"error": {"type", "message", "exit_code"}}``.
+    Errors go to stderr; with ``--json`` also to stdout, as ``{"error": {"type", "message", "exit_code"}}``.
     """
-    signal.signal(signal.SIGTERM, _stop)  # so that a terminated merge removes its temporary file
+    signal.signal(signal.SIGTERM, _interrupt)  # so that a terminated merge removes its temporary file
     try:
         code = app(prog_name="gguflora", standalone_mode=False)
     except GgufloraError as error:
@@ -140,7 +146,7 @@ def main() -> None:
         _end(error, error.format_message(), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
-    if code == INTERRUPTED:  # typer has turned KeyboardInterrupt into this
+    if code == INTERRUPTED:  # typer turns KeyboardInterrupt into this code
         command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
         message = _AFTER_INTERRUPT.get(command, "nothing was written")
         print(f"interrupted; {message}", file=sys.stderr)
@@ -148,7 +154,7 @@ def main() -> None:
     sys.exit(code or 0)
 
 
-def _stop(*_: object) -> NoReturn:
+def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 

@@ -16,15 +16,15 @@ from gguflora.merging.patch.apply import ApplyReport
 @app.command("apply-patch")
 def apply_patch(
     base: Annotated[str, typer.Argument(help="The GGUF file that the patch was made for.")],
-    patch: Annotated[str, typer.Argument(help="What gguflora merge --patch wrote.")],
+    patch: Annotated[str, typer.Argument(help="The patch, written by gguflora merge --patch.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Merged GGUF file to write.")],
     force: Force = False,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make the merged model of its base and a patch, byte for byte as the merge would have written it.
+    """Make the merged model from its base and a patch, with exactly the bytes that the merge would have written.
 
-    The base is checked by its SHA-256 before, the merged model after.
+    The SHA-256 of the base is checked before, and that of the merged model afterwards.
 
     **Example**
 

@@ -30,22 +30,23 @@ Method = Literal[
 @app.command()
 def combine(
     adapters: Annotated[
-        list[str], typer.Argument(metavar="ADAPTER[:WEIGHT]...", help="PEFT directories and GGUF LoRA files.")
+        list[str],
+        typer.Argument(metavar="ADAPTER[:WEIGHT]...", help="PEFT directories and GGUF LoRA files, with weights."),
     ],
     out: AdapterOut,
-    method: Annotated[Method, typer.Option(help="As PEFT's add_weighted_adapter names them.")] = "linear",
-    rank: Annotated[int | None, typer.Option(min=1, help="Of the result, for methods with svd.")] = None,
+    method: Annotated[Method, typer.Option(help="Combination type, as in PEFT's add_weighted_adapter.")] = "linear",
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the result, for methods with svd.")] = None,
     density: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Share of the values that ties, dare and prune keep.")
     ] = None,
-    sign: Annotated[Literal["total", "frequency"], typer.Option(help="How ties elects a sign.")] = "total",
-    seed: Annotated[int, typer.Option(min=0, help="Of the values that dare drops.")] = 0,
+    sign: Annotated[Literal["total", "frequency"], typer.Option(help="Method by which ties chooses a sign.")] = "total",
+    seed: Annotated[int, typer.Option(min=0, help="Seed for the values that dare drops.")] = 0,
     base: AdapterBase = None,
     outtype: OutType = "auto",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Combine adapters into one. Weights may be negative; ranks may differ with cat and svd.
+    """Combine adapters into one. Weights may be negative; with cat and svd, ranks may differ.
 
     **Examples**
 
@@ -80,7 +81,7 @@ def _print_combination(report: CombineReport) -> None:
 
 
 def _split_weight(text: str) -> tuple[str, float]:
-    """A path and its weight, 1 where none is given; a path may hold colons of its own."""
+    """Split ADAPTER:WEIGHT; the weight is 1 by default, and the path may contain colons."""
     path, _, weight = text.rpartition(":")
     if not path or Path(text).exists():
         return text, 1.0

@@ -16,7 +16,7 @@ from gguflora.diagnostics.compare import CompareReport
 
 @app.command()
 def compare(
-    base: Annotated[str, typer.Argument(help="The GGUF file that was merged into.")],
+    base: Annotated[str, typer.Argument(help="The base: the GGUF file that the adapters were merged into.")],
     merged: Annotated[str, typer.Argument(help="The merged GGUF file.")],
     lora: Lora = None,
     lora_scaled: LoraScaled = None,
@@ -24,20 +24,20 @@ def compare(
         str | None,
         typer.Option(
             metavar="PATH",
-            help="Text to evaluate, best of the kind the adapters were trained for; default a short built-in.",
+            help="Text to evaluate, best like the adapters' training data; default: a short built-in text.",
         ),
     ] = None,
     naive: Annotated[
-        bool, typer.Option("--naive", help="Measure a merge that rounds to the nearest, too (in a temporary file).")
+        bool, typer.Option("--naive", help="Also measure a merge with ggml's own rounding, made in a temporary file.")
     ] = False,
-    n_ctx: Annotated[int, typer.Option(min=16, help="Tokens of a window; each one begins a new text.")] = 512,
+    n_ctx: Annotated[int, typer.Option(min=16, help="Tokens per window; each window starts without context.")] = 512,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how well a merged file answers for the base with its adapters applied at run time (llama-cpp-python).
+    """Measure how closely a merged file predicts what the base with hot adapters predicts (needs llama-cpp-python).
 
-    KL divergence and agreement of the predictions, perplexities, tokens a second. The adapters must be such as
-    llama.cpp can apply. Takes memory for two of the models.
+    This measures the KL divergence and agreement of the predictions, perplexities and tokens per second. llama.cpp must
+    be able to apply the adapters. Two models are in memory at once.
 
     **Examples**
 

@@ -17,26 +17,30 @@ from gguflora.lora.convert import ConvertReport
 def convert(
     adapter: Annotated[
         str,
-        typer.Argument(help="PEFT adapter directory (or a GGUF LoRA file, to store it again)."),
+        typer.Argument(help="PEFT adapter directory, or a GGUF LoRA file to write with other options."),
     ],
     base: Base,
     out: Annotated[Path, typer.Option("-o", "--out", help="GGUF LoRA file to write.")],
     outtype: OutType = "auto",
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Approximate changes that are not of this rank by the closest that are.")
+        int | None, typer.Option(min=1, help="Approximate each delta that is not low-rank by the closest of this rank.")
     ] = None,
     energy: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="The same, with the lowest rank that keeps this share, for example 0.999."),
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="As --rank, with the lowest rank that keeps this share of the squared norm, say 0.999.",
+        ),
     ] = None,
-    scale: Annotated[float, typer.Option(help="Multiply the adapter's change.")] = 1.0,
+    scale: Annotated[float, typer.Option(help="Factor for all deltas of the adapter.")] = 1.0,
     dry_run: DryRun = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a PEFT adapter into a GGUF LoRA file for llama.cpp.
 
-    Needs no torch and no Hugging Face model: names, shapes and head counts come from the base's GGUF file.
+    This needs neither torch nor the Hugging Face model: names, shapes and head counts come from the base's GGUF file.
 
     **Examples**
 

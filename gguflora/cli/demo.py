@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 @app.command()
 def demo(
-    keep: Annotated[Path | None, typer.Option(help="Directory to keep the demo's GGUF files in.")] = None,
-    prompt: Annotated[str, typer.Option(help="What every set of weights is asked.")] = "Q: What does the fox eat?\nA:",
+    keep: Annotated[Path | None, typer.Option(help="Directory in which to keep the demo's GGUF files.")] = None,
+    prompt: Annotated[
+        str, typer.Option(help="Prompt for the base and each adapter.")
+    ] = "Q: What does the fox eat?\nA:",
     as_json: AsJson = False,
 ) -> None:
     """Convert, merge and hot-swap two small adapters on an embedded model (needs llama-cpp-python).

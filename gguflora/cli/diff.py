@@ -18,11 +18,11 @@ from gguflora.lora.diff import DiffReport
 @app.command()
 def diff(
     a: Annotated[str, typer.Argument(help="PEFT adapter directory or GGUF LoRA file.")],
-    b: Annotated[str, typer.Argument(help="The one to compare it with.")],
+    b: Annotated[str, typer.Argument(help="The adapter to compare it with.")],
     base: AdapterBase = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare two adapters: cosine of their changes, overlap of their spaces, what only one of them touches.
+    """Compare two adapters: cosines of their deltas, overlap of their subspaces, tensors that only one changes.
 
     **Example**
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Say what this machine offers and what is installed.
+    """Show the kernels and quant types that this machine supports, and the installed packages.
 
     **Example**
 

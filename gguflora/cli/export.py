@@ -19,12 +19,12 @@ def export(
     base: Base,
     out: Annotated[Path, typer.Option("-o", "--out", help="PEFT directory to write.")],
     base_model_name: Annotated[
-        str | None, typer.Option(help="Hub id or path of the base, for the configuration.")
+        str | None, typer.Option(help="Hub id or path of the base, to write into adapter_config.json.")
     ] = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a GGUF LoRA as a PEFT directory, which PEFT, vLLM and others load; values come back exactly.
+    """Write a GGUF LoRA as a PEFT directory for PEFT, vLLM and others; all values stay exact.
 
     **Example**
 

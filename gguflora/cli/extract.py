@@ -15,20 +15,25 @@ from gguflora.lora.extract import ExtractReport
 @app.command()
 def extract(
     finetuned: Annotated[str, typer.Argument(help="Fine-tuned model: a GGUF file or a Hugging Face directory.")],
-    base: Annotated[str, typer.Option(metavar="PATH", help="The model before, in the same form.")],
-    rank: Annotated[int, typer.Option(min=1, help="Highest rank of a change.")],
+    base: Annotated[str, typer.Option(metavar="PATH", help="The model before fine-tuning, in the same format.")],
+    rank: Annotated[int, typer.Option(min=1, help="Highest rank of a delta.")],
     out: AdapterOut,
     energy: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Lower ranks where they keep this share, say 0.99.")
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="Use lower ranks that keep this share of a delta's squared norm, say 0.99."
+        ),
     ] = None,
-    iterations: Annotated[int, typer.Option(min=0, help="Power iterations; each reads the models once more.")] = 2,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random subspace.")] = 0,
+    iterations: Annotated[
+        int, typer.Option(min=0, help="Number of power iterations; each reads the models once more.")
+    ] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random subspace.")] = 0,
     threads: Threads = None,
     outtype: OutType = "auto",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find the LoRA that comes closest to what fine-tuning has done to a model.
+    """Extract the LoRA that is closest to the difference between a fine-tuned model and its base.
 
     **Example**
 

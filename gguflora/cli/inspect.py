@@ -20,13 +20,14 @@ from gguflora.lora.inspect import InspectReport
 def inspect(
     adapter: Annotated[str, typer.Argument(help="PEFT or mlx-lm adapter directory, or GGUF LoRA file.")],
     base: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Base model: measure the changes, foresee llama.cpp's.")
+        str | None,
+        typer.Option(metavar="PATH", help="Base model, to measure the deltas and to predict what llama.cpp can apply."),
     ] = None,
-    ranks: Annotated[bool, typer.Option("--ranks", help="Say what lower ranks would keep and save.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the singular values into this PNG, SVG or PDF.")] = None,
+    ranks: Annotated[bool, typer.Option("--ranks", help="Show what lower ranks would keep and save.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="PNG, SVG or PDF file to write, with the singular values.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what an adapter is, what it changes, and what llama.cpp could not apply at run time.
+    """Show what an adapter is, what it changes, and what llama.cpp cannot apply at run time.
 
     **Examples**
 
@@ -43,10 +44,10 @@ def inspect(
 
 
 def _print_inspection(report: InspectReport) -> None:
-    does = f"{len(report.changes)} tensors changed"
+    effect = f"{len(report.changes)} tensors changed"
     if report.virtual_tokens:
-        does = f"{report.virtual_tokens} virtual tokens in front of the prompt (run it: attach, run or serve)"
-    console.print(f"{report.adapter}: {report.method}, {does}, {report.size / 1e6:.2f} MB", markup=False)
+        effect = f"{report.virtual_tokens} virtual tokens in front of the prompt (use attach, run or serve)"
+    console.print(f"{report.adapter}: {report.method}, {effect}, {report.size / 1e6:.2f} MB", markup=False)
     if not report.changes:
         return
     if report.invocation_tokens:

@@ -20,21 +20,24 @@ from gguflora.merging.rounding import Mode as RoundingMode
 
 @app.command()
 def merge(
-    base: Annotated[str, typer.Argument(help="Base model, a GGUF file of any quantization.")],
+    base: Annotated[str, typer.Argument(help="Base model: a GGUF file of any quantization.")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Merged GGUF file to write.")] = None,
     lora: Lora = None,
     lora_scaled: LoraScaled = None,
     patch: Annotated[
-        Path | None, typer.Option(help="Write only what changes, small, for gguflora apply-patch; instead of -o.")
+        Path | None,
+        typer.Option(help="Write only the changes, as a small file for gguflora apply-patch; instead of -o."),
     ] = None,
     in_place: Annotated[
-        bool, typer.Option("--in-place", help="Change BASE itself, for gguflora unmerge; instead of -o.")
+        bool, typer.Option("--in-place", help="Change BASE itself; gguflora unmerge undoes it. Instead of -o.")
     ] = False,
     rounding: Annotated[
         RoundingMode,
-        typer.Option(help="adaptive keeps changes below a quantization step; nearest is ggml's own."),
+        typer.Option(
+            help="adaptive: stochastic rounding, keeps changes below a quantization step; nearest: ggml's own rounding."
+        ),
     ] = "adaptive",
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the adaptive rounding.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the adaptive rounding.")] = 0,
     base_f16: Annotated[
         str | None,
         typer.Option(
@@ -42,27 +45,33 @@ def merge(
             help="The base before quantization (GGUF file or Hugging Face directory), to quantize W + delta.",
         ),
     ] = None,
-    outtype: Annotated[str, typer.Option(help="Type of changed matrices (f16, q8_0, ...), or keep.")] = "keep",
+    outtype: Annotated[
+        str, typer.Option(help="Type of changed matrices (f16, q8_0, ...); keep: the type that they have.")
+    ] = "keep",
     type: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN=TYPE", help="Type of changed tensors that match a glob or regex. Repeatable."),
+        typer.Option(
+            metavar="PATTERN=TYPE", help="Type of changed tensors whose names match a glob or regex. Repeatable."
+        ),
     ] = None,
     imatrix: Annotated[
         str | None,
         typer.Option(metavar="PATH", help="Importance matrix (GGUF or .dat), used as llama-quantize does."),
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="Write what each tensor kept of its change, as JSON.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="JSON file to write, with the share of its change that each tensor kept.")
+    ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the same as heat maps, layers by modules (PNG; needs matplotlib).")
+        Path | None, typer.Option(help="PNG file to write, with the same as heat maps (needs matplotlib).")
     ] = None,
     as_json: AsJson = False,
     threads: Threads = None,
     dry_run: DryRun = False,
     force: Force = False,
 ) -> None:
-    """Merge adapters into a quantized GGUF file; every tensor keeps its type, untouched ones keep their bytes.
+    """Merge adapters into a quantized GGUF file; tensors keep their types, and unchanged tensors keep their bytes.
 
-    Weights are rounded such that the adapter survives: ggml's own rounding would put most of a small change back.
+    Stochastic rounding keeps the adapter: ggml's own rounding would undo most of a small change.
 
     **Examples**
 
@@ -80,13 +89,13 @@ def merge(
 
     **In place**
 
-    Only changed rows are written, after BASE.undo has been. If the merge is stopped midway, even by a power cut,
-    gguflora unmerge gives back the base. Stop programs that have the model loaded (llama.cpp maps the file): they
-    would see it change while they compute.
+    The merge first writes BASE.undo, then the changed rows. If it is interrupted, even by a power failure, gguflora
+    unmerge restores the base. Stop programs that have the model loaded before you merge: llama.cpp maps the file, so
+    they would compute with half-changed weights.
     """
     adapters = scaled_paths(lora, lora_scaled)
     if (out is not None) + (patch is not None) + in_place != 1:
-        raise typer.BadParameter("say where the result goes with exactly one of --out, --patch and --in-place")
+        raise typer.BadParameter("give exactly one of --out, --patch and --in-place")
     with progress_bar("merging") as progress:
         result = gguflora.merge(
             base,
@@ -131,14 +140,14 @@ def _print_merge(report: MergeReport, *, in_place: bool) -> None:
         markup=False,
     )
     if report.written != report.size and not report.dry_run:
-        what = "undo file" if in_place else "patch"
+        file_kind = "undo file" if in_place else "patch"
         console.print(
-            f"the {what} has {report.written / 1e6:.1f} MB, {report.written / report.size:.1%} of the model",
+            f"the {file_kind} has {report.written / 1e6:.1f} MB, {report.written / report.size:.1%} of the model",
             markup=False,
         )
     if report.total.retention is not None:
         console.print(
-            f"{report.rounding} rounding: {report.total.retention:.1%} of the change survives, "
+            f"{report.rounding} rounding: {report.total.retention:.1%} of the change kept, "
             f"{report.total.relative_change:.2%} of the weights' norm, SNR {report.total.snr_db:.1f} dB",
             markup=False,
         )

@@ -1,4 +1,4 @@
-"""Options that several commands have, and how their texts are read."""
+"""Options that several commands share, and functions that parse their values."""
 
 from __future__ import annotations
 
@@ -10,37 +10,46 @@ import typer
 
 from gguflora.files.remote import file_name, is_remote
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object, for scripts.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite the output.")]
-Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; by default one for each core.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="Number of threads; default: from the usable cores.")
+]
 OutType = Annotated[
     Literal["auto", "f32", "f16", "bf16", "q8_0"],
-    typer.Option(help="Type of the factors in a GGUF file; auto: f16 where that is exact, else f32."),
+    typer.Option(help="Type of the factors in a GGUF file; auto: f16 if that is exact, else f32."),
 ]
 AdapterOut = Annotated[Path, typer.Option("-o", "--out", help="GGUF LoRA file (.gguf) or PEFT directory to write.")]
 Base = Annotated[str, typer.Option(metavar="PATH", help="Base model: a GGUF file, or a directory with config.json.")]
-AdapterBase = Annotated[str | None, typer.Option(metavar="PATH", help="Base model: needed between PEFT and GGUF.")]
-Lora = Annotated[list[str] | None, typer.Option(help="Adapter: PEFT directory or GGUF LoRA. Repeatable.")]
-LoraScaled = Annotated[
-    list[str] | None, typer.Option(metavar="PATH:SCALE", help="Adapter with a scale of its own. Repeatable.")
+AdapterBase = Annotated[
+    str | None, typer.Option(metavar="PATH", help="Base model, required to go from PEFT to GGUF or back.")
 ]
+Lora = Annotated[
+    list[str] | None, typer.Option(metavar="PATH", help="Adapter: PEFT directory or GGUF LoRA. Repeatable.")
+]
+LoraScaled = Annotated[list[str] | None, typer.Option(metavar="PATH:SCALE", help="Adapter and its scale. Repeatable.")]
 Task = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME=NUMBER", help="Which task of a MULTITASK_PROMPT_TUNING adapter, from 0. Repeatable."),
+    typer.Option(metavar="NAME=NUMBER", help="Task of a MULTITASK_PROMPT_TUNING adapter, from 0. Repeatable."),
 ]
-Context = Annotated[int | None, typer.Option(min=8, help="Tokens of context; by default the model's, at most 4096.")]
+Context = Annotated[
+    int | None, typer.Option(min=8, help="Size of the context in tokens; default: the model's, up to 4096.")
+]
 
 
 def scaled_paths(lora: Sequence[str] | None, lora_scaled: Sequence[str] | None) -> list[tuple[str, float]]:
-    """Paths and scales of the adapters of ``--lora PATH`` and ``--lora-scaled PATH:SCALE``.
+    """Parse the values of ``--lora PATH`` and ``--lora-scaled PATH:SCALE``.
+
+    Returns:
+        Path and scale of each adapter.
 
     Raises:
-        typer.BadParameter: if there are none, or a scale is missing or no number.
+        typer.BadParameter: if there is no adapter, or a scale is missing or not a number.
     """
     adapters = [(path, 1.0) for path in lora or ()] + [_split_scale(text, "PATH:SCALE") for text in lora_scaled or ()]
     if not adapters:
-        raise typer.BadParameter("give at least one adapter with --lora or --lora-scaled")
+        raise typer.BadParameter("name at least one adapter with --lora or --lora-scaled")
     return adapters
 
 
@@ -56,27 +65,33 @@ def _split_scale(text: str, form: str) -> tuple[str, float]:
 
 
 def named_adapters(texts: Sequence[str] | None) -> dict[str, str]:
-    """Files of ``--lora [NAME=]PATH`` by name; a path without a name is called as its file or directory.
+    """Parse the values of ``--lora [NAME=]PATH``; the default name is that of the file or directory.
+
+    Returns:
+        Paths by name.
 
     Raises:
-        typer.BadParameter: if a name or path is empty, or a name given twice.
+        typer.BadParameter: if a name or path is empty, or a name is given twice.
     """
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for text in texts or ():
         name, path = _split_name(text)
         if not name or not file_name(path):
             raise typer.BadParameter(f"the adapter is {text!r}, expected NAME=PATH, for example legal=legal.gguf")
-        if name in found:
-            raise typer.BadParameter(f"two adapters are named {name!r}; name them with NAME=PATH")
-        found[name] = path
-    return found
+        if name in paths:
+            raise typer.BadParameter(f"two adapters are named {name!r}; give them different names with NAME=PATH")
+        paths[name] = path
+    return paths
 
 
 def named_tasks(texts: Sequence[str] | None) -> dict[str, int]:
-    """Tasks of ``--task NAME=NUMBER`` by adapter name.
+    """Parse the values of ``--task NAME=NUMBER``.
+
+    Returns:
+        Task numbers by adapter name.
 
     Raises:
-        typer.BadParameter: if there is no name, or no whole number.
+        typer.BadParameter: if a name is missing, or a number is not a whole number.
     """
     pairs = [text.rpartition("=") for text in texts or ()]
     for name, equals, number in pairs:
@@ -88,10 +103,13 @@ def named_tasks(texts: Sequence[str] | None) -> dict[str, int]:
 
 
 def named_and_scaled(lora: Sequence[str] | None, lora_scaled: Sequence[str] | None) -> dict[str, tuple[str, float]]:
-    """Files and scales of ``--lora [NAME=]PATH`` and ``--lora-scaled [NAME=]PATH:SCALE`` by name.
+    """Parse the values of ``--lora [NAME=]PATH`` and ``--lora-scaled [NAME=]PATH:SCALE``.
+
+    Returns:
+        Path and scale of each adapter, by name.
 
     Raises:
-        typer.BadParameter: if a name, path or scale does not make sense.
+        typer.BadParameter: if a name or path is empty, a name is given twice, or a scale is not a number.
     """
     pairs = [_split_scale(text, "[NAME=]PATH:SCALE") for text in lora_scaled or ()]
     paths = named_adapters([*(lora or ()), *(path for path, _ in pairs)])
@@ -100,9 +118,11 @@ def named_and_scaled(lora: Sequence[str] | None, lora_scaled: Sequence[str] | No
 
 
 def _split_name(text: str) -> tuple[str, str]:
-    """A name and a location, which may be a URL with equals signs of its own."""
+    """Split NAME=PATH; a URL has no name in front, but may contain equals signs."""
     name, equals, path = text.partition("=")
     if equals and not is_remote(text):
         return name, path
-    own = Path(file_name(text) if is_remote(text) else text)
-    return own.stem if own.suffix == ".gguf" else own.name if is_remote(text) else own.resolve().name, text
+    location = Path(file_name(text) if is_remote(text) else text)
+    if location.suffix == ".gguf":
+        return location.stem, text
+    return location.name if is_remote(text) else location.resolve().name, text

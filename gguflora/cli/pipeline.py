@@ -18,21 +18,25 @@ if TYPE_CHECKING:
 
 @app.command()
 def pipeline(
-    recipe: Annotated[Path | None, typer.Argument(help="Recipe, a TOML file.")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, max=1024, help="Jobs to run at a time, by default 1.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe: a TOML file.")] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, max=1024, help="Number of jobs at once; default: 1, or the scheduler's number of threads."),
+    ] = None,
     scheduler: Annotated[
-        str | None,
-        typer.Option(help="Dask scheduler, such as tcp://host:8786; by default as many jobs as it has threads."),
+        str | None, typer.Option(help="Dask scheduler that runs the jobs, such as tcp://host:8786.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, run nothing.")] = False,
-    keep_going: Annotated[bool, typer.Option("--keep-going", help="Go on after a failure with the rest.")] = False,
-    resume: Annotated[bool, typer.Option(help="Keep outputs that are up to date, or make all again.")] = True,
-    report: Annotated[Path | None, typer.Option(help="Folder for report.json and report.html.")] = None,
-    memory: Annotated[int | None, typer.Option(min=1, help="MB that running jobs may need together.")] = None,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="After a failed step, run the steps that do not need it.")
+    ] = False,
+    resume: Annotated[bool, typer.Option(help="Keep outputs that are up to date, or make all of them again.")] = True,
+    report: Annotated[Path | None, typer.Option(help="Directory for report.json and report.html.")] = None,
+    memory: Annotated[int | None, typer.Option(min=1, help="Memory for all running jobs together, in MB.")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes and exit.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a recipe of many steps; what has not changed is not done again. Exit code 1 if a step failed.
+    """Run the steps of a recipe, except for those that are up to date. The exit code is 1 if a step failed.
 
     **Examples**
 

@@ -16,16 +16,16 @@ from gguflora.lora.resize import ResizeReport
 def resize(
     adapter: Annotated[str, typer.Argument(help="PEFT adapter directory or GGUF LoRA file.")],
     out: AdapterOut,
-    rank: Annotated[int | None, typer.Option(min=1, help="The rank that no change shall exceed.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Highest rank of a delta.")] = None,
     energy: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Keep this share of each change's squared norm, say 0.99.")
+        float | None, typer.Option(min=0.0, max=1.0, help="Keep this share of each delta's squared norm, say 0.99.")
     ] = None,
     base: AdapterBase = None,
     outtype: OutType = "auto",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the closest adapter of a lower rank; says how far each change is from what it was.
+    """Write the closest adapter of a lower rank, and report the error of each delta.
 
     **Examples**
 

@@ -24,28 +24,34 @@ _COLUMNS = 3
 
 @app.command()
 def run(
-    base: Annotated[str, typer.Argument(help="Base model, a GGUF file.")],
+    base: Annotated[str, typer.Argument(help="Base model: a GGUF file.")],
     lora: Annotated[
         list[str] | None,
-        typer.Option(metavar="[NAME=]PATH", help="Adapter, on at scale 1: GGUF LoRA or PEFT directory. Repeatable."),
+        typer.Option(metavar="[NAME=]PATH", help="Adapter at scale 1: GGUF LoRA or PEFT directory. Repeatable."),
     ] = None,
     lora_scaled: Annotated[
         list[str] | None,
-        typer.Option(metavar="[NAME=]PATH:SCALE", help="Adapter with a scale of its own; 0 is off. Repeatable."),
+        typer.Option(metavar="[NAME=]PATH:SCALE", help="Adapter and its scale; 0 is off. Repeatable."),
     ] = None,
     task: Task = None,
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Answer this and end.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is; no chat template.")] = False,
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="Answer this prompt and exit, instead of a chat.")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as plain text, without chat template.")
+    ] = False,
     ctx: Context = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one answer.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.8,
-    seed: Annotated[int | None, typer.Option(help="Of the random numbers.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of one answer.")] = 512,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the most likely token.")
+    ] = 0.8,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling; default: random.")] = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Chat with a model, and switch its adapters while you do; /help lists the commands.
+    """Chat with a model and switch its adapters between prompts; type /help for the commands.
 
-    Lines come from the terminal or from a pipe. Answers go to stdout, everything else to stderr.
+    The chat reads lines from the terminal or a pipe. Answers go to stdout, everything else goes to stderr.
 
     **Examples**
 
@@ -57,7 +63,7 @@ def run(
     """
     adapters = named_and_scaled(lora, lora_scaled)
     if prompt is None and as_json:
-        raise typer.BadParameter("--json needs --prompt: a chat is no one result")
+        raise typer.BadParameter("--json needs --prompt, because a chat has no single report")
     if prompt is not None:
         report = gguflora.run(
             base,
@@ -107,11 +113,11 @@ def _write(text: str) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """Lines from the terminal, with its history and editing, or from a pipe; ends at the end of input or Ctrl+C."""
+    """Yield lines from the terminal, with history and editing, or from a pipe, until end of input or Ctrl+C."""
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
-    import readline  # noqa: F401, PLC0415  (gives input() its editing)
+    import readline  # noqa: F401, PLC0415  (adds history and editing to input())
 
     stderr.print("/help lists the commands")
     while True:
@@ -125,11 +131,11 @@ def _lines() -> Iterator[str]:
 def _show(answers: list[ChatAnswer]) -> None:
     from gguflora.engine.chat import describe  # noqa: PLC0415
 
-    for first in range(0, len(answers), _COLUMNS):
+    for start in range(0, len(answers), _COLUMNS):
         table = Table(box=box.SIMPLE_HEAD, expand=True)
-        some = answers[first : first + _COLUMNS]
-        for answer in some:
+        row = answers[start : start + _COLUMNS]
+        for answer in row:
             table.add_column(answer.adapters, ratio=1, overflow="fold")
-        table.add_row(*(escape(answer.text.strip()) for answer in some))
-        table.add_row(*(describe(answer) for answer in some), style="dim")
+        table.add_row(*(escape(answer.text.strip()) for answer in row))
+        table.add_row(*(describe(answer) for answer in row), style="dim")
         console.print(table)

@@ -18,30 +18,35 @@ if TYPE_CHECKING:
 
 @app.command()
 def serve(
-    base: Annotated[str, typer.Argument(help="Base model, a GGUF file.")],
+    base: Annotated[str, typer.Argument(help="Base model: a GGUF file.")],
     lora: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="Adapter: GGUF LoRA or PEFT directory. Repeatable."),
     ] = None,
     task: Task = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8080,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 selects a free one.")] = 8080,
     ctx: Context = None,
-    parallel: Annotated[int, typer.Option(min=1, max=256, help="Requests decoded together in one context.")] = 4,
-    contexts: Annotated[int, typer.Option(min=1, max=64, help="Adapter sets that keep a KV cache.")] = 2,
-    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are answered 429.")] = 64,
+    parallel: Annotated[
+        int, typer.Option(min=1, max=256, help="Largest number of requests decoded together in one context.")
+    ] = 4,
+    contexts: Annotated[int, typer.Option(min=1, max=64, help="Largest number of adapter sets with a KV cache.")] = 2,
+    queue: Annotated[
+        int, typer.Option(min=1, help="Largest number of waiting requests; further ones get status 429.")
+    ] = 64,
     threads: Threads = None,
     allow_load: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Let clients load adapters from this directory.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one answer.")] = 2048,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds after which a request is given up.")] = 600.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of one answer.")] = 2048,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds after which a request is aborted.")] = 600.0,
     as_json: AsJson = False,
 ) -> None:
-    r"""Serve a base model with any adapters per request, as OpenAI's API, and a page to try them.
+    r"""Serve a model with OpenAI's API and a web page; each request selects its adapters.
 
-    A request's `model` names an adapter set: `base`, `legal`, `legal@0.5+tone@0.3`. Clients need the key in the
-    environment variable GGUFLORA_API_KEY, if there is one. Needs the extra: pip install 'gguflora\[server]'.
+    The `model` of a request names an adapter set, such as `base`, `legal` or `legal@0.5+tone@0.3`. If the environment
+    variable GGUFLORA_API_KEY is set, clients must send its value as their API key. This command needs an extra: pip
+    install 'gguflora\[server]'.
 
     **Examples**
 
@@ -51,7 +56,7 @@ def serve(
     """
     adapters = named_adapters(lora)
     if allow_load is not None and not allow_load.is_dir():
-        raise typer.BadParameter(f"{allow_load} is no directory", param_hint="--allow-load")
+        raise typer.BadParameter(f"{allow_load} is not a directory", param_hint="--allow-load")
     gguflora.serve(
         base,
         adapters=adapters,
@@ -75,4 +80,4 @@ def _say_ready(report: ServeReport, *, as_json: bool) -> None:
     if as_json:
         print(to_json(report, indent=None), flush=True)
     names = ", ".join(report.adapters) or "no adapters"
-    stderr.print(f"serving {report.model} with {names} at {report.url} (Ctrl+C ends it)", markup=False)
+    stderr.print(f"serving {report.model} with {names} at {report.url} (press Ctrl+C to stop)", markup=False)

@@ -15,14 +15,15 @@ from gguflora.merging.in_place import UnmergeReport
 
 @app.command()
 def unmerge(
-    base: Annotated[Path, typer.Argument(help="A model that was merged with --in-place, its undo file beside it.")],
+    base: Annotated[Path, typer.Argument(help="A model merged with --in-place; its undo file lies beside it.")],
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Give back the base that an adapter was merged into in place, byte for byte; then remove the undo file.
+    """Restore the exact base of a model that was merged in place, and remove the undo file.
 
-    It mends a model, too, whose merge was stopped midway by whatever means. Nothing is written before it is known that
-    exactly the base comes out. Stop programs that have the model loaded: they would see it change.
+    This also repairs a model whose merge was interrupted. Nothing is written before it is certain that exactly the
+    base will result. Stop programs that have the model loaded before you run this: they would compute with half-changed
+    weights.
 
     **Example**
 
@@ -38,7 +39,7 @@ def unmerge(
 def _print_unmerged(report: UnmergeReport) -> None:
     merged = ", ".join(f"{name} x {scale:g}" for name, _, scale in report.adapters)
     console.print(
-        f"{report.base} is the base again, without {merged or 'anything'}: {report.changed / 1e6:.1f} MB put back, "
+        f"{report.base} is the base again, without {merged or 'any adapter'}: {report.changed / 1e6:.1f} MB put back, "
         f"SHA-256 {report.sha256}; took {report.seconds:.2f} s",
         markup=False,
     )
