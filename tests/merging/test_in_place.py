@@ -459,5 +459,5 @@ def test_what_is_said_when_interrupted(command, said, monkeypatch, capsys):
         gguflora.cli.main()
     assert stopped.value.code == 130
     assert capsys.readouterr().err == f"interrupted; {said}" + (
-        " to have the whole base back\n" if command == "unmerge" else "\n"
+        " to restore the base completely\n" if command == "unmerge" else "\n"
     )
