@@ -129,10 +129,10 @@ def _nearest(rows: Rows, delta: Floats) -> tuple[Rows, NDArray[np.float64]]:
 def _stochastic(rows: Rows, delta: Floats, seed: int) -> tuple[Rows, NDArray[np.float64]]:
     """Both passes, as gguflora/merging/rounding.py makes them."""
     new = np.empty_like(rows)
-    sums, _ = kernels.fit_grids(rows, Q4_K, new, delta)
+    sums, _ = kernels.choose_scales(rows, Q4_K, new, delta)
     reached, wanted = sums.sum(axis=0)
     gain = 1 / float(np.clip(reached / wanted, 0.5, 1))
-    return new, kernels.dither_rows(rows, Q4_K, new, delta, gain=gain, key=seed, first_row=0)
+    return new, kernels.round_stochastic(rows, Q4_K, new, delta, gain=gain, key=seed, first_row=0)
 
 
 def _share(sums: NDArray[np.float64]) -> float:

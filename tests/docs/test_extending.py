@@ -19,7 +19,7 @@ from support.pages import commands, put_demo_files, sections
 
 pytestmark = pytest.mark.slow
 PARTS = sections("docs/extending.md")
-METHOD, ARCHITECTURE, COMMAND = (f"Add {what}" for what in ("a PEFT method", "an architecture", "a command"))
+METHOD, ARCHITECTURE, TYPE, COMMAND = PARTS
 
 
 @pytest.fixture
@@ -81,14 +81,14 @@ def assert_clean(tree, *parts):
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def mentions(tree, word):
-    """Lines of code in which a word occurs, comments aside."""
+def mentions(tree, pattern):
+    """Lines of code in which a pattern occurs, comments in C aside."""
     found = []
-    for folder, pattern in (("gguflora", "*.py"), ("csrc", "*")):
-        for path in (tree / folder).rglob(pattern):
+    for folder, files in (("gguflora", "*.py"), ("csrc", "*")):
+        for path in (tree / folder).rglob(files):
             if path.is_file():
                 code = re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.S) if folder == "csrc" else path.read_text()
-                found += [f"{path.name}: {line}" for line in code.splitlines() if re.search(rf"\b{word}\b", line)]
+                found += [f"{path.name}: {line}" for line in code.splitlines() if re.search(pattern, line)]
     return found
 
 
@@ -110,7 +110,7 @@ def test_an_architecture(tree):
     original = {path: path.read_bytes() for path in tree.rglob("*.py")}
     oracle = ["tests/architectures/test_architectures.py", "-k", "nemotron and (checkpoints or modules)"]
     apply(tree, ARCHITECTURE, reverse=True, below="gguflora/")
-    assert mentions(tree, "nemotron") == []
+    assert mentions(tree, r"\bnemotron\b") == []
     before, said = passes(tree, *oracle)
     assert not before
     assert "AssertionError" in said
@@ -119,6 +119,26 @@ def test_an_architecture(tree):
     after, said = passes(tree, *oracle)
     assert after, said
     apply(tree, ARCHITECTURE, reverse=True, below="tests/")  # what it shows of the tests is there
+
+
+def test_a_quant_type(tree):
+    """Without what the page shows the kernels compile and do not name it; with it they are ggml's, built there."""
+    original = {path: path.read_bytes() for path in (tree / "csrc").rglob("*") if path.is_file()}
+    apply(tree, TYPE, reverse=True, below="csrc/")
+    assert mentions(tree, r"(?<![A-Za-z])[Qq]2_0(?!\w)") == []
+    sources = [*sorted((tree / "csrc").glob("*.c")), tree / "csrc/isa/scalar.c"]
+    command = ["gcc", "-std=gnu11", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", f"-I{tree / 'csrc'}", *sources]
+    compiled = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert compiled.returncode == 0, compiled.stderr
+    apply(tree, TYPE, below="csrc/")
+    assert {path: path.read_bytes() for path in original} == original
+    built = python(tree, "tools/build_backend.py", "--inplace")
+    assert built.returncode == 0, built.stderr
+    passed, said = passes(
+        tree, "tests/quants/test_quants.py", "tests/quants/test_dither.py", "-k", "Q2_0 and not TQ2_0"
+    )
+    assert passed, said
+    apply(tree, TYPE, reverse=True, below="tests/")  # what it shows of the tests is there
 
 
 def test_a_command(tree, tmp_path):
