@@ -49,14 +49,16 @@ gfl_result gfl_quantize_rows(int isa, int type_id, const float *x, int64_t n_row
 /* blocks -> float (n_rows, n_in). */
 gfl_result gfl_dequantize_rows(int isa, int type_id, const uint8_t *src, int64_t n_rows, int64_t n_in, float *out);
 
-/* A change of rows: b @ a of a (rank, n_in) and b (n_rows, rank), or `dense` (n_rows, n_in) unless that is NULL. The
- * product is summed over rank in ascending order, one multiplication and one addition at a time; neither it nor
- * anything made from it depends on the instruction set or on how rows are grouped. */
+/* What is added to rows (n_rows, n_in): b @ a, or `dense` unless that is NULL. The product is summed over rank in
+ * ascending order, one multiplication and one addition at a time; neither it nor anything made from it depends on the
+ * instruction set or on how rows are grouped. */
 typedef struct {
-    const float *a;
-    const float *b;
+    int64_t n_rows;
+    int64_t n_in;
+    const float *a; /* (rank, n_in) */
+    const float *b; /* (n_rows, rank) */
     int64_t rank;
-    const float *dense;
+    const float *dense; /* (n_rows, n_in) */
 } gfl_delta;
 
 /* Below, W = dequantize(src), W' = dequantize(dst), and sums are one row's in double, summed in a fixed order. */
@@ -79,21 +81,28 @@ enum gfl_reach {
 };
 
 /* dst = quantize(W + delta), ggml's bytes; dst may be src; sums (n_rows, GFL_N_SUMS). */
-gfl_result gfl_merge_rows(int isa, int src_type_id, const uint8_t *src, int dst_type_id, uint8_t *dst, int64_t n_rows,
-                          int64_t n_in, const gfl_delta *delta, const float *imatrix, double *sums);
+gfl_result gfl_merge_rows(int isa, int src_type_id, const uint8_t *src, int dst_type_id, uint8_t *dst,
+                          const gfl_delta *delta, const float *imatrix, double *sums);
 
 /* Stochastic rounding, first pass: choose the scales of every block. dst = src, but blocks that can be expected to lose
  * less of W + delta under the scales of quantize(W + delta) get those. Their codes mean nothing yet; those of codebook
  * types (IQ1, IQ2, IQ3) are the codes of quantize(W + delta). Where ggml needs an imatrix and has none, all columns are
  * alike. sums (n_rows, GFL_N_REACH) are estimated from a sample for codebook types; n_new: blocks with new scales. */
-gfl_result gfl_choose_scales(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
-                             const gfl_delta *delta, const float *imatrix, double *sums, int64_t *n_new);
+gfl_result gfl_choose_scales(int isa, int type_id, const uint8_t *src, uint8_t *dst, const gfl_delta *delta,
+                             const float *imatrix, double *sums, int64_t *n_new);
+
+/* What decides between up and down. Rows are numbered from first_row: that number, the key and the column make the
+ * random bits of a weight. */
+typedef struct {
+    float gain; /* factor of delta */
+    uint64_t key;
+    int64_t first_row;
+} gfl_draw;
 
 /* Stochastic rounding, second pass: dst has its scales (of codebook types also the codes to start from) and gets its
- * codes, such that the expectation of W' over all keys is W + gain * delta as far as the scales reach. Rows are
- * numbered from first_row: that number, the key and the column make the random bits of a weight. sums (n_rows,
- * GFL_N_SUMS). */
-gfl_result gfl_round_stochastic(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
-                                const gfl_delta *delta, float gain, uint64_t key, int64_t first_row, double *sums);
+ * codes, such that the expectation of W' over all keys is W + gain * delta as far as the scales reach. sums
+ * (n_rows, GFL_N_SUMS). */
+gfl_result gfl_round_stochastic(int isa, int type_id, const uint8_t *src, uint8_t *dst, const gfl_delta *delta,
+                                const gfl_draw *draw, double *sums);
 
 #endif

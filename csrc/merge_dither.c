@@ -1,92 +1,101 @@
-/* Adaptive dither over rows: which grid each block gets, and its codes. The arithmetic is in kernels/dither.h. */
+/* Stochastic rounding over rows: which scales each block gets, and its codes. The arithmetic is in kernels/dither.h. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "kernels/base.h"
-#include "rows.h"
 #include "merge_dither_codebook.h"
+#include "rows.h"
 
 enum { GROUP_FLOATS = 64 * 1024 };
 
-/* A block keeps its grid without a search if in all of its groups delta is below 0.35 steps, and no more than this
- * share of the cost of rounding lies beyond the grid. On heavy-tailed weights with changes of 0.5 to 20 % of them,
- * searching every block would lower the expected cost of those skipped here by 0.1 to 1 % (K-quants; to 4 % for blocks
- * of 32). */
+/* A block keeps its scales without a search if in all of its groups delta is below 0.35 steps, and no more than this
+ * share of the cost of rounding comes from beyond their range. On heavy-tailed weights with deltas of 0.5 to 20 % of
+ * them, searching every block would lower the expected cost of those skipped here by 0.1 to 1 % (K-quants; by up to 4 %
+ * for blocks of 32). */
 static const double CLIPPED_SHARE = 0.1;
 
 /* What a call works on. */
 typedef struct {
     const gfl_table *table;
     const gfl_block_codec *codec;
-    quantize_fn *quantize;
-    dequantize_fn *dequantize;
+    const gfl_pair *type;
     int64_t n_in, row_bytes;
-    int weights, bytes; /* of a block */
-} job;
+    int weights, bytes, groups; /* of a block */
+    const float *imatrix;       /* (n_in) or NULL */
+} stochastic_call;
 
-static int begin(job *j, int isa, int type_id, int64_t n_in) {
+/* Returns whether this machine has the instruction set, and it the type. */
+static int begin(stochastic_call *call, int isa, int type_id, int64_t n_in, const float *imatrix) {
     const int type = gfl_index_of(type_id);
     const gfl_table *table = gfl_table_of(isa);
     if (!table || type < 0 || !table->block_codecs[type].pack) return 0;
     const gfl_type t = gfl_type_at(type);
-    *j = (job){table,
-               &table->block_codecs[type],
-               table->types[type].quantize,
-               table->types[type].dequantize,
-               n_in,
-               n_in / t.block_weights * t.block_bytes,
-               t.block_weights,
-               t.block_bytes};
+    *call = (stochastic_call){
+        .table = table,
+        .codec = &table->block_codecs[type],
+        .type = &table->types[type],
+        .n_in = n_in,
+        .row_bytes = n_in / t.block_weights * t.block_bytes,
+        .weights = t.block_weights,
+        .bytes = t.block_bytes,
+        .groups = t.block_weights / table->block_codecs[type].group,
+        .imatrix = imatrix,
+    };
     return 1;
 }
 
-static int chunk_at(const job *j, int64_t column) { return (int)(j->n_in - column < CHUNK ? j->n_in - column : CHUNK); }
-
-/* The targets dq + delta of a chunk. */
-static void find_target(float *target, const job *j, const uint8_t *src, const float *delta, int n) {
-    j->dequantize(src, target, n);
-    j->table->add(target, target, delta, n);
+static int weights_in_chunk(const stochastic_call *call, int64_t column) {
+    return (int)(call->n_in - column < CHUNK ? call->n_in - column : CHUNK);
 }
 
-static gfl_result first_not_finite(const job *j, const uint8_t *src, const float *delta, int n, int64_t row,
-                                   int64_t column) {
+static int64_t bytes_before(const stochastic_call *call, int64_t column) {
+    return column / call->weights * call->bytes;
+}
+
+/* The targets dq + delta of a chunk. */
+static void find_target(float *target, const stochastic_call *call, const uint8_t *src, const float *delta, int n) {
+    call->type->dequantize(src, target, n);
+    call->table->add(target, target, delta, n);
+}
+
+/* The place of the first target of a chunk that is NaN or infinite, if there is one. */
+static gfl_result check_targets(const stochastic_call *call, const uint8_t *src, const float *delta, int n, int64_t row,
+                                int64_t column) {
     float target[CHUNK];
-    find_target(target, j, src, delta, n);
-    gfl_result result = gfl_first_not_finite(target, 1, n, row, GFL_NOT_FINITE);
+    find_target(target, call, src, delta, n);
+    gfl_result result = gfl_first_not_finite(target, &(gfl_row_group){row, 1, n}, GFL_NOT_FINITE);
     if (result.status) result.column += column;
     return result;
 }
 
-static int same_header(const gfl_block_codec *codec, const uint8_t *x, const uint8_t *y) {
+static int same_scales(const gfl_block_codec *codec, const uint8_t *x, const uint8_t *y) {
     for (int i = 0; i < 2; i++)
         if (memcmp(x + codec->header[i].at, y + codec->header[i].at, codec->header[i].bytes)) return 0;
     return 1;
 }
 
-/* own[g] = whether the block of group g has src's header; returns how many blocks do not */
-static int find_own(uint8_t *own, const job *j, const uint8_t *src, const uint8_t *dst, int n) {
-    const int groups = j->weights / j->codec->group, blocks = n / j->weights;
-    int foreign = 0;
-    memset(own, 1, (size_t)(blocks * groups));
-    if (!memcmp(src, dst, (size_t)(blocks * j->bytes))) return 0;
+/* keeps[g] = whether the block of group g has the scales that it has in src */
+static void compare_scales(uint8_t *keeps, const stochastic_call *call, const uint8_t *src, const uint8_t *dst, int n) {
+    const int blocks = n / call->weights;
+    memset(keeps, 1, (size_t)(blocks * call->groups));
+    if (!memcmp(src, dst, (size_t)(blocks * call->bytes))) return;
     for (int b = 0; b < blocks; b++) {
-        const int same = same_header(j->codec, src + b * j->bytes, dst + b * j->bytes);
-        memset(own + b * groups, same, (size_t)groups);
-        foreign += !same;
+        const int same = same_scales(call->codec, src + b * call->bytes, dst + b * call->bytes);
+        memset(keeps + b * call->groups, same, (size_t)call->groups);
     }
-    return foreign;
 }
 
-/* Blocks that may get a new header, gathered so that the search for it fills its vectors. */
-enum { GATHERED = 4096 };
+/* Blocks that may get new scales, collected so that the search for them fills its vectors. */
+enum { BATCH_FLOATS = 4096, BATCH_BLOCKS = BATCH_FLOATS / 32, MOST_BYTES = 64 };
 
 typedef struct {
-    uint8_t *dst[GATHERED / 32], *dirty[GATHERED / 32]; /* of each block: where it goes, and the mark of its chunk */
-    double cost[GATHERED / 32];                         /* on the base's grid */
-    float target[GATHERED], delta[GATHERED], imatrix[GATHERED], squares[GATHERED / 16];
-    uint8_t found[GATHERED / 32 * 64];
+    uint8_t *dst[BATCH_BLOCKS], *dirty[BATCH_BLOCKS]; /* of each block: where it goes, and the mark of its chunk */
+    double cost[BATCH_BLOCKS];                        /* under the base's scales */
+    float target[BATCH_FLOATS], delta[BATCH_FLOATS], imatrix[BATCH_FLOATS], squares[BATCH_FLOATS / 16];
+    uint8_t found[BATCH_BLOCKS * MOST_BYTES]; /* no type stores 32 weights in more than MOST_BYTES */
     int n, n_blocks;
-} gathered;
+    int64_t n_new; /* blocks that got new scales */
+} block_batch;
 
 static double sum_groups(const float *x, int n) {
     double sum = 0.0;
@@ -94,49 +103,73 @@ static double sum_groups(const float *x, int n) {
     return sum;
 }
 
-/* Gives the gathered blocks the header of their quantized target where that costs less; returns how many. */
-static int64_t settle(gathered *all, const job *j, const float *imatrix) {
-    const int groups = j->weights / j->codec->group;
-    int64_t n_new = 0;
-    if (!all->n) return 0;
-    j->quantize(all->target, all->found, 1, all->n, imatrix ? all->imatrix : NULL);
-    for (int i = 0; i < all->n; i += CHUNK) {
-        const int n = all->n - i < CHUNK ? all->n - i : CHUNK;
-        const uint8_t *found = all->found + i / j->weights * j->bytes;
+/* Gives the blocks of a batch the scales of their quantized targets where those cost less, and empties the batch. */
+static void flush_batch(block_batch *batch, const stochastic_call *call) {
+    if (!batch->n) return;
+    call->type->quantize(batch->target, batch->found, 1, batch->n, call->imatrix ? batch->imatrix : NULL);
+    for (int i = 0; i < batch->n; i += CHUNK) {
+        const int n = batch->n - i < CHUNK ? batch->n - i : CHUNK, n_groups = n / call->codec->group;
+        const uint8_t *found = batch->found + bytes_before(call, i);
         gfl_measure m;
-        memcpy(m.squares, all->squares + i / j->codec->group, (size_t)(n / j->codec->group) * sizeof *m.squares);
-        j->table->measure_target(&m, j->codec, found, all->target + i, all->delta + i, n);
-        for (int b = 0; b < n / j->weights; b++) {
-            const int block = i / j->weights + b;
-            if (!(sum_groups(m.cost + b * groups, groups) < all->cost[block])) continue;
-            if (same_header(j->codec, found + b * j->bytes, all->dst[block])) continue;
-            memcpy(all->dst[block], found + b * j->bytes, (size_t)j->bytes);
-            *all->dirty[block] = 1;
-            n_new++;
+        memcpy(m.squares, batch->squares + i / call->codec->group, (size_t)n_groups * sizeof *m.squares);
+        call->table->measure_target(&m, call->codec, found, batch->target + i, batch->delta + i, n);
+        for (int b = 0; b < n / call->weights; b++) {
+            const int block = i / call->weights + b;
+            const uint8_t *new = found + b * call->bytes;
+            if (!(sum_groups(m.cost + b * call->groups, call->groups) < batch->cost[block])) continue;
+            if (same_scales(call->codec, new, batch->dst[block])) continue;
+            memcpy(batch->dst[block], new, (size_t)call->bytes);
+            *batch->dirty[block] = 1;
+            batch->n_new++;
         }
     }
-    all->n = all->n_blocks = 0;
-    return n_new;
+    batch->n = batch->n_blocks = 0;
 }
 
-/* Whether the block whose first group is g may gain by a new grid. */
-static int may_gain(const gfl_measure *m, int g, int groups, double cost) {
-    int weak = 1;
-    for (int i = g; i < g + groups; i++) weak &= m->small[i];
-    return cost > 0.0 && (!weak || sum_groups(m->clip + g, groups) > CLIPPED_SHARE * cost);
+/* A chunk of the base and what stochastic rounding would do to it. */
+typedef struct {
+    const uint8_t *src;
+    uint8_t *dst, *dirty; /* where it goes; the mark of new scales in it */
+    const float *delta, *imatrix;
+    int n;
+    const gfl_measure *m;
+} measured_chunk;
+
+/* Whether block b of a chunk may gain by new scales. */
+static int may_gain(const stochastic_call *call, const gfl_measure *m, int b, double cost) {
+    int small = 1;
+    for (int g = b * call->groups; g < (b + 1) * call->groups; g++) small &= m->small[g];
+    return cost > 0.0 && (!small || sum_groups(m->clip + b * call->groups, call->groups) > CLIPPED_SHARE * cost);
 }
 
-static void gather(gathered *all, const job *j, const gfl_measure *m, const float *target, const float *delta,
-                   const float *imatrix, int block, double cost, uint8_t *dst, uint8_t *dirty) {
-    const int groups = j->weights / j->codec->group, at = block * j->weights;
-    memcpy(all->target + all->n, target + at, (size_t)j->weights * sizeof *all->target);
-    memcpy(all->delta + all->n, delta + at, (size_t)j->weights * sizeof *all->delta);
-    if (imatrix) memcpy(all->imatrix + all->n, imatrix + at, (size_t)j->weights * sizeof *imatrix);
-    memcpy(all->squares + all->n / j->codec->group, m->squares + block * groups, (size_t)groups * sizeof *all->squares);
-    all->cost[all->n_blocks] = cost;
-    all->dst[all->n_blocks] = dst;
-    all->dirty[all->n_blocks++] = dirty;
-    all->n += j->weights;
+/* Puts block b of a chunk into the batch. */
+static void add_block(block_batch *batch, const stochastic_call *call, const measured_chunk *chunk, const float *target,
+                      int b, double cost) {
+    const int at = b * call->weights;
+    const size_t bytes = (size_t)call->weights * sizeof(float);
+    memcpy(batch->target + batch->n, target + at, bytes);
+    memcpy(batch->delta + batch->n, chunk->delta + at, bytes);
+    if (chunk->imatrix) memcpy(batch->imatrix + batch->n, chunk->imatrix + at, bytes);
+    memcpy(batch->squares + batch->n / call->codec->group, chunk->m->squares + b * call->groups,
+           (size_t)call->groups * sizeof *batch->squares);
+    batch->cost[batch->n_blocks] = cost;
+    batch->dst[batch->n_blocks] = chunk->dst + b * call->bytes;
+    batch->dirty[batch->n_blocks++] = chunk->dirty;
+    batch->n += call->weights;
+}
+
+/* Puts the blocks of a chunk that may gain into the batch, which is flushed when it is full. */
+static void add_chunk(block_batch *batch, const stochastic_call *call, const measured_chunk *chunk) {
+    float target[CHUNK];
+    int known = 0;
+    for (int b = 0; b < chunk->n / call->weights; b++) {
+        const double cost = sum_groups(chunk->m->cost + b * call->groups, call->groups);
+        if (!may_gain(call, chunk->m, b, cost)) continue;
+        if (!known) find_target(target, call, chunk->src, chunk->delta, chunk->n);
+        known = 1;
+        if (batch->n + call->weights > BATCH_FLOATS) flush_batch(batch, call);
+        add_block(batch, call, chunk, target, b, cost);
+    }
 }
 
 /* The columns of enum gfl_reach. */
@@ -148,118 +181,117 @@ static void sum_measure(double *sums, const gfl_measure *m, int n_groups) {
     }
 }
 
-/* Gathers the measured blocks of a chunk that may gain; returns how many got a new header because the gathered ones
- * were full. */
-static int64_t gather_chunk(gathered *all, const job *j, const gfl_measure *m, const uint8_t *src, uint8_t *dst,
-                            const float *delta, const float *imatrix, int n, uint8_t *dirty) {
-    const int groups = j->weights / j->codec->group;
-    float target[CHUNK];
-    int64_t n_new = 0;
-    int known = 0;
-    for (int b = 0; b < n / j->weights; b++) {
-        const double cost = sum_groups(m->cost + b * groups, groups);
-        if (!may_gain(m, b * groups, groups, cost)) continue;
-        if (!known) find_target(target, j, src, delta, n);
-        known = 1;
-        if (all->n + j->weights > GATHERED) n_new += settle(all, j, imatrix);
-        gather(all, j, m, target, delta, imatrix, b, cost, dst + b * j->bytes, dirty);
-    }
-    return n_new;
-}
-
-/* The sums of a chunk some of whose blocks have a new header. */
-static void sum_changed(double *sums, const job *j, const uint8_t *src, const uint8_t *dst, const float *delta, int n) {
-    uint8_t own[CHUNK_GROUPS];
+/* The sums of a chunk some of whose blocks have new scales. */
+static void sum_changed(double *sums, const stochastic_call *call, const uint8_t *src, const uint8_t *dst,
+                        const float *delta, int n) {
+    uint8_t keeps_base_scales[CHUNK_GROUPS];
     float target[CHUNK];
     gfl_measure old, new;
-    find_own(own, j, src, dst, n);
-    find_target(target, j, src, delta, n);
-    j->table->measure(&old, j->codec, src, delta, n);
+    compare_scales(keeps_base_scales, call, src, dst, n);
+    find_target(target, call, src, delta, n);
+    call->table->measure(&old, call->codec, src, delta, n);
     memcpy(new.squares, old.squares, sizeof new.squares);
-    j->table->measure_target(&new, j->codec, dst, target, delta, n);
-    for (int g = 0; g < n / j->codec->group; g++)
-        if (!own[g]) old.lost[g] = new.lost[g];
-    sum_measure(sums, &old, n / j->codec->group);
+    call->table->measure_target(&new, call->codec, dst, target, delta, n);
+    for (int g = 0; g < n / call->codec->group; g++)
+        if (!keeps_base_scales[g]) old.lost[g] = new.lost[g];
+    sum_measure(sums, &old, n / call->codec->group);
 }
 
 typedef struct {
     float *delta;
     double *sums;   /* (chunks of a group of rows, GFL_N_REACH) */
-    uint8_t *dirty; /* of each chunk: a block of it has a new header */
-    gathered all;
-} fit_room;
+    uint8_t *dirty; /* of each chunk: a block of it has new scales */
+    block_batch batch;
+} choose_scratch;
 
-static gfl_result fit_group(const job *j, fit_room *room, const uint8_t *src, uint8_t *dst, int64_t n_rows,
-                            const float *delta, const float *imatrix, int64_t row, double *sums, int64_t *n_new) {
-    const int64_t chunks = (j->n_in + CHUNK - 1) / CHUNK;
-    memcpy(dst, src, (size_t)(n_rows * j->row_bytes));
-    memset(room->dirty, 0, (size_t)(n_rows * chunks));
-    for (int64_t r = 0; r < n_rows; r++) {
-        for (int64_t c = 0; c < chunks; c++) {
-            const int64_t column = c * CHUNK, at = r * j->row_bytes + column / j->weights * j->bytes,
-                          k = r * chunks + c;
-            const float *x = delta + r * j->n_in + column;
-            const int n = chunk_at(j, column);
-            gfl_measure m;
-            j->table->measure(&m, j->codec, src + at, x, n);
-            if (!m.safe) {
-                const gfl_result result = first_not_finite(j, src + at, x, n, row + r, column);
-                if (result.status) return result;
-            }
-            sum_measure(room->sums + GFL_N_REACH * k, &m, n / j->codec->group);
-            *n_new += gather_chunk(&room->all, j, &m, src + at, dst + at, x, imatrix ? imatrix + column : NULL, n,
-                                   room->dirty + k);
+/* Measures all chunks of a row and collects the blocks that may gain. */
+static gfl_result measure_row(const stochastic_call *call, choose_scratch *scratch, const gfl_row_group *group,
+                              int64_t r, const uint8_t *src, uint8_t *dst, const float *delta) {
+    const int64_t chunks = (call->n_in + CHUNK - 1) / CHUNK;
+    for (int64_t c = 0, k = r * chunks; c < chunks; c++, k++) {
+        const int64_t column = c * CHUNK, at = r * call->row_bytes + bytes_before(call, column);
+        gfl_measure m;
+        const measured_chunk chunk = {
+            .src = src + at,
+            .dst = dst + at,
+            .dirty = scratch->dirty + k,
+            .delta = delta + r * call->n_in + column,
+            .imatrix = call->imatrix ? call->imatrix + column : NULL,
+            .n = weights_in_chunk(call, column),
+            .m = &m,
+        };
+        call->table->measure(&m, call->codec, chunk.src, chunk.delta, chunk.n);
+        if (!m.safe) {
+            const gfl_result result = check_targets(call, chunk.src, chunk.delta, chunk.n, group->start + r, column);
+            if (result.status) return result;
         }
-        if (imatrix)
-            *n_new += settle(&room->all, j, imatrix); /* some searches weigh by means over the row they are given */
+        sum_measure(scratch->sums + GFL_N_REACH * k, &m, chunk.n / call->codec->group);
+        add_chunk(&scratch->batch, call, &chunk);
     }
-    *n_new += settle(&room->all, j, imatrix);
-    for (int64_t r = 0; r < n_rows; r++) {
+    return done;
+}
+
+static gfl_result choose_group(const stochastic_call *call, choose_scratch *scratch, const gfl_row_group *group,
+                               const uint8_t *src, uint8_t *dst, const float *delta, double *sums) {
+    const int64_t chunks = (call->n_in + CHUNK - 1) / CHUNK;
+    memcpy(dst, src, (size_t)(group->n_rows * call->row_bytes));
+    memset(scratch->dirty, 0, (size_t)(group->n_rows * chunks));
+    for (int64_t r = 0; r < group->n_rows; r++) {
+        const gfl_result result = measure_row(call, scratch, group, r, src, dst, delta);
+        if (result.status) return result;
+        if (call->imatrix) flush_batch(&scratch->batch, call); /* some searches weigh by means over the row they get */
+    }
+    flush_batch(&scratch->batch, call);
+    for (int64_t r = 0; r < group->n_rows; r++) {
         double *row_sums = sums + GFL_N_REACH * r;
         row_sums[GFL_REACHED] = row_sums[GFL_WANTED] = 0.0;
-        for (int64_t c = 0; c < chunks; c++) {
-            const int64_t column = c * CHUNK, at = r * j->row_bytes + column / j->weights * j->bytes,
-                          k = r * chunks + c;
-            if (room->dirty[k])
-                sum_changed(room->sums + GFL_N_REACH * k, j, src + at, dst + at, delta + r * j->n_in + column,
-                            chunk_at(j, column));
-            row_sums[GFL_REACHED] += room->sums[GFL_N_REACH * k + GFL_REACHED];
-            row_sums[GFL_WANTED] += room->sums[GFL_N_REACH * k + GFL_WANTED];
+        for (int64_t c = 0, k = r * chunks; c < chunks; c++, k++) {
+            const int64_t column = c * CHUNK, at = r * call->row_bytes + bytes_before(call, column);
+            double *chunk_sums = scratch->sums + GFL_N_REACH * k;
+            if (scratch->dirty[k])
+                sum_changed(chunk_sums, call, src + at, dst + at, delta + r * call->n_in + column,
+                            weights_in_chunk(call, column));
+            row_sums[GFL_REACHED] += chunk_sums[GFL_REACHED];
+            row_sums[GFL_WANTED] += chunk_sums[GFL_WANTED];
         }
     }
     return done;
 }
 
-gfl_result gfl_choose_scales(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
-                             const gfl_delta *delta, const float *imatrix, double *sums, int64_t *n_new) {
-    job j;
+gfl_result gfl_choose_scales(int isa, int type_id, const uint8_t *src, uint8_t *dst, const gfl_delta *delta,
+                             const float *imatrix, double *sums, int64_t *n_new) {
+    const int64_t n_rows = delta->n_rows, n_in = delta->n_in;
+    stochastic_call call;
     *n_new = 0;
     if (gfl_uses_codebook(type_id))
-        return gfl_choose_codebook_scales(isa, type_id, src, dst, n_rows, n_in, delta, imatrix, sums, n_new);
-    if (!begin(&j, isa, type_id, n_in)) return unknown;
+        return gfl_choose_codebook_scales(isa, type_id, src, dst, delta, imatrix, sums, n_new);
+    if (!begin(&call, isa, type_id, n_in, imatrix)) return unknown;
     if (n_rows <= 0 || n_in <= 0) return done;
-    const int64_t group = gfl_rows_per_group(n_in, n_rows, GROUP_FLOATS), chunks = group * ((n_in + CHUNK - 1) / CHUNK);
-    fit_room *room = malloc(sizeof *room);
-    float *floats = malloc((size_t)(group * n_in) * sizeof *floats);
+    const int64_t rows_per_group = gfl_rows_per_group(n_in, n_rows, GROUP_FLOATS);
+    const int64_t chunks = rows_per_group * ((n_in + CHUNK - 1) / CHUNK);
+    choose_scratch *scratch = malloc(sizeof *scratch);
+    float *floats = malloc((size_t)(rows_per_group * n_in) * sizeof *floats);
     double *doubles = malloc((size_t)(GFL_N_REACH * chunks) * sizeof *doubles);
     uint8_t *dirty = malloc((size_t)chunks);
-    gfl_result result = room && floats && doubles && dirty ? done : no_memory;
+    gfl_result result = scratch && floats && doubles && dirty ? done : no_memory;
     if (!result.status) {
-        room->delta = floats;
-        room->sums = doubles;
-        room->dirty = dirty;
-        room->all.n = room->all.n_blocks = 0;
+        scratch->delta = floats;
+        scratch->sums = doubles;
+        scratch->dirty = dirty;
+        scratch->batch.n = scratch->batch.n_blocks = 0;
+        scratch->batch.n_new = 0;
     }
-    for (int64_t row = 0; row < n_rows && !result.status; row += group) {
-        const int64_t rows = n_rows - row < group ? n_rows - row : group;
-        const float *change = gfl_delta_rows(j.table, delta, floats, row, rows, n_in);
-        result = fit_group(&j, room, src + row * j.row_bytes, dst + row * j.row_bytes, rows, change, imatrix, row,
-                           sums + GFL_N_REACH * row, n_new);
+    for (int64_t row = 0; row < n_rows && !result.status; row += rows_per_group) {
+        const gfl_row_group group = gfl_group_at(row, rows_per_group, n_rows, n_in);
+        const float *rows = gfl_delta_rows(call.table, delta, scratch->delta, &group);
+        result = choose_group(&call, scratch, &group, src + row * call.row_bytes, dst + row * call.row_bytes, rows,
+                              sums + GFL_N_REACH * row);
     }
+    if (scratch) *n_new = scratch->batch.n_new;
     free(dirty);
     free(doubles);
     free(floats);
-    free(room);
+    free(scratch);
     return result;
 }
 
@@ -269,56 +301,63 @@ static int is_zero(const float *x, int n) {
     return 1;
 }
 
-/* Blocks without a change are the base's own; returns whether there are any. */
-static int restore_unchanged(const job *j, const uint8_t *src, uint8_t *dst, const float *delta, int n) {
+/* Copies blocks without a delta from the base; returns whether there are any. */
+static int restore_unchanged(const stochastic_call *call, const uint8_t *src, uint8_t *dst, const float *delta, int n) {
     int any = 0;
-    for (int b = 0; b < n / j->weights; b++) {
-        if (!is_zero(delta + b * j->weights, j->weights)) continue;
-        memcpy(dst + b * j->bytes, src + b * j->bytes, (size_t)j->bytes);
+    for (int b = 0; b < n / call->weights; b++) {
+        if (!is_zero(delta + b * call->weights, call->weights)) continue;
+        memcpy(dst + b * call->bytes, src + b * call->bytes, (size_t)call->bytes);
         any = 1;
     }
     return any;
 }
 
-static gfl_result dither_row(const job *j, const uint8_t *src, uint8_t *dst, const float *delta,
-                             const gfl_dither_key *key, int64_t row, double *sums) {
+static gfl_result round_row(const stochastic_call *call, const uint8_t *src, uint8_t *dst, const float *delta,
+                            const gfl_dither_key *key, int64_t row, double *sums) {
     memset(sums, 0, GFL_N_SUMS * sizeof *sums);
-    for (int64_t column = 0; column < j->n_in; column += CHUNK) {
-        const int n = chunk_at(j, column);
-        const int64_t at = column / j->weights * j->bytes;
-        const float *x = delta + column;
-        uint8_t own[CHUNK_GROUPS];
-        const int unchanged = restore_unchanged(j, src + at, dst + at, x, n);
-        find_own(own, j, src + at, dst + at, n);
-        if (!j->table->dither(sums, j->codec, src + at, dst + at, x, own, key, column, n)) {
-            const gfl_result result = first_not_finite(j, src + at, x, n, row, column);
+    for (int64_t column = 0; column < call->n_in; column += CHUNK) {
+        uint8_t keeps_base_scales[CHUNK_GROUPS];
+        const int64_t at = bytes_before(call, column);
+        const gfl_chunk chunk = {
+            .src = src + at,
+            .dst = dst + at,
+            .delta = delta + column,
+            .keeps_base_scales = keeps_base_scales,
+            .column = column,
+            .n = weights_in_chunk(call, column),
+        };
+        const int unchanged = restore_unchanged(call, chunk.src, chunk.dst, chunk.delta, chunk.n);
+        compare_scales(keeps_base_scales, call, chunk.src, chunk.dst, chunk.n);
+        if (!call->table->dither(sums, call->codec, &chunk, key)) {
+            const gfl_result result = check_targets(call, chunk.src, chunk.delta, chunk.n, row, column);
             if (result.status) return result;
         }
-        if (unchanged) restore_unchanged(j, src + at, dst + at, x, n);
+        if (unchanged) restore_unchanged(call, chunk.src, chunk.dst, chunk.delta, chunk.n);
     }
     return done;
 }
 
-gfl_result gfl_round_stochastic(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows, int64_t n_in,
-                                const gfl_delta *delta, float gain, uint64_t key, int64_t first_row, double *sums) {
-    job j;
-    if (gfl_uses_codebook(type_id))
-        return gfl_round_codebook_stochastic(isa, type_id, src, dst, n_rows, n_in, delta, gain, key, first_row, sums);
-    if (!begin(&j, isa, type_id, n_in)) return unknown;
+gfl_result gfl_round_stochastic(int isa, int type_id, const uint8_t *src, uint8_t *dst, const gfl_delta *delta,
+                                const gfl_draw *draw, double *sums) {
+    const int64_t n_rows = delta->n_rows, n_in = delta->n_in;
+    stochastic_call call;
+    if (gfl_uses_codebook(type_id)) return gfl_round_codebook_stochastic(isa, type_id, src, dst, delta, draw, sums);
+    if (!begin(&call, isa, type_id, n_in, NULL)) return unknown;
     if (n_rows <= 0 || n_in <= 0) return done;
-    const int64_t group = gfl_rows_per_group(n_in, n_rows, GROUP_FLOATS);
-    float *room = malloc((size_t)(group * n_in) * sizeof *room);
-    if (!room) return no_memory;
+    const int64_t rows_per_group = gfl_rows_per_group(n_in, n_rows, GROUP_FLOATS);
+    float *scratch = malloc((size_t)(rows_per_group * n_in) * sizeof *scratch);
+    if (!scratch) return no_memory;
     gfl_result result = done;
-    for (int64_t first = 0; first < n_rows && !result.status; first += group) {
-        const int64_t last = n_rows - first < group ? n_rows : first + group;
-        const float *change = gfl_delta_rows(j.table, delta, room, first, last - first, n_in);
-        for (int64_t row = first; row < last && !result.status; row++) {
-            const gfl_dither_key row_key = {gain, gfl_row_key(key, first_row + row)};
-            result = dither_row(&j, src + row * j.row_bytes, dst + row * j.row_bytes, change + (row - first) * n_in,
-                                &row_key, row, sums + GFL_N_SUMS * row);
+    for (int64_t start = 0; start < n_rows && !result.status; start += rows_per_group) {
+        const gfl_row_group group = gfl_group_at(start, rows_per_group, n_rows, n_in);
+        const float *rows = gfl_delta_rows(call.table, delta, scratch, &group);
+        for (int64_t r = 0; r < group.n_rows && !result.status; r++) {
+            const int64_t row = start + r;
+            const gfl_dither_key key = {draw->gain, gfl_row_key(draw->key, draw->first_row + row)};
+            result = round_row(&call, src + row * call.row_bytes, dst + row * call.row_bytes, rows + r * n_in, &key,
+                               row, sums + GFL_N_SUMS * row);
         }
     }
-    free(room);
+    free(scratch);
     return result;
 }

@@ -6,12 +6,10 @@
 
 int gfl_uses_codebook(int type_id);
 
-gfl_result gfl_choose_codebook_scales(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows,
-                                      int64_t n_in, const gfl_delta *delta, const float *imatrix, double *sums,
-                                      int64_t *n_new);
+gfl_result gfl_choose_codebook_scales(int isa, int type_id, const uint8_t *src, uint8_t *dst, const gfl_delta *delta,
+                                      const float *imatrix, double *sums, int64_t *n_new);
 
-gfl_result gfl_round_codebook_stochastic(int isa, int type_id, const uint8_t *src, uint8_t *dst, int64_t n_rows,
-                                         int64_t n_in, const gfl_delta *delta, float gain, uint64_t key,
-                                         int64_t first_row, double *sums);
+gfl_result gfl_round_codebook_stochastic(int isa, int type_id, const uint8_t *src, uint8_t *dst, const gfl_delta *delta,
+                                         const gfl_draw *draw, double *sums);
 
 #endif

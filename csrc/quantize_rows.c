@@ -1,12 +1,12 @@
+/* Rows quantized and dequantized, and what all functions on rows share. */
 #include <stdlib.h>
 
 #include "rows.h"
 
-/* Blocks of rows that stay in the second-level cache while they are checked and worked on. */
-enum { CACHE_FLOATS = 64 * 1024 };
+/* Floats of a group of rows. */
+enum { GROUP_FLOATS = 64 * 1024 };
 
-static const uint32_t SUSPICIOUS = 0x44800000; /* 1024.0f */
-static const uint32_t INFINITE = 0x7f800000;
+static const uint32_t MAY_OVERFLOW = 0x44800000; /* 1024.0f */
 
 /* From here on, and below zero, importances may lead a search to no result or an infinite one (kernels then write a
  * NaN). */
@@ -18,21 +18,21 @@ static int is_unusual(const float *imatrix, int64_t n_in) {
     return unusual;
 }
 
-uint32_t gfl_suspicious(const float *imatrix, int64_t n_in) {
-    return imatrix && is_unusual(imatrix, n_in) ? 0 : SUSPICIOUS;
+gfl_importance gfl_importance_of(const float *imatrix, int64_t n_in) {
+    return (gfl_importance){imatrix, imatrix && is_unusual(imatrix, n_in) ? 0 : MAY_OVERFLOW};
 }
 
-gfl_result gfl_first_not_finite(const float *x, int64_t n_rows, int64_t n_in, int64_t row, int status) {
-    for (int64_t i = 0; i < n_rows * n_in; i++)
-        if (!(x[i] - x[i] == 0.0f)) return (gfl_result){row + i / n_in, i % n_in, status};
+gfl_result gfl_first_not_finite(const float *x, const gfl_row_group *group, int status) {
+    for (int64_t i = 0; i < group->n_rows * group->n_in; i++)
+        if (!(x[i] - x[i] == 0.0f)) return (gfl_result){group->start + i / group->n_in, i % group->n_in, status};
     return done;
 }
 
-const float *gfl_delta_rows(const gfl_table *table, const gfl_delta *delta, float *room, int64_t row, int64_t n_rows,
-                            int64_t n_in) {
-    if (delta->dense) return delta->dense + row * n_in;
-    table->product(room, delta->a, delta->b + row * delta->rank, n_rows, n_in, delta->rank);
-    return room;
+const float *gfl_delta_rows(const gfl_table *table, const gfl_delta *delta, float *scratch,
+                            const gfl_row_group *group) {
+    if (delta->dense) return delta->dense + group->start * delta->n_in;
+    table->product(scratch, delta->a, delta->b + group->start * delta->rank, group->n_rows, delta->n_in, delta->rank);
+    return scratch;
 }
 
 /* The next number of the generator splitmix64 from state `x` on. */
@@ -51,18 +51,22 @@ int64_t gfl_rows_per_group(int64_t n_in, int64_t n_rows, int64_t floats) {
     return rows < n_rows ? rows : n_rows;
 }
 
-gfl_result gfl_quantize_group(const gfl_table *table, int type, const float *x, int64_t n_rows, int64_t n_in,
-                              const float *imatrix, uint8_t *out, int64_t row, uint32_t suspicious) {
-    const uint32_t largest = table->largest(x, n_rows * n_in);
-    if (largest >= INFINITE) return gfl_first_not_finite(x, n_rows, n_in, row, GFL_NOT_FINITE);
-    table->types[type].quantize(x, out, n_rows, n_in, imatrix);
-    if (largest < suspicious) return done;
-    float *back = malloc((size_t)(n_rows * n_in) * sizeof *back);
+gfl_row_group gfl_group_at(int64_t start, int64_t rows_per_group, int64_t n_rows, int64_t n_in) {
+    return (gfl_row_group){start, n_rows - start < rows_per_group ? n_rows - start : rows_per_group, n_in};
+}
+
+gfl_result gfl_quantize_group(const gfl_table *table, int type, const float *x, uint8_t *out,
+                              const gfl_row_group *group, const gfl_importance *importance) {
+    const int64_t n = group->n_rows * group->n_in;
+    const uint32_t largest = table->largest(x, n);
+    if (largest >= GFL_INFINITE) return gfl_first_not_finite(x, group, GFL_NOT_FINITE);
+    table->types[type].quantize(x, out, group->n_rows, group->n_in, importance->imatrix);
+    if (largest < importance->may_overflow) return done;
+    float *back = malloc((size_t)n * sizeof *back);
     if (!back) return no_memory;
-    table->types[type].dequantize(out, back, n_rows * n_in);
+    table->types[type].dequantize(out, back, n);
     gfl_result result = done;
-    if (table->largest(back, n_rows * n_in) >= INFINITE)
-        result = gfl_first_not_finite(back, n_rows, n_in, row, GFL_OVERFLOWS);
+    if (table->largest(back, n) >= GFL_INFINITE) result = gfl_first_not_finite(back, group, GFL_OVERFLOWS);
     free(back);
     return result;
 }
@@ -74,13 +78,13 @@ gfl_result gfl_quantize_rows(int isa, int type_id, const float *x, int64_t n_row
     if (!table || type < 0) return unknown;
     if (n_rows <= 0 || n_in <= 0) return done;
     const gfl_type t = gfl_type_at(type);
-    const int64_t row_bytes = n_in / t.block_weights * t.block_bytes,
-                  group = gfl_rows_per_group(n_in, n_rows, CACHE_FLOATS);
-    const uint32_t suspicious = gfl_suspicious(imatrix, n_in);
-    for (int64_t row = 0; row < n_rows; row += group) {
-        const int64_t rows = n_rows - row < group ? n_rows - row : group;
-        const gfl_result result = gfl_quantize_group(table, type, x + row * n_in, rows, n_in, imatrix,
-                                                     out + row * row_bytes, row, suspicious);
+    const int64_t row_bytes = n_in / t.block_weights * t.block_bytes;
+    const int64_t rows_per_group = gfl_rows_per_group(n_in, n_rows, GROUP_FLOATS);
+    const gfl_importance importance = gfl_importance_of(imatrix, n_in);
+    for (int64_t row = 0; row < n_rows; row += rows_per_group) {
+        const gfl_row_group group = gfl_group_at(row, rows_per_group, n_rows, n_in);
+        const gfl_result result = gfl_quantize_group(table, type, x + row * n_in, out + row * row_bytes, &group,
+                                                     &importance);
         if (result.status) return result;
     }
     return done;

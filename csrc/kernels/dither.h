@@ -262,39 +262,49 @@ typedef struct {
     vi clipped;
 } dither_sums;
 
+/* What is the same for all groups of a chunk. */
 typedef struct {
     const gfl_block_codec *codec;
     vf gain;
     vi low, high;
 } dither_key;
 
-/* codes[0..group): in, the base's; out, those to write. */
+/* The scales of the base and those to write. */
+typedef struct {
+    chunk_scales base, new;
+} scale_pair;
+
+/* Which code of dither_group a group takes; constants, so that every one is compiled by itself. */
+typedef struct {
+    int keeps_scales, to_nearest, group, leveled;
+} group_kind;
+
+/* codes[0..group): in, the base's; out, those to write. `column` is that of each lane's first weight. */
 INLINE void dither_group(int8_t *codes, dither_sums *sums, const dither_key *key, const float *delta,
-                         const chunk_scales *base, const chunk_scales *new, int g, vi column, const int keeps_scales,
-                         const int to_nearest, const int group, const int leveled) {
+                         const scale_pair *scales, int g, vi column, const group_kind kind) {
     const gfl_block_codec *codec = key->codec;
     const vf low = vf_set1(codec->low), high = vf_set1(codec->high);
-    const vf s = vf_set1(new->s[g]), o = vf_set1(new->o[g]), inverse = vf_set1(new->inverse[g]);
-    const vf s0 = vf_set1(base->s[g]), o0 = vf_set1(base->o[g]), slope = vf_mul(key->gain, inverse);
-    const int flat = new->inverse[g] == 0.0f;
-    for (int i = 0; i < group; i += LANES, column = vi_add(column, vi_set1(LANES))) {
-        const vf q = level_at(codec, codes + i, leveled), x = vf_load(delta + i), dq = vf_sub(vf_mul(s0, q), o0);
-        const vf above = keeps_scales ? x : vf_add(vf_add(dq, vf_mul(key->gain, x)), o);
-        const vf t = keeps_scales ? vf_add(q, vf_mul(x, slope)) : vf_mul(above, inverse),
+    const vf s = vf_set1(scales->new.s[g]), o = vf_set1(scales->new.o[g]), inverse = vf_set1(scales->new.inverse[g]);
+    const vf s0 = vf_set1(scales->base.s[g]), o0 = vf_set1(scales->base.o[g]), slope = vf_mul(key->gain, inverse);
+    const int flat = scales->new.inverse[g] == 0.0f;
+    for (int i = 0; i < kind.group; i += LANES, column = vi_add(column, vi_set1(LANES))) {
+        const vf q = level_at(codec, codes + i, kind.leveled), x = vf_load(delta + i), dq = vf_sub(vf_mul(s0, q), o0);
+        const vf above = kind.keeps_scales ? x : vf_add(vf_add(dq, vf_mul(key->gain, x)), o);
+        const vf t = kind.keeps_scales ? vf_add(q, vf_mul(x, slope)) : vf_mul(above, inverse),
                  inside = limited(t, low, high);
-        const vf u = to_nearest ? vf_set1(0.5f) : uniform(column, key->low, key->high);
+        const vf u = kind.to_nearest ? vf_set1(0.5f) : uniform(column, key->low, key->high);
         vf level;
-        if (leveled) {
+        if (kind.leveled) {
             const cell c = find_cell(codec, inside);
             const vi place = vi_count(c.place, vf_lt(u, c.share));
             level = vf_pick16(codec->levels, place);
             vi_store_u8(codes + i, place);
         } else {
-            const vf whole = to_nearest ? vf_round(inside) : vf_floor(inside);
-            level = to_nearest ? whole : vf_add_1(whole, vf_lt(u, vf_sub(inside, whole)));
+            const vf whole = kind.to_nearest ? vf_round(inside) : vf_floor(inside);
+            level = kind.to_nearest ? whole : vf_add_1(whole, vf_lt(u, vf_sub(inside, whole)));
             vi_store_u8(codes + i, vf_truncate(level));
         }
-        const vf moved = keeps_scales ? vf_mul(s, vf_sub(level, q)) : vf_sub(vf_sub(vf_mul(s, level), o), dq),
+        const vf moved = kind.keeps_scales ? vf_mul(s, vf_sub(level, q)) : vf_sub(vf_sub(vf_mul(s, level), o), dq),
                  error = vf_sub(moved, x);
         sums->clipped = vi_count(sums->clipped, flat ? vf_ne(above, vf_zero()) : vf_ne(t, inside));
         add_part(sums->weights, i, vf_mul(dq, dq));
@@ -336,19 +346,22 @@ INLINE int finish_dither(double *sums, dither_sums *all, const float *squares, i
     return safe;
 }
 
-INLINE int dither(double *sums, const gfl_block_codec *codec, const uint8_t *src, uint8_t *dst, const float *delta,
-                  const uint8_t *keeps_base_scales, const gfl_dither_key *row, int64_t column, int n, const int group,
-                  const int leveled) {
+INLINE int dither(double *sums, const gfl_block_codec *codec, const gfl_chunk *chunk, const gfl_dither_key *row,
+                  const int group, const int leveled) {
     const dither_key key = {codec, vf_set1(row->gain), vi_set1((int)(uint32_t)row->key),
                             vi_set1((int)(uint32_t)(row->key >> 32))};
     const vi lanes = vi_load(lane_numbers);
+    const uint8_t *keeps_base_scales = chunk->keeps_base_scales;
+    const float *delta = chunk->delta;
+    const int64_t column = chunk->column;
+    const int n = chunk->n;
     dither_sums all;
-    chunk_scales base, new;
+    scale_pair scales;
     int8_t codes[CHUNK];
-    float squares[16];
-    int safe = read_scales(&base, codec, src, n);
-    safe &= read_scales(&new, codec, dst, n);
-    codec->codes(src, n, codes);
+    float squares[CHUNK_GROUPS];
+    int safe = read_scales(&scales.base, codec, chunk->src, n);
+    safe &= read_scales(&scales.new, codec, chunk->dst, n);
+    codec->codes(chunk->src, n, codes);
     sum_squares(squares, delta, n, group);
     clear_parts(all.weights), clear_parts(all.moved), clear_parts(all.error);
     all.clipped = vi_set1(0);
@@ -356,26 +369,22 @@ INLINE int dither(double *sums, const gfl_block_codec *codec, const uint8_t *src
         const vi at = vi_add(vi_set1((int)(uint32_t)(column + g * group)), lanes);
         const float *x = delta + g * group;
         int8_t *q = codes + g * group;
-        const int to_nearest = rounds_to_nearest(squares[g], new.s[g], codec);
-        if (keeps_base_scales[g] && !to_nearest)
-            dither_group(q, &all, &key, x, &base, &new, g, at, 1, 0, group, leveled);
-        else if (keeps_base_scales[g]) dither_group(q, &all, &key, x, &base, &new, g, at, 1, 1, group, leveled);
-        else if (!to_nearest) dither_group(q, &all, &key, x, &base, &new, g, at, 0, 0, group, leveled);
-        else dither_group(q, &all, &key, x, &base, &new, g, at, 0, 1, group, leveled);
+        const int to_nearest = rounds_to_nearest(squares[g], scales.new.s[g], codec), keeps = keeps_base_scales[g];
+        if (keeps && !to_nearest) dither_group(q, &all, &key, x, &scales, g, at, (group_kind){1, 0, group, leveled});
+        else if (keeps) dither_group(q, &all, &key, x, &scales, g, at, (group_kind){1, 1, group, leveled});
+        else if (!to_nearest) dither_group(q, &all, &key, x, &scales, g, at, (group_kind){0, 0, group, leveled});
+        else dither_group(q, &all, &key, x, &scales, g, at, (group_kind){0, 1, group, leveled});
     }
-    codec->pack(dst, n, codes);
+    codec->pack(chunk->dst, n, codes);
     return finish_dither(sums, &all, squares, n / group) & safe;
 }
 
-static int dither_chunk(double *sums, const gfl_block_codec *codec, const uint8_t *src, uint8_t *dst,
-                        const float *delta, const uint8_t *keeps_base_scales, const gfl_dither_key *row, int64_t column,
-                        int n) {
+static int dither_chunk(double *sums, const gfl_block_codec *codec, const gfl_chunk *chunk, const gfl_dither_key *row) {
     const int leveled = codec->levels != NULL;
-    if (codec->group == 16 && leveled)
-        return dither(sums, codec, src, dst, delta, keeps_base_scales, row, column, n, 16, 1);
-    if (codec->group == 16) return dither(sums, codec, src, dst, delta, keeps_base_scales, row, column, n, 16, 0);
-    if (leveled) return dither(sums, codec, src, dst, delta, keeps_base_scales, row, column, n, 32, 1);
-    return dither(sums, codec, src, dst, delta, keeps_base_scales, row, column, n, 32, 0);
+    if (codec->group == 16 && leveled) return dither(sums, codec, chunk, row, 16, 1);
+    if (codec->group == 16) return dither(sums, codec, chunk, row, 16, 0);
+    if (leveled) return dither(sums, codec, chunk, row, 32, 1);
+    return dither(sums, codec, chunk, row, 32, 0);
 }
 
 /* Sums in double, of products that are exact in it: weight i goes to lane i % 8 (simd/: vd). */

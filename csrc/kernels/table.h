@@ -62,12 +62,25 @@ typedef struct {
 } gfl_measure;
 
 typedef struct {
-    float gain;
-    uint64_t key; /* of the row */
+    float gain;   /* factor of delta */
+    uint64_t key; /* of the row, see gfl_row_key */
 } gfl_dither_key;
 
+/* Part of a row that is to be rounded, at most CHUNK weights. */
 typedef struct {
-    /* The largest absolute value of x[0..n) as the bits of a float; >= 0x7f800000 if any is NaN or infinite. */
+    const uint8_t *src; /* the base's blocks */
+    uint8_t *dst;       /* blocks with the scales to write */
+    const float *delta;
+    const uint8_t *keeps_base_scales; /* by group: dst has the scales of src */
+    int64_t column;                   /* of the first weight */
+    int n;
+} gfl_chunk;
+
+/* The bits of infinity; those of a NaN are above them. */
+#define GFL_INFINITE 0x7f800000u
+
+typedef struct {
+    /* The largest absolute value of x[0..n) as the bits of a float; at least GFL_INFINITE if any is NaN or infinite. */
     uint32_t (*largest)(const float *x, int64_t n);
     /* out (n_rows, n_in) = b (n_rows, rank) @ a (rank, n_in) */
     void (*product)(float *out, const float *a, const float *b, int64_t n_rows, int64_t n_in, int64_t rank);
@@ -78,8 +91,7 @@ typedef struct {
     void (*measure_target)(gfl_measure *m, const gfl_block_codec *codec, const uint8_t *header, const float *target,
                            const float *delta, int n);
     /* Writes dst's codes and adds to a row's sums (enum gfl_sum); returns whether no target can be infinite or NaN. */
-    int (*dither)(double *sums, const gfl_block_codec *codec, const uint8_t *src, uint8_t *dst, const float *delta,
-                  const uint8_t *keeps_base_scales, const gfl_dither_key *row, int64_t column, int n);
+    int (*dither)(double *sums, const gfl_block_codec *codec, const gfl_chunk *chunk, const gfl_dither_key *row);
     int64_t (*clipped)(const gfl_block_codec *codec, const uint8_t *dst, const float *target, int n);
     void (*four_dots)(double *sums, const float *dq, const float *delta, const float *target, const float *written,
                       int64_t n);

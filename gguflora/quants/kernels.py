@@ -130,9 +130,7 @@ def merge_rows(
             _bytes(src),
             dst_type.id,
             _bytes_out(dst),
-            n_rows,
-            n_in,
-            _delta(delta),
+            _delta(delta, n_rows, n_in),
             importance,
             _doubles_out(sums),
         ),
@@ -181,9 +179,7 @@ def choose_scales(
             type.id,
             _bytes(src),
             _bytes_out(dst),
-            n_rows,
-            n_in,
-            _delta(delta),
+            _delta(delta, n_rows, n_in),
             importance,
             _doubles_out(sums),
             n_new,
@@ -235,12 +231,8 @@ def round_stochastic(
             type.id,
             _bytes(src),
             _bytes_out(dst),
-            n_rows,
-            n_in,
-            _delta(delta),
-            gain,
-            key,
-            first_row,
+            _delta(delta, n_rows, n_in),
+            ffi.new("gfl_draw *", (gain, key, first_row)),
             _doubles_out(sums),
         ),
         type,
@@ -309,11 +301,11 @@ def _importance(type: GgmlType, imatrix: Float32Array | None, n_in: int) -> Any:
     return _floats(imatrix)
 
 
-def _delta(delta: KernelDelta) -> Any:  # noqa: ANN401
+def _delta(delta: KernelDelta, n_rows: int, n_in: int) -> Any:  # noqa: ANN401
     """A gfl_delta, valid as long as ``delta`` lives."""
     if isinstance(delta, Product):
-        return ffi.new("gfl_delta *", (_floats(delta.a), _floats(delta.b), len(delta.a), ffi.NULL))
-    return ffi.new("gfl_delta *", (ffi.NULL, ffi.NULL, 0, _floats(delta)))
+        return ffi.new("gfl_delta *", (n_rows, n_in, _floats(delta.a), _floats(delta.b), len(delta.a), ffi.NULL))
+    return ffi.new("gfl_delta *", (n_rows, n_in, ffi.NULL, ffi.NULL, 0, _floats(delta)))
 
 
 def _floats(array: Float32Array) -> Any:  # noqa: ANN401  (cffi pointers)

@@ -16,16 +16,17 @@ static void *read_array(size_t bytes) {
 }
 
 /* Rounded to nearest, or by both passes of stochastic rounding (gain, key and row as in test_kernel_builds.py). */
-static gfl_result change(int64_t operation, int isa, int type, const uint8_t *in, uint8_t *out, int64_t n_rows,
-                         int64_t n_in, const gfl_delta *delta) {
-    double *sums = malloc((size_t)(GFL_N_SUMS * n_rows) * sizeof *sums);
+static gfl_result change(int64_t operation, int isa, int type, const uint8_t *in, uint8_t *out,
+                         const gfl_delta *delta) {
+    double *sums = malloc((size_t)(GFL_N_SUMS * delta->n_rows) * sizeof *sums);
+    const gfl_draw draw = {1.25f, 99, 7};
     int64_t n_new;
     gfl_result result;
     if (operation == MERGE) {
-        result = gfl_merge_rows(isa, type, in, type, out, n_rows, n_in, delta, NULL, sums);
+        result = gfl_merge_rows(isa, type, in, type, out, delta, NULL, sums);
     } else {
-        result = gfl_choose_scales(isa, type, in, out, n_rows, n_in, delta, NULL, sums, &n_new);
-        if (!result.status) result = gfl_round_stochastic(isa, type, in, out, n_rows, n_in, delta, 1.25f, 99, 7, sums);
+        result = gfl_choose_scales(isa, type, in, out, delta, NULL, sums, &n_new);
+        if (!result.status) result = gfl_round_stochastic(isa, type, in, out, delta, &draw, sums);
     }
     free(sums);
     return result;
@@ -44,7 +45,7 @@ int main(void) {
         } else if (r[0] == MERGE || r[0] == DITHER) {
             float *a = read_array((size_t)(rank * n_in) * sizeof *a),
                   *b = read_array((size_t)(n_rows * rank) * sizeof *b);
-            result = change(r[0], isa, type, in, out, n_rows, n_in, &(gfl_delta){a, b, rank, NULL});
+            result = change(r[0], isa, type, in, out, &(gfl_delta){n_rows, n_in, a, b, rank, NULL});
             free(a);
             free(b);
         } else {
