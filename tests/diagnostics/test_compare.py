@@ -13,7 +13,7 @@ import torch
 import gguflora
 from gguflora.diagnostics.compare import BUILT_IN_TEXT
 from gguflora.diagnostics.divergence import kl_divergence
-from gguflora.errors import FormatError, HotSwapError, MismatchError
+from gguflora.errors import FormatError, HotSwapError, MismatchError, UsageError
 from support import builders, hotswap
 
 DEMO = Path(gguflora.__file__).parent / "diagnostics" / "demo_files"
@@ -145,7 +145,7 @@ def test_no_text_no_model_no_context(merged, tmp_path):
         compare_on_one_thread(base, merged, adapter, text=empty)
     with pytest.raises(FormatError, match="not a GGUF file"):
         compare_on_one_thread(base, empty, adapter)
-    with pytest.raises(HotSwapError, match="expected at least 16"):
+    with pytest.raises(UsageError, match="expected at least 16"):
         compare_on_one_thread(base, merged, adapter, n_ctx=2)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gguflora
-from gguflora.errors import OutputError
+from gguflora.errors import MissingExtraError, OutputError
 from gguflora.merging import plots
 
 pytest.importorskip("matplotlib")
@@ -53,7 +53,7 @@ def test_tensors_outside_of_layers_and_gaps(report, monkeypatch, tmp_path):
         {**content["tensors"][0], "name": "output.weight", "snr_db": float("inf")},
     ]
     shown = drawn(content, monkeypatch, tmp_path / "out.svg")
-    rows = {plots._place(tensor["name"])[0] for tensor in content["tensors"]}
+    rows = {plots._layer_and_module(tensor["name"])[0] for tensor in content["tensors"]}
     assert shown["retention"].shape[0] == len(rows)
     assert np.isfinite(shown["retention"]).sum() == 9
     assert np.isfinite(shown["snr_db"]).sum() == 8
@@ -72,7 +72,7 @@ def test_nothing_to_draw_and_no_place_for_it(report, tmp_path):
 
 def test_without_matplotlib(report, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(OutputError, match=r"pip install 'gguflora\[plot\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'gguflora\[plot\]'"):
         plots.plot_report(report, tmp_path / "out.png")
 
 

@@ -310,9 +310,9 @@ def test_command_line_and_schema(folder):
 
 def test_without_pydantic_it_says_what_to_install():
     code = (
-        "import importlib.util as u, gguflora; find = u.find_spec; "
-        "u.find_spec = lambda name, *more: None if name == 'pydantic' else find(name, *more)\n"
-        "try: gguflora.run_pipeline\n"
+        "import sys, gguflora\n"
+        "sys.modules['pydantic'] = None\n"
+        "try: gguflora.run_pipeline('recipe.toml')\n"
         "except gguflora.GgufloraError as error: print(error)"
     )
     said = subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True).stdout
