@@ -248,14 +248,14 @@ def test_quiet_unless_told(folder):
     command = [sys.executable, "-P", "-m", "gguflora", "--verbose", "convert", *ARGUMENTS["convert"].split(), "--json"]
     told = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     assert json.loads(told.stdout)["adapter"] == "shout"
-    assert "gguflora.adapters: read shout" in told.stderr
+    assert "gguflora.adapters.adapter: read shout" in told.stderr
     assert "gguflora.files.atomic: wrote made.gguf" in told.stderr
 
 
 def test_importing_modules_keeps_the_functions():
     code = """
-import gguflora.merge, gguflora.cli, gguflora.inspect
-from gguflora.convert import convert
+import gguflora.merging.merge, gguflora.cli, gguflora.lora.inspect
+from gguflora.lora.convert import convert
 assert gguflora.convert is convert and callable(gguflora.merge) and callable(gguflora.inspect)
 assert gguflora.quants.quantize and gguflora.errors.GgufloraError is gguflora.GgufloraError
 assert not hasattr(gguflora, "nothing") and not hasattr(gguflora, "__nothing__")

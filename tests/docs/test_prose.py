@@ -25,11 +25,22 @@ BANNED = [
 
 PLACES = sorted(
     path
-    for pattern in ("*.md", "docs/**/*.md", "docs/**/*.py", ".github/**/*.yml", "tests/docs/*.py")
+    for pattern in (
+        "*.md",
+        "docs/**/*.md",
+        "docs/**/*.py",
+        ".github/**/*.yml",
+        "tests/docs/*.py",
+        "gguflora/*.py",
+        "gguflora/cli/*.py",
+        "gguflora/engine/*.py",
+        "gguflora/runtime/*.py",
+        "gguflora/server/*.py",
+    )
     for path in ROOT.glob(pattern)
     if path.name not in {"CHANGELOG.md", "test_prose.py"}
 )
-"""What is read. The sources join when they are ready: gguflora/**/*.py, tools/**/*.py."""
+"""What is read. The other sources join when they are ready: gguflora/**/*.py, tools/**/*.py."""
 
 
 def prose_of(path):

@@ -211,7 +211,7 @@ def command(*options, **environment):
     )  # fmt: skip
     try:
         said = process.stderr.readline()
-        found = re.fullmatch(r"serving base with shout at (http://\S+) \(Ctrl\+C ends it\)\n", said)
+        found = re.fullmatch(r"serving base with shout at (http://\S+) \(press Ctrl\+C to stop\)\n", said)
         assert found, said
         with httpx.Client(base_url=found[1], timeout=60) as client:
             yield process, client
