@@ -1,6 +1,6 @@
 """Every error gguflora raises on purpose.
 
-::
+The tree of the classes:
 
     GgufloraError                 caught once in cli/app.py: message on stderr, exit code 1
     |-- FormatError               a file is damaged or not of the expected format

@@ -1,7 +1,5 @@
 """The serving engine: one base model in memory, and any adapter set for each request.
 
-::
-
     with Engine("base.gguf", adapters={"legal": "legal.gguf", "tone": "tone-peft/"}) as engine:
         request = Request(engine.tokenize("Dear Sir"), engine.adapter_set("legal@0.5+tone"))
         for piece in engine.submit(request):

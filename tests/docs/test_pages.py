@@ -21,6 +21,7 @@ from gguflora.diagnostics import demo
 from gguflora.engine.chat import HELP
 from support import ROOT
 from support.pages import NAMES, blocks, commands, put_commands, put_demo_files, put_titled_files, texts
+from tools import bench
 
 RUN = ["README.md"] + [
     f"docs/{name}.md"
@@ -119,6 +120,17 @@ def test_commands_are_well_formed(page):
     assert ours
     for _, name, *arguments in ours:
         COMMANDS.commands[name].make_context(name, list(arguments)).close()
+
+
+@pytest.mark.parametrize("page", [page for page in NAMES if "`python -m tools." in (ROOT / page).read_text()])
+def test_tools_are_well_formed(page):
+    """Modules of tools/ exist, and benchmarks take the options that they are named with."""
+    for words in re.findall(r"`python -m tools\.([^`]+)`", (ROOT / page).read_text()):
+        module, *arguments = shlex.split(words)
+        assert (ROOT / "tools" / f"{module.replace('.', '/')}.py").exists(), words
+        if module == "bench" and arguments:
+            command = typer.main.get_command(bench.app).commands[arguments[0]]
+            command.make_context(arguments[0], arguments[1:]).close()
 
 
 @pytest.mark.parametrize(

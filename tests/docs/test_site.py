@@ -34,6 +34,12 @@ def test_every_public_name_is_described(site):
     assert public <= ids
 
 
+def test_docstrings_are_markdown(site):
+    """No marks of reStructuredText are left over."""
+    for page in site.glob("api/*.html"):
+        assert not re.findall(r"<p>::</p>|:(?:class|func|meth):`|\.\. \w+::", page.read_text()), page.name
+
+
 def test_it_loads_nothing_from_elsewhere(site):
     for page in site.rglob("*.html"):
         loaded = re.findall(r'<(?:script|img|iframe)[^>]* src="([^"]*)"', page.read_text())
