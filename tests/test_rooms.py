@@ -60,7 +60,8 @@ def imported_tests(source: str) -> list[str]:
         ("test_layers.py", set()),
         ("files/test_hostile_gguf.py", set()),
         ("adapters/test_torch_rng.py", {"torch"}),
-        ("quants/test_quants.py", set()),
+        ("quants/test_gguf_py.py", set()),
+        ("quants/test_quants.py", {"llama"}),
         ("runtime/test_guarded_llama.py", {"torch", "llama", "oracle"}),
     ],
 )

@@ -121,6 +121,7 @@ def test_every_command_is_here():
         assert "--json" in [option for parameter in command.params for option in parameter.opts], command.name
 
 
+@pytest.mark.llama
 @pytest.mark.parametrize("name", ENDING)
 def test_json_without_a_terminal(name, results):
     code, out, err = results[name, True]
@@ -131,6 +132,7 @@ def test_json_without_a_terminal(name, results):
     assert "error" not in result
 
 
+@pytest.mark.llama
 @pytest.mark.parametrize("name", IN_WORDS)
 def test_text_without_a_terminal(name, results):
     code, out, err = results[name, False]
@@ -140,6 +142,7 @@ def test_text_without_a_terminal(name, results):
     assert not err or name == "run"  # which tells its speed there
 
 
+@pytest.mark.llama
 def test_serve_says_when_it_is_ready(folder):
     command = [sys.executable, "-P", "-m", "gguflora", "serve", *ARGUMENTS["serve"].split(), "--json"]
     environment = {name: value for name, value in os.environ.items() if name != "TERM"}

@@ -24,6 +24,9 @@ PACKAGES = {
 CONVERTERS = "support.oracles.llama_cpp"
 """The module behind which llama.cpp's converters stand."""
 
+UNSEEN = {"support.oracles.libggml": "llama_cpp"}
+"""Modules that need a package without importing it: this one opens a library that lies in it."""
+
 
 @cache
 def needs(path: Path) -> frozenset[str]:
@@ -46,7 +49,7 @@ def _reached(path: Path) -> set[str]:
     names, waiting, seen = set[str](), [path], {path}
     while waiting:
         for name in _imported(waiting.pop()):
-            names |= {name, name.split(".")[0]}
+            names |= {name, name.split(".")[0], UNSEEN.get(name, name)}
             for found in _sources(name):
                 if found not in seen:
                     seen.add(found)

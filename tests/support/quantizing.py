@@ -5,7 +5,6 @@ import numpy as np
 from gguflora.quants import kernels
 from gguflora.quants._lib import isa_names
 from gguflora.quants.types import GgmlType
-from support.oracles import libggml
 
 ISAS = isa_names()
 
@@ -21,6 +20,8 @@ def quantized(x: np.ndarray, kind: GgmlType, isa: str, imatrix: np.ndarray | Non
 
 
 def assert_same_bytes(x: np.ndarray, kind: GgmlType, isa: str, imatrix: np.ndarray | None = None) -> None:
+    from support.oracles import libggml  # here, so that the rest can be used without it
+
     expected = libggml.quantize(x, kind.id, imatrix)
     found = quantized(x, kind, isa, imatrix)
     if (found != expected).any():
