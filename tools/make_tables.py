@@ -15,7 +15,7 @@ TARGET = Path(__file__).resolve().parent.parent / "csrc" / "codebooks" / "codebo
 TYPES = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ3_XXS", "IQ3_S")
 LINE = 14
 
-HEAD = """/* Written by tools/make_tables from gguf.quants; do not edit.
+HEAD = """/* Written by `python -m tools.make_tables` from gguf.quants; do not edit.
  *
  * The points of the codebooks: eight levels of two bits each (IQ1, IQ2) or four of three (IQ3), the first one lowest.
  * They are ggml's, whose license is:
@@ -78,7 +78,7 @@ def main() -> None:
     if "--check" not in sys.argv[1:]:
         TARGET.write_text(header(), encoding="utf-8")
     elif TARGET.read_text(encoding="utf-8") != header():
-        raise SystemExit(f"{TARGET.name} is not what tools/make_tables writes with this gguf")
+        raise SystemExit(f"{TARGET.name} is not what `python -m tools.make_tables` writes with this gguf")
 
 
 if __name__ == "__main__":

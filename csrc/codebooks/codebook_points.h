@@ -1,4 +1,4 @@
-/* Written by tools/make_tables from gguf.quants; do not edit.
+/* Written by `python -m tools.make_tables` from gguf.quants; do not edit.
  *
  * The points of the codebooks: eight levels of two bits each (IQ1, IQ2) or four of three (IQ3), the first one lowest.
  * They are ggml's, whose license is:

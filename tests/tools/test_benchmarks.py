@@ -1,6 +1,7 @@
 """The benchmarks run at their smallest setting, and an adaptive merge keeps what a naive one loses."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,11 @@ import gguf
 import gguf.quants
 import llama_cpp
 import pytest
+from typer.main import get_command
 
 import gguflora
 from support import ROOT, builders
+from tools.bench import app
 from tools.benchmarks import models
 
 DEMO = Path(gguflora.__file__).parent / "diagnostics" / "demo_files"
@@ -86,3 +89,22 @@ def test_the_random_llama_loads_and_has_the_types_of_q4_k_m(tmp_path):
     llm = llama_cpp.Llama(str(mixed), n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False)
     assert llm.tokenize(b"ab") == [1, *llm.tokenize(b"ab", add_bos=False)]
     llm.close()
+
+
+def test_the_table_of_benchmarks_is_complete():
+    """Each command with options that it has, each module, and pages that name the command."""
+    rows = re.findall(
+        r"^\| (`.+`) \| (`.+`) \| .* \| (.+) \|$", (ROOT / "tools/benchmarks/README.md").read_text(), re.M
+    )
+    commands = get_command(app).commands
+    assert {re.match(r"`(\w+)", row[0])[1] for row in rows} == set(commands)
+    for shown, _, pages in rows:
+        for words in re.findall(r"`(.+?)`", shown):
+            name, *arguments = words.split()
+            known = {option for parameter in commands[name].params for option in parameter.opts}
+            assert {word for word in arguments if word.startswith("--")} <= known
+            page = re.match(r"docs/[\w-]+\.md", pages)[0]
+            assert f"tools.bench {name}" in (ROOT / page).read_text()
+    modules = {name for _, shown, _ in rows for name in re.findall(r"\w+\.py", shown)}
+    found = {path.name for path in (ROOT / "tools/benchmarks").glob("*.py")}
+    assert found - modules == {"__init__.py", "models.py", "peers.py"}
