@@ -315,11 +315,18 @@ INLINE float refine_codes(codebook_run *run, const gfl_codebook *codebook, uint3
  * all. */
 enum { REFINE_SOME, REFINE_ALL_OR_NONE, REFINE_ALL };
 
+/* What is searched: a run of n weights in groups of dims. Constants, so that each kind of search is compiled by
+ * itself. */
+typedef struct {
+    int n, dims, trials, refine;
+} run_search;
+
 /* The search from given trials on: codes of all groups, and the scale. `in_range`: all |id * x| < 2^20. Without a trial
  * better than nothing `scale` stays and the codes are those of point 0, which has the lowest levels. NaN where ggml
  * would abort. */
-INLINE float search_codebook(codebook_run *run, const gfl_codebook *codebook, uint32_t *codes, int n, int dims,
-                             int trials, float scale, int refine, int in_range) {
+INLINE float search_codebook(codebook_run *run, const gfl_codebook *codebook, uint32_t *codes, const run_search search,
+                             float scale, int in_range) {
+    const int n = search.n, dims = search.dims, trials = search.trials, refine = search.refine;
     round_trials(run, codebook, n, dims, trials, in_range);
     sum_trials(run, n, dims, trials);
     const int best = find_best_trial(run, &scale, trials);

@@ -19,12 +19,13 @@ INLINE int fit_IQ2(float *scale, uint32_t *codes, uint8_t *signs, const gfl_code
         const float top = start * 3.0f;
         if (top <= 0.0f) return 0;
         set_trials(run, 6, 5.0f, 0.1f, top);
-        *scale = search_codebook(run, codebook, codes, n, 8, 13, start, REFINE_ALL, run_peak(run, n) < 1e5f * top);
+        *scale = search_codebook(run, codebook, codes, (run_search){n, 8, 13, REFINE_ALL}, start,
+                                 run_peak(run, n) < 1e5f * top);
     } else {
         const float peak = run_peak(run, n);
         if (peak < start) return 0;
         set_trials(run, 9, 5.0f, 0.1f, peak);
-        *scale = search_codebook(run, codebook, codes, n, 8, 19, peak / 5.0f, REFINE_SOME, 1);
+        *scale = search_codebook(run, codebook, codes, (run_search){n, 8, 19, REFINE_SOME}, peak / 5.0f, 1);
     }
     if (*scale < 0.0f) {
         *scale = -*scale;

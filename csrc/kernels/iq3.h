@@ -20,8 +20,8 @@ INLINE int fit_IQ3(float *scale, uint32_t *codes, uint8_t *signs, const gfl_code
     if (even ? peak < 1e-8f : peak == 0.0f) return 0;
     const int half = even ? 15 : 9;
     set_trials(&run, half, 15.0f, 0.2f, peak);
-    *scale = search_codebook(&run, codebook, codes, 32, 4, 2 * half + 1, peak / 15.0f,
-                             even ? REFINE_SOME : REFINE_ALL_OR_NONE, peak > 1e-30f);
+    const run_search search = {32, 4, 2 * half + 1, even ? REFINE_SOME : REFINE_ALL_OR_NONE};
+    *scale = search_codebook(&run, codebook, codes, search, peak / 15.0f, peak > 1e-30f);
     if (*scale < 0.0f) {
         *scale = -*scale;
         for (int k = 0; k < 4; k++) signs[k] = (uint8_t)(even ? ~signs[k] & 127 : ~signs[k]);

@@ -24,28 +24,34 @@ INLINE void fit_minimum(batch_fit *fits, const float *x, const float *imatrix, i
             load_groups(lanes, tile + sub * j, sub);
             if (imatrix) {
                 measured_importance(w, lanes, tile_imatrix + sub * j, sigma2 + i / sub + j, sub);
-                fit_min(fit, lanes, w, sub, q_max, -0.9f, 0.05f, 36, 0, 0);
+                fit_min(fit, lanes, w, sub, (min_trials){q_max, -0.9f, 0.05f, 36, 0, 0});
             } else if (sub == 16) {
                 EACH_GROUP
                     for (int k = 0; k < sub; k++) w[g][k] = vf_abs(lanes[g][k]);
-                fit_min(fit, lanes, w, sub, q_max, first, 0.1f, last, 1, 0);
+                fit_min(fit, lanes, w, sub, (min_trials){q_max, first, 0.1f, last, 1, 0});
             } else {
                 default_importance(w, lanes, sub);
-                fit_min(fit, lanes, w, sub, q_max, first, 0.1f, last, 0, LANES >= 16);
+                fit_min(fit, lanes, w, sub, (min_trials){q_max, first, 0.1f, last, 0, LANES >= 16});
             }
             store_fit(fits, i / sub + j, fit);
         }
     }
 }
 
-/* The codes of one super-block whose scales and minima are settled; `first` is its first sub-block in fits. */
-INLINE void codes_minimum(uint8_t *codes, const float *x, f16 d, f16 dmin, const uint8_t *s, const uint8_t *m,
-                          const batch_fit *fits, int first, int sub, int q_max) {
-    const float scale = half_to_float(d), min = half_to_float(dmin);
+/* The scales and minima of one super-block: their units and codes. */
+typedef struct {
+    f16 d, dmin;
+    const uint8_t *s, *m;
+} super_scales;
+
+/* The codes of one super-block under given scales; `first` is its first sub-block in fits. */
+INLINE void codes_minimum(uint8_t *codes, const float *x, const super_scales scales, const batch_fit *fits, int first,
+                          int sub, int q_max) {
+    const float scale = half_to_float(scales.d), min = half_to_float(scales.dmin);
     float dj[16], offset[16];
     for (int j = 0; j < SUPER / sub; j++) {
-        dj[j] = scale * (float)s[j];
-        offset[j] = min * (float)m[j];
+        dj[j] = scale * (float)scales.s[j];
+        offset[j] = min * (float)scales.m[j];
     }
     divide_codes(codes, x, sub, offset, dj, 0, q_max);
     for (int j = 0; j < SUPER / sub; j++)
@@ -101,7 +107,8 @@ static void batch_Q4_K(const float *x, const float *imatrix, block_q4_K *y, int 
         y[b].d = float_to_half(scales.d[b]);
         y[b].dmin = float_to_half(scales.dmin[b]);
         pack_scales_6(y[b].scales, scales.s[b], scales.m[b]);
-        codes_minimum(codes, x + SUPER * b, y[b].d, y[b].dmin, scales.s[b], scales.m[b], &fits, 8 * b, 32, 15);
+        codes_minimum(codes, x + SUPER * b, (super_scales){y[b].d, y[b].dmin, scales.s[b], scales.m[b]}, &fits, 8 * b,
+                      32, 15);
         pack_nibble_rows(y[b].qs, codes);
     }
 }
@@ -126,7 +133,8 @@ static void batch_Q5_K(const float *x, const float *imatrix, block_q5_K *y, int 
         y[b].d = float_to_half(scales.d[b]);
         y[b].dmin = float_to_half(scales.dmin[b]);
         pack_scales_6(y[b].scales, scales.s[b], scales.m[b]);
-        codes_minimum(codes, x + SUPER * b, y[b].d, y[b].dmin, scales.s[b], scales.m[b], &fits, 8 * b, 32, 31);
+        codes_minimum(codes, x + SUPER * b, (super_scales){y[b].d, y[b].dmin, scales.s[b], scales.m[b]}, &fits, 8 * b,
+                      32, 31);
         pack_codes_Q5_K(y + b, codes);
     }
 }
@@ -190,7 +198,7 @@ static void batch_Q2_K(const float *x, const float *imatrix, block_q2_K *y, int 
             s[j] = y[b].scales[j] & 15;
             m[j] = y[b].scales[j] >> 4;
         }
-        codes_minimum(codes, x + SUPER * b, y[b].d, y[b].dmin, s, m, &fits, 16 * b, 16, 3);
+        codes_minimum(codes, x + SUPER * b, (super_scales){y[b].d, y[b].dmin, s, m}, &fits, 16 * b, 16, 3);
         pack_pairs(y[b].qs, codes);
     }
 }

@@ -118,7 +118,7 @@ INLINE void fit_legacy(batch_fit *fits, const float *x, const float *imatrix, fl
         lane_fit fit[GROUPS];
         load_groups(lanes, tile + LEGACY * j, LEGACY);
         measured_importance(w, lanes, tile_imatrix + LEGACY * j, sigma2, LEGACY);
-        if (with_min) fit_min(fit, lanes, w, LEGACY, q_max, -0.9f, 0.05f, 36, 0, 0);
+        if (with_min) fit_min(fit, lanes, w, LEGACY, (min_trials){q_max, -0.9f, 0.05f, 36, 0, 0});
         else fit_symmetric(fit, lanes, w, LEGACY, q_max);
         store_fit(fits, j, fit);
     }

@@ -38,13 +38,18 @@ INLINE vf code_of(vf t, int low, int high, int exact) {
     return vf_round(vf_max(vf_min(t, vf_set1((float)high)), vf_set1((float)low)));
 }
 
+/* How code_from_0 rounds; constants. */
+typedef struct {
+    int exact;          /* as ggml, for any argument */
+    int floor, ceiling; /* whether codes are limited; without, no t may be below -0.5 or above high + 0.5 */
+} code_rounding;
+
 /* The same from 0 on. Floats are compared as integers here, which compete less with the additions for execution units.
- * Without `floor` no t may be below -0.5, without `ceiling` none above high + 0.5; the floor's absence may make a zero
- * negative, which changes neither sums nor squares. */
-INLINE vf code_from_0(vf t, int high, int exact, int floor, int ceiling) {
-    if (exact) return vi_to_vf(vi_clamp(vf_nearest(t), 0, high));
-    if (ceiling) t = vi_as_vf(vi_min(vf_as_vi(t), vf_as_vi(vf_set1((float)high))));
-    if (floor) t = vi_as_vf(vi_max(vf_as_vi(t), vi_set1(0)));
+ * The floor's absence may make a zero negative, which changes neither sums nor squares. */
+INLINE vf code_from_0(vf t, int high, const code_rounding rounding) {
+    if (rounding.exact) return vi_to_vf(vi_clamp(vf_nearest(t), 0, high));
+    if (rounding.ceiling) t = vi_as_vf(vi_min(vf_as_vi(t), vf_as_vi(vf_set1((float)high))));
+    if (rounding.floor) t = vi_as_vf(vi_max(vf_as_vi(t), vi_set1(0)));
     return vf_round(t);
 }
 
@@ -120,7 +125,7 @@ INLINE void begin_min(lane_fit *fit, min_search *at, const lanes_of_32 *x, const
         vf t[GROUPS];
         TOGETHER(GROUPS, t, vf_sub(x[g][i], min[g]));
         TOGETHER(GROUPS, t, vf_mul(iscale[g], t[g]));
-        TOGETHER(GROUPS, t, code_from_0(t[g], q_max, exact, 0, 0));
+        TOGETHER(GROUPS, t, code_from_0(t[g], q_max, (code_rounding){exact, 0, 0}));
         add_errors(at->least, t, scale, min, x, w, i, absolute);
     }
 }
@@ -150,6 +155,11 @@ INLINE void aim_min(min_search *at, const lane_fit *fit, float codes) {
     }
 }
 
+/* Sums over a sub-block: w l, w l^2, w x l, w, w x, w x^2. */
+typedef struct {
+    vf l, l2, xl, w, x, x2;
+} min_sums;
+
 /* Whether ggml's error of a solution cannot be less than the least one, found out without summing it. Exactly, the
  * error is
  *   e = sum w (s q + m - x)^2 = s (s L2 + 2 (m L1 - XL)) + m (m W - 2 X1) + X2,
@@ -158,20 +168,20 @@ INLINE void aim_min(min_search *at, const lane_fit *fit, float codes) {
  * - x are within 2.01 u (|s| q + |m| + |x|), so its sum is at least e (1 - 33.1 u) - 4.02 u sqrt(e T), and 4.02 sqrt(e
  * T) <= 129 e + T / 32. Altogether: ggml's error >= (formula) (1 - 163 u) - 41 u T, and T <= 3 (s^2 L2 + m^2 W + X2).
  * The limits keep underflow and overflow out of it, and what is no number rules nothing out. */
-INLINE vm rules_out(vf s, vf m, vf sum_l, vf sum_l2, vf sum_xl, vf sum_w, vf sum_x, vf sum_x2, vf least) {
-    const vf two = vf_set1(2.0f), s_l2 = vf_mul(s, sum_l2), m_w = vf_mul(m, sum_w);
-    const vf by_s = vf_estimate(two, vf_estimate(m, sum_l, vf_neg(sum_xl)), s_l2),
-             by_m = vf_estimate(vf_neg(two), sum_x, m_w);
-    const vf error = vf_estimate(m, by_m, vf_estimate(s, by_s, sum_x2));
-    const vf all = vf_estimate(m, m_w, vf_estimate(s, s_l2, sum_x2));
+INLINE vm rules_out(vf s, vf m, const min_sums sums, vf least) {
+    const vf two = vf_set1(2.0f), s_l2 = vf_mul(s, sums.l2), m_w = vf_mul(m, sums.w);
+    const vf by_s = vf_estimate(two, vf_estimate(m, sums.l, vf_neg(sums.xl)), s_l2),
+             by_m = vf_estimate(vf_neg(two), sums.x, m_w);
+    const vf error = vf_estimate(m, by_m, vf_estimate(s, by_s, sums.x2));
+    const vf all = vf_estimate(m, m_w, vf_estimate(s, s_l2, sums.x2));
     const vf below = vf_estimate(error, vf_set1(1.0f - 0x1p-16f), vf_set1(-1e-30f));
-    const vm limits = vm_and(vf_lt(vf_set1(1e-6f), sum_l), vf_lt(all, vf_set1(1e30f)));
+    const vm limits = vm_and(vf_lt(vf_set1(1e-6f), sums.l), vf_lt(all, vf_set1(1e30f)));
     return vm_and(vf_le(least, vf_estimate(all, vf_set1(-3 * 42 * 0x1p-24f), below)), limits);
 }
 
 /* Codes of a trial, and the least-squares solution for them. */
-INLINE void solve_min(min_search *at, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, int exact,
-                      int floor, int ceiling, int closed) {
+INLINE void solve_min(min_search *at, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max,
+                      const code_rounding rounding, int closed) {
     const vf zero = vf_zero();
     vf sum_l[GROUPS], sum_l2[GROUPS], sum_xl[GROUPS], iscale[GROUPS], min[GROUPS];
     vm hopeless[GROUPS];
@@ -186,7 +196,7 @@ INLINE void solve_min(min_search *at, const lanes_of_32 *x, const lanes_of_32 *w
             vf t[GROUPS], wl[GROUPS], product[GROUPS];
             TOGETHER(GROUPS, t, k == i ? vf_sub(x[g][k], min[g]) : vf_sub_fused(x[g][k], min[g]));
             TOGETHER(GROUPS, t, vf_mul(iscale[g], t[g]));
-            TOGETHER(GROUPS, t, code_from_0(t[g], q_max, exact, floor, ceiling));
+            TOGETHER(GROUPS, t, code_from_0(t[g], q_max, rounding));
             EACH_GROUP at->q[g][k] = t[g];
             TOGETHER(GROUPS, wl, vf_mul(w[g][k], t[g]));
             TOGETHER(GROUPS, sum_l, vf_add(sum_l[g], wl[g]));
@@ -207,7 +217,8 @@ INLINE void solve_min(min_search *at, const lanes_of_32 *x, const lanes_of_32 *w
         }
         at->s[g] = s, at->m[g] = m, at->solved[g] = vf_gt(det, zero);
         if (closed)
-            hopeless[g] = rules_out(s, m, sum_l[g], sum_l2[g], sum_xl[g], sum_w, sum_x, at->sum_x2[g], at->least[g]);
+            hopeless[g] = rules_out(s, m, (min_sums){sum_l[g], sum_l2[g], sum_xl[g], sum_w, sum_x, at->sum_x2[g]},
+                                    at->least[g]);
     }
     at->hopeless = closed;
     EACH_GROUP
@@ -236,22 +247,32 @@ INLINE void judge_min(lane_fit *fit, min_search *at, const lanes_of_32 *x, const
     }
 }
 
+/* The trials of fit_min and how it judges them; constants, so that each kind of search is compiled by itself. */
+typedef struct {
+    int q_max;
+    float first, step; /* trial i takes the scale (first + step * i + q_max) / (max - min) */
+    int last;
+    int absolute; /* errors are absolute values instead of squares */
+    int closed;   /* for squares, no importance negative: use rules_out where it often does */
+} min_trials;
+
 /* Minimum and scale of n weights w = scale * q + min, 0 <= q <= q_max, min <= 0: the weighted least-squares solution of
- * the best of a series of trial scales (first + step * i + q_max) / (max - min), i = 0 ... last, where `min` is the
- * best one found so far. Errors are squares, or absolute values. `closed` (for squares, no importance negative): use
- * rules_out where it often does. Returns 0 if not `exact` and the fast rounding does not do. */
-INLINE int fit_min_once(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, float first,
-                        float step, int last, int absolute, int closed, int exact) {
+ * the best of a series of trial scales, where `min` is the best one found so far. Returns 0 if not `exact` and the fast
+ * rounding does not do. */
+INLINE int fit_min_once(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32 *w, int n, const min_trials trials,
+                        int exact) {
     const vf zero = vf_zero();
+    const int q_max = trials.q_max, absolute = trials.absolute, closed = trials.closed;
+    const float first = trials.first, step = trials.step;
     min_search at;
     int safe = 1;
     begin_min(fit, &at, x, w, n, q_max, absolute, exact);
     aim_min(&at, fit, first + (float)q_max);
-    for (int trial = 0; trial <= last; trial++) {
+    for (int trial = 0; trial <= trials.last; trial++) {
         const int ceiling = first + step * (float)trial > 0.49f; /* codes beyond q_max: seldom the best trial */
-        if (exact || at.low) solve_min(&at, x, w, n, q_max, exact, 1, 1, closed && !exact);
-        else if (ceiling) solve_min(&at, x, w, n, q_max, 0, 0, 1, closed);
-        else solve_min(&at, x, w, n, q_max, 0, 0, 0, 0);
+        if (exact || at.low) solve_min(&at, x, w, n, q_max, (code_rounding){exact, 1, 1}, closed && !exact);
+        else if (ceiling) solve_min(&at, x, w, n, q_max, (code_rounding){0, 0, 1}, closed);
+        else solve_min(&at, x, w, n, q_max, (code_rounding){0, 0, 0}, 0);
         if (!at.hopeless) judge_min(fit, &at, x, w, n, absolute);
         aim_min(&at, fit, first + step * (float)(trial + 1) + (float)q_max);
     }
@@ -267,10 +288,8 @@ INLINE int fit_min_once(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32 *
     return safe || exact;
 }
 
-INLINE void fit_min(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32 *w, int n, int q_max, float first,
-                    float step, int last, int absolute, int closed) {
-    if (!fit_min_once(fit, x, w, n, q_max, first, step, last, absolute, closed, 0))
-        fit_min_once(fit, x, w, n, q_max, first, step, last, absolute, closed, 1);
+INLINE void fit_min(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32 *w, int n, const min_trials trials) {
+    if (!fit_min_once(fit, x, w, n, trials, 0)) fit_min_once(fit, x, w, n, trials, 1);
 }
 
 /* Scale of n weights w = scale * q, -q_max <= q < q_max, weighted least squares: best of 19 trial scales around the one
@@ -336,33 +355,39 @@ INLINE void set_bounds(descent_weight *v, vf x, vf l) {
     v->high = vf_select(vf_lt(l, vf_set1(3.0f)), vf_add(l, slack), far);
 }
 
+/* Sums w x l and w l^2 of several groups. */
+typedef struct {
+    vf *xl, *l2;
+} descent_sums;
+
 /* Gives one weight of each of n groups, x with code l, the code that fits the others best, in the lanes where that is
- * an improvement; sxl and sl2 are the sums without it. `farthest` is to tell whether fast rounding did, see code_of.
+ * an improvement; `others` are the sums without it. `farthest` is to tell whether fast rounding did, see code_of.
  * Returns where codes have changed. */
-INLINE vm descend(int n, vf *l, const vf *x, vf *sxl, vf *sl2, vf *sum_xl, vf *sum_l2, vf *farthest, int exact) {
+INLINE vm descend(int n, vf *l, const vf *x, const descent_sums others, const descent_sums all, vf *farthest,
+                  int exact) {
     const vf zero = vf_zero();
     vf code[GROUPS], wl[GROUPS], found[GROUPS], so_far[GROUPS];
     vm changed = vf_lt(zero, zero), better[GROUPS];
-    TOGETHER(n, code, vf_mul(x[g], sl2[g]));
-    TOGETHER(n, code, vf_div(code[g], sxl[g]));
+    TOGETHER(n, code, vf_mul(x[g], others.l2[g]));
+    TOGETHER(n, code, vf_div(code[g], others.xl[g]));
     for (int g = 0; g < n; g++) {
-        better[g] = vf_gt(sxl[g], zero);
+        better[g] = vf_gt(others.xl[g], zero);
         *farthest = vf_max(vf_abs(code[g]), *farthest);
     }
     TOGETHER(n, code, code_of(code[g], -4, 3, exact));
     TOGETHER(n, wl, vf_mul(vf_mul(x[g], x[g]), code[g]));
     TOGETHER(n, found, vf_mul(vf_mul(vf_mul(x[g], x[g]), x[g]), code[g]));
-    TOGETHER(n, sxl, vf_add(sxl[g], found[g]));
+    TOGETHER(n, others.xl, vf_add(others.xl[g], found[g]));
     TOGETHER(n, wl, vf_mul(wl[g], code[g]));
-    TOGETHER(n, sl2, vf_add(sl2[g], wl[g]));
-    TOGETHER(n, found, vf_mul(vf_mul(sxl[g], sxl[g]), sum_l2[g]));
-    TOGETHER(n, so_far, vf_mul(vf_mul(sum_xl[g], sum_xl[g]), sl2[g]));
+    TOGETHER(n, others.l2, vf_add(others.l2[g], wl[g]));
+    TOGETHER(n, found, vf_mul(vf_mul(others.xl[g], others.xl[g]), all.l2[g]));
+    TOGETHER(n, so_far, vf_mul(vf_mul(all.xl[g], all.xl[g]), others.l2[g]));
     for (int g = 0; g < n; g++) {
-        better[g] = vm_and(vm_andnot(better[g], vf_eq(code[g], l[g])), vf_gt(sl2[g], zero));
+        better[g] = vm_and(vm_andnot(better[g], vf_eq(code[g], l[g])), vf_gt(others.l2[g], zero));
         better[g] = vm_and(better[g], vf_gt(found[g], so_far[g]));
         l[g] = vf_select(better[g], code[g], l[g]);
-        sum_xl[g] = vf_select(better[g], sxl[g], sum_xl[g]);
-        sum_l2[g] = vf_select(better[g], sl2[g], sum_l2[g]);
+        all.xl[g] = vf_select(better[g], others.xl[g], all.xl[g]);
+        all.l2[g] = vf_select(better[g], others.l2[g], all.l2[g]);
         changed = vm_or(changed, better[g]);
     }
     return changed;
@@ -379,7 +404,9 @@ INLINE int descend_where_unsure(descent_weight *v, const vf *x, vf *l, vf *sum_x
         const vm within = vm_and(vf_le(vf_mul(v[i].low, sxl), p), vf_le(p, vf_mul(v[i].high, sxl)));
         const vm sure = vm_and(within, vf_gt(sxl, vf_set1(1e-36f))); /* bounds of denormals would be too coarse */
         if (vm_any(vm_andnot(vm_andnot(vf_gt(sxl, vf_zero()), sure), none))) {
-            changed |= vm_any(vm_andnot(descend(1, &l[i], &x[i], &sxl, &sl2, sum_xl, sum_l2, farthest, exact), none));
+            changed |= vm_any(vm_andnot(
+                descend(1, &l[i], &x[i], (descent_sums){&sxl, &sl2}, (descent_sums){sum_xl, sum_l2}, farthest, exact),
+                none));
             set_bounds(&v[i], x[i], l[i]);
         }
     }
@@ -427,7 +454,8 @@ INLINE int fit_descent_once(vf *scale, vi (*q)[16], const lanes_of_32 *x, int ex
             TOGETHER(GROUPS, sxl, vf_mul(vf_mul(w[g], at[g]), code[g]));
             TOGETHER(GROUPS, sl2, vf_sub(sum_l2[d + g], sl2[g]));
             TOGETHER(GROUPS, sxl, vf_sub(sum_xl[d + g], sxl[g]));
-            descend(GROUPS, code, at, sxl, sl2, sum_xl + d, sum_l2 + d, &farthest, exact);
+            descend(GROUPS, code, at, (descent_sums){sxl, sl2}, (descent_sums){sum_xl + d, sum_l2 + d}, &farthest,
+                    exact);
             EACH_GROUP l[d + g][i] = code[g];
         }
     for (int d = 0; d < DESCENTS; d++) {
