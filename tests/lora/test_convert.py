@@ -19,6 +19,7 @@ from support.oracles import libggml
 from support.oracles.gguf_files import lora_changes, read_metadata, read_tensors
 from support.oracles.llama_cpp import convert_lora, llama_logits
 from support.oracles.peft import peft_logits
+from support.workspace import workspace
 
 TYPE_OF = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -186,7 +187,7 @@ def test_same_bytes_twice_and_anywhere(tmp_path):
     first = convert("llama", PLAIN, tmp_path / "one.gguf").read_bytes()
     assert convert("llama", PLAIN, tmp_path / "two.gguf").read_bytes() == first
     assert str(tmp_path).encode() not in first
-    assert str(builders.workspace()).encode() not in first
+    assert str(workspace()).encode() not in first
 
 
 def test_dry_run_writes_nothing(tmp_path):

@@ -285,22 +285,31 @@ def tiny(monkeypatch, tmp_path):
     return path, lora(Adapter(seed=5, targets=("q_proj", "k_proj", "v_proj", "o_proj")), "small")
 
 
+def stopped(monkeypatch, folder, last, work, *, loses):
+    """Whether the end of the disk, after so many calls, stops the work; the disk may also lose what was not synced."""
+    with monkeypatch.context() as patched:
+        disk = Disk(patched, folder, last)
+        try:
+            work()
+        except Stopped:
+            pass
+        else:
+            return False
+    if loses:
+        disk.lose(last)
+    return True
+
+
 @pytest.mark.parametrize("loses", [False, True], ids=["killed", "power cut"])
 def test_stopped_anywhere(loses, tiny, monkeypatch, tmp_path):
     """Whatever call is the last, the base comes back, and a half-merged model is taken for one."""
     base, adapter = tiny
     before, outcomes = base.read_bytes(), set()
     for last in itertools.count():
-        with monkeypatch.context() as patched:
-            disk = Disk(patched, tmp_path, last)
-            try:
-                gguflora.merge(base, adapter, in_place=True, threads=1)
-            except Stopped:
-                pass
-            else:
-                break
-        if loses:
-            disk.lose(last)
+        if not stopped(
+            monkeypatch, tmp_path, last, lambda: gguflora.merge(base, adapter, in_place=True, threads=1), loses=loses
+        ):
+            break
         undo, half = undo_path(base).exists(), journal_path(base).exists()
         outcomes.add((undo, half, base.read_bytes() == before))
         if undo:
@@ -351,16 +360,8 @@ def test_unmerge_stopped_anywhere(loses, tiny, monkeypatch, tmp_path):
     for last in itertools.count():
         base.write_bytes(merged)
         undo_path(base).write_bytes(undo)
-        with monkeypatch.context() as patched:
-            disk = Disk(patched, tmp_path, last)
-            try:
-                gguflora.unmerge(base, threads=1)
-            except Stopped:
-                pass
-            else:
-                break
-        if loses:
-            disk.lose(last)
+        if not stopped(monkeypatch, tmp_path, last, lambda: gguflora.unmerge(base, threads=1), loses=loses):
+            break
         if undo_path(base).exists():
             gguflora.unmerge(base)
         assert base.read_bytes() == before

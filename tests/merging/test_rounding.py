@@ -17,6 +17,7 @@ from support.imatrix import write_imatrix
 from support.oracles import libggml
 from support.oracles.gguf_files import dequantized, lora_changes, read_metadata
 from support.oracles.llama_cpp import convert_lora, llama_logits
+from support.workspace import workspace
 
 SMALL, EXACT = Adapter(seed=4), Adapter(exact=True, seed=3)
 SCALE = 0.02
@@ -42,7 +43,7 @@ def changes_at(scale, spec=SMALL):
 
 
 def path_of(spec):
-    return builders.workspace() / f"oracle-{spec.seed}-{spec.exact}.gguf"
+    return workspace() / f"oracle-{spec.seed}-{spec.exact}.gguf"
 
 
 def survival(before, after, changes):

@@ -46,13 +46,6 @@ def assert_close(found: np.ndarray, wanted: np.ndarray) -> None:
 
 
 @pytest.fixture
-def llm():
-    llm = open_llama()
-    yield llm
-    llm.close()
-
-
-@pytest.fixture
 def adapters(llm):
     adapters = attached.attach(llm)
     adapters.load("x", alora())

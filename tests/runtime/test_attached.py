@@ -34,22 +34,6 @@ from support.hotswap import (
 from support.oracles.llama_cpp import llama_logits
 from support.processes import open_files, resident_bytes
 
-
-@pytest.fixture
-def llm():
-    llm = open_llama()
-    yield llm
-    llm.close()
-
-
-@pytest.fixture
-def adapters(llm):
-    adapters = attached.attach(llm)
-    adapters.load("a", gguf_lora(A))
-    adapters.load("b", gguf_lora(B))
-    return adapters
-
-
 # -- what it computes ------------------------------------------------------------------------------
 
 

@@ -21,21 +21,6 @@ ONLY_A = {64: 1000.0}
 PROMPT, OTHER = list(hotswap.PROMPT), list(hotswap.OTHER)
 
 
-@pytest.fixture
-def llm():
-    llm = open_llama()
-    yield llm
-    llm.close()
-
-
-@pytest.fixture
-def adapters(llm):
-    adapters = attached.attach(llm)
-    adapters.load("a", gguf_lora(A))
-    adapters.load("b", gguf_lora(B))
-    return adapters
-
-
 # -- KV cache and prefix match ---------------------------------------------------------------------
 
 

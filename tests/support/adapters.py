@@ -12,6 +12,7 @@ from support import builders
 from support.builders import ARCHITECTURES, Adapter, Trained
 from support.oracles.llama_cpp import convert_model
 from support.oracles.peft import peft_model
+from support.workspace import workspace
 
 PLAIN = Adapter()
 PATTERN_RANKS = (("down_proj", 8), ("model.layers.0.self_attn.o_proj", 2), (r"layers\.1\.self_attn\..*", 6))
@@ -83,7 +84,7 @@ PADDED_TO = {"llama": 8, "qwen2": 8, "gemma3": None}  # llama.cpp takes the padd
 def resized(arch, targets=("q_proj", "v_proj")):
     """Directory of an adapter, with its tokenizer, and the GGUF file of the merged model."""
     source = builders.hf_model(arch)
-    directory = builders.workspace() / f"resized-{arch}-{'-'.join(targets)}"
+    directory = workspace() / f"resized-{arch}-{'-'.join(targets)}"
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     tokenizer.add_tokens(NEW_TOKENS[1:2])
     tokenizer.add_special_tokens({"additional_special_tokens": [NEW_TOKENS[0], NEW_TOKENS[2]]})

@@ -7,6 +7,7 @@ import peft
 
 import gguflora
 from support import builders
+from support.workspace import workspace
 
 INVOCATION = (100, 101, 102)
 OTHER = (110, 111)
@@ -19,7 +20,7 @@ TWICE = (*HEAD, *INVOCATION, *TAIL, *INVOCATION, 70, 71)
 def alora(invocation: tuple[int, ...] = INVOCATION, seed: int = 5, arch: str = "llama") -> Path:
     options = (("task_type", "CAUSAL_LM"), ("alora_invocation_tokens", list(invocation)))
     spec = builders.Adapter(targets=builders.ARCHITECTURES[arch].linear, seed=seed)
-    folder = builders.workspace() / f"alora-{arch}-{seed}-{'-'.join(map(str, invocation))}"
+    folder = workspace() / f"alora-{arch}-{seed}-{'-'.join(map(str, invocation))}"
     config = peft.LoraConfig(target_modules=list(spec.targets), r=4, lora_alpha=8, **dict(options))
     return builders.make_adapter(builders.hf_model(arch), folder, config, spec)
 

@@ -5,10 +5,8 @@ llama.cpp itself (`convert_model`, `llama_model_quantize`), so names, row order 
 Everything is built once per process, below one temporary directory; callers must not write into it.
 """
 
-import atexit
 import ctypes
 import json
-import shutil
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +20,7 @@ import torch
 import transformers
 
 from support.oracles.llama_cpp import convert_model, quiet_llama_cpp
+from support.workspace import workspace
 
 VOCABULARY = 288
 MERGES = [("t", "h"), ("th", "e"), ("i", "n"), ("e", "r"), ("a", "n"), ("an", "d"), ("Ġ", "t"), ("Ġ", "a"), ("o", "u")]
@@ -76,14 +75,6 @@ class Adapter:
     exact: bool = False
     bin: bool = False
     edited: tuple[tuple[str, Any], ...] = ()
-
-
-@cache
-def workspace() -> Path:
-    """The directory of everything built in this process, removed at its end."""
-    path = Path(tempfile.mkdtemp(prefix="gguflora-tests-"))
-    atexit.register(shutil.rmtree, path, ignore_errors=True)
-    return path
 
 
 @cache

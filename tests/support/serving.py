@@ -1,9 +1,6 @@
 """A server on the demo's model and adapters, in a thread of the test, and what llama.cpp itself answers."""
 
-import atexit
 import contextlib
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,18 +18,11 @@ from gguflora.diagnostics import demo
 from gguflora.engine import Engine
 from gguflora.server.app import create_app
 from gguflora.server.settings import Settings
+from support.workspace import workspace
 
 QUESTION = "What does the fox eat?"
 PROMPT = f"Q: {QUESTION}\nA:"
 LONG = {"model": "base", "prompt": PROMPT, "max_tokens": 300, "logit_bias": {"1": -100}}  # never ends by itself
-
-
-@cache
-def workspace() -> Path:
-    """The directory of everything built in this process, removed at its end."""
-    path = Path(tempfile.mkdtemp(prefix="gguflora-tests-"))
-    atexit.register(shutil.rmtree, path, ignore_errors=True)
-    return path
 
 
 @cache

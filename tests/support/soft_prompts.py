@@ -11,6 +11,7 @@ import transformers
 
 from support import builders, zoo
 from support.oracles import PROMPT
+from support.workspace import workspace
 
 PROMPT = list(PROMPT)
 N_VIRTUAL = 7
@@ -58,7 +59,7 @@ def trained(arch: str, method: str, seed: int = 0) -> tuple[Path, np.ndarray, np
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.copy_(0.5 * torch.randn_like(parameter))
-    folder = builders.workspace() / "soft" / f"{arch}-{method}-{seed}"
+    folder = workspace() / "soft" / f"{arch}-{method}-{seed}"
     model.save_pretrained(folder)
     return folder, expected(arch, folder, TASK.get(method)), torch_logits(torch_model(arch))
 

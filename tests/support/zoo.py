@@ -21,6 +21,7 @@ import transformers as hf
 
 from support import builders
 from support.oracles.llama_cpp import run_script
+from support.workspace import workspace
 
 TOKENS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257}
 DECODER = {
@@ -215,7 +216,7 @@ def model(name: str) -> Any:
 @cache
 def checkpoint(name: str) -> Path:
     """The model as `save_pretrained` writes it."""
-    path = builders.workspace() / "architectures" / name
+    path = workspace() / "architectures" / name
     if _made(name).config:
         return save(name, model(name), path)
     path.mkdir(parents=True)

@@ -107,4 +107,4 @@ def test_the_table_of_benchmarks_is_complete():
             assert f"tools.bench {name}" in (ROOT / page).read_text()
     modules = {name for _, shown, _ in rows for name in re.findall(r"\w+\.py", shown)}
     found = {path.name for path in (ROOT / "tools/benchmarks").glob("*.py")}
-    assert found - modules == {"__init__.py", "models.py", "peers.py"}
+    assert found - modules == {"__init__.py", "models.py", "peers.py", "timing.py"}

@@ -12,7 +12,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from gguflora.quants.kernels import Product
 from gguflora.quants.types import TYPES, GgmlType, type_named
 from support.oracles import libggml
 from tools.benchmarks.kernels import N_IN, _weights
+from tools.benchmarks.timing import thread_seconds
 
 N_ROWS, RANK, MORE_RANKS = 64, 16, 128
 TASKS = ("merge_rows", "choose_scales", "round_stochastic", "choose + round")
@@ -56,24 +56,13 @@ def _runs(kind: GgmlType, isa: str, change: Product) -> dict[str, Callable[[], o
     return runs
 
 
-def _seconds(run: Callable[[], object], at_least: float) -> float:
-    """Seconds of this thread (nobody else's) that a run takes, averaged over as many as fill `at_least`."""
-    count, start = 0, time.thread_time()
-    while True:
-        run()
-        count += 1
-        passed = time.thread_time() - start
-        if passed >= at_least:
-            return passed / count
-
-
 def _medians(
     runs: Mapping[tuple[str, str], Callable[[], object]], repeats: int, seconds: float
 ) -> dict[tuple[str, str], float]:
     times: dict[tuple[str, str], list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            times[name].append(_seconds(run, seconds))
+            times[name].append(thread_seconds(run, seconds))
     return {name: statistics.median(all_times) for name, all_times in times.items()}
 
 

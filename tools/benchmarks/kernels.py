@@ -12,7 +12,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +25,7 @@ from gguflora.quants import kernels
 from gguflora.quants._lib import isa_names
 from gguflora.quants.types import TYPES, GgmlType, type_named
 from support.oracles import libggml
+from tools.benchmarks.timing import thread_seconds
 
 N_IN = 4096
 CACHED_ROWS = 16
@@ -72,24 +72,13 @@ def _dequantize(packed: np.ndarray, kind: GgmlType, out: np.ndarray, isa: str | 
         kernels.dequantize_rows(packed, kind, out, isa=isa)
 
 
-def _seconds(run: Callable[[], None], at_least: float) -> float:
-    """Seconds of this thread (nobody else's) that a run takes, averaged over as many as fill `at_least`."""
-    count, start = 0, time.thread_time()
-    while True:
-        run()
-        count += 1
-        passed = time.thread_time() - start
-        if passed >= at_least:
-            return passed / count
-
-
 def measure(task: str, kind: GgmlType, isas: list[str], repeats: int, slice_seconds: float) -> dict[str, float]:
     """Weights per second by who runs.
 
     Raises:
         SystemExit: if anybody's output is not ggml's.
     """
-    ggml_seconds = _seconds(_runs(task, kind, [], 1)[0]["ggml"], 0.01)
+    ggml_seconds = thread_seconds(_runs(task, kind, [], 1)[0]["ggml"], 0.01)
     n_rows = int(np.clip(slice_seconds / ggml_seconds, 4, CACHED_ROWS if task == "dequantize" else 256))
     runs, out = _runs(task, kind, isas, n_rows)
     runs["ggml"]()
@@ -102,7 +91,7 @@ def measure(task: str, kind: GgmlType, isas: list[str], repeats: int, slice_seco
     times: dict[str, list[float]] = {who: [] for who in runs}
     for _ in range(repeats):
         for who, run in runs.items():
-            times[who].append(_seconds(run, slice_seconds))
+            times[who].append(thread_seconds(run, slice_seconds))
     return {who: n_rows * N_IN / statistics.median(t) for who, t in times.items()}
 
 
