@@ -40,7 +40,7 @@ def test_first_numbers_of_randperm(seed):
     np.testing.assert_array_equal(TorchGenerator(seed).randperm(1_000_000, 300), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("n", [214_748_364, 214_748_370])
 def test_randperm_of_a_large_weight(n):
     """Torch shuffles in another way from (2**32 - 1) / 20 numbers on."""
