@@ -38,9 +38,9 @@ const float *gfl_delta_rows(const gfl_table *table, const gfl_delta *delta, floa
 /* The next number of the generator splitmix64 from state `x` on. */
 static uint64_t splitmix64(uint64_t x) {
     x += 0x9e3779b97f4a7c15u;
-    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
-    return x ^ x >> 31;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
 }
 
 uint64_t gfl_row_key(uint64_t key, int64_t row) { return splitmix64(key + (uint64_t)row * 0x9e3779b97f4a7c15u); }

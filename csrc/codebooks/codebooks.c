@@ -39,11 +39,11 @@ static const struct {
 static uint32_t points[N_CODEBOOKS][MAX_POINTS];
 
 static int level_of(int which, uint32_t packed, int k) {
-    return (int)(packed >> 4 * k & ((1u << codebooks[which].bits) - 1));
+    return (int)((packed >> (4 * k)) & ((1u << codebooks[which].bits) - 1));
 }
 
 static uint32_t packed_level(int which, int k, int level) {
-    return ((unsigned)(k << codebooks[which].bits) & 15u) << 4 * k | (uint32_t)level << 4 * k;
+    return (((unsigned)(k << codebooks[which].bits) & 15u) << (4 * k)) | ((uint32_t)level << (4 * k));
 }
 
 static int index_of(int which, uint32_t packed) {
@@ -65,7 +65,7 @@ static uint32_t point_at(int which, int number) {
     for (int k = 0; k < codebooks[which].dims; k++)
         packed |= packed_level(
             which, k,
-            codebooks[which].raw_points[number] >> codebooks[which].bits * k & ((1 << codebooks[which].bits) - 1));
+            (codebooks[which].raw_points[number] >> (codebooks[which].bits * k)) & ((1 << codebooks[which].bits) - 1));
     return packed;
 }
 
@@ -101,7 +101,7 @@ static uint64_t remoteness(int which, uint32_t point, uint32_t combination) {
     uint64_t result = 0;
     for (int k = 0; k < codebooks[which].dims; k++) {
         const int away = level_of(which, point, k) - level_of(which, combination, k);
-        result = result << 2 * bits | (away < 0 ? (1ull << -away) - 1 : ((1ull << away) - 1) << bits);
+        result = (result << (2 * bits)) | (away < 0 ? (1ull << -away) - 1 : ((1ull << away) - 1) << bits);
     }
     return result;
 }
@@ -128,7 +128,7 @@ static int32_t append(int which, int *runs, uint32_t *list, int count) {
     while (count % CANDIDATE_RUN) list[count] = list[count - 1], count++;
     memcpy(codebooks[which].candidates + start * CANDIDATE_RUN, list, (size_t)count * sizeof *list);
     *runs += count / CANDIDATE_RUN;
-    return ~(start << 8 | eights);
+    return ~((start << 8) | eights);
 }
 
 static void build(int which) {

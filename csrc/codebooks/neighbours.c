@@ -65,7 +65,7 @@ static void list_flips(flip_list *list, int which, const point_levels *g, int fr
     list->more[0] = 0;
     for (int i = 0; i < dims && allowed != SIGNS_STAY; i++)
         for (int j = allowed == SIGNS_FREE ? i : i + 1; j < dims; j++) {
-            list->flipped[list->count] = (uint8_t)(1 << i | 1 << j);
+            list->flipped[list->count] = (uint8_t)((1 << i) | (1 << j));
             list->more[list->count++] = 4 * g->levels[i][from] * g->levels[i][to] +
                                         (i != j) * 4 * g->levels[j][from] * g->levels[j][to];
         }
@@ -91,7 +91,7 @@ static void add_neighbour(int which, gfl_neighbours *m, int k, const point_level
                           unsigned flipped, int distance) {
     for (int i = 0; i < codebooks[which].dims; i++) {
         const int level = g->levels[i][to];
-        m->offset[i * N_NEIGHBOURS + k] = (int8_t)((flipped >> i & 1 ? -level : level) - g->levels[i][from]);
+        m->offset[i * N_NEIGHBOURS + k] = (int8_t)((((flipped >> i) & 1) ? -level : level) - g->levels[i][from]);
     }
     m->inverse_square[k] = 1.0f / (float)distance;
     m->point[k] = (uint16_t)to;

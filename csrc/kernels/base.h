@@ -24,7 +24,7 @@ INLINE void take_bits(int8_t *out, const uint8_t *src, int n, int shift, uint8_t
     for (int i = 0; i < n; i += 8) {
         uint64_t w;
         memcpy(&w, src + i, 8);
-        w = w >> shift & mask * 0x0101010101010101ull;
+        w = (w >> shift) & (mask * 0x0101010101010101ull);
         memcpy(out + i, &w, 8);
     }
 }
@@ -35,7 +35,7 @@ INLINE void add_bit(int8_t *out, const uint8_t *src, int n, int from, int to) {
         uint64_t w, q;
         memcpy(&w, src + i, 8);
         memcpy(&q, out + i, 8);
-        q |= (w >> from & 0x0101010101010101ull) << to;
+        q |= ((w >> from) & 0x0101010101010101ull) << to;
         memcpy(out + i, &q, 8);
     }
 }
@@ -45,7 +45,7 @@ static inline void pack_nibbles(uint8_t *qs, const uint8_t *codes) {
     uint64_t low[2], high[2];
     memcpy(low, codes, 16);
     memcpy(high, codes + 16, 16);
-    for (int i = 0; i < 2; i++) low[i] = (low[i] & 0x0f0f0f0f0f0f0f0full) | (high[i] & 0x0f0f0f0f0f0f0f0full) << 4;
+    for (int i = 0; i < 2; i++) low[i] = (low[i] & 0x0f0f0f0f0f0f0f0full) | ((high[i] & 0x0f0f0f0f0f0f0f0full) << 4);
     memcpy(qs, low, 16);
 }
 
@@ -53,7 +53,7 @@ static inline void unpack_nibbles(uint8_t *codes, const uint8_t *qs) {
     uint64_t q[2];
     memcpy(q, qs, 16);
     for (int i = 0; i < 2; i++) {
-        const uint64_t low = q[i] & 0x0f0f0f0f0f0f0f0full, high = q[i] >> 4 & 0x0f0f0f0f0f0f0f0full;
+        const uint64_t low = q[i] & 0x0f0f0f0f0f0f0f0full, high = (q[i] >> 4) & 0x0f0f0f0f0f0f0f0full;
         memcpy(codes + 8 * i, &low, 8);
         memcpy(codes + 16 + 8 * i, &high, 8);
     }
@@ -65,7 +65,7 @@ static inline void pack_fifth_bits(uint8_t *qh, const uint8_t *codes) {
         uint64_t c;
         memcpy(&c, codes + 8 * i, 8);
         /* gathers bit 4 of eight bytes into one: the multiplication adds shifted copies that do not meet */
-        qh[i] = (uint8_t)(((c >> 4 & 0x0101010101010101ull) * 0x0102040810204080ull) >> 56);
+        qh[i] = (uint8_t)((((c >> 4) & 0x0101010101010101ull) * 0x0102040810204080ull) >> 56);
     }
 }
 

@@ -287,7 +287,7 @@ INLINE float fit_scale(const codebook_run *run, const uint32_t *codes, int n, in
     float qx = 0.0f, q2 = 0.0f;
     for (int g = 0; g < n / dims; g++)
         for (int i = 0; i < dims; i++) {
-            const float w = run->w[g * dims + i], q = (dims == 8 ? odd_4 : odd_8)[codes[g] >> 4 * i & 15];
+            const float w = run->w[g * dims + i], q = (dims == 8 ? odd_4 : odd_8)[(codes[g] >> (4 * i)) & 15];
             qx += w * run->x[g * dims + i] * q;
             q2 += w * q * q;
         }
@@ -300,7 +300,7 @@ INLINE float refine_codes(codebook_run *run, const gfl_codebook *codebook, uint3
     if (!which || !(scale > 0.0f)) return scale;
     const float id = 1.0f / scale;
     for (int g = 0; g < n / dims; g++) {
-        if (!(which >> g & 1)) continue;
+        if (!((which >> g) & 1)) continue;
         float x[32], root[32];
         const int place = codebook->places[combination_index(run->x + g * dims, id, dims)];
         spread_values(x, run->x + g * dims, dims);
@@ -330,9 +330,9 @@ INLINE float search_codebook(codebook_run *run, const gfl_codebook *codebook, ui
     round_trials(run, codebook, n, dims, trials, in_range);
     sum_trials(run, n, dims, trials);
     const int best = find_best_trial(run, &scale, trials);
-    const uint32_t every = (uint32_t)((1ull << n / dims) - 1);
+    const uint32_t every = (uint32_t)((1ull << (n / dims)) - 1);
     uint32_t again = best < 0 && refine != REFINE_SOME ? every : 0;
-    for (int g = 0; g < n / dims && best >= 0; g++) again |= (run->missed[g] >> best & 1) << g;
+    for (int g = 0; g < n / dims && best >= 0; g++) again |= ((run->missed[g] >> best) & 1) << g;
     if (refine == REFINE_ALL || (refine == REFINE_ALL_OR_NONE && again)) again = every;
     for (int g = 0; g < n / dims; g++) codes[g] = best < 0 ? codebook->points[0] : run->codes[g][best];
     scale = refine_codes(run, codebook, codes, again, n, dims, scale);
@@ -342,7 +342,7 @@ INLINE float search_codebook(codebook_run *run, const gfl_codebook *codebook, ui
 /* The number of the point that a packed combination is. */
 INLINE unsigned point_number(const gfl_codebook *codebook, uint32_t code, int dims) {
     int index = 0;
-    for (int i = 0; i < dims; i++) index = index * (dims == 8 ? 3 : 8) + (int)(code >> 4 * i & (dims == 8 ? 3 : 7));
+    for (int i = 0; i < dims; i++) index = index * (dims == 8 ? 3 : 8) + (int)((code >> (4 * i)) & (dims == 8 ? 3 : 7));
     return (unsigned)codebook->places[index];
 }
 
@@ -359,11 +359,11 @@ static inline float largest_scale(const float *scales, int n) {
 /* Sign bits of eight weights as bytes 0 or -1. */
 static inline uint64_t sign_bytes(unsigned signs) {
     const uint64_t bits = (signs * 0x0101010101010101ull) & 0x8040201008040201ull;
-    return ((bits + 0x7f7f7f7f7f7f7f7full) >> 7 & 0x0101010101010101ull) * 0xff;
+    return (((bits + 0x7f7f7f7f7f7f7f7full) >> 7) & 0x0101010101010101ull) * 0xff;
 }
 
 /* The eighth sign makes the number of negative ones even. */
-static inline unsigned eight_signs(unsigned seven) { return seven | (unsigned)__builtin_parity(seven) << 7; }
+static inline unsigned eight_signs(unsigned seven) { return seven | ((unsigned)__builtin_parity(seven) << 7); }
 
 /* out = magnitudes (none of them 0) with signs, in bytes. */
 static inline void signed_bytes(int8_t *out, uint64_t magnitudes, unsigned signs) {
@@ -385,7 +385,7 @@ static inline uint64_t four_values_twice(const int8_t *values, unsigned low, uns
     uint32_t a, b;
     memcpy(&a, values + 4 * low, 4);
     memcpy(&b, values + 4 * high, 4);
-    return a | (uint64_t)b << 32;
+    return a | ((uint64_t)b << 32);
 }
 
 #endif

@@ -213,8 +213,8 @@ static void repack_TQ2_0(uint8_t *dst, int n, const int8_t *q) {
 INLINE void unpack_trits(int8_t *q, const uint8_t *src, int n, int digits) {
     for (int j = 0; j < n; j++)
         for (unsigned k = 0, v = src[j]; k < (unsigned)digits; k++) {
-            q[(int)k * n + j] = (int8_t)((int)(v * 3 >> 8) - 1);
-            v = v * 3 & 255;
+            q[(int)k * n + j] = (int8_t)((int)((v * 3) >> 8) - 1);
+            v = (v * 3) & 255;
         }
 }
 INLINE void pack_trits(uint8_t *dst, const int8_t *q, int n, int digits) {
@@ -241,26 +241,26 @@ static void repack_TQ1_0(uint8_t *dst, int n, const int8_t *q) {
 
 static void codes_Q2_0(const uint8_t *src, int n, int8_t *q) {
     const block_q2_0 *x = (const block_q2_0 *)src;
-    for (int i = 0; i < n; i++) q[i] = (int8_t)((x[i / 64].qs[i % 64 / 4] >> 2 * (i % 4) & 3) - 1);
+    for (int i = 0; i < n; i++) q[i] = (int8_t)(((x[i / 64].qs[(i % 64) / 4] >> (2 * (i % 4))) & 3) - 1);
 }
 static void repack_Q2_0(uint8_t *dst, int n, const int8_t *q) {
     block_q2_0 *y = (block_q2_0 *)dst;
     for (int i = 0; i < n; i += 4) {
-        const int low = (q[i] + 1) | (q[i + 1] + 1) << 2, high = (q[i + 2] + 1) | (q[i + 3] + 1) << 2;
-        y[i / 64].qs[i % 64 / 4] = (uint8_t)(low | high << 4);
+        const int low = (q[i] + 1) | ((q[i + 1] + 1) << 2), high = (q[i + 2] + 1) | ((q[i + 3] + 1) << 2);
+        y[i / 64].qs[(i % 64) / 4] = (uint8_t)(low | (high << 4));
     }
 }
 
 static void codes_Q1_0(const uint8_t *src, int n, int8_t *q) {
     const block_q1_0 *x = (const block_q1_0 *)src;
-    for (int i = 0; i < n; i++) q[i] = x[i / 128].qs[i % 128 / 8] >> i % 8 & 1;
+    for (int i = 0; i < n; i++) q[i] = (x[i / 128].qs[(i % 128) / 8] >> (i % 8)) & 1;
 }
 static void repack_Q1_0(uint8_t *dst, int n, const int8_t *q) {
     block_q1_0 *y = (block_q1_0 *)dst;
     for (int i = 0; i < n; i += 8) {
         int byte = 0;
         for (int k = 0; k < 8; k++) byte |= q[i + k] << k;
-        y[i / 128].qs[i % 128 / 8] = (uint8_t)byte;
+        y[i / 128].qs[(i % 128) / 8] = (uint8_t)byte;
     }
 }
 
@@ -284,7 +284,7 @@ static void scales_IQ4_XS(const uint8_t *src, int n, float *s, float *o) {
     const float d = half_to_float(x->d);
     (void)n;
     for (int j = 0; j < 8; j++) {
-        const int low = x->scales_l[j / 2] >> 4 * (j % 2) & 15, high = (x->scales_h >> 2 * j & 3) << 4;
+        const int low = (x->scales_l[j / 2] >> (4 * (j % 2))) & 15, high = ((x->scales_h >> (2 * j)) & 3) << 4;
         s[j] = d * (float)((low | high) - 32);
         o[j] = 0.0f;
     }
@@ -349,17 +349,26 @@ static void repack_NVFP4(uint8_t *dst, int n, const int8_t *q) {
     [GFL_##NAME] = {scales_##NAME, codes_##NAME, repack_##NAME, group, low, high, (high - low) / (n_levels - 1.0f), \
                     levels,        n_levels,     {{0, bytes}}}
 
-/* clang-format off: one row for each type */
+/* clang-format off */
 static const gfl_block_codec block_codecs[GFL_N_TYPES] = {
-    BLOCK_CODEC(Q4_0, pack_Q4_0, 32, -8, 7, {0, 2}),        BLOCK_CODEC(Q4_1, pack_Q4_1, 32, 0, 15, {0, 4}),
-    BLOCK_CODEC(Q5_0, pack_Q5_0, 32, -16, 15, {0, 2}),      BLOCK_CODEC(Q5_1, pack_Q5_1, 32, 0, 31, {0, 4}),
-    BLOCK_CODEC(Q8_0, pack_Q8_0, 32, -127, 127, {0, 2}),    BLOCK_CODEC(Q2_K, repack_Q2_K, 16, 0, 3, {0, 16}, {80, 4}),
-    BLOCK_CODEC(Q3_K, repack_Q3_K, 16, -4, 3, {96, 14}),    BLOCK_CODEC(Q4_K, repack_Q4_K, 32, 0, 15, {0, 16}),
-    BLOCK_CODEC(Q5_K, repack_Q5_K, 32, 0, 31, {0, 16}),     BLOCK_CODEC(Q6_K, repack_Q6_K, 16, -32, 31, {192, 18}),
-    BLOCK_CODEC(TQ1_0, repack_TQ1_0, 32, -1, 1, {52, 2}),   BLOCK_CODEC(TQ2_0, repack_TQ2_0, 32, -1, 1, {64, 2}),
-    BLOCK_CODEC(Q2_0, repack_Q2_0, 32, -1, 2, {0, 2}),      BLOCK_CODEC(Q1_0, repack_Q1_0, 32, 0, 1, {0, 2}),
-    LEVELS_CODEC(IQ4_NL, 32, -127, 113, iq4_levels, 16, 2), LEVELS_CODEC(IQ4_XS, 32, -127, 113, iq4_levels, 16, 8),
-    LEVELS_CODEC(MXFP4, 32, -12, 12, fp4_ascending, 15, 1), LEVELS_CODEC(NVFP4, 16, -12, 12, fp4_ascending, 15, 4),
+    BLOCK_CODEC(Q4_0, pack_Q4_0, 32, -8, 7, {0, 2}),
+    BLOCK_CODEC(Q4_1, pack_Q4_1, 32, 0, 15, {0, 4}),
+    BLOCK_CODEC(Q5_0, pack_Q5_0, 32, -16, 15, {0, 2}),
+    BLOCK_CODEC(Q5_1, pack_Q5_1, 32, 0, 31, {0, 4}),
+    BLOCK_CODEC(Q8_0, pack_Q8_0, 32, -127, 127, {0, 2}),
+    BLOCK_CODEC(Q2_K, repack_Q2_K, 16, 0, 3, {0, 16}, {80, 4}),
+    BLOCK_CODEC(Q3_K, repack_Q3_K, 16, -4, 3, {96, 14}),
+    BLOCK_CODEC(Q4_K, repack_Q4_K, 32, 0, 15, {0, 16}),
+    BLOCK_CODEC(Q5_K, repack_Q5_K, 32, 0, 31, {0, 16}),
+    BLOCK_CODEC(Q6_K, repack_Q6_K, 16, -32, 31, {192, 18}),
+    BLOCK_CODEC(TQ1_0, repack_TQ1_0, 32, -1, 1, {52, 2}),
+    BLOCK_CODEC(TQ2_0, repack_TQ2_0, 32, -1, 1, {64, 2}),
+    BLOCK_CODEC(Q2_0, repack_Q2_0, 32, -1, 2, {0, 2}),
+    BLOCK_CODEC(Q1_0, repack_Q1_0, 32, 0, 1, {0, 2}),
+    LEVELS_CODEC(IQ4_NL, 32, -127, 113, iq4_levels, 16, 2),
+    LEVELS_CODEC(IQ4_XS, 32, -127, 113, iq4_levels, 16, 8),
+    LEVELS_CODEC(MXFP4, 32, -12, 12, fp4_ascending, 15, 1),
+    LEVELS_CODEC(NVFP4, 16, -12, 12, fp4_ascending, 15, 4),
 };
 /* clang-format on */
 

@@ -49,7 +49,7 @@ INLINE vf fold_parts(vf *parts) {
     return parts[0];
 }
 
-INLINE void add_part(vf *parts, int i, vf v) { parts[i / LANES % PARTS] = vf_add(parts[i / LANES % PARTS], v); }
+INLINE void add_part(vf *parts, int i, vf v) { parts[(i / LANES) % PARTS] = vf_add(parts[(i / LANES) % PARTS], v); }
 
 INLINE void clear_parts(vf *parts) {
     for (int i = 0; i < PARTS; i++) parts[i] = vf_zero();

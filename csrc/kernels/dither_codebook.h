@@ -123,13 +123,13 @@ INLINE void solve_programs(program *programs, const gfl_neighbours *const *neigh
         float gain[PROGRAMS_AT_ONCE];
         for (int i = 0; i < count; i++) {
             float value;
-            if (!(left >> i & 1)) continue;
+            if (!((left >> i) & 1)) continue;
             best[i] = best_neighbour(neighbours[i], programs[i].price, programs[i].price[dims], &value, dims);
             gain[i] = (value - 1.0f) / neighbours[i]->inverse_square[best[i]];
             if (value < WORTHWHILE) left &= ~(1u << i);
         }
         for (int i = 0; i < count; i++)
-            if (left >> i & 1 && !enter(programs + i, neighbours[i], best[i], gain[i], dims)) left &= ~(1u << i);
+            if (((left >> i) & 1) && !enter(programs + i, neighbours[i], best[i], gain[i], dims)) left &= ~(1u << i);
     }
 }
 
@@ -155,7 +155,7 @@ INLINE void walk(vector_place *at, const gfl_neighbours *neighbours, float short
         if (!(value > 1.0f)) return;
         for (int i = 0; i < dims; i++) {
             const float rest = at->x[i] - (float)m->offset[i * N_NEIGHBOURS + k];
-            at->x[i] = m->sign_flips[k] >> i & 1 ? -rest : rest;
+            at->x[i] = ((m->sign_flips[k] >> i) & 1) ? -rest : rest;
         }
         move_to(at, m, k);
     }
@@ -192,10 +192,10 @@ INLINE int place_of_vector(vector_place *at, const vector_block *v, int j, int g
     const float *rest = v->rest + j * dims, inverse = v->inverse[j * dims / group];
     int any = 0, far = 0;
     at->point = v->points[j];
-    at->signs = v->signs[j * dims / 8] >> j * dims % 8 & ((1u << dims) - 1);
+    at->signs = (v->signs[j * dims / 8] >> ((j * dims) % 8)) & ((1u << dims) - 1);
     for (int i = 0; i < dims; i++) {
         const float x = rest[i] * inverse;
-        at->x[i] = at->signs >> i & 1 ? -x : x;
+        at->x[i] = ((at->signs >> i) & 1) ? -x : x;
         any |= rest[i] != 0.0f;
         far |= !(fabsf(x) <= OUT_OF_REACH);
     }
@@ -269,7 +269,7 @@ INLINE void measure_block(gfl_codebook_sums *sums, const gfl_codebook_codec *cod
             const float cost = finish_program(lost, batch.programs + b, batch.neighbours[b], at->x, dims);
             sums->cost += (double)(s * s) * (double)cost;
             for (int i = 0; i < dims; i++)
-                sums->lost += (double)(s * (at->signs >> i & 1 ? -lost[i] : lost[i])) * (double)x[i];
+                sums->lost += (double)(s * (((at->signs >> i) & 1) ? -lost[i] : lost[i])) * (double)x[i];
         }
     }
 }
@@ -307,12 +307,12 @@ INLINE void draw_block(const gfl_codebook_codec *codec, uint8_t *block, const fl
     for (int j = 0; j < SUPER / dims;) {
         j = next_vectors(&batch, &v, j, 1, codec->group, dims);
         for (int b = 0; b < batch.count; b++) {
-            const int k = batch.j[b], shift = k * dims % 8;
+            const int k = batch.j[b], shift = (k * dims) % 8;
             vector_place *at = batch.at + b;
             draw_neighbour(at, batch.programs + b, batch.neighbours[b], u[k], dims);
             v.points[k] = (uint16_t)at->point;
-            v.signs[k * dims / 8] = (uint8_t)((v.signs[k * dims / 8] & ~(((1u << dims) - 1) << shift)) | at->signs
-                                                                                                             << shift);
+            v.signs[k * dims / 8] = (uint8_t)((v.signs[k * dims / 8] & ~(((1u << dims) - 1) << shift)) |
+                                              (at->signs << shift));
         }
     }
     codec->pack(block, v.points, v.signs);

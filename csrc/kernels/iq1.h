@@ -150,9 +150,9 @@ typedef struct {
 /* eight levels of two bits as a combination (codebooks.h) */
 static inline uint32_t pack_eight_levels(unsigned levels) {
     uint32_t code = levels & 0xffff;
-    code = (code | code << 8) & 0x00ff00ff;
-    code = (code | code << 4) & 0x0f0f0f0f;
-    code = (code | code << 2) & 0x33333333;
+    code = (code | (code << 8)) & 0x00ff00ff;
+    code = (code | (code << 4)) & 0x0f0f0f0f;
+    code = (code | (code << 2)) & 0x33333333;
     return code | 0xc840c840;
 }
 
@@ -183,10 +183,10 @@ INLINE void cut_tile_IQ1(run_IQ1 *runs, const float *x, const float *w, int n, f
             uint64_t levels = 0; /* two bits each */
             for (int i = 0; i < n; i++) {
                 const int level = (i >= middle) + (i >= high);
-                levels |= (uint64_t)(turn ? 2 - level : level) << 2 * from[i][l];
+                levels |= (uint64_t)(turn ? 2 - level : level) << (2 * from[i][l]);
             }
-            for (int k = 0; k < n / 8; k++) run->codes[k] = pack_eight_levels((unsigned)(levels >> 16 * k));
-            for (int k = 0; k < n / 8; k++) run->down[k] = (n == 32 ? shifts : shifts >> (1 - k) & 1) ^ turn;
+            for (int k = 0; k < n / 8; k++) run->codes[k] = pack_eight_levels((unsigned)(levels >> (16 * k)));
+            for (int k = 0; k < n / 8; k++) run->down[k] = (n == 32 ? shifts : (shifts >> (1 - k)) & 1) ^ turn;
         }
     }
 }
@@ -198,7 +198,7 @@ INLINE void points_IQ1(unsigned *points, run_IQ1 *run, const gfl_codebook *codeb
     int moved = 0;
     for (int k = 0; k < n / 8; k++) {
         int index = 0;
-        for (int i = 0; i < 8; i++) index = 3 * index + (int)(run->codes[k] >> 4 * i & 3);
+        for (int i = 0; i < 8; i++) index = 3 * index + (int)((run->codes[k] >> (4 * i)) & 3);
         const int place = codebook->places[index];
         points[k] = (unsigned)place;
         if (place >= 0) continue;
@@ -215,7 +215,7 @@ INLINE void points_IQ1(unsigned *points, run_IQ1 *run, const gfl_codebook *codeb
     if (!moved || !(run->scale >= 0.0f)) return;
     float qx = 0.0f, q2 = 0.0f;
     for (int i = 0; i < n; i++) {
-        const float q = shifted_levels[run->down[i / 8]][run->codes[i / 8] >> 4 * (i % 8) & 3];
+        const float q = shifted_levels[run->down[i / 8]][(run->codes[i / 8] >> (4 * (i % 8))) & 3];
         qx += w[i] * q * x[i];
         q2 += w[i] * q * q;
     }
@@ -240,7 +240,7 @@ static void super_IQ1_S(const float *x, const float *w, run_IQ1 *runs, block_iq1
         points_IQ1(points, runs + s, codebook, x + 32 * s, w + 32 * s, 32);
         for (int k = 0; k < 4; k++) {
             y->qs[4 * s + k] = (uint8_t)points[k];
-            y->qh[s] |= (uint16_t)(points[k] >> 8 << 3 * k);
+            y->qh[s] |= (uint16_t)((points[k] >> 8) << (3 * k));
         }
         scales[s] = runs[s].scale;
     }
@@ -249,7 +249,7 @@ static void super_IQ1_S(const float *x, const float *w, run_IQ1 *runs, block_iq1
     y->d = float_to_half(d * 1.125f);
     for (int s = 0; s < 8; s++) {
         const int down = runs[s].found && runs[s].down[0];
-        y->qh[s] |= (uint16_t)((nearest_level(1.0f / d * scales[s], 7) | down << 3) << 12);
+        y->qh[s] |= (uint16_t)((nearest_level(1.0f / d * scales[s], 7) | (down << 3)) << 12);
     }
 }
 
@@ -267,7 +267,7 @@ static void super_IQ1_M(const float *x, const float *w, run_IQ1 *runs, block_iq1
         points_IQ1(points, runs + s, codebook, x + 16 * s, w + 16 * s, 16);
         y->qs[2 * s] = (uint8_t)points[0];
         y->qs[2 * s + 1] = (uint8_t)points[1];
-        y->qh[s] = (uint8_t)(points[0] >> 8 | points[1] >> 8 << 4);
+        y->qh[s] = (uint8_t)((points[0] >> 8) | ((points[1] >> 8) << 4));
         scales[s] = runs[s].scale;
     }
     const float max = largest_scale(scales, 16);
@@ -276,18 +276,19 @@ static void super_IQ1_M(const float *x, const float *w, run_IQ1 *runs, block_iq1
     const float id = 1.0f / d;
     for (int s = 0; s < 16; s++) {
         const int l = nearest_level(id * scales[s], 7);
-        y->scales[s / 4] |= (uint16_t)(l << 3 * (s % 4));
-        y->qh[s] |= (uint8_t)(runs[s].down[0] << 3 | runs[s].down[1] << 7);
+        y->scales[s / 4] |= (uint16_t)(l << (3 * (s % 4)));
+        y->qh[s] |= (uint8_t)((runs[s].down[0] << 3) | (runs[s].down[1] << 7));
         for (int i = 0; i < 16; i++) {
             const int k = i / 8;
-            const float q = shifted_levels[runs[s].down[k]][runs[s].codes[k] >> 4 * (i % 8) & 3] * (float)(2 * l + 1);
+            const float q = shifted_levels[runs[s].down[k]][(runs[s].codes[k] >> (4 * (i % 8))) & 3] *
+                            (float)(2 * l + 1);
             qx += w[16 * s + i] * q * x[16 * s + i];
             q2 += w[16 * s + i] * q * q;
         }
     }
     if (q2 > 0.0f) d = qx / q2;
     const unsigned bits = float_to_half(d * 1.1125f);
-    for (int i = 0; i < 4; i++) y->scales[i] |= (uint16_t)((bits >> 4 * i & 15) << 12);
+    for (int i = 0; i < 4; i++) y->scales[i] |= (uint16_t)(((bits >> (4 * i)) & 15) << 12);
 }
 
 /* Defines batch_NAME for QUANTIZE_SUPERS over super_NAME; runs of n weights. */
@@ -325,18 +326,18 @@ static void dequantize_IQ1_S(const uint8_t *src, float *out, int64_t n) {
         const float d = half_to_float(x->d);
         int8_t bytes[SUPER];
         for (int j = 0; j < 32; j++) {
-            const unsigned point = x->qs[j] | ((unsigned)x->qh[j / 4] >> 3 * (j % 4) & 7) << 8;
+            const unsigned point = x->qs[j] | ((((unsigned)x->qh[j / 4] >> (3 * (j % 4))) & 7) << 8);
             memcpy(bytes + 8 * j, values + 8 * point, 8);
         }
         for (int s = 0; s < 8; s++)
-            values_IQ1(out + i + 32 * s, bytes + 32 * s, 32, d * (float)(2 * (x->qh[s] >> 12 & 7) + 1),
-                       x->qh[s] & 0x8000 ? -0.125f : 0.125f);
+            values_IQ1(out + i + 32 * s, bytes + 32 * s, 32, d * (float)(2 * ((x->qh[s] >> 12) & 7) + 1),
+                       (x->qh[s] & 0x8000) ? -0.125f : 0.125f);
     }
 }
 
 /* bytes 8 p + 1 or 8 p - 1 of a point's levels p */
 static inline void eighths_IQ1(int8_t *out, uint64_t levels, int down) {
-    const uint64_t top = 0x8080808080808080ull, up = (levels << 3 & 0xf8f8f8f8f8f8f8f8ull) | 0x0101010101010101ull;
+    const uint64_t top = 0x8080808080808080ull, up = ((levels << 3) & 0xf8f8f8f8f8f8f8f8ull) | 0x0101010101010101ull;
     const uint64_t bytes = ((up | top) - (down ? 0x0202020202020202ull : 0)) ^
                            (~up & top); /* no borrow from byte to byte */
     memcpy(out, &bytes, 8);
@@ -348,15 +349,15 @@ static void dequantize_IQ1_M(const uint8_t *src, float *out, int64_t n) {
     for (int64_t i = 0; i < n; i += SUPER, x++) {
         unsigned bits = 0;
         int8_t bytes[SUPER];
-        for (int j = 0; j < 4; j++) bits |= (unsigned)(x->scales[j] >> 12) << 4 * j;
+        for (int j = 0; j < 4; j++) bits |= (unsigned)(x->scales[j] >> 12) << (4 * j);
         const float d = half_to_float((uint16_t)bits) * 0.125f; /* exact, so the products are those with p +- 1/8 */
         for (int j = 0; j < 32; j++) {
-            const unsigned high = (unsigned)x->qh[j / 2] >> 4 * (j % 2);
-            eighths_IQ1(bytes + 8 * j, eight_values(values, x->qs[j] | (high & 7) << 8), high & 8);
+            const unsigned high = (unsigned)x->qh[j / 2] >> (4 * (j % 2));
+            eighths_IQ1(bytes + 8 * j, eight_values(values, x->qs[j] | ((high & 7) << 8)), high & 8);
         }
         for (int s = 0; s < 16; s++)
             scaled_bytes(out + i + 16 * s, bytes + 16 * s, 16,
-                         d * (float)(2 * (x->scales[s / 4] >> 3 * (s % 4) & 7) + 1));
+                         d * (float)(2 * ((x->scales[s / 4] >> (3 * (s % 4))) & 7) + 1));
     }
 }
 

@@ -66,8 +66,8 @@ static void super_IQ2_XXS(const float *x, const float *w, uint8_t *signs, const 
         for (int i = 0; i < 32; i += LANES) vf_store(run.root + i, vf_sqrt(vf_load(run.w + i)));
         if (!fit_IQ2(scales + s, codes, signs + 4 * s, codebook, &run, 32, 1, starts[s])) continue;
         for (int k = 0; k < 4; k++) {
-            words[2 * s] |= (uint32_t)point_number(codebook, codes[k], 8) << 8 * k;
-            words[2 * s + 1] |= (uint32_t)signs[4 * s + k] << 7 * k;
+            words[2 * s] |= (uint32_t)point_number(codebook, codes[k], 8) << (8 * k);
+            words[2 * s + 1] |= (uint32_t)signs[4 * s + k] << (7 * k);
         }
     }
     const float max = largest_scale(scales, 8), d = max / 31.0f;
@@ -104,7 +104,7 @@ QUANTIZE_SUPERS(IQ2_XXS, block_iq2_xxs)
 
 /* scale codes of 16 runs */
 static inline void scales_IQ2(uint8_t *codes, const float *scales, float d) {
-    for (int s = 0; s < 16; s++) codes[s / 2] |= (uint8_t)(nearest_level(1.0f / d * scales[s], 15) << 4 * (s % 2));
+    for (int s = 0; s < 16; s++) codes[s / 2] |= (uint8_t)(nearest_level(1.0f / d * scales[s], 15) << (4 * (s % 2)));
 }
 
 static void super_IQ2_XS(const float *x, const float *imatrix, block_iq2_xs *y, float sigma2) {
@@ -120,7 +120,7 @@ static void super_IQ2_XS(const float *x, const float *imatrix, block_iq2_xs *y, 
         make_signs_even(&run, signs, 16);
         if (!fit_IQ2(scales + s, codes, signs, codebook, &run, 16, 1, TINY)) continue;
         for (int k = 0; k < 2; k++)
-            y->qs[2 * s + k] = (uint16_t)(point_number(codebook, codes[k], 8) | (unsigned)signs[k] << 9);
+            y->qs[2 * s + k] = (uint16_t)(point_number(codebook, codes[k], 8) | ((unsigned)signs[k] << 9));
     }
     const float max = largest_scale(scales, 16), d = max / 31.0f;
     if (max == 0.0f) {
@@ -145,7 +145,7 @@ static void super_IQ2_S(const float *x, const float *imatrix, block_iq2_s *y, fl
         for (int k = 0; k < 2; k++) {
             const unsigned point = point_number(codebook, codes[k], 8);
             y->qs[2 * s + k] = (uint8_t)point;
-            y->qh[s / 2] |= (uint8_t)(point >> 8 << (4 * (s % 2) + 2 * k));
+            y->qh[s / 2] |= (uint8_t)((point >> 8) << (4 * (s % 2) + 2 * k));
             y->signs[2 * s + k] = signs[k];
         }
     }
@@ -167,8 +167,8 @@ static void dequantize_IQ2_XXS(const uint8_t *src, float *out, int64_t n) {
         uint32_t words[16];
         memcpy(words, x->qs, 64);
         for (int j = 0; j < 32; j++) {
-            const unsigned point = words[j / 4 * 2] >> 8 * (j % 4) & 255,
-                           signs = words[j / 4 * 2 + 1] >> 7 * (j % 4) & 127;
+            const unsigned point = (words[j / 4 * 2] >> (8 * (j % 4))) & 255,
+                           signs = (words[j / 4 * 2 + 1] >> (7 * (j % 4))) & 127;
             signed_bytes(bytes + 8 * j, eight_values(values, point), eight_signs(signs));
         }
         for (int s = 0; s < 8; s++)
@@ -178,7 +178,8 @@ static void dequantize_IQ2_XXS(const uint8_t *src, float *out, int64_t n) {
 
 INLINE void values_of_sixteens(float *out, const int8_t *bytes, const uint8_t *scales, float d) {
     for (int s = 0; s < 16; s++)
-        scaled_bytes(out + 16 * s, bytes + 16 * s, 16, d * (0.5f + (float)(scales[s / 2] >> 4 * (s % 2) & 15)) * 0.25f);
+        scaled_bytes(out + 16 * s, bytes + 16 * s, 16,
+                     d * (0.5f + (float)((scales[s / 2] >> (4 * (s % 2))) & 15)) * 0.25f);
 }
 
 static void dequantize_IQ2_XS(const uint8_t *src, float *out, int64_t n) {
@@ -198,7 +199,7 @@ static void dequantize_IQ2_S(const uint8_t *src, float *out, int64_t n) {
     for (int64_t i = 0; i < n; i += SUPER, x++) {
         int8_t bytes[SUPER];
         for (int j = 0; j < 32; j++) {
-            const unsigned point = x->qs[j] | ((unsigned)x->qh[j / 4] >> 2 * (j % 4) & 3) << 8;
+            const unsigned point = x->qs[j] | ((((unsigned)x->qh[j / 4] >> (2 * (j % 4))) & 3) << 8);
             signed_bytes(bytes + 8 * j, eight_values(values, point), x->signs[j]);
         }
         values_of_sixteens(out + i, bytes, x->scales, half_to_float(x->d));

@@ -40,7 +40,7 @@ static void super_IQ3_XXS(const float *x, const float *imatrix, block_iq3_xxs *y
         if (!fit_IQ3(scales + s, codes, signs, codebook, x + 32 * s, imatrix ? imatrix + 32 * s : NULL, sigma2, 1))
             continue;
         for (int g = 0; g < 8; g++) y->qs[8 * s + g] = (uint8_t)point_number(codebook, codes[g], 4);
-        for (int k = 0; k < 4; k++) words[s] |= (uint32_t)signs[k] << 7 * k;
+        for (int k = 0; k < 4; k++) words[s] |= (uint32_t)signs[k] << (7 * k);
     }
     const float max = largest_scale(scales, 8), d = max / 31.0f;
     if (max == 0.0f) {
@@ -65,7 +65,7 @@ static void super_IQ3_S(const float *x, const float *imatrix, block_iq3_s *y, fl
         for (int g = 0; g < 8; g++) {
             const unsigned point = point_number(codebook, codes[g], 4);
             y->qs[8 * place + g] = (uint8_t)point;
-            y->qh[s] |= (uint8_t)(point >> 8 << g);
+            y->qh[s] |= (uint8_t)((point >> 8) << g);
         }
         place++;
     }
@@ -73,7 +73,7 @@ static void super_IQ3_S(const float *x, const float *imatrix, block_iq3_s *y, fl
     const float max = largest_scale(scales, 8), d = max / 31.0f;
     if (max == 0.0f) return;
     y->d = float_to_half(d * 1.033f);
-    for (int s = 0; s < 8; s++) y->scales[s / 2] |= (uint8_t)(nearest_level(1.0f / d * scales[s], 15) << 4 * (s % 2));
+    for (int s = 0; s < 8; s++) y->scales[s / 2] |= (uint8_t)(nearest_level(1.0f / d * scales[s], 15) << (4 * (s % 2)));
 }
 
 BATCH_OF_SUPERS(IQ3_XXS, block_iq3_xxs, 2.0f)
@@ -89,7 +89,7 @@ static void dequantize_IQ3_XXS(const uint8_t *src, float *out, int64_t n) {
         memcpy(words, x->signs, 32);
         for (int j = 0; j < 32; j++)
             signed_bytes(bytes + 8 * j, four_values_twice(values, x->qs[2 * j], x->qs[2 * j + 1]),
-                         eight_signs(words[j / 4] >> 7 * (j % 4) & 127));
+                         eight_signs((words[j / 4] >> (7 * (j % 4))) & 127));
         for (int s = 0; s < 8; s++)
             scaled_bytes(out + i + 32 * s, bytes + 32 * s, 32, d * (0.5f + (float)(words[s] >> 28)) * 0.5f);
     }
@@ -102,13 +102,13 @@ static void dequantize_IQ3_S(const uint8_t *src, float *out, int64_t n) {
         const float d = half_to_float(x->d);
         int8_t bytes[SUPER];
         for (int j = 0; j < 32; j++) {
-            const unsigned high = (unsigned)x->qh[j / 4] >> 2 * (j % 4);
-            const unsigned p0 = x->qs[2 * j] | (high & 1) << 8, p1 = x->qs[2 * j + 1] | (high & 2) << 7;
+            const unsigned high = (unsigned)x->qh[j / 4] >> (2 * (j % 4));
+            const unsigned p0 = x->qs[2 * j] | ((high & 1) << 8), p1 = x->qs[2 * j + 1] | ((high & 2) << 7);
             signed_bytes(bytes + 8 * j, four_values_twice(values, p0, p1), x->signs[j]);
         }
         for (int s = 0; s < 8; s++)
             scaled_bytes(out + i + 32 * s, bytes + 32 * s, 32,
-                         d * (float)(1 + 2 * (x->scales[s / 2] >> 4 * (s % 2) & 15)));
+                         d * (float)(1 + 2 * ((x->scales[s / 2] >> (4 * (s % 2))) & 15)));
     }
 }
 

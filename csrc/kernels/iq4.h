@@ -128,8 +128,8 @@ static void finish_IQ4_XS(const float *x, block_iq4_xs *y, const float *scales) 
         uint8_t codes[32];
         iq4_codes(codes, x + 32 * j, 32, inverse(d * (float)s));
         pack_nibbles(y->qs + 16 * j, codes);
-        y->scales_l[j / 2] |= (uint8_t)(((s + 32) & 15) << 4 * (j % 2));
-        high |= (unsigned)(s + 32) >> 4 << 2 * j;
+        y->scales_l[j / 2] |= (uint8_t)(((s + 32) & 15) << (4 * (j % 2)));
+        high |= ((unsigned)(s + 32) >> 4) << (2 * j);
     }
     y->scales_h = (uint16_t)high;
 }
@@ -152,7 +152,7 @@ static void dequantize_IQ4_XS(const uint8_t *src, float *out, int64_t n) {
     for (int64_t i = 0; i < n; i += SUPER, x++) {
         const float d = half_to_float(x->d);
         for (int s = 0; s < 8; s++) {
-            const int low = x->scales_l[s / 2] >> 4 * (s % 2) & 15, high = (x->scales_h >> 2 * s & 3) << 4;
+            const int low = (x->scales_l[s / 2] >> (4 * (s % 2))) & 15, high = ((x->scales_h >> (2 * s)) & 3) << 4;
             const vf dl = vf_set1(d * (float)((low | high) - 32));
             for (int j = 0; j < 16; j += LANES) {
                 const vi q = vi_load_u8(x->qs + 16 * s + j);

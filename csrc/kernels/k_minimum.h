@@ -64,9 +64,9 @@ INLINE void codes_minimum(uint8_t *codes, const float *x, const super_scales sca
 
 static inline void pack_scales_6(uint8_t *packed, const uint8_t *s, const uint8_t *m) {
     for (int j = 0; j < 4; j++) {
-        packed[j] = (uint8_t)(s[j] | s[j + 4] >> 4 << 6);
-        packed[j + 4] = (uint8_t)(m[j] | m[j + 4] >> 4 << 6);
-        packed[j + 8] = (uint8_t)((s[j + 4] & 15) | (m[j + 4] & 15) << 4);
+        packed[j] = (uint8_t)(s[j] | ((s[j + 4] >> 4) << 6));
+        packed[j + 4] = (uint8_t)(m[j] | ((m[j + 4] >> 4) << 6));
+        packed[j + 8] = (uint8_t)((s[j + 4] & 15) | ((m[j + 4] & 15) << 4));
     }
 }
 
@@ -74,8 +74,8 @@ static inline void unpack_scales_6(uint8_t *s, uint8_t *m, const uint8_t *packed
     for (int j = 0; j < 4; j++) {
         s[j] = packed[j] & 63;
         m[j] = packed[j + 4] & 63;
-        s[j + 4] = (uint8_t)((packed[j + 8] & 15) | packed[j] >> 6 << 4);
-        m[j + 4] = (uint8_t)(packed[j + 8] >> 4 | packed[j + 4] >> 6 << 4);
+        s[j + 4] = (uint8_t)((packed[j + 8] & 15) | ((packed[j] >> 6) << 4));
+        m[j + 4] = (uint8_t)((packed[j + 8] >> 4) | ((packed[j + 4] >> 6) << 4));
     }
 }
 
@@ -94,7 +94,8 @@ INLINE void quantize_scales(batch_scales *scales, const batch_fit *fits, int cou
 
 static inline void pack_nibble_rows(uint8_t *qs, const uint8_t *codes) {
     for (int p = 0; p < 4; p++)
-        for (int j = 0; j < 32; j++) qs[32 * p + j] = (uint8_t)((codes[64 * p + j] & 15) | codes[64 * p + 32 + j] << 4);
+        for (int j = 0; j < 32; j++)
+            qs[32 * p + j] = (uint8_t)((codes[64 * p + j] & 15) | (codes[64 * p + 32 + j] << 4));
 }
 
 static void batch_Q4_K(const float *x, const float *imatrix, block_q4_K *y, int count) {
@@ -194,7 +195,7 @@ static void batch_Q2_K(const float *x, const float *imatrix, block_q2_K *y, int 
         y[b].d = float_to_half(scales.d[b]);
         y[b].dmin = float_to_half(scales.dmin[b]);
         for (int j = 0; j < 16; j++) {
-            y[b].scales[j] = (uint8_t)(scales.s[b][j] | scales.m[b][j] << 4);
+            y[b].scales[j] = (uint8_t)(scales.s[b][j] | (scales.m[b][j] << 4));
             s[j] = y[b].scales[j] & 15;
             m[j] = y[b].scales[j] >> 4;
         }

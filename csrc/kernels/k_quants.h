@@ -125,7 +125,7 @@ static inline void pack_pairs(uint8_t *qs, const uint8_t *codes) {
     for (int h = 0; h < 2; h++)
         for (int j = 0; j < 32; j++) {
             const uint8_t *c = codes + 128 * h + j;
-            qs[32 * h + j] = (uint8_t)((c[0] & 3) | (c[32] & 3) << 2 | (c[64] & 3) << 4 | (c[96] & 3) << 6);
+            qs[32 * h + j] = (uint8_t)((c[0] & 3) | ((c[32] & 3) << 2) | ((c[64] & 3) << 4) | ((c[96] & 3) << 6));
         }
 }
 

@@ -42,9 +42,10 @@ static void pack_Q6_K(block_q6_K *y, const uint8_t *codes) {
     for (int h = 0; h < 2; h++)
         for (int j = 0; j < 32; j++) {
             const uint8_t *c = codes + 128 * h + j;
-            y->ql[64 * h + j] = (uint8_t)((c[0] & 15) | c[64] << 4);
-            y->ql[64 * h + 32 + j] = (uint8_t)((c[32] & 15) | c[96] << 4);
-            y->qh[32 * h + j] = (uint8_t)(c[0] >> 4 | c[32] >> 4 << 2 | c[64] >> 4 << 4 | c[96] >> 4 << 6);
+            y->ql[64 * h + j] = (uint8_t)((c[0] & 15) | (c[64] << 4));
+            y->ql[64 * h + 32 + j] = (uint8_t)((c[32] & 15) | (c[96] << 4));
+            y->qh[32 * h + j] = (uint8_t)((c[0] >> 4) | ((c[32] >> 4) << 2) | ((c[64] >> 4) << 4) |
+                                          ((c[96] >> 4) << 6));
         }
 }
 
@@ -102,14 +103,16 @@ static void dequantize_Q6_K(const uint8_t *src, float *out, int64_t n) {
 /* Q3_K: scales of six bits, stored as s + 32 */
 
 static inline void pack_scales_3(uint8_t *packed, const uint8_t *s) {
-    for (int j = 0; j < 8; j++) packed[j] = (uint8_t)((s[j] & 15) | (s[j + 8] & 15) << 4);
+    for (int j = 0; j < 8; j++) packed[j] = (uint8_t)((s[j] & 15) | ((s[j + 8] & 15) << 4));
     for (int j = 0; j < 4; j++)
-        packed[8 + j] = (uint8_t)(s[j] >> 4 | s[j + 4] >> 4 << 2 | s[j + 8] >> 4 << 4 | s[j + 12] >> 4 << 6);
+        packed[8 + j] = (uint8_t)((s[j] >> 4) | ((s[j + 4] >> 4) << 2) | ((s[j + 8] >> 4) << 4) |
+                                  ((s[j + 12] >> 4) << 6));
 }
 
 static inline void unpack_scales_3(uint8_t *s, const uint8_t *packed) {
     for (int j = 0; j < 16; j++)
-        s[j] = (uint8_t)((j < 8 ? packed[j] & 15 : packed[j - 8] >> 4) | (packed[8 + j % 4] >> 2 * (j / 4) & 3) << 4);
+        s[j] = (uint8_t)((j < 8 ? packed[j] & 15 : packed[j - 8] >> 4) |
+                         (((packed[8 + j % 4] >> (2 * (j / 4))) & 3) << 4));
 }
 
 /* what codes of each sub-block are multiples of */

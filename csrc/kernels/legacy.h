@@ -53,8 +53,8 @@ INLINE void legacy_fives(uint8_t *qh, uint8_t *qs, const float *x, legacy_scale 
     for (int i = 0; i < 16; i += LANES) {
         const vi a = legacy_code(x + i, s), b = legacy_code(x + 16 + i, s);
         vi_store_u8(qs + i, vi_or(vi_and(a, low), vi_shl(vi_and(b, low), 4)));
-        high |= vm_to_bits(vi_gt(vi_and(a, vi_set1(16)), low)) << i | vm_to_bits(vi_gt(vi_and(b, vi_set1(16)), low))
-                                                                          << (16 + i);
+        high |= (vm_to_bits(vi_gt(vi_and(a, vi_set1(16)), low)) << i) |
+                (vm_to_bits(vi_gt(vi_and(b, vi_set1(16)), low)) << (16 + i));
     }
     memcpy(qh, &high, 4);
 }

@@ -21,7 +21,7 @@ INLINE vf sums_of_magnitudes(const float *x, int n) {
 static inline void signs_Q1_0(uint8_t *qs, const float *x) {
     uint64_t word[2] = {0, 0};
     for (int j = 0; j < 128; j += LANES)
-        word[j / 64] |= (uint64_t)vm_to_bits(vf_le(vf_zero(), vf_load(x + j))) << j % 64;
+        word[j / 64] |= (uint64_t)vm_to_bits(vf_le(vf_zero(), vf_load(x + j))) << (j % 64);
     memcpy(qs, word, 16);
 }
 
@@ -48,7 +48,7 @@ static void dequantize_Q1_0(const uint8_t *src, float *out, int64_t n) {
         uint64_t word[2];
         memcpy(word, x->qs, 16);
         for (int j = 0; j < 128; j += LANES)
-            vf_store(out + i + j, vf_select(vm_from_bits((uint32_t)(word[j / 64] >> j % 64)), d, minus_d));
+            vf_store(out + i + j, vf_select(vm_from_bits((uint32_t)(word[j / 64] >> (j % 64))), d, minus_d));
     }
 }
 
@@ -70,7 +70,8 @@ static void quantize_Q2_0(const float *x, uint8_t *out, int64_t n_rows, int64_t 
             vi_store_u8(codes + j, vi_max(vi_min(trit(vf_load(x + i + j), id), vi_set1(3)), vi_set1(0)));
         y->d = float_to_half(d);
         for (int j = 0; j < 16; j++)
-            y->qs[j] = (uint8_t)(codes[4 * j] | codes[4 * j + 1] << 2 | codes[4 * j + 2] << 4 | codes[4 * j + 3] << 6);
+            y->qs[j] = (uint8_t)(codes[4 * j] | (codes[4 * j + 1] << 2) | (codes[4 * j + 2] << 4) |
+                                 (codes[4 * j + 3] << 6));
     }
 }
 
@@ -80,7 +81,7 @@ static void dequantize_Q2_0(const uint8_t *src, float *out, int64_t n) {
         const vf d = vf_set1(half_to_float(x->d));
         uint8_t codes[64];
         for (int j = 0; j < 16; j++) { /* two bits to each of four bytes */
-            const uint32_t q = x->qs[j], spread = (q | q << 6 | q << 12 | q << 18) & 0x03030303u;
+            const uint32_t q = x->qs[j], spread = (q | (q << 6) | (q << 12) | (q << 18)) & 0x03030303u;
             memcpy(codes + 4 * j, &spread, 4);
         }
         for (int j = 0; j < 64; j += LANES)
@@ -169,8 +170,8 @@ static void dequantize_TQ1_0(const uint8_t *src, float *out, int64_t n) {
         values_of_trits(out + i + 160, x->qs + 32, 16, vf_set1(d));
         for (int j = 0; j < 4; j++)
             for (unsigned k = 0, q = x->qh[j]; k < 4; k++) {
-                out[i + 240 + 4 * k + j] = (float)((int)(q * 3 >> 8) - 1) * d;
-                q = q * 3 & 255;
+                out[i + 240 + 4 * k + j] = (float)((int)((q * 3) >> 8) - 1) * d;
+                q = (q * 3) & 255;
             }
     }
 }
