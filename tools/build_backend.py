@@ -25,14 +25,17 @@ from setuptools.build_meta import (  # noqa: F401  (hooks of PEP 517 that need n
 )
 
 ROOT = Path(__file__).resolve().parent.parent
+HEADERS = ("gguflora.h", "llama_hook.h")
+"""The C interface."""
 
 
 def write_wrapper() -> Path:
     """Write ``build/_gguflora.c`` and return its path."""
-    header = (ROOT / "csrc" / "gguflora.h").read_text(encoding="utf-8")
     ffi = FFI()
-    ffi.cdef("\n".join("" if line.startswith("#") else line for line in header.splitlines()))
-    ffi.set_source("gguflora._gguflora", '#include "gguflora.h"', py_limited_api=True)
+    for name in HEADERS:
+        header = (ROOT / "csrc" / name).read_text(encoding="utf-8")
+        ffi.cdef("\n".join("" if line.startswith("#") else line for line in header.splitlines()))
+    ffi.set_source("gguflora._gguflora", "\n".join(f'#include "{name}"' for name in HEADERS), py_limited_api=True)
     target = ROOT / "build" / "_gguflora.c"
     target.parent.mkdir(exist_ok=True)
     ffi.emit_c_code(str(target))

@@ -12,12 +12,14 @@ adapters to change:
   outdated.
 * All completions call ``Llama._create_completion``, and ``reset`` is a parameter of ``Llama.generate``.
 * llama.cpp reports the size of a KV cache only in its log.
+* ``llama_cpp._ggml.libggml`` is the ggml library that llama-cpp-python has loaded.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import version
 from inspect import signature
 from typing import Any, Final
@@ -112,3 +114,15 @@ def kv_bytes_of(log: str) -> int | None:
     """
     sizes = [round(float(size) * 2**20) for size in _KV_BYTES.findall(log)]
     return sum(sizes) if sizes else None
+
+
+def ggml_library() -> Any:  # noqa: ANN401
+    """The ggml library that llama_cpp has loaded, a ``ctypes.CDLL``.
+
+    Raises:
+        HotSwapError: if llama-cpp-python does not give it.
+    """
+    try:
+        return import_module("llama_cpp._ggml").libggml
+    except (ImportError, AttributeError):
+        raise HotSwapError(f"llama-cpp-python {version('llama-cpp-python')} does not give its ggml library") from None
