@@ -138,6 +138,10 @@ class GenerationError(EngineError):
     """A request failed while it was computed; the engine and other requests are not affected."""
 
 
+class MixingError(EngineError):
+    """A batch of several adapter sets could not be computed; the engine computes it again, set by set."""
+
+
 class DivergedError(GenerationError):
     """The logits are not finite with these adapters at these scales."""
 

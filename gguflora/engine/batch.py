@@ -57,6 +57,16 @@ class Batch:
         self._set_pointer("token", None if rows else self._tokens)
         return outputs
 
+    @property
+    def tokens(self) -> NDArray[np.int32] | None:
+        """The batch's tokens; None if it is of embeddings."""
+        return None if self._embeddings is not None else self._tokens[: self.struct.n_tokens]
+
+    @property
+    def outputs(self) -> NDArray[np.int8]:
+        """Which positions get logits."""
+        return self._wants_logits[: self.struct.n_tokens]
+
     def _set_pointer(self, name: str, array: NDArray[Any] | None) -> None:
         kind = dict(llama_cpp.llama_batch._fields_)[name]
         setattr(self.struct, name, None if array is None else ctypes.cast(array.ctypes.data, kind))

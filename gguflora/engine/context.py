@@ -1,6 +1,7 @@
-"""One llama.cpp context: it belongs to an adapter set and keeps computed tokens in slots for later requests.
+"""The llama.cpp context of an engine: it keeps computed tokens in slots for later requests.
 
-All slots share one pool of KV cells (``kv_unified``), so a prefix that two slots have in common is stored once.
+A slot belongs to an adapter set. All slots share one pool of KV cells (``kv_unified``), so a prefix that two slots of
+one set have in common is stored once.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from gguflora.engine.batch import Batch
 from gguflora.engine.model import Model
 from gguflora.engine.registry import NO_ADAPTERS, AdapterPhase
 from gguflora.engine.slots import Chunk, Key, SavedSlot, Slot, count_common
-from gguflora.errors import DivergedError, EngineError, GenerationError
+from gguflora.errors import DivergedError, EngineError, GenerationError, HotSwapError, MixingError
 from gguflora.placement.prefix import Prefix
+from gguflora.quants.arrays import Float32Array
 from gguflora.runtime.bindings import captured_log, position_factors, put_prefix
 from gguflora.runtime.concatenated_adapters import ConcatenatedAdapters
+from gguflora.runtime.graph_hook import GraphFaultError
 from gguflora.runtime.llama_internals import kv_bytes_of
+from gguflora.runtime.mixed_adapters import MixedAdapters
 
 KV_TYPES: Final = {
     "F16": llama_cpp.GGML_TYPE_F16,
@@ -38,7 +42,7 @@ _INFO: Final = 2  # of enum ggml_log_level
 
 @dataclass(frozen=True, slots=True)
 class ContextOptions:
-    """Options that all contexts of an engine share.
+    """Options of a context.
 
     Attributes:
         n_ctx: number of KV cells, for all slots together.
@@ -60,22 +64,33 @@ class Context:
 
     Attributes:
         pointer: the ``llama_context *``; None once freed.
-        identity: identity of its adapter set, without activated LoRAs; None if it has none yet.
         n_cells: number of tokens that all slots together can hold.
         n_batch: largest number of tokens in one batch.
         kv_bytes: size of the KV cache and recurrent states in bytes; None if llama.cpp does not report it.
         slots: its slots, by id.
-        used: time of the last use, in seconds of the monotonic clock.
+        swaps: number of times that other adapters were applied to all tokens of a batch.
+        has_nan: whether KV cells may hold numbers that are not finite.
 
     Raises:
         EngineError: if llama.cpp cannot make the context.
     """
 
-    def __init__(self, model: Model, options: ContextOptions, concatenated: ConcatenatedAdapters) -> None:
+    def __init__(
+        self,
+        model: Model,
+        options: ContextOptions,
+        concatenated: ConcatenatedAdapters,
+        mixed: MixedAdapters | None = None,
+    ) -> None:
         self._model = model
         self._concatenated = concatenated
+        self._mixed = mixed
+        self._hook = None if mixed is None else mixed.hook
+        parameters = _parameters(options)
+        if self._hook is not None:
+            self._hook.attach(parameters)
         with captured_log(min_level=_INFO) as log:
-            pointer = llama_cpp.llama_init_from_model(model.pointer, _parameters(options))
+            pointer = llama_cpp.llama_init_from_model(model.pointer, parameters)
         if not pointer:
             raise EngineError(f"llama.cpp could not make a context of {options.n_ctx} tokens: {' '.join(log).strip()}")
         self.pointer: Any = pointer
@@ -84,13 +99,17 @@ class Context:
         self.n_cells = int(llama_cpp.llama_n_ctx(pointer))
         self.n_batch = int(llama_cpp.llama_n_batch(pointer))
         self.slots = [Slot(number) for number in range(options.n_parallel)]
-        self.identity: Identity | None = None
-        self.used = 0.0
-        self._applied = NO_ADAPTERS
+        self.swaps = 0
+        self._applied: AdapterPhase | None = NO_ADAPTERS  # None while a stack is in force
         self._batch = Batch(self.n_batch, position_factors(model.pointer))
         self._outputs: dict[int, Slot] = {}
+        self._adapted: set[int] = set()  # ids of slots whose part of the last batch was computed by adapters
         self._unchecked: set[int] = set()  # ids of slots whose last logits have not been checked for NaN
-        self._has_nan = False  # whether KV cells may hold numbers that are not finite
+        self._is_cleaned = False  # whether the hook kept such numbers out of the cells of the last batch
+        self._diverged: set[int] = set()  # ids of slots in which a number was not finite
+        self.has_nan = False
+        if mixed is not None:
+            mixed.before_release = self.clear_adapters
 
     def free(self) -> None:
         """Free the context. Idempotent."""
@@ -109,11 +128,11 @@ class Context:
         """Number of tokens in all slots; a shared prefix counts for each slot."""
         return sum(len(slot.held) for slot in self.slots)
 
-    def reset_to(self, identity: Identity | None) -> None:
-        """Clear all slots and assign the context to the adapter set with this identity."""
-        self.forget()
-        self._apply(NO_ADAPTERS)
-        self.identity = identity
+    def clear_adapters(self) -> None:
+        """Apply no adapters."""
+        if self.pointer is not None:
+            self._concatenated.apply(self.pointer, ())
+            self._applied = NO_ADAPTERS
 
     def forget(self) -> None:
         """Clear all slots.
@@ -121,38 +140,45 @@ class Context:
         Normally only the bookkeeping is cleared. If cells may hold numbers that are not finite, the numbers are cleared
         too: attention multiplies masked cells by 0, and 0 * NaN would spoil the next tokens.
         """
-        wipe = self._has_nan or bool(self._unchecked) or not self._model.rewinds
+        wipe = self.has_nan or bool(self._unchecked) or not self._model.rewinds
         llama_cpp.llama_memory_clear(self._memory, wipe)
-        self._has_nan = False
+        self.has_nan = False
         self._unchecked.clear()
+        self._diverged.clear()
         for slot in self.slots:
             slot.held.clear()
 
-    def take(self, keys: Sequence[Key]) -> Slot | None:
+    def take(self, keys: Sequence[Key], identity: Identity) -> Slot | None:
         """Return a free slot that already holds as long a prefix of ``keys`` as possible; None if all slots are busy.
 
-        The last key is always left to decode, because its logits are needed.
+        Only what adapters of the same ``identity`` have computed is used. The last key is always left to decode,
+        because its logits are needed.
         """
         free = [slot for slot in self.slots if not slot.busy]
         if not free:
             return None
         reusable = keys[:-1]
-        source = max(self.slots, key=lambda slot: count_common(slot.held, reusable))
-        common = count_common(source.held, reusable)
-        if source in free and common * 2 >= len(source.held):  # most of the slot is reused: continue in place
+        usable = {slot: count_common(slot.held, reusable) if slot.identity == identity else 0 for slot in self.slots}
+        source = max(self.slots, key=lambda slot: usable[slot])
+        common = usable[source]
+        if source in free and common and common * 2 >= len(source.held):  # most of it is reused: continue in place
             target = source
         else:
             target = min(free, key=lambda slot: (slot is source, len(slot.held) > 0, slot.used))
         if target is not source:
             self._copy(source, target, common)
         self.keep(target, common)
+        target.identity = identity
         target.busy, target.used = True, time.monotonic()
         return target
 
     def release(self, slot: Slot) -> None:
         """Mark ``slot`` as free after its request has ended; its tokens stay for later requests."""
         slot.busy, slot.used = False, time.monotonic()
-        if self._has_nan and self.is_idle:
+        if slot.id in self._diverged:
+            self.keep(slot, 0)
+            self._diverged.discard(slot.id)
+        if self.has_nan and self.is_idle:
             self.forget()
 
     def keep(self, slot: Slot, count: int) -> None:
@@ -170,7 +196,7 @@ class Context:
         size = llama_cpp.llama_state_seq_get_size(self.pointer, slot.id)
         data = (ctypes.c_uint8 * size)()
         written = llama_cpp.llama_state_seq_get_data(self.pointer, data, size, slot.id)
-        return SavedSlot(self.identity, list(slot.held[:]) if written == size else [], data)
+        return SavedSlot(slot.identity, list(slot.held[:]) if written == size else [], data)
 
     def state_bytes(self, slot: Slot) -> int:
         """Return the size in bytes of a copy of ``slot``."""
@@ -179,7 +205,7 @@ class Context:
     def restore(self, saved: SavedSlot) -> Slot | None:
         """Restore saved content into a free slot and return the slot; None if that is impossible."""
         free = [slot for slot in self.slots if not slot.busy]
-        if not free or saved.identity != self.identity or not saved.held:
+        if not free or not saved.held:
             return None
         slot = min(free, key=lambda slot: (len(slot.held) > 0, slot.used))
         self.keep(slot, 0)
@@ -189,13 +215,18 @@ class Context:
             llama_cpp.llama_memory_seq_rm(self._memory, slot.id, -1, -1)
             return None
         slot.held.extend(saved.held)
+        slot.identity = saved.identity
         slot.busy, slot.used = True, time.monotonic()
         return slot
 
-    def knows(self, load_id: int) -> bool:
-        """Return whether the adapter with this load id is applied or belongs to the context's adapter set."""
-        identities = self._applied.identity | (self.identity or frozenset())
-        return any(load_id == other for _, other, _ in identities)
+    def drop(self, load_id: int) -> None:
+        """Forget what was computed by the adapter with this load id, which no request uses; apply it no longer."""
+        for slot in self.slots:
+            if not slot.busy and slot.identity and any(load_id == other for _, other, _ in slot.identity):
+                self.keep(slot, 0)
+                slot.identity = None
+        if self._applied is not None and any(load_id == other for _, other, _ in self._applied.identity):
+            self.clear_adapters()
 
     def make_room(self, count: int) -> bool:
         """Clear idle slots, the least recently used first, until ``count`` cells are free; return whether they are."""
@@ -206,30 +237,81 @@ class Context:
             self.keep(idle.pop(), 0)
         return True
 
-    def decode(self, chunks: Sequence[Chunk]) -> list[int]:
-        """Decode chunks of one group in one batch.
+    def decode(self, chunks: Sequence[Chunk], *, mixed: bool = False) -> list[int]:
+        """Decode chunks of one kind in one batch.
+
+        Args:
+            chunks: what to decode; unless ``mixed``, all with the same LoRAs.
+            mixed: apply to each chunk only its own LoRAs.
 
         Returns:
             Index in the batch of each chunk that wants logits, in order.
 
         Raises:
             GenerationError: if llama.cpp fails.
+            MixingError: if sets cannot be mixed after all; the batch may be decoded again, and then not ``mixed``.
         """
-        self._apply(chunks[0].phase)
-        self._unchecked.update(chunk.slot.id for chunk in chunks)
+        weights = None
+        if mixed:
+            weights = self._apply_stack(chunks)
+        else:
+            self._apply(chunks[0].phase)
         if isinstance(chunks[0].inputs, Prefix):
+            self._unchecked.update(chunk.slot.id for chunk in chunks)
             return self._write_prefixes(chunks)
         self._outputs = self._batch.fill(chunks)
+        self._adapted = {chunk.slot.id for chunk in chunks if chunk.phase.parts}
+        # where every token's logits are looked at, as in decode steps of one set, numbers that are not finite show
+        is_cleaned = self._hook is not None and (mixed or len(self._outputs) < self._batch.struct.n_tokens)
+        if is_cleaned:
+            assert self._hook is not None
+            self._hook.begin(self._batch.tokens, self._batch.outputs, weights)
+        else:
+            self._unchecked.update(chunk.slot.id for chunk in chunks)
+        self._is_cleaned = is_cleaned
         status = llama_cpp.llama_decode(self.pointer, self._batch.struct)
+        if is_cleaned:
+            self._note_diverged(chunks)
         if status:
-            self._has_nan = True
+            self.has_nan = True
             raise GenerationError(
                 f"llama.cpp could not decode a batch of {self._batch.struct.n_tokens} tokens (status {status})"
             )
-        self.used = time.monotonic()
         for chunk in chunks:
             chunk.slot.held.extend(chunk.keys)
         return list(self._outputs)
+
+    def _note_diverged(self, chunks: Sequence[Chunk]) -> None:
+        """Take in what the hook has seen in the batch just decoded."""
+        assert self._hook is not None
+        assert self._mixed is not None
+        try:
+            report = self._hook.end()
+        except GraphFaultError as error:
+            for chunk in chunks:
+                llama_cpp.llama_memory_seq_rm(self._memory, chunk.slot.id, len(chunk.slot.held), -1)
+            self.clear_adapters()
+            self._mixed.disable(str(error))
+            raise MixingError(str(error)) from error
+        start = 0
+        for chunk in chunks:
+            stop = start + len(chunk.keys)
+            if report.diverged[start:stop].any():
+                self._diverged.add(chunk.slot.id)
+            start = stop
+
+    def _apply_stack(self, chunks: Sequence[Chunk]) -> Float32Array:
+        """Put the stack with the LoRAs of all chunks in force; return the weights of each token."""
+        assert self._mixed is not None
+        try:
+            by_set = self._mixed.apply(self.pointer, [chunk.phase.parts for chunk in chunks])
+        except (HotSwapError, MemoryError) as error:
+            self.clear_adapters()
+            self._mixed.disable(str(error))
+            raise MixingError(str(error)) from error
+        self._concatenated.forget(self.pointer)
+        self._applied = None
+        return np.repeat(by_set, [len(chunk.keys) for chunk in chunks], axis=0)
 
     def _write_prefixes(self, chunks: Sequence[Chunk]) -> list[int]:
         """Write the keys and values of soft prompts into empty slots."""
@@ -237,7 +319,6 @@ class Context:
             assert isinstance(chunk.inputs, Prefix)
             put_prefix(self.pointer, chunk.inputs, chunk.slot.id)
             chunk.slot.held.extend(chunk.keys)
-        self.used = time.monotonic()
         return []
 
     def logits(self, index: int) -> NDArray[np.float32]:
@@ -250,18 +331,21 @@ class Context:
         if not pointer:
             raise GenerationError("llama.cpp gave no logits")
         logits: NDArray[np.float32] = np.ctypeslib.as_array(pointer, (self._model.n_vocab,))
-        if not np.isfinite(logits.max()):
-            self._has_nan = True
-            if not self._applied.parts:
+        slot = self._outputs[index]
+        if slot.id in self._diverged or not np.isfinite(logits.max()):
+            self.has_nan |= not self._is_cleaned
+            if slot.id not in self._adapted:
                 raise GenerationError("the logits of the model are not finite")
             raise DivergedError("the logits are not finite: the scale of an adapter is too large, or it has diverged")
-        self._unchecked.discard(self._outputs[index].id)
+        self._unchecked.discard(slot.id)
         return logits
 
     def _apply(self, phase: AdapterPhase) -> None:
-        if phase.identity != self._applied.identity:
+        """Apply these LoRAs to all tokens."""
+        if self._applied is None or phase.identity != self._applied.identity:
             self._concatenated.apply(self.pointer, phase.parts)
             self._applied = phase
+            self.swaps += 1
 
     def _copy(self, source: Slot, target: Slot, count: int) -> None:
         self.keep(target, 0)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -17,7 +18,6 @@ from gguflora.adapters.soft_prompt import is_soft_prompt, read_soft_prompt
 from gguflora.architectures.base_model import read_whole_base
 from gguflora.engine.adapter_sets import AdapterSet, canonical_set, parse_set
 from gguflora.engine.context import KV_TYPES, Context, ContextOptions
-from gguflora.engine.context_pool import ContextPool
 from gguflora.engine.job import GenerationJob
 from gguflora.engine.model import Model
 from gguflora.engine.registry import (
@@ -27,7 +27,7 @@ from gguflora.engine.registry import (
     RegisteredAdapter,
     ResolvedSet,
 )
-from gguflora.engine.requests import Generation, GenerationSink, Request
+from gguflora.engine.requests import Generation, GenerationSink, Request, Sampling
 from gguflora.engine.scheduler import Scheduler
 from gguflora.engine.stats import EngineStats, collect_stats
 from gguflora.errors import (
@@ -36,31 +36,36 @@ from gguflora.errors import (
     EngineError,
     HotSwapError,
     PromptTooLongError,
+    QueueFullError,
     RequestError,
 )
 from gguflora.files.remote import remote_inputs
-from gguflora.placement.prefix import fit_prefix
+from gguflora.placement.prefix import Prefix, fit_prefix
 from gguflora.runtime.adapter_files import open_adapter
-from gguflora.runtime.bindings import free_lora, invocation_of, load_lora
+from gguflora.runtime.bindings import Pointer, free_lora, invocation_of, load_lora, put_prefix
 from gguflora.runtime.concatenated_adapters import ConcatenatedAdapters
+from gguflora.runtime.mixed_adapters import MixedAdapters
 from gguflora.system.cpus import usable_cpus
+
+_LOG: Final = logging.getLogger(__name__)
 
 
 class Engine:
     """Answers requests on one GGUF model, each with its own set of adapters. Thread-safe.
 
-    Each adapter set is computed in its own context; the weights are shared. Requests of one set are decoded together.
-    As a context manager it closes itself on exit.
+    All requests share the weights and one context. Requests of different adapter sets are decoded in one batch, in
+    which each token is computed by its own adapters only; where that is impossible, sets take turns. As a context
+    manager it closes itself on exit.
 
     Args:
         base: GGUF file of the model.
         adapters: adapters to load at the start, by name: GGUF LoRA files or PEFT directories.
         tasks: task number of each MULTITASK_PROMPT_TUNING adapter in ``adapters``, by name.
-        n_ctx: size of a context in tokens. It limits the prompt and answer of one request, and all requests that share
-            a context.
-        n_parallel: largest number of requests that one context decodes together.
-        max_contexts: largest number of contexts in memory, that is of adapter sets with a KV cache.
-        max_kv_bytes: largest size of all KV caches in bytes; it may lower `max_contexts`.
+        n_ctx: size of the context in tokens. It limits the prompt and answer of one request, and of all requests that
+            are computed at the same time.
+        n_parallel: largest number of requests that are decoded together.
+        max_contexts: has no effect any more, since all adapter sets share one context.
+        max_kv_bytes: largest size of the KV cache in bytes.
         queue_size: largest number of requests that wait to start.
         n_batch: largest number of tokens decoded in one step. Above 128, prompts get no faster, but contexts get larger
             and other requests wait longer.
@@ -105,13 +110,16 @@ class Engine:
         self._model = Model(path, verbose=verbose)
         self.n_vocab = self._model.n_vocab
         try:
-            concatenated = ConcatenatedAdapters(self._model.pointer, self._description.architecture, self._lora_file)
-            pool = ContextPool(lambda: Context(self._model, options, concatenated), max_contexts, max_kv_bytes)
+            architecture = self._description.architecture
+            self._concatenated = ConcatenatedAdapters(self._model.pointer, architecture, self._lora_file)
+            self._mixed = MixedAdapters(self._model.pointer, architecture, can_rewind=self._model.rewinds)
+            context = Context(self._model, options, self._concatenated, self._mixed)
+            _check_kv_bytes(context, max_kv_bytes)
         except BaseException:
             self._model.free()
             raise
-        self._concatenated = concatenated
-        self._scheduler = Scheduler(pool, queue_size, self._finished)
+        self._options = options
+        self._scheduler = Scheduler(context, self._mixed, queue_size, self._finished)
         atexit.register(self.close)  # Python would crash if it ended while a thread is still in llama.cpp
         try:
             self._load_first(adapters or {}, tasks or {})
@@ -167,6 +175,8 @@ class Engine:
             raise AdapterNameError(f"a task is given for {unknown_names[0]!r:.80}, but no adapter has this name")
         for name, location in adapters.items():
             self.load(location, name, task=tasks.get(name))
+        if self._mixed.reason is not None and adapters:
+            _LOG.warning("requests of different adapters take turns: %s", self._mixed.reason)
 
     def _load_lora(self, location: Path, entry: tuple[int, str, int, float], task: int | None) -> RegisteredAdapter:
         """Load a LoRA into llama.cpp; ``entry`` is its id, name, load id and scale."""
@@ -174,9 +184,16 @@ class Engine:
             raise HotSwapError(f"{location}: is not a soft prompt, so it has no task {task}")
         number, name, load_id, scale = entry
         source = open_adapter(location, self._description)
-        pointer = self._scheduler.call(lambda: load_lora(self._model.pointer, source.file))
+        pointer = self._scheduler.call(lambda: self._load_pointer(source.file))
         adapter = LoadedAdapter(number, name, location, source.sha256, source.size, source.method, load_id, scale)
         return RegisteredAdapter(adapter, pointer, invocation=invocation_of(pointer))
+
+    def _load_pointer(self, file: Path) -> Pointer:
+        """Load a LoRA, and prepare to mix it with those loaded already. In the scheduler's thread."""
+        pointer = load_lora(self._model.pointer, file)
+        if self._mixed.add(pointer, file):
+            self._mixed.prepare(self._options.n_parallel)
+        return pointer
 
     def _lora_file(self, location: Path) -> Path:
         return open_adapter(location, self._description).file
@@ -190,10 +207,18 @@ class Engine:
         prefix = fit_prefix(prompt, self._description)
         self._check_length(prefix.n_tokens)
         if prefix.embeddings is None:
-            self._scheduler.call(lambda: self._scheduler.pool.try_prefix(prefix))
+            self._scheduler.call(lambda: self._try_prefix(prefix))
         size = prompt.path.stat().st_size
         adapter = LoadedAdapter(number, name, location, prompt.sha256, size, prompt.method, load_id, scale)
         return RegisteredAdapter(adapter, None, prefix)
+
+    def _try_prefix(self, prefix: Prefix) -> None:
+        """Raise unless the keys and values of a soft prompt can be written to a context's cache."""
+        context = Context(self._model, self._options, self._concatenated)
+        try:
+            put_prefix(context.pointer, prefix)
+        finally:
+            context.free()
 
     def unload(self, name: str) -> None:
         """Remove an adapter. Requests that use it finish with it; its memory is freed after the last of them.
@@ -289,6 +314,51 @@ class Engine:
             raise
         return generation
 
+    def generate_many(
+        self,
+        pairs: Iterable[tuple[str | Sequence[int], str | AdapterSet]],
+        sampling: Sampling | None = None,
+        *,
+        max_tokens: int = 256,
+    ) -> list[Generation]:
+        """Answer many prompts, each under its own adapters, in as few batches as possible.
+
+        Args:
+            pairs: a prompt, text or tokens, and an adapter set, as text such as ``legal@0.5+tone`` or from
+                `adapter_set`. The same prompt may come with many sets, and the same set with many prompts.
+            sampling: how tokens are chosen, by default as in `Request`.
+            max_tokens: largest number of tokens of each answer.
+
+        Returns:
+            The answers in the order of the pairs; the last of them may not have ended yet.
+
+        Raises:
+            PromptTooLongError, RequestError, AdapterNameError: as `submit`; then no answer goes on.
+        """
+        requests = [
+            Request(
+                self.tokenize(prompt) if isinstance(prompt, str) else prompt,
+                self.adapter_set(adapters),
+                max_tokens=max_tokens,
+                sampling=sampling or Sampling(),
+            )
+            for prompt, adapters in pairs
+        ]
+        ended = threading.Semaphore(0)
+        generations: list[Generation] = []
+        n_ended = 0
+        for request in requests:
+            while True:
+                try:
+                    generations.append(self.submit(request, lambda is_end: ended.release() if is_end else None))
+                    break
+                except QueueFullError:
+                    if n_ended == len(generations):  # others fill the queue
+                        raise
+                    ended.acquire()
+                    n_ended += 1
+        return generations
+
     def stats(self) -> EngineStats:
         """Return the engine's statistics."""
         self._check_open()
@@ -302,7 +372,8 @@ class Engine:
             self._closed = True
         atexit.unregister(self.close)
         self._scheduler.close()
-        self._scheduler.pool.close()
+        self._scheduler.context.free()
+        self._mixed.close()
         self._concatenated.free()
         for registered in self._registry.all():
             free_lora(self._registry.remove(registered.adapter.name).pointer)
@@ -357,9 +428,23 @@ class Engine:
 
     def _free(self, registered: RegisteredAdapter) -> None:
         """Free an adapter that no request uses. Must run in the scheduler's thread, as all calls into llama.cpp do."""
-        self._scheduler.pool.drop(registered)
+        self._scheduler.context.drop(registered.adapter.load_id)
+        self._mixed.drop(registered.pointer)
         self._concatenated.drop(registered.adapter.sha256)
         free_lora(registered.pointer)
+
+
+def _check_kv_bytes(context: Context, limit: int | None) -> None:
+    if limit is None or context.kv_bytes == 0:
+        return
+    if context.kv_bytes is None:
+        context.free()
+        raise EngineError("this llama.cpp does not report the size of a KV cache, so max_kv_bytes cannot be enforced")
+    if context.kv_bytes > limit:
+        context.free()
+        raise EngineError(
+            f"the context needs {context.kv_bytes} bytes of KV cache, more than the {limit} allowed; lower n_ctx"
+        )
 
 
 def _options(n_ctx: int, n_parallel: int, n_batch: int, threads: int | None, kv_type: str) -> ContextOptions:

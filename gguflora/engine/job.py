@@ -15,6 +15,7 @@ from gguflora.engine.slots import Chunk, Key, SavedSlot, Slot
 from gguflora.errors import EngineError
 from gguflora.placement.prefix import Prefix
 from gguflora.runtime.alora import starts_of
+from gguflora.runtime.concatenated_adapters import ScaledLora
 
 
 @dataclass(slots=True)
@@ -87,6 +88,7 @@ class GenerationJob:
         adapters: its adapter set, resolved.
         slot: the slot that computes it; None while it waits.
         saved: copy of its slot from when it was suspended, if there was memory for one.
+        slot_taken: when it got its slot, in seconds of the monotonic clock.
         ended: whether the caller has been told that it ended.
     """
 
@@ -96,6 +98,7 @@ class GenerationJob:
         self.adapters = adapters
         self.slot: Slot | None = None
         self.saved: SavedSlot | None = None
+        self.slot_taken = 0.0
         self._plan = TokenPlan.from_prompt(adapters, prompt)
         self._n_prompt = len(self._plan.keys)
         self._max_positions = min(self._n_prompt + request.max_tokens, n_ctx)
@@ -133,9 +136,14 @@ class GenerationJob:
             return "timeout"
         return None
 
+    @property
+    def all_parts(self) -> tuple[ScaledLora, ...]:
+        """Every LoRA that computes any of its tokens."""
+        return self.adapters.phase(frozenset(self.adapters.invocations)).parts
+
     def start(self, slot: Slot) -> None:
         """Start or resume the job in ``slot``."""
-        self.slot, self.saved = slot, None
+        self.slot, self.saved, self.slot_taken = slot, None, time.monotonic()
         if self._reused is None:
             self._reused = len(slot.held)
             self._started = time.monotonic()

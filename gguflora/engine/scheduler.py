@@ -1,8 +1,9 @@
-"""The scheduler: a single thread calls llama.cpp and decides which requests run, where, and what is decoded next.
+"""The thread that calls llama.cpp. It decides which requests run and what is decoded next.
 
-Requests of one adapter set share a context and are decoded together. Each step decodes one token of every request that
-is generating, and part of the prompts of requests that have just started. The next step belongs to the adapter set that
-has used the least time. A set without a context waits until a context is idle or its owner's time slice is over.
+All requests share one context. Every step decodes one token of each request that is generating, and part of the prompts
+of those that have just started: requests of different adapter sets in one batch where they can be mixed, otherwise the
+requests of one set, the one that has used the least time. A request that finds no slot waits until one is free, or
+until the time slice of another set is over.
 """
 
 from __future__ import annotations
@@ -12,65 +13,47 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from gguflora.engine.adapter_sets import Identity
+from gguflora.engine.batch_planner import AdapterQueue, BatchPlanner, PlannedBatch
 from gguflora.engine.context import Context
-from gguflora.engine.context_pool import ContextPool
 from gguflora.engine.job import GenerationJob
-from gguflora.engine.registry import ResolvedSet
 from gguflora.engine.requests import FinishReason
-from gguflora.engine.slots import Chunk
-from gguflora.errors import EngineClosedError, EngineError, GenerationError, QueueFullError
+from gguflora.errors import EngineClosedError, EngineError, GenerationError, MixingError, QueueFullError
+from gguflora.runtime.mixed_adapters import MixedAdapters
 
 T = TypeVar("T")
 
 SLICE_SECONDS: Final = 0.5
-"""Time for which a set keeps its context while another set waits for one."""
-
-_MIXED_SHARE: Final = 4
-"""While requests generate, prompts may use only 1/4 of a batch, so that the generating requests do not wait long."""
-
-
-@dataclass(slots=True, eq=False)
-class AdapterQueue:
-    """All requests of one adapter set.
-
-    Attributes:
-        adapters: the adapter set.
-        waiting: jobs without a slot, in order.
-        running: jobs with a slot in the context.
-        context: the context of the set, if it has one.
-        spent: seconds of computing; the queue with the least comes next.
-        since: value of `spent` when the set got its context.
-    """
-
-    adapters: ResolvedSet
-    waiting: deque[GenerationJob] = field(default_factory=deque)
-    running: list[GenerationJob] = field(default_factory=list)
-    context: Context | None = None
-    spent: float = 0.0
-    since: float = 0.0
+"""Time for which a set keeps its slots while another set waits for one."""
 
 
 class Scheduler:
-    """Runs jobs on a pool of contexts, in its own thread.
+    """Runs jobs in a context, in its own thread.
 
     Args:
-        pool: the contexts; only the scheduler's thread uses them.
+        context: the context; only the scheduler's thread uses it.
+        mixed: applies several adapter sets in one batch of the context.
         queue_size: largest number of jobs that wait to start.
         finished: called in the scheduler's thread with each job that has ended, before its caller is told.
 
     Attributes:
         ended: number of ended jobs by finish reason.
         tokens: number of tokens of ended jobs: "prompt", "out" and "reused"; and of all decoded tokens: "decoded".
+        steps: number of decoded batches: "mixed" ones of several adapter sets, and "single" ones of one.
+        saved_bytes: memory for copies of suspended slots, in bytes.
     """
 
-    def __init__(self, pool: ContextPool, queue_size: int, finished: Callable[[GenerationJob], None]) -> None:
-        self.pool = pool
+    def __init__(
+        self, context: Context, mixed: MixedAdapters, queue_size: int, finished: Callable[[GenerationJob], None]
+    ) -> None:
+        self.context = context
         self.ended: Counter[FinishReason] = Counter()
         self.tokens: Counter[str] = Counter()
+        self.steps: Counter[str] = Counter()
+        self.saved_bytes = context.kv_bytes or 0
+        self._planner = BatchPlanner(context.n_batch, mixed)
         self._queue_size = queue_size
         self._finished = finished
         self._queues: dict[Identity, AdapterQueue] = {}
@@ -89,7 +72,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Number of jobs that have started and not ended. Only for the scheduler's thread."""
-        return sum(job.started for queue in self._queues.values() for job in [*queue.running, *queue.waiting])
+        return sum(job.started for queue in self._queues.values() for job in queue.jobs)
 
     def submit(self, job: GenerationJob) -> None:
         """Put a job into the queue.
@@ -139,12 +122,13 @@ class Scheduler:
     def _run(self) -> None:
         while self._receive():
             self._sweep()
-            self._admit()
-            queue = self._next_queue()
-            if queue is not None:
-                self._guarded(queue, self._step)
+            try:
+                self._admit()
+                self._step()
+            except Exception as error:  # nothing may end the thread: no caller would ever be answered
+                self._fail(self._running(), error)
         for queue in self._queues.values():
-            for job in [*queue.running, *queue.waiting]:
+            for job in queue.jobs:
                 self._end(job, "cancelled")
 
     def _receive(self) -> bool:
@@ -177,164 +161,148 @@ class Scheduler:
     def _sweep(self) -> None:
         """End jobs that are cancelled or timed out, and remove queues without jobs."""
         for identity, queue in list(self._queues.items()):
-            for job in [*queue.running, *queue.waiting]:
+            for job in queue.jobs:
                 reason = job.interruption
                 if reason is not None:
-                    self._leave(queue, job)
+                    self._leave(job)
                     self._end(job, reason)
-            if not queue.running and not queue.waiting:
+            if not queue.jobs:
                 del self._queues[identity]
+
+    def _running(self) -> list[GenerationJob]:
+        return [job for queue in self._queues.values() for job in queue.running]
+
+    def _queue_of(self, job: GenerationJob) -> AdapterQueue:
+        return self._queues[job.adapters.base_phase.identity]
 
     def _admit(self) -> None:
         """Start waiting jobs, those of the queue with the least time first."""
         for queue in sorted(self._queues.values(), key=lambda queue: queue.spent):
-            if queue.waiting:
-                self._guarded(queue, self._fill)
-
-    def _guarded(self, queue: AdapterQueue, work: Callable[[AdapterQueue], None]) -> None:
-        """Call ``work`` on a queue; if it raises, end the jobs of this queue only."""
-        try:
-            work(queue)
-        except Exception as error:
-            self._fail(queue, [*queue.running, *queue.waiting], error)
+            try:
+                self._fill(queue)
+            except Exception as error:
+                self._fail(queue.jobs, error)
 
     def _fill(self, queue: AdapterQueue) -> None:
-        """Start jobs of ``queue`` while its context has room."""
-        if queue.context is None and not self._find_context(queue):
-            return
-        while queue.waiting and self._start(queue, queue.waiting[0]):
-            queue.running.append(queue.waiting.popleft())
+        """Start jobs of ``queue`` while there is room, for the first one perhaps at the cost of another set."""
+        while queue.waiting and (self._start(queue) or (not queue.running and self._suspend_for(queue))):
+            pass
 
-    def _find_context(self, queue: AdapterQueue) -> bool:
-        """Give ``queue`` a context, perhaps one from a queue whose time slice is over; return whether it has one."""
-        context = self.pool.context_of(queue.adapters)
-        if context is None:
-            owners = [other for other in self._queues.values() if other.context is not None]
-            expired = [other for other in owners if other.spent - other.since >= SLICE_SECONDS]
-            if not expired:
-                return False
-            self._suspend(max(expired, key=lambda other: other.spent))
-            context = self.pool.context_of(queue.adapters)
-        queue.context, queue.since = context, queue.spent
-        return context is not None
-
-    def _suspend(self, queue: AdapterQueue) -> None:
-        """Take the context away from a queue; its running jobs wait again."""
-        for job in reversed(queue.running):
-            self._save(queue, job)
-            self._leave_slot(queue, job)
-            queue.waiting.appendleft(job)
-        queue.running.clear()
-        queue.context = None
-
-    def _save(self, queue: AdapterQueue, job: GenerationJob) -> None:
-        """Copy a job's slot if there is memory for it; otherwise the job's tokens will be computed again."""
-        context, slot = queue.context, job.slot
-        assert context is not None
-        assert slot is not None
-        in_use = sum(len(job.saved.data) for other in self._queues.values() for job in other.waiting if job.saved)
-        if slot.held and in_use + context.state_bytes(slot) <= self.pool.saved_bytes:
-            job.saved = context.save(slot)
-
-    def _start(self, queue: AdapterQueue, job: GenerationJob) -> bool:
-        """Start ``job`` if a slot is free and the context has room for its tokens; return whether it started."""
-        context = queue.context
-        assert context is not None
-        in_use = sum(len(running.keys) for running in queue.running)
-        if queue.running and in_use + len(job.keys) + len(queue.running) + 1 > context.n_cells:
+    def _start(self, queue: AdapterQueue) -> bool:
+        """Start the first waiting job if a slot is free and the context has room; return whether it started."""
+        context, job, running = self.context, queue.waiting[0], self._running()
+        in_use = sum(len(other.keys) for other in running)
+        if running and in_use + len(job.keys) + len(running) + 1 > context.n_cells:
             return False
         slot = context.restore(job.saved) if job.saved else None
-        slot = slot or context.take(job.keys)
+        slot = slot or context.take(job.keys, job.adapters.base_phase.identity)
         if slot is None:
             return False
+        slot.names = job.adapters.names
         if not job.started:
             with self._wake:
                 self._queued -= 1
         job.start(slot)
+        if not queue.running:
+            queue.since = queue.spent
+        queue.running.append(queue.waiting.popleft())
         return True
 
-    def _next_queue(self) -> AdapterQueue | None:
-        running = [queue for queue in self._queues.values() if queue.running]
-        return min(running, key=lambda queue: queue.spent) if running else None
+    def _suspend_for(self, queue: AdapterQueue) -> bool:
+        """Suspend the newest job of another set whose time slice is over; return whether there is one."""
+        others = [other for other in self._queues.values() if other is not queue and other.running]
+        expired = [other for other in others if other.spent - other.since >= SLICE_SECONDS]
+        if not expired:
+            return False
+        other = max(expired, key=lambda other: other.spent)
+        self._save(other.running[-1])
+        self._put_back(other.running[-1])
+        other.since = other.spent
+        return True
 
-    def _step(self, queue: AdapterQueue) -> None:
-        """Decode the next tokens of every job, and sample a token for each job whose prompt is complete."""
+    def _put_back(self, job: GenerationJob) -> None:
+        """Take a running job's slot away; it is the next of its set to start."""
+        queue = self._queue_of(job)
+        queue.running.remove(job)
+        self._leave_slot(job)
+        queue.waiting.appendleft(job)
+
+    def _save(self, job: GenerationJob) -> None:
+        """Copy a job's slot if there is memory for it; otherwise the job's tokens will be computed again."""
+        assert job.slot is not None
+        waiting = (other for queue in self._queues.values() for other in queue.waiting)
+        in_use = sum(len(other.saved.data) for other in waiting if other.saved)
+        if job.slot.held and in_use + self.context.state_bytes(job.slot) <= self.saved_bytes:
+            job.saved = self.context.save(job.slot)
+
+    def _step(self) -> None:
+        """Decode the next tokens of the jobs whose turn it is; sample a token for each whose prompt is complete."""
+        batches = self._planner.plan(list(self._queues.values()))
+        while batches and not self.context.make_room(sum(batch.n_tokens for batch in batches)):
+            newest = max(self._running(), key=lambda job: job.slot_taken)
+            if len(self._running()) == 1:
+                self._fail([newest], GenerationError("the context is full"))
+                return
+            self._put_back(newest)  # it waits until the others have ended
+            batches = self._planner.plan(list(self._queues.values()))
+        for batch in batches:
+            self._decode(batch)
+
+    def _decode(self, batch: PlannedBatch) -> None:
         started = time.perf_counter()
-        for group in self._plan(queue):
-            self._decode(queue, group)
-        queue.spent += time.perf_counter() - started
-
-    def _decode(self, queue: AdapterQueue, group: Sequence[tuple[GenerationJob, Chunk]]) -> None:
-        context = queue.context
-        assert context is not None
-        chunks = [chunk for _, chunk in group]
         try:
-            indices = iter(context.decode(chunks))
-        except EngineError as error:
-            self._fail(queue, [job for job, _ in group], error)
+            indices = iter(self.context.decode([chunk for _, chunk in batch.chunks], mixed=batch.mixed))
+        except MixingError:
+            return  # nothing was lost: what is left to decode is planned again
+        except Exception as error:
+            self._fail([job for job, _ in batch.chunks], error)
             return
-        self.tokens["decoded"] += sum(len(chunk.keys) for chunk in chunks)
-        for job, chunk in group:
+        seconds = time.perf_counter() - started
+        self.tokens["decoded"] += batch.n_tokens
+        self.steps["mixed" if batch.n_sets > 1 else "single"] += 1
+        self._planner.note(batch, seconds)
+        for job, _ in batch.chunks:
+            self._queue_of(job).spent += seconds / len(batch.chunks)
+        for job, chunk in batch.chunks:
             if chunk.wants_logits:
-                self._advance(queue, job, context, next(indices))
+                self._advance(job, next(indices))
+        if self.context.has_nan:  # what the other jobs have computed may be spoilt from now on
+            for job in self._running():
+                self._put_back(job)
+            self.context.forget()
 
-    def _advance(self, queue: AdapterQueue, job: GenerationJob, context: Context, index: int) -> None:
+    def _advance(self, job: GenerationJob, index: int) -> None:
         try:
-            reason = job.advance(context, index)
+            reason = job.advance(self.context, index)
         except EngineError as error:
-            self._fail(queue, [job], error)
+            self._fail([job], error)
             return
         if reason is not None:
-            self._leave(queue, job)
+            self._leave(job)
             self._end(job, reason)
 
-    def _plan(self, queue: AdapterQueue) -> list[list[tuple[GenerationJob, Chunk]]]:
-        """Return the chunks to decode, by group: a token of each generating job, then prompts in order of arrival."""
-        context = queue.context
-        assert context is not None
-        generating = any(job.remaining == 1 for other in self._queues.values() for job in other.running)
-        budget = context.n_batch // _MIXED_SHARE if generating else context.n_batch
-        budget = max(budget, len(queue.running))
-        while True:
-            plan, left = [], budget
-            for job in sorted(queue.running, key=lambda job: job.remaining > 1):
-                if left:
-                    chunk = job.chunk(left)
-                    plan.append((job, chunk))
-                    left = max(left - len(chunk.keys), 0)
-            if context.make_room(sum(len(chunk.keys) for _, chunk in plan)):
-                return _grouped(plan)
-            if len(queue.running) == 1:
-                raise GenerationError("the context is full")
-            newest = queue.running.pop()  # it waits until the others have ended
-            self._leave_slot(queue, newest)
-            queue.waiting.appendleft(newest)
-
-    def _leave(self, queue: AdapterQueue, job: GenerationJob) -> None:
+    def _leave(self, job: GenerationJob) -> None:
+        queue = self._queue_of(job)
         if job in queue.running:
             queue.running.remove(job)
-            self._leave_slot(queue, job)
-            if not queue.running:
-                queue.context = None
+            self._leave_slot(job)
         elif job in queue.waiting:
             queue.waiting.remove(job)
             if not job.started:
                 with self._wake:
                     self._queued -= 1
 
-    @staticmethod
-    def _leave_slot(queue: AdapterQueue, job: GenerationJob) -> None:
-        if job.slot is not None and queue.context is not None:
-            queue.context.release(job.slot)
+    def _leave_slot(self, job: GenerationJob) -> None:
+        if job.slot is not None:
+            self.context.release(job.slot)
         job.slot = None
 
-    def _fail(self, queue: AdapterQueue, jobs: Sequence[GenerationJob], error: Exception) -> None:
-        context = queue.context
+    def _fail(self, jobs: Sequence[GenerationJob], error: Exception) -> None:
         reported = error if isinstance(error, EngineError) else GenerationError(f"the request failed: {error}")
         for job in jobs:
-            if context is not None and job.slot is not None:
-                context.keep(job.slot, 0)
-            self._leave(queue, job)
+            if job.slot is not None:
+                self.context.keep(job.slot, 0)
+            self._leave(job)
             self._end(job, "error", reported)
 
     def _end(self, job: GenerationJob, reason: FinishReason, error: EngineError | None = None) -> None:
@@ -348,11 +316,3 @@ class Scheduler:
             self._finished(job)
         finally:
             job.end(reason, error)
-
-
-def _grouped(plan: Sequence[tuple[GenerationJob, Chunk]]) -> list[list[tuple[GenerationJob, Chunk]]]:
-    """Split a plan into groups that can each be decoded in one batch."""
-    groups: dict[tuple[bool, bool, Identity], list[tuple[GenerationJob, Chunk]]] = {}
-    for job, chunk in plan:
-        groups.setdefault(chunk.group, []).append((job, chunk))
-    return list(groups.values())

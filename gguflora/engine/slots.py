@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from gguflora.engine.adapter_sets import Identity
+from gguflora.engine.adapter_sets import AdapterSet, Identity
 from gguflora.engine.registry import AdapterPhase, Embeddings
 from gguflora.placement.prefix import Prefix
 
@@ -25,12 +25,16 @@ class Slot:
 
     Attributes:
         id: llama.cpp's sequence id.
+        identity: identity of the adapter set that computed them, without activated LoRAs; None if nothing is held.
+        names: the names and scales of that set, for statistics.
         held: keys of the decoded positions, in order.
         busy: whether a request is using the slot.
         used: time of the last use, in seconds of the monotonic clock.
     """
 
     id: int
+    identity: Identity | None = None
+    names: AdapterSet | None = None
     held: list[Key] = field(default_factory=list)
     busy: bool = False
     used: float = 0.0
@@ -55,9 +59,14 @@ class Chunk:
     wants_logits: bool
 
     @property
-    def group(self) -> tuple[bool, bool, Identity]:
-        """Chunks of equal groups can be decoded in one batch."""
-        return isinstance(self.inputs, Prefix), isinstance(self.inputs, np.ndarray), self.phase.identity
+    def parts(self) -> frozenset[tuple[int, float]]:
+        """The LoRAs and scales that compute it: those of equal ones can be applied together by llama.cpp itself."""
+        return frozenset((id(part.pointer), part.scale) for part in self.phase.parts)
+
+    @property
+    def kind(self) -> type:
+        """Chunks of different kinds cannot be decoded in one batch: list, np.ndarray or Prefix."""
+        return list if not isinstance(self.inputs, np.ndarray | Prefix) else type(self.inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +74,7 @@ class SavedSlot:
     """A copy of a slot's content outside of its context.
 
     Attributes:
-        identity: identity of the context's adapter set.
+        identity: identity of the slot's adapter set.
         held: keys of the positions.
         data: the KV cells, in llama.cpp's format.
     """
