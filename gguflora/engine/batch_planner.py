@@ -70,6 +70,10 @@ class PlannedBatch:
         """Number of different LoRAs and scales."""
         return len({chunk.parts for _, chunk in self.chunks})
 
+    def by_set(self) -> list[PlannedBatch]:
+        """Return a batch for each of the different LoRAs and scales."""
+        return [PlannedBatch(each, mixed=False) for each in _by_parts(self.chunks)]
+
 
 class BatchPlanner:
     """Plans the batches of a scheduler.
@@ -122,10 +126,7 @@ class BatchPlanner:
 
     def _batches(self, chunks: Sequence[tuple[GenerationJob, Chunk]]) -> list[PlannedBatch]:
         """Batches of chunks of one kind."""
-        by_parts: dict[object, list[tuple[GenerationJob, Chunk]]] = {}
-        for job, chunk in chunks:
-            by_parts.setdefault(chunk.parts, []).append((job, chunk))
-        sets = list(by_parts.values())
+        sets = _by_parts(chunks)
         can_mix = chunks[0][1].kind is list and all(self._mixed.can_mix(chunk.phase.parts) for _, chunk in chunks)
         if not can_mix:
             return [PlannedBatch(each, mixed=False) for each in sets]
@@ -160,6 +161,13 @@ class BatchPlanner:
 
 def _planned(sets: Sequence[Sequence[tuple[GenerationJob, Chunk]]]) -> PlannedBatch:
     return PlannedBatch([entry for each in sets for entry in each], mixed=len(sets) > 1)
+
+
+def _by_parts(chunks: Sequence[tuple[GenerationJob, Chunk]]) -> list[list[tuple[GenerationJob, Chunk]]]:
+    sets: dict[object, list[tuple[GenerationJob, Chunk]]] = {}
+    for job, chunk in chunks:
+        sets.setdefault(chunk.parts, []).append((job, chunk))
+    return list(sets.values())
 
 
 def _by_kind(chunks: Sequence[tuple[GenerationJob, Chunk]]) -> list[list[tuple[GenerationJob, Chunk]]]:

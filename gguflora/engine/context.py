@@ -273,7 +273,9 @@ class Context:
         if is_cleaned:
             self._note_diverged(chunks)
         if status:
-            self.has_nan = True
+            self.has_nan |= not is_cleaned
+            for chunk in chunks:
+                llama_cpp.llama_memory_seq_rm(self._memory, chunk.slot.id, len(chunk.slot.held), -1)
             raise GenerationError(
                 f"llama.cpp could not decode a batch of {self._batch.struct.n_tokens} tokens (status {status})"
             )

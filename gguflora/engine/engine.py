@@ -119,6 +119,7 @@ class Engine:
             self._model.free()
             raise
         self._options = options
+        self._has_first = False  # whether the adapters to load at the start are loaded
         self._scheduler = Scheduler(context, self._mixed, queue_size, self._finished)
         atexit.register(self.close)  # Python would crash if it ended while a thread is still in llama.cpp
         try:
@@ -175,6 +176,8 @@ class Engine:
             raise AdapterNameError(f"a task is given for {unknown_names[0]!r:.80}, but no adapter has this name")
         for name, location in adapters.items():
             self.load(location, name, task=tasks.get(name))
+        self._has_first = True
+        self._scheduler.call(lambda: self._mixed.prepare(self._options.n_parallel))
         if self._mixed.reason is not None and adapters:
             _LOG.warning("requests of different adapters take turns: %s", self._mixed.reason)
 
@@ -191,7 +194,7 @@ class Engine:
     def _load_pointer(self, file: Path) -> Pointer:
         """Load a LoRA, and prepare to mix it with those loaded already. In the scheduler's thread."""
         pointer = load_lora(self._model.pointer, file)
-        if self._mixed.add(pointer, file):
+        if self._mixed.add(pointer, file) and self._has_first:
             self._mixed.prepare(self._options.n_parallel)
         return pointer
 

@@ -255,7 +255,11 @@ class Scheduler:
         except MixingError:
             return  # nothing was lost: what is left to decode is planned again
         except Exception as error:
-            self._fail([job for job, _ in batch.chunks], error)
+            if batch.n_sets > 1:  # it may be the fault of one set
+                for each in batch.by_set():
+                    self._decode(each)
+            else:
+                self._fail([job for job, _ in batch.chunks], error)
             return
         seconds = time.perf_counter() - started
         self.tokens["decoded"] += batch.n_tokens

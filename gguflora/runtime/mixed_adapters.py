@@ -182,11 +182,11 @@ class MixedAdapters:
 
     def close(self) -> None:
         """Free everything; the context with the hook must be gone. Idempotent."""
-        self.release()
-        self._adapters.clear()
         if self._finder is not None:
             self._finder.close()
             self._finder = None
+        self.release()
+        self._adapters.clear()
         if self.hook is not None:
             self.hook.free()
             self.hook = None

@@ -89,12 +89,12 @@ def test_a_long_prompt_joins_while_others_generate() -> None:
 
 
 def test_going_back_costs_no_prefill() -> None:
-    with open_engine(max_contexts=2) as engine:
+    with open_engine() as engine:
         for name in ("a", "base", "a", "base"):
             generation = ask(engine, name)
             list(generation)
         assert generation.usage.reused_tokens == len(PROMPT) - 1
-        assert engine.stats().swaps == 2
+        assert engine.stats().decoded_tokens == 2 * (len(PROMPT) + 11) + 2 * 12
 
 
 def test_a_shared_beginning_is_computed_once() -> None:
@@ -115,24 +115,26 @@ def test_a_conversation_goes_on_from_its_cache(engine: Engine) -> None:
     assert second.usage.reused_tokens >= len(OTHER) + len(first) - 1
 
 
-def test_sets_take_turns_in_one_context(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sets_take_turns_in_one_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler_module, "SLICE_SECONDS", 0.005)
-    with open_engine(max_contexts=1) as engine:
+    with open_engine(n_parallel=1) as engine:
         generations = {name: ask(engine, name, max_tokens=60) for name in SETS}
         for name, generation in generations.items():
             pieces = list(generation)
             assert len(tokens_of(pieces)) == 60
             assert_fresh(named(name), PROMPT, pieces)
-        assert engine.stats().swaps > len(SETS)
-        assert len(engine.stats().contexts) == 1
+        stats = engine.stats()
+        assert stats.swaps > len(SETS)
+        assert stats.mixed_steps == 0
+        assert len(stats.contexts) == 1
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["saved", "dropped"])
 def test_a_suspended_request_is_saved_or_computed_again(monkeypatch: pytest.MonkeyPatch, *, kept: bool) -> None:
     monkeypatch.setattr(scheduler_module, "SLICE_SECONDS", 0.0)
-    with open_engine(max_contexts=1) as engine:
+    with open_engine(n_parallel=1) as engine:
         if not kept:
-            engine._scheduler.pool.saved_bytes = 0
+            engine._scheduler.saved_bytes = 0
         generations = [ask(engine, name, max_tokens=10) for name in ("a", "b")]
         for name, generation in zip("ab", generations, strict=True):
             assert_fresh({name: 1.0}, PROMPT, list(generation))
@@ -143,7 +145,7 @@ def test_a_suspended_request_is_saved_or_computed_again(monkeypatch: pytest.Monk
 
 def test_nobody_starves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler_module, "SLICE_SECONDS", 0.01)
-    with open_engine(max_contexts=1, n_parallel=1, n_ctx=4096) as engine:
+    with open_engine(n_parallel=1, n_ctx=4096) as engine:
         endless = [ask(engine, name, max_tokens=4000, logprobs=None) for name in ("a", "b")]
         list(ask(engine, "c", max_tokens=30))
         assert all(generation.finish_reason is None for generation in endless)
@@ -167,7 +169,7 @@ def test_any_history_leaves_the_answers_of_a_fresh_context(seed: int) -> None:
     """Load, rescale, unload and load again under names that change hands, two requests at a time."""
     rng = random.Random(seed)
     kinds = adapters_of_every_kind()
-    with Engine(builders.gguf_model("llama"), **OPTIONS, max_contexts=rng.choice([1, 2, 3])) as engine:
+    with Engine(builders.gguf_model("llama"), **OPTIONS, n_parallel=rng.choice([1, 2, 3])) as engine:
         loaded: dict[str, str] = {}  # names, and what is behind them
         for _ in range(60):
             action = rng.random()
@@ -196,15 +198,17 @@ def test_any_history_leaves_the_answers_of_a_fresh_context(seed: int) -> None:
                     assert_fresh(merged, prompt, list(generation))
 
 
-def test_removal_gives_the_base_back_bit_for_bit() -> None:
+def test_removal_gives_the_base_back() -> None:
+    """Bit for bit where the cache is as empty as before: other requests' cells change the order of sums."""
+
     def exact(engine: Engine) -> list[tuple[int, float]]:
         return [(entry.token, entry.logprob) for piece in ask(engine) for entry in piece.logprobs]
 
-    with open_engine(max_contexts=1) as engine:
+    with open_engine(n_parallel=1) as engine:
         before = exact(engine)
         list(ask(engine, "a+b"))
         assert exact(engine) == before
-        list(ask(engine, "c"))  # now the base's cache is gone again
+        list(ask(engine, "c"))  # now the base's cells are gone again
         engine.unload("a")
         engine.unload("b")
         assert exact(engine) == before

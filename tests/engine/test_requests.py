@@ -263,21 +263,23 @@ def test_a_failing_decode_fails_its_requests_only(monkeypatch: pytest.MonkeyPatc
     with open_engine(n_ctx=4096) as engine:
         other = ask(engine, "b", OTHER, max_tokens=300, logprobs=5, sampling=NO_END)
         next(other)
-        decode, broken = llama_cpp.llama_decode, threading.Event()
+        decode, broken = llama_cpp.llama_decode, []
 
-        def fails_once(context: Any, batch: Any) -> int:
-            if batch.n_tokens > 1 and not broken.is_set():
-                broken.set()
+        def fails_twice(context: Any, batch: Any) -> int:
+            """With both requests in one batch, and when they are tried one by one with the new one."""
+            if batch.n_tokens > 1 and len(broken) < 2:
+                broken.append(batch.n_tokens)
                 return -3
             return int(decode(context, batch))
 
-        monkeypatch.setattr(llama_cpp, "llama_decode", fails_once)
+        monkeypatch.setattr(llama_cpp, "llama_decode", fails_twice)
         failed = ask(engine, "a")
         with pytest.raises(GenerationError, match="could not decode"):
             list(failed)
         assert failed.finish_reason == "error"
         assert_fresh({"a": 1.0}, PROMPT, list(ask(engine, "a")))
         assert len(tokens_of(list(other))) == 299
+        assert broken == [len(PROMPT) + 1, len(PROMPT)]
         assert engine.stats().requests == {"error": 1, "length": 2}
 
 
@@ -291,22 +293,19 @@ def test_an_exception_in_the_thread_fails_its_requests_only(monkeypatch: pytest.
 
 
 def test_infinite_logits_fail_their_request_only() -> None:
-    with open_engine(max_contexts=1) as engine:
+    with open_engine() as engine:
         for _ in range(2):
             with pytest.raises(GenerationError, match="not finite"):
                 list(ask(engine, "a@3e38"))
             still_answers(engine)
 
 
-def test_a_context_that_cannot_be_made_fails_its_requests_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    with open_engine(max_contexts=2) as engine:
+def test_a_context_that_cannot_be_made_fails_the_engine_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched, pytest.raises(EngineError, match="could not make a context"):
+        patched.setattr(llama_cpp, "llama_init_from_model", lambda *_: None)
+        open_engine()
+    with open_engine() as engine:
         still_answers(engine)
-        monkeypatch.setattr(llama_cpp, "llama_init_from_model", lambda *_: None)
-        with pytest.raises(EngineError, match="could not make a context"):
-            list(ask(engine, "a"))
-        still_answers(engine)
-        monkeypatch.undo()
-        assert_fresh({"a": 1.0}, PROMPT, list(ask(engine, "a")))
 
 
 def bad_adapters(folder: Path) -> dict[str, Path]:
@@ -373,13 +372,17 @@ def test_bad_options_are_refused(options: dict[str, Any]) -> None:
 def test_kv_bytes_are_counted_and_bounded() -> None:
     n_cells, n_kv_heads, head_dim, n_layers = 256, 2, 32, 2
     one = n_cells * n_kv_heads * head_dim * n_layers * 2 * 4  # keys and values of 4 bytes
-    with open_engine(max_contexts=5, max_kv_bytes=2 * one + 100) as engine:
-        for name in ("a", "b", "c", "base"):
+    with open_engine(max_contexts=5, max_kv_bytes=one) as engine:
+        list(ask(engine, "c"))
+        assert [context.adapters for context in engine.stats().contexts] == [(("c", 1.0),)]
+        for name in ("a", "b", "base"):
             list(ask(engine, name))
         stats = engine.stats()
-        assert [context.kv_bytes for context in stats.contexts] == [one, one]
-        assert stats.kv_bytes == 2 * one
-        assert {context.adapters for context in stats.contexts} == {(("c", 1.0),), ()}
+        assert [context.kv_bytes for context in stats.contexts] == [one]
+        assert stats.kv_bytes == one
+        assert stats.contexts[0].adapters is None
+    with pytest.raises(EngineError, match="lower n_ctx"):
+        open_engine(max_kv_bytes=one - 1)
 
 
 def test_an_unloaded_adapter_serves_its_last_requests() -> None:
@@ -399,8 +402,9 @@ def test_an_unloaded_adapter_serves_its_last_requests() -> None:
 
 
 def generations_in_force(engine: Engine) -> set[int]:
-    contexts = engine._scheduler.pool.contexts
-    return {load for context in contexts for load in range(10) if context.knows(load)}
+    context = engine._scheduler.context
+    identities = [slot.identity for slot in context.slots] + [context._applied.identity if context._applied else None]
+    return {load_id for identity in identities for _, load_id, _ in identity or ()}
 
 
 def test_opening_and_closing_leaves_nothing() -> None:
@@ -444,7 +448,8 @@ def test_closing_frees_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
         original = getattr(llama_cpp, function)
         monkeypatch.setattr(llama_cpp, function, recorded(freed, function, original))
     engine.close()
-    assert freed == ["llama_free"] * 2 + ["llama_adapter_lora_free"] * 3 + ["llama_model_free"]
+    # the context that serves and the one that looks for factors; the stack and three adapters
+    assert freed == ["llama_free"] * 2 + ["llama_adapter_lora_free"] * 4 + ["llama_model_free"]
 
 
 def recorded(into: list[str], name: str, function: Any) -> Any:
@@ -468,7 +473,7 @@ def test_python_may_end_with_requests_under_way() -> None:
 
 def test_threads_may_do_everything_at_once() -> None:
     failures: list[BaseException] = []
-    with open_engine(max_contexts=2, queue_size=100) as engine:
+    with open_engine(queue_size=100) as engine:
 
         def asks(name: str, scales: dict[str, float]) -> None:
             for _ in range(6):

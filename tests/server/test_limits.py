@@ -193,7 +193,9 @@ def test_metrics(locked):
     assert float(numbers["gguflora_completion_tokens_total"]) == now.completion_tokens > 0
     assert float(numbers["gguflora_reused_tokens_total"]) == now.reused_tokens
     assert float(numbers["gguflora_kv_bytes"]) == now.kv_bytes > 0
-    assert float(numbers["gguflora_swaps_total"]) == now.swaps > 0
+    assert float(numbers["gguflora_swaps_total"]) == now.swaps
+    assert float(numbers["gguflora_mixed_steps_total"]) == now.mixed_steps
+    assert float(numbers["gguflora_single_steps_total"]) == now.single_steps > 0
     assert float(numbers["gguflora_queued"]) == 0
     assert float(numbers['gguflora_answers_total{reason="stop"}']) == now.requests["stop"]
     assert float(numbers["gguflora_time_to_first_token_seconds_count"]) == now.requests["stop"]

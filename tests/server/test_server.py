@@ -213,10 +213,10 @@ def test_bad_chats(http):
     assert http.get("/v1/completions").status_code == 405
 
 
-def test_others_do_not_notice_bad_requests(http):
+def test_others_do_not_notice_bad_requests():
     body = {**LONG, "max_tokens": 150, "temperature": 0}
-    alone = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
-    with ThreadPoolExecutor(1) as pool:
+    with serving.serving(kv_type="F32") as http, ThreadPoolExecutor(1) as pool:
+        alone = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
         running = pool.submit(http.post, "/v1/completions", json=body)
         serving.wait_until(lambda: http.engine.stats().running)
         for change, *_ in BAD:

@@ -14,7 +14,7 @@ def test_measure(clients, adapters):
         load = bench.Load(clients, adapters, requests=2, tokens=8)
         rates = bench.measure(bench.Server(bench.OURS, str(http.base_url), 2, os.getpid()), load, seed=1)
         assert http.engine.stats().requests == {"length": 2 * clients}
-        assert http.engine.stats().swaps == adapters
+        assert (http.engine.stats().mixed_steps > 0) == (adapters > 1)
     assert rates.tokens == pytest.approx(8 * rates.requests)
     assert 0 < rates.first <= rates.first_worst
     assert 0 < rates.cpu < 1

@@ -73,8 +73,8 @@ def resident_bytes() -> int:
 
 @contextmanager
 def opened(base: Path, threads: int) -> Iterator[Engine]:
-    """An engine with room for a context of each set."""
-    with Engine(base, n_ctx=N_CTX, max_contexts=len(OUTTYPES) + 1, threads=threads) as engine:
+    """An engine with a slot for each set."""
+    with Engine(base, n_ctx=N_CTX, n_parallel=len(OUTTYPES) + 1, threads=threads) as engine:
         yield engine
 
 
