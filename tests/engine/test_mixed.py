@@ -229,7 +229,7 @@ def logprobs(generation: Generation) -> list[dict[int, float]]:
     ]
 
 
-@hypothesis.settings(deadline=None, max_examples=8, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.settings(deadline=None, max_examples=20, suppress_health_check=list(hypothesis.HealthCheck))
 @hypothesis.given(st.data())
 def test_any_interleaving_gives_each_the_answer_it_gets_alone(data: st.DataObject) -> None:
     """Loads, unloads, scales, prompts and cancels, several requests at a time."""
@@ -286,7 +286,9 @@ def test_numbers_that_are_not_finite_stay_in_their_request() -> None:
             )
             with pytest.raises(DivergedError):
                 list(bad)
-            for scales, prompt, generation in zip(({"b": 1.0}, {}, {"c": 1.0}), (PROMPT, OTHER, PROMPT), good):
+            for scales, prompt, generation in zip(
+                ({"b": 1.0}, {}, {"c": 1.0}), (PROMPT, OTHER, PROMPT), good, strict=True
+            ):
                 assert_fresh(scales, prompt, list(generation))
         assert engine.stats().mixed_steps > 30
 
