@@ -74,9 +74,7 @@ static int64_t nb_of(node t, int axis) {
     return (int64_t)value;
 }
 
-static node src_of(node t, int index) {
-    return (node){pointer_at(t, t.at->src + index * (int)sizeof(void *)), t.at};
-}
+static node src_of(node t, int index) { return (node){pointer_at(t, t.at->src + index * (int)sizeof(void *)), t.at}; }
 
 static bool name_ends_with(node t, const char *ending) {
     const char *name = name_of(t);
@@ -87,16 +85,14 @@ static bool name_ends_with(node t, const char *ending) {
 static bool is_contiguous_f32(node t) {
     int64_t bytes = sizeof(float);
     for (int axis = 0; axis < 4; axis++) {
-        if (ne_of(t, axis) != 1 && nb_of(t, axis) != bytes)
-            return false;
+        if (ne_of(t, axis) != 1 && nb_of(t, axis) != bytes) return false;
         bytes *= ne_of(t, axis);
     }
     return type_of(t) == t.at->f32;
 }
 
 static void set_fault(gfl_hook *hook, int fault, node t) {
-    if (hook->report.fault)
-        return;
+    if (hook->report.fault) return;
     hook->report.fault = fault;
     if (t.self) {
         memcpy(hook->report.node, name_of(t), NAME_BYTES);
@@ -110,8 +106,7 @@ static void start_ubatch(gfl_hook *hook, node lookup) {
     int64_t begin = hook->started ? hook->begin + hook->n_here : 0, n_here = ne_of(lookup, 1);
     node ids = src_of(lookup, 1);
     hook->report.n_ubatches++;
-    if (!hook->has_tokens)
-        return;
+    if (!hook->has_tokens) return;
     hook->started = true;
     hook->begin = begin;
     hook->n_here = hook->n_outputs = 0;
@@ -129,14 +124,12 @@ static void start_ubatch(gfl_hook *hook, node lookup) {
     }
     hook->n_here = n_here;
     for (int64_t i = begin; i < begin + n_here; i++)
-        if (hook->wanted[i])
-            hook->outputs[hook->n_outputs++] = i;
+        if (hook->wanted[i]) hook->outputs[hook->n_outputs++] = i;
 }
 
 static void note_factor(gfl_hook *hook, node t) {
     for (int64_t i = 0; i < hook->n_found; i++)
-        if (hook->found[i].tensor == t.self)
-            return;
+        if (hook->found[i].tensor == t.self) return;
     if (hook->n_found == hook->found_capacity) {
         int64_t more = 2 * hook->found_capacity + 64;
         gfl_factor *grown = realloc(hook->found, (size_t)more * sizeof *grown);
@@ -148,25 +141,20 @@ static void note_factor(gfl_hook *hook, node t) {
     }
     gfl_factor *factor = &hook->found[hook->n_found++];
     *factor = (gfl_factor){.tensor = t.self, .data = data_of(t), .type = type_of(t)};
-    for (int axis = 0; axis < 4; axis++)
-        factor->ne[axis] = ne_of(t, axis), factor->nb[axis] = nb_of(t, axis);
+    for (int axis = 0; axis < 4; axis++) factor->ne[axis] = ne_of(t, axis), factor->nb[axis] = nb_of(t, axis);
     memcpy(factor->name, name_of(t), NAME_BYTES - 1);
 }
 
 static bool is_wanted(gfl_hook *hook, node t) {
     int32_t op = op_of(t);
-    if (op == t.at->set_rows)
-        return hook->mode & GFL_HOOK_CLEAN;
-    if (op != t.at->mul_mat && op != t.at->mul_mat_id && op != t.at->get_rows)
-        return false;
+    if (op == t.at->set_rows) return hook->mode & GFL_HOOK_CLEAN;
+    if (op != t.at->mul_mat && op != t.at->mul_mat_id && op != t.at->get_rows) return false;
     node factor = src_of(t, 0);
-    if (!factor.self)
-        return false;
+    if (!factor.self) return false;
     if (op == t.at->get_rows && !strcmp(name_of(factor), "token_embd.weight") && src_of(t, 1).self)
         start_ubatch(hook, t);
     bool is_a = name_ends_with(factor, ".lora_a");
-    if (hook->mode & GFL_HOOK_FIND && (is_a || name_ends_with(factor, ".lora_b")))
-        note_factor(hook, factor);
+    if (hook->mode & GFL_HOOK_FIND && (is_a || name_ends_with(factor, ".lora_b"))) note_factor(hook, factor);
     return is_a && hook->mode & GFL_HOOK_MASK;
 }
 
@@ -176,10 +164,8 @@ static const stacked *find_stacked(const gfl_hook *hook, const void *tensor) {
     int64_t low = 0, high = hook->n_stack;
     while (low < high) {
         int64_t middle = low + (high - low) / 2;
-        if ((uintptr_t)hook->stack[middle].tensor < (uintptr_t)tensor)
-            low = middle + 1;
-        else
-            high = middle;
+        if ((uintptr_t)hook->stack[middle].tensor < (uintptr_t)tensor) low = middle + 1;
+        else high = middle;
     }
     return low < hook->n_stack && hook->stack[low].tensor == tensor ? &hook->stack[low] : NULL;
 }
@@ -190,15 +176,11 @@ static int64_t columns_per_token(const gfl_hook *hook, node t, const int64_t **o
     int64_t all = hook->n_here, some = hook->n_outputs, ne1 = ne_of(t, 1), rest = ne_of(t, 2) * ne_of(t, 3);
     bool by_expert = op_of(t) == t.at->mul_mat_id;
     *outputs = NULL;
-    if (!by_expert && ne1 * rest == all)
-        return 1;
-    if (by_expert && rest == all)
-        return ne1;
+    if (!by_expert && ne1 * rest == all) return 1;
+    if (by_expert && rest == all) return ne1;
     *outputs = hook->outputs;
-    if (!by_expert && ne1 * rest == some)
-        return 1;
-    if (by_expert && rest == some)
-        return ne1;
+    if (!by_expert && ne1 * rest == some) return 1;
+    if (by_expert && rest == some) return ne1;
     *outputs = NULL;
     if (!by_expert && rest == all) /* heads of a token side by side */
         return ne1;
@@ -215,8 +197,7 @@ static void mask_column(const gfl_hook *hook, float *column, const float *weight
         }
         for (int64_t i = 0; i < hook->width; i++) {
             column[i] *= weight;
-            if (!isfinite(column[i]))
-                *diverged = 1;
+            if (!isfinite(column[i])) *diverged = 1;
         }
     }
 }
@@ -226,20 +207,16 @@ static void mask(gfl_hook *hook, node t) {
     const stacked *entry = find_stacked(hook, factor.self);
     float *column = data_of(t);
     int64_t rank = ne_of(t, 0), n_columns = ne_of(t, 1) * ne_of(t, 2) * ne_of(t, 3);
-    if (n_columns <= 0 || rank <= 0)
-        return;
+    if (n_columns <= 0 || rank <= 0) return;
     if (!is_contiguous_f32(t) || !column) {
         set_fault(hook, GFL_HOOK_SHAPE, factor);
         return;
     }
     const int64_t *outputs = NULL;
     int64_t per_token = hook->started ? columns_per_token(hook, t, &outputs) : 0;
-    if (!entry)
-        set_fault(hook, GFL_HOOK_FACTOR, factor);
-    else if (rank != hook->n_bays * hook->width)
-        set_fault(hook, GFL_HOOK_SHAPE, factor);
-    else if (!per_token)
-        set_fault(hook, GFL_HOOK_COLUMNS, factor);
+    if (!entry) set_fault(hook, GFL_HOOK_FACTOR, factor);
+    else if (rank != hook->n_bays * hook->width) set_fault(hook, GFL_HOOK_SHAPE, factor);
+    else if (!per_token) set_fault(hook, GFL_HOOK_COLUMNS, factor);
     if (hook->report.fault) {
         memset(column, 0, (size_t)(n_columns * rank) * sizeof *column);
         return;
@@ -259,13 +236,12 @@ static bool is_row_finite(const float *row, int64_t n, float most) {
     return true;
 }
 
-/* The node has written rows of src[0] to the rows of a cache that src[1] names: of keys by token, of values by token or,
- * where they lie transposed, one number each. */
+/* The node has written rows of src[0] to the rows of a cache that src[1] names: of keys by token, of values by token
+ * or, where they lie transposed, one number each. */
 static void clean(gfl_hook *hook, node t) {
     node rows = src_of(t, 0), ids = src_of(t, 1);
     bool is_half = type_of(t) == t.at->f16;
-    if (!rows.self || !ids.self || !hook->started || !hook->n_here)
-        return;
+    if (!rows.self || !ids.self || !hook->started || !hook->n_here) return;
     int64_t n_rows = ne_of(rows, 1), width = ne_of(rows, 0), row_bytes = width * (is_half ? 2 : 4);
     bool is_wide = type_of(ids) == ids.at->i64;
     bool is_known = type_of(rows) == rows.at->f32 && (is_half || type_of(t) == t.at->f32) &&
@@ -273,20 +249,15 @@ static void clean(gfl_hook *hook, node t) {
                     ne_of(ids, 0) == n_rows && ne_of(ids, 1) * ne_of(ids, 2) * ne_of(ids, 3) == 1 &&
                     ne_of(t, 0) == width && ne_of(t, 2) * ne_of(t, 3) == 1 && nb_of(rows, 0) == sizeof(float) &&
                     data_of(rows) && data_of(ids) && data_of(t);
-    if (!is_known || n_rows % hook->n_here)
-        return;
+    if (!is_known || n_rows % hook->n_here) return;
     float most = is_half ? 65504.0f : 3.402823466e38f;
     for (int64_t i = 0; i < n_rows; i++) {
         const char *row = (const char *)data_of(rows) + i * nb_of(rows, 1);
-        if (is_row_finite((const float *)row, width, most))
-            continue;
+        if (is_row_finite((const float *)row, width, most)) continue;
         int64_t at;
-        if (is_wide)
-            memcpy(&at, (const char *)data_of(ids) + i * 8, sizeof at);
-        else
-            at = ((const int32_t *)data_of(ids))[i];
-        if (at < 0 || at >= ne_of(t, 1))
-            continue;
+        if (is_wide) memcpy(&at, (const char *)data_of(ids) + i * 8, sizeof at);
+        else at = ((const int32_t *)data_of(ids))[i];
+        if (at < 0 || at >= ne_of(t, 1)) continue;
         memset((char *)data_of(t) + at * nb_of(t, 1), 0, (size_t)row_bytes);
         hook->diverged[hook->begin + i / (n_rows / hook->n_here)] = 1;
         hook->report.n_cleaned++;
@@ -295,15 +266,11 @@ static void clean(gfl_hook *hook, node t) {
 
 bool gfl_hook_eval(void *tensor, bool ask, void *user_data) {
     gfl_hook *hook = user_data;
-    if (!hook || !hook->mode || !tensor)
-        return !ask; /* false ends the graph's part when it is no question */
+    if (!hook || !hook->mode || !tensor) return !ask; /* false ends the graph's part when it is no question */
     node t = {tensor, &hook->at};
-    if (ask)
-        return is_wanted(hook, t);
-    if (op_of(t) == t.at->set_rows)
-        clean(hook, t);
-    else
-        mask(hook, t);
+    if (ask) return is_wanted(hook, t);
+    if (op_of(t) == t.at->set_rows) clean(hook, t);
+    else mask(hook, t);
     return true;
 }
 
@@ -316,8 +283,7 @@ bool gfl_hook_aborts(void *user_data) {
 
 gfl_hook *gfl_hook_new(const gfl_tensor_layout *layout) {
     gfl_hook *hook = calloc(1, sizeof *hook);
-    if (hook)
-        hook->at = *layout;
+    if (hook) hook->at = *layout;
     return hook;
 }
 
@@ -329,8 +295,7 @@ static void drop_stack(gfl_hook *hook) {
 }
 
 void gfl_hook_free(gfl_hook *hook) {
-    if (!hook)
-        return;
+    if (!hook) return;
     drop_stack(hook);
     free(hook->tokens);
     free(hook->wanted);
@@ -349,8 +314,7 @@ static int by_address(const void *a, const void *b) {
 bool gfl_hook_set_stack(gfl_hook *hook, int64_t n_tensors, const uintptr_t *tensors, int64_t n_bays, int64_t width,
                         const float *factors) {
     drop_stack(hook);
-    if (n_tensors <= 0 || n_bays <= 0 || width <= 0)
-        return true;
+    if (n_tensors <= 0 || n_bays <= 0 || width <= 0) return true;
     hook->stack = malloc((size_t)n_tensors * sizeof *hook->stack);
     hook->factors = malloc((size_t)(n_tensors * n_bays) * sizeof *hook->factors);
     if (!hook->stack || !hook->factors) {
@@ -368,13 +332,10 @@ bool gfl_hook_set_stack(gfl_hook *hook, int64_t n_tensors, const uintptr_t *tens
 /* Let *buffer hold so many bytes, and fill it: with `content`, or zeros if that is NULL. */
 static bool fill(void **buffer, const void *content, int64_t bytes) {
     void *grown = realloc(*buffer, (size_t)(bytes ? bytes : 1));
-    if (!grown)
-        return false;
+    if (!grown) return false;
     *buffer = grown;
-    if (content)
-        memcpy(grown, content, (size_t)bytes);
-    else
-        memset(grown, 0, (size_t)bytes);
+    if (content) memcpy(grown, content, (size_t)bytes);
+    else memset(grown, 0, (size_t)bytes);
     return true;
 }
 
@@ -385,23 +346,19 @@ bool gfl_hook_begin(gfl_hook *hook, int mode, int64_t n_tokens, const int32_t *t
     hook->started = false;
     hook->begin = hook->n_here = hook->n_outputs = 0;
     hook->n_tokens = 0;
-    if (n_tokens < 0)
-        return false;
+    if (n_tokens < 0) return false;
     bool has_room = fill((void **)&hook->tokens, tokens, n_tokens * (int64_t)sizeof *tokens) &&
-                    fill((void **)&hook->wanted, outputs, n_tokens) &&
-                    fill((void **)&hook->diverged, NULL, n_tokens) &&
+                    fill((void **)&hook->wanted, outputs, n_tokens) && fill((void **)&hook->diverged, NULL, n_tokens) &&
                     fill((void **)&hook->outputs, NULL, n_tokens * (int64_t)sizeof *hook->outputs) &&
                     fill((void **)&hook->weights, weights, n_tokens * hook->n_bays * (int64_t)sizeof *weights);
-    if (!has_room)
-        return false;
+    if (!has_room) return false;
     hook->has_tokens = tokens != NULL;
     hook->n_tokens = n_tokens;
     if (!tokens) { /* embeddings are looked up nowhere: the caller gives no more than one ubatch */
         hook->started = true;
         hook->n_here = n_tokens;
         for (int64_t i = 0; i < n_tokens; i++)
-            if (outputs[i])
-                hook->outputs[hook->n_outputs++] = i;
+            if (outputs[i]) hook->outputs[hook->n_outputs++] = i;
     }
     hook->mode = mode;
     return true;
@@ -409,8 +366,7 @@ bool gfl_hook_begin(gfl_hook *hook, int mode, int64_t n_tokens, const int32_t *t
 
 gfl_hook_report gfl_hook_end(gfl_hook *hook, uint8_t *diverged) {
     hook->mode = 0;
-    if (diverged && hook->n_tokens)
-        memcpy(diverged, hook->diverged, (size_t)hook->n_tokens);
+    if (diverged && hook->n_tokens) memcpy(diverged, hook->diverged, (size_t)hook->n_tokens);
     return hook->report;
 }
 
@@ -425,10 +381,8 @@ void gfl_hook_clear_found(gfl_hook *hook) { hook->n_found = 0; }
 void gfl_copy_strided(uint8_t *dst, int64_t dst_stride, const uint8_t *src, int64_t src_stride, int64_t n_rows,
                       int64_t row_bytes) {
     for (int64_t i = 0; i < n_rows; i++, dst += dst_stride) {
-        if (src)
-            memcpy(dst, src + i * src_stride, (size_t)row_bytes);
-        else
-            memset(dst, 0, (size_t)row_bytes);
+        if (src) memcpy(dst, src + i * src_stride, (size_t)row_bytes);
+        else memset(dst, 0, (size_t)row_bytes);
     }
 }
 

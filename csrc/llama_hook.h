@@ -41,7 +41,7 @@ enum gfl_hook_mode {
 /* Why a batch was not computed as asked. */
 enum gfl_hook_fault {
     GFL_HOOK_FINE,
-    GFL_HOOK_TOKENS, /* the graph's tokens are not those of the batch, in its order */
+    GFL_HOOK_TOKENS,  /* the graph's tokens are not those of the batch, in its order */
     GFL_HOOK_COLUMNS, /* a node's columns are neither all tokens nor those with outputs */
     GFL_HOOK_SHAPE,   /* a node has another type, rank or stride than a product of the stack */
     GFL_HOOK_FACTOR,  /* a factor that is not the stack's */

@@ -27,10 +27,8 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 selects a free one.")] = 8080,
     ctx: Context = None,
-    parallel: Annotated[
-        int, typer.Option(min=1, max=256, help="Largest number of requests decoded together in one context.")
-    ] = 4,
-    contexts: Annotated[int, typer.Option(min=1, max=64, help="Largest number of adapter sets with a KV cache.")] = 2,
+    parallel: Annotated[int, typer.Option(min=1, max=256, help="Largest number of requests decoded together.")] = 4,
+    contexts: Annotated[int, typer.Option(min=1, max=64, help="No longer used: all adapter sets share a context.")] = 2,
     queue: Annotated[
         int, typer.Option(min=1, help="Largest number of waiting requests; further ones get status 429.")
     ] = 64,
