@@ -73,8 +73,8 @@ def serve(
         tasks: task number of each MULTITASK_PROMPT_TUNING adapter in ``adapters``, by name.
         host: address to listen on.
         port: port to listen on; 0 selects a free one.
-        ctx: size of the context in tokens, for all requests decoded together; by default the model's training length, up
-            to 4096.
+        ctx: size of the context in tokens, for all requests decoded together; by default the model's training length,
+            up to 4096.
         parallel: largest number of requests decoded together.
         contexts: has no effect any more, since all adapter sets share one context.
         queue: largest number of waiting requests; further requests get status 429.
