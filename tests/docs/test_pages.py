@@ -221,12 +221,16 @@ def test_scripts_and_extras_exist(page):
     lines = [line.split("#")[0].strip() for text in texts(page, "sh") for line in text.splitlines() if line.strip()]
     assert lines
     for command in lines:
-        if command.startswith("tools/"):
-            subprocess.run(["bash", "-n", ROOT / command.split()[0]], check=True)
-        else:
+        first, *words = shlex.split(command)
+        if first == "pip":
             found = re.fullmatch(r"pip install '?\.(?:\[(\w+)\])?'?", command)
-            assert found, command
             assert f"\n{found[1] or 'dependencies'} = [" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        elif first.startswith("tools/"):
+            subprocess.run(["bash", "-n", ROOT / first], check=True)
+            assert all(word in (ROOT / first).read_text() for word in words if word.startswith("-")), command
+        else:
+            assert re.match(r"(?:PYTHONPATH=\. )?\.venv-test/bin/(?:pytest|python -m pytest) ", command), command
+        assert all((ROOT / word).exists() for word in words if word.startswith("tests/")), command
 
 
 def test_files_that_pages_name_exist():
