@@ -17,7 +17,6 @@ import gguflora
 from support import ROOT
 from support.pages import commands, put_demo_files, sections
 
-pytestmark = pytest.mark.slow
 PARTS = sections("docs/extending.md")
 METHOD, ARCHITECTURE, TYPE, COMMAND = PARTS
 
@@ -65,7 +64,7 @@ def apply(tree, part, *, reverse=False, below=""):
 def changed(text, diff, *, reverse=False):
     """A text with the hunks of a diff applied; each one's old lines occur once."""
     for hunk in re.split(r"^@@\n", diff, flags=re.M):
-        lines = [line or " \n" for line in hunk.splitlines(keepends=True)]
+        lines = [" \n" if line == "\n" else line for line in hunk.splitlines(keepends=True)]
         old, new = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
         old, new = (new, old) if reverse else (old, new)
         assert text.count(old) == 1, f"these lines occur {text.count(old)} times:\n{old}"
@@ -92,6 +91,15 @@ def mentions(tree, pattern):
     return found
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_diffs_fit_the_tree(part):
+    """A page that lags behind is seen at once; the architecture and the quant type are in the tree."""
+    for block in PARTS[part]:
+        if block.language == "diff":
+            changed((ROOT / block.title).read_text(), block.text, reverse=part in {ARCHITECTURE, TYPE})
+
+
+@pytest.mark.slow
 def test_a_peft_method(tree):
     """It is not known before, and computes as torch does afterwards."""
     [test] = [block.title for block in PARTS[METHOD] if block.title and block.title.startswith("tests/")]
@@ -105,6 +113,7 @@ def test_a_peft_method(tree):
     assert after, said
 
 
+@pytest.mark.slow
 def test_an_architecture(tree):
     """Without what the page shows nothing of it is left, and the converter disagrees; with it the tree is whole."""
     original = {path: path.read_bytes() for path in tree.rglob("*.py")}
@@ -121,6 +130,7 @@ def test_an_architecture(tree):
     apply(tree, ARCHITECTURE, reverse=True, below="tests/")  # what it shows of the tests is there
 
 
+@pytest.mark.slow
 def test_a_quant_type(tree):
     """Without what the page shows the kernels compile and do not name it; with it they are ggml's, built there."""
     original = {path: path.read_bytes() for path in (tree / "csrc").rglob("*") if path.is_file()}
@@ -141,6 +151,7 @@ def test_a_quant_type(tree):
     apply(tree, TYPE, reverse=True, below="tests/")  # what it shows of the tests is there
 
 
+@pytest.mark.slow
 def test_a_command(tree, tmp_path):
     """`--help` lists it, text and JSON have gguf's own numbers, and the tests of all commands take it."""
     apply(tree, COMMAND)
