@@ -184,7 +184,47 @@ OTHERS = {
         without=("pooler.dense",),
     ),
     "gemma3_padded": Made(hf.Gemma3TextConfig, {**TIED, "head_dim": 16, "vocab_size": 320}),
-}
+    # those below are as llama.cpp computes what GGUF does not say, and with windows shorter than a prompt
+    "gemma2_served": Made(
+        hf.Gemma2Config, {**TIED, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
+    ),
+    "gemma3_served": Made(
+        hf.Gemma3TextConfig,
+        {**TIED, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "num_hidden_layers": 7},
+    ),
+    "qwen3moe_served": Made(hf.Qwen3MoeConfig, {**EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
+    "command_r": Made(hf.CohereConfig, {**TIED, "logit_scale": 0.5}),
+    "p3": Made(hf.Phi3Config, {**DECODER, "sliding_window": None}),  # llama.cpp patches what is called phi3
+    "p3_long": Made(
+        hf.Phi3Config,
+        {**DECODER, "sliding_window": None, "max_position_embeddings": 512, "original_max_position_embeddings": 256,
+         "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 256,
+            "short_factor": [1.0 + 0.1 * n for n in range(8)], "long_factor": [2.0 + 0.1 * n for n in range(8)]}},
+    ),
+    "llama3": Made(
+        hf.LlamaConfig,
+        {**DECODER, "rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0,
+         "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}},
+    ),
+    "llama_linear": Made(
+        hf.LlamaConfig, {**DECODER, "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}
+    ),
+    "granite_scaled": Made(
+        hf.GraniteConfig,
+        {**DECODER, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1,
+         "logits_scaling": 4.0},
+    ),
+    "smollm3_deep": Made(hf.SmolLM3Config, {**DECODER, "num_hidden_layers": 4}),
+    "exaone4_deep": Made(
+        hf.Exaone4Config,
+        {**DECODER, "num_hidden_layers": 4, "sliding_window": None, "layer_types": ["full_attention"] * 4},
+    ),
+    "cohere2_deep": Made(
+        hf.Cohere2Config, {**TIED, "logit_scale": 0.5, "num_hidden_layers": 4, "sliding_window": 8},
+        for_converter=(("rotary_pct", 1.0),),
+    ),
+}  # fmt: skip
 """An architecture that gguflora has no rules for, rows for no token, and positions that GGUF leaves out."""
 
 HAS_CLASS = [name for name, made in MODELS.items() if made.config]

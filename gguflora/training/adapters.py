@@ -1,0 +1,193 @@
+"""The trainable numbers: LoRA and DoRA factors beside packed linear layers, or embeddings before the prompt.
+
+Formulas and first values are PEFT's (``peft.tuners.lora``): ``y = W x + s B A x`` with s = alpha / rank, or alpha /
+sqrt(rank) for rsLoRA (https://arxiv.org/abs/2312.03732). DoRA: https://arxiv.org/abs/2402.09353.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from torch import nn
+
+from gguflora.architectures import aborts_at_run_time, ignored_at_run_time
+from gguflora.errors import UsageError, listed
+from gguflora.training.layers import PackedLinear
+from gguflora.training.model import PackedModel, embedding_width
+
+METHODS: Final = ("lora", "dora", "prompt")
+INITS: Final = ("default", "olora", "pissa")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraShape:
+    """What all LoRA layers of a run have in common.
+
+    Attributes:
+        rank: of the factors.
+        alpha: numerator of their scaling.
+        dropout: share of the inputs of A that is zeroed.
+        rslora: whether the scaling is alpha / sqrt(rank).
+        dora: whether the length of each row is learned, too.
+        init: ``default`` as PEFT's; ``olora`` or ``pissa``: factors of the weight itself, whose start is taken off.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    rslora: bool = False
+    dora: bool = False
+    init: str = "default"
+
+    @property
+    def scaling(self) -> float:
+        """Multiplies ``B A``."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class LoraLinear(nn.Module):
+    """A packed linear layer with a LoRA beside it.
+
+    Attributes:
+        base: the layer.
+        lora_a: (rank, n_in).
+        lora_b: (n_out, rank).
+        magnitude: of DoRA, (n_out,).
+        start: of OLoRA and PiSSA: A and B before the first step, whose product is taken off.
+    """
+
+    def __init__(self, base: PackedLinear, shape: LoraShape, generator: torch.Generator) -> None:
+        super().__init__()
+        self.base, self.shape = base, shape
+        a, b = torch.empty(shape.rank, base.in_features), torch.zeros(base.out_features, shape.rank)
+        self.start: tuple[torch.Tensor, torch.Tensor] | None = None
+        if shape.init == "default":
+            bound = 1 / math.sqrt(base.in_features)  # kaiming_uniform_(a=sqrt(5))
+            a.uniform_(-bound, bound, generator=generator)
+        else:
+            a, b = _factors_of_weight(base, shape)
+            self.start = (a.clone(), b.clone())
+        self.lora_a, self.lora_b = nn.Parameter(a), nn.Parameter(b)
+        self.magnitude = nn.Parameter(self._lengths()) if shape.dora else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's output with the LoRA's added."""
+        product = self.base.product(x)
+        dropped = nn.functional.dropout(x, self.shape.dropout, training=self.training and self.shape.dropout > 0)
+        change = nn.functional.linear(nn.functional.linear(dropped, self.lora_a), self.lora_b) * self.shape.scaling
+        if self.start is not None:
+            a, b = self.start
+            change = change - nn.functional.linear(nn.functional.linear(dropped, a), b) * self.shape.scaling
+        out = product + change if self.magnitude is None else self._rescaled(product, change, dropped, x)
+        return out if self.base.bias is None else out + self.base.bias
+
+    def _rescaled(
+        self, product: torch.Tensor, change: torch.Tensor, dropped: torch.Tensor, x: torch.Tensor
+    ) -> torch.Tensor:
+        """DoRA; the lengths count as constants in the gradient, and dropout spares the base, as in PEFT."""
+        assert self.magnitude is not None
+        factors = self.magnitude / self._lengths()
+        of_base = product if dropped is x else self.base.product(dropped)
+        return product + (factors - 1) * of_base + factors * change
+
+    @torch.no_grad()
+    def _lengths(self) -> torch.Tensor:
+        """L2 norms of the rows of ``W + s B A``."""
+        matrix, scaling = self.base.matrix, self.shape.scaling
+        b = self.lora_b if matrix.stored is None else self.lora_b.index_select(0, matrix.stored)
+        lengths = torch.empty(matrix.n_out)
+        for start, stop, panel in matrix.panels():
+            torch.linalg.vector_norm(
+                torch.addmm(panel, b[start:stop], self.lora_a, alpha=scaling), dim=1, out=lengths[start:stop]
+            )
+        return lengths if matrix.place is None else lengths.index_select(0, matrix.place)
+
+
+def _factors_of_weight(base: PackedLinear, shape: LoraShape) -> tuple[torch.Tensor, torch.Tensor]:
+    """First A and B, as PEFT's, of PiSSA (https://arxiv.org/abs/2404.02948) or OLoRA (2406.01775)."""
+    weight = base.matrix.rows(np.arange(base.out_features))
+    if shape.init == "olora":
+        q, r = torch.linalg.qr(weight)
+        return r[: shape.rank].contiguous() / shape.scaling, q[:, : shape.rank].contiguous()
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    root = torch.sqrt(s[: shape.rank] / shape.scaling)
+    return root[:, None] * vh[: shape.rank], u[:, : shape.rank] * root
+
+
+class SoftPromptRows(nn.Module):
+    """Prompt tuning (https://arxiv.org/abs/2104.08691): embeddings before the tokens.
+
+    Attributes:
+        rows: (n_virtual, width); at first those of some tokens.
+    """
+
+    def __init__(self, model: PackedModel, n_virtual: int, generator: torch.Generator) -> None:
+        super().__init__()
+        embed = model.backbone.get_input_embeddings()
+        tokens = torch.randint(0, embed.num_embeddings, (n_virtual,), generator=generator)
+        self.rows = nn.Parameter(embed(tokens).clone())
+        if self.rows.shape[1] != embedding_width(model.packed):
+            raise UsageError(f"{model.packed.path}: its embeddings are projected; prompt tuning is not possible")
+
+
+def choose_modules(model: PackedModel, targets: Sequence[str], layers: int | None) -> dict[str, PackedLinear]:
+    """The linear layers to adapt.
+
+    Args:
+        model: the model.
+        targets: ``all``, ``attention``, or globs of module names or of their ends.
+        layers: only so many of the last blocks; None for all.
+
+    Raises:
+        UsageError: if a target matches nothing, or nothing is left.
+    """
+    known = {name: module for name, module in model.linears().items() if _can_be_served(model, name)}
+    chosen: dict[str, PackedLinear] = {}
+    for target in targets:
+        found = {name: module for name, module in known.items() if _matches(name, target)}
+        if not found:
+            kinds = {name.rpartition(".")[2] for name in known}
+            raise UsageError(f"no linear layer matches the target {target!r}; the base has {listed(kinds, 16)}")
+        chosen |= found
+    if layers is not None:
+        prefix = {name for name, module in model.module.named_modules() if module is model.layers}.pop()
+        first = len(model.layers) - layers
+        if not 0 < layers <= len(model.layers):
+            raise UsageError(f"layers is {layers}, expected 1 to {len(model.layers)}")
+        within = {name: name.removeprefix(f"{prefix}.").partition(".")[0] for name in chosen}
+        chosen = {name: chosen[name] for name, number in within.items() if number.isdecimal() and int(number) >= first}
+    if not chosen:
+        raise UsageError(f"the targets {', '.join(targets)} leave no layer to train")
+    return {name: module for name, module in known.items() if name in chosen}
+
+
+def _matches(name: str, target: str) -> bool:
+    if target == "all":
+        return True
+    if target == "attention":
+        return any("attn" in part or "attention" in part for part in name.split(".")[:-1])
+    return fnmatch.fnmatchcase(name, target) or fnmatch.fnmatchcase(name, f"*.{target}")
+
+
+def _can_be_served(model: PackedModel, name: str) -> bool:
+    """Whether llama.cpp would multiply with a LoRA of this layer."""
+    base = model.packed.base
+    tensors = [each.tensor for each in model.packed.slices(f"{name}.weight")]
+    return not any(ignored_at_run_time(base, tensor) or aborts_at_run_time(base, tensor) for tensor in tensors)
+
+
+def add_loras(model: PackedModel, names: Sequence[str], shape: LoraShape, seed: int) -> dict[str, LoraLinear]:
+    """Put a LoRA beside each of these layers."""
+    generator = torch.Generator().manual_seed(seed)
+    added = {}
+    for name in names:
+        layer = LoraLinear(model.module.get_submodule(name), shape, generator)
+        model.module.set_submodule(name, layer)
+        added[name] = layer
+    return added

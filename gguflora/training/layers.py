@@ -1,0 +1,129 @@
+"""Modules of torch that compute with packed weights: products, embeddings, experts.
+
+Nothing dequantized outlives a panel. A product dequantizes its matrix once forwards, and once more backwards for the
+gradient of its input; the weights themselves have no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import nn
+
+from gguflora.training.packed import PackedMatrix
+
+PRECISIONS: Final = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+class _Product(torch.autograd.Function):
+    """``x W^T`` of a packed W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, matrix: PackedMatrix, dtype: torch.dtype) -> torch.Tensor:  # noqa: ANN401
+        ctx.matrix, ctx.dtype = matrix, dtype
+        flat = x.reshape(-1, matrix.n_in).to(dtype)
+        out = torch.empty(len(flat), matrix.n_out)
+        for start, stop, panel in matrix.panels():
+            if dtype == torch.float32:
+                torch.mm(flat, panel.t(), out=out[:, start:stop])
+            else:
+                out[:, start:stop] = flat @ panel.to(dtype).t()
+        if matrix.place is not None:
+            out = out.index_select(1, matrix.place)
+        return out.view(*x.shape[:-1], matrix.n_out)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:  # noqa: ANN401
+        matrix, dtype = ctx.matrix, ctx.dtype
+        flat = gradient.reshape(-1, matrix.n_out)
+        if matrix.stored is not None:
+            flat = flat.index_select(1, matrix.stored)
+        flat = flat.to(dtype)
+        out = torch.zeros(len(flat), matrix.n_in)
+        for start, stop, panel in matrix.panels():
+            if dtype == torch.float32:
+                out.addmm_(flat[:, start:stop], panel)
+            else:
+                out += flat[:, start:stop] @ panel.to(dtype)
+        return out.view(*gradient.shape[:-1], matrix.n_in), None, None
+
+
+class PackedLinear(nn.Module):
+    """A linear layer (or Conv1D) whose weight stays packed.
+
+    Attributes:
+        matrix: the weight.
+        bias: (n_out,), or None.
+        dtype: of the products.
+    """
+
+    def __init__(self, matrix: PackedMatrix, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.matrix, self.dtype = matrix, dtype
+        self.in_features, self.out_features = matrix.n_in, matrix.n_out
+        self.register_buffer("bias", bias, persistent=False)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """The weight times ``x`` (.., n_in), without the bias."""
+        product: torch.Tensor = _Product.apply(x, self.matrix, self.dtype)
+        return product
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x W^T + bias``."""
+        product = self.product(x)
+        return product if self.bias is None else product + self.bias
+
+
+class PackedEmbedding(nn.Module):
+    """An embedding whose rows are dequantized as they are looked up.
+
+    Attributes:
+        matrix: (n_tokens, width).
+        factor: multiplies the rows (Gemma 3).
+    """
+
+    def __init__(self, matrix: PackedMatrix, factor: float = 1.0) -> None:
+        super().__init__()
+        self.matrix, self.factor = matrix, factor
+        self.num_embeddings, self.embedding_dim = matrix.n_out, matrix.n_in
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Rows (.., width) of tokens or positions."""
+        numbers, inverse = np.unique(tokens.numpy(), return_inverse=True)
+        rows = self.matrix.rows(numbers)[torch.from_numpy(inverse.reshape(-1))]
+        if self.factor != 1.0:
+            rows = rows * self.factor
+        return rows.view(*tokens.shape, self.embedding_dim)
+
+
+class PackedExperts(nn.Module):
+    """The experts of one layer, as those of transformers' Mixtral, Qwen-MoE and OLMoE: ``down(act(gate) * up)``.
+
+    Attributes:
+        gate_up: of each expert, the rows of gate above those of up.
+        down: of each expert.
+    """
+
+    def __init__(
+        self, gate_up: list[PackedMatrix], down: list[PackedMatrix], activation: nn.Module, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.gate_up, self.down, self.activation, self.dtype = gate_up, down, activation, dtype
+
+    def forward(self, x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """The experts' sum.
+
+        Args:
+            x: (n_tokens, width).
+            chosen: (n_tokens, k) numbers of experts.
+            shares: (n_tokens, k) of each.
+        """
+        out = torch.zeros_like(x)
+        for expert in chosen.unique().tolist():
+            tokens, place = torch.where(chosen == expert)
+            gate, up = _Product.apply(x[tokens], self.gate_up[expert], self.dtype).chunk(2, dim=-1)
+            result = _Product.apply(self.activation(gate) * up, self.down[expert], self.dtype)
+            out = out.index_add(0, tokens, result * shares[tokens, place, None])
+        return out
