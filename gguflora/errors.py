@@ -13,6 +13,8 @@ The tree of the classes:
     |-- MismatchError             adapter and base do not fit together (shapes, architecture)
     |-- QuantizationError         values or shapes that a quant type cannot hold
     |   `-- NonFiniteError        NaN or infinity; carries row and column
+    |-- TrainingDataError         rows of training data cannot be used; carries all of them
+    |-- TrainingError             a training run cannot go on, or would train another model than is served
     |-- OutputError               the target cannot be written (exists, no space, not writable)
     |-- UsageError                an argument is out of range, or arguments contradict each other
     |-- MissingExtraError         a package that one of gguflora's extras installs is missing
@@ -112,6 +114,22 @@ class NonFiniteError(QuantizationError):
         super().__init__(message)
         self.row = row
         self.column = column
+
+
+class TrainingDataError(GgufloraError):
+    """Rows of training data cannot be used.
+
+    Attributes:
+        problems: one for each row: file, line and reason.
+    """
+
+    def __init__(self, message: str, problems: Collection[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
+
+
+class TrainingError(GgufloraError):
+    """A training run cannot go on, or would train another model than the one that is served."""
 
 
 class OutputError(GgufloraError):

@@ -7,9 +7,10 @@ import numpy as np
 import peft
 import torch
 
-from gguflora.training.adapters import LoraShape, add_loras, choose_modules
+from gguflora.training.adapters import add_loras, choose_modules
 from gguflora.training.loss import backward_loss
 from gguflora.training.model import PackedModel
+from gguflora.training.options import LoraShape
 from gguflora.training.packed import PackedBase
 
 TOKENS = [[256, 72, 101, 30, 40, 50, 200, 21, 7, 90, 33, 65], [256, 3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46]]

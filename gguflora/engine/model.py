@@ -34,6 +34,7 @@ class Model:
     Args:
         path: the GGUF file.
         verbose: whether llama.cpp prints its log.
+        repack: whether llama.cpp keeps a second copy of the weights in an order that is quicker to multiply with.
 
     Attributes:
         pointer: the ``llama_model *``; None once freed.
@@ -45,10 +46,11 @@ class Model:
         EngineError: if llama.cpp cannot load the file, with llama.cpp's log text.
     """
 
-    def __init__(self, path: Path, *, verbose: bool) -> None:
+    def __init__(self, path: Path, *, verbose: bool, repack: bool = True) -> None:
         silence(verbose=verbose)
         llama_cpp.llama_backend_init()
         parameters = llama_cpp.llama_model_default_params()
+        parameters.use_extra_bufts = repack
         with captured_log() as log:
             pointer = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
         if not pointer:
@@ -104,31 +106,65 @@ class Model:
         Raises:
             RequestError: if the template refuses the messages.
         """
+        text = self.chat_text(messages, **template_kwargs)
+        return self.tokenize(text, add_bos=not self.has_template, special=True)
+
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template: str | None = None,
+        to_answer: bool = True,
+        **template_kwargs: Any,  # noqa: ANN401
+    ) -> str:
+        """The text of a chat by the model's own template, or by another.
+
+        Args:
+            messages: one or more, each with a role and content.
+            template: in Jinja, in place of the model's.
+            to_answer: whether the text goes on to where the model's answer begins.
+            template_kwargs: what else the template is given.
+
+        Raises:
+            RequestError: if the template refuses the messages.
+        """
         if not messages or not all(isinstance(message, Mapping) and "role" in message for message in messages):
             raise RequestError("a chat needs at least one message, and each message needs a role and content")
         try:
-            text = self._formatter(messages=messages, **template_kwargs).prompt
+            text: str = self._formatter(template, to_answer)(messages=messages, **template_kwargs).prompt
         except Exception as error:  # a foreign template can raise anything
             raise RequestError(f"the model's chat template refuses these messages: {error}") from error
-        return self.tokenize(text, add_bos=not self._has_template, special=True)
+        return text
 
     @property
-    def _has_template(self) -> bool:
+    def has_template(self) -> bool:
+        """Whether the model brings a chat template."""
         return llama_cpp.llama_model_chat_template(self.pointer, None) is not None
 
     @property
-    def _formatter(self) -> Any:  # noqa: ANN401  (llama_cpp has no types)
-        template = llama_cpp.llama_model_chat_template(self.pointer, None)
-        return _formatter(
-            template.decode("utf-8", errors="replace") if template else _PLAIN_TEMPLATE,
-            self._special_text(llama_cpp.llama_vocab_eos(self._vocab)),
-            self._special_text(llama_cpp.llama_vocab_bos(self._vocab)),
-        )
+    def end_of_text(self) -> int:
+        """The token that ends a text; -1 if there is none."""
+        return int(llama_cpp.llama_vocab_eos(self._vocab))
+
+    @property
+    def end_of_turn(self) -> int:
+        """The token that ends an answer; where the model has none of its own, that which ends a text."""
+        token = int(llama_cpp.llama_vocab_eot(self._vocab))
+        return token if token >= 0 else self.end_of_text
+
+    def _formatter(self, template: str | None, to_answer: bool) -> Any:  # noqa: ANN401  (llama_cpp has no types)
+        if template is None:
+            own = llama_cpp.llama_model_chat_template(self.pointer, None)
+            template = own.decode("utf-8", errors="replace") if own else _PLAIN_TEMPLATE
+        eos, bos = llama_cpp.llama_vocab_eos(self._vocab), llama_cpp.llama_vocab_bos(self._vocab)
+        return _formatter(template, self._special_text(eos), self._special_text(bos), to_answer)
 
     def _special_text(self, token: int) -> str:
         return "" if token < 0 else self.piece(token, True).decode("utf-8", errors="replace")
 
 
 @lru_cache(maxsize=8)
-def _formatter(template: str, eos: str, bos: str) -> Any:  # noqa: ANN401
-    return llama_chat_format.Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)
+def _formatter(template: str, eos: str, bos: str, to_answer: bool) -> Any:  # noqa: ANN401
+    return llama_chat_format.Jinja2ChatFormatter(
+        template, eos_token=eos, bos_token=bos, add_generation_prompt=to_answer
+    )

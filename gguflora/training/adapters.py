@@ -9,8 +9,6 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import torch
@@ -20,35 +18,7 @@ from gguflora.architectures import aborts_at_run_time, ignored_at_run_time
 from gguflora.errors import UsageError, listed
 from gguflora.training.layers import PackedLinear
 from gguflora.training.model import PackedModel, embedding_width
-
-METHODS: Final = ("lora", "dora", "prompt")
-INITS: Final = ("default", "olora", "pissa")
-
-
-@dataclass(frozen=True, slots=True)
-class LoraShape:
-    """What all LoRA layers of a run have in common.
-
-    Attributes:
-        rank: of the factors.
-        alpha: numerator of their scaling.
-        dropout: share of the inputs of A that is zeroed.
-        rslora: whether the scaling is alpha / sqrt(rank).
-        dora: whether the length of each row is learned, too.
-        init: ``default`` as PEFT's; ``olora`` or ``pissa``: factors of the weight itself, whose start is taken off.
-    """
-
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-    rslora: bool = False
-    dora: bool = False
-    init: str = "default"
-
-    @property
-    def scaling(self) -> float:
-        """Multiplies ``B A``."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+from gguflora.training.options import LoraShape
 
 
 class LoraLinear(nn.Module):
@@ -60,11 +30,12 @@ class LoraLinear(nn.Module):
         lora_b: (n_out, rank).
         magnitude: of DoRA, (n_out,).
         start: of OLoRA and PiSSA: A and B before the first step, whose product is taken off.
+        drops: whether inputs of A are dropped out now.
     """
 
     def __init__(self, base: PackedLinear, shape: LoraShape, generator: torch.Generator) -> None:
         super().__init__()
-        self.base, self.shape = base, shape
+        self.base, self.shape, self.drops = base, shape, False
         a, b = torch.empty(shape.rank, base.in_features), torch.zeros(base.out_features, shape.rank)
         self.start: tuple[torch.Tensor, torch.Tensor] | None = None
         if shape.init == "default":
@@ -76,10 +47,15 @@ class LoraLinear(nn.Module):
         self.lora_a, self.lora_b = nn.Parameter(a), nn.Parameter(b)
         self.magnitude = nn.Parameter(self._lengths()) if shape.dora else None
 
+    def parameters_by_name(self) -> dict[str, nn.Parameter]:
+        """What is trained, by PEFT's names."""
+        named = {"lora_A.weight": self.lora_a, "lora_B.weight": self.lora_b, "lora_magnitude_vector": self.magnitude}
+        return {name: parameter for name, parameter in named.items() if parameter is not None}
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output with the LoRA's added."""
         product = self.base.product(x)
-        dropped = nn.functional.dropout(x, self.shape.dropout, training=self.training and self.shape.dropout > 0)
+        dropped = nn.functional.dropout(x, self.shape.dropout) if self.drops else x
         change = nn.functional.linear(nn.functional.linear(dropped, self.lora_a), self.lora_b) * self.shape.scaling
         if self.start is not None:
             a, b = self.start

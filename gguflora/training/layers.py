@@ -14,7 +14,7 @@ from torch import nn
 
 from gguflora.training.packed import PackedMatrix
 
-PRECISIONS: Final = {"f32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: Final = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 class _Product(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch import nn
 from gguflora.errors import ArchitectureError, MissingExtraError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING
 from gguflora.training.configs import Header, kind_of
-from gguflora.training.layers import PRECISIONS, PackedEmbedding, PackedExperts, PackedLinear
+from gguflora.training.layers import DTYPES, PackedEmbedding, PackedExperts, PackedLinear
 from gguflora.training.packed import PackedBase
 
 _LOG = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class PackedModel:
     def __init__(self, packed: PackedBase, precision: str = "f32") -> None:
         transformers = _transformers()
         kind, header = kind_of(packed), Header(packed)
-        self.packed, self.n_ctx, self._dtype = packed, header.context, PRECISIONS[precision]
+        self.packed, self.n_ctx, self._dtype = packed, header.context, DTYPES[precision]
         config = getattr(transformers, kind.config)(**kind.fields(header))
         with _without_weights():
             self.module: Any = transformers.AutoModelForCausalLM.from_config(

@@ -6,6 +6,7 @@ panels of rows, each dequantized into one buffer of the thread, and puts the res
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -126,6 +127,13 @@ class PackedBase:
             self.metadata: Metadata = file.metadata
             self._tensors = {name: (part.path, entry) for part in file.parts for name, entry in part.tensors.items()}
         self._mapped = {each: np.memmap(each, np.uint8, "r") for each in self.paths}
+
+    def forget_pages(self) -> None:
+        """Let the system take the file's pages out of this process's memory; they are mapped again when read."""
+        for content in self._mapped.values():
+            mapped = getattr(content, "_mmap", None)
+            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def has(self, tensor: str) -> bool:
         """Whether the file has a GGUF tensor of this name."""

@@ -9,8 +9,8 @@ from training_models import assert_trains_as_peft, in_peft, our_loss, own_model,
 
 from gguflora.diagnostics.divergence import kl_divergence
 from gguflora.errors import ArchitectureError
-from gguflora.training.adapters import LoraShape
 from gguflora.training.configs import KINDS
+from gguflora.training.options import LoraShape
 
 NAMES = (
     "llama", "llama_biases", "llama3", "llama_linear", "mistral", "qwen2", "qwen3", "gemma", "gemma2_served",

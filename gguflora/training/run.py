@@ -1,0 +1,416 @@
+"""A whole run: data, model, plan, training, evaluation, outputs."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+
+import torch
+
+from gguflora.engine.model import Model
+from gguflora.errors import TrainingDataError, TrainingError, UsageError
+from gguflora.files.checksum import sha256_of
+from gguflora.system.cpus import thread_count
+from gguflora.training.adapters import LoraLinear, SoftPromptRows, add_loras, choose_modules
+from gguflora.training.batches import Batches
+from gguflora.training.checkpoints import STATE, Checkpoint, read_checkpoint
+from gguflora.training.configs import Header, kind_of
+from gguflora.training.evaluation import Evaluator, self_check
+from gguflora.training.initial import put_factors
+from gguflora.training.loop import Limits, Trainer
+from gguflora.training.loss import backward_loss
+from gguflora.training.memory import MemoryPlan, needed_bytes, peak_memory, plan_memory, read_bytes, return_memory_early
+from gguflora.training.model import PackedModel
+from gguflora.training.options import TrainOptions
+from gguflora.training.outputs import Outputs, Trainables, publish
+from gguflora.training.packed import PackedBase
+from gguflora.training.plots import check_plot, plot_curve
+from gguflora.training.report import RankRow, StepDone, TrainPlan, TrainReport
+from gguflora.training.rows import Row, read_rows
+from gguflora.training.samples import Sample, SampleMaker, SampleSet, fit
+
+_LOG = logging.getLogger(__name__)
+_RANKS: Final = (4, 8, 16, 32, 64, 128)
+_LONGEST: Final = 2048
+"""Tokens of a sample, at most, unless the user asks for more."""
+
+_FEW: Final = 8
+_SHOWN: Final = 600
+_EVALUATIONS: Final = 10
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """The data of a run.
+
+    Attributes:
+        learned: samples to learn.
+        held: samples held out.
+        prompts: tokens of the sample prompts.
+        example: one sample as text.
+        sha256: of all files.
+    """
+
+    learned: SampleSet
+    held: tuple[Sample, ...]
+    prompts: dict[str, list[int]]
+    example: str
+    sha256: str
+
+    @property
+    def longest(self) -> int:
+        return max(len(sample.tokens) for sample in (*self.learned.samples, *self.held))
+
+
+def run_training(
+    *,
+    base: Path,
+    data: Sequence[Path],
+    valid: Sequence[Path] | None,
+    out: Path,
+    options: TrainOptions,
+    resume: bool,
+    from_adapter: Path | None,
+    chat_template: Path | None,
+    dry_run: bool,
+    force: bool,
+    plot: Path | None,
+    show_plan: Callable[[TrainPlan], None],
+    watch: Callable[[StepDone], None],
+) -> TrainReport:
+    """Train; see `gguflora.training.train.train`, which checks the options and calls this."""
+    outputs = Outputs.from_name(out)
+    _check_outputs(outputs, [base, *data, *(valid or ())], plot, resume=resume, dry_run=dry_run, force=force)
+    return_memory_early()
+    packed = PackedBase(base)
+    kind_of(packed)  # before the data is read
+    rows, held = read_rows(data), None if valid is None else read_rows(valid)
+    found = _prepare(packed, rows, held, _hash_of([*data, *(valid or ())]), options, chat_template)
+    settings = {
+        **options.settings(),
+        "base": sha256_of(*packed.paths),
+        "data": found.sha256,
+        "from": None if from_adapter is None else from_adapter.name,
+    }
+    checkpoint = read_checkpoint(outputs.state, settings) if resume else None
+    planned: dict[str, Any] = {} if checkpoint is None else checkpoint.settings["planned"]
+    torch.set_num_threads(options.threads or planned.get("threads") or thread_count(None))
+    trained = _trainables(packed, options, from_adapter)
+    run = _Run(trained, found, options, outputs)
+    plan = run.plan(planned)
+    show_plan(plan)
+    if dry_run:
+        return run.report(plan, None, "done", dry_run=True)
+    settings["planned"] = {
+        "steps": plan.steps,
+        "eval_every": plan.eval_every,
+        "recompute": plan.recompute,
+        "micro_positions": plan.micro_positions,
+        "threads": torch.get_num_threads(),
+        "seconds_per_step": plan.seconds_per_step,
+    }
+    trainer, stopped = run.train(plan, settings, checkpoint, watch)
+    return run.finish(plan, trainer, stopped, settings, force=force, plot=plot)
+
+
+def _check_outputs(
+    outputs: Outputs, inputs: list[Path], plot: Path | None, *, resume: bool, dry_run: bool, force: bool
+) -> None:
+    outputs.check(inputs, force=force or dry_run)
+    if plot is not None:
+        check_plot(plot)
+    if (outputs.state / STATE).exists() and not (resume or dry_run or force):
+        raise UsageError(
+            f"{outputs.state}: a run that was interrupted lies there; go on with --resume, or drop it with --force"
+        )
+
+
+def _hash_of(paths: Sequence[Path]) -> str:
+    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    return sha256_of(*[file for file in files if file.is_file()])
+
+
+def _prepare(
+    packed: PackedBase,
+    rows: Sequence[Row],
+    held: Sequence[Row] | None,
+    digest: str,
+    options: TrainOptions,
+    chat_template: Path | None,
+) -> _Data:
+    """Rows as samples, by llama.cpp's tokens."""
+    template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
+    if template is not None:
+        digest = hashlib.sha256(f"{digest} {template}".encode()).hexdigest()
+    n_ctx = Header(packed).context
+    if options.length is not None and options.length > n_ctx:
+        raise UsageError(f"length is {options.length}, but the base was trained with {n_ctx} tokens of context")
+    if held is None:
+        rows, held = _split(rows, options)
+    model = Model(packed.path, verbose=False, repack=False)
+    try:
+        maker = SampleMaker(model, template, options.loss == "all")
+        samples, held_samples = maker.make(rows), maker.make(held)
+        longest = max(len(sample.tokens) for sample in samples)
+        length = options.length or min(longest, n_ctx, max(_LONGEST, 2))
+        learned = fit(samples, length)
+        kept = fit(held_samples, length).samples if held_samples else ()
+        messages = [(text, [{"role": "user", "content": text}]) for text in options.sample]
+        has_template = template is not None or model.has_template
+        prompts = {
+            text: model.tokenize(
+                model.chat_text(chat, template=template) if has_template else text,
+                add_bos=not has_template,
+                special=True,
+            )
+            for text, chat in messages
+        }
+        example = _marked(model, learned.samples[0])
+    finally:
+        model.free()
+    return _Data(learned, kept, prompts, example, digest)
+
+
+def _split(rows: Sequence[Row], options: TrainOptions) -> tuple[list[Row], list[Row]]:
+    """Rows to learn, and rows to hold out."""
+    count = max(1, round(len(rows) * options.valid_split)) if options.valid_split else 0
+    if count >= len(rows):
+        raise TrainingDataError(
+            f"{rows[0].source}: {len(rows)} row is too little to learn and to hold out; give more rows, --valid FILE, "
+            "or --valid-split 0"
+        )
+    chosen = set(Random(options.seed).sample(range(len(rows)), count))  # noqa: S311  (a choice, no secret)
+    return [r for n, r in enumerate(rows) if n not in chosen], [r for n, r in enumerate(rows) if n in chosen]
+
+
+def _marked(model: Model, sample: Sample) -> str:
+    """A sample as text, its learned parts in double brackets."""
+    content, inside = bytearray(), False
+    for token, is_learned in zip(sample.tokens, sample.trained, strict=True):
+        if is_learned != inside:
+            content += b"[[" if is_learned else b"]]"
+            inside = is_learned
+        content += model.piece(token, True)
+    text = (bytes(content) + (b"]]" if inside else b"")).decode("utf-8", errors="replace")
+    half = _SHOWN // 2
+    return text if len(text) <= _SHOWN else f"{text[:half]} ... {text[-half:]}"
+
+
+def _trainables(packed: PackedBase, options: TrainOptions, from_adapter: Path | None) -> Trainables:
+    """The model with what is trained in it."""
+    model = PackedModel(packed, options.dtype)
+    if options.method == "prompt":
+        if from_adapter is not None:
+            raise UsageError("--from is for LoRA; a soft prompt begins with embeddings of tokens")
+        rows = SoftPromptRows(model, options.rank, torch.Generator().manual_seed(options.seed))
+        return Trainables(model, {}, None, rows)
+    names = list(choose_modules(model, options.targets, options.layers))
+    layers: dict[str, LoraLinear] = add_loras(model, names, options.shape, options.seed)
+    if from_adapter is not None:
+        put_factors(from_adapter, packed.base, layers)
+    return Trainables(model, layers, options.shape)
+
+
+class _Run:
+    """One run, once its data and its model are there."""
+
+    def __init__(self, trained: Trainables, data: _Data, options: TrainOptions, outputs: Outputs) -> None:
+        self._trained, self._data, self._options, self._outputs = trained, data, options, outputs
+        self._evaluator = Evaluator(trained, data.held, data.prompts, data.longest, torch.get_num_threads())
+        self._n_parameters = sum(parameter.numel() for parameter in trained.named().values())
+
+    def plan(self, planned: dict[str, Any]) -> TrainPlan:
+        """The plan, with one real step measured; of a run that goes on, the plan it began with."""
+        options, model, samples = self._options, self._trained.model, self._data.learned.samples
+        with self._evaluator.without_factors():
+            divergence = self_check(model, self._data.held or samples, torch.get_num_threads())
+        asked = None if options.memory is None else read_bytes(options.memory)
+        memory = plan_memory(model, self._n_parameters, self._data.longest, asked)
+        if planned:
+            memory = replace(memory, recompute=planned["recompute"], positions=planned["micro_positions"])
+        model.recompute(memory.recompute)
+        self._batches = Batches(samples, options.batch, options.seed, memory.positions, options.accumulate)
+        seconds = planned.get("seconds_per_step") or self._measure(sum(len(sample.tokens) for sample in samples))
+        steps = planned.get("steps") or self._steps(seconds)
+        every = planned.get("eval_every") or options.eval_every or max(1, steps // _EVALUATIONS)
+        return TrainPlan(
+            method=self._trained.method,
+            modules=len(self._trained.layers) or 1,
+            parameters=self._n_parameters,
+            samples=len(samples),
+            valid_samples=len(self._data.held),
+            tokens=sum(len(sample.tokens) for sample in samples),
+            trained_tokens=sum(sample.n_trained for sample in samples),
+            length=self._data.longest,
+            cut=self._data.learned.cut,
+            dropped=self._data.learned.dropped,
+            steps=steps,
+            steps_per_epoch=self._batches.steps_per_epoch,
+            eval_every=every,
+            seconds_per_step=seconds,
+            recompute=memory.recompute,
+            micro_positions=memory.positions,
+            memory=memory.needed + memory.file,
+            precision=options.dtype,
+            self_check=divergence,
+            example=self._data.example,
+            ranks=self._ranks(memory, seconds * steps),
+            notes=self._notes(),
+        )
+
+    def _steps(self, seconds: float) -> int:
+        options = self._options
+        if options.steps is not None:
+            return options.steps
+        if options.hours is not None:
+            return max(1, int(options.hours * 3600 / seconds))
+        return max(1, math.ceil(options.epochs * self._batches.steps_per_epoch))
+
+    def _measure(self, tokens: int) -> float:
+        """Seconds of a mean step, from one real micro-batch forwards and backwards."""
+        micro = self._batches.step(0)[-1]
+        prompt = None if self._trained.prompt is None else self._trained.prompt.rows
+        started = time.monotonic()
+        backward_loss(self._trained.model, micro.tokens, micro.trained, 1, prompt=prompt)
+        seconds = time.monotonic() - started
+        for parameter in self._trained.named().values():
+            parameter.grad = None
+        return float(seconds * tokens / self._batches.steps_per_epoch / micro.tokens.numel())
+
+    def _ranks(self, memory: MemoryPlan, seconds: float) -> tuple[RankRow, ...]:
+        """What other ranks would cost: products with factors beside those with the weights."""
+        model, longest = self._trained.model, self._data.longest
+        if self._trained.shape is None:
+            return ()
+        widths = sum(layer.base.in_features + layer.base.out_features for layer in self._trained.layers.values())
+        weights = sum(layer.base.in_features * layer.base.out_features for layer in self._trained.layers.values())
+        own = weights * 2 + 3 * widths * self._trained.shape.rank
+        found = []
+        for rank in sorted({*_RANKS, self._trained.shape.rank}):
+            needed = needed_bytes(model, rank * widths, memory.positions, longest, recompute=memory.recompute)
+            share = (weights * 2 + 3 * widths * rank) / own
+            found.append(RankRow(rank, rank * widths, needed + memory.file, seconds * share))
+        return tuple(found)
+
+    def _notes(self) -> tuple[str, ...]:
+        notes = []
+        learned, options = self._data.learned, self._options
+        if learned.dropped:
+            notes.append(
+                f"{len(learned.dropped)} samples are left out: no token to learn is left within {self._data.longest} "
+                f"tokens ({', '.join(learned.dropped[:_FEW])})"
+            )
+        if learned.cut:
+            notes.append(f"{len(learned.cut)} samples are cut at their end ({', '.join(learned.cut[:_FEW])})")
+        if self._trained.method == "dora":
+            notes.append("DoRA is evaluated in torch: llama.cpp cannot apply it; merge it, or convert it with --rank")
+        if not self._data.held:
+            notes.append("nothing is held out: the last factors are written, not the best")
+        if options.batch > len(learned.samples):
+            notes.append(f"a batch is {options.batch} samples, but there are only {len(learned.samples)}")
+        return tuple(notes)
+
+    def train(
+        self,
+        plan: TrainPlan,
+        settings: dict[str, Any],
+        checkpoint: Checkpoint | None,
+        watch: Callable[[StepDone], None],
+    ) -> tuple[Trainer, str]:
+        """Train to the end."""
+        hours = self._options.hours
+        limits = Limits(plan.steps, plan.eval_every, math.inf if hours is None else hours * 3600)
+        evaluate = (lambda values, _: self._evaluator.loss(values)) if self._data.held else None
+        trainer = Trainer(
+            self._trained, self._batches, self._options, limits, settings, self._outputs.state, evaluate, watch
+        )
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        if trainer.progress.base_valid_loss is None:
+            trainer.progress.base_valid_loss = self._evaluator.base_loss()
+            trainer.save()
+        return trainer, trainer.run()
+
+    def finish(
+        self,
+        plan: TrainPlan,
+        trainer: Trainer,
+        stopped: str,
+        settings: dict[str, Any],
+        *,
+        force: bool,
+        plot: Path | None,
+    ) -> TrainReport:
+        """Write the best factors, and look at what was written."""
+        progress, outputs = trainer.progress, self._outputs
+        if self._data.held and not trainer.best:  # time was up before the first evaluation
+            trainer.best = trainer.factors()
+            progress.best_loss, progress.best_step = self._evaluator.loss(trainer.best), progress.step
+        values = trainer.best or trainer.factors()
+        self._trained.load(values)
+        if not all(bool(torch.isfinite(value).all()) for value in values.values()):
+            raise TrainingError("the trained factors are not finite; try a lower --lr")
+        record = {
+            "base_sha256": settings["base"],
+            "data_sha256": settings["data"],
+            "settings": {key: value for key, value in settings.items() if key not in {"base", "data", "planned"}},
+            "steps": progress.step,
+            "best_step": progress.best_step if trainer.best else progress.step,
+            "base_valid_loss": progress.base_valid_loss,
+            "valid_loss": progress.best_loss,
+            "trained_tokens": progress.trained_tokens,
+        }
+        publish(outputs, self._trained, values, record, force=force)
+        report = self.report(plan, trainer, stopped, values=values)
+        if plot is not None:
+            plot_curve(report.curve, report.base_valid_loss, f"{outputs.folder.name} on {report.base.name}", plot)
+        shutil.rmtree(outputs.state, ignore_errors=True)
+        return report
+
+    def report(
+        self,
+        plan: TrainPlan,
+        trainer: Trainer | None,
+        stopped: str,
+        *,
+        values: dict[str, torch.Tensor] | None = None,
+        dry_run: bool = False,
+    ) -> TrainReport:
+        """What was done."""
+        progress = None if trainer is None else trainer.progress
+        base_loss = None if progress is None else progress.base_valid_loss
+        loss = None if progress is None else progress.best_loss
+        is_lora = self._trained.method == "lora"
+        merge = None
+        if values is not None and self._options.check_merge and base_loss is not None and loss is not None:
+            merge = self._evaluator.merged(self._outputs.folder, base_loss, loss)
+        scales = {} if values is None or loss is None else self._evaluator.scales(values)
+        return TrainReport(
+            output=self._outputs.folder,
+            lora=self._outputs.lora if is_lora else None,
+            base=self._trained.model.packed.path,
+            method=self._trained.method,
+            plan=plan,
+            base_valid_loss=base_loss,
+            valid_loss=loss,
+            steps=0 if progress is None else progress.step,
+            best_step=0 if progress is None else progress.best_step if progress.best_step > 0 else progress.step,
+            stopped=stopped,
+            trained_tokens=0 if progress is None else progress.trained_tokens,
+            seconds=0.0 if progress is None else progress.seconds,
+            peak_memory=peak_memory(),
+            curve=() if progress is None else tuple(progress.curve),  # type: ignore[arg-type]
+            scales=scales if loss is None or not scales else dict(sorted({**scales, "1": loss}.items())),
+            samples=() if values is None else self._evaluator.answers(values),
+            merge=merge,
+            warnings=plan.notes,
+            dry_run=dry_run,
+        )
