@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from gguflora.runtime.attached import attach as attach
     from gguflora.server.serve import ServeReport as ServeReport
     from gguflora.server.serve import serve as serve
+    from gguflora.training.report import TrainReport as TrainReport
+    from gguflora.training.train import train as train
 
 _HOMES = {
     "Adapters": "gguflora.runtime.attached",
@@ -72,6 +74,7 @@ _HOMES = {
     "RunReport": "gguflora.engine.run",
     "ServeReport": "gguflora.server.serve",
     "TensorReport": "gguflora.merging.report",
+    "TrainReport": "gguflora.training.report",
     "UnmergeReport": "gguflora.merging.in_place.unmerge",
     "apply_patch": "gguflora.merging.patch.apply",
     "assemble": "gguflora.merging.parts",
@@ -94,6 +97,7 @@ _HOMES = {
     "run_demo": "gguflora.diagnostics.demo",
     "run_pipeline": "gguflora.pipeline",
     "serve": "gguflora.server.serve",
+    "train": "gguflora.training.train",
     "unmerge": "gguflora.merging.in_place.unmerge",
 }
 """The module of each public name."""
@@ -115,6 +119,7 @@ _PACKAGES = frozenset(
         "runtime",
         "server",
         "system",
+        "training",
     }
 )
 """Packages that are attributes of ``gguflora`` without an import of their own, such as ``gguflora.quants``."""

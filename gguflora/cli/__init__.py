@@ -18,6 +18,7 @@ from gguflora.cli import (  # noqa: F401  # isort: skip
     extract,
     export,
     diff,
+    train,
     pipeline,
     run,
     serve,

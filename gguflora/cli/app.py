@@ -23,6 +23,7 @@ FAILED: Final = 1
 INTERRUPTED: Final = 130
 _AFTER_INTERRUPT: Final = {
     "pipeline": "finished steps are kept, and the next run continues after them",
+    "train": "what the run needs to go on is kept",
     "unmerge": "run it again to restore the base completely",
 }
 """What a command's message says after Ctrl+C; by default, that nothing was written."""

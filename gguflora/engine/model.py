@@ -146,12 +146,6 @@ class Model:
         """The token that ends a text; -1 if there is none."""
         return int(llama_cpp.llama_vocab_eos(self._vocab))
 
-    @property
-    def end_of_turn(self) -> int:
-        """The token that ends an answer; where the model has none of its own, that which ends a text."""
-        token = int(llama_cpp.llama_vocab_eot(self._vocab))
-        return token if token >= 0 else self.end_of_text
-
     def _formatter(self, template: str | None, to_answer: bool) -> Any:  # noqa: ANN401  (llama_cpp has no types)
         if template is None:
             own = llama_cpp.llama_model_chat_template(self.pointer, None)

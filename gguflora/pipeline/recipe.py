@@ -168,8 +168,47 @@ class Compare(Step):
     threads: int | None = Field(default=None, ge=1)
 
 
+class Train(Step):
+    """`gguflora.train`; ``out`` names the PEFT directory, and a LoRA's GGUF file lies beside it."""
+
+    action: Literal["train"]
+    base: str
+    data: str | list[str]
+    valid: str | list[str] | None = None
+    valid_split: Number = 0.05
+    rank: Whole = 16
+    alpha: Number | None = None
+    dropout: Number = 0.0
+    rslora: bool = False
+    targets: str | list[str] = "all"
+    layers: Whole | None = None
+    epochs: Number = 3
+    steps: Whole | None = None
+    hours: float | None = None
+    batch: Whole = 8
+    accumulate: Whole | None = None
+    length: Whole | None = None
+    lr: Number | None = None
+    schedule: Literal["cosine", "linear", "constant"] | Template = "cosine"
+    warmup: Number = 0.03
+    weight_decay: Number = 0.01
+    max_grad_norm: Number = 1.0
+    loss: Literal["answers", "all"] | Template = "answers"
+    eval_every: Whole | None = None
+    patience: Whole = 3
+    method: Literal["lora", "dora", "prompt"] | Template = "lora"
+    init: Literal["default", "olora", "pissa"] | Template = "default"
+    lora_plus_ratio: Number = 1.0
+    from_adapter: str | None = None
+    precision: Literal["auto", "f32", "bf16"] | Template = "auto"
+    chat_template: str | None = None
+    seed: Whole = 0
+    check_merge: bool = False
+    threads: int | None = Field(default=None, ge=1)
+
+
 AnyStep = Annotated[
-    Convert | Merge | Combine | Resize | Extract | Export | Inspect | Compare, Field(discriminator="action")
+    Convert | Merge | Combine | Resize | Extract | Export | Inspect | Compare | Train, Field(discriminator="action")
 ]
 
 
@@ -276,7 +315,7 @@ def _describe(problem: Any) -> str:  # noqa: ANN401  (pydantic's ErrorDetails)
     return f"{problem['msg'][:1].lower()}{problem['msg'][1:]}{given}"
 
 
-_ACTIONS: Final = {"convert", "merge", "combine", "resize", "extract", "export", "inspect", "compare"}
+_ACTIONS: Final = {"convert", "merge", "combine", "resize", "extract", "export", "inspect", "compare", "train"}
 _ALTERNATIVES: Final = {*_ACTIONS, "str", "int", "float", "constrained-str", "AdapterUse"}
 
 

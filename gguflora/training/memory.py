@@ -111,13 +111,14 @@ def needed_bytes(model: PackedModel, n_trained: int, positions: int, longest: in
     return _IMPORTS + _ADAM * n_trained + kept + logits + PANEL_WEIGHTS * _FLOAT
 
 
-def plan_memory(model: PackedModel, n_trained: int, longest: int, asked: int | None) -> MemoryPlan:
+def plan_memory(model: PackedModel, n_trained: int, longest: int, batch: int, asked: int | None) -> MemoryPlan:
     """Choose between recomputation and the size of micro-batches.
 
     Args:
         model: the model.
         n_trained: trained numbers.
         longest: sample.
+        batch: samples of a step.
         asked: bytes, mapped file included; None for what is available.
 
     Raises:
@@ -129,7 +130,8 @@ def plan_memory(model: PackedModel, n_trained: int, longest: int, asked: int | N
     sizes = [size for size in _CHOICES if size >= longest] + [longest]
     for recompute in (False, True):
         for positions in sizes if recompute else sizes[: max(1, len(sizes) - 1)]:
-            needed = needed_bytes(model, n_trained, positions, longest, recompute=recompute)
+            at_once = min(positions, batch * longest)
+            needed = needed_bytes(model, n_trained, at_once, longest, recompute=recompute)
             if needed <= room:
                 return MemoryPlan(recompute, positions, needed, file)
     least = needed_bytes(model, n_trained, longest, longest, recompute=True)

@@ -98,11 +98,12 @@ class PackedModel:
 
     def recompute(self, on: bool) -> None:
         """Keep only the input of each block for the backward pass, and compute the rest of it again."""
+        word = "activation" if hasattr(self.module, "activation_checkpointing_enable") else "gradient"
         if on:
-            self.module.gradient_checkpointing_enable({"use_reentrant": False})
+            getattr(self.module, f"{word}_checkpointing_enable")({"use_reentrant": False})
             self.module.train()  # transformers recomputes in this mode only; no module drops anything out
         else:
-            self.module.gradient_checkpointing_disable()
+            getattr(self.module, f"{word}_checkpointing_disable")()
             self.module.eval()
 
     def _fill(self, module: nn.Module, name: str) -> None:

@@ -233,14 +233,14 @@ class _Run:
         with self._evaluator.without_factors():
             divergence = self_check(model, self._data.held or samples, torch.get_num_threads())
         asked = None if options.memory is None else read_bytes(options.memory)
-        memory = plan_memory(model, self._n_parameters, self._data.longest, asked)
+        memory = plan_memory(model, self._n_parameters, self._data.longest, options.batch, asked)
         if planned:
             memory = replace(memory, recompute=planned["recompute"], positions=planned["micro_positions"])
         model.recompute(memory.recompute)
         self._batches = Batches(samples, options.batch, options.seed, memory.positions, options.accumulate)
         seconds = planned.get("seconds_per_step") or self._measure(sum(len(sample.tokens) for sample in samples))
         steps = planned.get("steps") or self._steps(seconds)
-        every = planned.get("eval_every") or options.eval_every or max(1, steps // _EVALUATIONS)
+        every = planned.get("eval_every") or options.eval_every or -(-steps // _EVALUATIONS)
         return TrainPlan(
             method=self._trained.method,
             modules=len(self._trained.layers) or 1,
@@ -295,7 +295,8 @@ class _Run:
         own = weights * 2 + 3 * widths * self._trained.shape.rank
         found = []
         for rank in sorted({*_RANKS, self._trained.shape.rank}):
-            needed = needed_bytes(model, rank * widths, memory.positions, longest, recompute=memory.recompute)
+            at_once = min(memory.positions, self._options.batch * longest)
+            needed = needed_bytes(model, rank * widths, at_once, longest, recompute=memory.recompute)
             share = (weights * 2 + 3 * widths * rank) / own
             found.append(RankRow(rank, rank * widths, needed + memory.file, seconds * share))
         return tuple(found)

@@ -26,10 +26,6 @@ class ChatVocabulary(Protocol):
     def end_of_text(self) -> int:
         """The token that ends a text, or -1."""
 
-    @property
-    def end_of_turn(self) -> int:
-        """The token that ends an answer, or -1."""
-
     def tokenize(self, text: str, *, add_bos: bool, special: bool) -> list[int]:
         """Tokens of a text."""
 
@@ -161,9 +157,9 @@ class SampleMaker:
         if end is not None:
             return prompt, tokens[: end + 1]
         tokens = self._answer(prompt, asked, answer.rstrip(), add_bos=self._adds_bos)
-        if self.vocabulary.end_of_turn < 0:
+        if self.vocabulary.end_of_text < 0:
             raise RequestError("the model has no token that ends an answer")
-        return prompt, [*tokens, self.vocabulary.end_of_turn]
+        return prompt, [*tokens, self.vocabulary.end_of_text]
 
     @property
     def _adds_bos(self) -> bool:

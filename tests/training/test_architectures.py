@@ -1,16 +1,17 @@
 """Every architecture that can be trained, against PEFT in torch and against llama.cpp, on tiny random models."""
 
-import architecture_models as zoo
 import numpy as np
-import oracles
 import pytest
 import torch
-from training_models import assert_trains_as_peft, in_peft, our_loss, own_model, packed, with_loras
 
 from gguflora.diagnostics.divergence import kl_divergence
 from gguflora.errors import ArchitectureError
 from gguflora.training.configs import KINDS
 from gguflora.training.options import LoraShape
+from support import zoo
+from support.oracles import PROMPT
+from support.oracles.llama_cpp import llama_logits
+from support.training import assert_trains_as_peft, in_peft, our_loss, own_model, packed, with_loras
 
 NAMES = (
     "llama", "llama_biases", "llama3", "llama_linear", "mistral", "qwen2", "qwen3", "gemma", "gemma2_served",
@@ -31,8 +32,8 @@ def test_trains_as_peft_does(name):
 def test_logits_are_those_of_llama_cpp(name):
     model = packed(zoo.gguf_model(name))
     with torch.inference_mode():
-        found = model.logits(model.hidden(torch.tensor([list(oracles.PROMPT)])))[0].numpy()
-    expected = oracles.llama_logits(zoo.gguf_model(name))
+        found = model.logits(model.hidden(torch.tensor([list(PROMPT)])))[0].numpy()
+    expected = llama_logits(zoo.gguf_model(name))
     assert np.ptp(expected) > 1, "the model must say something"
     assert kl_divergence(expected, found) <= 1e-6
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import architecture_models as zoo
 import numpy as np
 import peft
 import torch
@@ -12,6 +11,7 @@ from gguflora.training.loss import backward_loss
 from gguflora.training.model import PackedModel
 from gguflora.training.options import LoraShape
 from gguflora.training.packed import PackedBase
+from support import zoo
 
 TOKENS = [[256, 72, 101, 30, 40, 50, 200, 21, 7, 90, 33, 65], [256, 3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46]]
 TRAINED = [[False] * 4 + [True] * 8, [False] * 6 + [True] * 6]
