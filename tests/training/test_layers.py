@@ -1,19 +1,30 @@
 """Products with packed weights of every quant type, and the methods' layers, against torch and PEFT on floats."""
 
 import numpy as np
+import peft
 import pytest
 import torch
 
 from gguflora import quants
 from gguflora.quants.types import TYPES
 from gguflora.training import packed as packed_module
+from gguflora.training.adapters import add_loras, choose_modules
 from gguflora.training.batches import Batches
 from gguflora.training.layers import PackedEmbedding, PackedLinear
 from gguflora.training.options import LoraShape
 from gguflora.training.packed import PackedMatrix, PackedRows
 from gguflora.training.samples import Sample
 from support import zoo
-from support.training import assert_trains_as_peft, in_peft, own_model, packed, relative, with_loras
+from support.training import (
+    TOKENS,
+    assert_trains_as_peft,
+    in_peft,
+    own_model,
+    packed,
+    pefts_parameters,
+    relative,
+    with_loras,
+)
 
 N_OUT, N_IN = 300, 512
 
@@ -82,6 +93,22 @@ def test_methods_train_as_peft_does(name, shape):
     model = packed(zoo.gguf_model(name))
     layers = with_loras(model, shape)
     assert_trains_as_peft(model, layers, in_peft(own_model(name), layers, shape))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_first_factors_are_those_of_peft(init):
+    shape = LoraShape(4, 8, init=init)
+    model = packed(zoo.gguf_model("llama"))
+    tokens = torch.tensor([TOKENS[0]])
+    before = model.logits(model.hidden(tokens))
+    layers = add_loras(model, list(choose_modules(model, ("all",), None)), shape, 0)
+    torch.testing.assert_close(model.logits(model.hidden(tokens)), before, rtol=1e-4, atol=1e-4)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(layers), init_lora_weights=init)
+    adapted = peft.get_peft_model(own_model("llama"), config)
+    for name, layer in layers.items():
+        a, b = pefts_parameters(adapted, name)
+        assert relative(layer.lora_b @ layer.lora_a, b @ a) < 1e-4, name
+        assert relative(layer.lora_a.abs(), a.abs()) < 1e-3, name
 
 
 def test_steps_hold_every_sample_once_an_epoch_in_an_order_of_the_seed():
