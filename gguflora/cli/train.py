@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 
 import gguflora
 from gguflora.cli.app import app, console, print_report, stderr, to_json
@@ -90,7 +89,7 @@ def train(
     gguflora train model.gguf --data notes/ -o my-notes --hours 2 --sample "What is on the list?"
     """
     try:
-        with _watcher() as watch:
+        with _watcher(quiet=as_json) as watch:
             done = gguflora.train(
                 base,
                 data,
@@ -101,14 +100,14 @@ def train(
                 alpha=alpha,
                 dropout=dropout,
                 rslora=rslora,
-                targets=targets or "all",
+                targets=targets,
                 layers=layers,
                 epochs=epochs,
                 steps=steps,
                 hours=hours,
                 batch=batch,
-                accumulate=None if accumulate == "auto" else int(accumulate),
-                length=None if length == "auto" else int(length),
+                accumulate=accumulate if accumulate == "auto" else int(accumulate),
+                length=length if length == "auto" else int(length),
                 lr=lr,
                 schedule=schedule,
                 warmup=warmup,
@@ -132,7 +131,7 @@ def train(
                 dry_run=dry_run,
                 force=force,
                 plot=plot,
-                show_plan=_print_plan,
+                show_plan=(lambda _: None) if as_json else _print_plan,
                 watch=watch,
             )
     except KeyboardInterrupt:
@@ -146,10 +145,10 @@ def train(
 
 
 @contextmanager
-def _watcher() -> Iterator[Callable[[StepDone], None]]:
-    """Progress on stderr: a line that moves in a terminal, else a line for each evaluation."""
+def _watcher(*, quiet: bool) -> Iterator[Callable[[StepDone], None]]:
+    """Progress: in a terminal a line that moves, on stderr; else, unless ``quiet``, a line for each evaluation."""
     if not stderr.is_terminal:
-        yield lambda done: None if done.valid_loss is None else stderr.print(_line(done), markup=False)
+        yield lambda done: None if quiet or done.valid_loss is None else console.print(_line(done), markup=False)
         return
     losses: list[float] = []
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[said]}"))
@@ -183,26 +182,28 @@ def _duration(seconds: float) -> str:
 
 
 def _print_plan(plan: TrainPlan) -> None:
-    """The plan, on stderr, so that stdout holds the report alone."""
     share = plan.trained_tokens / plan.tokens
-    lines = (
+    example = plan.example.replace("\n", "\n  ")
+    lines = [
         f"{plan.method} on {plan.modules} modules: {plan.parameters:,} numbers to train, products in {plan.precision}",
-        f"{plan.samples} samples, {plan.tokens:,} tokens, {share:.0%} of them learned, the longest {plan.length}; "
+        f"{plan.samples} samples, {plan.tokens:,} tokens, {share:.0%} learned, the longest {plan.length}; "
         f"{plan.valid_samples} held out",
         f"{plan.steps} steps ({plan.steps_per_epoch} an epoch), evaluated every {plan.eval_every}; "
         f"{plan.seconds_per_step:.2f} s a step, {_duration(plan.seconds)} in all",
-        f"about {plan.memory / 1e9:.2f} GB of memory, {plan.micro_positions} positions at once, "
-        f"{'recomputing blocks' if plan.recompute else 'nothing recomputed'}",
+        f"about {plan.memory / 1e9:.2f} GB of memory, at most {plan.micro_positions} positions at once, "
+        f"{'blocks recomputed' if plan.recompute else 'nothing recomputed'}",
         f"torch and llama.cpp predict the same within {plan.self_check:.2g} nats",
-        f"a sample, learned parts in [[..]]:\n  {plan.example}",
-    )
-    for line in lines:
-        stderr.print(line, markup=False)
+        f"a sample, with what is learned in [[..]]:\n  {example}",
+    ]
     if plan.ranks:
-        table = Table("rank", "trained numbers", "memory", "time", title="What a rank costs", title_justify="left")
-        for row in plan.ranks:
-            table.add_row(str(row.rank), f"{row.parameters:,}", f"{row.memory / 1e9:.2f} GB", _duration(row.seconds))
-        stderr.print(table)
+        lines.append("what a rank costs:")
+        lines.append(f"  {'rank':>4} {'numbers':>13} {'memory':>10} {'time':>9}")
+        lines += [
+            f"  {row.rank:>4} {row.parameters:>13,} {row.memory / 1e9:>7.2f} GB {_duration(row.seconds):>9}"
+            for row in plan.ranks
+        ]
+    for line in lines:
+        console.print(line, markup=False)
 
 
 def _print_training(report: TrainReport) -> None:

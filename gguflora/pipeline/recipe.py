@@ -180,14 +180,14 @@ class Train(Step):
     alpha: Number | None = None
     dropout: Number = 0.0
     rslora: bool = False
-    targets: str | list[str] = "all"
+    targets: str | list[str] | None = None
     layers: Whole | None = None
     epochs: Number = 3
     steps: Whole | None = None
     hours: float | None = None
     batch: Whole = 8
-    accumulate: Whole | None = None
-    length: Whole | None = None
+    accumulate: Whole | Literal["auto"] = "auto"
+    length: Whole | Literal["auto"] = "auto"
     lr: Number | None = None
     schedule: Literal["cosine", "linear", "constant"] | Template = "cosine"
     warmup: Number = 0.03

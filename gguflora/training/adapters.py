@@ -90,7 +90,7 @@ def _factors_of_weight(base: PackedLinear, shape: LoraShape) -> tuple[torch.Tens
     weight = base.matrix.rows(np.arange(base.out_features))
     if shape.init == "olora":
         q, r = torch.linalg.qr(weight)
-        return r[: shape.rank].contiguous() / shape.scaling, q[:, : shape.rank].contiguous()
+        return r[: shape.rank].contiguous(), q[:, : shape.rank].contiguous()
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     root = torch.sqrt(s[: shape.rank] / shape.scaling)
     return root[:, None] * vh[: shape.rank], u[:, : shape.rank] * root

@@ -303,7 +303,7 @@ class _Run:
 
     def _notes(self) -> tuple[str, ...]:
         notes = []
-        learned, options = self._data.learned, self._options
+        learned = self._data.learned
         if learned.dropped:
             notes.append(
                 f"{len(learned.dropped)} samples are left out: no token to learn is left within {self._data.longest} "
@@ -315,8 +315,6 @@ class _Run:
             notes.append("DoRA is evaluated in torch: llama.cpp cannot apply it; merge it, or convert it with --rank")
         if not self._data.held:
             notes.append("nothing is held out: the last factors are written, not the best")
-        if options.batch > len(learned.samples):
-            notes.append(f"a batch is {options.batch} samples, but there are only {len(learned.samples)}")
         return tuple(notes)
 
     def train(

@@ -26,14 +26,14 @@ def train(
     alpha: float | None = None,
     dropout: float = 0.0,
     rslora: bool = False,
-    targets: str | Sequence[str] = "all",
+    targets: str | Sequence[str] | None = None,
     layers: int | None = None,
     epochs: float = 3,
     steps: int | None = None,
     hours: float | None = None,
     batch: int = 8,
-    accumulate: int | None = None,
-    length: int | None = None,
+    accumulate: int | str = "auto",
+    length: int | str = "auto",
     lr: float | None = None,
     schedule: str = "cosine",
     warmup: float = 0.03,
@@ -76,14 +76,14 @@ def train(
         alpha: scaling times rank; by default twice the rank.
         dropout: share of a LoRA's inputs that a step leaves out.
         rslora: scale by alpha / sqrt(rank).
-        targets: ``all`` linear layers, ``attention``, or globs of their names.
+        targets: ``all`` linear layers (the default), ``attention``, or globs of their names.
         layers: adapt only so many of the last blocks.
         epochs: passes over the data.
         steps: number of steps, in place of ``epochs``.
         hours: time to train, in place of both.
         batch: samples of a step.
-        accumulate: parts that a step is computed in; by default as memory allows. The result is the same.
-        length: most tokens of a sample; by default those of the longest, within the base's context.
+        accumulate: parts that a step is computed in, or ``auto``: as memory allows. The result is the same.
+        length: most tokens of a sample, or ``auto``: those of the longest, within the base's context.
         lr: learning rate; by default 2e-4, of method ``prompt`` 5e-3.
         schedule: ``cosine``, ``linear`` or ``constant``.
         warmup: share of the steps over which the rate rises.
@@ -122,14 +122,14 @@ def train(
         alpha=alpha,
         dropout=dropout,
         rslora=rslora,
-        targets=(targets,) if isinstance(targets, str) else tuple(targets),
+        targets=(targets,) if isinstance(targets, str) else tuple(targets or ("all",)),
         layers=layers,
         epochs=epochs,
         steps=steps,
         hours=hours,
         batch=batch,
-        accumulate=accumulate,
-        length=length,
+        accumulate=None if accumulate == "auto" else accumulate,  # type: ignore[arg-type]
+        length=None if length == "auto" else length,  # type: ignore[arg-type]
         lr=lr,
         schedule=schedule,
         warmup=warmup,
@@ -168,6 +168,8 @@ def train(
 
 
 def _runner() -> Callable[..., TrainReport]:
+    # threads of torch that wait for each other must sleep: spinning on shared processors made steps 35 times longer
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from gguflora.training.run import run_training  # noqa: PLC0415  (import gguflora does not load torch)
     except ModuleNotFoundError as error:

@@ -22,12 +22,13 @@ from support.cli import run
 CLI = typer.main.get_command(app).commands
 FUNCTIONS = {name: name.replace("-", "_") for name in CLI} | {"demo": "run_demo", "pipeline": "run_pipeline"}
 # paths and scales are one argument in Python; an option that is given several times has the name of one
-LORAS = {"--lora": "adapters", "--lora-scaled": "adapters", "--task": "tasks"}
+LORAS = {"--lora": "adapters", "--lora-scaled": "adapters", "--task": "tasks", "--from": "from_adapter"}
 ONLY_COMMAND = {
     "merge": {"report": "the result's to_dict()", "plot": "gguflora.merging.plots.plot_report(result)"},
     "pipeline": {"schema": "gguflora.pipeline.recipe_schema()"},
+    "train": {"report": "the result's to_dict()"},
 }
-ONLY_PYTHON = {"progress", "masks", "write", "ready"}  # callables
+ONLY_PYTHON = {"progress", "masks", "write", "ready", "show_plan", "watch"}  # callables
 
 RECIPE = """
 output = "out"
@@ -53,6 +54,7 @@ ARGUMENTS = {
     "extract": "merged.gguf --base base.gguf --rank 2 --iterations 0 -o made.gguf --force",
     "export": "shout.gguf --base base.gguf -o made --force",
     "diff": "shout verse",
+    "train": "base.gguf --data rows.jsonl -o tuned --steps 1 --rank 2 --threads 1 --force",
     "pipeline": "recipe.toml",
     "run": "base.gguf -p Hello --max-tokens 4",
     "serve": "base.gguf --lora shout=shout.gguf --port 0",
@@ -85,6 +87,7 @@ def folder(tmp_path_factory):
         source = demo.HERE / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, path / name)
     (path / "recipe.toml").write_text(RECIPE)
+    (path / "rows.jsonl").write_text('{"text": "The fox eats mice."}\n' * 4)
     (path / "text.txt").write_text("The fox eats mice. " * 12)
     base, adapter = path / "base.gguf", path / "shout"
     gguflora.convert(adapter, base, path / "shout.gguf")

@@ -25,7 +25,7 @@ from tools import bench
 
 RUN = ["README.md"] + [
     f"docs/{name}.md"
-    for name in ("lora-algebra", "merging", "methods", "pipelines", "rounding", "runtime", "server")
+    for name in ("lora-algebra", "merging", "methods", "pipelines", "rounding", "runtime", "server", "training")
 ]  # fmt: skip
 ELSEWHERE = {
     "docs/distributed.md": "test_distributed_page.py",

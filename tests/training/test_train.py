@@ -267,7 +267,7 @@ def test_go_on_from_an_adapter(trained, base, data, tmp_path):
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_other_first_factors_are_written_converted(base, data, tmp_path, init):
-    report = gguflora.train(base, data, tmp_path / "tuned", **OPTIONS | {"lr": 1e-3}, init=init)
+    report = gguflora.train(base, data, tmp_path / "tuned", **OPTIONS | {"lr": 1e-3}, init=init, valid=data)
     assert report.valid_loss < report.base_valid_loss
     config = json.loads((tmp_path / "tuned/adapter_config.json").read_text())
     assert (config["r"], config["init_lora_weights"]) == (8, True)
