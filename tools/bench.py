@@ -11,6 +11,7 @@ from tools.benchmarks.hotswap import hotswap
 from tools.benchmarks.kernels import measure_kernels
 from tools.benchmarks.merge import merge
 from tools.benchmarks.serve import serve
+from tools.benchmarks.train import train
 
 app = typer.Typer(add_completion=False)
 app.command("concatenate")(measure_concatenation)
@@ -20,6 +21,7 @@ app.command()(hotswap)
 app.command()(merge)
 app.command()(fidelity)
 app.command()(serve)
+app.command()(train)
 
 
 @app.callback()

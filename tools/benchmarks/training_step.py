@@ -1,0 +1,102 @@
+"""One contestant of ``python -m tools.bench train``, in a process of its own, so that its peak of memory is its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gguflora.training.adapters import add_loras, choose_modules
+from gguflora.training.loss import backward_loss
+from gguflora.training.memory import peak_memory, return_memory_early
+from gguflora.training.model import PackedModel
+from gguflora.training.options import LoraShape
+from gguflora.training.packed import PackedBase
+
+RANK, ALPHA = 16, 32
+
+
+def ours(path: Path, tokens: torch.Tensor) -> Callable[[], float]:
+    """A step on the packed weights."""
+    return_memory_early()
+    model = PackedModel(PackedBase(path))
+    layers = add_loras(model, list(choose_modules(model, ("all",), None)), LoraShape(RANK, ALPHA), 0)
+    model.recompute(True)
+    optimizer = torch.optim.AdamW([p for layer in layers.values() for p in layer.parameters()], lr=1e-4)
+    learned = torch.ones_like(tokens, dtype=torch.bool)
+    count = tokens[:, 1:].numel()
+
+    def step() -> float:
+        loss = float(backward_loss(model, tokens, learned, count) / count)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return step
+
+
+def peft(path: Path, tokens: torch.Tensor) -> Callable[[], float]:
+    """A step of a loop as one writes it by hand: PEFT on the dequantized weights in 32 bits, blocks recomputed, too."""
+    from peft import LoraConfig, get_peft_model
+
+    return_memory_early()
+    model = _dequantized(path)
+    adapted: Any = get_peft_model(
+        model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    adapted.enable_input_require_grads()
+    adapted.gradient_checkpointing_enable({"use_reentrant": False})
+    adapted.train()
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> float:
+        loss = adapted(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss)
+
+    return step
+
+
+def _dequantized(path: Path) -> Any:
+    """Transformers' model with the file's weights as floats."""
+    import numpy as np
+    import transformers
+
+    packed = PackedModel(PackedBase(path))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(packed.config, attn_implementation="sdpa")
+    model = model.to_empty(device="cpu").float()
+    for name, module in packed.module.named_modules():
+        target = model.get_submodule(name)
+        if hasattr(module, "matrix"):
+            target.weight.data = module.matrix.rows(np.arange(module.matrix.n_out))
+        for own, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if hasattr(target, own) and value is not None:
+                getattr(target, own).data = value.detach().clone()
+    model.tie_weights()
+    return model
+
+
+def main() -> None:
+    """``CONTESTANT FILE TOKENS STEPS``: prints CPU seconds of the quickest step, bytes at most, and the losses."""
+    name, path, count, steps = sys.argv[1:]
+    torch.set_num_threads(1)
+    tokens = torch.randint(300, 2000, (1, int(count)), generator=torch.Generator().manual_seed(0))
+    step = {"ours": ours, "peft": peft}[name](Path(path), tokens)
+    seconds, losses = [], []
+    for _ in range(int(steps)):
+        started = time.process_time()
+        losses.append(step())
+        seconds.append(time.process_time() - started)
+    print(json.dumps({"cpu": min(seconds), "memory": peak_memory(), "losses": losses}))
+
+
+if __name__ == "__main__":
+    main()
