@@ -93,7 +93,7 @@ def _factors_of_weight(base: PackedLinear, shape: LoraShape) -> tuple[torch.Tens
         return r[: shape.rank].contiguous(), q[:, : shape.rank].contiguous()
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     root = torch.sqrt(s[: shape.rank] / shape.scaling)
-    return root[:, None] * vh[: shape.rank], u[:, : shape.rank] * root
+    return (root[:, None] * vh[: shape.rank]).contiguous(), (u[:, : shape.rank] * root).contiguous()
 
 
 class SoftPromptRows(nn.Module):

@@ -19,7 +19,7 @@ from gguflora.files.atomic import atomic_folder, atomic_output, path_of
 from gguflora.files.output_checks import check_folder_target, check_target
 from gguflora.files.safetensors import Array
 from gguflora.lora.factors import factor_adapter
-from gguflora.lora.gguf_writer import LoraHeader, common_alpha, store, write_lora
+from gguflora.lora.gguf_writer import LoraHeader, common_alpha, encode_factors, write_lora
 from gguflora.lora.peft_writer import write_peft_directory
 from gguflora.training.adapters import LoraLinear, SoftPromptRows
 from gguflora.training.model import PackedModel
@@ -115,7 +115,7 @@ class Trainables:
                 key_a, key_b = f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
                 found[key_a] = np.concatenate([found[key_a], a])
                 found[key_b] = np.concatenate([found[key_b], -b], axis=1)
-        return found
+        return {name: np.ascontiguousarray(value) for name, value in found.items()}
 
     def config(self) -> dict[str, Any]:
         """The configuration of the PEFT directory."""
@@ -180,7 +180,7 @@ def write_gguf(path: Path, folder: Path, name: str, base: BaseModel, record: Map
     adapter = read_adapter(folder)
     factored = factor_adapter(adapter, base, None, None)
     alpha = common_alpha(factored)
-    contents = [item for factors in factored for item in store(factors, "auto", alpha)]
+    contents = [item for factors in factored for item in encode_factors(factors, "auto", alpha)]
     source = {f"training.{key}": _text(value) for key, value in record.items()}
     header = LoraHeader(name, base.architecture, alpha, {"source.sha256": adapter.sha256, **source})
     write_lora(path, header, contents)

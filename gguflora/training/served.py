@@ -53,7 +53,7 @@ class ServedModel:
         if exact:
             parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
             parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        with captured_log(kept_back=_WARN) as log:  # it warns of every context longer than the base was trained with
+        with captured_log(hidden_from=_WARN) as log:  # it warns of every context longer than the base was trained with
             self._context: Any = llama_cpp.llama_init_from_model(self.model.pointer, parameters)
         if not self._context:
             self._resources.close()
