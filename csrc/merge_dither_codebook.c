@@ -1,9 +1,9 @@
 /* Stochastic rounding of codebook types over rows, whose weights move in vectors of eight or four: which scales each
  * block gets, and its points and signs. The arithmetic is in kernels/dither_codebook.h.
  *
- * A block keeps the base's scales where its delta is weak; elsewhere it gets those of its requantization if they can be
- * expected to cost less. Where the delta is so strong that it would survive anyway, the requantization is taken as it
- * is. */
+ * A block keeps the base's scales where its delta is small; elsewhere it gets those of its requantization if they can
+ * be expected to cost less. Where the delta is so large that rounding to nearest keeps it, the requantization is taken
+ * as it is. */
 #include "merge_dither_codebook.h"
 
 #include <stdlib.h>
@@ -11,7 +11,7 @@
 
 #include "kernels/base.h"
 
-/* SAMPLED: one of this many vectors tells what a weak delta loses. */
+/* SAMPLED: one of this many vectors tells what a small delta loses. */
 enum { GROUP_FLOATS = 64 * 1024, SAMPLED = 4 };
 
 /* The root mean square of a block's delta, in steps under the base's scales, from which on other scales are tried, and

@@ -6,7 +6,8 @@
 
 enum { MAX_POINTS = 2048, MAX_COMBINATIONS = 6561, MAX_DISTANCE = 196 };
 
-/* Runs of candidates of each codebook, in long and short lists; tests/quants/test_codebooks.py counts them anew. */
+/* How many runs of candidates each codebook has, in long and in short lists; tests/quants/test_codebooks.py counts
+ * them. */
 enum {
     RUNS_IQ2_XXS = 10071 + 4639,
     RUNS_IQ2_XS = 14410 + 5957,

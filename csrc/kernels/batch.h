@@ -14,8 +14,8 @@ enum {
     FITS_CAPACITY = MAX_FITS + 16 * AT_ONCE
 };
 
-/* Fits of the sub-blocks of up to BATCH weights; `min` is negated as the K-quants store it. The room behind
- * them is for lanes without a sub-block, and for loading all lanes with 16 of them each. */
+/* Fits of the sub-blocks of up to BATCH weights; `min` is negated as the K-quants store it. The space behind them is
+ * for lanes without a sub-block, and for loading 16 fits into each lane. */
 typedef struct {
     float scale[FITS_CAPACITY], min[FITS_CAPACITY], code_scale[FITS_CAPACITY], code_min[FITS_CAPACITY],
         sum_w[FITS_CAPACITY];
@@ -48,8 +48,8 @@ INLINE void store_fit(batch_fit *fits, int first, const lane_fit *fit) {
     }
 }
 
-/* sums[i] = squares of x[i * n .. (i + 1) * n) summed in order, which takes the time of the additions' latency: so
- * several sums run side by side */
+/* sums[i] = the squares of x[i * n .. (i + 1) * n) summed in order. One sum takes the latency of its additions, so
+ * several run side by side. */
 static void sums_of_squares(float *sums, const float *x, int64_t count, int64_t n) {
     int64_t i = 0;
     for (; LANES > 1 && n % LANES == 0 && i + LANES <= count; i += LANES) {
@@ -79,20 +79,20 @@ static void sums_of_squares(float *sums, const float *x, int64_t count, int64_t 
     }
 }
 
-/* imatrix * sqrt(sigma2 + x^2), ggml's importance of a weight; imatrix as it lies in memory, sigma2 of every lane's
- * sub-block */
+/* w = imatrix * sqrt(sigma2 + x^2), ggml's importance of a weight; imatrix as it lies in memory, sigma2 of every lane's
+ * sub-block. */
 INLINE void importance_of_lanes(vf *w, const vf *x, const float *imatrix, vf sigma2, int n) {
     load_lanes(w, imatrix, n);
     for (int i = 0; i < n; i++) w[i] = vf_mul(w[i], vf_sqrt(vf_add(sigma2, vf_mul(x[i], x[i]))));
 }
 
-/* the same for all groups; sigma2 of every sub-block */
+/* The same for all groups; sigma2 of every sub-block. */
 INLINE void measured_importance(lanes_of_32 *w, const lanes_of_32 *x, const float *imatrix, const float *sigma2,
                                 int n) {
     EACH_GROUP importance_of_lanes(w[g], x[g], imatrix + g * LANES * n, vf_load(sigma2 + g * LANES), n);
 }
 
-/* codes = clamp(nearest(code_scale * (x - code_min))) - low: those of the search itself */
+/* codes = clamp(nearest(code_scale * (x - code_min))) - low, those of the search itself. */
 INLINE void search_codes(uint8_t *codes, const float *x, int n, float code_scale, float code_min, int low, int high) {
     for (int i = 0; i < n; i += LANES) {
         const vi q = vf_nearest(vf_mul(vf_set1(code_scale), vf_sub(vf_load(x + i), vf_set1(code_min))));
@@ -100,7 +100,7 @@ INLINE void search_codes(uint8_t *codes, const float *x, int n, float code_scale
     }
 }
 
-/* the same where the code -low stands for zero; a sub-block of zeros has codes 0 nevertheless, as in ggml */
+/* The same where the code -low stands for zero; a sub-block of zeros has codes 0 nevertheless, as in ggml. */
 INLINE void signed_search_codes(uint8_t *codes, const float *x, int n, float code_scale, int low, int high) {
     if (code_scale != 0.0f) search_codes(codes, x, n, code_scale, 0.0f, low, high);
     else memset(codes, 0, (size_t)n);

@@ -18,7 +18,7 @@ typedef struct {
     /* Magnitudes; IQ2_XXS, IQ2_XS and IQ3_XXS negate some to make signs even. Longer than a run, as vectors read on. */
     float x[40];
     float w[40];                                  /* importances */
-    float root[40];                               /* of them: candidates are judged by these */
+    float root[40];                               /* their square roots, by which candidates are judged */
     float id[MAX_TRIALS], scale[MAX_TRIALS];      /* of each trial: 1 / scale and scale */
     float sum_qx[MAX_TRIALS], sum_q2[MAX_TRIALS]; /* of w q x and w q q */
     uint32_t codes[8][MAX_TRIALS];                /* packed combination by group and trial */
@@ -354,7 +354,7 @@ static inline float largest_scale(const float *scales, int n) {
     return max;
 }
 
-/* Reading */
+/* Dequantizing */
 
 /* Sign bits of eight weights as bytes 0 or -1. */
 static inline uint64_t sign_bytes(unsigned signs) {

@@ -19,7 +19,7 @@ INLINE void shift_codes(int8_t *q, int n, int by) {
     for (int i = 0; i < n; i++) q[i] = (int8_t)(q[i] + by);
 }
 
-/* q - low, as a file holds them */
+/* out = q - low, as a file holds codes. */
 INLINE void stored_codes(uint8_t *out, const int8_t *q, int n, int low) {
     for (int i = 0; i < n; i++) out[i] = (uint8_t)(q[i] - low);
 }
@@ -209,7 +209,7 @@ static void repack_TQ2_0(uint8_t *dst, int n, const int8_t *q) {
     pack_pairs(((block_tq2_0 *)dst)->qs, codes);
 }
 
-/* the digits of n bytes, as values_of_trits has them */
+/* The digits of n bytes, as values_of_trits has them. */
 INLINE void unpack_trits(int8_t *q, const uint8_t *src, int n, int digits) {
     for (int j = 0; j < n; j++)
         for (unsigned k = 0, v = src[j]; k < (unsigned)digits; k++) {

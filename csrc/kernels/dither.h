@@ -24,7 +24,7 @@
 
 enum { PARTS = 16 / LANES };
 
-/* Changes, steps and offsets below this cannot lead to infinities. */
+/* Deltas, steps and offsets below this cannot lead to infinities. */
 #define SAFE 1e30f
 
 typedef struct {
@@ -274,7 +274,7 @@ typedef struct {
     chunk_scales base, new;
 } scale_pair;
 
-/* Which code of dither_group a group takes; constants, so that every one is compiled by itself. */
+/* Which kind of group dither_group rounds; constants, so that each kind is compiled by itself. */
 typedef struct {
     int keeps_scales, to_nearest, group, leveled;
 } group_kind;

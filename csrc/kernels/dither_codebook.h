@@ -211,7 +211,7 @@ typedef struct {
     program programs[PROGRAMS_AT_ONCE];
 } vector_batch;
 
-/* Solves for the next vectors from j on of which something is wanted; returns where to go on. */
+/* Solves for the next vectors from j on that are to move; returns where to go on. */
 INLINE int next_vectors(vector_batch *batch, const vector_block *v, int j, int step, int group, const int dims) {
     batch->count = 0;
     for (; j < SUPER / dims && batch->count < PROGRAMS_AT_ONCE; j += step) {

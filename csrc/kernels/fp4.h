@@ -88,7 +88,7 @@ static inline uint8_t float_to_e4m3(float x) {
     return code < 0x78 ? (uint8_t)code : 0x7e;
 }
 
-/* half of it; 0x7f, not a number elsewhere, is 0 in ggml */
+/* Half of its value; 0x7f, elsewhere a NaN, is 0 in ggml. */
 static inline float half_e4m3_to_float(uint8_t x) {
     const uint32_t rest = x & 0x7fu;
     if (x == 0x7f) return 0.0f;

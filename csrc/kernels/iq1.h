@@ -18,7 +18,7 @@
 #define FOUR_TIMES(a, b, c) {a, b, c, 0, a, b, c, 0, a, b, c, 0, a, b, c, 0}
 static const float shifted_levels[2][16] = {FOUR_TIMES(-0.875f, 0.125f, 1.125f), FOUR_TIMES(-1.125f, -0.125f, 0.875f)};
 
-/* Runs in ascending order; equal weights keep theirs. */
+/* Runs in ascending order; equal weights keep their order. */
 typedef struct {
     vf x[32], w[32];
     vi from[32]; /* place before sorting */
@@ -46,8 +46,8 @@ INLINE void sort_runs(sorted_runs *s, int n) {
                     if (i / (2 * p) == (i + k) / (2 * p)) put_in_order(s, i, i + k);
 }
 
-/* The best cut so far, lane by lane: scale, its score, and first place of the middle and of the high weights and shifts
- * as one number, -1 for none. */
+/* The best cut so far, lane by lane: its scale and score, and where the middle and the high weights begin and which
+ * shifts they have, as one number; -1 for none. */
 typedef struct {
     vf scale, score;
     vi cut;
@@ -94,8 +94,8 @@ INLINE void cut_IQ1_S(best_cut *best, const sorted_runs *s) {
     }
 }
 
-/* Sums for the two eights apart, each of which may go up or down. cut = 128 * middle + 4 * high + 2 * shift of the
- * first eight + shift of the second. In ggml's words: the sum over three groups is T * top - sum(i1) - sum(i2), as
+/* Sums for the two eights separately, as each may go up or down. cut = 128 * middle + 4 * high + 2 * shift of the first
+ * eight + shift of the second. In ggml's words: the sum over three groups is T * top - sum(i1) - sum(i2), as
  * neighbouring levels differ by 1. */
 INLINE void cut_IQ1_M(best_cut *best, const sorted_runs *s) {
     const vf p2 = vf_set1(1.125f), m2 = vf_set1(0.875f);
@@ -139,7 +139,7 @@ INLINE void cut_IQ1_M(best_cut *best, const sorted_runs *s) {
     }
 }
 
-/* What a run came to: a scale that is not negative and whose sign has gone into the levels, packed levels of its
+/* The result of a run: a scale that is not negative, its sign having gone into the levels; the packed levels of its
  * eights, and which of those go down. `found` is 0 if no cut was better than nothing. */
 typedef struct {
     float scale;
@@ -147,7 +147,7 @@ typedef struct {
     uint32_t codes[4];
 } run_IQ1;
 
-/* eight levels of two bits as a combination (codebooks.h) */
+/* Eight levels of two bits as a combination (codebooks.h). */
 static inline uint32_t pack_eight_levels(unsigned levels) {
     uint32_t code = levels & 0xffff;
     code = (code | (code << 8)) & 0x00ff00ff;
@@ -222,7 +222,7 @@ INLINE void points_IQ1(unsigned *points, run_IQ1 *run, const gfl_codebook *codeb
     if (qx > 0.0f && q2 > 0.0f) run->scale = qx / q2;
 }
 
-/* importances of n weights of one super-block as they lie in memory; ggml's, and x^2 without an imatrix */
+/* Importances of n weights of one super-block as they lie in memory: ggml's, and x^2 without an imatrix. */
 INLINE void importances_IQ1(float *w, const float *x, const float *imatrix, int n, float sigma2) {
     for (int i = 0; i < n; i += LANES) {
         const vf v = vf_load(x + i), squared = vf_mul(v, v);
@@ -335,7 +335,7 @@ static void dequantize_IQ1_S(const uint8_t *src, float *out, int64_t n) {
     }
 }
 
-/* bytes 8 p + 1 or 8 p - 1 of a point's levels p */
+/* out = 8 p + 1 or 8 p - 1 for the levels p of a point. */
 static inline void eighths_IQ1(int8_t *out, uint64_t levels, int down) {
     const uint64_t top = 0x8080808080808080ull, up = ((levels << 3) & 0xf8f8f8f8f8f8f8f8ull) | 0x0101010101010101ull;
     const uint64_t bytes = ((up | top) - (down ? 0x0202020202020202ull : 0)) ^

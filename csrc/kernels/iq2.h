@@ -10,9 +10,9 @@
 
 /* IQ2_XXS IQ2_XS IQ2_S: eights of weights in codebooks of three levels. */
 
-/* One run: codes, signs and scale; `even`: seven signs of eight. `start`: the scale from which IQ2_XXS tries others;
- * for the other two, which begin with the peak, what the peak must reach to count. Returns 0, leaving all alone, if
- * there is nothing in it. */
+/* Fits one run: codes, signs and scale; `even`: seven signs of eight. `start` is the scale from which IQ2_XXS tries
+ * others; the other two begin with the peak, and for them it is what the peak must reach to count. Returns 0 and leaves
+ * all alone if there is nothing in the run. */
 INLINE int fit_IQ2(float *scale, uint32_t *codes, uint8_t *signs, const gfl_codebook *codebook, codebook_run *run,
                    int n, int even, float start) {
     if (n == 32) {
@@ -102,7 +102,7 @@ static void batch_IQ2_XXS(const float *x, const float *imatrix, block_iq2_xxs *y
 
 QUANTIZE_SUPERS(IQ2_XXS, block_iq2_xxs)
 
-/* scale codes of 16 runs */
+/* Scale codes of 16 runs. */
 static inline void scales_IQ2(uint8_t *codes, const float *scales, float d) {
     for (int s = 0; s < 16; s++) codes[s / 2] |= (uint8_t)(nearest_level(1.0f / d * scales[s], 15) << (4 * (s % 2)));
 }

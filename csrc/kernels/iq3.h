@@ -8,8 +8,8 @@
 
 /* IQ3_XXS IQ3_S: fours of weights in codebooks of eight levels, runs of 32 with a scale of four bits. */
 
-/* One run: codes, signs (seven bits if `even`, which is IQ3_XXS) and scale. Returns 0, leaving all alone, if there is
- * nothing in it. */
+/* Fits one run: codes, signs (seven bits if `even`, which is IQ3_XXS) and scale. Returns 0 and leaves all alone if
+ * there is nothing in the run. */
 INLINE int fit_IQ3(float *scale, uint32_t *codes, uint8_t *signs, const gfl_codebook *codebook, const float *x,
                    const float *imatrix, float sigma2, int even) {
     codebook_run run;
@@ -55,7 +55,8 @@ static void super_IQ3_XXS(const float *x, const float *imatrix, block_iq3_xxs *y
 static void super_IQ3_S(const float *x, const float *imatrix, block_iq3_s *y, float sigma2) {
     const gfl_codebook *codebook = gfl_codebook_of(CODEBOOK_IQ3_S);
     float scales[8] = {0};
-    int place = 0; /* of a run's points and signs: in ggml a run of zeros takes none, and the next one moves up */
+    int place =
+        0; /* where a run's points and signs go: in ggml a run of zeros takes no place, and the next one moves up */
     memset(y, 0, sizeof *y);
     for (int s = 0; s < 8; s++) {
         uint32_t codes[8];

@@ -26,7 +26,7 @@ INLINE vi iq4_search(vf v) {
     return vi_count(vi_shl(node, 1), vf_not_lt(v, vf_pick8(iq4_middles + 8, node)));
 }
 
-/* sums of w q x and w q q over the levels q nearest to iscale * x */
+/* Sums of w q x and w q q over the levels q nearest to iscale * x. */
 INLINE void iq4_sums(vf *sum_qx, vf *sum_q2, const vf *x, const vf *w, vf iscale) {
     vf qx = vf_zero(), q2 = vf_zero();
     for (int i = 0; i < 32; i++) {
@@ -117,7 +117,7 @@ static void dequantize_IQ4_NL(const uint8_t *src, float *out, int64_t n) {
     }
 }
 
-/* codes and scales of a super-block whose runs have been fitted */
+/* Codes and scales of a super-block whose runs have been fitted. */
 static void finish_IQ4_XS(const float *x, block_iq4_xs *y, const float *scales) {
     const float d = -peak_of(scales, 8) / 32, id = inverse(d);
     unsigned high = 0;

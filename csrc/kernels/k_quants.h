@@ -9,8 +9,8 @@
 
 enum { BATCH_SUPERS = BATCH / SUPER };
 
-/* Defines quantize_NAME over batch_NAME(x, imatrix or NULL, blocks, number of blocks up to BATCH_SUPERS). An imatrix is
- * one row's, so batches then end with the row. */
+/* Defines quantize_NAME over batch_NAME(x, imatrix or NULL, blocks, number of blocks up to BATCH_SUPERS). An imatrix
+ * belongs to one row, so with it batches end with the row. */
 #define QUANTIZE_SUPERS(NAME, block)                                                                                \
     static void quantize_##NAME(const float *x, uint8_t *out, int64_t n_rows, int64_t n_in, const float *imatrix) { \
         const int64_t rows = imatrix ? n_rows : 1, n = imatrix ? n_in : n_rows * n_in;                              \
@@ -23,7 +23,7 @@ enum { BATCH_SUPERS = BATCH / SUPER };
             }                                                                                                       \
     }
 
-/* root mean square + |x|, the importance ggml gives weights when it knows nothing else */
+/* w = root mean square + |x|, ggml's importance of a weight without an imatrix. */
 INLINE void default_importance(lanes_of_32 *w, const lanes_of_32 *x, int n) {
     vf sum[GROUPS];
     EACH_GROUP sum[g] = vf_zero();
@@ -41,8 +41,8 @@ static inline void spread_mean_squares(float *sigma2, const float *x, int count,
     for (int j = 0; j < count * (SUPER / sub); j++) sigma2[j] = factor * sums[j * sub / SUPER] / (float)SUPER;
 }
 
-/* Codes of a super-block, clamp(nearest((x + offset) / d)) - low with d and offset (or NULL) of each sub-block; any if
- * its d is 0. */
+/* Codes of a super-block, clamp(nearest((x + offset) / d)) - low with d and offset (or NULL) of each sub-block. Where d
+ * is 0 they mean nothing. */
 INLINE void divide_codes(uint8_t *codes, const float *x, int sub, const float *offset, const float *d, int low,
                          int high) {
     for (int i = 0; i < SUPER; i += 4 * LANES) {
@@ -56,8 +56,8 @@ INLINE void divide_codes(uint8_t *codes, const float *x, int sub, const float *o
     }
 }
 
-/* codes of n values by the largest of them: nearest(v * q_max / max), a byte in ggml, at most `top`; scale is max /
- * q_max */
+/* Codes of n values by the largest of them: nearest(v * q_max / max), a byte in ggml, at most `top`; scale is
+ * max / q_max. */
 INLINE void scales_by_largest(vf *scale, vi *q, const vf *v, int n, int q_max, int top) {
     const vf zero = vf_zero(), levels = vf_set1((float)q_max);
     vf max = zero;
@@ -68,8 +68,8 @@ INLINE void scales_by_largest(vf *scale, vi *q, const vf *v, int n, int q_max, i
     *scale = vf_div(max, levels);
 }
 
-/* The scales (or minima) of the super-blocks of a batch, `subs` each, quantized in turn: codes and unit of each. With
- * the importances w of the sub-blocks they are fitted, without (NULL) only the largest counts. */
+/* Quantizes the scales (or minima) of the super-blocks of a batch, `subs` each: codes and unit of each super-block.
+ * With the importances w of the sub-blocks they are fitted; without (NULL) only the largest counts. */
 INLINE void batch_units(uint8_t (*codes)[16], float *units, const float *v, const float *w, int count, int subs,
                         int q_max, int top) {
     for (int b = 0; b < count; b += LANES) {
@@ -99,7 +99,7 @@ static inline float largest_of(const float *v, int n) {
     return max;
 }
 
-/* the value of largest magnitude, the first of equals */
+/* The value of largest magnitude, the first of equals. */
 static inline float peak_of(const float *v, int n) {
     float peak = 0.0f, amax = 0.0f;
     for (int j = 0; j < n; j++)
@@ -120,7 +120,7 @@ static inline float peak_of(const float *v, int n) {
     }                                                                                            \
     QUANTIZE_SUPERS(NAME, block)
 
-/* two-bit codes as Q2_K and Q3_K store them */
+/* Two-bit codes as Q2_K and Q3_K store them. */
 static inline void pack_pairs(uint8_t *qs, const uint8_t *codes) {
     for (int h = 0; h < 2; h++)
         for (int j = 0; j < 32; j++) {

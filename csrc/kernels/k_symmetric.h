@@ -115,7 +115,7 @@ static inline void unpack_scales_3(uint8_t *s, const uint8_t *packed) {
                          (((packed[8 + j % 4] >> (2 * (j / 4))) & 3) << 4));
 }
 
-/* what codes of each sub-block are multiples of */
+/* The scale of each sub-block. */
 static inline void scales_3(float *dj, f16 unit, const uint8_t *s) {
     const float d = half_to_float(unit);
     for (int j = 0; j < 16; j++) dj[j] = d * (float)(s[j] - 32);

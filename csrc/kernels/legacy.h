@@ -40,13 +40,13 @@ INLINE vi legacy_code(const float *x, legacy_scale s) {
     return vi_min(vi_and(vf_truncate(vf_add(v, vf_set1(s.half))), vi_set1(0xff)), vi_set1(s.top));
 }
 
-/* low four bits of the codes of weights j and j + 16 in byte j */
+/* Low four bits of the codes of weights j and j + 16 in byte j. */
 INLINE void legacy_nibbles(uint8_t *qs, const float *x, legacy_scale s) {
     for (int i = 0; i < 16; i += LANES)
         vi_store_u8(qs + i, vi_or(legacy_code(x + i, s), vi_shl(legacy_code(x + 16 + i, s), 4)));
 }
 
-/* the same, and the fifth bits */
+/* The same, and the fifth bits. */
 INLINE void legacy_fives(uint8_t *qh, uint8_t *qs, const float *x, legacy_scale s) {
     const vi low = vi_set1(15);
     uint32_t high = 0;
@@ -59,7 +59,7 @@ INLINE void legacy_fives(uint8_t *qh, uint8_t *qs, const float *x, legacy_scale 
     memcpy(qh, &high, 4);
 }
 
-/* Of several zeros the first one's sign counts. */
+/* Among several zeros the first one's sign counts. */
 static inline float first_equal(const float *x, float v) {
     if (v != 0.0f) return v;
     while (*x != 0.0f) x++;

@@ -3,7 +3,7 @@
 #include "base.h"
 #include "lanes.h"
 
-/* Work on rows of floats that no quant type has a part in. */
+/* Operations on rows of floats, the same for all quant types. */
 
 static uint32_t largest(const float *x, int64_t n) {
     const vi no_sign = vi_set1(0x7fffffff);
@@ -76,8 +76,8 @@ static void product_rows(float *out, const float *a, const float *b, int64_t n_r
 /* Floats of a panel: columns whose part of `a` stays in the first-level cache while all rows use it. */
 enum { PANEL = 6144 };
 
-/* Panels are copied together: their rows in `a` are n_in floats apart, often a power of two, which the cache would put
- * on top of each other (measured: 15 % for AVX2; with AVX-512 the copy costs more than it saves). */
+/* Panels are packed: their rows in `a` are n_in floats apart, often a power of two, which the cache would map to the
+ * same lines (measured: 15 % for AVX2; with AVX-512 the copy costs more than it saves). */
 static void product(float *out, const float *a, const float *b, int64_t n_rows, int64_t n_in, int64_t rank) {
     float packed[PANEL];
     int64_t panel = PANEL / (rank ? rank : 1) / PRODUCT_COLUMNS * PRODUCT_COLUMNS;

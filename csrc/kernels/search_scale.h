@@ -5,16 +5,16 @@
 
 /* Searches for the scale (and minimum) of a sub-block: ggml's search, run on LANES independent sub-blocks at once.
  *
- * Every lane does ggml's operations in ggml's order, so its result has ggml's bits; the order of the sums over a
- * sub-block's weights is what keeps a compiler from vectorising the search, not what keeps us from running LANES of
- * them. `x[i]` holds weight i of every lane's sub-block (vf_transpose makes it so).
+ * Every lane does ggml's operations in ggml's order, so its result has ggml's bits. The order of the sums over a
+ * sub-block's weights keeps a compiler from vectorizing the search, but not us from running LANES searches side by
+ * side. `x[i]` holds weight i of every lane's sub-block (vf_transpose makes it so).
  *
- * The codes themselves are not kept: the formats requantize with the rounded scales afterwards. Only where such a scale
- * has rounded to zero do ggml's files hold the codes of the search; they follow from `code_scale` and `code_min`.
+ * The codes of a search are not kept: the formats quantize again with the rounded scales. Only where such a scale has
+ * rounded to zero do ggml's files hold the codes of the search; they follow from `code_scale` and `code_min`.
  */
 
-/* ggml's rounding adds 1.5 * 2^23 and reads the low mantissa bits. From |v| = 2^22 on that is not rounding any more,
- * but it is what ends up in the file. */
+/* ggml rounds by adding 1.5 * 2^23 and reading the low bits of the mantissa. From |v| = 2^22 on the result is no longer
+ * v rounded, but it is what ends up in the file. */
 #define ROUND_MAGIC 12582912.0f
 #define ROUND_LIMIT 4194303.0f
 
@@ -29,10 +29,10 @@ static inline vi vi_clamp(vi v, int low, int high) { return vi_max(vi_min(v, vi_
 typedef struct {
     vf scale, min;           /* w = scale * q + min */
     vf code_scale, code_min; /* q = clamp(nearest(code_scale * (w - code_min))) */
-    vf sum_w;                /* of the weights' importances */
+    vf sum_w;                /* sum of the weights' importances */
 } lane_fit;
 
-/* q as a float; `exact` is ggml's rounding for any argument, the other one for arguments below ROUND_LIMIT */
+/* The code q as a float. `exact` rounds as ggml for any argument; otherwise arguments must be below ROUND_LIMIT. */
 INLINE vf code_of(vf t, int low, int high, int exact) {
     if (exact) return vi_to_vf(vi_clamp(vf_nearest(t), low, high));
     return vf_round(vf_max(vf_min(t, vf_set1((float)high)), vf_set1((float)low)));
@@ -44,8 +44,8 @@ typedef struct {
     int floor, ceiling; /* whether codes are limited; without, no t may be below -0.5 or above high + 0.5 */
 } code_rounding;
 
-/* The same from 0 on. Floats are compared as integers here, which compete less with the additions for execution units.
- * The floor's absence may make a zero negative, which changes neither sums nor squares. */
+/* The same for codes from 0 on. Floats are compared as integers, which competes less with the additions for execution
+ * units. Without the floor a zero may be negative, which changes neither sums nor squares. */
 INLINE vf code_from_0(vf t, int high, const code_rounding rounding) {
     if (rounding.exact) return vi_to_vf(vi_clamp(vf_nearest(t), 0, high));
     if (rounding.ceiling) t = vi_as_vf(vi_min(vf_as_vi(t), vf_as_vi(vf_set1((float)high))));
@@ -53,15 +53,15 @@ INLINE vf code_from_0(vf t, int high, const code_rounding rounding) {
     return vf_round(t);
 }
 
-/* Sums are chains of dependent additions, so GROUPS vectors of sub-blocks go through a search side by side: their
- * chains fill each other's waiting times. (Unrolled early, or gcc keeps some of the sums in memory.) */
+/* Sums are chains of dependent additions, so GROUPS vectors of sub-blocks go through a search side by side: each fills
+ * the waiting times of the others. The loops must be unrolled early, or gcc keeps some of the sums in memory. */
 #define EACH_GROUP _Pragma("GCC unroll 4") for (int g = 0; g < GROUPS; g++)
 
 typedef vf lanes_of_32[32];
 
-/* v[g] = value for n groups, and nothing in between: Zen hands operations to two schedulers in turn, each of which has
- * one unit for sums and one for products, so that sums and products should come in pairs. Compilers would mix them
- * (measured: 2 to 6 %). */
+/* v[g] = value for n groups, with no other operation in between. Zen hands operations to two schedulers in turn, each
+ * with one unit for sums and one for products, so sums and products should come in pairs. Compilers would mix them
+ * (measured: 2 to 6 % slower). */
 #define TOGETHER(n, v, ...)                                     \
     do {                                                        \
         for (int g = 0; g < (n); g++) v[g] = __VA_ARGS__;       \
@@ -130,8 +130,8 @@ INLINE void begin_min(lane_fit *fit, min_search *at, const lanes_of_32 *x, const
     }
 }
 
-/* The next trial: the range from min to max is to be `codes` codes long. A lane is `low` if codes may be below 0, or if
- * anything about its range is unusual; only then its codes can be beyond what fast rounding does. */
+/* The next trial, in which the range from min to max is `codes` codes long. A lane is `low` if codes may be below 0, or
+ * if its range is very narrow or very wide; only then can codes lie beyond what fast rounding handles. */
 INLINE void aim_min(min_search *at, const lane_fit *fit, float codes) {
     const vf half = vf_set1(-0.5f), narrow = vf_set1(1e-35f), wide = vf_set1(3e38f), limit = vf_set1(ROUND_LIMIT);
     vf range[GROUPS], lowest_t[GROUPS];
@@ -160,14 +160,15 @@ typedef struct {
     vf l, l2, xl, w, x, x2;
 } min_sums;
 
-/* Whether ggml's error of a solution cannot be less than the least one, found out without summing it. Exactly, the
- * error is
+/* Whether ggml's error of a solution cannot be less than the least one, found without summing the error. Exactly, it is
  *   e = sum w (s q + m - x)^2 = s (s L2 + 2 (m L1 - XL)) + m (m W - 2 X1) + X2,
- * L2 = sum w q^2 and so on. Let T = sum w (|s| q + |m| + |x|)^2, u = 2^-24. Each of the sums, w >= 0, carries at most
- * 33 roundings in each of its terms, and the formula at most 6, so that its value is within 40 u T of e. ggml's s q + m
- * - x are within 2.01 u (|s| q + |m| + |x|), so its sum is at least e (1 - 33.1 u) - 4.02 u sqrt(e T), and 4.02 sqrt(e
- * T) <= 129 e + T / 32. Altogether: ggml's error >= (formula) (1 - 163 u) - 41 u T, and T <= 3 (s^2 L2 + m^2 W + X2).
- * The limits keep underflow and overflow out of it, and what is no number rules nothing out. */
+ * L2 = sum w q^2 and so on. Let T = sum w (|s| q + |m| + |x|)^2 and u = 2^-24. Each of the sums, w >= 0, carries at
+ * most 33 roundings in each of its terms, and the formula at most 6, so its value is within 40 u T of e. ggml's
+ *   s q + m - x
+ * are within 2.01 u (|s| q + |m| + |x|), so its sum is at least e (1 - 33.1 u) - 4.02 u sqrt(e T), and
+ *   4.02 sqrt(e T) <= 129 e + T / 32.
+ * Altogether ggml's error >= (formula) (1 - 163 u) - 41 u T, and T <= 3 (s^2 L2 + m^2 W + X2). The limits keep
+ * underflow and overflow out of it; a NaN rules nothing out. */
 INLINE vm rules_out(vf s, vf m, const min_sums sums, vf least) {
     const vf two = vf_set1(2.0f), s_l2 = vf_mul(s, sums.l2), m_w = vf_mul(m, sums.w);
     const vf by_s = vf_estimate(two, vf_estimate(m, sums.l, vf_neg(sums.xl)), s_l2),
@@ -190,7 +191,7 @@ INLINE void solve_min(min_search *at, const lanes_of_32 *x, const lanes_of_32 *w
         iscale[g] = at->iscale[g];
         min[g] = at->min[g];
     }
-    /* half of the subtractions elsewhere: there are more additions than multiplications */
+    /* Every other subtraction goes to the multipliers, as there are more additions than multiplications. */
     for (int i = 0; i < n; i += 2)
         for (int k = i; k < i + 2; k++) {
             vf t[GROUPS], wl[GROUPS], product[GROUPS];
@@ -257,8 +258,8 @@ typedef struct {
 } min_trials;
 
 /* Minimum and scale of n weights w = scale * q + min, 0 <= q <= q_max, min <= 0: the weighted least-squares solution of
- * the best of a series of trial scales, where `min` is the best one found so far. Returns 0 if not `exact` and the fast
- * rounding does not do. */
+ * the best of a series of trial scales, where `min` is the best one found so far. Returns 0 if it rounded fast (not
+ * `exact`) and should not have. */
 INLINE int fit_min_once(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32 *w, int n, const min_trials trials,
                         int exact) {
     const vf zero = vf_zero();
@@ -341,8 +342,7 @@ INLINE void fit_symmetric(lane_fit *fit, const lanes_of_32 *x, const lanes_of_32
     }
 }
 
-/* A weight's parts in the sums of fit_descent_3, and the bounds within which x * sl2 / sxl surely rounds to its
- * code. */
+/* A weight's parts in the sums of fit_descent_3, and the bounds within which x * sl2 / sxl must round to its code. */
 typedef struct {
     vf wxl, wll, low, high;
 } descent_weight;
@@ -361,7 +361,7 @@ typedef struct {
 } descent_sums;
 
 /* Gives one weight of each of n groups, x with code l, the code that fits the others best, in the lanes where that is
- * an improvement; `others` are the sums without it. `farthest` is to tell whether fast rounding did, see code_of.
+ * an improvement; `others` are the sums without it. `farthest` tells whether fast rounding was right, see code_of.
  * Returns where codes have changed. */
 INLINE vm descend(int n, vf *l, const vf *x, const descent_sums others, const descent_sums all, vf *farthest,
                   int exact) {
@@ -393,8 +393,8 @@ INLINE vm descend(int n, vf *l, const vf *x, const descent_sums others, const de
     return changed;
 }
 
-/* A round of the descent of one vector over the weights that are not surely right as they are: two comparisons of each
- * instead of a division that the next would have to wait for. */
+/* One round of the descent of a vector, over the weights whose code may be wrong: two comparisons for each weight
+ * instead of a division that the next weight would have to wait for. */
 INLINE int descend_where_unsure(descent_weight *v, const vf *x, vf *l, vf *sum_xl, vf *sum_l2, vf *farthest, vm none,
                                 int exact) {
     int changed = 0;
@@ -413,12 +413,12 @@ INLINE int descend_where_unsure(descent_weight *v, const vf *x, vf *l, vf *sum_x
     return changed;
 }
 
-/* Vectors that fit_descent_3 works on at once: as many as fill the time that a step waits for the one before. */
+/* Vectors that fit_descent_3 works on at once: enough to fill the time that a step waits for the one before. */
 enum { DESCENTS = 2 * GROUPS };
 
 /* Scale and codes of 16 weights w = scale * (q - 4), each importance the square of its weight: coordinate descent, at
- * most five rounds, from the code -4 for the peak. Lanes of zeros get scale and codes 0. Returns 0 if not `exact` and
- * the fast rounding does not do. */
+ * most five rounds, from the code -4 for the peak. Lanes of zeros get scale and codes 0. Returns 0 if it rounded fast
+ * (not `exact`) and should not have. */
 INLINE int fit_descent_once(vf *scale, vi (*q)[16], const lanes_of_32 *x, int exact) {
     const vf zero = vf_zero();
     vf l[DESCENTS][16], amax[DESCENTS], sum_xl[DESCENTS], sum_l2[DESCENTS], farthest = zero;
@@ -439,8 +439,7 @@ INLINE int fit_descent_once(vf *scale, vi (*q)[16], const lanes_of_32 *x, int ex
             sum_l2[d] = vf_add(sum_l2[d], vf_mul(vf_mul(w, l[d][i]), l[d][i]));
         }
     }
-    /* A third of the first round's steps change something in one of 16 lanes: too many to foresee, so no branches
-     * there. */
+    /* A third of the first round's steps change something in one of 16 lanes. No branch could be predicted there. */
     const int first = LANES < 16 ? 0 : 1;
     for (int i = 0; i < 16 * first; i++)
         for (int d = 0; d < DESCENTS; d += GROUPS) {

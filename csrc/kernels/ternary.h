@@ -8,7 +8,7 @@
 /* Q1_0 Q2_0 TQ1_0 TQ2_0: one scale, the largest or the mean magnitude, and one sign, trit or two bits for each
  * weight. */
 
-/* out[l] = sum over the n weights of run l of |x|, one after the other; LANES runs that follow each other */
+/* Lane l: the sum of |x| over the n weights of run l, one after the other; LANES runs that follow each other. */
 INLINE vf sums_of_magnitudes(const float *x, int n) {
     vf sum = vf_zero(), lanes[LANES];
     for (int i = 0; i < n; i += LANES) {
@@ -150,7 +150,7 @@ static void quantize_TQ1_0(const float *x, uint8_t *out, int64_t n_rows, int64_t
     }
 }
 
-/* the digits of n bytes, first ones first: out[k * n + j] for byte j */
+/* The digits of n bytes, first ones first: out[k * n + j] for byte j. */
 INLINE void values_of_trits(float *out, const uint8_t *src, int n, vf d) {
     for (int j = 0; j < n; j += LANES) {
         vi q = vi_load_u8(src + j);

@@ -25,7 +25,7 @@ static inline vf vf_load(const float *p) {
 static inline void vf_store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 static inline vf vf_set1(float x) { return x; }
 static inline vf vf_zero(void) { return 0.0f; }
-/* keeps the compiler from moving what makes v past this point, see TOGETHER in kernels/search_scale.h */
+/* keeps the compiler from moving the computation of v past this point, see TOGETHER in kernels/search_scale.h */
 static inline void vf_pin(vf *v) { (void)v; }
 static inline vf vf_add(vf a, vf b) { return a + b; }
 static inline vf vf_sub(vf a, vf b) { return a - b; }
@@ -73,7 +73,7 @@ static inline vi vi_select(vm m, vi a, vi b) { return m ? a : b; }
 #define vi_shl(a, n) ((vi)((uint32_t)(a) << (n)))
 #define vi_shr(a, n) ((vi)((uint32_t)(a) >> (n)))
 static inline vf vi_to_vf(vi a) { return (float)a; }
-/* toward zero; what does not fit becomes INT32_MIN, as ggml's x86 code has it */
+/* toward zero; what does not fit becomes INT32_MIN, as in ggml's x86 code */
 static inline vi vf_truncate(vf a) { return a > -2147483648.0f && a < 2147483648.0f ? (vi)a : INT32_MIN; }
 /* to nearest, ties to even, for |a| < 2^22 */
 static inline vf vf_round(vf a) { return (a + 12582912.0f) - 12582912.0f; }

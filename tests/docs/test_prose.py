@@ -29,6 +29,8 @@ PLACES = sorted(
         "*.md",
         "docs/**/*.md",
         "docs/**/*.py",
+        "csrc/**/*.[ch]",
+        "csrc/*.md",
         ".github/**/*.yml",
         "tests/docs/*.py",
         "gguflora/*.py",
@@ -46,6 +48,8 @@ PLACES = sorted(
 def prose_of(path):
     """The lines of a file that are prose: of a page all but code, of a program its docstrings and comments."""
     text = path.read_text(encoding="utf-8")
+    if path.suffix in {".c", ".h"}:
+        return [line.lstrip(" *") for line in "\n".join(re.findall(r"/\*(.*?)\*/", text, flags=re.S)).splitlines()]
     if path.suffix == ".py":
         nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         docstrings = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(text)) if isinstance(node, nodes)]
@@ -94,3 +98,6 @@ def test_code_is_no_prose(tmp_path):
     program = tmp_path / "program.py"
     program.write_text('"""Of a file."""\n\nx = "to be had"  # whatever\n')
     assert banned_in(prose_of(program)) == ["Of a file.", "# whatever"]
+    source = tmp_path / "source.c"
+    source.write_text("/* Of a file. */\nint whatever; /* made\n * anew */\n")
+    assert banned_in(prose_of(source)) == ["Of a file.", "anew"]
