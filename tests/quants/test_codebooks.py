@@ -4,6 +4,7 @@ import itertools
 import re
 import subprocess
 import sys
+import tomllib
 
 import gguf.quants
 import numpy as np
@@ -18,6 +19,15 @@ RUN = 16
 
 def test_points_are_those_of_gguf():
     subprocess.run([sys.executable, "-m", "tools.make_tables", "--check"], cwd=ROOT, check=True)
+
+
+def test_points_carry_the_license_of_ggml():
+    """With the source, and with every wheel."""
+    head = (ROOT / "csrc/codebooks/codebook_points.h").read_text(encoding="utf-8").partition("*/")[0]
+    license_text = " ".join(re.sub(r"^ \*", "", head[head.index("MIT License") :], flags=re.M).split())
+    assert license_text.startswith("MIT License Copyright (c) 2023-2026 The ggml authors Permission is hereby granted")
+    assert license_text in " ".join((ROOT / "NOTICE").read_text(encoding="utf-8").split())
+    assert "NOTICE" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license-files"]
 
 
 @pytest.mark.parametrize("name", DISTANCES)
