@@ -7,8 +7,10 @@ import logging
 import math
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn, Protocol, TypeVar
 
 import typer
@@ -147,6 +149,8 @@ def main() -> None:
         _end(error, error.format_message(), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
+    except Exception as error:  # the last resort: a user never sees a traceback
+        _fail(error, _unexpected(error))
     if code == INTERRUPTED:  # typer turns KeyboardInterrupt into this code
         command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
         message = _AFTER_INTERRUPT.get(command, "nothing was written")
@@ -162,6 +166,19 @@ def _interrupt(*_: object) -> NoReturn:
 def _fail(error: Exception, message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     _end(error, message, FAILED)
+
+
+def _unexpected(error: Exception) -> str:
+    """Return one line about a fault in gguflora itself: what was raised where, and how to report it."""
+    logging.getLogger("gguflora").debug("unexpected error", exc_info=error)
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "gguflora" in Path(frame.filename).parts] or frames
+    place = f" in {Path(ours[-1].filename).name}, line {ours[-1].lineno}" if ours else ""
+    words = " ".join(str(error).split())
+    return (
+        f"unexpected {type(error).__name__}{place}: {words:.300}; this is a fault of gguflora {__version__}: please "
+        "report it with the command, the output of `gguflora doctor`, and the log that `gguflora -v` writes"
+    )
 
 
 def _end(error: BaseException, message: str, code: int) -> NoReturn:

@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from gguflora.errors import SafetensorsError
-from gguflora.files.safetensors import as_float32, read_header, weight_files
+from gguflora.files.safetensors import as_float32, check_gathered, read_header, weight_files
 from gguflora.quants.arrays import Float32Array, Indices
 
 _FLOATS: Final = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
@@ -67,6 +67,7 @@ class Checkpoint:
         self.weights: dict[str, StoredWeight] = {}
         for path in _shards(folder):
             header, start = read_header(path)
+            check_gathered(path, {name: entry["shape"] for name, entry in header.items()})
             for name, entry in header.items():
                 for weight in _matrices(path, name, entry, start):
                     self.weights[weight.name] = weight

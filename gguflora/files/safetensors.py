@@ -10,7 +10,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora.errors import MissingExtraError, SafetensorsError
+from gguflora.errors import MissingExtraError, SafetensorsError, listed
 
 Array = NDArray[Any]
 
@@ -200,8 +200,14 @@ def read_weights(folder: Path, stem: str) -> tuple[Path, dict[str, Array]]:
         The path of the file, for shards of their index ``stem.safetensors.index.json``, and the tensors by name.
 
     Raises:
-        SafetensorsError: if there is no such file, or it cannot be read.
+        SafetensorsError: if there is no such file, it cannot be read, or a tensor holds no values.
     """
+    path, tensors = _read_weights(folder, stem)
+    check_gathered(path, {name: tensor.shape for name, tensor in tensors.items()})
+    return path, tensors
+
+
+def _read_weights(folder: Path, stem: str) -> tuple[Path, dict[str, Array]]:
     single, index, torch_bin = (folder / f"{stem}{end}" for end in (".safetensors", _INDEX, ".bin"))
     if single.is_file():
         return single, read_safetensors(single)
@@ -214,6 +220,23 @@ def read_weights(folder: Path, stem: str) -> tuple[Path, dict[str, Array]]:
         return torch_bin, read_torch_bin(torch_bin)
     found = ", ".join(sorted(entry.name for entry in os.scandir(folder))) or "nothing"
     raise SafetensorsError(f"{folder}: holds neither {single.name} nor {torch_bin.name}; found: {found:.300}")
+
+
+def check_gathered(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise ``SafetensorsError`` if tensors hold no values, as DeepSpeed ZeRO-3 saves them if it does not gather them.
+
+    Args:
+        path: path of the file, for the message.
+        shapes: shape of each tensor by name.
+    """
+    empty = [name for name, shape in shapes.items() if 0 in shape]
+    if empty:
+        raise SafetensorsError(
+            f"{path}: {len(empty)} of {len(shapes)} tensors hold no values ({listed(empty, 3)}): DeepSpeed ZeRO-3 "
+            "spreads weights over the processes and saved them before gathering; save again with "
+            "stage3_gather_16bit_weights_on_model_save set to true, or make whole weights of the checkpoint with the "
+            "zero_to_fp32.py that lies beside it"
+        )
 
 
 def weight_files(path: Path) -> list[Path]:
