@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from gguflora.adapters.base_shapes import BaseShapes
-from gguflora.adapters.deltas import Delta, ShapeDependentDelta
+from gguflora.adapters.deltas import Delta, Replace, ReplaceRows, ShapeDependentDelta, with_rows
 from gguflora.adapters.gguf_lora import read_gguf_lora
 from gguflora.adapters.peft.config import MLX, PeftConfig, read_config
 from gguflora.adapters.peft.modules_to_save import split_modules_to_save
 from gguflora.adapters.peft.pooler import pooler_warnings
 from gguflora.adapters.peft.unsupported import REFUSED
+from gguflora.adapters.peft.wrappers import without_wrappers
 from gguflora.errors import AdapterError, UnsupportedAdapterError, listed
 from gguflora.files.checksum import sha256_of
 from gguflora.files.remote import remote_inputs
@@ -125,6 +126,7 @@ def _read_peft(folder: Path) -> Adapter:
             + ", ".join(sorted([*READERS, *SHAPED_READERS]))
         )
     weights, tensors = read_weights(folder, "adapters" if config.peft_type == MLX else "adapter_model")
+    tensors = without_wrappers(weights, tensors)
     _check_finite(weights, tensors)
     saved, method_tensors = split_modules_to_save(config, tensors)
     deltas: dict[str, tuple[Delta | ShapeDependentDelta, ...]] = {name: (delta,) for name, delta in saved.items()}
@@ -170,7 +172,11 @@ def _add(
     deltas: dict[str, tuple[Delta | ShapeDependentDelta, ...]], added: Mapping[str, Delta | ShapeDependentDelta]
 ) -> None:
     for name, delta in added.items():
-        deltas[name] = (*deltas.get(name, ()), delta)
+        present = deltas.get(name, ())
+        if isinstance(delta, ReplaceRows) and len(present) == 1 and isinstance(present[0], Replace):
+            deltas[name] = (with_rows(present[0], delta),)
+        else:
+            deltas[name] = (*present, delta)
 
 
 def _check_finite(path: Path, tensors: Mapping[str, Array]) -> None:

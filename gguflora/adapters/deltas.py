@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gguflora.errors import AdapterError
 from gguflora.files.safetensors import Array, as_float32
 from gguflora.quants.arrays import Float64Array, Indices
 
@@ -93,12 +94,14 @@ class Replace:
     Attributes:
         values: (n_out, n_in).
         is_base_copy: whether the weight was not trained, so that its rows equal the base's, except for rows that were
-            added to the vocabulary.
+            added to the vocabulary, and the ``trained`` ones.
+        trained: numbers of rows of a copy that were trained nevertheless.
         whole: False.
     """
 
     values: Array
     is_base_copy: bool = False
+    trained: tuple[int, ...] = ()
     whole: bool = field(default=False, init=False)
 
     @property
@@ -141,6 +144,28 @@ class ReplaceRows:
         _, targets, sources = np.intersect1d(rows, self.ids, return_indices=True)
         result[targets] = as_float64(self.values[sources]) - w[targets]
         return result
+
+
+def with_rows(weight: Replace, rows: ReplaceRows) -> Replace:
+    """Return the delta that replaces a weight and then some of its rows (a resized embedding with trained tokens).
+
+    Raises:
+        AdapterError: if the weight does not have the rows, or they differ in width.
+    """
+    if rows.n_out > weight.shape[0] or rows.shape[1] != weight.shape[1]:
+        raise AdapterError(
+            f"an embedding of shape {weight.shape} is saved with trained tokens of shape {rows.values.shape}, the last "
+            f"of which is row {rows.n_out - 1}; they do not belong together"
+        )
+    values = as_float64(weight.values).astype(np.float32)
+    values[rows.ids] = as_float64(rows.values)
+    return Replace(values, weight.is_base_copy, tuple(int(row) for row in rows.ids))
+
+
+def trained_rows(copy: Replace) -> ReplaceRows:
+    """Return the part of a copy of the base's weight that was trained."""
+    ids = np.array(copy.trained, np.intp)
+    return ReplaceRows(ids, copy.values[ids], 1 + max(copy.trained))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

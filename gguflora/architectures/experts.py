@@ -2,7 +2,8 @@
 
 Checkpoints have a module for each expert (``experts.3.gate_proj.weight``, ``experts.3.w1.weight``). transformers 5
 holds all experts of a layer in one parameter, with gate and up fused (``experts.gate_up_proj``); here its expert 3 is
-named ``experts.gate_up_proj.3``. GraniteMoE checkpoints have ``input_linear.weight`` and ``output_linear.weight``.
+named ``experts.gate_up_proj.3``. unsloth's gpt-oss has ``experts.gate_up_projs.3.weight``. GraniteMoE checkpoints have
+``input_linear.weight`` and ``output_linear.weight``.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from gguflora.quants.arrays import Indices
 
 _LAYER: Final = r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?:\w+\.)?"
 _ONE: Final = r"experts\.(?P<expert>\d+)\.(?P<name>gate_proj|up_proj|down_proj|w1|w2|w3)(?P<kind>\.weight|\.bias)"
+_UNSLOTH: Final = r"experts\.(?P<name>gate_up_proj|down_proj)s\.(?P<expert>\d+)(?P<kind>\.weight)"
 _OF_ALL: Final = (
     r"(?:experts\.(?P<name>gate_up_proj|gate_proj|up_proj|down_proj)|(?P<linear>input_linear|output_linear)\.weight)"
     r"\.(?P<expert>\d+)"
 )
 _MODULE: Final = re.compile(_LAYER + _ONE)
+_LISTED: Final = re.compile(_LAYER + _UNSLOTH)
 _STACKED: Final = re.compile(_LAYER + _OF_ALL)
 _BIASES: Final = re.compile(_LAYER + r"experts\.(?P<name>gate_up_proj|down_proj)_bias")
 
@@ -43,7 +46,7 @@ def expert_slices(base: BaseModel, path: str, *, interleaved: bool) -> list[Tens
         path: canonical name of the weight.
         interleaved: whether the rows of fused gate and up alternate.
     """
-    match = _MODULE.fullmatch(path) or _STACKED.fullmatch(path)
+    match = _MODULE.fullmatch(path) or _LISTED.fullmatch(path) or _STACKED.fullmatch(path)
     if match:
         parts = match.groupdict()
         name, kind = parts["name"] or parts["linear"], parts.get("kind") or ".weight"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gguflora.architectures.base_model import BaseModel
 from gguflora.architectures.experts import expert_slices
 from gguflora.architectures.hf_names import candidates
-from gguflora.architectures.names import canonical, check_named, layer_and_module, tensor_of
+from gguflora.architectures.names import canonical, check_named, is_foreign, layer_and_module, tensor_of, without_owner
 from gguflora.architectures.orders import unchanged
 from gguflora.architectures.regions import region_of
 from gguflora.architectures.rules import KNOWN, PLAIN, Rules
@@ -31,7 +31,18 @@ def slices_of(base: BaseModel, weight: str) -> list[TensorSlice]:
         ArchitectureError: if gguf has no tensor names for the base's architecture.
         MismatchError: if the shapes of the base's tensors do not agree with its architecture.
     """
-    rules, path = KNOWN.get(base.architecture, PLAIN), canonical(weight)
+    path: str | None = None if is_foreign(weight) else canonical(weight)
+    while path is not None:
+        slices = _slices_of(base, path)
+        if slices:
+            return slices
+        path = without_owner(path)
+    return []
+
+
+def _slices_of(base: BaseModel, path: str) -> list[TensorSlice]:
+    """Return the slices of a weight, given its canonical name."""
+    rules = KNOWN.get(base.architecture, PLAIN)
     slices = expert_slices(base, path, interleaved=rules.interleaved) or head_norm_slice(base, path)
     if slices:
         return slices

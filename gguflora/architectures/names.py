@@ -9,13 +9,24 @@ from typing import Any, Final
 from gguflora.architectures.base_model import BaseModel
 from gguflora.errors import ArchitectureError
 
-# multimodal models nest the language model one level deeper
-_INNER: Final = re.compile(r"(?:^|(?<=\.))(?:language_model|text_model)\.")
+# what multimodal models, sentence encoders and reward models call the language model inside them
+_INNER: Final = re.compile(
+    r"(?:^|(?<=\.))(?:\d+\.auto_model|auto_model|language_model|text_model|language|llm|thinker|pretrained_model)\."
+)
+_NESTED: Final = re.compile(r"^(?:model\.){2,}")
+_FOREIGN: Final = re.compile(
+    r"(?:^|\.)(?:visual|vision|vision_\w+|visual_\w+|img_\w+|image_\w+|vit|siglip|vpm|resampler|perceiver\w*|aligner|connector|"
+    r"multi_modal_projector|mm_projector|multimodal_projector|embed_vision|embed_audio|audio|audio_\w+|speech_\w+|"
+    r"talker|token2wav|code2wav|mlp1)\."
+)
+_UNKNOWN_OWNER: Final = re.compile(r"^\w+\.(?=(?:\w+\.)*?(?:model|layers|transformer|h|backbone|gpt_neox|lm_head)\.)")
 _OUTER: Final = re.compile(r"^(?:bert|roberta|distilbert)\.")
 
 _RENAMED: Final = {
     "block_sparse_moe.router.weight": "block_sparse_moe.router.layer.weight",  # GraniteMoE in transformers 5
     "linear_attn.dt_bias": "linear_attn.dt_proj.bias",
+    "mlp.router.linear.weight": "mlp.router.weight",  # unsloth's gpt-oss
+    "mlp.router.linear.bias": "mlp.router.bias",
     "self_attn.sinks": "self_attn.sinks.weight",
     "e_score_correction_bias": "e_score_correction.bias",
     "encoder.embed_tokens.weight": "shared.weight",  # T5 has one embedding under three names
@@ -30,11 +41,22 @@ _IN_LAYER: Final = re.compile(r"(?:.*\.)?(?:layers|layer|h|block|blk)\.(\d+)\.(.
 
 def canonical(weight: str) -> str:
     """Return the name that the name map has for a weight, without the prefixes of multimodal and encoder models."""
-    path = _OUTER.sub("", _INNER.sub("", weight))
+    path = _OUTER.sub("", _NESTED.sub("model.", _INNER.sub("", weight)))
     for suffix, mapped in _RENAMED.items():
         if path == suffix or path.endswith(f".{suffix}"):
             return path[: -len(suffix)] + mapped
     return path
+
+
+def is_foreign(weight: str) -> bool:
+    """Whether a weight belongs to a part beside the language model, such as a vision tower, by its name."""
+    return _FOREIGN.search(weight) is not None
+
+
+def without_owner(path: str) -> str | None:
+    """Return a name without its first component, if the rest may name a weight of a language model; else None."""
+    match = _UNKNOWN_OWNER.match(path)
+    return path[match.end() :] if match else None
 
 
 def layer_and_module(name: str) -> tuple[int, str, str]:
@@ -57,7 +79,7 @@ def tensor_of(base: BaseModel, path: str) -> str | None:
     names = _tensor_names(base.architecture, base.n_layers)
     # names in models without a head (AutoModel) lack the first part, such as "model."
     bare = [path.removeprefix(prefix) for prefix in _PREFIXES if path.startswith(prefix)]
-    for candidate in (path, *bare, *(prefix + path for prefix in _PREFIXES)):
+    for candidate in (path, *bare, *(prefix + name for name in (path, *bare) for prefix in _PREFIXES)):
         name: str | None = names.get_name(candidate, _SUFFIXES)
         if name and (name.endswith(_SUFFIXES) or name in base.shapes):
             return name

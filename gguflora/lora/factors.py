@@ -16,7 +16,7 @@ from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
 from gguflora.files.safetensors import Array
 from gguflora.lora.low_rank import shrink, truncate
 from gguflora.placement.base_weights import BaseTensors, WholeTensorDeltas, read_values
-from gguflora.placement.copies import without_copies
+from gguflora.placement.copies import without_copies, without_copy
 from gguflora.placement.place import PlacedDelta, cautions, place
 from gguflora.placement.rows import AnyRows
 from gguflora.placement.target import changed_tensor
@@ -79,10 +79,14 @@ def factor_adapter(adapter: Adapter, base: BaseModel, rank: int | None, energy: 
 def _without_base_copies(placed: dict[str, list[PlacedDelta]]) -> dict[str, list[PlacedDelta]]:
     """Drop deltas that are marked as copies of base weights; the weights to compare them to are not available."""
     kept = {
-        name: [item for item in items if not (isinstance(item.delta, Replace) and item.delta.is_base_copy)]
+        name: [
+            without_copy(item) if isinstance(item.delta, Replace) and item.delta.is_base_copy else item
+            for item in items
+        ]
         for name, items in placed.items()
     }
-    return {name: items for name, items in kept.items() if items}
+    changed = {name: [item for item in items if item is not None] for name, items in kept.items()}
+    return {name: items for name, items in changed.items() if items}
 
 
 def _refuse_tied(adapter: Adapter, base: BaseModel, placed: dict[str, list[PlacedDelta]]) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
-from gguflora.adapters.deltas import Delta, Replace, as_float64
+import numpy as np
+
+from gguflora.adapters.deltas import Delta, Replace, as_float64, trained_rows
 from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, TensorEntry
 from gguflora.placement.base_weights import read_values
 from gguflora.placement.place import PlacedDelta
@@ -19,10 +22,17 @@ def without_copies(base: GgufFile, placed: Mapping[str, Sequence[PlacedDelta]]) 
     kept = {}
     for name, items in placed.items():
         tensor = base.tensors.get(name) or base.tensors[TOKEN_EMBEDDING]
-        changed = [item for item in items if not _is_copy(base, tensor, item.delta)]
+        kept_items = (without_copy(item) if _is_copy(base, tensor, item.delta) else item for item in items)
+        changed = [item for item in kept_items if item is not None]
         if changed:
             kept[name] = changed
     return kept
+
+
+def without_copy(item: PlacedDelta) -> PlacedDelta | None:
+    """Return what a delta that is a copy of the base's weight changes nevertheless: its trained rows; None if none."""
+    assert isinstance(item.delta, Replace)
+    return replace(item, delta=trained_rows(item.delta)) if item.delta.trained else None
 
 
 def _is_copy(base: GgufFile, tensor: TensorEntry, delta: Delta) -> bool:
@@ -33,6 +43,10 @@ def _is_copy(base: GgufFile, tensor: TensorEntry, delta: Delta) -> bool:
     for start in range(0, delta.shape[0], step):
         values = as_float64(delta.values[start : start + step])
         stored = read_values(base, tensor, start, start + len(values))
+        values, stored = (
+            np.delete(rows, [row - start for row in delta.trained if start <= row < start + len(rows)], 0)
+            for rows in (values, stored)
+        )
         difference += float(((values - stored) ** 2).sum())
         norm += float((values**2).sum())
     return difference <= _COPY_TOLERANCE.get(tensor.type.name, _QUANTIZED_TOLERANCE) ** 2 * norm

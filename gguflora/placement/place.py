@@ -170,6 +170,7 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[PlacedDelta]]:
             vocabulary = new_vocabulary(item.delta for item in items if item.tensor_slice.rows is None)
             for item in items:
                 _check_fits(where, base, item, vocabulary)
+            _check_one_name(adapter, base, placed.get(tensor_slice.tensor, ()), weight, tensor_slice)
             placed.setdefault(tensor_slice.tensor, []).extend(items)
     if unknown_weights:
         raise ArchitectureError(
@@ -181,6 +182,32 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[PlacedDelta]]:
         _tie(adapter, placed)
     order = {name: index for index, name in enumerate(base.shapes)}
     return dict(sorted(placed.items(), key=lambda entry: order.get(entry[0], len(order))))
+
+
+def _check_one_name(
+    adapter: Adapter, base: BaseModel, placed: Iterable[PlacedDelta], weight: str, tensor_slice: TensorSlice
+) -> None:
+    """Raise if an earlier weight with another name has the same place, so that the names are ambiguous."""
+    if base.architecture == "t5" and tensor_slice.tensor == TOKEN_EMBEDDING:
+        return  # one embedding under three names
+    for item in placed:
+        if item.weight != weight and _same_place(item.tensor_slice, tensor_slice):
+            raise ArchitectureError(
+                f"{adapter.path}: {item.weight!r} and {weight!r} both belong to {tensor_slice.tensor!r} of "
+                f"{base.path}; keep the tensors of one of them"
+            )
+
+
+def _same_place(one: TensorSlice, other: TensorSlice) -> bool:
+    return (
+        one.start == other.start
+        and (one.rows is None) == (other.rows is None)
+        and (one.columns is None) == (other.columns is None)
+        and np.array_equal(one.rows if one.rows is not None else 0, other.rows if other.rows is not None else 0)
+        and np.array_equal(
+            one.columns if one.columns is not None else 0, other.columns if other.columns is not None else 0
+        )
+    )
 
 
 def _is_copy(item: PlacedDelta) -> bool:

@@ -17,6 +17,7 @@ from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import Parts, by_module, expect
 from gguflora.adapters.peft.lora_compact import with_blocks, with_pooling
 from gguflora.adapters.peft.lora_dora import with_magnitude
+from gguflora.adapters.peft.lora_experts import is_stack, read_stack
 from gguflora.adapters.peft.lora_init import INITIALIZATIONS, subtract_initial
 from gguflora.adapters.peft.lora_kasa import with_diagonal
 from gguflora.adapters.peft.lora_scaling import lora_scaling
@@ -64,6 +65,9 @@ def read_lora(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Del
     for parameter, parts in parameters.items():
         deltas |= read_parameter(config, parameter, parts)
     for module, parts in modules.items():
+        if is_stack(module, parts):
+            deltas |= read_stack(config, module, parts)
+            continue
         if _BIAS in parts:
             deltas[f"{module}.bias"] = _read_bias(config, module, parts)
         deltas[f"{module}.weight"] = _read_module(config, module, parts)

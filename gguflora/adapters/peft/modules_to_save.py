@@ -2,7 +2,8 @@
 
 ``modules_to_save`` and resized embeddings have ``<module>.weight`` and ``.bias``, or other parameters of a module
 (``experts.gate_up_proj``, ``self_attn.sinks``, ``mixer.A_log``). Trained biases (``bias``: "all" or "lora_only") and
-embeddings that are also adapted have ``<module>.base_layer.bias`` and ``.weight``. Trained tokens
+embeddings that are also adapted have ``<module>.base_layer.bias`` and ``.weight``, or, if tokens were added before some
+were trained, ``<module>.token_adapter.base_layer.weight``. Trained tokens
 (``trainable_token_indices``) have ``<embedding>.token_adapter.trainable_tokens_delta``, which despite its name holds
 the new rows, not their differences.
 """
@@ -15,7 +16,7 @@ from typing import Final
 
 import numpy as np
 
-from gguflora.adapters.deltas import Delta, Replace, ReplaceRows
+from gguflora.adapters.deltas import Delta, Replace, ReplaceRows, with_rows
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.adapters.peft.keys import PREFIX
 from gguflora.errors import AdapterError
@@ -23,7 +24,7 @@ from gguflora.files.safetensors import Array
 
 _TOKENS: Final = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 _WHOLE: Final = re.compile(
-    rf"{re.escape(PREFIX)}(?P<module>.+?)(?:\.base_layer|\.modules_to_save(?:\.[^.]+)?|\.original_module)?\.(?P<kind>weight|bias)"
+    rf"{re.escape(PREFIX)}(?P<module>.+?)(?:(?:\.token_adapter)?\.base_layer|\.modules_to_save(?:\.[^.]+)?|\.original_module)?\.(?P<kind>weight|bias)"
 )
 _WRAPPER: Final = re.compile(r"\.modules_to_save(?:\.[^.]+)?(?=\.)")
 
@@ -40,10 +41,11 @@ def split_modules_to_save(
 ) -> tuple[dict[str, Delta], dict[str, Array]]:
     """Split tensors into complete weights, by their name in the Hugging Face model, and tensors of the method."""
     saved: dict[str, Delta] = {}
+    trained: dict[str, ReplaceRows] = {}
     method_tensors = {}
     for key, tensor in tensors.items():
         if tokens := _TOKENS.fullmatch(key):
-            saved[f"{tokens['module']}.weight"] = _read_tokens(config, tokens["module"], tensor)
+            trained[f"{tokens['module']}.weight"] = _read_tokens(config, tokens["module"], tensor)
         elif _METHOD.search(key):
             method_tensors[key] = tensor
         elif whole := _WHOLE.fullmatch(key):
@@ -53,6 +55,9 @@ def split_modules_to_save(
             saved |= _whole(config, name, tensor, is_base_copy=False)
         else:
             method_tensors[key] = tensor
+    for name, rows in trained.items():
+        whole_weight = saved.get(name)
+        saved[name] = with_rows(whole_weight, rows) if isinstance(whole_weight, Replace) else rows
     return saved, method_tensors
 
 
