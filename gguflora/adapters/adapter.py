@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from gguflora.adapters.base_shapes import BaseShapes
-from gguflora.adapters.deltas import Delta, Replace, ReplaceRows, ShapeDependentDelta, with_rows
+from gguflora.adapters.deltas import Delta, LowRank, Replace, ReplaceRows, ShapeDependentDelta, with_rows
 from gguflora.adapters.gguf_lora import read_gguf_lora
 from gguflora.adapters.peft.config import MLX, PeftConfig, read_config
 from gguflora.adapters.peft.modules_to_save import split_modules_to_save
@@ -95,6 +95,9 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
             f"{location}: no such file or directory; expected a PEFT adapter directory or a GGUF LoRA file"
         )
     adapter = _read_peft(location) if location.is_dir() else _read_gguf(location)
+    if adapter.deltas and not adapter.from_base_shapes and all(map(_is_zero, adapter.deltas.values())):
+        text = "all of its changes are zero, as before the first step of training: it changes nothing"
+        adapter = replace(adapter, warnings=(*adapter.warnings, text))
     _LOG.debug("read %s: %s, %d weights", location, adapter.method, len(adapter.deltas))
     return adapter
 
@@ -177,6 +180,14 @@ def _add(
             deltas[name] = (with_rows(present[0], delta),)
         else:
             deltas[name] = (*present, delta)
+
+
+def _is_zero(deltas: tuple[Delta | ShapeDependentDelta, ...]) -> bool:
+    return all(
+        isinstance(delta, LowRank)
+        and (delta.scaling == 0 or not as_float32(delta.b).any() or not as_float32(delta.a).any())
+        for delta in deltas
+    )
 
 
 def _check_finite(path: Path, tensors: Mapping[str, Array]) -> None:

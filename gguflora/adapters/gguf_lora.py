@@ -3,7 +3,8 @@
 In numpy's order, ``<tensor>.lora_a`` is (rank, n_in) and ``<tensor>.lora_b`` (n_out, rank). For ``token_embd.weight``,
 which llama.cpp multiplies the other way round, they are (rows, rank) and (width, rank). For a stack of experts they are
 (n_experts, rank, n_in) and (n_experts, n_out, rank), and the delta of expert e is named ``<tensor>.<e>``. The scaling
-is alpha / rank, or 1 if alpha is 0 or absent.
+is alpha / rank, or 1 if alpha is 0 or absent. A vector ``<..>_norm.weight``, which llama.cpp's converter keeps of an
+adapter with norms, replaces the base's; llama.cpp loads such a file, but ignores the vector.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from gguflora import quants
-from gguflora.adapters.deltas import LowRank
+from gguflora.adapters.deltas import LowRank, Replace
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, TensorEntry
 from gguflora.files.safetensors import Array
@@ -36,7 +37,7 @@ class GgufLora:
     """
 
     architecture: str
-    deltas: dict[str, LowRank]
+    deltas: dict[str, LowRank | Replace]
     invocation_tokens: tuple[int, ...]
 
 
@@ -57,7 +58,11 @@ def read_gguf_lora(path: Path) -> GgufLora:
         alpha = file.metadata.get(ALPHA_KEY, 0.0)
         if not isinstance(alpha, float) or not math.isfinite(alpha):
             raise AdapterError(f"{path}: {ALPHA_KEY} is {alpha!r}, expected a finite number")
-        deltas: dict[str, LowRank] = {}
+        deltas: dict[str, LowRank | Replace] = {
+            name: Replace(_values(file, tensor).reshape(-1, 1))
+            for name, tensor in file.tensors.items()
+            if is_norm(tensor)
+        }
         for name, (a, b) in _pair_up(path, file.tensors).items():
             deltas |= _read_pair(file, name, a, b, alpha)
         return GgufLora(file.architecture, deltas, _invocation_tokens(file))
@@ -70,12 +75,18 @@ def _invocation_tokens(file: GgufFile) -> tuple[int, ...]:
     return tuple(tokens)
 
 
+def is_norm(tensor: TensorEntry) -> bool:
+    """Whether a tensor of a GGUF LoRA file is a norm, complete, instead of a factor."""
+    return tensor.name.endswith("_norm.weight") and len(tensor.shape) == 1
+
+
 def _pair_up(path: Path, tensors: dict[str, TensorEntry]) -> dict[str, tuple[TensorEntry, TensorEntry]]:
-    unknown = [name for name in tensors if not name.endswith(_SUFFIXES)]
+    factors = [name for name, tensor in tensors.items() if not is_norm(tensor)]
+    unknown = [name for name in factors if not name.endswith(_SUFFIXES)]
     if unknown:
-        raise AdapterError(f"{path}: tensor {unknown[0]!r} is neither .lora_a nor .lora_b")
+        raise AdapterError(f"{path}: tensor {unknown[0]!r} is neither .lora_a nor .lora_b, nor a norm")
     pairs = {}
-    for name in dict.fromkeys(name[: -len(".lora_a")] for name in tensors):
+    for name in dict.fromkeys(name[: -len(".lora_a")] for name in factors):
         a, b = tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b")
         if a is None or b is None:
             raise AdapterError(f"{path}: {name!r} has only one of .lora_a and .lora_b; the adapter is incomplete")

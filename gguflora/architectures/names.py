@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from functools import lru_cache
 from typing import Any, Final
@@ -84,6 +85,15 @@ def tensor_of(base: BaseModel, path: str) -> str | None:
         if name and (name.endswith(_SUFFIXES) or name in base.shapes):
             return name
     return None
+
+
+def nearest_names(base: BaseModel, weight: str) -> list[str]:
+    """Return the Hugging Face names of the base's weights that are most like a name, the nearest first; at most two."""
+    path = canonical(weight)
+    kind = next((suffix for suffix in _SUFFIXES if path.endswith(suffix)), ".weight")
+    known = _tensor_names(base.architecture, base.n_layers).mapping
+    held = [name for name, (_, tensor) in known.items() if f"{tensor}{kind}" in base.shapes]
+    return [f"{name}{kind}" for name in difflib.get_close_matches(path.removesuffix(kind), held, 2, 0.7)]
 
 
 def check_named(base: BaseModel) -> None:

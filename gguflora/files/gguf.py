@@ -22,7 +22,7 @@ from gguflora.files.copying import copy_range
 from gguflora.files.gguf_header import Metadata, encode_entry, encode_int32
 from gguflora.files.gguf_layout import Forms, Layout, ShardLayout, join, part_layout
 from gguflora.files.gguf_shard import MAGIC, GgufShard
-from gguflora.files.gguf_tensors import OUTPUT, TOKEN_EMBEDDING, Shape, TensorEntry, layer_of
+from gguflora.files.gguf_tensors import OUTPUT, TOKEN_EMBEDDING, Shape, TensorEntry, check_readable, layer_of
 from gguflora.files.shard_names import PART_NAME, part_paths
 from gguflora.files.sidecars import check_finished
 
@@ -111,6 +111,7 @@ class GgufFile:
 
     def read_rows(self, tensor: TensorEntry, start: int, stop: int) -> NDArray[np.uint8]:
         """Read the rows ``start`` to ``stop`` of a tensor as a new uint8 array (stop - start, row_bytes)."""
+        check_readable(self.path, [tensor])
         row_bytes = tensor.type.row_bytes(tensor.n_in)
         rows = np.empty((stop - start, row_bytes), np.uint8)
         part, offset = self._locate(tensor.offset)
@@ -150,6 +151,7 @@ class GgufFile:
             entries: encoded metadata by key, see `encode_entry`.
             changed: shape and type of each tensor whose data is not copied.
         """
+        check_readable(self.path, self.tensors.values())
         n_tensors = len({*self.tensors, *changed})
         added = {name: form for name, form in changed.items() if name not in self.tensors}
         layouts = []

@@ -115,7 +115,7 @@ def place_tensors(
 
 def _check(path: Path, tensor: ListedTensor, data_start: int, alignment: int, size: int) -> TensorEntry:
     where = f"{path}: tensor {tensor.name!r:.100}"
-    kind = _type_numbered(tensor.type)
+    kind = _type_numbered(tensor.type) or foreign_type(tensor.type)
     if kind is None:
         raise GgufError(f"{where} has unknown type {tensor.type}; the file is damaged or newer than this gguflora")
     if min(tensor.shape) < 1:
@@ -147,6 +147,38 @@ def _type_numbered(kind: int) -> GgmlType | None:
     except (ValueError, KeyError):
         return None
     return GgmlType(kind, listed.name, *sizes)
+
+
+_FOREIGN_TYPES: Final = {
+    **dict.fromkeys((4, 5), "llama.cpp before June 2023"),
+    **dict.fromkeys((31, 32, 33, 36, 37, 38), "llama.cpp of 2024, which packed weights for one kind of processor"),
+}
+_FOREIGN_NAMES: Final = {
+    **{4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8"},
+    **{38: "IQ4_NL_8_8", 97: "I2_S", 98: "Q8_0_X4", 99: "Q8_1_X4", 133: "Q6_0", 134: "IQ1_BN", 135: "IQ2_BN"},
+    **{137: "IQ2_K", 138: "IQ3_K", 139: "IQ4_K", 140: "IQ5_K", 141: "IQ6_K", 144: "IQ4_KS", 145: "IQ2_KS"},
+    **{146: "IQ4_KSS", 152: "IQ5_KS", 153: "IQ2_KT", 154: "IQ3_KT", 155: "IQ4_KT", 156: "IQ3_KS", 157: "IQ2_KL"},
+    **{158: "IQ1_KT"},
+}
+_IK_LLAMA: Final = range(97, 400)
+
+
+def foreign_type(kind: int) -> GgmlType | None:
+    """Return a type that another program writes, by its number: its name is known, the size of its blocks is not."""
+    if kind not in _FOREIGN_TYPES and kind not in _IK_LLAMA:
+        return None
+    maker = _FOREIGN_TYPES.get(kind, "ik_llama.cpp")
+    return GgmlType(kind, f"{_FOREIGN_NAMES.get(kind, f'type {kind}')} of {maker}", 1, 0)
+
+
+def check_readable(path: Path, tensors: Iterable[TensorEntry]) -> None:
+    """Raise ``GgufError`` if a tensor has a type whose blocks are not known here."""
+    for tensor in tensors:
+        if not tensor.type.block_bytes:
+            raise GgufError(
+                f"{path}: tensor {tensor.name!r:.100} is {tensor.type.name}, whose values cannot be read here: use a "
+                "base of llama.cpp's own types for this; `gguflora convert` needs only its shapes"
+            )
 
 
 def n_bytes(shape: Shape, kind: GgmlType) -> int:

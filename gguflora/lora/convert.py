@@ -126,6 +126,7 @@ def convert(
         errors={factors.tensor: factors.error for factors in factored if factors.error is not None},
         warnings=(
             *source.warnings,
+            *(["the scale is 0: the file changes nothing"] if scale == 0 else []),
             *_collect_cautions(factored),
             *architecture_warnings(model, factored),
             *type_warnings(outtype, stored),

@@ -233,6 +233,8 @@ def _describe_unfit(source: Adapter, model: BaseModel, tensor: str, problem: str
     """Describe a delta that llama.cpp cannot load or apply."""
     parts = [part for name, parts in source.deltas.items() if _tensor_of(name) == tensor for part in parts]
     low = [part for part in parts if isinstance(part, LowRank)]
+    if not low:  # a norm
+        return InspectedChange(tensor, model.shapes.get(tensor), None, None, None, None, problem)
     norm = sum(_norm(part) ** 2 for part in low) ** 0.5
     return InspectedChange(tensor, model.shapes.get(tensor), low[0].rank, low[0].scaling, norm, None, problem)
 

@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from gguflora.adapters.gguf_lora import is_norm
 from gguflora.architectures import aborts_at_run_time, ignored_at_run_time
 from gguflora.architectures.base_model import BaseModel
 from gguflora.errors import HotSwapError
 from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, Shape, TensorEntry
+from gguflora.placement.base_weights import read_values
 
 _ALPHA: Final = "adapter.lora.alpha"
 _INVOCATION: Final = "adapter.alora.invocation_tokens"
@@ -31,6 +33,8 @@ _EXPONENT: Final[dict[str, tuple[str, int]]] = {
     "BF16": ("<u2", 0x7F80),
 }
 """NumPy type of the bits of each float type, and its exponent mask, which is all ones in infinity and NaN."""
+
+_IGNORED_NORM: Final = "differs from the base's norm; llama.cpp would silently ignore it: merge the adapter instead"
 
 _CHUNK_BYTES: Final = 1 << 22
 
@@ -47,6 +51,8 @@ def check_loadable(path: Path, base: BaseModel) -> None:
         pairs = _pair_up(file)
         for name, (a, b) in pairs.items():
             _check_pair(f"{path}: {name!r}", name, a, b, base)
+        for name, problem in _norm_problems(file, base).items():
+            raise HotSwapError(f"{path}: {name!r}: {problem}")
         for tensor in file.tensors.values():
             _check_finite(file, tensor)
 
@@ -61,6 +67,7 @@ def problems_of(path: Path, base: BaseModel) -> dict[str, str]:
     problems: dict[str, str] = {}
     with GgufFile(path) as file:
         _check_metadata(file, base)
+        problems |= _norm_problems(file, base)
         for name, (a, b) in _pair_up(file).items():
             location = f"{path}: {name!r}"
             try:
@@ -114,7 +121,8 @@ def _is_token_array(entry: bytes, key: str) -> bool:
 
 
 def _pair_up(file: GgufFile) -> Mapping[str, tuple[TensorEntry, TensorEntry]]:
-    unknown_tensors = [name for name in file.tensors if not name.endswith(_SUFFIXES)]
+    factors = [name for name, tensor in file.tensors.items() if not is_norm(tensor)]
+    unknown_tensors = [name for name in factors if not name.endswith(_SUFFIXES)]
     if unknown_tensors:
         raise HotSwapError(
             f"{file.path}: tensor {unknown_tensors[0]!r} is neither .lora_a nor .lora_b"
@@ -122,7 +130,7 @@ def _pair_up(file: GgufFile) -> Mapping[str, tuple[TensorEntry, TensorEntry]]:
             + "; llama.cpp would refuse or silently ignore it: merge the adapter into the base instead"
         )
     pairs = {}
-    for name in dict.fromkeys(name[: -len(".lora_a")] for name in file.tensors):
+    for name in dict.fromkeys(name[: -len(".lora_a")] for name in factors):
         a, b = file.tensors.get(f"{name}.lora_a"), file.tensors.get(f"{name}.lora_b")
         if a is None or b is None:
             missing = ".lora_a" if a is None else ".lora_b"
@@ -131,6 +139,23 @@ def _pair_up(file: GgufFile) -> Mapping[str, tuple[TensorEntry, TensorEntry]]:
     if not pairs:
         raise HotSwapError(f"{file.path}: holds no LoRA tensors")
     return pairs
+
+
+def _norm_problems(file: GgufFile, base: BaseModel) -> dict[str, str]:
+    """Return a message for each norm that differs from the base's: llama.cpp loads it, but ignores it."""
+    norms = [tensor for tensor in file.tensors.values() if is_norm(tensor)]
+    if not norms or base.path.is_dir():
+        return {tensor.name: _IGNORED_NORM for tensor in norms}
+    with GgufFile(base.path) as model:
+        return {tensor.name: _IGNORED_NORM for tensor in norms if not _is_norm_of(model, file, tensor)}
+
+
+def _is_norm_of(model: GgufFile, file: GgufFile, tensor: TensorEntry) -> bool:
+    own = model.tensors.get(tensor.name)
+    if own is None or own.shape != tensor.shape:
+        return False
+    stored, given = read_values(model, own, 0, 1), read_values(file, tensor, 0, 1)
+    return bool((abs(given - stored) <= 2.0**-23 * abs(stored)).all())
 
 
 def _check_pair(location: str, name: str, a: TensorEntry, b: TensorEntry, base: BaseModel) -> None:

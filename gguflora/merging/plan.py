@@ -14,7 +14,7 @@ from gguflora.adapters.deltas import LowRank, Replace
 from gguflora.architectures import with_biases
 from gguflora.architectures.base_model import BaseModel, describe
 from gguflora.architectures.mapping import can_untie, unknown_warning
-from gguflora.errors import QuantizationError, UnsupportedAdapterError
+from gguflora.errors import QuantizationError, UnsupportedAdapterError, listed
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Layout, Shape, TensorEntry, encode_entry
 from gguflora.merging.output_types import OutputTypes
 from gguflora.merging.rounding import RoundingOptions
@@ -76,6 +76,7 @@ def make_plan(
             )
         placed = without_copies(file, place(source, model))
         warnings += [f"{source.path}: {text}" for text in (*source.warnings, *cautions(file, placed))]
+        warnings += [f"{source.path}: its scale is 0: it changes nothing"] * (scale == 0)
         for name, placed_items in placed.items():
             effective = [(item, scale) for item in placed_items if scale and not _is_zero(item)]
             if effective:
@@ -86,14 +87,23 @@ def make_plan(
     if n_tokens:
         for source, _ in sources:
             entries |= grown_vocabulary(file, source.path.parent, n_tokens)
+    fallbacks: dict[tuple[str, str, int], list[str]] = {}
     targets, only_floats = [], not any(tensor.type.block_weights > 1 for tensor in file.tensors.values())
     for name, items in deltas.items():
         entry = file.tensors.get(TOKEN_EMBEDDING if name in untied else name) or _missing_bias(name, model.shapes[name])
         grown = n_tokens and name in {TOKEN_EMBEDDING, OUTPUT}
         shape = (n_tokens, entry.n_in) if grown else entry.shape
-        targets.append(ChangedTensor(name, entry, shape, types.type_of(name, entry, only_floats=only_floats), items))
+        kind, instead_of = types.fitting_type_of(name, entry, only_floats=only_floats)
+        if instead_of is not None:
+            fallbacks.setdefault((instead_of.name, kind.name, entry.n_in), []).append(name)
+        targets.append(ChangedTensor(name, entry, shape, kind, items))
     for target in targets:
         _check_type(file, target, rounding, from_unquantized=from_unquantized)
+    warnings += [
+        f"{len(names)} tensors are {used} instead of {wanted}, as llama-quantize stores rows of {n_in} weights, which "
+        f"are not whole blocks of {wanted}: {listed(names, 3)}"
+        for (wanted, used, n_in), names in fallbacks.items()
+    ]
     warnings += [f"--type {pattern}: matches no changed tensor" for pattern in types.unused_patterns(list(deltas))]
     layout = file.layout(entries, {target.name: (target.shape, target.type) for target in targets})
     return MergePlan(layout, targets, tuple(warnings))

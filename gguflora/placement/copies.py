@@ -22,11 +22,21 @@ def without_copies(base: GgufFile, placed: Mapping[str, Sequence[PlacedDelta]]) 
     kept = {}
     for name, items in placed.items():
         tensor = base.tensors.get(name) or base.tensors[TOKEN_EMBEDDING]
-        kept_items = (without_copy(item) if _is_copy(base, tensor, item.delta) else item for item in items)
+        is_vector = name in base.tensors and len(tensor.shape) == 1
+        own = [item for item in items if not (is_vector and _repeats_vector(base, tensor, item))]
+        kept_items = (without_copy(item) if _is_copy(base, tensor, item.delta) else item for item in own)
         changed = [item for item in kept_items if item is not None]
         if changed:
             kept[name] = changed
     return kept
+
+
+def _repeats_vector(base: GgufFile, tensor: TensorEntry, item: PlacedDelta) -> bool:
+    """Whether a delta replaces a norm or bias by the same values, up to the last bit of a float32."""
+    if not isinstance(item.delta, Replace) or not item.by_rows or item.shape != (tensor.n_in, 1):
+        return False
+    stored = read_values(base, tensor, 0, 1)
+    return bool((np.abs(item.compute(stored, 0)) <= 2.0**-23 * np.abs(stored)).all())
 
 
 def without_copy(item: PlacedDelta) -> PlacedDelta | None:

@@ -33,6 +33,7 @@ from gguflora.architectures.mapping import (
     slices_of,
 )
 from gguflora.architectures.modules import linear_modules
+from gguflora.architectures.names import is_foreign, nearest_names
 from gguflora.errors import ArchitectureError, MismatchError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
 from gguflora.quants.arrays import Float64Array
@@ -173,15 +174,30 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[PlacedDelta]]:
             _check_one_name(adapter, base, placed.get(tensor_slice.tensor, ()), weight, tensor_slice)
             placed.setdefault(tensor_slice.tensor, []).extend(items)
     if unknown_weights:
-        raise ArchitectureError(
-            f"{adapter.path}: {len(unknown_weights)} of {len(all_deltas)} weights have no place in {base.path} "
-            f"({base.architecture}): {', '.join(unknown_weights[:8])}{' ...' if len(unknown_weights) > 8 else ''}; "
-            "is it the right base?"
-        )
+        raise _unknown_error(adapter, base, unknown_weights, len(all_deltas))
     if base.is_tied and TOKEN_EMBEDDING in placed:
         _tie(adapter, placed)
     order = {name: index for index, name in enumerate(base.shapes)}
     return dict(sorted(placed.items(), key=lambda entry: order.get(entry[0], len(order))))
+
+
+def _unknown_error(adapter: Adapter, base: BaseModel, unknown: Sequence[str], n_weights: int) -> ArchitectureError:
+    """Say which weights have no place in the base, and what may be meant."""
+    shown = ", ".join(unknown[:8]) + (" ..." if len(unknown) > 8 else "")
+    foreign = [weight for weight in unknown if is_foreign(weight)]
+    nearest = {weight: near for weight in unknown[:3] if (near := nearest_names(base, weight))}
+    if foreign:
+        hint = f"{len(foreign)} belong to another part of a multimodal model, which this file does not hold"
+    elif nearest:
+        hint = "; ".join(f"nearest to {weight} is {' or '.join(near)}" for weight, near in nearest.items())
+    elif len(unknown) == n_weights:
+        hint = "none of its names is one of this architecture; is it the right base?"
+    else:
+        hint = f"looked for them among the {len(base.shapes)} tensors of the base, by the names of {base.architecture}"
+    return ArchitectureError(
+        f"{adapter.path}: {len(unknown)} of {n_weights} weights have no place in {base.path} "
+        f"({base.architecture}): {shown}; {hint}"
+    )
 
 
 def _check_one_name(

@@ -65,3 +65,60 @@ def test_a_fault_of_the_program_is_one_line(monkeypatch, adapter):
     assert error["type"] == "KeyError"
     assert error["exit_code"] == 1
     assert error["message"] in result.stderr
+
+
+def test_a_change_of_zero_is_a_warning(adapter, tmp_path):
+    edit_tensors(adapter, lambda tensors: {k: v * 0 if "lora_B" in k else v for k, v in tensors.items()})
+    base = builders.gguf_model("llama")
+    assert "all of its changes are zero" in run("inspect", adapter).stderr
+    for words in (
+        ["convert", adapter, "--base", base, "-o", tmp_path / "out.gguf"],
+        ["merge", base, "--lora", adapter, "-o", tmp_path / "merged.gguf"],
+    ):
+        result = run(*words)
+        assert result.returncode == 0, result.stderr
+        assert "all of its changes are zero" in result.stderr
+
+
+def test_a_scale_of_zero_is_a_warning(adapter, tmp_path):
+    base = builders.gguf_model("llama")
+    report = gguflora.merge(base, [(adapter, 0.0)], tmp_path / "merged.gguf")
+    assert any("scale is 0" in text for text in report.warnings)
+    assert any("scale is 0" in text for text in gguflora.convert(adapter, base, tmp_path / "a.gguf", scale=0).warnings)
+
+
+def test_a_misspelt_weight_names_the_nearest(adapter, tmp_path):
+    edit_tensors(adapter, lambda tensors: {k.replace("q_proj", "q_projj"): v for k, v in tensors.items()})
+    result = run("convert", adapter, "--base", builders.gguf_model("llama"), "-o", tmp_path / "out.gguf")
+    assert result.returncode == 1
+    assert (
+        "nearest to model.layers.0.self_attn.q_projj.weight is model.layers.0.self_attn.q_proj.weight" in result.stderr
+    )
+    assert "right base" not in result.stderr
+
+
+def test_q4_k_falls_back_as_llama_quantize(adapter, tmp_path):
+    base = builders.gguf_model("llama")  # rows of 96 and 160 weights
+    for outtype, expected in (("q4_k", "Q5_0"), ("q6_k", "Q8_0"), ("q2_k", "IQ4_NL")):
+        report = gguflora.merge(base, adapter, tmp_path / f"{outtype}.gguf", outtype=outtype)
+        assert {tensor.type for tensor in report.tensors} == {expected}
+        assert any(f"{expected} instead of {outtype.upper()}" in text for text in report.warnings)
+    result = run("merge", base, "--lora", adapter, "-o", tmp_path / "named.gguf", "--type", "attn_q=q4_k")
+    assert result.returncode == 1
+    assert "multiple of 256" in result.stderr
+
+
+@pytest.mark.parametrize(("number", "named"), [(139, "IQ4_K of ik_llama.cpp"), (31, "Q4_0_4_4 of llama.cpp of 2024")])
+def test_types_of_other_programs_convert_and_are_named_by_a_merge(adapter, tmp_path, number, named):
+    sound = builders.gguf_model("llama")
+    entry = b"blk.0.attn_v.weight" + (2).to_bytes(4, "little") + (96).to_bytes(8, "little") + (64).to_bytes(8, "little")
+    content = sound.read_bytes()
+    assert content.count(entry) == 1
+    base = tmp_path / "base.gguf"
+    base.write_bytes(content.replace(entry + bytes(4), entry + number.to_bytes(4, "little")))
+    gguflora.convert(adapter, base, tmp_path / "found.gguf")
+    gguflora.convert(adapter, sound, tmp_path / "expected.gguf")
+    assert (tmp_path / "found.gguf").read_bytes() == (tmp_path / "expected.gguf").read_bytes()
+    result = run("merge", base, "--lora", adapter, "-o", tmp_path / "merged.gguf")
+    assert result.returncode == 1
+    assert named in result.stderr
