@@ -19,10 +19,11 @@ from gguflora.adapters.peft.modules_to_save import split_modules_to_save
 from gguflora.adapters.peft.pooler import pooler_warnings
 from gguflora.adapters.peft.unsupported import REFUSED
 from gguflora.adapters.peft.wrappers import without_wrappers
+from gguflora.adapters.wrong_folder import is_image_lora
 from gguflora.errors import AdapterError, UnsupportedAdapterError, listed
 from gguflora.files.checksum import sha256_of
 from gguflora.files.remote import remote_inputs
-from gguflora.files.safetensors import Array, as_float32, read_weights, weight_files
+from gguflora.files.safetensors import Array, as_float32, read_header, read_weights, weight_files
 
 _LOG = logging.getLogger(__name__)
 
@@ -103,7 +104,11 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
 
 
 def _read_gguf(location: Path) -> Adapter:
-    if location.suffix in {".safetensors", ".bin", ".json"}:
+    if location.suffix == ".safetensors" and is_image_lora(list(read_header(location)[0])):
+        raise UnsupportedAdapterError(
+            f"{location}: is an image model's LoRA (kohya or diffusers), which no language model can use"
+        )
+    if location.suffix in {".safetensors", ".bin", ".json", ".npz"}:
         raise AdapterError(f"{location}: is one file of an adapter; give its directory instead")
     lora = read_gguf_lora(location)
     return Adapter(
@@ -129,6 +134,10 @@ def _read_peft(folder: Path) -> Adapter:
             + ", ".join(sorted([*READERS, *SHAPED_READERS]))
         )
     weights, tensors = read_weights(folder, "adapters" if config.peft_type == MLX else "adapter_model")
+    if is_image_lora(list(tensors)):
+        raise UnsupportedAdapterError(
+            f"{weights}: is an image model's LoRA (kohya or diffusers), which no language model can use"
+        )
     tensors = without_wrappers(weights, tensors)
     _check_finite(weights, tensors)
     saved, method_tensors = split_modules_to_save(config, tensors)

@@ -1,5 +1,8 @@
 """Read adapters of mlx-lm: ``adapters.safetensors``, and an ``adapter_config.json`` with ``lora_parameters``.
 
+Older versions write ``adapters.npz``. unsloth-mlx adds PEFT's fields (``peft_type``, ``r``, ``lora_alpha``). mlx-vlm
+calls the factors ``A`` and ``B``; its configuration has ``rank`` and ``alpha``, which is the scale itself.
+
 A linear layer has ``lora_a`` (n_in, r) and ``lora_b`` (r, n_out): ``W' = W + scale * (lora_a lora_b)^T``, where the
 scale is not divided by the rank. An embedding has ``lora_a`` (rows, r) and ``lora_b`` (r, width): ``W' = W + scale *
 lora_a lora_b``. The experts of a ``switch_mlp`` (in gpt-oss and Llama 4: ``experts``) have (n_experts, r, n_in) and
@@ -43,7 +46,7 @@ def read_mlx(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delt
     kind = config.fields.get("fine_tune_type", "lora")
     if kind == "full":
         return _read_full(config, tensors)
-    parameters = config.fields.get("lora_parameters")
+    parameters = _parameters(config)
     if kind not in {"lora", "dora"} or not isinstance(parameters, dict):
         raise UnsupportedAdapterError(
             f"{config.path}: fine_tune_type is {kind!r} and lora_parameters {parameters!r:.80}, expected 'lora' or "
@@ -57,9 +60,25 @@ def read_mlx(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delt
             "later versions ignore it: for the former set scale to scale * alpha / rank, then remove alpha"
         )
     deltas: dict[str, Delta | ShapeDependentDelta] = {}
-    for module, parts in by_module(config, tensors, ["lora_a", "lora_b", "m"]).items():
+    for module, parts in by_module(config, tensors, ["lora_a", "lora_b", "m", "A", "B"]).items():
+        for name, other in (("A", "lora_a"), ("B", "lora_b")):
+            if name in parts and other not in parts:
+                parts[other] = parts.pop(name)
         deltas |= _read_module(config, module, parts, scale)
     return deltas
+
+
+def _parameters(config: PeftConfig) -> object:
+    """Return the field ``lora_parameters``, or what stands for it in the files of mlx-vlm and unsloth-mlx."""
+    given = config.fields.get("lora_parameters")
+    if given is not None:
+        return given
+    if {"rank", "alpha"} <= config.fields.keys():
+        return {"scale": config.fields["alpha"]}
+    if {"r", "lora_alpha"} <= config.fields.keys():
+        rank = config.number("r", 8)
+        return {"scale": config.number("lora_alpha", 8) / (rank or 1)}
+    return None
 
 
 def _read_full(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta | ShapeDependentDelta]:

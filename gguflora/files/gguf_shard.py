@@ -9,6 +9,7 @@ from typing import Final
 from gguflora.errors import GgufError
 from gguflora.files.gguf_header import Cursor, Header, Metadata
 from gguflora.files.gguf_tensors import align, place_tensors, read_listed
+from gguflora.files.lfs import check_fetched
 
 MAGIC: Final = b"GGUF"
 DEFAULT_ALIGNMENT: Final = 32
@@ -53,6 +54,7 @@ class GgufShard:
         cursor.header.fill(min(4, self.size), "the magic")
         magic = bytes(cursor.header.content[:4])
         if magic != MAGIC:
+            check_fetched(self.path)
             raise GgufError(f"{self.path}: not a GGUF file (expected it to begin with {MAGIC!r}, found {magic!r})")
         cursor.skip(4, "the magic")
         self.version = cursor.number("<I", "the version")

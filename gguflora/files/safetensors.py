@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.errors import MissingExtraError, SafetensorsError, listed
+from gguflora.files.lfs import check_fetched
+from gguflora.files.npz import read_npz
 
 Array = NDArray[Any]
 
@@ -79,6 +81,7 @@ def _open(path: Path) -> Iterator[BinaryIO]:
 
 def _read_header(path: Path, file: BinaryIO) -> tuple[Header, int, int]:
     """Return the entries, the offset of the data, and the size of the file."""
+    check_fetched(path)
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size - 8, _MAX_HEADER):
@@ -194,7 +197,7 @@ def as_float32(array: Array) -> NDArray[np.float32]:
 
 
 def read_weights(folder: Path, stem: str) -> tuple[Path, dict[str, Array]]:
-    """Read all tensors of ``stem.safetensors`` in a folder, of its shards, or of ``stem.bin``.
+    """Read all tensors of ``stem.safetensors`` in a folder, of its shards, of ``stem.bin``, or of ``stem.npz``.
 
     Returns:
         The path of the file, for shards of their index ``stem.safetensors.index.json``, and the tensors by name.
@@ -217,7 +220,11 @@ def _read_weights(folder: Path, stem: str) -> tuple[Path, dict[str, Array]]:
             tensors |= read_safetensors(shard)
         return index, tensors
     if torch_bin.is_file():
+        check_fetched(torch_bin)
         return torch_bin, read_torch_bin(torch_bin)
+    if (npz := folder / f"{stem}.npz").is_file():
+        check_fetched(npz)
+        return npz, read_npz(npz)
     found = ", ".join(sorted(entry.name for entry in os.scandir(folder))) or "nothing"
     raise SafetensorsError(f"{folder}: holds neither {single.name} nor {torch_bin.name}; found: {found:.300}")
 

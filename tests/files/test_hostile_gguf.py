@@ -144,7 +144,7 @@ CASES = {
     "offset_odd": (gguf(tensors=(tensor("a", offset=4),), data=bytes(1024)), "multiple of the alignment"),
     "not_whole_blocks": (gguf(tensors=(tensor("a", (33, 4), Q8_0),), data=bytes(1024)), "33"),
     "type_unknown": (gguf(tensors=(tensor("a", kind=1000),), data=bytes(512)), "unknown type 1000"),
-    "type_removed": (gguf(tensors=(tensor("a", kind=5),), data=bytes(512)), "unknown type 5"),
+    "type_of_no_one": (gguf(tensors=(tensor("a", kind=6000),), data=bytes(512)), "unknown type 6000"),
     "one_tensor_too_many": (gguf(tensors=(tensor("a"),), data=b"", counts=(2, 1)), "damaged"),
     "too_many_tensors": (gguf(counts=(1 << 63, 1)), "more than fit"),
     "too_many_entries": (gguf(counts=(0, 1 << 63)), "more than fit"),

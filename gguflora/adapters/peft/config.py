@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from gguflora.adapters.wrong_folder import describe_wrong_folder
 from gguflora.errors import AdapterError
 
 FILE_NAME: Final = "adapter_config.json"
@@ -112,14 +113,25 @@ def read_config(folder: Path) -> PeftConfig:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise AdapterError(
-            f"{folder}: holds no {FILE_NAME}; expected a directory written by PEFT's save_pretrained"
-        ) from error
+        found = describe_wrong_folder(folder) or "expected a directory written by PEFT's save_pretrained"
+        raise AdapterError(f"{folder}: holds no {FILE_NAME}; {found}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(fields, dict):
         raise AdapterError(f"{path}: expected a JSON object, found {type(fields).__name__}")
-    peft_type = fields.get("peft_type", MLX if {"lora_parameters", "fine_tune_type"} & fields.keys() else None)
+    peft_type = MLX if _is_mlx(folder, fields) else fields.get("peft_type")
     if not isinstance(peft_type, str):
         raise AdapterError(f"{path}: peft_type is {peft_type!r}, expected the name of a PEFT method such as 'LORA'")
     return PeftConfig(path, peft_type.upper(), fields)
+
+
+def _is_mlx(folder: Path, fields: Mapping[str, Any]) -> bool:
+    """Whether a directory was written by mlx-lm, mlx-vlm or unsloth-mlx, which also writes a ``peft_type``."""
+    names = {"lora_parameters", "fine_tune_type"} & fields.keys()
+    if "peft_type" not in fields:
+        return bool(names) or ({"rank", "alpha"} <= fields.keys() and _holds_mlx(folder))
+    return _holds_mlx(folder) and not any(folder.glob("adapter_model.*"))
+
+
+def _holds_mlx(folder: Path) -> bool:
+    return any((folder / f"adapters.{suffix}").is_file() for suffix in ("safetensors", "npz"))
