@@ -9,7 +9,7 @@ import typer
 
 import gguflora
 from gguflora.cli.app import app, console, print_errors, print_report, span
-from gguflora.cli.options import AsJson, Base, DryRun, Force, OutType
+from gguflora.cli.options import AsJson, Base, DryRun, Force, OutType, TextOnly
 from gguflora.lora.convert import ConvertReport
 
 
@@ -34,6 +34,7 @@ def convert(
         ),
     ] = None,
     scale: Annotated[float, typer.Option(help="Factor for all deltas of the adapter.")] = 1.0,
+    text_only: TextOnly = False,
     dry_run: DryRun = False,
     force: Force = False,
     as_json: AsJson = False,
@@ -53,7 +54,16 @@ def convert(
     if rank is not None and energy is not None:
         raise typer.BadParameter("give --rank or --energy, not both")
     report = gguflora.convert(
-        adapter, base, out, outtype=outtype, rank=rank, energy=energy, scale=scale, dry_run=dry_run, force=force
+        adapter,
+        base,
+        out,
+        outtype=outtype,
+        rank=rank,
+        energy=energy,
+        scale=scale,
+        text_only=text_only,
+        dry_run=dry_run,
+        force=force,
     )
     print_report(report, _print_conversion, as_json=as_json)
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 import gguflora
 from gguflora.cli.app import app, console, print_report
-from gguflora.cli.options import AsJson
+from gguflora.cli.options import AsJson, TextOnly
 from gguflora.lora.inspect import InspectReport
 
 
@@ -24,6 +24,7 @@ def inspect(
         typer.Option(metavar="PATH", help="Base model, to measure the deltas and to predict what llama.cpp can apply."),
     ] = None,
     ranks: Annotated[bool, typer.Option("--ranks", help="Show what lower ranks would keep and save.")] = False,
+    text_only: TextOnly = False,
     plot: Annotated[Path | None, typer.Option(help="PNG, SVG or PDF file to write, with the singular values.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -37,7 +38,7 @@ def inspect(
 
     gguflora inspect my-adapter.gguf --ranks --plot spectra.png
     """
-    report = gguflora.inspect(adapter, base, ranks=ranks, plot=plot)
+    report = gguflora.inspect(adapter, base, ranks=ranks, text_only=text_only, plot=plot)
     print_report(report, _print_inspection, as_json=as_json)
     if ranks and not as_json:
         _print_ranks(report)

@@ -10,7 +10,7 @@ import typer
 
 import gguflora
 from gguflora.cli.app import app, console, print_report, progress_bar, to_json
-from gguflora.cli.options import AsJson, DryRun, Force, Lora, LoraScaled, Threads, scaled_paths
+from gguflora.cli.options import AsJson, DryRun, Force, Lora, LoraScaled, TextOnly, Threads, scaled_paths
 from gguflora.files.atomic import atomic_output
 from gguflora.merging.merge import MAX_SEED
 from gguflora.merging.plots import plot_report
@@ -58,6 +58,7 @@ def merge(
         str | None,
         typer.Option(metavar="PATH", help="Importance matrix (GGUF or .dat), used as llama-quantize does."),
     ] = None,
+    text_only: TextOnly = False,
     report: Annotated[
         Path | None, typer.Option(help="JSON file to write, with the share of its change that each tensor kept.")
     ] = None,
@@ -109,6 +110,7 @@ def merge(
             outtype=outtype,
             type=_split_types(type or []),
             imatrix=imatrix,
+            text_only=text_only,
             threads=threads,
             dry_run=dry_run,
             force=force,

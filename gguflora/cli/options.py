@@ -13,6 +13,9 @@ from gguflora.files.remote import file_name, is_remote
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object, for scripts.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")]
+TextOnly = Annotated[
+    bool, typer.Option("--text-only", help="Of a multimodal model's adapter, take only the language model's part.")
+]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=1024, help="Number of threads; default: from the usable cores.")
 ]

@@ -27,6 +27,7 @@ from gguflora.lora.gguf_writer import (
     encode_factors,
     write_lora,
 )
+from gguflora.placement.language_part import language_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ def convert(
     rank: int | None = None,
     energy: float | None = None,
     scale: float = 1.0,
+    text_only: bool = False,
     dry_run: bool = False,
     force: bool = False,
 ) -> ConvertReport:
@@ -89,6 +91,7 @@ def convert(
         rank: approximate each delta of a higher rank by the closest delta of this rank.
         energy: approximate each delta with the lowest rank that keeps this share of its squared norm.
         scale: multiplies the adapter's deltas.
+        text_only: of an adapter of a multimodal model, take only the part that changes the language model.
         dry_run: check everything but write nothing.
         force: overwrite ``out``.
 
@@ -97,6 +100,7 @@ def convert(
     """
     check_outtype(outtype)
     target, source = Path(out), read_adapter(adapter)
+    source = language_part(source) if text_only else source
     model = read_base(base)
     if not abs(float(scale)) <= float(np.finfo(np.float32).max):
         raise AdapterError(f"scale is {scale}, expected a finite number")

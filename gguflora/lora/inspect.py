@@ -28,6 +28,7 @@ from gguflora.files.safetensors import weight_files
 from gguflora.lora.preflight import problems_of
 from gguflora.placement.base_weights import BaseTensors, WholeTensorDeltas, read_values
 from gguflora.placement.copies import without_copies
+from gguflora.placement.language_part import language_part
 from gguflora.placement.place import PlacedDelta, place
 from gguflora.placement.prefix import fit_prefix
 from gguflora.placement.rows import AnyRows
@@ -113,6 +114,7 @@ def inspect(
     base: str | os.PathLike[str] | None = None,
     *,
     ranks: bool = False,
+    text_only: bool = False,
     plot: str | os.PathLike[str] | None = None,
 ) -> InspectReport:
     """Describe an adapter. With a base, also measure its deltas and report what llama.cpp cannot apply.
@@ -121,6 +123,7 @@ def inspect(
         adapter: PEFT or mlx-lm directory, or GGUF LoRA file.
         base: its base model: a GGUF file, or a directory with ``config.json``, whose weights are not read.
         ranks: compute the singular values of each delta and what lower ranks would keep.
+        text_only: of an adapter of a multimodal model, take only the part that changes the language model.
         plot: path of a plot of the singular values to write (PNG, SVG or PDF); needs matplotlib.
 
     Raises:
@@ -128,7 +131,7 @@ def inspect(
     """
     if is_soft_prompt(adapter) and not ranks and plot is None:
         return _inspect_soft_prompt(Path(adapter), base)
-    source = read_adapter(adapter)
+    source = language_part(read_adapter(adapter)) if text_only else read_adapter(adapter)
     model = None if base is None else read_base(base)
     spectra, choices = _find_spectra(adapter, model, plot) if ranks or plot is not None else ((), ())
     warnings = list(source.warnings)

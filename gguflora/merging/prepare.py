@@ -24,6 +24,7 @@ from gguflora.merging.plan import MergePlan, count_merges, make_plan
 from gguflora.merging.report import MergeReport, TensorReport, warnings_of
 from gguflora.merging.rounding import Mode, RoundingOptions, Sums
 from gguflora.placement.base_weights import BaseTensors
+from gguflora.placement.language_part import language_part
 from gguflora.quants.kernels import SUMS
 
 AdapterPath = str | os.PathLike[str]
@@ -41,6 +42,7 @@ class MergeOptions:
     outtype: str = "keep"
     type: Mapping[str, str] | None = None
     imatrix: str | os.PathLike[str] | None = None
+    text_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,8 @@ def prepared_merge(
     with ExitStack() as opened:
         file = opened.enter_context(GgufFile(base))
         sources = [(read_adapter(path), scale) for path, scale in with_scales(adapters)]
+        if options.text_only:
+            sources = [(language_part(source), scale) for source, scale in sources]
         rounding = _rounding_options(file, options)
         plan = make_plan(file, sources, rounding, types, from_unquantized=options.base_f16 is not None)
         unquantized = None

@@ -76,6 +76,7 @@ class Convert(Step):
     rank: Whole | None = None
     energy: Number | None = None
     scale: Number = 1.0
+    text_only: bool = False
 
 
 class Merge(Step):
@@ -94,6 +95,7 @@ class Merge(Step):
     outtype: str = "keep"
     type: dict[str, str] | None = None
     imatrix: str | None = None
+    text_only: bool = False
     split: int | None = Field(default=None, ge=2)
     threads: int | None = Field(default=None, ge=1)
 

@@ -187,7 +187,10 @@ def _unknown_error(adapter: Adapter, base: BaseModel, unknown: Sequence[str], n_
     foreign = [weight for weight in unknown if is_foreign(weight)]
     nearest = {weight: near for weight in unknown[:3] if (near := nearest_names(base, weight))}
     if foreign:
-        hint = f"{len(foreign)} belong to another part of a multimodal model, which this file does not hold"
+        hint = (
+            f"{len(foreign)} belong to another part of a multimodal model, which this file does not hold: take "
+            "the language part with --text-only (text_only=True) of convert, merge or inspect"
+        )
     elif nearest:
         hint = "; ".join(f"nearest to {weight} is {' or '.join(near)}" for weight, near in nearest.items())
     elif len(unknown) == n_weights:

@@ -8,8 +8,10 @@ import safetensors.numpy
 
 import gguflora
 from support import builders
+from support.asserts import assert_same_changes, changes
 from support.builders import Adapter
 from support.cli import run
+from support.oracles.gguf_files import lora_changes
 
 
 @pytest.fixture
@@ -122,3 +124,37 @@ def test_types_of_other_programs_convert_and_are_named_by_a_merge(adapter, tmp_p
     result = run("merge", base, "--lora", adapter, "-o", tmp_path / "merged.gguf")
     assert result.returncode == 1
     assert named in result.stderr
+
+
+VISION = [
+    "model.visual.blocks.0.attn.qkv", "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj",
+    "model.multi_modal_projector.linear_1", "vision_model.encoder.layers.0.mlp.fc1", "audio_tower.layers.0.fc1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", VISION)
+def test_text_only_takes_the_language_part(adapter, tmp_path, module):
+    base = builders.gguf_model("llama")
+    gguflora.convert(adapter, base, tmp_path / "expected.gguf")
+    gguflora.merge(base, adapter, tmp_path / "expected-merged.gguf")
+
+    def edit(tensors):
+        inner = {key.replace("model.model.", "model.model.language_model."): value for key, value in tensors.items()}
+        pair = {side: next(v for k, v in tensors.items() if f"lora_{side}" in k) for side in "AB"}
+        return inner | {f"base_model.model.{module}.lora_{side}.weight": value for side, value in pair.items()}
+
+    edit_tensors(adapter, edit)
+    for words in (
+        ["convert", adapter, "--base", base, "-o", tmp_path / "lora.gguf"],
+        ["merge", base, "--lora", adapter, "-o", tmp_path / "merged.gguf"],
+        ["inspect", adapter, "--base", base],
+    ):
+        plain, result = run(*words), run(*words, "--text-only")
+        assert plain.returncode == 1
+        assert "--text-only" in plain.stderr
+        assert "right base" not in plain.stderr
+        assert result.returncode == 0, result.stderr
+        assert "left out 1 of" in " ".join(result.stderr.split())
+        assert f"{module}.weight" in result.stderr
+    assert_same_changes(lora_changes(tmp_path / "lora.gguf"), lora_changes(tmp_path / "expected.gguf"), 0)
+    assert_same_changes(*(changes(base, tmp_path / name) for name in ("merged.gguf", "expected-merged.gguf")), 0)
