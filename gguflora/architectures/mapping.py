@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gguflora.architectures.base_model import BaseModel
 from gguflora.architectures.experts import expert_slices
+from gguflora.architectures.fused import fused_slices
 from gguflora.architectures.hf_names import candidates
 from gguflora.architectures.names import canonical, check_named, is_foreign, layer_and_module, tensor_of, without_owner
 from gguflora.architectures.orders import unchanged
@@ -49,6 +50,9 @@ def _slices_of(base: BaseModel, path: str) -> list[TensorSlice]:
     layer, module, kind = layer_and_module(path)
     if module in rules.splits:
         return rules.splits[module](base, layer, kind)
+    fused = fused_slices(base, layer, module, kind, rules.rows)
+    if fused:
+        return fused
     tensor = tensor_of(base, path)
     return [] if tensor is None else [_slice(base, rules, tensor)]
 

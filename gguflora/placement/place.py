@@ -41,6 +41,9 @@ from gguflora.quants.arrays import Float64Array
 FLOATS: Final = {"F32", "F16", "BF16", "F64"}
 """Types of unquantized weights."""
 
+_MAX_PADDING: Final = 1024
+"""Upper bound of the rows that pad a vocabulary; a larger difference means another vocabulary."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlacedDelta:
@@ -166,7 +169,8 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[PlacedDelta]]:
         where = f"{adapter.path}: {weight!r}"
         resolved = [_with_shape(where, base, _as_linear(base, weight, delta), slices) for delta in deltas]
         for tensor_slice in slices:
-            items = [PlacedDelta(weight, delta, _without_padding(base, tensor_slice, delta)) for delta in resolved]
+            padded = [_with_padding(base, tensor_slice, delta) for delta in resolved]
+            items = [PlacedDelta(weight, delta, _without_padding(base, tensor_slice, delta)) for delta in padded]
             _check_covers(where, base, [item for item in items if item.tensor_slice is tensor_slice], slices)
             vocabulary = new_vocabulary(item.delta for item in items if item.tensor_slice.rows is None)
             for item in items:
@@ -348,6 +352,18 @@ def _extent(slices: Sequence[TensorSlice], n_out: int, n_in: int) -> tuple[int, 
     rows = sum(len(tensor_slice.rows) for tensor_slice in slices if tensor_slice.rows is not None)
     columns = sum(len(tensor_slice.columns) for tensor_slice in slices if tensor_slice.columns is not None)
     return rows or n_out, columns or n_in
+
+
+def _with_padding(base: BaseModel, tensor_slice: TensorSlice, delta: Delta) -> Delta:
+    """Return a LoRA of embedding or output with rows of zeros for the rows that pad the base's vocabulary."""
+    if not isinstance(delta, LowRank) or tensor_slice.tensor not in {TOKEN_EMBEDDING, OUTPUT}:
+        return delta
+    held = tensor_slice.tensor if tensor_slice.tensor in base.shapes else TOKEN_EMBEDDING
+    rows = base.shapes.get(held, (0,))[0]
+    excess = rows - delta.shape[0]
+    if not 0 < excess <= _MAX_PADDING:
+        return delta
+    return replace(delta, b=np.pad(delta.b, ((0, excess), (0, 0))))
 
 
 def _without_padding(base: BaseModel, tensor_slice: TensorSlice, delta: Delta) -> TensorSlice:
