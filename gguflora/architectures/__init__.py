@@ -18,10 +18,10 @@ from gguflora.architectures.mapping import (
     is_transposed_expert,
     key_order,
     slices_of,
-    unknown_warning,
 )
 from gguflora.architectures.rules import KNOWN
 from gguflora.architectures.tensor_slice import TensorSlice
+from gguflora.architectures.unruled import doubt_about, unknown_warning
 
 __all__ = [
     "KNOWN",
@@ -32,6 +32,7 @@ __all__ = [
     "check_known",
     "cut_positions",
     "decay_of",
+    "doubt_about",
     "ignored_at_run_time",
     "is_conv1d",
     "is_cut",

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,9 +32,11 @@ class BaseModel:
         n_layers: number of blocks.
         n_head: number of attention heads of each layer.
         n_head_kv: number of key and value heads of each layer.
-        n_groups: number of key heads of linear attention; 0 if the model has none.
+        n_groups: number of key heads of linear attention, or of groups of a state-space layer; 0 if there are none.
+        n_mrope: number of rows of each head that M-RoPE rotates; 0 if the model does not use M-RoPE.
         absent: names in ``shapes`` that the file does not hold, but llama.cpp would read; their values count as zeros.
         types: name of the quant type of each tensor of a GGUF file.
+        trust_names: whether tensors may be matched by name where the order of their rows is not known.
     """
 
     path: Path
@@ -44,8 +46,10 @@ class BaseModel:
     n_head: tuple[int, ...]
     n_head_kv: tuple[int, ...]
     n_groups: int = 0
+    n_mrope: int = 0
     absent: frozenset[str] = frozenset()
     types: Mapping[str, str] = field(default_factory=dict)
+    trust_names: bool = False
 
     @property
     def is_tied(self) -> bool:
@@ -53,11 +57,12 @@ class BaseModel:
         return OUTPUT not in self.shapes and self.architecture not in _ENCODERS
 
 
-def read_base(path: str | os.PathLike[str]) -> BaseModel:
+def read_base(path: str | os.PathLike[str], *, trust_names: bool = False) -> BaseModel:
     """Read the description of a base model.
 
     Args:
         path: a GGUF file, or a directory with ``config.json``.
+        trust_names: see `BaseModel`.
 
     Raises:
         GgufError: if the GGUF file is damaged.
@@ -65,9 +70,9 @@ def read_base(path: str | os.PathLike[str]) -> BaseModel:
     """
     location = Path(path)
     if location.is_dir():
-        return _read_config(location / "config.json")
+        return replace(_read_config(location / "config.json"), trust_names=trust_names)
     with GgufFile(location) as file:
-        return describe(file)
+        return replace(describe(file), trust_names=trust_names)
 
 
 def describe(file: GgufFile) -> BaseModel:
@@ -97,8 +102,15 @@ def describe(file: GgufFile) -> BaseModel:
         n_head,
         n_head_kv,
         n_groups if isinstance(n_groups, int) else 0,
+        _rows_of_mrope(file),
         types={name: tensor.type.name for name, tensor in file.tensors.items()},
     )
+
+
+def _rows_of_mrope(file: GgufFile) -> int:
+    sections = file.metadata.get(f"{file.architecture}.rope.dimension_sections")
+    n_rotated = file.metadata.get(f"{file.architecture}.rope.dimension_count")
+    return n_rotated if isinstance(sections, list) and any(sections) and isinstance(n_rotated, int) else 0
 
 
 def _per_layer(file: GgufFile, key: str, n_layers: int) -> tuple[int, ...]:
@@ -186,7 +198,16 @@ def _read_config(path: Path) -> BaseModel:
         layers,
         (sizes["num_attention_heads"],) * layers,
         (sizes["num_key_value_heads"],) * layers,
+        n_mrope=_rows_of_mrope_in(config, sizes["head_dim"]),
     )
+
+
+def _rows_of_mrope_in(config: Mapping[str, Any], head_dim: int) -> int:
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(rope, dict) or "mrope_section" not in rope:
+        return 0
+    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5))
+    return int(head_dim * share) if isinstance(share, int | float) else 0
 
 
 def _read_sizes(path: Path, config: dict[str, Any]) -> dict[str, int]:

@@ -6,8 +6,16 @@ from gguflora.architectures.base_model import BaseModel
 from gguflora.architectures.experts import expert_slices
 from gguflora.architectures.fused import fused_slices
 from gguflora.architectures.hf_names import candidates
-from gguflora.architectures.names import canonical, check_named, is_foreign, layer_and_module, tensor_of, without_owner
-from gguflora.architectures.orders import unchanged
+from gguflora.architectures.names import (
+    canonical,
+    check_named,
+    is_foreign,
+    is_unpermuted,
+    layer_and_module,
+    tensor_of,
+    without_owner,
+)
+from gguflora.architectures.orders import rotary_k, rotary_q, unchanged
 from gguflora.architectures.regions import region_of
 from gguflora.architectures.rules import KNOWN, PLAIN, Rules
 from gguflora.architectures.splits import head_norm_slice
@@ -54,7 +62,7 @@ def _slices_of(base: BaseModel, path: str) -> list[TensorSlice]:
     if fused:
         return fused
     tensor = tensor_of(base, path)
-    return [] if tensor is None else [_slice(base, rules, tensor)]
+    return [] if tensor is None else [_slice(base, rules, tensor, unpermuted=is_unpermuted(path))]
 
 
 def adaptable_weights(base: BaseModel) -> dict[str, list[TensorSlice]]:
@@ -76,12 +84,14 @@ def _slices_if_any(base: BaseModel, weight: str) -> list[TensorSlice]:
     return slices if all(tensor_slice.tensor in base.shapes for tensor_slice in slices) else []
 
 
-def _slice(base: BaseModel, rules: Rules, tensor: str) -> TensorSlice:
+def _slice(base: BaseModel, rules: Rules, tensor: str, *, unpermuted: bool) -> TensorSlice:
     region = region_of(base, tensor)
     if region is None:
         return TensorSlice(tensor)
     layer, module, _ = layer_and_module(tensor)
     rows, columns = rules.rows.get(module), rules.columns.get(module)
+    if unpermuted and rows in {rotary_q, rotary_k}:
+        rows = None  # the weight has GGUF's order already
     shape = base.shapes[region.tensor]
     return TensorSlice(
         region.tensor,
@@ -143,10 +153,3 @@ def cut_positions(base: BaseModel, tensor: str, n_rows: int) -> int:
         return 0
     excess = n_rows - base.shapes.get(tensor, (n_rows,))[0]
     return excess if 0 < excess < _MAX_SKIPPED_POSITIONS else 0
-
-
-def unknown_warning(base: BaseModel) -> str | None:
-    """Return a warning if gguflora has no rules for the base's architecture, else None."""
-    if base.architecture in KNOWN:
-        return None
-    return f"architecture {base.architecture} is not known to gguflora: tensors were matched by name and shape only"

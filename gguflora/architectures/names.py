@@ -25,9 +25,9 @@ _OUTER: Final = re.compile(r"^(?:bert|roberta|distilbert)\.")
 
 _RENAMED: Final = {
     "block_sparse_moe.router.weight": "block_sparse_moe.router.layer.weight",  # GraniteMoE in transformers 5
-    "linear_attn.dt_bias": "linear_attn.dt_proj.bias",
     "mlp.router.linear.weight": "mlp.router.weight",  # unsloth's gpt-oss
     "mlp.router.linear.bias": "mlp.router.bias",
+    **{f"{owner}.dt_bias": f"{owner}.dt_proj.bias" for owner in ("linear_attn", "mamba", "mixer")},
     "self_attn.sinks": "self_attn.sinks.weight",
     "e_score_correction_bias": "e_score_correction.bias",
     "encoder.embed_tokens.weight": "shared.weight",  # T5 has one embedding under three names
@@ -38,6 +38,11 @@ _RENAMED: Final = {
 _PREFIXES: Final = ("", "model.", "transformer.", "gpt_neox.", "backbone.")
 _SUFFIXES: Final = (".weight", ".bias")
 _IN_LAYER: Final = re.compile(r"(?:.*\.)?(?:layers|layer|h|block|blk)\.(\d+)\.(.+)")
+
+_UNPERMUTED: Final = re.compile(
+    r"(?:.*\.)?layers\.\d+\.(?:attention\.w[qk]|attn\.[qk]_proj|self_attn\.[qk]_proj_no_perm)(?:\.weight|\.bias)?"
+)
+_TRANSFORMERS: Final = re.compile(r"(?:.*\.)?\d+\.(?:self_attn|mixer)\.[qk]_proj(?:\.weight|\.bias)?")
 
 
 def canonical(weight: str) -> str:
@@ -66,6 +71,19 @@ def layer_and_module(name: str) -> tuple[int, str, str]:
     layer, path = (int(match[1]), match[2]) if match else (-1, name)
     kind = next((suffix for suffix in _SUFFIXES if path.endswith(suffix)), "")
     return layer, path.removesuffix(kind), kind
+
+
+def is_unpermuted(path: str) -> bool:
+    """Whether a name of q or k is one of Meta's, Mistral's or torchtune's own, which keep rotated rows adjacent.
+
+    transformers' converters of these models permute the rows of q and k and rename them; llama.cpp's undoes that.
+    """
+    return _UNPERMUTED.fullmatch(path) is not None
+
+
+def is_transformers_attention(path: str) -> bool:
+    """Whether a name of q or k is that of a model in transformers, which rotates row i with row i + head_dim / 2."""
+    return _TRANSFORMERS.fullmatch(path) is not None
 
 
 def tensor_of(base: BaseModel, path: str) -> str | None:

@@ -39,6 +39,28 @@ def _rotary(base: BaseModel, n: int, heads: int) -> Indices:
     return _grid(base, n, heads, 2).swapaxes(1, 2).reshape(n)
 
 
+def halves_q(base: BaseModel, layer: int, n: int) -> Indices:
+    """Put the rotated rows of each query head into halves, where the base uses M-RoPE; else keep the order (GLM-4V)."""
+    return _halves(base, n, base.n_head, layer)
+
+
+def halves_k(base: BaseModel, layer: int, n: int) -> Indices:
+    """Put the rotated rows of each key head into halves, see `halves_q`."""
+    return _halves(base, n, base.n_head_kv, layer)
+
+
+def _halves(base: BaseModel, n: int, heads: tuple[int, ...], layer: int) -> Indices:
+    """Order the rotated rows of each head as the even ones, then the odd ones; the rest of the head follows.
+
+    Hugging Face rotates adjacent rows here; ggml's M-RoPE rotates row i with row i + n_mrope / 2.
+    """
+    if not base.n_mrope:
+        return np.arange(n)
+    grid = _grid(base, n, _heads(base, heads, layer), 1)[:, 0]
+    rotated, others = grid[:, : base.n_mrope], grid[:, base.n_mrope :]
+    return np.concatenate([rotated[:, ::2], rotated[:, 1::2], others], axis=1).reshape(n)
+
+
 def qkv_by_kind(base: BaseModel, layer: int, n: int) -> Indices:
     """Reorder (q, k, v) of each head to q of all heads, k of all heads, v of all heads (GPT-NeoX, Bloom)."""
     return _grid(base, n, _heads(base, base.n_head, layer), 3).swapaxes(0, 1).reshape(n)

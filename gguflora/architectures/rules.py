@@ -12,6 +12,8 @@ from typing import Final
 
 from gguflora.architectures.orders import (
     Order,
+    halves_k,
+    halves_q,
     qkv_by_kind,
     qkv_of_groups,
     qkv_of_linear_attention,
@@ -24,6 +26,7 @@ from gguflora.architectures.splits import (
     ROTARY_QKV,
     Split,
     concatenated,
+    grouped_norm,
     grouped_qkv,
     grouped_qkvz,
     latent_keys_and_values,
@@ -64,6 +67,8 @@ _ROTARY: Final = {"attn_q": rotary_q, "attn_k": rotary_k}
 _NORMS: Final = re.compile(r"norm\.weight$")
 _NORMS_EXCEPT_SSM: Final = re.compile(r"(?<!ssm_)norm\.weight$")
 _MLA: Final = {"self_attn.kv_b_proj": latent_keys_and_values}
+_MAMBA_2: Final = {"mixer.norm": grouped_norm, "mamba.norm": grouped_norm}
+_SHARED_MLP: Final = {"shared_mlp.input_linear": shared_gate_up, "shared_mlp.output_linear": shared_down}
 _TILED_VALUES: Final = Rules(
     rows={
         "attn_qkv": qkv_of_linear_attention,
@@ -82,10 +87,10 @@ KNOWN: Final[Mapping[str, Rules]] = {
     "mistral3": Rules(rows=_ROTARY),
     "llama4": Rules(experts_transposed=True),
     "smollm3": Rules(rows=_ROTARY),
-    "granite": Rules(
-        rows=_ROTARY,
-        splits={"shared_mlp.input_linear": shared_gate_up, "shared_mlp.output_linear": shared_down},
-    ),
+    "arcee": Rules(rows=_ROTARY),
+    "llama-embed": Rules(rows=_ROTARY),
+    "granite": Rules(rows=_ROTARY, splits=_SHARED_MLP),
+    "granitehybrid": Rules(rows=_ROTARY, splits={**_SHARED_MLP, **_MAMBA_2}),  # Bamba too
     "granitemoe": Rules(rows=_ROTARY, splits={"shared_mlp.input_linear": shared_gate_up}),
     "minicpm": Rules(rows=_ROTARY),
     "baichuan": Rules(splits={"self_attn.W_pack": concatenated(ROTARY_QKV)}),
@@ -100,6 +105,7 @@ KNOWN: Final[Mapping[str, Rules]] = {
     "gemma": Rules(plus_one=_NORMS, has_output=False),
     "gemma2": Rules(plus_one=_NORMS, has_output=False),
     "gemma3": Rules(plus_one=_NORMS, cuts_vocabulary=True),
+    "gemma-embedding": Rules(plus_one=_NORMS, cuts_vocabulary=True),
     "phi2": PLAIN,
     "phi3": PLAIN,
     "gpt2": Rules(conv1d=re.compile(r"\.c_\w+\.weight$")),
@@ -114,11 +120,16 @@ KNOWN: Final[Mapping[str, Rules]] = {
     "command-r": Rules(has_output=False),
     "cohere2": Rules(has_output=False),
     "nemotron": Rules(plus_one=_NORMS),
-    "glm4": PLAIN,
+    "glm4": Rules(rows={"attn_q": halves_q, "attn_k": halves_k}),  # GLM-4.1V and GLM-4V too
     "exaone4": PLAIN,
     "deepseek2": Rules(splits=_MLA),
+    "glm-dsa": Rules(splits=_MLA),
+    "mistral4": Rules(splits=_MLA),
     "gpt-oss": Rules(interleaved=True, experts_transposed=True),
     "mamba": PLAIN,
+    "mamba2": Rules(splits=_MAMBA_2),
+    "nemotron_h": Rules(rows=_ROTARY, splits=_MAMBA_2),
+    "nemotron_h_moe": Rules(rows=_ROTARY, splits=_MAMBA_2),
     "jamba": PLAIN,
     "bert": PLAIN,
     "t5": PLAIN,

@@ -87,6 +87,16 @@ def latent_keys_and_values(base: BaseModel, layer: int, kind: str) -> list[Tenso
     return slices
 
 
+def grouped_norm(base: BaseModel, layer: int, kind: str) -> list[TensorSlice]:
+    """Return the slices of Mamba-2's norm, which GGUF stores as a matrix with a row for each group."""
+    tensor = f"blk.{layer}.ssm_norm{kind}"
+    shape = base.shapes.get(tensor, ())
+    if len(shape) != 2:
+        return [TensorSlice(tensor)]
+    rows = np.arange(shape[0] * shape[1]).reshape(shape)
+    return [TensorSlice(tensor, group, rows=rows[group], transposed=True) for group in range(shape[0])]
+
+
 def head_norm_slice(base: BaseModel, path: str) -> list[TensorSlice]:
     """Return the slice of StableLM's ``self_attn.q_layernorm.norms.<h>.weight``; an empty list for other weights.
 

@@ -9,7 +9,7 @@ import typer
 
 import gguflora
 from gguflora.cli.app import app, console, print_errors, print_report, span
-from gguflora.cli.options import AsJson, Base, DryRun, Force, OutType, TextOnly
+from gguflora.cli.options import AsJson, Base, DryRun, Force, OutType, TextOnly, TrustNames
 from gguflora.lora.convert import ConvertReport
 
 
@@ -35,6 +35,7 @@ def convert(
     ] = None,
     scale: Annotated[float, typer.Option(help="Factor for all deltas of the adapter.")] = 1.0,
     text_only: TextOnly = False,
+    trust_names: TrustNames = False,
     dry_run: DryRun = False,
     force: Force = False,
     as_json: AsJson = False,
@@ -62,6 +63,7 @@ def convert(
         energy=energy,
         scale=scale,
         text_only=text_only,
+        trust_names=trust_names,
         dry_run=dry_run,
         force=force,
     )

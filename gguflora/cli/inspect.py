@@ -12,7 +12,7 @@ from rich.table import Table
 
 import gguflora
 from gguflora.cli.app import app, console, print_report
-from gguflora.cli.options import AsJson, TextOnly
+from gguflora.cli.options import AsJson, TextOnly, TrustNames
 from gguflora.lora.inspect import InspectReport
 
 
@@ -26,6 +26,7 @@ def inspect(
     ranks: Annotated[bool, typer.Option("--ranks", help="Show what lower ranks would keep and save.")] = False,
     text_only: TextOnly = False,
     plot: Annotated[Path | None, typer.Option(help="PNG, SVG or PDF file to write, with the singular values.")] = None,
+    trust_names: TrustNames = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what an adapter is, what it changes, and what llama.cpp cannot apply at run time.
@@ -38,7 +39,7 @@ def inspect(
 
     gguflora inspect my-adapter.gguf --ranks --plot spectra.png
     """
-    report = gguflora.inspect(adapter, base, ranks=ranks, text_only=text_only, plot=plot)
+    report = gguflora.inspect(adapter, base, ranks=ranks, text_only=text_only, plot=plot, trust_names=trust_names)
     print_report(report, _print_inspection, as_json=as_json)
     if ranks and not as_json:
         _print_ranks(report)

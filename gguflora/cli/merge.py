@@ -10,7 +10,7 @@ import typer
 
 import gguflora
 from gguflora.cli.app import app, console, print_report, progress_bar, to_json
-from gguflora.cli.options import AsJson, DryRun, Force, Lora, LoraScaled, TextOnly, Threads, scaled_paths
+from gguflora.cli.options import AsJson, DryRun, Force, Lora, LoraScaled, TextOnly, Threads, TrustNames, scaled_paths
 from gguflora.files.atomic import atomic_output
 from gguflora.merging.merge import MAX_SEED
 from gguflora.merging.plots import plot_report
@@ -67,6 +67,7 @@ def merge(
     ] = None,
     as_json: AsJson = False,
     threads: Threads = None,
+    trust_names: TrustNames = False,
     dry_run: DryRun = False,
     force: Force = False,
 ) -> None:
@@ -111,6 +112,7 @@ def merge(
             type=_split_types(type or []),
             imatrix=imatrix,
             text_only=text_only,
+            trust_names=trust_names,
             threads=threads,
             dry_run=dry_run,
             force=force,

@@ -12,6 +12,12 @@ from gguflora.files.remote import file_name, is_remote
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object, for scripts.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")]
+TrustNames = Annotated[
+    bool,
+    typer.Option(
+        "--trust-names", help="Match tensors by name and shape even where the order of their rows is not known."
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")]
 TextOnly = Annotated[
     bool, typer.Option("--text-only", help="Of a multimodal model's adapter, take only the language model's part.")

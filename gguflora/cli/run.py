@@ -13,7 +13,7 @@ from rich.table import Table
 
 import gguflora
 from gguflora.cli.app import app, console, print_report, stderr
-from gguflora.cli.options import AsJson, Context, Task, Threads, named_and_scaled, named_tasks
+from gguflora.cli.options import AsJson, Context, Task, Threads, TrustNames, named_and_scaled, named_tasks
 
 if TYPE_CHECKING:
     from gguflora.engine.chat import ChatAnswer
@@ -47,6 +47,7 @@ def run(
     ] = 0.8,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling; default: random.")] = None,
     threads: Threads = None,
+    trust_names: TrustNames = False,
     as_json: AsJson = False,
 ) -> None:
     """Chat with a model and switch its adapters between prompts; type /help for the commands.
@@ -76,6 +77,7 @@ def run(
             temperature=temperature,
             seed=seed,
             threads=threads,
+            trust_names=trust_names,
             write=(lambda _: None) if as_json else _write,
         )
         print_report(report, _print_run, as_json=as_json)
@@ -92,6 +94,7 @@ def run(
         temperature=temperature,
         seed=seed,
         threads=threads,
+        trust_names=trust_names,
         write=_write,
         tell=lambda line: stderr.print(line, markup=False),
         show=_show,

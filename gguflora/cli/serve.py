@@ -10,7 +10,7 @@ import typer
 
 import gguflora
 from gguflora.cli.app import app, print_warnings, stderr, to_json
-from gguflora.cli.options import AsJson, Context, Task, Threads, named_adapters, named_tasks
+from gguflora.cli.options import AsJson, Context, Task, Threads, TrustNames, named_adapters, named_tasks
 
 if TYPE_CHECKING:
     from gguflora.server.serve import ServeReport
@@ -38,6 +38,7 @@ def serve(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of one answer.")] = 2048,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds after which a request is aborted.")] = 600.0,
+    trust_names: TrustNames = False,
     as_json: AsJson = False,
 ) -> None:
     r"""Serve a model with OpenAI's API and a web page; each request selects its adapters.
@@ -69,6 +70,7 @@ def serve(
         allow_load=allow_load,
         max_tokens=max_tokens,
         timeout=timeout,
+        trust_names=trust_names,
         ready=partial(_say_ready, as_json=as_json),
     )
 

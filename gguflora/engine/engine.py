@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace as replace_field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -15,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from gguflora.adapters.soft_prompt import is_soft_prompt, read_soft_prompt
-from gguflora.architectures.base_model import read_whole_base
+from gguflora.architectures.base_model import BaseModel, read_whole_base
 from gguflora.engine.adapter_sets import AdapterSet, canonical_set, parse_set
 from gguflora.engine.context import KV_TYPES, Context, ContextOptions
 from gguflora.engine.job import GenerationJob
@@ -73,6 +74,7 @@ class Engine:
             threads wait for each other and are slow if one of them shares a processor.
         kv_type: type of the numbers in the KV cache: F16, F32 or Q8_0. With F32, which is slower, answers do not depend
             on other requests at all.
+        trust_names: default of `load` for this option.
         verbose: let llama.cpp print its log.
 
     Raises:
@@ -95,13 +97,15 @@ class Engine:
         n_batch: int = 128,
         threads: int | None = None,
         kv_type: str = "F16",
+        trust_names: bool = False,
         verbose: bool = False,
     ) -> None:
         options = _options(n_ctx, n_parallel, n_batch, threads, kv_type)
         _expect("max_contexts", max_contexts, 1, 1024)
         _expect("queue_size", queue_size, 0, 1 << 20)
         self.n_ctx = n_ctx
-        self._description = read_whole_base(Path(base))
+        self._description = replace_field(read_whole_base(Path(base)), trust_names=trust_names)
+        self._trusted: dict[Path, bool] = {}
         path = self._description.path  # for a split model, its first file, even if another was given
         self.model_name = path.stem
         self._lock = threading.Lock()
@@ -137,6 +141,7 @@ class Engine:
         scale: float = 1.0,
         task: int | None = None,
         replace: bool = False,
+        trust_names: bool | None = None,
     ) -> LoadedAdapter:
         """Load an adapter, so that requests can name it.
 
@@ -147,6 +152,8 @@ class Engine:
             task: number of the task of a MULTITASK_PROMPT_TUNING adapter; optional if it has only one.
             replace: replace a loaded adapter of the same name. If the new one cannot be loaded, the old one stays.
                 Requests that already use the old one finish with it.
+            trust_names: apply the adapter by name and shape where the order of a tensor's rows is not known; by
+                default as the engine was told.
 
         Raises:
             AdapterNameError: if the name is taken or malformed.
@@ -156,6 +163,8 @@ class Engine:
         location = Path(path)
         name = location.stem if name is None else name
         self._check_open()
+        if trust_names is not None:
+            self._trusted[location] = trust_names
         number, load_id = self._registry.reserve(name, replace)
         try:
             if location.is_dir() and is_soft_prompt(location):
@@ -186,7 +195,7 @@ class Engine:
         if task is not None:
             raise HotSwapError(f"{location}: is not a soft prompt, so it has no task {task}")
         number, name, load_id, scale = entry
-        source = open_adapter(location, self._description)
+        source = open_adapter(location, self._base_for(location))
         pointer = self._scheduler.call(lambda: self._load_pointer(source.file))
         adapter = LoadedAdapter(number, name, location, source.sha256, source.size, source.method, load_id, scale)
         return RegisteredAdapter(adapter, pointer, invocation=invocation_of(pointer))
@@ -199,7 +208,11 @@ class Engine:
         return pointer
 
     def _lora_file(self, location: Path) -> Path:
-        return open_adapter(location, self._description).file
+        return open_adapter(location, self._base_for(location)).file
+
+    def _base_for(self, location: Path) -> BaseModel:
+        trusted = self._trusted.get(location, self._description.trust_names)
+        return replace_field(self._description, trust_names=trusted)
 
     def _load_soft_prompt(
         self, location: Path, entry: tuple[int, str, int, float], task: int | None

@@ -49,6 +49,7 @@ def run(
     temperature: float = 0.8,
     seed: int | None = None,
     threads: int | None = None,
+    trust_names: bool = False,
     write: Callable[[str], None] = lambda _: None,
 ) -> RunReport:
     """Answer one prompt with a model and adapters. Needs llama-cpp-python.
@@ -66,6 +67,7 @@ def run(
         temperature: sampling temperature; 0 always takes the most likely token.
         seed: seed of the random numbers.
         threads: number of threads; by default one less than the cores that this process may use.
+        trust_names: apply adapters by name and shape where the order of a tensor's rows is not known.
         write: called with each piece of the answer's text.
 
     Raises:
@@ -81,6 +83,7 @@ def run(
         temperature=temperature,
         seed=seed,
         threads=threads,
+        trust_names=trust_names,
         write=write,
     ) as chat:
         answer = chat.say(prompt)
@@ -100,6 +103,7 @@ def open_chat(
     temperature: float,
     seed: int | None,
     threads: int | None,
+    trust_names: bool,
     write: Callable[[str], None],
     tell: Callable[[str], None] = lambda _: None,
     show: Callable[[list[ChatAnswer]], None] = lambda _: None,
@@ -108,7 +112,8 @@ def open_chat(
     scaled = {name: item if isinstance(item, tuple) else (item, 1.0) for name, item in adapters.items()}
     paths = {name: path for name, (path, _) in scaled.items()}
     n_ctx = context_size(base, ctx)
-    with Engine(base, adapters=paths, tasks=tasks, n_ctx=n_ctx, n_parallel=1, threads=threads) as engine:
+    options: dict[str, Any] = {"n_ctx": n_ctx, "n_parallel": 1, "threads": threads, "trust_names": trust_names}
+    with Engine(base, adapters=paths, tasks=tasks, **options) as engine:
         yield Chat(
             engine,
             write=write,

@@ -13,7 +13,7 @@ import numpy as np
 from gguflora.adapters.adapter import read_adapter
 from gguflora.architectures import ignored_at_run_time
 from gguflora.architectures.base_model import BaseModel, read_base
-from gguflora.architectures.mapping import unknown_warning
+from gguflora.architectures.unruled import unknown_warning
 from gguflora.errors import AdapterError, listed
 from gguflora.files.atomic import atomic_output, path_of
 from gguflora.files.output_checks import check_target
@@ -76,6 +76,7 @@ def convert(
     energy: float | None = None,
     scale: float = 1.0,
     text_only: bool = False,
+    trust_names: bool = False,
     dry_run: bool = False,
     force: bool = False,
 ) -> ConvertReport:
@@ -92,6 +93,7 @@ def convert(
         energy: approximate each delta with the lowest rank that keeps this share of its squared norm.
         scale: multiplies the adapter's deltas.
         text_only: of an adapter of a multimodal model, take only the part that changes the language model.
+        trust_names: apply the adapter by name and shape where the order of a tensor's rows is not known.
         dry_run: check everything but write nothing.
         force: overwrite ``out``.
 
@@ -101,7 +103,7 @@ def convert(
     check_outtype(outtype)
     target, source = Path(out), read_adapter(adapter)
     source = language_part(source) if text_only else source
-    model = read_base(base)
+    model = read_base(base, trust_names=trust_names)
     if not abs(float(scale)) <= float(np.finfo(np.float32).max):
         raise AdapterError(f"scale is {scale}, expected a finite number")
     factored = [

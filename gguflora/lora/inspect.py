@@ -20,7 +20,7 @@ from gguflora.adapters.deltas import (
 from gguflora.adapters.soft_prompt import first_task, is_soft_prompt, read_soft_prompt
 from gguflora.architectures import aborts_at_run_time, ignored_at_run_time, with_biases
 from gguflora.architectures.base_model import BaseModel, read_base
-from gguflora.architectures.mapping import unknown_warning
+from gguflora.architectures.unruled import unknown_warning
 from gguflora.errors import HotSwapError, MismatchError, UnsupportedAdapterError
 from gguflora.files.gguf import GgufFile
 from gguflora.files.remote import remote_inputs
@@ -116,6 +116,7 @@ def inspect(
     ranks: bool = False,
     text_only: bool = False,
     plot: str | os.PathLike[str] | None = None,
+    trust_names: bool = False,
 ) -> InspectReport:
     """Describe an adapter. With a base, also measure its deltas and report what llama.cpp cannot apply.
 
@@ -125,6 +126,7 @@ def inspect(
         ranks: compute the singular values of each delta and what lower ranks would keep.
         text_only: of an adapter of a multimodal model, take only the part that changes the language model.
         plot: path of a plot of the singular values to write (PNG, SVG or PDF); needs matplotlib.
+        trust_names: apply the adapter by name and shape where the order of a tensor's rows is not known.
 
     Raises:
         GgufloraError: if the inputs cannot be read or do not fit together, or the plot cannot be written.
@@ -132,7 +134,7 @@ def inspect(
     if is_soft_prompt(adapter) and not ranks and plot is None:
         return _inspect_soft_prompt(Path(adapter), base)
     source = language_part(read_adapter(adapter)) if text_only else read_adapter(adapter)
-    model = None if base is None else read_base(base)
+    model = None if base is None else read_base(base, trust_names=trust_names)
     spectra, choices = _find_spectra(adapter, model, plot) if ranks or plot is not None else ((), ())
     warnings = list(source.warnings)
     if model is None:

@@ -52,6 +52,7 @@ def merge(
     type: Mapping[str, str] | None = None,
     imatrix: str | os.PathLike[str] | None = None,
     text_only: bool = False,
+    trust_names: bool = False,
     threads: int | None = None,
     dry_run: bool = False,
     force: bool = False,
@@ -77,6 +78,7 @@ def merge(
         type: quant types of changed tensors by name pattern; takes precedence over ``outtype``.
         imatrix: importance matrix (GGUF or legacy ``.dat``) for the choice of scales, as llama-quantize uses it.
         text_only: of an adapter of a multimodal model, take only the part that changes the language model.
+        trust_names: apply adapters by name and shape where the order of a tensor's rows is not known.
         threads: number of threads; by default one for each core that this process may use.
         dry_run: check everything but write nothing.
         force: overwrite ``out`` or ``patch``.
@@ -90,7 +92,7 @@ def merge(
         raise OutputError("give exactly one of --out, --patch and --in-place")
     started = time.perf_counter()
     used_threads = thread_count(threads)
-    options = MergeOptions(rounding, seed, base_f16, outtype, type, imatrix, text_only)
+    options = MergeOptions(rounding, seed, base_f16, outtype, type, imatrix, text_only, trust_names)
     with prepared_merge(base, adapters, options) as merging:
         file, plan = merging.file, merging.plan
         outputs = _output_paths(file, out, patch)

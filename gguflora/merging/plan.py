@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -13,7 +13,8 @@ from gguflora.adapters.adapter import Adapter
 from gguflora.adapters.deltas import LowRank, Replace
 from gguflora.architectures import with_biases
 from gguflora.architectures.base_model import BaseModel, describe
-from gguflora.architectures.mapping import can_untie, unknown_warning
+from gguflora.architectures.mapping import can_untie
+from gguflora.architectures.unruled import unknown_warning
 from gguflora.errors import QuantizationError, UnsupportedAdapterError, listed
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Layout, Shape, TensorEntry, encode_entry
 from gguflora.merging.output_types import OutputTypes
@@ -51,6 +52,7 @@ def make_plan(
     types: OutputTypes = _AS_BASE,
     *,
     from_unquantized: bool = False,
+    trust_names: bool = False,
 ) -> MergePlan:
     """Plan a merge.
 
@@ -60,11 +62,12 @@ def make_plan(
         rounding: rounding of the weights; it is recorded in the metadata.
         types: quant types of the changed tensors.
         from_unquantized: whether deltas are added to the base before quantization instead of the quantized base.
+        trust_names: apply adapters by name and shape where the order of a tensor's rows is not known.
 
     Raises:
         GgufloraError: if adapters and base do not fit together, or a tensor cannot be written as asked.
     """
-    model = with_biases(describe(file))
+    model = replace(with_biases(describe(file)), trust_names=trust_names)
     deltas: dict[str, list[ScaledDelta]] = {}
     unknown = unknown_warning(model)
     warnings = [] if unknown is None else [f"{file.path}: {unknown}"]

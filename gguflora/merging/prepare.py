@@ -43,6 +43,7 @@ class MergeOptions:
     type: Mapping[str, str] | None = None
     imatrix: str | os.PathLike[str] | None = None
     text_only: bool = False
+    trust_names: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,14 @@ def prepared_merge(
         if options.text_only:
             sources = [(language_part(source), scale) for source, scale in sources]
         rounding = _rounding_options(file, options)
-        plan = make_plan(file, sources, rounding, types, from_unquantized=options.base_f16 is not None)
+        plan = make_plan(
+            file,
+            sources,
+            rounding,
+            types,
+            from_unquantized=options.base_f16 is not None,
+            trust_names=options.trust_names,
+        )
         unquantized = None
         if options.base_f16 is not None:
             unquantized = opened.enter_context(UnquantizedBase.open(options.base_f16, describe(file)))

@@ -34,7 +34,8 @@ from gguflora.architectures.mapping import (
 )
 from gguflora.architectures.modules import linear_modules
 from gguflora.architectures.names import is_foreign, nearest_names
-from gguflora.errors import ArchitectureError, MismatchError
+from gguflora.architectures.unruled import doubt_about
+from gguflora.errors import ArchitectureError, MismatchError, listed
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
 from gguflora.quants.arrays import Float64Array
 
@@ -156,7 +157,7 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[PlacedDelta]]:
             f"but {base.path} is {base.architecture!r}"
         )
     placed: dict[str, list[PlacedDelta]] = {}
-    unknown_weights = []
+    unknown_weights, doubts = [], dict[str, list[str]]()
     all_deltas = adapter.deltas_of(_BaseModelShapes(base))
     _check_stacks(adapter, base, all_deltas)
     for weight, deltas in all_deltas.items():
@@ -165,6 +166,9 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[PlacedDelta]]:
         slices = _slices(base, weight, deltas) if adapter.architecture is None else [_slice_of_tensor(base, weight)]
         if not slices:
             unknown_weights.append(weight)
+            continue
+        if adapter.architecture is None and (doubt := _doubt(base, weight, slices)):
+            doubts.setdefault(doubt, []).append(weight)
             continue
         where = f"{adapter.path}: {weight!r}"
         resolved = [_with_shape(where, base, _as_linear(base, weight, delta), slices) for delta in deltas]
@@ -179,6 +183,13 @@ def place(adapter: Adapter, base: BaseModel) -> dict[str, list[PlacedDelta]]:
             placed.setdefault(tensor_slice.tensor, []).extend(items)
     if unknown_weights:
         raise _unknown_error(adapter, base, unknown_weights, len(all_deltas))
+    if doubts:
+        raise ArchitectureError(
+            f"{adapter.path}: gguflora does not know how {base.path} ({base.architecture}) holds some of its weights: "
+            + "; ".join(f"{doubt} ({listed(weights, 4)})" for doubt, weights in doubts.items())
+            + ". trust_names (--trust-names) applies the adapter by name and shape all the same; if rows have another "
+            "order, the result is wrong"
+        )
     if base.is_tied and TOKEN_EMBEDDING in placed:
         _tie(adapter, placed)
     order = {name: index for index, name in enumerate(base.shapes)}
@@ -231,6 +242,14 @@ def _same_place(one: TensorSlice, other: TensorSlice) -> bool:
             one.columns if one.columns is not None else 0, other.columns if other.columns is not None else 0
         )
     )
+
+
+def _doubt(base: BaseModel, weight: str, slices: Sequence[TensorSlice]) -> str | None:
+    """Return why the layout of a weight is not known; None if it is, or if the user trusts the names."""
+    if base.trust_names:
+        return None
+    tensors = dict.fromkeys(tensor_slice.tensor for tensor_slice in slices)
+    return next((doubt for tensor in tensors if (doubt := doubt_about(base, weight, tensor))), None)
 
 
 def _is_copy(item: PlacedDelta) -> bool:

@@ -82,7 +82,7 @@ def _converted(folder: Path, base: BaseModel) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="new-", dir=cache) as new:
             written = Path(new) / f"{folder.resolve().name}.gguf"
-            convert(folder, base.path, written)
+            convert(folder, base.path, written, trust_names=base.trust_names)
             written.replace(file)
         _prune(cache)
     os.utime(file)
@@ -96,7 +96,7 @@ def _cache_key(folder: Path, base: BaseModel) -> str:
     """
     stat = base.path.stat()
     digest = hashlib.sha256(
-        json.dumps([__version__, str(base.path.resolve()), stat.st_size, stat.st_mtime_ns]).encode()
+        json.dumps([__version__, str(base.path.resolve()), stat.st_size, stat.st_mtime_ns, base.trust_names]).encode()
     )
     files = sorted(path for path in folder.iterdir() if path.is_file())
     _check_sizes(files, stat.st_size)

@@ -22,6 +22,7 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from gguflora.runtime.bindings import HotAdapter
 
 
-def attach(llm: Any) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only where it is used, and has no types)
+def attach(llm: Any, *, trust_names: bool = False) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only where it is used, and has no types)
     """Make the adapters of a ``llama_cpp.Llama`` swappable; a second call returns the same set of adapters.
 
     An adapter given as ``Llama(lora_path=...)`` becomes a loaded adapter named after its file's stem, active at its
@@ -49,6 +50,7 @@ def attach(llm: Any) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only w
 
     Args:
         llm: an open ``llama_cpp.Llama``.
+        trust_names: apply adapters by name and shape where the order of a tensor's rows is not known.
 
     Raises:
         HotSwapError: if ``llm`` is not an open Llama, or its version of llama-cpp-python lacks what is needed.
@@ -69,15 +71,19 @@ def attach(llm: Any) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only w
         raise HotSwapError("attach needs an open Llama; this one is closed")
     before = guarded_llama.attached_set(llm)
     if before is not None and not before.closed:
-        return Adapters(llm, before)
-    base = cache(partial(read_whole_base, Path(llm.model_path)))
+        return Adapters(llm, before, trust_names=trust_names)
+    base = cache(partial(_read_base, Path(llm.model_path), trust_names=trust_names))
     concatenated = ConcatenatedAdapters(
         llm.model, llm.metadata.get("general.architecture", ""), lambda path: open_adapter(path, base()).file
     )
     adapters = AttachedSet(*llama_internals.wrappers_of(llm), concatenated)
     _adopt(llm, adapters, active=before is None)
     guarded_llama.guard(llm, adapters)
-    return Adapters(llm, adapters)
+    return Adapters(llm, adapters, trust_names=trust_names)
+
+
+def _read_base(path: Path, *, trust_names: bool) -> BaseModel:
+    return replace(read_whole_base(path), trust_names=trust_names)
 
 
 def _adopt(llm: Any, adapters: AttachedSet, *, active: bool) -> None:  # noqa: ANN401
@@ -117,8 +123,9 @@ class Adapters:
     Closing the Llama frees its adapters first. A method called after that, or after `close`, raises `HotSwapError`.
     """
 
-    def __init__(self, llm: Any, adapters: AttachedSet) -> None:  # noqa: ANN401
+    def __init__(self, llm: Any, adapters: AttachedSet, *, trust_names: bool = False) -> None:  # noqa: ANN401
         self._llm = llm
+        self._trust_names = trust_names
         self._set = adapters
         self._base: BaseModel | None = None
 
@@ -156,7 +163,7 @@ class Adapters:
         from gguflora.runtime.bindings import HotAdapter, invocation_of, load_lora  # noqa: PLC0415
 
         if self._base is None:
-            self._base = read_whole_base(Path(self._llm.model_path))
+            self._base = _read_base(Path(self._llm.model_path), trust_names=self._trust_names)
         if location.is_dir() and is_soft_prompt(location):
             prefix = read_prefix(location, self._base, task)
             _check_prefix_fits(location, prefix.n_tokens, self._llm.n_ctx())

@@ -60,6 +60,7 @@ def serve(
     allow_load: str | os.PathLike[str] | None = None,
     max_tokens: int = 2048,
     timeout: float = 600.0,
+    trust_names: bool = False,
     ready: Callable[[ServeReport], None] = lambda _: None,
 ) -> ServeReport:
     """Serve a model until SIGINT or SIGTERM; each request selects its adapters.
@@ -82,6 +83,7 @@ def serve(
         allow_load: directory from which clients may load adapters.
         max_tokens: largest number of tokens of one answer.
         timeout: seconds after which a request is aborted.
+        trust_names: apply adapters by name and shape where the order of a tensor's rows is not known.
         ready: called when the server accepts requests.
 
     Raises:
@@ -111,6 +113,7 @@ def serve(
             max_contexts=contexts,
             queue_size=queue,
             threads=threads,
+            trust_names=trust_names,
         ) as engine,
     ):
         names = tuple(adapter.name for adapter in engine.adapters())

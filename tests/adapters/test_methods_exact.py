@@ -84,7 +84,7 @@ def test_merge_and_convert_equal_pefts_merge(arch, method, tmp_path):
     assert_equals_peft(arch, adapter, tmp_path)
 
 
-@pytest.mark.parametrize("name", zoo.HAS_CLASS)
+@pytest.mark.parametrize("name", zoo.ORDERED)
 def test_order_of_modules_is_transformers(name):
     """No language model holds its linear modules in another order than `in_order` says."""
     kinds = (torch.nn.Linear, torch.nn.Embedding, transformers.pytorch_utils.Conv1D)
@@ -92,6 +92,14 @@ def test_order_of_modules_is_transformers(name):
     modules = [key for key in modules if not key.endswith("coder.embed_tokens")]  # T5's, which are its ``shared``
     config = PeftConfig(Path(), "TINYLORA", {})
     assert in_order(config, sorted(modules)) == modules
+
+
+@pytest.mark.parametrize("name", ["granitehybrid", "bamba"])
+def test_order_of_modules_of_hybrids_is_refused(name):
+    """Granite 4 and Bamba register the feed-forward part of a layer before its state-space part, Jamba after it."""
+    modules = zoo.linear_modules(name, zoo.model(name)).replace("\\", "").split("|")
+    with pytest.raises(UnsupportedAdapterError, match="depends on the order"):
+        in_order(PeftConfig(Path(), "TINYLORA", {}), modules)
 
 
 @pytest.mark.parametrize("method", REFUSED)

@@ -1,16 +1,19 @@
 """Every weight of a random model of each architecture, where llama.cpp's converter has put it; LoRAs on all of them."""
 
+import json
 import re
 from functools import cache
 
 import numpy as np
 import pytest
+import safetensors.torch
 
 import gguflora
 from gguflora.adapters.deltas import Replace
 from gguflora.architectures import KNOWN
 from gguflora.architectures.base_model import flat_shape, read_base
 from gguflora.architectures.mapping import can_untie, slices_of
+from gguflora.errors import ArchitectureError
 from gguflora.placement.place import PlacedDelta
 from support import zoo
 from support.asserts import assert_close
@@ -255,3 +258,76 @@ def test_configuration_alone_tells_the_shapes(name):
     assert (found.n_head, found.n_head_kv, found.is_tied) == (expected.n_head, expected.n_head_kv, expected.is_tied)
     matrices = {key: shape for key, shape in expected.shapes.items() if len(shape) == 2 and "norm" not in key}
     assert dict(found.shapes) == matrices
+
+
+def renamed_adapter(name, out, rename):
+    """The random LoRA of a model under other names of its weights."""
+    adapter, merged = lora_of(name)
+    out.mkdir()
+    weights = safetensors.torch.load_file(adapter / "adapter_model.safetensors")
+    safetensors.torch.save_file(
+        {rename(key): value for key, value in weights.items()}, out / "adapter_model.safetensors"
+    )
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {}, "alpha_pattern": {}}))
+    return out, merged
+
+
+NATIVE = {
+    "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+}  # fmt: skip
+"""Names of Meta's and Mistral's own checkpoints."""
+
+
+def native(key):
+    for theirs, own in NATIVE.items():
+        key = key.replace(theirs, own)
+    return key.replace("model.model.layers", "model.layers")
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "ministral3"])
+def test_native_names_have_the_original_order_of_rows(name, tmp_path):
+    """mistral-finetune's LoRA of q and k belongs to unpermuted weights, as a GGUF file holds them.
+
+    The truth is what llama.cpp's converter makes of PEFT's merge: B of q and k is put into the order of the original
+    weights first.
+    """
+    adapter, merged = renamed_adapter(name, tmp_path / "native", native)
+    weights = safetensors.torch.load_file(adapter / "adapter_model.safetensors")
+    heads = {"wq": zoo.MODELS[name].fields["num_attention_heads"], "wk": zoo.MODELS[name].fields["num_key_value_heads"]}
+    for key, value in weights.items():
+        count = next((count for module, count in heads.items() if f".{module}.lora_B" in key), None)
+        if count:
+            halves = value.reshape(count, 2, -1, value.shape[1])
+            weights[key] = halves.swapaxes(1, 2).reshape(value.shape).contiguous()
+    safetensors.torch.save_file(weights, adapter / "adapter_model.safetensors")
+    assert_lora_equals_pefts_merge(name, adapter, merged, tmp_path)
+
+
+def like_gpt_j(key):
+    return re.sub(r"model\.layers\.(\d+)\.self_attn\.([qk])_proj", r"transformer.h.\1.attn.\2_proj", key)
+
+
+@pytest.mark.parametrize(
+    ("name", "rename", "said"),
+    [("qwen2", native, "another order under these names"), ("llama", like_gpt_j, "not known under these names")],
+)
+def test_names_of_unknown_order_are_refused(name, rename, said, tmp_path):
+    adapter, _ = renamed_adapter(name, tmp_path / "renamed", rename)
+    with pytest.raises(ArchitectureError, match=said):
+        gguflora.merge(zoo.gguf_model(name), adapter, tmp_path / "merged.gguf")
+
+
+def test_layouts_without_a_rule_are_refused_unless_names_are_trusted(tmp_path):
+    adapter, _ = lora_of("falcon_h1")
+    base = zoo.gguf_model("falcon_h1")
+    for call in (
+        lambda **options: gguflora.convert(adapter, base, tmp_path / "lora.gguf", **options),
+        lambda **options: gguflora.merge(base, adapter, tmp_path / "merged.gguf", **options),
+        lambda **options: gguflora.inspect(adapter, base, **options),
+    ):
+        with pytest.raises(ArchitectureError, match=r"llama.cpp's converter .* \(--trust-names\)"):
+            call()
+        assert any("trust_names" in text for text in call(trust_names=True).warnings)

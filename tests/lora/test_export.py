@@ -15,7 +15,7 @@ from support.builders import ARCHITECTURES, Adapter
 from support.cli import run
 from support.oracles.peft import peft_logits
 
-WITH_EXPERTS = [name for name, made in zoo.MODELS.items() if "num_experts" in made.fields]
+WITH_EXPERTS = [name for name in zoo.ORDERED if "num_experts" in zoo.MODELS[name].fields]
 
 
 def there_and_back(adapter, base, path):
@@ -66,7 +66,7 @@ def test_logits_are_those_of_the_adapter(arch, variant, tmp_path):
     np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", zoo.HAS_CLASS)
+@pytest.mark.parametrize("name", zoo.ORDERED)
 def test_every_architecture(name, tmp_path):
     """PEFT's model with the adapter that came back has the weights of the first, and every key is used."""
     adapted = zoo.peft_model(name)

@@ -45,6 +45,16 @@ FALCON = {
     "vocab_size": builders.VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "alibi": False, **TOKENS,
 }  # fmt: skip
+MAMBA_2 = {
+    "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 8, "mamba_d_head": 16, "mamba_expand": 2,
+}  # fmt: skip
+HYBRID = {"layer_types": ["mamba", "attention"]}
+NEMOTRON_H = {
+    "layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3, "mamba_num_heads": 8,
+    "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 8, "head_dim": 16,
+}  # fmt: skip
+INDEXER = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4, "num_nextn_predict_layers": 0}
+M_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
 GPT = {"vocab_size": builders.VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, **TOKENS}
 
 
@@ -57,8 +67,8 @@ class Made:
         fields: the configuration.
         weights: shapes of a model made by hand.
         auto: the class of the model.
-        for_converter: fields that only llama.cpp's converter wants; with a model_type that transformers does not know
-            it reads them as they are.
+        for_converter: fields that only llama.cpp's converter wants, or must not see (None); with a model_type that
+            transformers does not know it reads them as they are.
         flags: of the converter.
         without: modules that PEFT will not adapt, or GGUF does not have.
     """
@@ -144,6 +154,38 @@ MODELS = {
     "granitemoe_shared": Made(hf.GraniteMoeSharedConfig, {**EXPERTS, "shared_intermediate_size": 48}),
     "nemotron": Made(hf.NemotronConfig, DECODER),
     "glm4": Made(hf.Glm4Config, {**DECODER, "head_dim": 16}),
+    "glm4v": Made(hf.Glm4Config, {**DECODER, "head_dim": 16}, for_converter=(("rope_parameters", M_ROPE),)),
+    "arcee": Made(hf.ArceeConfig, {**DECODER, "head_dim": 16}),
+    "llama_embed": Made(
+        hf.LlamaConfig, DECODER, auto=hf.LlamaModel, for_converter=(("architectures", ["LlamaBidirectionalModel"]),)
+    ),
+    "granitehybrid": Made(
+        hf.GraniteMoeHybridConfig,
+        {**EXPERTS, **MAMBA_2, **HYBRID, "shared_intermediate_size": 48}, for_converter=tuple(HYBRID.items()),
+    ),
+    "granitehybrid_dense": Made(
+        hf.GraniteMoeHybridConfig,
+        {**DECODER, **MAMBA_2, **HYBRID, "num_local_experts": 0, "num_experts_per_tok": 0,
+         "shared_intermediate_size": 48},
+        for_converter=tuple(HYBRID.items()),
+    ),
+    "bamba": Made(hf.BambaConfig, {**DECODER, **MAMBA_2, "attn_layer_indices": [1]}),
+    "mamba2": Made(
+        hf.Mamba2Config, {**DECODER, "state_size": 8, "num_heads": 8, "head_dim": 16, "expand": 2, "n_groups": 2},
+        without=("out_proj",), for_converter=(("intermediate_size", 128),),
+    ),
+    "nemotron_h": Made(
+        hf.NemotronHConfig, {**DECODER, **NEMOTRON_H}, without=("out_proj",),
+        for_converter=(("num_experts_per_tok", None), ("model_type", "read as it is")),
+    ),
+    "nemotron_h_moe": Made(hf.NemotronHConfig, {**DECODER, **NEMOTRON_H}, without=("out_proj",)),
+    "gemma_embedding": Made(hf.Gemma3TextConfig, {**TIED, "head_dim": 16}, auto=hf.Gemma3TextModel),
+    "glm_dsa": Made(hf.GlmMoeDsaConfig, {**EXPERTS, **LATENT, **INDEXER}),
+    "glm4_moe_lite": Made(hf.Glm4MoeLiteConfig, {**EXPERTS, **LATENT, "num_nextn_predict_layers": 0}),
+    "mistral4": Made(
+        hf.Mistral4Config, {**EXPERTS, **LATENT}, auto=hf.Mistral4ForCausalLM,
+        for_converter=(("architectures", ["Mistral3ForConditionalGeneration"]),),
+    ),
     "smollm3": Made(hf.SmolLM3Config, DECODER),
     "exaone4": Made(hf.Exaone4Config, DECODER),
     "deepseek2": Made(hf.DeepseekV2Config, {**EXPERTS, **LATENT}),
@@ -182,6 +224,12 @@ OTHERS = {
         {**DECODER, "num_key_value_heads": 4, "type_vocab_size": 2, "pad_token_id": 1},
         auto=hf.RobertaModel,
         without=("pooler.dense",),
+    ),
+    "falcon_h1": Made(
+        hf.FalconH1Config,
+        {**DECODER, **MAMBA_2, "mamba_d_ssm": 128},
+        without=("out_proj",),
+        for_converter=(("head_dim", 16),),
     ),
     "gemma3_padded": Made(hf.Gemma3TextConfig, {**TIED, "head_dim": 16, "vocab_size": 320}),
     # those below are as llama.cpp computes what GGUF does not say, and with windows shorter than a prompt
@@ -225,9 +273,15 @@ OTHERS = {
         for_converter=(("rotary_pct", 1.0),),
     ),
 }  # fmt: skip
-"""An architecture that gguflora has no rules for, rows for no token, and positions that GGUF leaves out."""
+"""Architectures that gguflora has no rules for, rows for no token, and positions that GGUF leaves out."""
 
 HAS_CLASS = [name for name, made in MODELS.items() if made.config]
+UNORDERED = {
+    "arcee", "llama_embed", "granitehybrid", "granitehybrid_dense", "bamba", "mamba2", "nemotron_h", "nemotron_h_moe",
+    "gemma_embedding", "glm_dsa", "mistral4",
+}  # fmt: skip
+"""Models whose modules gguflora cannot list: it places weights by their names, but does not know all the names."""
+ORDERED = [name for name in HAS_CLASS if name not in UNORDERED]
 
 
 def _made(name: str) -> Made:
@@ -274,7 +328,8 @@ def save(name: str, built: Any, path: Path) -> Path:
     built.save_pretrained(path)
     builders._tokenizer().save_pretrained(path)
     config = path / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | dict(_made(name).for_converter)))
+    fields = json.loads(config.read_text()) | dict(_made(name).for_converter)
+    config.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
     return path
 
 

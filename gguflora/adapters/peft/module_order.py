@@ -1,7 +1,8 @@
 """The order in which a Hugging Face model registers its modules.
 
 TINYLORA, which numbers the adapted modules, depends on it, but safetensors files are sorted differently. One order
-serves all architectures: no two modules have opposite orders in two architectures of transformers.
+serves all architectures but hybrids of state-space layers, which are refused: no other two modules have opposite
+orders in two architectures of transformers.
 """
 
 from __future__ import annotations
@@ -57,6 +58,10 @@ def in_order(config: PeftConfig, modules: list[str]) -> list[str]:
     Raises:
         UnsupportedAdapterError: if the position of a module is not known.
     """
+    hybrid = next((module for module in modules if ".mamba." in module), None)
+    others = any(".shared_mlp." in module or ".feed_forward." in module for module in modules)
+    if hybrid and others and not any(module.endswith(".mamba.x_proj") for module in modules):  # Jamba's are in order
+        raise _unknown_order(config, hybrid)
     return sorted(modules, key=lambda module: _sort_key(config, module))
 
 
@@ -76,7 +81,11 @@ def _sort_key(config: PeftConfig, module: str) -> tuple[int, ...]:
             within = max((_WITHIN.index(step) + 1 for step in steps if step in _WITHIN), default=0)
             expert = next((int(step) for step in steps if step.isdecimal()), 0)
             return 1, int(found["block"]), part, within, expert, _LEAVES.index(leaf)
-    raise UnsupportedAdapterError(
+    raise _unknown_order(config, module)
+
+
+def _unknown_order(config: PeftConfig, module: str) -> UnsupportedAdapterError:
+    return UnsupportedAdapterError(
         f"{config.path.parent}: {config.peft_type} depends on the order of the model's modules; that of "
         f"{module!r} is not known; merge it with PEFT"
     )
