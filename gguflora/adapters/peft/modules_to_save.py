@@ -43,7 +43,10 @@ def split_modules_to_save(
     saved: dict[str, Delta] = {}
     trained: dict[str, ReplaceRows] = {}
     method_tensors = {}
+    _check_collisions(config, tensors)
     for key, tensor in tensors.items():
+        if _is_superseded(key, tensors):
+            continue
         if tokens := _TOKENS.fullmatch(key):
             trained[f"{tokens['module']}.weight"] = _read_tokens(config, tokens["module"], tensor)
         elif _METHOD.search(key):
@@ -59,6 +62,33 @@ def split_modules_to_save(
         whole_weight = saved.get(name)
         saved[name] = with_rows(whole_weight, rows) if isinstance(whole_weight, Replace) else rows
     return saved, method_tensors
+
+
+_ORIGINAL: Final = re.compile(r"\.original_module(?=\.)")
+
+
+def _is_superseded(key: str, tensors: Mapping[str, Array]) -> bool:
+    """Whether a key is the untrained ``original_module`` of a module that is also saved as trained."""
+    if not _ORIGINAL.search(key):
+        return False
+    name = _ORIGINAL.sub("", key)
+    return any(name in {_WRAPPER.sub("", other), other} for other in tensors if other != key)
+
+
+def _check_collisions(config: PeftConfig, tensors: Mapping[str, Array]) -> None:
+    """Raise unless each complete weight has one key, apart from ``original_module``, which the trained one replaces."""
+    keys: dict[str, str] = {}
+    for key in tensors:
+        whole = None if _METHOD.search(key) or _is_superseded(key, tensors) else _WHOLE.fullmatch(key)
+        if whole is None:
+            continue
+        weight = f"{whole['module']}.{whole['kind']}"
+        first = keys.setdefault(weight, key)
+        if first != key and not np.array_equal(tensors[first], tensors[key]):
+            raise AdapterError(
+                f"{config.path.parent}: {first!r} and {key!r} both hold {weight!r}, with different values; remove the "
+                "one that was not trained, or save the adapter with save_pretrained"
+            )
 
 
 def _is_trained(config: PeftConfig, path: str) -> bool:
