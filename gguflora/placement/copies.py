@@ -12,12 +12,15 @@ from gguflora.adapters.deltas import Delta, Replace, as_float64, trained_rows
 from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, TensorEntry
 from gguflora.placement.base_weights import read_values
 from gguflora.placement.place import PlacedDelta
+from gguflora.quants.arrays import Float64Array
+from gguflora.quants.kernels import dequantize_rows, quantize_rows
+from gguflora.quants.types import TYPES, GgmlType
 
 
 def without_copies(base: GgufFile, placed: Mapping[str, Sequence[PlacedDelta]]) -> dict[str, list[PlacedDelta]]:
     """Return the deltas without those that only replace a weight by a copy of it (PEFT: save_embedding_layers).
 
-    A copy may differ from the base's weight by the error of quantizing the base.
+    Each row of a copy may differ from the base's row by the error of quantizing it; a weight with any other row counts.
     """
     kept = {}
     for name, items in placed.items():
@@ -48,7 +51,6 @@ def without_copy(item: PlacedDelta) -> PlacedDelta | None:
 def _is_copy(base: GgufFile, tensor: TensorEntry, delta: Delta) -> bool:
     if not isinstance(delta, Replace) or not delta.is_base_copy or delta.shape[0] > tensor.n_rows:
         return False
-    difference = norm = 0.0
     step = max(1, (1 << 20) // tensor.n_in)
     for start in range(0, delta.shape[0], step):
         values = as_float64(delta.values[start : start + step])
@@ -57,13 +59,33 @@ def _is_copy(base: GgufFile, tensor: TensorEntry, delta: Delta) -> bool:
             np.delete(rows, [row - start for row in delta.trained if start <= row < start + len(rows)], 0)
             for rows in (values, stored)
         )
-        difference += float(((values - stored) ** 2).sum())
-        norm += float((values**2).sum())
-    return difference <= _COPY_TOLERANCE.get(tensor.type.name, _QUANTIZED_TOLERANCE) ** 2 * norm
+        if (_norms(values - stored) > _explained(values, tensor.type)).any():
+            return False
+    return True
 
 
-# maximum relative error of rounding to a type; 2-bit types lose about a third
-_COPY_TOLERANCE: Final = {"F32": 1e-2, "F16": 1e-2, "BF16": 1e-2, "Q8_0": 2e-2}
+def _norms(rows: Float64Array) -> Float64Array:
+    return np.asarray(np.sqrt((rows**2).sum(axis=1)))
 
 
-_QUANTIZED_TOLERANCE: Final = 0.4
+def _explained(values: Float64Array, kind: GgmlType) -> Float64Array:
+    """Return for each row the largest difference from the base's row that rounding can explain.
+
+    That is the error of rounding the row itself to the base's type, doubled because an importance matrix trades errors,
+    and the error of the BF16 in which adapters are saved.
+    """
+    norms = _norms(values)
+    if kind.id not in TYPES or kind.needs_imatrix:
+        return _UNMEASURED * norms
+    rows = np.ascontiguousarray(values, np.float32)
+    packed = np.empty((len(rows), kind.row_bytes(rows.shape[1])), np.uint8)
+    quantize_rows(rows, kind, packed)
+    back = np.empty_like(rows)
+    dequantize_rows(packed, kind, back)
+    return _SLACK * _norms(back - values) + _BF16 * norms
+
+
+_SLACK: Final = 2.0
+_BF16: Final = 2.0**-7
+_UNMEASURED: Final = 0.4
+"""Relative error of a row of a type below 2 bits, which cannot be measured without its importance matrix."""
