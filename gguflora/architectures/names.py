@@ -42,7 +42,7 @@ _IN_LAYER: Final = re.compile(r"(?:.*\.)?(?:layers|layer|h|block|blk)\.(\d+)\.(.
 _UNPERMUTED: Final = re.compile(
     r"(?:.*\.)?layers\.\d+\.(?:attention\.w[qk]|attn\.[qk]_proj|self_attn\.[qk]_proj_no_perm)(?:\.weight|\.bias)?"
 )
-_TRANSFORMERS: Final = re.compile(r"(?:.*\.)?\d+\.(?:self_attn|mixer)\.[qk]_proj(?:\.weight|\.bias)?")
+_TRANSFORMERS: Final = re.compile(r"(?:.*\.)?\d+\.(?:self_attn|mixer)\.(?:[qk]|qkv)_proj(?:\.weight|\.bias)?")
 
 
 def canonical(weight: str) -> str:
