@@ -13,7 +13,7 @@ from torch import nn
 
 from gguflora.training.model import PackedModel
 
-SLICE: Final = 256
+SLICE: Final = 128
 """Positions that go through the output layer together."""
 
 

@@ -108,3 +108,12 @@ def test_the_table_of_benchmarks_is_complete():
     modules = {name for _, shown, _ in rows for name in re.findall(r"\w+\.py", shown)}
     found = {path.name for path in (ROOT / "tools/benchmarks").glob("*.py")}
     assert found - modules == {"__init__.py", "models.py", "peers.py", "timing.py"}
+
+
+def test_training_beside_peft_and_ggml(tmp_path):
+    arguments = ("--model", "tiny", "--tokens", 32, "--steps", 2, "--types", "Q4_K", "--folder", tmp_path)
+    lines = bench("train", *arguments).splitlines()
+    ours, theirs = (line.split("losses ")[1].split() for line in lines[1:3])
+    assert [float(loss) for loss in ours] == pytest.approx([float(loss) for loss in theirs], abs=0.01)
+    assert ours[0] == theirs[0]
+    assert float(lines[3].split("differ by ")[1].rstrip(")")) < 1e-5
