@@ -83,7 +83,13 @@ METHODS = {
     "dora": (peft.LoraConfig, {"r": 3, "use_dora": True}, 0.1),
     "ia3": (peft.IA3Config, {"feedforward_modules": []}, 0.1),
 }
-NO_DORA = {"deepseek2", "deepseek3", "glm4_moe_lite", "glm_dsa", "qwen3next"}  # PEFT wraps their experts, too, and then refuses to
+NO_DORA = {
+    "deepseek2",
+    "deepseek3",
+    "glm4_moe_lite",
+    "glm_dsa",
+    "qwen3next",
+}  # PEFT wraps their experts, too, and then refuses to
 PAIRS = [(name, method) for method, (*_, names) in (LORA | OTHERS).items() for name in names.split()]
 PAIRS += [(name, "dora") for name in zoo.HAS_CLASS if name not in NO_DORA]
 PAIRS += [(name, "ia3") for name in zoo.HAS_CLASS]
