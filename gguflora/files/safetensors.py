@@ -105,7 +105,7 @@ def _check_entries(path: Path, header: Header, n_bytes: int) -> None:
             dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(path, f"the entry of {name!r:.100} is {entry!r:.100}") from error
-        if dtype not in _BYTES:
+        if not isinstance(dtype, str) or dtype not in _BYTES:
             raise _damaged(path, f"tensor {name!r:.100} has the unknown dtype {dtype!r:.40}")
         numbers = [*shape, start, stop] if isinstance(shape, list) else [-1]
         if not all(type(number) is int and number >= 0 for number in numbers):
