@@ -258,6 +258,17 @@ def weight_files(path: Path) -> list[Path]:
         names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SafetensorsError(f"{path}: cannot be read as an index of shards: {error!r:.200}") from error
-    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+    if not all(_is_file_name(name) for name in names):
         raise SafetensorsError(f"{path}: names shards that are not in its directory")
     return [path.with_name(name) for name in sorted(names)]
+
+
+def _is_file_name(name: object) -> bool:
+    """Whether a file in the same directory can have this name."""
+    if not isinstance(name, str) or not name or "\0" in name or Path(name).name != name:
+        return False
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # half a character
+        return False
+    return True
