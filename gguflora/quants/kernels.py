@@ -1,4 +1,7 @@
-"""The only importer of the compiled kernels: pointers, status codes to exceptions, choice of ISA, rows over threads."""
+"""The kernels as functions on numpy arrays: shapes checked, status codes turned into exceptions.
+
+Every function works on the calling thread, without the GIL; csrc/README.md describes what is behind them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from gguflora.quants.types import GgmlType
 def quantize_rows(
     x: Float32Array, type: GgmlType, out: Bytes, *, imatrix: Float32Array | None = None, isa: str | None = None
 ) -> None:
-    """Quantize rows exactly as ggml does, on the calling thread, without the GIL.
+    """Quantize rows exactly as ggml does.
 
     Args:
         x: weights, (n_rows, n_in), C-contiguous.
@@ -39,7 +42,7 @@ def quantize_rows(
 
 
 def dequantize_rows(src: Bytes, type: GgmlType, out: Float32Array, *, isa: str | None = None) -> None:
-    """The floats ggml reads from quantized rows.
+    """Write the floats that ggml reads from quantized rows.
 
     Args:
         src: (n_rows, row_bytes), C-contiguous.
@@ -57,7 +60,7 @@ def dequantize_rows(src: Bytes, type: GgmlType, out: Float32Array, *, isa: str |
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A change of rows as a product, ``b @ a``.
+    """A delta of rows as a product, ``b @ a``.
 
     It is summed over rank in ascending order without fused operations, so the bytes depend neither on the instruction
     set nor on how rows are split over calls.
@@ -72,7 +75,7 @@ class Product:
 
 
 KernelDelta = Product | Float32Array
-"""A change of rows: a product, or itself, (n_rows, n_in)."""
+"""A delta of rows: a product, or the values themselves, (n_rows, n_in)."""
 
 
 def _columns(enum: str) -> tuple[str, ...]:

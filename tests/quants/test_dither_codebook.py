@@ -241,9 +241,9 @@ DEAR = 8  # a loss costs as much as going this many steps too far
 
 def places(kind):
     """All that eight (four) weights can be, in levels: points with every allowed choice of signs."""
-    grid = getattr(gguf.quants, "IQ1_S" if kind.name == "IQ1_M" else kind.name)
-    grid.init_grid()
-    points = np.asarray(grid.grid, float).reshape(-1, np.asarray(grid.grid).shape[-1])
+    quant = getattr(gguf.quants, "IQ1_S" if kind.name == "IQ1_M" else kind.name)
+    quant.init_grid()
+    points = np.asarray(quant.grid, float).reshape(-1, np.asarray(quant.grid).shape[-1])
     if kind.name.startswith("IQ1"):
         return points * 8
     signs = 1 - 2 * (np.arange(2 ** points.shape[1])[:, None] >> np.arange(points.shape[1]) & 1)

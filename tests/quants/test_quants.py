@@ -44,7 +44,7 @@ def test_bytes_equal_ggml(kind, isa):
 
 @pytest.mark.parametrize("name", ["Q3_K", "Q4_K", "Q5_K"])
 def test_shortcuts_are_right(name):
-    """Many sub-blocks, some near a grid (errors that hardly differ, errors near zero), some whose squares underflow."""
+    """Many sub-blocks, some near levels (errors that hardly differ, errors near zero), some whose squares underflow."""
     rng = np.random.default_rng(12)
     noise = rng.standard_normal((24, 4096))
     levels = rng.integers(-8, 8, noise.shape) / 8

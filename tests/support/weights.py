@@ -7,7 +7,7 @@ import numpy as np
 from support.oracles import libggml
 
 
-def _grid(type_id: int) -> Callable[[np.random.Generator, int], np.ndarray]:
+def _on_levels(type_id: int) -> Callable[[np.random.Generator, int], np.ndarray]:
     def make(rng: np.random.Generator, n: int) -> np.ndarray:
         x = rng.standard_normal((1, n)).astype(np.float32)
         return libggml.dequantize(libggml.quantize(x, type_id), type_id, n)[0]
@@ -51,13 +51,13 @@ KINDS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "integers": lambda rng, n: rng.integers(-20, 21, n),
     "ramp": lambda rng, n: np.linspace(-1, 1, n),
     "half steps": lambda rng, n: rng.integers(-31, 32, n) / 2,
-    "Q8_0 grid": _grid(8),
-    "Q4_0 grid": _grid(2),
-    "Q4_1 grid": _grid(3),
-    "Q2_K grid": _grid(10),
-    "Q3_K grid": _grid(11),
-    "Q4_K grid": _grid(12),
-    "Q6_K grid": _grid(14),
+    "Q8_0 levels": _on_levels(8),
+    "Q4_0 levels": _on_levels(2),
+    "Q4_1 levels": _on_levels(3),
+    "Q2_K levels": _on_levels(10),
+    "Q3_K levels": _on_levels(11),
+    "Q4_K levels": _on_levels(12),
+    "Q6_K levels": _on_levels(14),
 }
 
 
