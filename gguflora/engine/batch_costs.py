@@ -12,6 +12,9 @@ from typing import Final
 _LONG: Final = 16
 """Tokens of a batch from which on its time tells what each token costs."""
 
+_LONG_PROMPT: Final = 48
+"""Until both costs are known, so many tokens of one set are computed in a batch of their own."""
+
 _FEW: Final = 4
 """Up to so many tokens a batch's time is that of reading the weights."""
 
@@ -39,12 +42,11 @@ class BatchCosts:
         return n_tokens >= _LONG
 
     def is_cheaper_alone(self, n_tokens: int) -> bool:
-        """Whether so many tokens of one set, beside tokens of others, had better be computed in a batch of their own.
-
-        False until the costs are known.
-        """
-        if n_tokens < _LONG or self._step is None or len(self._per_token) < 2:
+        """Whether so many tokens of one set, beside tokens of others, had better be computed in a batch of their own."""
+        if n_tokens < _LONG:
             return False
+        if self._step is None or len(self._per_token) < 2:
+            return n_tokens >= _LONG_PROMPT
         return n_tokens * (self._per_token[True] - self._per_token[False]) > 2 * self._step
 
 

@@ -135,15 +135,9 @@ class BatchPlanner:
             n_tokens = PlannedBatch(chunks, mixed=False).n_tokens
             stays = self._mixed.in_force and self._n_single <= _SINGLE_STEPS and not self._costs.is_long(n_tokens)
             return [PlannedBatch(chunks, mixed=stays)]
-        alone = self._alone(sets)
-        beside = [each for each in sets if each is not alone]
-        return [*([PlannedBatch(alone, mixed=False)] if alone else []), *self._mixed_batches(beside)]
-
-    def _alone(self, sets: Sequence[list[tuple[GenerationJob, Chunk]]]) -> list[tuple[GenerationJob, Chunk]] | None:
-        """A set whose prompts are so long that it is cheaper to compute them without the stack; None if none is."""
-        longest = max(sets, key=lambda each: sum(len(chunk.keys) for _, chunk in each))
-        n_tokens = sum(len(chunk.keys) for _, chunk in longest)
-        return longest if self._costs.is_cheaper_alone(n_tokens) else None
+        alone = [batch for batch in map(_of_one_set, sets) if self._costs.is_cheaper_alone(batch.n_tokens)]
+        beside = [each for each in sets if not any(batch.chunks is each for batch in alone)]
+        return [*alone, *self._mixed_batches(beside)]
 
     def _mixed_batches(self, sets: Sequence[list[tuple[GenerationJob, Chunk]]]) -> list[PlannedBatch]:
         """As few batches as the bays of the largest stack allow."""
@@ -157,6 +151,10 @@ class BatchPlanner:
             else:
                 batches.append([each])
         return [_planned(batch) for batch in batches]
+
+
+def _of_one_set(chunks: Sequence[tuple[GenerationJob, Chunk]]) -> PlannedBatch:
+    return PlannedBatch(chunks, mixed=False)
 
 
 def _planned(sets: Sequence[Sequence[tuple[GenerationJob, Chunk]]]) -> PlannedBatch:

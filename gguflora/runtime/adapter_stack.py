@@ -47,7 +47,7 @@ class StackableAdapter:
 
     Attributes:
         pairs: its factors in llama.cpp's memory.
-        alpha: of its file; 0 for none.
+        alpha: alpha in its file; 0 for none.
     """
 
     pairs: Sequence[FactorPair]
@@ -82,10 +82,10 @@ class AdapterStack:
 
     Args:
         model: the ``llama_model *``.
-        architecture: of the model.
-        finder: of the same model.
-        shapes: what adapters to come have.
-        n_bays: how many there are.
+        architecture: the model's ``general.architecture``.
+        finder: finds the factors of LoRAs of the same model.
+        shapes: the tensors that adapters may have.
+        n_bays: number of bays.
 
     Raises:
         HotSwapError: if llama.cpp cannot load a LoRA of this size.

@@ -27,7 +27,7 @@ class FactorPair:
     """Both factors of one weight.
 
     Attributes:
-        name: of the weight.
+        name: name of the weight.
         a: (rank, n_in) or, of experts, (n_expert, rank, n_in); of the token embedding (n_vocab, rank).
         b: (n_out, rank) or (n_expert, n_out, rank).
     """

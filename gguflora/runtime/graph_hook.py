@@ -43,7 +43,7 @@ class Factor:
     """A factor of a LoRA as llama.cpp holds it.
 
     Attributes:
-        name: of its tensor, such as ``blk.0.attn_q.weight.lora_a``.
+        name: name of its tensor, such as ``blk.0.attn_q.weight.lora_a``.
         tensor: address of the ``ggml_tensor``.
         data: address of the numbers.
         type: ggml's number.
@@ -150,7 +150,7 @@ class GraphHook:
         """Mask products of these factors A (``ggml_tensor`` addresses) from the next batch on.
 
         Args:
-            tensors: of the factors.
+            tensors: addresses of the factors.
             width: rank rows of a bay.
             factors: (n_tensors, n_bays), by which a token's weight of a bay is multiplied in each of them.
         """
@@ -174,7 +174,7 @@ class GraphHook:
         """Announce the next batch.
 
         Args:
-            tokens: of the batch, in its order; None for embeddings.
+            tokens: tokens of the batch, in its order; None for embeddings.
             outputs: whose logits are wanted.
             weights: (n_tokens, n_bays); None if the stack is not in force.
         """
