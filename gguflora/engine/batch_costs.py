@@ -42,7 +42,7 @@ class BatchCosts:
         return n_tokens >= _LONG
 
     def is_cheaper_alone(self, n_tokens: int) -> bool:
-        """Whether so many tokens of one set, beside tokens of others, had better be computed in a batch of their own."""
+        """Whether so many tokens of one set, beside tokens of others, are cheaper in a batch of their own."""
         if n_tokens < _LONG:
             return False
         if self._step is None or len(self._per_token) < 2:
