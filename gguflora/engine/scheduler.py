@@ -271,7 +271,7 @@ class Scheduler:
             if chunk.wants_logits:
                 self._advance(job, next(indices))
         if self.context.has_nan:  # what the other jobs have computed may be spoilt from now on
-            for job in self._running():
+            for job in reversed(self._running()):
                 self._put_back(job)
             self.context.forget()
 

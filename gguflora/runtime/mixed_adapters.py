@@ -119,7 +119,10 @@ class MixedAdapters:
         """Make the stack that so many adapters of those loaded need, so that the first batch need not wait for it."""
         sizes = sorted((adapter.n_bays for adapter in self._adapters.values()), reverse=True)[:n_sets]
         if self.reason is None and len(self._adapters) > 1:
-            self._ensure(min(sum(sizes), MAX_BAYS))
+            try:
+                self._ensure(min(sum(sizes), MAX_BAYS))
+            except HotSwapError as error:
+                self.disable(str(error))
 
     def apply(self, context: int, sets: Sequence[Sequence[ScaledLora]]) -> Float32Array:
         """Put the stack that holds these sets in force in ``context``, which must have the hook.
