@@ -26,7 +26,7 @@ from gguflora.runtime.bindings import free_lora, load_lora
 from gguflora.runtime.concatenated_adapters import ConcatenatedAdapters, ScaledLora
 from gguflora.runtime.graph_hook import GraphFaultError, GraphHook
 from gguflora.runtime.mixed_adapters import MixedAdapters
-from support import builders, hotswap, real_models
+from support import builders, hotswap, real_models, zoo
 from support.engines import (
     OPTIONS,
     SETS,
@@ -218,6 +218,31 @@ def test_odd_adapters_are_mixed() -> None:
                 atol = 5e-3 if name == "half" else 1e-5
                 np.testing.assert_allclose(list(found.values()), [wanted[t] for t in found], atol=atol, rtol=0)
         assert engine.stats().mixed_steps >= 9
+
+
+def test_loras_on_experts_are_mixed() -> None:
+    import gguf
+
+    base = zoo.gguf_model("qwen3moe")
+    loras = {}
+    for seed in range(2):
+        rng, tensors = np.random.default_rng(seed), {}
+        for tensor in gguf.GGUFReader(base).tensors:
+            if "_exps." in tensor.name:
+                n_in, n_out, n_experts = map(int, tensor.shape)
+                tensors[f"{tensor.name}.lora_a"] = rng.normal(size=(n_experts, 3, n_in)).astype(np.float32) * 0.3
+                tensors[f"{tensor.name}.lora_b"] = rng.normal(size=(n_experts, n_out, 3)).astype(np.float32) * 0.3
+        file = builders.workspace() / f"experts-{seed}.gguf"
+        loras[f"e{seed}"] = hotswap.write_lora(file, tensors, general__architecture="qwen3moe")
+    with Engine(base, adapters=loras, **OPTIONS) as engine:
+        options = {"max_tokens": 8, "logprobs": 100, "sampling": Sampling(temperature=0)}
+        alone = {name: logprobs(ask(engine, name, **options)) for name in [*loras, "e0@0.5+e1", "base"]}
+        assert len({tuple(sorted(each[0].items())) for each in alone.values()}) == len(alone)
+        generations = together(engine, *((name, PROMPT, options) for name in alone))
+        for name, generation in zip(alone, generations, strict=True):
+            for found, wanted in zip(logprobs(generation), alone[name], strict=True):
+                np.testing.assert_allclose(list(found.values()), [wanted[t] for t in found], atol=1e-4, rtol=0)
+        assert engine.stats().mixed_steps > 0
 
 
 def logprobs(generation: Generation) -> list[dict[int, float]]:
