@@ -42,7 +42,7 @@ _IN_LAYER: Final = re.compile(r"(?:.*\.)?(?:layers|layer|h|block|blk)\.(\d+)\.(.
 _UNPERMUTED: Final = re.compile(
     r"(?:.*\.)?layers\.\d+\.(?:attention\.w[qk]|attn\.[qk]_proj|self_attn\.[qk]_proj_no_perm)(?:\.weight|\.bias)?"
 )
-_TRANSFORMERS: Final = re.compile(r"(?:.*\.)?\d+\.(?:self_attn|mixer)\.(?:[qk]|qkv)_proj(?:\.weight|\.bias)?")
+_TRANSFORMERS: Final = re.compile(r"(?:.*\.)?\d+\.(?:self_attn|mixer)\.(?:[qkv]|qkv)_proj(?:\.weight|\.bias)?")
 
 
 def canonical(weight: str) -> str:
@@ -82,7 +82,7 @@ def is_unpermuted(path: str) -> bool:
 
 
 def is_transformers_attention(path: str) -> bool:
-    """Whether a name of q or k is that of a model in transformers, which rotates row i with row i + head_dim / 2."""
+    """Whether a name of q, k, v or all three is that of a model in transformers, which rotates row i with row i + head_dim / 2."""
     return _TRANSFORMERS.fullmatch(path) is not None
 
 

@@ -110,7 +110,7 @@ def _doubt_about_naming(base: BaseModel, path: str, tensor: str) -> str | None:
     _, module, _ = layer_and_module(tensor)
     rows = KNOWN.get(base.architecture, PLAIN).rows
     is_rotary = rows.get("attn_q") is rotary_q and rows.get("attn_k") is rotary_k
-    if module == "attn_qkv" and is_rotary:
+    if module == "attn_qkv" and is_rotary and not is_transformers_attention(path):
         return "the order of the rows of fused q, k and v depends on the program that fused them"
     if module not in {"attn_q", "attn_k"}:
         return None

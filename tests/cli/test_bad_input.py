@@ -430,7 +430,6 @@ GGUFS = {
     "dim_0": tensor_info("dims", "<Q", 0),
     "dims_past_the_end": tensor_info("dims", "<QQ", 96, 1 << 30),
     "type_unknown": tensor_info("type", "<I", 9999),
-    "type_removed": tensor_info("type", "<I", 4),
     "type_does_not_divide": tensor_info("type", "<I", int(gguf.GGMLQuantizationType.Q4_K)),
     "offset_past_the_end": tensor_info("offset", "<Q", 1 << 40),
     "offset_overflows": tensor_info("offset", "<Q", (1 << 64) - 32),
@@ -448,6 +447,16 @@ def test_base_gguf(case, adapter, base, tmp_path):
     assert damaged != data
     base.write_bytes(damaged)
     assert_both_refuse(adapter, base, tmp_path, "base.gguf")
+
+
+def test_a_type_that_ggml_has_removed(adapter, base, tmp_path):
+    """Convert needs only shapes; merge would have to read the weights."""
+    base.write_bytes(tensor_info("type", "<I", 4)(base.read_bytes()))
+    assert run("convert", adapter, "--base", base, "-o", tmp_path / "out.gguf").returncode == 0
+    refused = run("merge", base, "--lora", adapter, "-o", tmp_path / "merged.gguf")
+    assert refused.returncode == 1
+    assert "base.gguf" in refused.stderr
+    assert not (tmp_path / "merged.gguf").exists()
 
 
 @pytest.mark.parametrize(("key", "value"), [(b"llama.attention.head_count", 5), (b"llama.attention.head_count_kv", 0)])
