@@ -191,7 +191,7 @@ static void mask_column(const gfl_hook *hook, float *column, const float *weight
                         uint8_t *diverged) {
     for (int64_t bay = 0; bay < hook->n_bays; bay++, column += hook->width) {
         float weight = weights[bay] * factors[bay];
-        if (weight == 0.0f) { /* whatever is there: 0 * NaN would not be 0 */
+        if (weight == 0.0f) { /* not by a multiplication: 0 * NaN is NaN */
             memset(column, 0, (size_t)hook->width * sizeof *column);
             continue;
         }

@@ -455,9 +455,9 @@ def test_closing_frees_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recorded(into: list[str], name: str, function: Any) -> Any:
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, **options: Any) -> Any:
         into.append(name)
-        return function(*arguments)
+        return function(*arguments, **options)
 
     return call
 

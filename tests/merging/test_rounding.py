@@ -207,10 +207,12 @@ def test_types_by_pattern(tmp_path):
 
 
 def test_type_whose_blocks_do_not_fit(tmp_path):
-    with pytest.raises(gguflora.GgufloraError, match="multiple of 256"):
-        gguflora.merge(
-            builders.gguf_model("llama"), builders.adapter("llama", SMALL), tmp_path / "o.gguf", outtype="q4_k"
-        )
+    """The type falls back as llama-quantize's does, and the report says so."""
+    base, adapter = builders.gguf_model("llama"), builders.adapter("llama", SMALL)
+    fallen = gguflora.merge(base, adapter, tmp_path / "o.gguf", outtype="q4_k")
+    assert set(fallen.types) == {"Q5_0"}
+    assert any("256" in warning and "Q5_0" in warning for warning in fallen.warnings)
+    (tmp_path / "o.gguf").unlink()
     with pytest.raises(gguflora.GgufloraError, match="unknown quant type"):
         gguflora.merge(
             builders.gguf_model("llama"), builders.adapter("llama", SMALL), tmp_path / "o.gguf", outtype="q4"
