@@ -82,7 +82,7 @@ def is_unpermuted(path: str) -> bool:
 
 
 def is_transformers_attention(path: str) -> bool:
-    """Whether a name of q, k, v or all three is that of a model in transformers, which rotates row i with row i + head_dim / 2."""
+    """Whether a name of q, k or v is one of transformers, which rotates row i with row i + head_dim / 2."""
     return _TRANSFORMERS.fullmatch(path) is not None
 
 
