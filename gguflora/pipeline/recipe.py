@@ -184,7 +184,7 @@ class Train(Step):
     rslora: bool = False
     targets: str | list[str] | None = None
     layers: Whole | None = None
-    epochs: Number = 3
+    epochs: Number = 3.0
     steps: Whole | None = None
     hours: float | None = None
     batch: Whole = 8

@@ -119,7 +119,8 @@ def test_an_architecture(tree):
     original = {path: path.read_bytes() for path in tree.rglob("*.py")}
     oracle = ["tests/architectures/test_architectures.py", "-k", "nemotron and (checkpoints or modules)"]
     apply(tree, ARCHITECTURE, reverse=True, below="gguflora/")
-    assert mentions(tree, r"\bnemotron\b") == []
+    left = [line for line in mentions(tree, r"\bnemotron\b") if not line.startswith("configs.py")]  # of training
+    assert left == []
     before, said = passes(tree, *oracle)
     assert not before
     assert "AssertionError" in said
