@@ -154,8 +154,8 @@ static bool is_wanted(gfl_hook *hook, node t) {
     if (op == t.at->get_rows && !strcmp(name_of(factor), "token_embd.weight") && src_of(t, 1).self)
         start_ubatch(hook, t);
     bool is_a = name_ends_with(factor, ".lora_a");
-    if (hook->mode & GFL_HOOK_FIND && (is_a || name_ends_with(factor, ".lora_b"))) note_factor(hook, factor);
-    return is_a && hook->mode & GFL_HOOK_MASK;
+    if ((hook->mode & GFL_HOOK_FIND) && (is_a || name_ends_with(factor, ".lora_b"))) note_factor(hook, factor);
+    return is_a && (hook->mode & GFL_HOOK_MASK);
 }
 
 /* ---- shown a node: mask it, or clean what it wrote */
