@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
 from gguflora.system.cpus import usable_cpus
+from gguflora.system.memory import available_memory
 
 Request = dict[str, Any]
 """A job, ready for JSON. `gguflora.pipeline.job_process` uses ``action``, ``arguments`` and ``out``.
@@ -51,7 +52,7 @@ class Workers:
     """Runs jobs in up to ``max_concurrency`` processes on this machine."""
 
     def __init__(self, max_concurrency: int = 1, memory: int | None = None) -> None:
-        self.max_concurrency, self.memory = max_concurrency, memory or _free_memory()
+        self.max_concurrency, self.memory = max_concurrency, memory or available_memory() >> 20
         self.threads = max(1, usable_cpus() // max_concurrency)
         self._lock = threading.Lock()
         self._all: set[_Worker] = set()
@@ -91,10 +92,6 @@ class Workers:
             worker.wait()
         for worker in idle:  # the threads that use the others close them
             worker.close()
-
-
-def _free_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
 
 
 class _Worker:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from gguflora.errors import UsageError
+from gguflora.system.memory import available_memory
 from gguflora.training.loss import SLICE
 from gguflora.training.model import PackedModel
 from gguflora.training.packed import PANEL_WEIGHTS
@@ -66,15 +67,6 @@ def peak_memory() -> int:
         if found:
             return int(found[1]) * 1024
     return 0
-
-
-def available_memory() -> int:
-    """Bytes that could be had now; a container's limit counts."""
-    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
-    limits = [int(found[1]) * 1024] if found else []
-    with suppress(OSError, ValueError):
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    return min(limits, default=1 << 40)
 
 
 def read_bytes(text: str) -> int:

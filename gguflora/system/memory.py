@@ -1,0 +1,76 @@
+"""How much memory this process may use, on the machine and under the limits of its control groups."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from gguflora.system.cgroups import ControlGroup, control_groups
+
+_UNKNOWN = 1 << 40
+"""Bytes that a system is taken to have if it does not say."""
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Return how many bytes this process could take now without swapping.
+
+    Caches of files that the system drops when memory is short count as available. A limit of a control group counts
+    less what its processes use.
+
+    Args:
+        root: where the file system of the machine begins; only tests have another.
+    """
+    limits = [limit for group in control_groups("memory", root) if (limit := _left(group)) is not None]
+    return max(0, min([_machine_memory(root, "MemAvailable"), *limits]))
+
+
+def total_memory(root: Path = Path("/")) -> int:
+    """Return the bytes of memory of the machine, or the lowest limit of this process's control groups."""
+    limits = [limit for group in control_groups("memory", root) if (limit := _limit(group)) is not None]
+    return min([_machine_memory(root, "MemTotal"), *limits])
+
+
+def _limit(group: ControlGroup) -> int | None:
+    """Version 1 has no word for "no limit": it stores a number near 2**63, which no machine has."""
+    if not group.is_v2:
+        return group.read_number("memory.limit_in_bytes")
+    limits = [group.read_number(name) for name in ("memory.max", "memory.high")]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _left(group: ControlGroup) -> int | None:
+    limit = _limit(group)
+    used = group.read_number("memory.current" if group.is_v2 else "memory.usage_in_bytes")
+    if limit is None or used is None:
+        return limit
+    cached = group.read_row("memory.stat", "inactive_file" if group.is_v2 else "total_inactive_file") or 0
+    return limit - max(0, used - cached)
+
+
+def _machine_memory(root: Path, row: str) -> int:
+    with suppress(OSError):
+        found = re.search(rf"^{row}:\s+(\d+) kB", (root / "proc/meminfo").read_text(encoding="ascii"), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
+    if sys.platform == "win32":
+        return _windows_memory()[row]
+    with suppress(OSError, ValueError):  # macOS says how much it has, not how much is free
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return _UNKNOWN
+
+
+def _windows_memory() -> dict[str, int]:
+    """GlobalMemoryStatusEx; MEMORYSTATUSEX is two 32-bit and seven 64-bit numbers."""
+
+    class Status(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_uint32), ("load", ctypes.c_uint32), ("bytes", ctypes.c_uint64 * 7)]
+
+    status = Status(length=ctypes.sizeof(Status))
+    kernel32 = getattr(ctypes, "windll").kernel32  # noqa: B009  (mypy knows it on Windows only)
+    if not kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+        return {"MemTotal": _UNKNOWN, "MemAvailable": _UNKNOWN}
+    return {"MemTotal": status.bytes[0], "MemAvailable": status.bytes[1]}
