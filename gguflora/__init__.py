@@ -4,7 +4,9 @@ A public name's module is loaded when the name is first used, so that ``import g
 """
 
 import logging
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gguflora._version import __version__ as __version__
@@ -139,4 +141,12 @@ def __dir__() -> list[str]:
     return __all__
 
 
+class _Package(ModuleType):
+    """The class of this module: pickled by its name, so that functions of notebooks that use it can be sent away."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return import_module, (self.__name__,)
+
+
+sys.modules[__name__].__class__ = _Package
 logging.getLogger(__name__).addHandler(logging.NullHandler())

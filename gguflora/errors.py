@@ -37,10 +37,22 @@ The tree of the classes:
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 
 class GgufloraError(Exception):
-    """Base of all errors gguflora raises on purpose."""
+    """Base of all errors gguflora raises on purpose. Every one can be pickled, whatever its constructor takes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (type(self), self.args, vars(self))
+
+
+def _unpickled(kind: type[GgufloraError], args: tuple[Any, ...], attributes: dict[str, Any]) -> GgufloraError:
+    """Return an error as it was, without a call of its constructor, whose arguments may differ from ``args``."""
+    error = kind.__new__(kind, *args)
+    error.args = args
+    vars(error).update(attributes)
+    return error
 
 
 class UsageError(GgufloraError):

@@ -11,7 +11,7 @@ import typer
 import gguflora
 from gguflora.cli.app import app, console, print_report, progress_bar, to_json
 from gguflora.cli.options import AsJson, DryRun, Force, Lora, LoraScaled, TextOnly, Threads, TrustNames, scaled_paths
-from gguflora.files.atomic import atomic_output
+from gguflora.files.output_rule import check_text_target, write_output
 from gguflora.merging.merge import MAX_SEED
 from gguflora.merging.plots import plot_report
 from gguflora.merging.report import MergeReport
@@ -98,6 +98,8 @@ def merge(
     adapters = scaled_paths(lora, lora_scaled)
     if (out is not None) + (patch is not None) + in_place != 1:
         raise typer.BadParameter("give exactly one of --out, --patch and --in-place")
+    for path in filter(None, (report, plot)):
+        check_text_target(path, force=force)
     with progress_bar("merging") as progress:
         result = gguflora.merge(
             base,
@@ -119,8 +121,7 @@ def merge(
             progress=progress,
         )
     if report:
-        with atomic_output(report) as file:
-            file.write(to_json(result).encode())
+        write_output(report, to_json(result).encode())
     if plot:
         plot_report(result, plot)
     print_report(result, partial(_print_merge, in_place=in_place), as_json=as_json)

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 import gguflora
 from gguflora.cli.app import app, console, print_report, stderr, to_json
 from gguflora.cli.options import AsJson, DryRun, Force, Threads
+from gguflora.files.output_rule import check_text_target, write_output
 from gguflora.training.report import StepDone, TrainPlan, TrainReport
 
 
@@ -88,6 +89,8 @@ def train(
 
     gguflora train model.gguf --data notes/ -o my-notes --hours 2 --sample "What is on the list?"
     """
+    for path in filter(None, (report, plot)):
+        check_text_target(path, force=force or resume)
     try:
         with _watcher(quiet=as_json) as watch:
             done = gguflora.train(
@@ -140,7 +143,7 @@ def train(
             stderr.print(f"to go on: {shlex.join(['gguflora', *words, '--resume'])}", markup=False)
         raise
     if report is not None:
-        report.write_text(to_json(done) + "\n", encoding="utf-8")
+        write_output(report, f"{to_json(done)}\n".encode())
     print_report(done, _print_training, as_json=as_json)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from gguflora.errors import OutputError
+from gguflora.files.output_rule import check_regular
 
 _LOG = logging.getLogger(__name__)
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -35,7 +36,7 @@ def atomic_output(target: Path, *, force: bool = True) -> Iterator[IO[bytes]]:
         force: whether to replace a file that exists at ``target`` when the block ends; otherwise it is an error.
 
     Raises:
-        OutputError: if the file cannot be written.
+        OutputError: if the file cannot be written, or a device, FIFO, socket or link is in its place.
     """
     with atomic_outputs([target], force=force) as (file,):
         yield file
@@ -54,9 +55,11 @@ def atomic_outputs(targets: Sequence[Path], *, force: bool = True) -> Iterator[l
         force: whether to replace files that exist when the block ends; otherwise they are an error.
 
     Raises:
-        OutputError: if the files cannot be written.
+        OutputError: if the files cannot be written, or a device, FIFO, socket or link is in their place.
     """
     target = targets[0]
+    for path in targets:
+        check_regular(path)
     try:
         for path in targets:
             _remove_litter(path)
@@ -181,6 +184,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         OutputError: if the directory cannot be written.
     """
     target = target.absolute()
+    check_regular(target)
     token = secrets.token_hex(4)  # a process id is not unique: other machines may share the file system
     temporary = target.with_name(f".{target.name}.{token}.partial")
     replaced = target.with_name(f".{target.name}.{token}.old.partial")

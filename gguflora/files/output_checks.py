@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from gguflora.errors import OutputError
+from gguflora.files.output_rule import check_regular
 from gguflora.files.shard_names import same_split
 
 _ADAPTER = "adapter_config.json"
@@ -46,6 +47,7 @@ def check_targets(targets: Sequence[Path], inputs: Iterable[Path], *, force: boo
 def _check_name(target: Path, inputs: Iterable[Path], *, force: bool) -> None:
     if not target.parent.is_dir():
         raise OutputError(f"{target}: the directory {target.parent} does not exist; create it first")
+    check_regular(target)
     if target.is_dir():
         raise OutputError(f"{target}: is a directory, expected the name of a file")
     if not target.exists():
@@ -87,9 +89,10 @@ def check_folder_target(target: Path, inputs: Iterable[Path], *, marker: str, fo
         raise OutputError(f"{target}: the directory {parent} does not exist; create it first")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{target}: the directory {parent} is not writable")
-    if not target.exists() and not target.is_symlink():
+    check_regular(target)
+    if not target.exists():
         return
-    if target.is_symlink() or not target.is_dir() or (any(target.iterdir()) and not (target / marker).is_file()):
+    if not target.is_dir() or (any(target.iterdir()) and not (target / marker).is_file()):
         raise OutputError(f"{target}: exists, but is not a directory with {marker}; choose another name")
     for source in inputs:
         if source.exists() and (source.samefile(target) or source.parent.samefile(target)):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gguflora.errors import MissingExtraError, OutputError
+from gguflora.errors import MissingExtraError
+from gguflora.files.output_rule import save_figure
 from gguflora.lora.spectra import Spectrum
 
 
@@ -39,7 +40,4 @@ def plot_spectra(spectra: Sequence[Spectrum], title: str, out: Path) -> None:
         axis.tick_params(labelbottom=True)
     figure.supxlabel("number")
     figure.supylabel("singular value")
-    try:
-        figure.savefig(out)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{out}: cannot be written: {error}") from error
+    save_figure(figure, out)

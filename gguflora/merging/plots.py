@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.errors import MissingExtraError, OutputError
+from gguflora.files.output_rule import save_figure
 from gguflora.merging.report import MergeReport
 
 Row = Mapping[str, Any]
@@ -52,10 +53,7 @@ def plot_report(report: MergeReport | Mapping[str, Any], out: Path) -> None:
         axis.set_xticks(range(len(modules)), modules, rotation=90)
         axis.set_yticks(range(len(layers)), ["-" if layer == _NO_LAYER else str(layer) for layer in layers])
     figure.supylabel("layer")
-    try:
-        figure.savefig(out, dpi=120)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{out}: cannot be written: {error}") from error
+    save_figure(figure, out, dpi=120)
 
 
 _TITLES: Final = {

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from gguflora.errors import MissingExtraError, OutputError
+from gguflora.errors import MissingExtraError
+from gguflora.files.output_rule import check_text_target, save_figure
 from gguflora.training.report import CurveRow
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -18,8 +19,7 @@ def check_plot(out: Path) -> None:
         import matplotlib.figure  # noqa: F401, PLC0415  (heavy, and only for pictures)
     except ImportError as error:
         raise MissingExtraError("drawing", "matplotlib", "plot") from error
-    if not out.absolute().parent.is_dir():
-        raise OutputError(f"{out}: the directory {out.absolute().parent} does not exist; create it first")
+    check_text_target(out.absolute(), force=True)
 
 
 def plot_curve(curve: Sequence[CurveRow], base_valid_loss: float | None, title: str, out: Path) -> None:
@@ -48,10 +48,7 @@ def plot_curve(curve: Sequence[CurveRow], base_valid_loss: float | None, title: 
     rates.set_ylabel("learning rate")
     axis.set_title(title)
     figure.legend(loc="outside lower center", ncols=3)
-    try:
-        figure.savefig(out)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{out}: cannot be written: {error}") from error
+    save_figure(figure, out)
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:

@@ -1,0 +1,125 @@
+"""What may be an output: a regular file, or a new name. One rule for all that gguflora writes.
+
+Output is renamed to its place, so a device or a FIFO there would be replaced by a file, and a link would lose the file
+that it names. They are refused. Text and pictures (`write_output`) go through devices and FIFOs to their readers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Final
+
+from gguflora.errors import OutputError
+
+_DESCRIPTOR: Final = re.compile(r"/(?:dev|proc/(?:self|thread-self|\d+))/fd/(\d+)")
+_MAX_LINKS: Final = 40
+"""Links that are followed to find out what a path names, as in Linux."""
+_KINDS: Final = {
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def check_regular(target: Path) -> None:
+    """Check that nothing but a regular file or a directory is at ``target``; nothing at all is fine, too.
+
+    Raises:
+        OutputError: if it is a device, a FIFO, a socket or a symbolic link.
+    """
+    if kind := _special_kind(target):
+        raise OutputError(f"{target}: is {kind}, which a complete file cannot replace; give the name of a file")
+    if target.is_symlink():
+        named = target.parent / target.readlink()
+        raise OutputError(f"{target}: is a link to {named}; give that name, or remove the link")
+
+
+def _special_kind(path: Path) -> str | None:
+    """Return what a path names, links followed, if it is a device, a FIFO or a socket."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return None
+    return _KINDS.get(stat.S_IFMT(mode)) or ("an open file" if _descriptor(path) is not None else None)
+
+
+def _descriptor(path: Path) -> int | None:
+    """Return the open file of this process that a path such as ``/dev/stdout`` names."""
+    text = os.path.abspath(path)  # noqa: PTH100  (resolve would go on to the file behind the descriptor)
+    for _ in range(_MAX_LINKS):
+        if found := _DESCRIPTOR.fullmatch(text):
+            return int(found[1]) if Path(text).parent.resolve() == Path("/proc/self/fd").resolve() else None
+        try:
+            text = os.path.normpath(os.path.join(os.path.dirname(text), os.readlink(text)))  # noqa: PTH115, PTH118, PTH120
+        except OSError:
+            return None
+    return None
+
+
+def check_text_target(target: Path, *, force: bool) -> None:
+    """Check, before the work, that `write_output` can write to ``target``.
+
+    Args:
+        target: path of a report or a picture; devices, FIFOs and ``/dev/stdout`` are fine.
+        force: whether to replace a file that exists.
+
+    Raises:
+        OutputError: if it exists and ``force`` is not set, is a directory, a link or a socket, or its directory is
+            missing or not writable.
+    """
+    if _is_written_through(target):
+        return
+    check_regular(target)
+    if target.is_dir():
+        raise OutputError(f"{target}: is a directory, expected the name of a file")
+    if not target.parent.is_dir():
+        raise OutputError(f"{target}: the directory {target.parent} does not exist; create it first")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{target}: the directory {target.parent} is not writable")
+    if target.exists() and not force:
+        raise OutputError(f"{target}: already exists; choose another name, or overwrite it with --force")
+
+
+def write_output(target: Path, content: bytes) -> None:
+    """Write a report or a picture: through a device or a FIFO to who reads it, else as a file, whole or not at all.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    from gguflora.files.atomic import atomic_output  # noqa: PLC0415  (which checks its targets with this module)
+
+    if not _is_written_through(target):
+        with atomic_output(target) as file:
+            file.write(content)
+        return
+    descriptor = _descriptor(target)
+    try:
+        with open(os.dup(descriptor) if descriptor is not None else target, "wb", buffering=0) as stream:  # noqa: PTH123
+            view = memoryview(content)
+            while view:
+                view = view[stream.write(view) :]
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+def _is_written_through(target: Path) -> bool:
+    return _special_kind(target) in {"a device", "a FIFO", "an open file"} or _descriptor(target) is not None
+
+
+def save_figure(figure: Any, target: Path, **options: Any) -> None:  # noqa: ANN401  (matplotlib)
+    """Draw a matplotlib figure into a file whose suffix names the format; PNG if it has none.
+
+    Raises:
+        OutputError: if the format is unknown, or the file cannot be written.
+    """
+    picture = BytesIO()
+    try:
+        figure.savefig(picture, format=target.suffix[1:] or "png", **options)
+    except ValueError as error:
+        raise OutputError(f"{target}: cannot be written: {error}") from error
+    write_output(target, picture.getvalue())
