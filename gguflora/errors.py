@@ -41,7 +41,7 @@ from typing import Any
 
 
 class GgufloraError(Exception):
-    """Base of all errors gguflora raises on purpose. Every one can be pickled, whatever its constructor takes."""
+    """Base of all errors gguflora raises on purpose. Every one can be pickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled, (type(self), self.args, vars(self))
