@@ -1,6 +1,9 @@
 #include "dispatch.h"
 
 #include <stddef.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "block_formats.h"
 #include "kernels/base.h"
@@ -48,9 +51,12 @@ int gfl_isa_count(void) { return N_ISAS; }
 const char *gfl_isa_name(int isa) { return isa >= 0 && isa < N_ISAS ? isas[isa].name : NULL; }
 
 #if defined(__x86_64__)
-static int has_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
+static int has_f16c(void) { /* clang 14 has no such name for __builtin_cpu_supports */
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
+
+static int has_avx2(void) { return __builtin_cpu_supports("avx2") && has_f16c() && __builtin_cpu_supports("fma"); }
 #endif
 
 int gfl_isa_available(int isa) {

@@ -114,8 +114,8 @@ static gfl_result choose_row(codebook_call *call, const row_scratch *scratch, co
         if (!(strength >= TRY_SCALES * TRY_SCALES)) { /* a sample tells enough of what a tensor loses */
             gfl_codebook_sums sample;
             call->table->measure_codebook(&sample, call->codec, base, x, x, (int)(b % SAMPLED), SAMPLED);
-            sums[GFL_REACHED] += SAMPLED * (sample.squares - sample.lost);
-            sums[GFL_WANTED] += SAMPLED * sample.squares;
+            sums[GFL_REACHED] += (double)SAMPLED * (sample.squares - sample.lost);
+            sums[GFL_WANTED] += (double)SAMPLED * sample.squares;
             continue;
         }
         if (!searched) call->type->quantize(scratch->target, scratch->requantized, 1, call->n_in, call->imatrix);

@@ -8,6 +8,7 @@ For development ``python tools/build_backend.py --inplace`` compiles ``gguflora/
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -29,6 +30,20 @@ HEADERS = ("gguflora.h", "llama_hook.h")
 """The C interface."""
 
 
+def check_compiler() -> None:
+    """Stop with one sentence if this Python or its compiler cannot build the extension."""
+    if sys.maxsize <= 2**32:
+        sys.exit("gguflora needs a 64-bit Python: this one has 32 bits")
+    if sys.platform == "win32":  # setuptools finds Microsoft's compiler by itself, but the kernels are GNU C
+        return
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
+    if not shutil.which(compiler):
+        sys.exit(
+            f"gguflora's kernels are compiled from C, and there is no compiler {compiler!r}: install gcc or clang "
+            "(Debian: apt install gcc; macOS: xcode-select --install), or set CC to the one you have"
+        )
+
+
 def write_wrapper() -> Path:
     """Write ``build/_gguflora.c`` and return its path."""
     ffi = FFI()
@@ -43,11 +58,13 @@ def write_wrapper() -> Path:
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):  # noqa: ANN001, ANN201, D103
+    check_compiler()
     write_wrapper()
     return _setuptools.build_wheel(wheel_directory, config_settings, metadata_directory)
 
 
 def build_editable(wheel_directory, config_settings=None, metadata_directory=None):  # noqa: ANN001, ANN201, D103
+    check_compiler()
     write_wrapper()
     return _setuptools.build_editable(wheel_directory, config_settings, metadata_directory)
 

@@ -167,16 +167,16 @@ static void build_values(int which) {
 void gfl_build_once(gfl_built *built, int which, void (*build)(int which)) {
     atomic_bool *is_built = built->is_built + which;
     if (atomic_load_explicit(is_built, memory_order_acquire)) return;
-    pthread_mutex_lock(&built->lock);
+    gfl_take(&built->lock);
     if (!atomic_load_explicit(is_built, memory_order_relaxed)) {
         build(which);
         atomic_store_explicit(is_built, 1, memory_order_release);
     }
-    pthread_mutex_unlock(&built->lock);
+    gfl_give_back(&built->lock);
 }
 
 const gfl_codebook *gfl_codebook_of(int which) {
-    static gfl_built built = {.lock = PTHREAD_MUTEX_INITIALIZER};
+    static gfl_built built = {.lock = GFL_UNLOCKED};
     static const gfl_codebook all[N_CODEBOOKS] = {
         {points[CODEBOOK_IQ2_XXS], places[CODEBOOK_IQ2_XXS], short_places[CODEBOOK_IQ2_XXS], candidates_iq2_xxs},
         {points[CODEBOOK_IQ2_XS], places[CODEBOOK_IQ2_XS], short_places[CODEBOOK_IQ2_XS], candidates_iq2_xs},
@@ -190,7 +190,7 @@ const gfl_codebook *gfl_codebook_of(int which) {
 }
 
 const int8_t *gfl_codebook_values(int which) {
-    static gfl_built built = {.lock = PTHREAD_MUTEX_INITIALIZER};
+    static gfl_built built = {.lock = GFL_UNLOCKED};
     gfl_build_once(&built, which, build_values);
     return values[which];
 }

@@ -1,8 +1,9 @@
 #ifndef GFL_CODEBOOKS_H
 #define GFL_CODEBOOKS_H
-#include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
+
+#include "../lock.h"
 
 /* The codebooks of the IQ1, IQ2 and IQ3 types: which combinations of levels eight (or four) weights may take together.
  * ggml calls them grids, and a combination that is in one a point.
@@ -35,7 +36,7 @@ const gfl_codebook *gfl_codebook_of(int which);
 
 /* Which tables of one kind are built, one for each codebook. */
 typedef struct {
-    pthread_mutex_t lock;
+    gfl_lock lock;
     atomic_bool is_built[N_CODEBOOKS];
 } gfl_built;
 

@@ -127,7 +127,7 @@ static void build(int which) {
 }
 
 const gfl_neighbours *gfl_neighbours_of(int which) {
-    static gfl_built built = {.lock = PTHREAD_MUTEX_INITIALIZER};
+    static gfl_built built = {.lock = GFL_UNLOCKED};
     gfl_build_once(&built, which, build);
     return codebooks[which].neighbours;
 }

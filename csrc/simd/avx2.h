@@ -1,6 +1,8 @@
 #ifndef GFL_SIMD_H
 #define GFL_SIMD_H
+#if !defined(__clang__) /* there isa/avx2.c does it */
 #pragma GCC target("avx2,f16c,fma")
+#endif
 /* Eight lanes. The meaning of the names is in scalar.h. */
 #include <immintrin.h>
 #include <math.h>

@@ -1,6 +1,8 @@
 #ifndef GFL_SIMD_H
 #define GFL_SIMD_H
+#if !defined(__clang__) /* there isa/avx512.c does it */
 #pragma GCC target("avx2,f16c,fma,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
 /* Sixteen lanes. The meaning of the names is in scalar.h. */
 #include <immintrin.h>
 #include <math.h>

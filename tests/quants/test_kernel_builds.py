@@ -1,4 +1,4 @@
-"""The kernels where Python cannot load them: NEON under qemu, and every instruction set under ASan and UBSan."""
+"""The kernels where Python cannot load them: NEON under qemu; other instruction sets by clang, and under sanitizers."""
 
 import os
 import shutil
@@ -123,6 +123,13 @@ def sanitized(tmp_path_factory):
     return [str(build(tmp_path_factory.mktemp("sanitized"), "gcc", flags))]
 
 
+@pytest.fixture(scope="module")
+def clang(tmp_path_factory):
+    if shutil.which("clang") is None:
+        pytest.skip("needs clang (Debian: clang)")
+    return [str(build(tmp_path_factory.mktemp("clang"), "clang", []))]
+
+
 @pytest.mark.parametrize("isa", ["neon", "scalar"])
 @pytest.mark.parametrize("kind", TYPES.values(), ids=lambda kind: kind.name)
 def test_aarch64_equals_ggml(neon, kind, isa):
@@ -136,3 +143,11 @@ def test_sanitizers_see_nothing(sanitized, kind, isa):
     if isa not in isa_names():
         pytest.skip(f"this machine has no {isa}")
     assert_answers(sanitized, list(requests(kind, isa)))
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("kind", TYPES.values(), ids=lambda kind: kind.name)
+def test_clang_equals_ggml(clang, kind, isa):
+    if isa not in isa_names():
+        pytest.skip(f"this machine has no {isa}")
+    assert_answers(clang, list(requests(kind, isa)))
