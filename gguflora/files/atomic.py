@@ -175,10 +175,19 @@ def _remove_litter(target: Path) -> None:
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """Make a directory that becomes ``target`` when the block ends, and is removed if the block raises.
+def atomic_folder(target: Path, *, marker: str | None = None, stale: Sequence[str] = ()) -> Iterator[Path]:
+    """Make a directory whose files become those of ``target`` when the block ends, and vanish if the block raises.
+
+    A new or empty ``target`` appears at once, as a whole. In one that holds files, only the files that the block wrote
+    and those that match ``stale`` are replaced; everything else stays. Meanwhile the marker is missing, so that no
+    reader takes old files and new ones for one adapter.
 
     If the process is killed, the next output with the same target removes the leftovers.
+
+    Args:
+        target: path of the directory.
+        marker: name of the file that makes the directory readable; it is removed first and written last.
+        stale: patterns of file names that belong to the former output.
 
     Raises:
         OutputError: if the directory cannot be written.
@@ -187,7 +196,6 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     check_regular(target)
     token = secrets.token_hex(4)  # a process id is not unique: other machines may share the file system
     temporary = target.with_name(f".{target.name}.{token}.partial")
-    replaced = target.with_name(f".{target.name}.{token}.old.partial")
     try:
         _remove_litter(target)
         temporary.mkdir()
@@ -199,16 +207,33 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             for path in temporary.iterdir():
                 _sync_file(path)
             sync_folder(temporary)
-            if target.exists():
-                target.replace(replaced)
-            temporary.replace(target)
+            try:
+                temporary.replace(target)  # works if the target is missing or an empty directory
+            except OSError as error:
+                if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                    raise
+                _replace_files(temporary, target, marker, stale)
         finally:
             os.close(handle)
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(replaced, ignore_errors=True)
         sync_folder(target.parent)
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+def _replace_files(draft: Path, target: Path, marker: str | None, stale: Sequence[str]) -> None:
+    """Move the files of ``draft`` to ``target``, the marker last, and remove the former output's other files."""
+    names = sorted((path.name for path in draft.iterdir()), key=lambda name: name == marker)
+    for name in names:
+        if (target / name).is_dir():
+            raise OutputError(f"{target / name}: is a directory, expected a file; remove it, or choose another output")
+    old = {path.name for pattern in stale for path in target.glob(pattern) if path.is_symlink() or path.is_file()}
+    for name in ([marker] if marker else []) + sorted(old - set(names)):
+        (target / name).unlink(missing_ok=True)
+    sync_folder(target)
+    for name in names:
+        (draft / name).replace(target / name)
+    sync_folder(target)
 
 
 def _sync_file(path: Path) -> None:

@@ -77,9 +77,9 @@ def check_folder_target(target: Path, inputs: Iterable[Path], *, marker: str, fo
 
     Args:
         target: path of the directory.
-        inputs: paths that must not be overwritten, not even with ``force``.
-        marker: name of a file that every directory of this kind holds; a directory without it is never overwritten.
-        force: whether an existing directory with the marker may be overwritten.
+        inputs: paths that must not lie in the directory at any depth, not even with ``force``.
+        marker: name of a file that every directory of this kind holds; a directory without it is never written to.
+        force: whether the output's files may be replaced in a directory with the marker.
 
     Raises:
         OutputError: if the directory cannot be written.
@@ -95,7 +95,18 @@ def check_folder_target(target: Path, inputs: Iterable[Path], *, marker: str, fo
     if not target.is_dir() or (any(target.iterdir()) and not (target / marker).is_file()):
         raise OutputError(f"{target}: exists, but is not a directory with {marker}; choose another name")
     for source in inputs:
-        if source.exists() and (source.samefile(target) or source.parent.samefile(target)):
+        if not source.exists():
+            continue
+        if source.samefile(target) or source.parent.samefile(target):
             raise OutputError(f"{target}: is also an input; choose another name for the output")
+        if _contains(target, source):
+            raise OutputError(f"{target}: contains the input {source}; choose another name for the output")
+    if not os.access(target, os.W_OK | os.X_OK):
+        raise OutputError(f"{target}: the directory is not writable")
     if any(target.iterdir()) and not force:
         raise OutputError(f"{target}: already exists; choose another name, or overwrite it with --force")
+
+
+def _contains(folder: Path, path: Path) -> bool:
+    """Whether a path lies in a directory at any depth, as it is written or after its symbolic links."""
+    return folder.absolute() in path.absolute().parents or folder.resolve() in path.resolve().parents

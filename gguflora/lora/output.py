@@ -22,7 +22,7 @@ from gguflora.lora.gguf_writer import (
     encode_factors,
     write_lora,
 )
-from gguflora.lora.peft_writer import peft_tensors, write_peft_directory
+from gguflora.lora.peft_writer import STALE, peft_tensors, write_peft_directory
 from gguflora.lora.to_hf import for_model
 
 GGUF_SUFFIX: Final = ".gguf"
@@ -95,7 +95,7 @@ def write_adapter(
 
 def _write_peft(adapter: FactoredAdapter, out: Path) -> Written:
     tensors, config = peft_tensors(adapter)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, marker=FILE_NAME, stale=STALE) as folder:
         write_peft_directory(folder, tensors, config)
     ranks = [delta.rank for delta in adapter.pairs.values()]
     size = sum(tensor.nbytes for tensor in tensors.values())

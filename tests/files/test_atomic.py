@@ -187,3 +187,27 @@ def test_folders_of_the_dead_and_of_the_living(tmp_path):
             assert {first, second} == set(tmp_path.iterdir())
     assert (target / "file").read_text() == "first"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_keeps_the_files_that_are_not_of_the_output(tmp_path):
+    target = tmp_path / "out"
+    for name in ("config", "weights.old", "weights.new", "optimizer.pt", "checkpoint/weights.old"):
+        (target / name).parent.mkdir(exist_ok=True, parents=True)
+        (target / name).write_text("old")
+    with atomic_folder(target, marker="config", stale=("weights.*",)) as folder:
+        (folder / "config").write_text("new")
+        (folder / "weights.new").write_text("new")
+    found = {str(path.relative_to(target)): path.read_text() for path in target.rglob("*") if path.is_file()}
+    kept = {"optimizer.pt": "old", "checkpoint/weights.old": "old"}
+    assert found == {"config": "new", "weights.new": "new", **kept}
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_in_place_of_a_file_is_refused_before_anything_changes(tmp_path):
+    target = tmp_path / "out"
+    (target / "weights").mkdir(parents=True)
+    (target / "config").write_text("old")
+    with pytest.raises(OutputError, match="is a directory"), atomic_folder(target, marker="config") as folder:
+        (folder / "config").write_text("new")
+        (folder / "weights").write_text("new")
+    assert (target / "config").read_text() == "old"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from unittest import mock
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import gguflora
-from gguflora.errors import AdapterError, MismatchError, UnsupportedAdapterError
+from gguflora.errors import AdapterError, MismatchError, OutputError, UnsupportedAdapterError
 from support import builders
 from support.adapters import deltas_by_peft, lora_layers
 from support.asserts import assert_same, assert_same_changes
@@ -243,3 +244,42 @@ def test_command_line(tmp_path):
     assert [weight for _, _, weight in report["adapters"]] == [1.0, -0.4]
     assert_same(deltas_by_peft(tmp_path / "out"), peft_deltas([one, two], [1.0, -0.4], "ties", density=0.6))
     assert "ties of" in run(*arguments, "--force").stdout
+
+
+def _folder_with_work(folder):
+    """An adapter directory that also holds a checkpoint and an optimizer's state."""
+    shutil.copytree(paths(SPECS)[0], folder)
+    shutil.copytree(paths(SPECS)[1], folder / "checkpoint-7")
+    (folder / "checkpoint-7" / "optimizer.pt").write_bytes(b"state")
+    (folder / "adapter_model.bin").write_bytes(b"stale")
+    return folder
+
+
+@pytest.mark.parametrize("command", ["combine", "resize", "export"])
+def test_force_replaces_only_the_adapters_own_files(command, tmp_path):
+    out, adapters = _folder_with_work(tmp_path / "out"), paths(SPECS)
+    before = {path for path in out.rglob("*") if path.is_file()}
+    if command == "combine":
+        gguflora.combine(adapters[:2], out, method="cat", force=True)
+    elif command == "resize":
+        gguflora.resize(adapters[0], out, rank=2, force=True)
+    else:
+        gguflora.export(adapters[0], builders.gguf_model("llama"), out, force=True)
+    assert {path for path in out.rglob("*") if path.is_file()} == before - {out / "adapter_model.bin"}
+    assert (out / "checkpoint-7" / "optimizer.pt").read_bytes() == b"state"
+    assert deltas_by_peft(out)
+
+
+@pytest.mark.parametrize("link", [False, True], ids=["plain", "through a link"])
+def test_an_output_that_contains_an_input_is_refused(link, tmp_path):
+    out = _folder_with_work(tmp_path / "out")
+    inner = out / "checkpoint-7"
+    if link:
+        inner = tmp_path / "link"
+        inner.symlink_to(out / "checkpoint-7")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(OutputError, match=r"contains the input|is also an input"):
+        gguflora.combine([inner, paths(SPECS)[2]], out, method="cat", force=True)
+    with pytest.raises(OutputError, match=r"contains the input|is also an input"):
+        gguflora.resize(inner, out, rank=2, force=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,10 +19,12 @@ _OBJECT_STORES: Final = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl",
 
 _FILES_PER_REQUEST: Final = 256
 _MARKER: Final = "adapter_config.json"
+_STALE: Final = ("adapter_model.*", "adapter_model-*-of-*.safetensors")
+"""Weights of a former adapter, which an upload removes; other files of the folder stay."""
 
 
 def put(source: Path, url: str) -> None:
-    """Upload a file or a folder of files, and replace what is there.
+    """Upload a file or a folder of files, and replace the files of the same names and a former adapter's weights.
 
     A file appears completely or not at all. In a folder, an old ``adapter_config.json`` is removed first, and the new
     one uploaded last: without it, an incomplete folder does not look like an adapter.
@@ -42,7 +45,8 @@ def put(source: Path, url: str) -> None:
         for file in files:
             _put_file(store, file, f"{path}/{file.name}")
         for entry in store.ls(path, detail=True):
-            if entry["type"] == "file" and entry["name"].rpartition("/")[2] not in names:
+            name = entry["name"].rpartition("/")[2]
+            if entry["type"] == "file" and name not in names and any(fnmatch(name, form) for form in _STALE):
                 store.rm_file(entry["name"])
 
 
