@@ -92,7 +92,7 @@ def convert(
         rank: approximate each delta of a higher rank by the closest delta of this rank.
         energy: approximate each delta with the lowest rank that keeps this share of its squared norm.
         scale: multiplies the adapter's deltas.
-        text_only: of an adapter of a multimodal model, take only the part that changes the language model.
+        text_only: take only the part of a multimodal model's adapter that changes the language model.
         trust_names: apply the adapter by name and shape where the order of a tensor's rows is not known.
         dry_run: check everything but write nothing.
         force: overwrite ``out``.

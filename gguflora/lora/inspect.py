@@ -124,7 +124,7 @@ def inspect(
         adapter: PEFT or mlx-lm directory, or GGUF LoRA file.
         base: its base model: a GGUF file, or a directory with ``config.json``, whose weights are not read.
         ranks: compute the singular values of each delta and what lower ranks would keep.
-        text_only: of an adapter of a multimodal model, take only the part that changes the language model.
+        text_only: take only the part of a multimodal model's adapter that changes the language model.
         plot: path of a plot of the singular values to write (PNG, SVG or PDF); needs matplotlib.
         trust_names: apply the adapter by name and shape where the order of a tensor's rows is not known.
 

@@ -77,7 +77,7 @@ def merge(
         outtype: quant type of the changed matrices; ``keep`` keeps each tensor's own type.
         type: quant types of changed tensors by name pattern; takes precedence over ``outtype``.
         imatrix: importance matrix (GGUF or legacy ``.dat``) for the choice of scales, as llama-quantize uses it.
-        text_only: of an adapter of a multimodal model, take only the part that changes the language model.
+        text_only: take only the part of a multimodal model's adapter that changes the language model.
         trust_names: apply adapters by name and shape where the order of a tensor's rows is not known.
         threads: number of threads; by default one for each core that this process may use.
         dry_run: check everything but write nothing.

@@ -106,7 +106,7 @@ class Records:
         write_json(inside(self._folder, _record_name(job)), content)
 
     def forget(self, job: PipelineJob) -> None:
-        """Remove a job's record, so that the job runs again whatever happens to its output."""
+        """Remove a job's record, so that the job runs again even if its output stays."""
         if isinstance(self._folder, Path) or self._packed.pop(_record_name(job), None) is not None:
             discard(inside(self._folder, _record_name(job)))
         self._stamps.pop(job.name, None)

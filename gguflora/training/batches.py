@@ -21,8 +21,8 @@ class MicroBatch:
 
     Attributes:
         tokens: (n_samples, n_positions), padded at the end with token 0.
-        trained: of the same shape.
-        sources: of the samples.
+        trained: same shape as the tokens.
+        sources: where the samples come from.
     """
 
     tokens: torch.Tensor

@@ -29,7 +29,7 @@ class Progress:
         trained_tokens: learned tokens so far.
         seconds: of computing so far.
         base_valid_loss: held-out loss of the base.
-        best_step: of the best evaluation; -1 before the first.
+        best_step: step with the best evaluation; -1 before the first.
         best_loss: its held-out loss.
         misses: evaluations since, none of them better.
         curve: a row for each step: ``step``, ``loss``, ``valid_loss``, ``lr``.

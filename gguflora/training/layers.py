@@ -56,7 +56,7 @@ class PackedLinear(nn.Module):
     Attributes:
         matrix: the weight.
         bias: (n_out,), or None.
-        dtype: of the products.
+        dtype: type in which products are computed.
     """
 
     def __init__(self, matrix: PackedMatrix, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
@@ -102,8 +102,8 @@ class PackedExperts(nn.Module):
     """The experts of one layer, as those of transformers' Mixtral, Qwen-MoE and OLMoE: ``down(act(gate) * up)``.
 
     Attributes:
-        gate_up: of each expert, the rows of gate above those of up.
-        down: of each expert.
+        gate_up: one matrix for each expert, the rows of gate above those of up.
+        down: one matrix for each expert.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ class Limits:
     """When a run ends and what it does on the way.
 
     Attributes:
-        steps: of the run.
+        steps: number of optimizer steps in the run.
         eval_every: steps between evaluations.
         deadline: seconds of computing, at most.
     """
@@ -50,10 +50,10 @@ class Trainer:
     Args:
         trained: what is trained.
         batches: the steps.
-        options: of the run.
+        options: what the caller of ``train`` asked for.
         limits: when it ends.
         settings: what a run that goes on must have in common with this one.
-        folder: of the checkpoints; None to keep none.
+        folder: where checkpoints are written; None to keep none.
         evaluate: the held-out loss; None without held-out samples.
         watch: told of each step.
     """

@@ -37,7 +37,7 @@ class MemoryPlan:
 
     Attributes:
         recompute: whether blocks are computed again for the backward pass.
-        positions: of a micro-batch, at most.
+        positions: largest number of positions in a micro-batch.
         needed: bytes, estimated, without the mapped file.
         file: bytes of the mapped file, which the system may drop and read again.
     """
@@ -87,7 +87,7 @@ def needed_bytes(model: PackedModel, n_trained: int, positions: int, longest: in
     Args:
         model: the model.
         n_trained: trained numbers.
-        positions: of a micro-batch.
+        positions: number of positions in a micro-batch.
         longest: sample.
         recompute: whether blocks are computed again.
     """

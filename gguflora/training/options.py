@@ -26,7 +26,7 @@ class LoraShape:
     """What all LoRA layers of a run have in common.
 
     Attributes:
-        rank: of the factors.
+        rank: rank of the factors.
         alpha: numerator of their scaling.
         dropout: share of the inputs of A that is zeroed.
         rslora: whether the scaling is alpha / sqrt(rank).
@@ -118,7 +118,7 @@ class TrainOptions:
 
     @property
     def shape(self) -> LoraShape:
-        """Of the LoRA layers."""
+        """Options of the LoRA layers."""
         alpha = 2.0 * self.rank if self.alpha is None else self.alpha
         return LoraShape(self.rank, alpha, self.dropout, self.rslora, self.method == "dora", self.init)
 
@@ -129,7 +129,7 @@ class TrainOptions:
 
     @property
     def dtype(self) -> str:
-        """Of the products: bf16 only where the processor multiplies it faster."""
+        """Type of the products: bf16 only where the processor multiplies it faster."""
         if self.precision != "auto":
             return self.precision
         return "bf16" if _BF16_FLAGS & _cpu_flags() else "f32"

@@ -66,7 +66,7 @@ class Trainables:
     Attributes:
         model: the model that they lie in.
         layers: by module name.
-        shape: of the LoRA layers.
+        shape: rank, alpha and method of the LoRA layers.
         prompt: the soft prompt.
     """
 
@@ -171,9 +171,9 @@ def write_gguf(path: Path, folder: Path, name: str, base: BaseModel, record: Map
     """Write the GGUF LoRA of a PEFT directory.
 
     Args:
-        path: of the file.
+        path: where the file lies.
         folder: the directory.
-        name: of the adapter.
+        name: the adapter's name.
         base: the base model.
         record: how it was trained, for the metadata ``gguflora.training.*``.
     """

@@ -111,8 +111,8 @@ class PackedBase:
     """A GGUF model, mapped read-only: descriptions, packed matrices, and the few weights that are no matrices.
 
     Attributes:
-        path: of the file, or of the first of a split model.
-        paths: of all its files.
+        path: the file, or the first file of a split model.
+        paths: all its files.
         base: its description.
         metadata: its key-value pairs.
 

@@ -22,7 +22,7 @@ class RankRow:
     """What a rank would cost.
 
     Attributes:
-        rank: of the factors.
+        rank: rank of the factors.
         parameters: trained numbers.
         memory: estimated bytes, mapped file included.
         seconds: estimated, of the whole run.
@@ -49,14 +49,14 @@ class TrainPlan:
         length: longest sample.
         cut: sources of samples without their end.
         dropped: sources of samples that have nothing left to learn.
-        steps: of the run.
+        steps: number of optimizer steps in the run.
         steps_per_epoch: of one epoch.
         eval_every: steps between evaluations.
         seconds_per_step: measured on one real step; 0 if it was not.
         recompute: whether blocks are computed again for the backward pass.
         micro_positions: positions computed at once, at most.
         memory: estimated bytes, mapped file included.
-        precision: of the products.
+        precision: type in which products are computed.
         self_check: nats between torch's predictions and llama.cpp's; None if it was not measured.
         example: one sample as text, learned parts in ``[[..]]``.
         ranks: what other ranks would cost.
@@ -98,8 +98,8 @@ class StepDone:
 
     Attributes:
         step: steps done.
-        steps: of the run.
-        loss: of the step, in nats a learned token.
+        steps: number of optimizer steps in the run.
+        loss: loss of the step, in nats per learned token.
         valid_loss: if it was evaluated.
         lr: learning rate.
         tokens_per_second: positions of samples, while computing.
@@ -142,7 +142,7 @@ class TrainReport:
         base: the base model.
         method: ``lora``, ``dora`` or ``prompt``.
         plan: what was to be done.
-        base_valid_loss: of the base, in nats a learned token of the held-out samples; None without held-out samples.
+        base_valid_loss: the base's loss on held-out samples, in nats per learned token; None without such samples.
         valid_loss: the same of what was written.
         steps: done.
         best_step: whose factors were written.
@@ -180,7 +180,7 @@ class TrainReport:
 
     @property
     def perplexity(self) -> float | None:
-        """Of the held-out samples with what was written."""
+        """Loss of the held-out samples with the written adapter."""
         return None if self.valid_loss is None else math.exp(self.valid_loss)
 
     def to_dict(self) -> dict[str, Any]:

@@ -28,10 +28,10 @@ class Row:
 
     Attributes:
         source: file and line.
-        messages: of a chat.
+        messages: the messages of a chat.
         first: messages before this one are no answers to learn.
         tools: that the chat's template is told of.
-        prompt: of a completion.
+        prompt: the prompt of a completion.
         text: the completion, or the whole text.
     """
 

@@ -56,7 +56,7 @@ class _Data:
         held: samples held out.
         prompts: tokens of the sample prompts.
         example: one sample as text.
-        sha256: of all files.
+        sha256: SHA-256 over all files.
     """
 
     learned: SampleSet

@@ -83,7 +83,7 @@ class SampleMaker:
     """Turns rows into samples.
 
     Attributes:
-        vocabulary: of the model.
+        vocabulary: the model's vocabulary.
         template: in place of the model's own.
         learn_all: whether prompts are learned, too.
     """

@@ -72,7 +72,7 @@ def train(
         out: name of the outputs.
         valid: held-out data of the same forms.
         valid_split: share of the rows to hold out where ``valid`` is not given; at least one row unless it is 0.
-        rank: of the factors; of method ``prompt`` the number of virtual tokens.
+        rank: rank of the factors; of method ``prompt`` the number of virtual tokens.
         alpha: scaling times rank; by default twice the rank.
         dropout: share of a LoRA's inputs that a step leaves out.
         rslora: scale by alpha / sqrt(rank).
@@ -99,10 +99,10 @@ def train(
         resume: go on with the run that was interrupted.
         from_adapter: begin with the factors of this LoRA.
         memory: most memory, for example ``6G``; by default most of what is available.
-        precision: of the products: ``f32``, ``bf16``, or ``auto``: bf16 where the processor has it.
+        precision: type of the products: ``f32``, ``bf16``, or ``auto``: bf16 where the processor has it.
         threads: by default one for each core this process may use.
         chat_template: a file with a Jinja template, in place of the base's.
-        seed: of the first factors, the order of the data and dropout.
+        seed: decides the first factors, the order of the data and dropout.
         check_merge: also merge the adapter, and measure what the merged model keeps.
         dry_run: make the plan, with one real step measured, and train nothing.
         force: overwrite outputs, and drop a run that was interrupted.

@@ -33,16 +33,13 @@ PLACES = sorted(
         "csrc/*.md",
         ".github/**/*.yml",
         "tests/docs/*.py",
-        "gguflora/*.py",
-        "gguflora/cli/*.py",
-        "gguflora/engine/*.py",
-        "gguflora/runtime/*.py",
-        "gguflora/server/*.py",
+        "gguflora/**/*.py",
+        "tools/**/*.py",
     )
     for path in ROOT.glob(pattern)
     if path.name not in {"CHANGELOG.md", "test_prose.py"}
 )
-"""What is read. The other sources join when they are ready: gguflora/**/*.py, tools/**/*.py."""
+"""What is read."""
 
 
 def prose_of(path):

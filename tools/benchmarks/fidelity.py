@@ -58,7 +58,7 @@ EMBEDDINGS = ("token_embd.weight", "output.weight")
 class Cell:
     """One type, adapter and scale: KL divergences from the hot adapter in nats, and shares of its gain that are kept.
 
-    Of the adaptive merge the mean over the seeds, and their standard deviation.
+    Mean and standard deviation of the adaptive merge over the seeds.
     """
 
     type: str
@@ -147,7 +147,7 @@ class Experiment:
     def _judge(
         self, base: Path, scale: float, plain: Predictions, hot: Predictions, **options: Any
     ) -> tuple[float, float]:
-        """Of a merge: its divergence from the hot adapter, and the share of the gain that it keeps."""
+        """A merge's divergence from the hot adapter, and the share of the gain that it keeps."""
         out = self._scratch / "merged.gguf"
         gguflora.merge(base, [(self._adapter, scale)], out, force=True, **options)
         merged = self._held_out.predict(self._held_out.weights_of(out))

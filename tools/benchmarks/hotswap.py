@@ -194,7 +194,7 @@ def measure_attached(files: Subjects, repeats: int, threads: int) -> dict[str, f
 
 
 def measure_rebuilding(files: Subjects, repeats: int, threads: int) -> float:
-    """Seconds of switching by building a Llama anew, to the first token of its answer."""
+    """Seconds from building a new Llama to the first token of its answer."""
     switches = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -238,7 +238,7 @@ def hotswap(
     folder: Annotated[Path, typer.Option(help="Where models and adapters are kept.")] = CACHE,
     out: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
 ) -> None:
-    """Measure adapters at run time against a Llama built anew for each switch, and a merged file."""
+    """Measure adapters at run time against a new Llama for each switch, and a merged file."""
     files = Subjects(folder, model)
     report: dict[str, Any] = {
         "engine": measure_engine(files, repeats, threads),

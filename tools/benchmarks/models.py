@@ -46,7 +46,7 @@ class Llama:
     rope_base: float
 
     def linears(self) -> dict[str, tuple[str, int, int]]:
-        """Of each linear layer: its name in GGUF, n_out, n_in."""
+        """Each linear layer: its name in GGUF, n_out, n_in."""
         kv = self.hidden // self.heads * self.kv_heads
         return {
             "self_attn.q_proj": ("attn_q", self.hidden, self.hidden),
