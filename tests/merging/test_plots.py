@@ -91,7 +91,9 @@ def test_spectra_have_a_panel_for_each_kind(monkeypatch, tmp_path):
     from matplotlib.figure import Figure
 
     figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, out: (figures.append(figure), save(figure, out)))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, out, **options: (figures.append(figure), save(figure, out, **options))
+    )
     report = gguflora.inspect(DEMO / "shout", plot=tmp_path / "spectra.svg")
     panels = {axis.get_title(): axis for axis in figures[0].axes}
     assert set(panels) == {spectrum.kind for spectrum in report.spectra}
