@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from gguflora.files.strict_json import restored
 from gguflora.pipeline.recipe import Limits
 
 
@@ -19,7 +20,7 @@ def failed_checks(report: Mapping[str, Any], checks: Mapping[str, Limits]) -> li
     """
     failed = []
     for path, limits in checks.items():
-        entries = list(_follow(report, path.split("."), ""))
+        entries = list(_follow(restored(report), path.split("."), ""))
         numbers = [(name, value) for name, value in entries if isinstance(value, int | float)]
         if not numbers or len(numbers) < len(entries):
             failed.append(f"{path}: the report has no number there")
@@ -46,7 +47,7 @@ def _follow(value: Any, path: list[str], name: str) -> Iterator[tuple[str, Any]]
 
 
 def _describe_violation(name: str, value: float, limits: Limits) -> str | None:
-    if not math.isfinite(value) or (limits.max is not None and value > limits.max):
+    if math.isnan(value) or (limits.max is not None and value > limits.max):
         return f"{name} is {value:.6g}, allowed at most {limits.max}"
     if limits.min is not None and value < limits.min:
         return f"{name} is {value:.6g}, allowed at least {limits.min}"

@@ -40,9 +40,11 @@ def locked(folder: Location) -> Iterator[None]:
 
 @contextmanager
 def _locked_path(folder: Path) -> Iterator[None]:
+    if (folder / STATE).is_symlink():
+        raise OutputError(f"{folder / STATE}: is a link; a pipeline writes only to a folder of its own, so remove it")
     try:
         (folder / STATE).mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / STATE / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = os.open(folder / STATE / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {error.strerror}") from error
     try:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
+from urllib.parse import unquote
 
 from gguflora.errors import RecipeError, RemoteError
 from gguflora.files import remote
@@ -23,6 +24,7 @@ Location = Path | str
 STATE: Final = ".gguflora"
 """Folder of a pipeline's own files, in the output folder."""
 
+_FILE_URL: Final = re.compile(r"file:(?://(?:localhost)?)?(/[^#]*)")
 _VARIABLE: Final = re.compile(r"\{(\w*)\}")
 _MAX_LOOKUPS: Final = 16
 """Highest number of concurrent lookups of remote inputs."""
@@ -99,10 +101,17 @@ def plan_jobs(file: RecipeFile) -> RecipePlan:
     Raises:
         RecipeError: for cycles, unknown names, missing sources, and outputs that overlap or are outside of the folder.
     """
-    planner = _Planner(file, _output_folder(file))
-    for index in range(len(file.recipe.steps)):
-        planner.plan(index, ())
-    jobs = [job for step in planner.order for job in planner.jobs[step]]
+    folder, own = _output_folder(file), frozenset[Location]()
+    while True:  # until no glob takes an output, which changes the outputs
+        planner = _Planner(file, folder, own)
+        for index in range(len(file.recipe.steps)):
+            planner.plan(index, ())
+        jobs = [job for step in planner.order for job in planner.jobs[step]]
+        outs = {job.out for job in jobs}
+        taken = {path for path in planner.globbed if isinstance(path, Path) and outs & {path, *path.parents}}
+        if not taken:
+            break
+        own |= taken
     _check_outputs(file, jobs)
     return RecipePlan(planner.folder, jobs, _check_inputs(file, jobs))
 
@@ -124,11 +133,20 @@ def canonical(location: Location) -> Location:
 
 def to_location(text: str) -> Location:
     """Return the location that a text names: a URL or a path."""
+    if (path := local_path(text)) is not None:
+        return path
     return text if remote.is_remote(text) else Path(text)
 
 
+def local_path(text: str) -> Path | None:
+    """Return the path that a ``file://`` URL names, percent-decoded; None of any other text."""
+    found = _FILE_URL.fullmatch(text)
+    return Path(unquote(found[1])) if found else None
+
+
 class _Planner:
-    def __init__(self, file: RecipeFile, folder: Location) -> None:
+    def __init__(self, file: RecipeFile, folder: Location, own: frozenset[Location]) -> None:
+        self._own, self.globbed = own, set[Location]()
         self._file, self.folder, self._root = file, folder, file.path.absolute().parent
         self._by_name = {step.name: index for index, step in enumerate(file.recipe.steps)}
         self.jobs: dict[int, list[PipelineJob]] = {}
@@ -180,13 +198,21 @@ class _Planner:
         return locations
 
     def _matches(self, pattern: str) -> Sequence[Location]:
+        pattern = str(local_path(pattern) or pattern)
         if remote.is_remote(pattern):  # in a web address a question mark is not a wildcard
             is_web = pattern.startswith(("http://", "https://"))
             return remote.list_matching(pattern) if re.search(r"[*\[]" if is_web else r"[*?\[]", pattern) else [pattern]
         if not re.search(r"[*?\[]", pattern):
             return [self._root / pattern]
-        names = glob.glob(pattern, root_dir=self._root, recursive=True, include_hidden=True)  # noqa: PTH207  (patterns may be absolute)
-        return _without_later_parts([self._root / name for name in names])
+        names = glob.glob(pattern, root_dir=self._root, recursive=True)  # noqa: PTH207  (patterns may be absolute)
+        paths = [path for name in names if not self._is_own(path := self._root / name)]
+        self.globbed |= {path.resolve() for path in paths}
+        return _without_later_parts(paths)
+
+    def _is_own(self, path: Path) -> bool:
+        """Whether a match is an output of this recipe, or the folder of all outputs; a glob leaves them out."""
+        path = path.resolve()
+        return path == self.folder or not self._own.isdisjoint((path, *path.parents))
 
     def _job(self, index: int, values: Mapping[str, Value]) -> PipelineJob:
         step = self._file.recipe.steps[index]
@@ -241,7 +267,8 @@ class _Planner:
             return [self._resolve(entry) for entry in item]
         if isinstance(item, dict):
             return {**item, "path": self._resolve(item["path"])}
-        return item if isinstance(item, str) and remote.is_remote(item) else str(self._root / str(item))
+        item = str(local_path(str(item)) or item)
+        return item if remote.is_remote(item) else str(self._root / str(item))
 
 
 def _first_part(step: Step) -> str:

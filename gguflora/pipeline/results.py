@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from gguflora.files.strict_json import strict
+
 Status = Literal["done", "kept", "planned", "failed", "left"]
 
 
@@ -48,7 +50,7 @@ class StepResult:
 
 def compress(report: Mapping[str, Any] | None) -> bytes | None:
     """Compress a report to about a tenth of its size."""
-    return None if report is None else zlib.compress(json.dumps(report).encode(), level=1)
+    return None if report is None else zlib.compress(json.dumps(strict(report), allow_nan=False).encode(), level=1)
 
 
 @dataclass(frozen=True, slots=True)

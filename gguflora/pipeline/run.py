@@ -115,12 +115,13 @@ class _Runner:
         self._backend, self._has_failed = backend, False
         self._keys: dict[Location, str] = {}
         self._results: dict[Location, StepResult] = {}
-        self._records = Records(plan.folder)
+        self._hashes = Keys(plan.folder, plan.found)
+        self._records = Records(plan.folder, self._hashes.hash_of)
 
     def run(self, *, keep_going: bool, resume: bool) -> list[StepResult]:
         """Run all jobs and return their results in the order of the jobs."""
         order = list(TopologicalSorter(self._dependencies).static_order())
-        keys = Keys(self._plan.folder, self._plan.found)
+        keys = self._hashes
         sorter = TopologicalSorter(self._dependencies)
         sorter.prepare()
         waiting: list[Location] = []

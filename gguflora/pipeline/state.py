@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -15,9 +18,19 @@ from gguflora.files import remote
 from gguflora.files.atomic import atomic_output
 from gguflora.files.checksum import sha256_of
 from gguflora.files.shard_names import part_names
+from gguflora.files.strict_json import strict
 from gguflora.pipeline.plan import STATE, Location, PipelineJob, canonical
 
 _HASHES: Final = "hashes.json"
+_TICK: Final = 20_000_000
+"""Longest step of a file system's clock in nanoseconds: two ticks of a kernel with 100 a second."""
+_READ: Final = {
+    "adapter": re.compile(
+        r"adapter_config\.json|adapter_model.*|adapters\..*|tokenizer\.json|tokenizer_config\.json|added_tokens\.json"
+    ),
+    "config": re.compile(r"config\.json"),
+}
+"""Names of the files of a folder that commands read."""
 
 
 class Keys:
@@ -35,6 +48,7 @@ class Keys:
         self._file, self._found = inside(folder, _HASHES), found
         self._known: dict[str, list[Any]] = _read_json(self._file) or {}
         self._keys: dict[Location, str] = {}
+        self._is_changed = False
 
     def key_of(self, job: PipelineJob) -> str:
         """Return the key of a job. Call it first for the jobs that make its inputs.
@@ -44,7 +58,12 @@ class Keys:
         """
         inputs = [self._keys.get(canonical(item)) or self._content(item, kind) for item, kind in job.inputs.items()]
         names = {str(location): f"input {number}" for number, location in enumerate(job.inputs)}
-        parts = {"version": __version__, "action": job.action, "inputs": inputs}
+        parts = {
+            "version": __version__,
+            "action": job.action,
+            "inputs": inputs,
+            "names": [_name_of(item) for item in job.inputs],
+        }
         name = remote.file_name(str(job.out))
         text = json.dumps({**parts, "arguments": job.arguments, "name": name}, sort_keys=True, default=str)
         for path, label in sorted(names.items(), key=lambda entry: -len(entry[0])):
@@ -55,31 +74,34 @@ class Keys:
     def _content(self, location: Location, kind: remote.Kind) -> str:
         if isinstance(location, str):
             return self._found[location].content or self._content(remote.fetch(location, kind), kind)
-        files = [file for file in _files_of(location) if file.exists()]
+        files = _files_read(location, kind)
         if files == [location]:
-            return self._hash(location)
+            return self.hash_of(location)
         digest = hashlib.sha256()
         for file in files:
-            digest.update(f"{file.name} {self._hash(file)}\n".encode())
+            digest.update(f"{file.relative_to(location.parent)} {self.hash_of(file)}\n".encode())
         return digest.hexdigest()
 
-    def _hash(self, path: Path) -> str:
-        resolved, stat = str(path.resolve()), path.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns]
-        if self._known.get(resolved, [])[:2] != stamp:
-            self._known[resolved] = [*stamp, sha256_of(path)]
-        return str(self._known[resolved][2])
+    def hash_of(self, path: Path) -> str:
+        """Return the SHA-256 of a file, which is read only if it may have changed."""
+        resolved, stamp = str(path.resolve()), _stamp_of(path)
+        known = self._known.get(resolved, [])
+        if known[:-1] != stamp:
+            known = [*stamp, sha256_of(path)]
+            self._known[resolved], self._is_changed = known, True
+        return str(known[-1])
 
     def save(self) -> None:
         """Save the hashes for the next run."""
-        write_json(self._file, self._known)
+        if self._is_changed:
+            write_json(self._file, dict(self._known))
 
 
 class Records:
     """Records in the output folder of what each output was made from."""
 
-    def __init__(self, folder: Location) -> None:
-        self._folder = folder
+    def __init__(self, folder: Location, hash_of: Callable[[Path], str]) -> None:
+        self._folder, self._hash_of = folder, hash_of
         self._packed: dict[str, bytes] = {}
         self._stamps: dict[str, dict[str, str]] = {}
         if isinstance(folder, str):  # read all at once: reading each would take one or two requests
@@ -130,7 +152,35 @@ class Records:
         paths = _files_of(job.out)
         if not all(path.exists() for path in paths):
             return None
-        return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+        return [[path.name, path.stat().st_size, self._hash_of(path)] for path in paths]
+
+
+def _stamp_of(path: Path) -> list[int]:
+    """Return what differs once a file has changed: size, times, and which file it is.
+
+    A write right after another may have its time, so it waits until the clock of the file system has gone on.
+    """
+    while 0 <= time.time_ns() - (stat := path.stat()).st_ctime_ns < _TICK:
+        time.sleep(_TICK / 1e9)
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
+
+
+def _name_of(location: Location) -> str:
+    """Return the name of an input, which commands write into their outputs."""
+    return remote.file_name(location) if isinstance(location, str) else Path(os.path.abspath(location)).name  # noqa: PTH100
+
+
+def _files_read(path: Path, kind: remote.Kind) -> list[Path]:
+    """Return the files of an input that a command reads."""
+    if kind == "adapter" and path.suffix in {".safetensors", ".bin", ".json", ".npz"} and path.is_file():
+        path = path.parent
+    if not path.is_dir():
+        return [file for file in _files_of(path) if file.exists()]
+    if kind == "file":  # training data, in folders of folders
+        return sorted(entry for entry in path.rglob("*") if entry.is_file())
+    files = _files_of(path)
+    pattern = _READ.get(kind)
+    return [file for file in files if pattern.fullmatch(file.name)] or files if pattern else files
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -192,7 +242,7 @@ def write_json(location: Location, content: Mapping[str, Any]) -> None:
     Raises:
         OutputError: if it cannot be written.
     """
-    text = json.dumps(content, indent=2).encode()
+    text = json.dumps(strict(content), indent=2, allow_nan=False).encode()
     if isinstance(location, str):
         remote.write_bytes(location, text)
         return
