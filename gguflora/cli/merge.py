@@ -144,6 +144,8 @@ def _print_merge(report: MergeReport, *, in_place: bool) -> None:
         f"{report.weights / 1e6:.1f} M weights, {report.size / 1e6:.1f} MB",
         markup=False,
     )
+    if report.tokenizer:
+        console.print(f"from the adapter's tokenizer: {'; '.join(report.tokenizer)}", markup=False)
     if report.written != report.size and not report.dry_run:
         file_kind = "undo file" if in_place else "patch"
         console.print(

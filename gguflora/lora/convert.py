@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from gguflora.adapters.adapter import read_adapter
+from gguflora.adapters.adapter import Adapter, read_adapter
 from gguflora.architectures import ignored_at_run_time
 from gguflora.architectures.base_model import BaseModel, read_base
 from gguflora.architectures.unruled import unknown_warning
 from gguflora.errors import AdapterError, listed
 from gguflora.files.atomic import atomic_output, path_of
+from gguflora.files.gguf import GgufFile
 from gguflora.files.output_checks import check_target
 from gguflora.files.remote import remote_inputs
 from gguflora.lora.factors import Factors, factor_adapter
@@ -28,6 +29,7 @@ from gguflora.lora.gguf_writer import (
     write_lora,
 )
 from gguflora.placement.language_part import language_part
+from gguflora.placement.vocabulary import changed_metadata, describe_changes, tokens_beyond
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,7 @@ def convert(
             *source.warnings,
             *(["the scale is 0: the file changes nothing"] if scale == 0 else []),
             *_collect_cautions(factored),
+            *tokenizer_warnings(source, base),
             *architecture_warnings(model, factored),
             *type_warnings(outtype, stored),
         ),
@@ -143,6 +146,23 @@ def convert(
 
 def _collect_cautions(factored: Sequence[Factors]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for factors in factored for text in factors.cautions))
+
+
+def tokenizer_warnings(adapter: Adapter, base: str | os.PathLike[str]) -> list[str]:
+    """Return a warning that names how the adapter's tokenizer differs from the base's; a GGUF LoRA cannot hold it."""
+    if Path(base).is_dir():
+        return []
+    with GgufFile(base) as file:
+        differences = describe_changes(file, changed_metadata(file, adapter))
+        beyond = [] if adapter.architecture else tokens_beyond(file, adapter.path.parent)
+    if beyond:
+        differences.append(f"{len(beyond)} tokens past the rows of the embedding ({listed(beyond, 3)})")
+    if not differences:
+        return []
+    return [
+        f"{adapter.path.parent}: its tokenizer differs from the base's, and a GGUF LoRA cannot hold that: "
+        f"{'; '.join(differences)}. The base's is used at run time; merge the adapter to carry the differences over"
+    ]
 
 
 def architecture_warnings(model: BaseModel, factored: Sequence[Factors]) -> list[str]:

@@ -20,6 +20,7 @@ from gguflora.files.output_checks import check_targets
 from gguflora.files.remote import remote_inputs
 from gguflora.merging.in_place import check_in_place, merge_in_place
 from gguflora.merging.patch import write_patch
+from gguflora.merging.plan import MergePlan
 from gguflora.merging.prepare import (
     MAX_SEED,
     AdapterArgument,
@@ -97,7 +98,7 @@ def merge(
         file, plan = merging.file, merging.plan
         outputs = _output_paths(file, out, patch)
         if in_place:
-            plan = replace(plan, layout=check_in_place(file, plan.targets))
+            plan = _plan_in_place(file, plan)
         else:
             check_targets(outputs, merging.inputs, force=force or dry_run, size=0 if patch else plan.layout.size)
         sums: dict[str, Sums] = {}
@@ -132,6 +133,18 @@ def merge(
             threads=used_threads,
             dry_run=dry_run,
         )
+
+
+def _plan_in_place(file: GgufFile, plan: MergePlan) -> MergePlan:
+    """Return a plan that keeps the base's metadata, with a warning about the tokenizer's changes that are lost."""
+    layout = check_in_place(file, plan.targets)
+    if not plan.tokenizer:
+        return replace(plan, layout=layout)
+    lost = (
+        f"{file.path}: a merge in place cannot change metadata; it keeps the base's tokenizer, which differs from the "
+        f"adapter's: {'; '.join(plan.tokenizer)}. Use --out or --patch to carry the differences over"
+    )
+    return replace(plan, layout=layout, warnings=(*plan.warnings, lost), tokenizer=())
 
 
 def plan_merge(

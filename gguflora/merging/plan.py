@@ -19,7 +19,6 @@ from gguflora.errors import QuantizationError, UnsupportedAdapterError, listed
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Layout, Shape, TensorEntry, encode_entry
 from gguflora.merging.output_types import OutputTypes
 from gguflora.merging.rounding import RoundingOptions
-from gguflora.merging.vocabulary import grown_vocabulary
 from gguflora.placement.copies import without_copies
 from gguflora.placement.place import (
     PlacedDelta,
@@ -28,6 +27,7 @@ from gguflora.placement.place import (
     place,
 )
 from gguflora.placement.target import ChangedTensor, ScaledDelta
+from gguflora.placement.vocabulary import TEMPLATE, changed_metadata, describe_changes, tokens_beyond
 from gguflora.quants.types import TYPES, type_named
 
 MERGED_NAMES: Final = "gguflora.merged.names"
@@ -35,11 +35,19 @@ MERGED_NAMES: Final = "gguflora.merged.names"
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
-    """The layout of the output, the tensors that are not just copied from the base, and warnings for the user."""
+    """What a merge writes.
+
+    Attributes:
+        layout: layout of the output.
+        targets: the tensors that are not just copied from the base.
+        warnings: messages for the user.
+        tokenizer: what the adapters' tokenizers change in the base's metadata, one text for each difference.
+    """
 
     layout: Layout
     targets: Sequence[ChangedTensor]
     warnings: tuple[str, ...]
+    tokenizer: tuple[str, ...] = ()
 
 
 _AS_BASE: Final = OutputTypes()
@@ -87,9 +95,9 @@ def make_plan(
     untied = _untie(model, deltas) if model.is_tied else set()
     entries = _merge_record(file, sources, rounding)
     n_tokens = _find_new_vocabulary(file, deltas)
-    if n_tokens:
-        for source, _ in sources:
-            entries |= grown_vocabulary(file, source.path.parent, n_tokens)
+    metadata, tokenizer_warnings = _metadata_of_tokenizers(file, sources, n_tokens)
+    warnings += tokenizer_warnings
+    entries |= {key: encode_entry(key, value) for key, value in metadata.items()}
     fallbacks: dict[tuple[str, str, int], list[str]] = {}
     targets, only_floats = [], not any(tensor.type.block_weights > 1 for tensor in file.tensors.values())
     for name, items in deltas.items():
@@ -109,7 +117,39 @@ def make_plan(
     ]
     warnings += [f"--type {pattern}: matches no changed tensor" for pattern in types.unused_patterns(list(deltas))]
     layout = file.layout(entries, {target.name: (target.shape, target.type) for target in targets})
-    return MergePlan(layout, targets, tuple(warnings))
+    return MergePlan(layout, targets, tuple(warnings), tuple(describe_changes(file, metadata)))
+
+
+def _metadata_of_tokenizers(
+    file: GgufFile, sources: Sequence[tuple[Adapter, float]], n_tokens: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Return what the adapters' tokenizers change in the metadata, and warnings about what cannot be carried over.
+
+    Raises:
+        UnsupportedAdapterError: if the tokenizers of two adapters differ in their tokens or special tokens.
+    """
+    metadata: dict[str, Any] = {}
+    owners: dict[str, Adapter] = {}
+    warnings = []
+    for source, scale in sources:
+        if not scale or source.architecture is not None:
+            continue
+        for key, value in changed_metadata(file, source, n_tokens).items():
+            owner = owners.setdefault(key, source)
+            if metadata.setdefault(key, value) == value:
+                continue
+            if not key.startswith(TEMPLATE):
+                raise UnsupportedAdapterError(
+                    f"{source.path.parent}: its tokenizer has another {key} than that of {owner.path.parent}; one "
+                    "model cannot have both. Merge one of the adapters, or remove a tokenizer that does not matter"
+                )
+            warnings.append(f"{source.path.parent}: its {key} is dropped: {owner.path.parent} comes first")
+        if beyond := tokens_beyond(file, source.path.parent, n_tokens):
+            warnings.append(
+                f"{source.path.parent}: its tokenizer has {len(beyond)} tokens past the rows of the embedding, which "
+                f"the merged model does not know: {listed(beyond, 3)}"
+            )
+    return metadata, warnings
 
 
 def _find_new_vocabulary(file: GgufFile, deltas: Mapping[str, Sequence[ScaledDelta]]) -> int:

@@ -87,6 +87,7 @@ class PreparedMerge:
             seed=self.rounding.seed,
             size=self.plan.layout.size,
             warnings=(*self.plan.warnings, *warnings_of(tensors, total, self.rounding.mode)),
+            tokenizer=self.plan.tokenizer,
             **more,
         )
 

@@ -101,6 +101,8 @@ class MergeReport:
         threads: number of threads used.
         warnings: messages for the user.
         dry_run: True if nothing was written.
+        tokenizer: what the adapters' tokenizers and chat templates change in the metadata, one text for each
+            difference.
     """
 
     output: Path
@@ -115,6 +117,7 @@ class MergeReport:
     threads: int
     warnings: tuple[str, ...]
     dry_run: bool
+    tokenizer: tuple[str, ...] = ()
 
     @property
     def types(self) -> dict[str, int]:

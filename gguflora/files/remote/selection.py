@@ -14,7 +14,9 @@ ALLOW_PICKLE: Final = "GGUFLORA_ALLOW_PICKLE"
 """Environment variable; set to 1, it allows fetching ``.bin`` files."""
 
 
-_TOKENIZER: Final = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+_TOKENIZER: Final = (
+    "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 NAMES: Final[dict[Kind, tuple[str, ...]]] = {
     "adapter": ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors", *_TOKENIZER),
     "model": ("config.json", "model.safetensors.index.json", "model.safetensors"),
