@@ -28,6 +28,7 @@ from gguflora.runtime.bindings import (
     load_lora,
     set_loras,
 )
+from gguflora.runtime.tokenizing import pre_tokenizer, tokenize
 
 POSITIONS: Final = 128
 """Tokens of one call of ``llama_decode``: larger batches are not faster and need more memory for logits."""
@@ -66,13 +67,12 @@ class LogitsModel:
         self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(self.pointer)
 
     def tokenize(self, text: bytes) -> list[int]:
-        """Return the tokens of a text, without a token for its beginning."""
-        capacity = len(text) + 8
-        tokens = (llama_cpp.llama_token * capacity)()
-        count = llama_cpp.llama_tokenize(self._vocabulary, text, len(text), tokens, capacity, False, False)
-        if count < 0:
-            raise HotSwapError(f"{self.path}: llama.cpp could not tokenize the text")
-        return list(tokens[:count])
+        """Return the tokens of a text, without a token for its beginning.
+
+        Raises:
+            RequestError: if llama.cpp cannot split the text.
+        """
+        return tokenize(self._vocabulary, text, add_bos=False, special=False, pre=pre_tokenizer(self.pointer))
 
     @property
     def first_tokens(self) -> list[int]:

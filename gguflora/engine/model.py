@@ -15,6 +15,7 @@ from llama_cpp import llama_chat_format
 from gguflora.errors import EngineError, RequestError
 from gguflora.runtime.bindings import captured_log, is_stateful, reason_of
 from gguflora.runtime.llama_internals import silence
+from gguflora.runtime.tokenizing import pre_tokenizer, tokenize
 
 _PLAIN_TEMPLATE: Final = (
     "{% for message in messages %}"
@@ -57,6 +58,7 @@ class Model:
             raise EngineError(f"{path}: llama.cpp could not load this model: {reason_of(log)}")
         self.pointer: Any = pointer
         self._vocab = llama_cpp.llama_model_get_vocab(pointer)
+        self._pre = pre_tokenizer(pointer)
         self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         self.n_embd = int(llama_cpp.llama_model_n_embd(pointer))
         self.rewinds = not is_stateful(pointer)
@@ -76,15 +78,12 @@ class Model:
         return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
 
     def tokenize(self, text: str, *, add_bos: bool, special: bool) -> list[int]:
-        """Split ``text`` into tokens; ``special`` reads the spelling of a control token as that token."""
-        encoded = text.encode("utf-8", errors="replace")
-        size = len(encoded) + 2
-        while True:
-            tokens = (llama_cpp.llama_token * size)()
-            count = llama_cpp.llama_tokenize(self._vocab, encoded, len(encoded), tokens, size, add_bos, special)
-            if count >= 0:
-                return list(tokens[:count])
-            size = -count
+        """Split ``text`` into tokens; ``special`` reads the spelling of a control token as that token.
+
+        Raises:
+            RequestError: if llama.cpp cannot split the text, see `gguflora.runtime.tokenizing`.
+        """
+        return tokenize(self._vocab, text, add_bos=add_bos, special=special, pre=self._pre)
 
     def _piece(self, token: int, special: bool = False) -> bytes:
         """Return the bytes of one token; a control token has none unless ``special``."""
