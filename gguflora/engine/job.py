@@ -104,7 +104,7 @@ class GenerationJob:
         self._max_positions = min(self._n_prompt + request.max_tokens, n_ctx)
         self._sink = sink
         self._model = model
-        self._sampler = Sampler(request.sampling, model.n_vocab, prompt)
+        self._sampler = Sampler(request.sampling, model, prompt)
         self._text = AnswerText(request.stop)
         self._reused: int | None = None
         self._submitted = time.monotonic()
@@ -171,7 +171,7 @@ class GenerationJob:
         n_top = self.request.logprobs
         logprob = None if n_top is None else token_logprob(logits, token, n_top, self._model.piece)
         self._plan.append(token)
-        if self._model.is_end(token):
+        if self._model.is_end(token) or token in self.request.sampling.stop_token_ids:
             return "stop"
         self._push(token, logprob)
         if self._text.stopped:

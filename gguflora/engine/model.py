@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,6 +41,7 @@ class Model:
         pointer: the ``llama_model *``; None once freed.
         n_vocab: number of tokens in the vocabulary.
         n_embd: number of values of an embedding.
+        n_ctx_train: number of tokens that the model was trained for.
         rewinds: whether its state can be rewound by a few tokens; false for recurrent and hybrid models.
 
     Raises:
@@ -61,6 +62,7 @@ class Model:
         self._pre = pre_tokenizer(pointer)
         self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         self.n_embd = int(llama_cpp.llama_model_n_embd(pointer))
+        self.n_ctx_train = int(llama_cpp.llama_model_n_ctx_train(pointer))
         self.rewinds = not is_stateful(pointer)
         if llama_cpp.llama_model_has_encoder(pointer) or not llama_cpp.llama_model_has_decoder(pointer):
             self.free()
@@ -72,6 +74,16 @@ class Model:
         pointer, self.pointer = self.pointer, None
         if pointer is not None:
             llama_cpp.llama_model_free(pointer)
+
+    @property
+    def vocabulary(self) -> Any:  # noqa: ANN401  (llama_cpp has no types)
+        """The ``llama_vocab *``."""
+        return self._vocab
+
+    @cached_property
+    def end_tokens(self) -> tuple[int, ...]:
+        """All tokens that end an answer."""
+        return tuple(token for token in range(self.n_vocab) if self.is_end(token))
 
     def is_end(self, token: int) -> bool:
         """Return whether ``token`` ends an answer."""

@@ -19,6 +19,42 @@ FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "timeout", "err
 
 MAX_LOGPROBS: Final = 100
 _MAX_PENALTY: Final = 1000.0
+_MAX_GRAMMAR: Final = 1 << 18
+_MAX_BREAKERS: Final = 32
+_MAX_BREAKER_CHARS: Final = 40
+_RANGES: Final[tuple[tuple[str, float, float], ...]] = (
+    ("typical_p", 0, 1),
+    ("top_n_sigma", -1, 1000),
+    ("xtc_probability", 0, 1),
+    ("xtc_threshold", 0, 1),
+    ("dynatemp_range", 0, 100),
+    ("dynatemp_exponent", 0, 100),
+    ("mirostat_tau", 0, 100),
+    ("mirostat_eta", 0, 10),
+    ("dry_multiplier", 0, 1000),
+    ("dry_base", 1, 1000),
+)
+_WHOLE_RANGES: Final = (
+    ("repeat_last_n", -1, 1 << 16),
+    ("mirostat", 0, 2),
+    ("dry_allowed_length", 0, 1 << 16),
+    ("dry_penalty_last_n", -1, 1 << 16),
+    ("min_tokens", 0, 2**31 - 1),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """A grammar that an answer must follow, in llama.cpp's GBNF; the rule ``root`` is the whole answer.
+
+    Attributes:
+        text: the rules.
+        triggers: regular expressions over the answer so far; the grammar begins where the first group of one of them
+            matches, and the text before is free. Empty: the grammar holds from the first token on.
+    """
+
+    text: str
+    triggers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +66,30 @@ class Sampling:
         top_p: keep the most likely tokens whose probabilities sum to this; 1 keeps all.
         top_k: keep this number of most likely tokens; 0 keeps all.
         min_p: keep tokens whose probability is at least this share of the highest one; 0 keeps all.
-        seed: seed of the random numbers; None for a random seed.
-        repeat_penalty: weakens the logits of tokens that occur among the last 64; 1 leaves them unchanged.
-        frequency_penalty: subtracted from a token's logit for each occurrence among the last 64 tokens.
-        presence_penalty: subtracted once from the logit of a token that occurs among the last 64 tokens.
+        seed: seed of the random numbers; None, -1 or 4294967295 for a random seed.
+        repeat_penalty: weakens the logits of tokens that occur among the last ``repeat_last_n``; 1 changes nothing.
+        frequency_penalty: subtracted from a token's logit for each occurrence among the last ``repeat_last_n`` tokens.
+        presence_penalty: subtracted once from the logit of a token that occurs among them.
         logit_bias: number to add to the logit of a token, by token.
+        repeat_last_n: number of tokens that the three penalties look at; 0 switches them off, -1 looks at all.
+        typical_p: keep locally typical tokens whose probabilities sum to this; 1 keeps all.
+        top_n_sigma: keep tokens within this number of standard deviations of the highest logit; below 0 keeps all.
+        xtc_probability: chance to remove all but the least likely of the tokens above ``xtc_threshold``; 0 never does.
+        xtc_threshold: probability above which XTC may remove a token.
+        dynatemp_range: the temperature varies by this with the entropy, up and down; 0 keeps it fixed.
+        dynatemp_exponent: how the entropy maps to the temperature.
+        mirostat: 0, or the version of mirostat (1 or 2) that replaces the other filters.
+        mirostat_tau: mirostat's target entropy.
+        mirostat_eta: mirostat's learning rate.
+        dry_multiplier: strength of the DRY penalty of repeated sequences; 0 switches it off.
+        dry_base: base of the DRY penalty, which grows with the length of the repetition.
+        dry_allowed_length: length of repetitions that DRY does not penalize.
+        dry_penalty_last_n: number of tokens that DRY looks at; 0 switches it off, -1 looks at all.
+        dry_sequence_breakers: texts at which a repetition ends for DRY.
+        min_tokens: number of tokens before which the answer does not end by itself.
+        ignore_eos: never end the answer by itself.
+        stop_token_ids: further tokens that end the answer; they are not part of it.
+        grammar: what the answer must look like.
     """
 
     temperature: float = 0.8
@@ -46,6 +101,25 @@ class Sampling:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    repeat_last_n: int = 64
+    typical_p: float = 1.0
+    top_n_sigma: float = -1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    grammar: Grammar | None = None
 
     def check(self, n_vocab: int) -> None:
         """Check that llama.cpp's samplers accept these parameters.
@@ -62,9 +136,26 @@ class Sampling:
         _check_whole("top_k", self.top_k, 0, 2**31 - 1)
         if self.seed is not None:
             _check_whole("seed", self.seed, -(2**63), 2**64 - 1)
+        self._check_filters()
+        for token in self.stop_token_ids:
+            _check_whole("stop_token_ids", token, 0, n_vocab - 1)
+        if self.grammar is not None and (len(self.grammar.text) > _MAX_GRAMMAR or "\0" in self.grammar.text):
+            raise RequestError(f"grammar is longer than {_MAX_GRAMMAR} characters, or has a NUL character")
         for token, bias in self.logit_bias.items():
             _check_whole("token of logit_bias", token, 0, n_vocab - 1)
             _check_number("logit_bias", bias, -math.inf, math.inf)
+
+    def _check_filters(self) -> None:
+        for name, low, high in _RANGES:
+            _check_number(name, getattr(self, name), low, high)
+        for name, low, high in _WHOLE_RANGES:
+            _check_whole(name, getattr(self, name), low, high)
+        breakers = self.dry_sequence_breakers
+        if len(breakers) > _MAX_BREAKERS or not all(0 < len(text) <= _MAX_BREAKER_CHARS for text in breakers):
+            raise RequestError(
+                f"dry_sequence_breakers has {len(breakers)} texts, expected up to {_MAX_BREAKERS} of 1 to "
+                f"{_MAX_BREAKER_CHARS} characters"
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
