@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gguflora.engine.adapter_sets import BASE, AdapterSet, describe_set
     from gguflora.engine.engine import Engine
     from gguflora.engine.registry import LoadedAdapter
-    from gguflora.engine.requests import Generation, Piece, Request, Sampling, Timings, TokenLogprob, Usage
+    from gguflora.engine.requests import Generation, Grammar, Piece, Request, Sampling, Timings, TokenLogprob, Usage
     from gguflora.engine.stats import ContextStats, EngineStats
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Engine",
     "EngineStats",
     "Generation",
+    "Grammar",
     "LoadedAdapter",
     "Piece",
     "Request",
@@ -44,6 +45,7 @@ _HOMES: Final = {
     "Engine": "gguflora.engine.engine",
     "EngineStats": "gguflora.engine.stats",
     "Generation": "gguflora.engine.requests",
+    "Grammar": "gguflora.engine.requests",
     "LoadedAdapter": "gguflora.engine.registry",
     "Piece": "gguflora.engine.requests",
     "Request": "gguflora.engine.requests",

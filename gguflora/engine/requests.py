@@ -73,7 +73,7 @@ class Sampling:
         logit_bias: number to add to the logit of a token, by token.
         repeat_last_n: number of tokens that the three penalties look at; 0 switches them off, -1 looks at all.
         typical_p: keep locally typical tokens whose probabilities sum to this; 1 keeps all.
-        top_n_sigma: keep tokens within this number of standard deviations of the highest logit; below 0 keeps all.
+        top_n_sigma: keep tokens within this number of standard deviations of the highest logit; 0 or less keeps all.
         xtc_probability: chance to remove all but the least likely of the tokens above ``xtc_threshold``; 0 never does.
         xtc_threshold: probability above which XTC may remove a token.
         dynatemp_range: the temperature varies by this with the entropy, up and down; 0 keeps it fixed.

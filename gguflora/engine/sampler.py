@@ -170,7 +170,7 @@ def _filters(sampling: Sampling, model: Model, seed: int, *, greedy: bool) -> It
     if greedy:
         yield llama_cpp.llama_sampler_init_greedy()
         return
-    if sampling.top_n_sigma >= 0:
+    if sampling.top_n_sigma > 0:
         yield llama_cpp.llama_sampler_init_top_n_sigma(sampling.top_n_sigma)
     yield llama_cpp.llama_sampler_init_top_k(sampling.top_k)
     if sampling.typical_p < 1:
