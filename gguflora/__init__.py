@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from gguflora.merging.patch.apply import ApplyReport as ApplyReport
     from gguflora.merging.patch.apply import apply_patch as apply_patch
     from gguflora.merging.plots import plot_report as plot_report
+    from gguflora.merging.quantize import QuantizeReport as QuantizeReport
+    from gguflora.merging.quantize import quantize as quantize
     from gguflora.merging.report import MergeReport as MergeReport
     from gguflora.merging.report import TensorReport as TensorReport
     from gguflora.pipeline import PipelineReport as PipelineReport
@@ -72,6 +74,7 @@ _HOMES = {
     "MergeReport": "gguflora.merging.report",
     "PartReport": "gguflora.merging.parts",
     "PipelineReport": "gguflora.pipeline",
+    "QuantizeReport": "gguflora.merging.quantize",
     "ResizeReport": "gguflora.lora.resize",
     "RunReport": "gguflora.engine.run",
     "ServeReport": "gguflora.server.serve",
@@ -93,6 +96,7 @@ _HOMES = {
     "merge_part": "gguflora.merging.parts",
     "plan_merge": "gguflora.merging.merge",
     "plot_report": "gguflora.merging.plots",
+    "quantize": "gguflora.merging.quantize",
     "read_adapter": "gguflora.adapters.adapter",
     "resize": "gguflora.lora.resize",
     "run": "gguflora.engine.run",

@@ -17,6 +17,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -51,6 +52,45 @@ def read_imatrix(path: str | os.PathLike[str]) -> dict[str, Float32Array]:
     return imatrix
 
 
+@dataclass(frozen=True, slots=True)
+class ImatrixOrigin:
+    """The text that an importance matrix was computed on, if it is recorded, and in how many chunks (0: unknown)."""
+
+    dataset: str | None
+    chunks: int
+
+
+def read_origin(path: str | os.PathLike[str]) -> ImatrixOrigin:
+    """Read where an importance matrix comes from. `read_imatrix` has checked the file.
+
+    Raises:
+        FormatError: if the file is missing or damaged.
+    """
+    location = Path(path)
+    with _open(location) as file:
+        if file.read(4) != MAGIC:
+            return _origin_of_dat(_Reader(location, file))
+    with GgufFile(location) as imatrix:
+        datasets, chunks = imatrix.metadata.get("imatrix.datasets"), imatrix.metadata.get("imatrix.chunk_count")
+    first = datasets[0] if isinstance(datasets, list) and datasets and isinstance(datasets[0], str) else None
+    return ImatrixOrigin(first, chunks if isinstance(chunks, int) else 0)
+
+
+def _origin_of_dat(reader: _Reader) -> ImatrixOrigin:
+    """Read what follows the entries of a ``.dat`` file, which may be nothing."""
+    for _ in range(reader.integer("the number of entries")):
+        reader.take(reader.integer("the length of a name"), "a name")
+        reader.integer("the number of calls")
+        reader.take(4 * reader.integer("the number of values"), "the values")
+    if not reader.remaining:
+        return ImatrixOrigin(None, 0)
+    chunks = reader.integer("the number of chunks")
+    if not reader.remaining:
+        return ImatrixOrigin(None, chunks)
+    text = reader.take(reader.integer("the length of the text's name"), "the text's name")
+    return ImatrixOrigin(text.split(b"\0")[0].decode("utf-8", errors="replace") or None, chunks)
+
+
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
     """Open the file for reading. It is not mapped: truncation while reading would kill the process with SIGBUS."""
@@ -80,7 +120,7 @@ def importance_of(imatrix: Mapping[str, Float32Array], tensor: str, shape: Shape
     matrices = math.prod(shape[:-2])
     if weights.size == matrices * shape[-1]:
         return weights.reshape(matrices, shape[-1])
-    if tensor == TOKEN_EMBEDDING:  # llama-quantize ignores the weights, too: tied to the output they may have any size
+    if tensor in {TOKEN_EMBEDDING, "per_layer_token_embd.weight"}:  # llama-quantize ignores the weights, too: tied to the output they may have any size
         return None
     raise MismatchError(
         f"the importance matrix has {weights.size} values for {tensor!r}, expected {matrices} x {shape[-1]}; was it "
@@ -152,8 +192,12 @@ class _Reader:
         self._position = file.seek(0)
         self.size = os.fstat(file.fileno()).st_size
 
+    @property
+    def remaining(self) -> int:
+        return self.size - self._position
+
     def take(self, count: int, field: str) -> bytes:
-        remaining = self.size - self._position
+        remaining = self.remaining
         if not 0 <= count <= remaining:
             raise FormatError(
                 f"{self._path}: {field} needs {count} bytes at byte {self._position}, but {remaining} are left"

@@ -29,7 +29,7 @@ from typing import IO, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora.errors import QuantizationError
+from gguflora.errors import NonFiniteError, QuantizationError
 from gguflora.merging.file_io import read_into, write_at
 from gguflora.merging.imatrix import importance_of
 from gguflora.placement.base_weights import BaseTensors, read_or_zeros
@@ -40,6 +40,7 @@ from gguflora.quants.arrays import Bytes, Float32Array, Float64Array
 from gguflora.quants.types import type_named
 
 _LEAST_REACHED: Final = 0.01
+_CACHED_WEIGHTS: Final = 1 << 16
 
 Mode = Literal["adaptive", "nearest"]
 Sums = NDArray[np.float64]
@@ -146,6 +147,8 @@ class RowsRounder:
     def _round(self, rows: Bytes, start: int, stop: int, sums: Sums) -> Bytes:
         if not self._changes_anything and self._type == self._source:
             return rows
+        if not self._target.deltas:
+            return self._requantize(rows, start, stop)
         if self.is_stochastic:
             return self._round_stochastic(rows, start, stop, sums)
         if isinstance(self._rows, LowRankRows):
@@ -179,6 +182,23 @@ class RowsRounder:
         new, (src, kind) = self._empty(len(rows)), self._weights.stored(self._target.source, rows, start, stop)
         delta = added.delta(start, stop)
         sums[:] = kernels.merge_rows(src, kind, new, self._type, delta, imatrix=self._importance)
+        return new
+
+    def _requantize(self, rows: Bytes, start: int, stop: int) -> Bytes:
+        """Convert rows to another type; a few at a time, so that their values stay in the cache."""
+        new, (src, kind) = self._empty(len(rows)), self._weights.stored(self._target.source, rows, start, stop)
+        step = max(1, _CACHED_WEIGHTS // self._target.source.n_in)
+        for first in range(0, len(rows), step):
+            part = slice(first, first + step)
+            if kind == _FLOAT:
+                values = src[part].view(np.float32)
+            else:
+                values = np.empty((len(src[part]), self._target.source.n_in), np.float32)
+                kernels.dequantize_rows(src[part], kind, values)
+            try:
+                kernels.quantize_rows(values, self._type, new[part], imatrix=self._importance)
+            except NonFiniteError as error:
+                raise NonFiniteError(str(error), first + error.row, error.column) from error
         return new
 
     def _round_to_nearest(self, rows: Bytes, start: int, stop: int, sums: Sums) -> Bytes:
