@@ -9,6 +9,7 @@ from gguflora.cli.app import main
 from gguflora.cli import (  # noqa: F401  # isort: skip
     convert,
     merge,
+    quantize,
     apply_patch,
     unmerge,
     compare,

@@ -42,6 +42,20 @@ Task = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=NUMBER", help="Task of a MULTITASK_PROMPT_TUNING adapter, from 0. Repeatable."),
 ]
+TensorType = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN=TYPE",
+        help="Type of tensors in whose names a regular expression is found, instead of the preset's. Repeatable.",
+    ),
+]
+Pure = Annotated[bool, typer.Option("--pure", help="Give all tensors the preset's main type.")]
+OutputTensorType = Annotated[
+    str | None, typer.Option(metavar="TYPE", help="Type of the output weight, instead of the preset's.")
+]
+TokenEmbeddingType = Annotated[
+    str | None, typer.Option(metavar="TYPE", help="Type of the token embedding, instead of the preset's.")
+]
 Context = Annotated[
     int | None, typer.Option(min=8, help="Size of the context in tokens; default: the model's, up to 4096.")
 ]
@@ -71,6 +85,21 @@ def _split_scale(text: str, form: str) -> tuple[str, float]:
     if number is None or not path:
         raise typer.BadParameter(f"--lora-scaled is {text!r}, expected {form}, for example adapter.gguf:0.5")
     return path, number
+
+
+def tensor_types(texts: Sequence[str] | None) -> list[tuple[str, str]]:
+    """Parse the values of ``--tensor-type PATTERN=TYPE``.
+
+    Raises:
+        typer.BadParameter: if a pattern or type is missing.
+    """
+    pairs = [text.partition("=") for text in texts or ()]
+    for pattern, equals, name in pairs:
+        if not pattern or not name:
+            raise typer.BadParameter(
+                f"--tensor-type is {pattern + equals + name!r}, expected PATTERN=TYPE, for example attn_v=q8_0"
+            )
+    return [(pattern, name) for pattern, _, name in pairs]
 
 
 def named_adapters(texts: Sequence[str] | None) -> dict[str, str]:

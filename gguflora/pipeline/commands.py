@@ -19,6 +19,7 @@ def commands() -> Mapping[str, Callable[..., Any]]:
     from gguflora.lora.resize import resize  # noqa: PLC0415
     from gguflora.merging.merge import merge  # noqa: PLC0415
     from gguflora.merging.parts import assemble, merge_part  # noqa: PLC0415
+    from gguflora.merging.quantize import quantize  # noqa: PLC0415
     from gguflora.training.train import train  # noqa: PLC0415
 
     return {
@@ -31,6 +32,7 @@ def commands() -> Mapping[str, Callable[..., Any]]:
         "inspect": inspect,
         "merge": merge,
         "merge_part": merge_part,
+        "quantize": quantize,
         "resize": resize,
         "train": train,
     }

@@ -100,6 +100,20 @@ class Merge(Step):
     threads: int | None = Field(default=None, ge=1)
 
 
+class Quantize(Step):
+    """`gguflora.quantize`."""
+
+    action: Literal["quantize"]
+    base: str
+    preset: str
+    imatrix: str | None = None
+    tensor_types: dict[str, str] | None = None
+    pure: bool = False
+    output_tensor_type: str | None = None
+    token_embedding_type: str | None = None
+    threads: int | None = Field(default=None, ge=1)
+
+
 class Combine(Step):
     """`gguflora.combine`."""
 
@@ -210,7 +224,8 @@ class Train(Step):
 
 
 AnyStep = Annotated[
-    Convert | Merge | Combine | Resize | Extract | Export | Inspect | Compare | Train, Field(discriminator="action")
+    Convert | Merge | Quantize | Combine | Resize | Extract | Export | Inspect | Compare | Train,
+    Field(discriminator="action"),
 ]
 
 
@@ -317,7 +332,9 @@ def _describe(problem: Any) -> str:  # noqa: ANN401  (pydantic's ErrorDetails)
     return f"{problem['msg'][:1].lower()}{problem['msg'][1:]}{given}"
 
 
-_ACTIONS: Final = {"convert", "merge", "combine", "resize", "extract", "export", "inspect", "compare", "train"}
+_ACTIONS: Final = {
+    "convert", "merge", "quantize", "combine", "resize", "extract", "export", "inspect", "compare", "train",
+}  # fmt: skip
 _ALTERNATIVES: Final = {*_ACTIONS, "str", "int", "float", "constrained-str", "AdapterUse"}
 
 
