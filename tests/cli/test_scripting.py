@@ -22,7 +22,13 @@ from support.cli import run
 CLI = typer.main.get_command(app).commands
 FUNCTIONS = {name: name.replace("-", "_") for name in CLI} | {"demo": "run_demo", "pipeline": "run_pipeline"}
 # paths and scales are one argument in Python; an option that is given several times has the name of one
-LORAS = {"--tensor-type": "tensor_types", "--lora": "adapters", "--lora-scaled": "adapters", "--task": "tasks", "--from": "from_adapter"}
+LORAS = {
+    "--tensor-type": "tensor_types",
+    "--lora": "adapters",
+    "--lora-scaled": "adapters",
+    "--task": "tasks",
+    "--from": "from_adapter",
+}
 ONLY_COMMAND = {
     "merge": {"report": "the result's to_dict()", "plot": "gguflora.merging.plots.plot_report(result)"},
     "pipeline": {"schema": "gguflora.pipeline.recipe_schema()"},
