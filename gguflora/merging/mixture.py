@@ -1,8 +1,8 @@
 """Choose the type of every tensor of a file as llama-quantize does: the mixture behind a preset.
 
 The rules are llama.cpp's (``src/llama-quant.cpp``, MIT license): ``tensor_allows_quantization``,
-``llama_tensor_get_type``, ``tensor_type_fallback`` and ``tensor_requires_imatrix``. Their order and their counters matter,
-because a tensor's position among its kind decides.
+``llama_tensor_get_type``, ``tensor_type_fallback`` and ``tensor_requires_imatrix``. Their order and their counters
+matter, because a tensor's position among its kind decides.
 """
 
 from __future__ import annotations
@@ -40,13 +40,15 @@ _KINDS: Final = (
 )
 _SMALLEST: Final = {"IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ1_S", "IQ1_M"}
 _NEED_IMATRIX: Final = {"IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S"}
-_FALLBACKS: Final = {
+FALLBACKS: Final = {
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
     **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
     **{"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"},
 }
-_MORE_Q5_OF_EIGHT_EXPERTS: Final = set(
-    "Q2_K IQ3_XS IQ3_XXS Q3_K_S Q3_K_M IQ4_NL Q4_K_S Q4_K_M IQ3_S IQ3_M IQ4_XS".split()
+"""What llama-quantize takes if rows are no multiple of 256 (``tensor_type_fallback`` in src/llama-quant.cpp)."""
+
+_MORE_Q5_OF_EIGHT_EXPERTS: Final = frozenset(
+    ("Q2_K", "IQ3_XS", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ3_S", "IQ3_M", "IQ4_XS")
 )
 
 
@@ -173,16 +175,16 @@ class _Rules:
         n_in = tensor.shape[-1]
         if n_in % kind.block_weights == 0:
             return kind
-        if kind.name not in _FALLBACKS and kind.block_weights > 32:
+        if kind.name not in FALLBACKS and kind.block_weights > 32:
             raise QuantizationError(
                 f"tensor {tensor.name!r} has rows of {n_in} weights, which cannot be stored as {kind.name}; give it "
                 f"another type with --tensor-type {tensor.name}=q8_0, for example"
             )
         self.misfits[tensor.name] = kind
-        fallback = type_named(_FALLBACKS.get(kind.name, kind.name))
+        fallback = type_named(FALLBACKS.get(kind.name, kind.name))
         return fallback if n_in % fallback.block_weights == 0 else type_named("F16")
 
-    def _rule(self, tensor: Form) -> str:
+    def _rule(self, tensor: Form) -> str:  # noqa: PLR0911  (a table of rules)
         kind = _kind_of(tensor.name)
         if kind == "output" or (self.is_tied and kind == "embedding"):
             return self._output(tensor)
@@ -248,7 +250,7 @@ class _Rules:
         kind = self._value_of_dense(number)
         return "Q5_K" if self.model.is_70b and kind in {"Q3_K", "Q4_K"} else kind
 
-    def _value_of_dense(self, number: int) -> str:
+    def _value_of_dense(self, number: int) -> str:  # noqa: PLR0911  (a table of rules)
         name, main, shares = self.preset.name, self.preset.main.name, self.model.n_gqa >= 4
         if name == "Q2_K":
             return "Q4_K" if shares else "Q3_K"
@@ -279,7 +281,7 @@ class _Rules:
             return "Q5_K" if name in _MORE_Q5_OF_EIGHT_EXPERTS else main
         return {"Q2_K": "Q3_K", "IQ3_XXS": "IQ3_S", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K", "IQ3_M": "Q4_K"}.get(name, main)
 
-    def _ffn_down(self, tensor: Form) -> str:
+    def _ffn_down(self, tensor: Form) -> str:  # noqa: PLR0911  (a table of rules)
         layer, n = self._layer(tensor, "ffn_down"), self.model.n_layers
         name, main, is_falcon = self.preset.name, self.preset.main.name, self.model.architecture == "falcon"
         more, early = _has_more_bits(layer, n), layer < n // 8

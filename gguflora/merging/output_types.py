@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from gguflora.files.gguf import TensorEntry
+from gguflora.merging.mixture import FALLBACKS
 from gguflora.quants.types import GgmlType, type_named
 
 
@@ -54,22 +55,15 @@ class OutputTypes:
         """
         kind = self.type_of(name, source, only_floats=only_floats)
         named = any(_matches(pattern, name) for pattern, _ in self.patterns)
-        if named or kind is not self.general or source.n_in % kind.block_weights == 0 or kind.name not in _FALLBACKS:
+        if named or kind is not self.general or source.n_in % kind.block_weights == 0 or kind.name not in FALLBACKS:
             return kind, None
-        fallback = type_named(_FALLBACKS[kind.name])
+        fallback = type_named(FALLBACKS[kind.name])
         return (fallback if source.n_in % fallback.block_weights == 0 else type_named("F16")), kind
 
     def unused_patterns(self, names: Sequence[str]) -> list[str]:
         """Return the patterns that match none of the names."""
         return [pattern for pattern, _ in self.patterns if not any(_matches(pattern, name) for name in names)]
 
-
-_FALLBACKS: Final = {
-    **dict.fromkeys(("TQ1_0", "TQ2_0"), "Q4_0"),
-    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
-    **{"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"},
-}
-"""What llama-quantize takes if rows are no multiple of 256 (``tensor_type_fallback`` in src/llama-quant.cpp)."""
 
 _PRECISE: Final = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d.weight")
 

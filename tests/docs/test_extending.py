@@ -80,6 +80,10 @@ def assert_clean(tree, *parts):
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+LLAMA_QUANTIZE = ("presets.py:", "mixture.py:")
+"""Tables of llama-quantize, which name all its types."""
+
+
 def mentions(tree, pattern):
     """Lines of code in which a pattern occurs, comments in C aside."""
     found = []
@@ -136,7 +140,8 @@ def test_a_quant_type(tree):
     """Without what the page shows the kernels compile and do not name it; with it they are ggml's, built there."""
     original = {path: path.read_bytes() for path in (tree / "csrc").rglob("*") if path.is_file()}
     apply(tree, TYPE, reverse=True, below="csrc/")
-    assert mentions(tree, r"(?<![A-Za-z])[Qq]2_0(?!\w)") == []
+    named = mentions(tree, r"(?<![A-Za-z])[Qq]2_0(?!\w)")
+    assert [line for line in named if not line.startswith(LLAMA_QUANTIZE)] == []
     sources = [*sorted((tree / "csrc").glob("*.c")), tree / "csrc/isa/scalar.c"]
     command = ["gcc", "-std=gnu11", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", f"-I{tree / 'csrc'}", *sources]
     compiled = subprocess.run(command, capture_output=True, text=True, check=False)
