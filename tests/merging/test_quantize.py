@@ -41,7 +41,7 @@ def assert_same_file(source, folder, preset, *, imatrix=None, types=(), **option
     expected, found = folder / "expected.gguf", folder / "found.gguf"
     status = llama_quantize(source, expected, preset, imatrix=imatrix, types=types, **options)
     if status:  # llama.cpp refuses: an importance matrix is missing
-        with pytest.raises(GgufloraError, match="importance matrix|cannot be stored as"):
+        with pytest.raises(GgufloraError, match=r"importance matrix|cannot be stored as"):
             gguflora.quantize(source, found, preset, imatrix=imatrix, tensor_types=types, **options)
         return
     gguflora.quantize(source, found, preset, imatrix=imatrix, tensor_types=types, force=True, **options)
