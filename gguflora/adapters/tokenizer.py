@@ -19,6 +19,8 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
 TEMPLATE_FILES: Final = ("chat_template.jinja", "chat_template.json")
+TEMPLATE_FOLDER: Final = "additional_chat_templates"
+_WAY_OUT: Final = "fetch the file again, or remove it to keep the base's tokenizer"
 _SPECIAL_NAMES: Final = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _LOOK_SPECIAL: Final = frozenset({"<pad>", "<mask>", "<2mass>", "[@BOS@]"})
 _SPECIAL_FRAMES: Final = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
@@ -53,7 +55,7 @@ def read_tokenizer(folder: Path) -> AdapterTokenizer:
     """
     main, config, added = (_read_json(folder / name) for name in TOKENIZER_FILES)
     try:
-        tokens = dict(_added_tokens(main, config, added))
+        tokens = {_token_number(index): token for index, token in _added_tokens(main, config, added)}
         model = main.get("model") or {}
         is_bpe = model.get("type") == "BPE" and isinstance(model.get("vocab"), dict)
         return AdapterTokenizer(
@@ -65,7 +67,13 @@ def read_tokenizer(folder: Path) -> AdapterTokenizer:
             templates=dict(_templates(folder, config)),
         )
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise AdapterError(f"{folder}: its tokenizer cannot be read: {error!r:.200}") from error
+        raise AdapterError(f"{folder}: its tokenizer cannot be read: {error!r:.200}; {_WAY_OUT}") from error
+
+
+def _token_number(index: int) -> int:
+    if index < 0:
+        raise ValueError(f"a token has the number {index}")
+    return index
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -74,9 +82,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: cannot be read as a tokenizer: {error!r:.200}") from error
+        raise AdapterError(f"{path}: cannot be read as a tokenizer: {error!r:.200}; {_WAY_OUT}") from error
     if not isinstance(content, dict):
-        raise AdapterError(f"{path}: cannot be read as a tokenizer: it is no JSON object")
+        raise AdapterError(f"{path}: cannot be read as a tokenizer: it is no JSON object; {_WAY_OUT}")
     return content
 
 
@@ -138,7 +146,7 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, s
     jinja, as_json = (folder / name for name in TEMPLATE_FILES)
     if given is None and jinja.is_file():
         yield "default", _read_text(jinja)
-        for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja")):
             yield _plain(path.stem), _read_text(path)
         return
     if given is None:
@@ -158,4 +166,4 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{path}: cannot be read as a chat template: {error!r:.200}") from error
+        raise AdapterError(f"{path}: cannot be read as a chat template: {error!r:.200}; {_WAY_OUT}") from error

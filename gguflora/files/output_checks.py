@@ -11,6 +11,9 @@ from gguflora.errors import OutputError
 from gguflora.files.output_rule import check_regular
 from gguflora.files.shard_names import same_split
 
+ADAPTER_WEIGHTS = ("adapter_model.*", "adapter_model-*-of-*.safetensors")
+"""Names of weights in an adapter's directory. A new adapter replaces all of them; other files stay."""
+
 _ADAPTER = "adapter_config.json"
 """Name of a file that marks its directory as an adapter."""
 

@@ -29,7 +29,7 @@ from gguflora.lora.gguf_writer import (
     write_lora,
 )
 from gguflora.placement.language_part import language_part
-from gguflora.placement.vocabulary import changed_metadata, describe_changes, tokens_beyond
+from gguflora.placement.vocabulary import compare_tokenizer, describe_changes
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +153,11 @@ def tokenizer_warnings(adapter: Adapter, base: str | os.PathLike[str]) -> list[s
     if Path(base).is_dir():
         return []
     with GgufFile(base) as file:
-        differences = describe_changes(file, changed_metadata(file, adapter))
-        beyond = [] if adapter.architecture else tokens_beyond(file, adapter.path.parent)
+        try:
+            changed, beyond = compare_tokenizer(file, adapter)
+        except AdapterError as error:  # the LoRA holds no tokenizer, so it can be written
+            return [f"the adapter's tokenizer was not compared with the base's: {error}"]
+        differences = describe_changes(file, changed)
     if beyond:
         differences.append(f"{len(beyond)} tokens past the rows of the embedding ({listed(beyond, 3)})")
     if not differences:

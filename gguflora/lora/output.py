@@ -11,7 +11,7 @@ from gguflora.adapters.peft.config import FILE_NAME
 from gguflora.architectures.base_model import BaseModel
 from gguflora.errors import AdapterError
 from gguflora.files.atomic import atomic_folder, atomic_output, path_of
-from gguflora.files.output_checks import check_folder_target, check_target
+from gguflora.files.output_checks import ADAPTER_WEIGHTS, check_folder_target, check_target
 from gguflora.lora.convert import architecture_warnings, type_warnings
 from gguflora.lora.factored import FactoredAdapter, for_base, stacked
 from gguflora.lora.factors import Factors
@@ -22,7 +22,7 @@ from gguflora.lora.gguf_writer import (
     encode_factors,
     write_lora,
 )
-from gguflora.lora.peft_writer import STALE, peft_tensors, write_peft_directory
+from gguflora.lora.peft_writer import peft_tensors, write_peft_directory
 from gguflora.lora.to_hf import for_model
 
 GGUF_SUFFIX: Final = ".gguf"
@@ -95,7 +95,7 @@ def write_adapter(
 
 def _write_peft(adapter: FactoredAdapter, out: Path) -> Written:
     tensors, config = peft_tensors(adapter)
-    with atomic_folder(out, marker=FILE_NAME, stale=STALE) as folder:
+    with atomic_folder(out, marker=FILE_NAME, stale=ADAPTER_WEIGHTS) as folder:
         write_peft_directory(folder, tensors, config)
     ranks = [delta.rank for delta in adapter.pairs.values()]
     size = sum(tensor.nbytes for tensor in tensors.values())

@@ -21,8 +21,6 @@ from gguflora.lora.factored import FactoredAdapter, Pairs, is_embedding
 from gguflora.lora.gguf_writer import exact_type
 
 WEIGHTS: Final = "adapter_model.safetensors"
-STALE: Final = ("adapter_model.*", "adapter_model-*-of-*.safetensors")
-"""Weights that an adapter directory may hold; `WEIGHTS` takes their place."""
 _PARAMETER: Final = re.compile(r"(?P<owner>.+\.experts)\.(?P<parameter>gate_up_proj|down_proj)\.(?P<expert>\d+)")
 _ORDER: Final[tuple[str, ...]] = ("gate_up_proj", "down_proj")
 _DTYPES: Final = {"F32": np.float32, "F16": np.float16}

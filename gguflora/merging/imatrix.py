@@ -120,10 +120,8 @@ def importance_of(imatrix: Mapping[str, Float32Array], tensor: str, shape: Shape
     matrices = math.prod(shape[:-2])
     if weights.size == matrices * shape[-1]:
         return weights.reshape(matrices, shape[-1])
-    if tensor in {
-        TOKEN_EMBEDDING,
-        "per_layer_token_embd.weight",
-    }:  # llama-quantize ignores the weights, too: tied to the output they may have any size
+    if tensor in {TOKEN_EMBEDDING, "per_layer_token_embd.weight"}:
+        # llama-quantize ignores the weights, too: tied to the output they may have any size
         return None
     raise MismatchError(
         f"the importance matrix has {weights.size} values for {tensor!r}, expected {matrices} x {shape[-1]}; was it "

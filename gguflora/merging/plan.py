@@ -27,7 +27,7 @@ from gguflora.placement.place import (
     place,
 )
 from gguflora.placement.target import ChangedTensor, ScaledDelta
-from gguflora.placement.vocabulary import TEMPLATE, changed_metadata, describe_changes, tokens_beyond
+from gguflora.placement.vocabulary import TEMPLATE, compare_tokenizer, describe_changes
 from gguflora.quants.types import TYPES, type_named
 
 MERGED_NAMES: Final = "gguflora.merged.names"
@@ -132,9 +132,10 @@ def _metadata_of_tokenizers(
     owners: dict[str, Adapter] = {}
     warnings = []
     for source, scale in sources:
-        if not scale or source.architecture is not None:
+        if not scale:
             continue
-        for key, value in changed_metadata(file, source, n_tokens).items():
+        changed, beyond = compare_tokenizer(file, source, n_tokens)
+        for key, value in changed.items():
             owner = owners.setdefault(key, source)
             if metadata.setdefault(key, value) == value:
                 continue
@@ -144,7 +145,7 @@ def _metadata_of_tokenizers(
                     "model cannot have both. Merge one of the adapters, or remove a tokenizer that does not matter"
                 )
             warnings.append(f"{source.path.parent}: its {key} is dropped: {owner.path.parent} comes first")
-        if beyond := tokens_beyond(file, source.path.parent, n_tokens):
+        if beyond:
             warnings.append(
                 f"{source.path.parent}: its tokenizer has {len(beyond)} tokens past the rows of the embedding, which "
                 f"the merged model does not know: {listed(beyond, 3)}"

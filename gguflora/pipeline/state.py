@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gguflora._version import __version__
+from gguflora.adapters.tokenizer import TEMPLATE_FILES, TEMPLATE_FOLDER, TOKENIZER_FILES
 from gguflora.files import remote
 from gguflora.files.atomic import atomic_output
 from gguflora.files.checksum import sha256_of
@@ -26,7 +27,9 @@ _TICK: Final = 20_000_000
 """Longest step of a file system's clock in nanoseconds: two ticks of a kernel with 100 a second."""
 _READ: Final = {
     "adapter": re.compile(
-        r"adapter_config\.json|adapter_model.*|adapters\..*|tokenizer\.json|tokenizer_config\.json|added_tokens\.json"
+        "|".join(
+            [r"adapter_config\.json|adapter_model.*|adapters\..*", *map(re.escape, TOKENIZER_FILES + TEMPLATE_FILES)]
+        )
     ),
     "config": re.compile(r"config\.json"),
 }
@@ -179,8 +182,9 @@ def _files_read(path: Path, kind: remote.Kind) -> list[Path]:
     if kind == "file":  # training data, in folders of folders
         return sorted(entry for entry in path.rglob("*") if entry.is_file())
     files = _files_of(path)
-    pattern = _READ.get(kind)
-    return [file for file in files if pattern.fullmatch(file.name)] or files if pattern else files
+    if pattern := _READ.get(kind):
+        files = [file for file in files if pattern.fullmatch(file.name)] or files
+    return files + (sorted((path / TEMPLATE_FOLDER).glob("*.jinja")) if kind == "adapter" else [])
 
 
 def _files_of(path: Path) -> list[Path]:

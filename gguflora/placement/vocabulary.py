@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Final
 
 from gguflora.adapters.adapter import Adapter
@@ -33,8 +32,8 @@ _ID_NAMES: Final = {"unk": "unknown", "sep": "seperator", "pad": "padding"}
 """GGUF's names of special tokens, where they differ; "seperator" is spelled so in gguf-py/gguf/constants.py."""
 
 
-def changed_metadata(base: GgufFile, adapter: Adapter, n_tokens: int = 0) -> Entries:
-    """Return the metadata that llama.cpp's converter would write for the merged model and that the base lacks.
+def compare_tokenizer(base: GgufFile, adapter: Adapter, n_tokens: int = 0) -> tuple[Entries, list[str]]:
+    """Compare the metadata that llama.cpp's converter would write for the merged model with the base's.
 
     Numbers without a token are padding and are named ``[PAD<number>]``, as by the converter.
 
@@ -43,12 +42,15 @@ def changed_metadata(base: GgufFile, adapter: Adapter, n_tokens: int = 0) -> Ent
         adapter: the adapter; its directory may hold a tokenizer.
         n_tokens: number of tokens of a larger vocabulary; 0 if the base's size stays.
 
+    Returns:
+        The metadata that differs, and the texts of added tokens for which the merged embedding has no row.
+
     Raises:
         UnsupportedAdapterError: if the vocabulary grows and the adapter's directory has no tokenizer.
         AdapterError: if its tokenizer cannot be read.
     """
     if adapter.architecture is not None:  # a GGUF LoRA has no directory of its own
-        return {}
+        return {}, []
     folder = adapter.path.parent
     tokenizer = read_tokenizer(folder)
     tokens = base.metadata.get(TOKENS) or []
@@ -63,7 +65,7 @@ def changed_metadata(base: GgufFile, adapter: Adapter, n_tokens: int = 0) -> Ent
         changed = _token_lists(base, tokenizer, tokens, n_tokens)
         changed |= _merges(base, tokenizer)
         changed |= _special_ids(base, tokenizer, max(len(tokens), n_tokens))
-    return changed | _templates(base, tokenizer)
+    return changed | _templates(base, tokenizer), _tokens_beyond(base, tokenizer, n_tokens)
 
 
 def _token_lists(base: GgufFile, tokenizer: AdapterTokenizer, before: list[str], n_tokens: int) -> Entries:
@@ -77,8 +79,8 @@ def _token_lists(base: GgufFile, tokenizer: AdapterTokenizer, before: list[str],
         if index >= len(tokens):
             continue
         is_other_type = bool(types) and types[index] in {NORMAL, CONTROL, USER_DEFINED, UNUSED} and types[index] != kind
-        if tokens[index] == text and not is_other_type:
-            continue
+        if tokens[index] == text and (kind == NORMAL or not is_other_type):
+            continue  # a special token may be missing among the added ones of an incomplete tokenizer
         tokens[index] = text
         if types:
             types[index] = kind
@@ -144,7 +146,6 @@ def describe_changes(base: GgufFile, changed: Mapping[str, Any]) -> list[str]:
     return texts
 
 
-def tokens_beyond(base: GgufFile, folder: Path, n_tokens: int = 0) -> list[str]:
-    """Return the texts of an adapter's added tokens for which the merged embedding has no row."""
+def _tokens_beyond(base: GgufFile, tokenizer: AdapterTokenizer, n_tokens: int) -> list[str]:
     rows = n_tokens or (base.tensors[TOKEN_EMBEDDING].n_rows if TOKEN_EMBEDDING in base.tensors else 0)
-    return [text for index, (text, _) in read_tokenizer(folder).added.items() if rows and index >= rows]
+    return [text for index, (text, _) in tokenizer.added.items() if rows and index >= rows]

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import llama_cpp
 import numpy as np
+from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from gguflora.errors import HotSwapError
 from gguflora.placement.prefix import Prefix
@@ -22,6 +23,7 @@ from gguflora.runtime.adapter_set import BASE, AttachedSet, Untyped, describe
 from gguflora.runtime.alora import n_in_common, segments, starts_of
 from gguflora.runtime.bindings import begins_with, clear_memory, is_stateful, put_prefix
 from gguflora.runtime.llama_internals import Guarded, LlamaContext, call_on_close, reset_asked, rewind, wrappers_of
+from gguflora.runtime.tokenizing import pre_tokenizer, tokenize
 
 _ATTRIBUTE: Final = "_gguflora"
 _TAG: Final = "adapter_set"
@@ -102,6 +104,17 @@ class GuardedLlama(Guarded, llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp
                 )
             super().load_state(state)
             adapters.starts = getattr(state, _STARTS, {})
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Split a text into tokens as `llama_cpp.Llama.tokenize` does, on a stack that holds llama.cpp's recursion.
+
+        Raises:
+            RequestError: if llama.cpp cannot split the text, see `gguflora.runtime.tokenizing`.
+        """
+        if type(self.tokenizer_) is not LlamaTokenizer:  # one of Hugging Face's
+            return list(super().tokenize(text, add_bos, special))
+        vocabulary = llama_cpp.llama_model_get_vocab(self.model)
+        return tokenize(vocabulary, text, add_bos=add_bos, special=special, pre=pre_tokenizer(self.model))
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens as `llama_cpp.Llama.eval` does.

@@ -16,11 +16,11 @@ from gguflora.adapters.peft.config import FILE_NAME
 from gguflora.adapters.peft.keys import PREFIX
 from gguflora.architectures.base_model import BaseModel
 from gguflora.files.atomic import atomic_folder, atomic_output, path_of
-from gguflora.files.output_checks import check_folder_target, check_target
+from gguflora.files.output_checks import ADAPTER_WEIGHTS, check_folder_target, check_target
 from gguflora.files.safetensors import Array
 from gguflora.lora.factors import factor_adapter
 from gguflora.lora.gguf_writer import LoraHeader, common_alpha, encode_factors, write_lora
-from gguflora.lora.peft_writer import STALE, write_peft_directory
+from gguflora.lora.peft_writer import write_peft_directory
 from gguflora.training.adapters import LoraLinear, SoftPromptRows
 from gguflora.training.model import PackedModel
 from gguflora.training.options import LoraShape
@@ -198,7 +198,7 @@ def publish(
     Raises:
         OutputError: if they cannot be written.
     """
-    with atomic_folder(outputs.folder, marker=FILE_NAME, stale=STALE) as folder:
+    with atomic_folder(outputs.folder, marker=FILE_NAME, stale=ADAPTER_WEIGHTS) as folder:
         write_folder(folder, trained, values, record)
         if trained.method == "lora":
             with atomic_output(outputs.lora, force=force) as file:

@@ -18,6 +18,7 @@ import pytest
 import gguflora
 from gguflora.errors import GgufloraError, OutputError, RemoteError
 from gguflora.files import remote
+from gguflora.files.remote import outputs
 from support import builders
 from support.builders import Adapter
 from support.cli import run
@@ -289,6 +290,19 @@ def test_memory_and_file_urls(site, adapters, tmp_path):
     fsspec.filesystem("memory").put(f"{adapters[0]}/", "/test-remote/legal/", recursive=True)
     assert gguflora.diff("memory://test-remote/legal", adapters[0]).cosine == pytest.approx(1)
     assert remote.fetch(f"file://{adapters[0]}", "adapter") == adapters[0]
+
+
+def test_an_upload_leaves_other_files(adapters):
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    store.put(f"{adapters[0]}/", "/test-upload/legal/", recursive=True)
+    store.pipe({"/test-upload/legal/optimizer.pt": b"state", "/test-upload/legal/adapter_model.bin": b"old weights"})
+    outputs.put(Path(adapters[0]), "memory://test-upload/legal")
+    names = {entry.rpartition("/")[2] for entry in store.ls("/test-upload/legal", detail=False)}
+    assert "optimizer.pt" in names
+    assert "adapter_model.bin" not in names
+    assert {path.name for path in Path(adapters[0]).iterdir()} <= names
 
 
 # the faces

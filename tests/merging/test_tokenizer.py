@@ -104,6 +104,29 @@ def test_the_same_tokenizer_changes_nothing(field, tmp_path):
     assert gguflora.convert(copy, base, tmp_path / "lora.gguf").warnings == ()
 
 
+def test_a_conversion_survives_a_damaged_tokenizer(field, tmp_path):
+    base, adapter, _ = field
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    (copy / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
+    (warning,) = gguflora.convert(copy, base, tmp_path / "lora.gguf").warnings
+    assert "was not compared" in warning
+    assert "fetch the file again" in warning
+
+
+def test_a_token_that_is_not_listed_as_added_stays_special(field, tmp_path):
+    base, adapter, _ = field
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    content = json.loads((copy / "tokenizer.json").read_text())
+    before = read_metadata(base)
+    number = before["tokenizer.ggml.token_type"].index(3)  # a control token
+    content["model"]["vocab"][before["tokenizer.ggml.tokens"][number]] = number
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] != number]
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    (copy / "tokenizer_config.json").unlink()
+    gguflora.merge(base, copy, tmp_path / "merged.gguf")
+    assert read_metadata(tmp_path / "merged.gguf")["tokenizer.ggml.token_type"][number] == 3
+
+
 def test_tokens_without_a_row_are_named(field, tmp_path):
     base, adapter, _ = field
     copy = shutil.copytree(adapter, tmp_path / "adapter")
@@ -127,7 +150,16 @@ def test_adapters_with_different_tokens_are_refused(field, tmp_path):
     "name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json", "chat_template.jinja"]
 )
 @pytest.mark.parametrize(
-    "content", [b"[", b"[]", b'{"added_tokens": [3], "chat_template": 5}', b"\xff", b'{"model": 3}']
+    "content",
+    [
+        b"[",
+        b"[]",
+        b'{"added_tokens": [3], "chat_template": 5}',
+        b"\xff",
+        b'{"model": 3}',
+        b'{"added_tokens": [{"id": -1, "content": "x"}]}',
+        b'{"x": -1}',
+    ],
 )
 def test_damaged_files_give_one_error(field, name, content, tmp_path):
     base, adapter, _ = field

@@ -89,6 +89,17 @@ def test_times_copies_and_files_that_are_not_read(folder, tmp_path_factory):
     assert {path: path.stat().st_mtime_ns for path in (copy / "out").rglob("*.json")} == before
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/tools.jinja"])
+def test_a_chat_template_is_an_input(name, folder):
+    assert pipeline(folder) == ["done"]
+    template = folder / "adapters/one" / name
+    template.parent.mkdir(exist_ok=True)
+    for text in ("{{ messages }}", "{{ messages[0] }}"):
+        template.write_text(text)
+        assert pipeline(folder) == ["done"]
+    assert pipeline(folder) == ["kept"]
+
+
 def test_names_reach_the_output(folder):
     pipeline(folder)
     (folder / "adapters/one").rename(folder / "adapters/three")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from llama_cpp.llama_cache import LlamaDiskCache, LlamaRAMCache
 
-from gguflora.errors import HotSwapError
+from gguflora.errors import HotSwapError, RequestError
 from gguflora.runtime import attached, bindings, guarded_llama
 from gguflora.runtime.adapter_set import identity_of
 from support import hotswap
@@ -358,3 +358,19 @@ def test_recurrent_memory_is_wiped(monkeypatch):
             monkeypatch.setattr(llama_cpp, "llama_model_is_hybrid", lambda model, answer=hybrid: answer)
             bindings.clear_memory(llm.ctx, llm.n_vocab())
     assert wiped == [False, True, True]
+
+
+# -- text ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [b"", b" a b", "caf\u00e9 \u4e2d".encode(), b"<s>x", b"ab" * 2000])
+@pytest.mark.parametrize(("add_bos", "special"), [(True, False), (False, True)])
+def test_tokens_are_those_of_llama(llm, adapters, text, add_bos, special):
+    wanted = llama_cpp.Llama.tokenize(llm, text, add_bos, special)
+    assert type(llm) is not llama_cpp.Llama
+    assert llm.tokenize(text, add_bos, special) == wanted
+
+
+def test_a_run_that_cannot_be_split_is_refused(llm, adapters):
+    with pytest.raises(RequestError, match="divide them"):
+        llm.tokenize(b"a" * (1 << 18))

@@ -74,7 +74,9 @@ def on_big_stack(text):
     threading.stack_size(0)
     return found[0]
 for unit in ast.literal_eval(sys.argv[2]):
-    text = (unit * 30_000)[:30_000]
+    text = unit * (30_000 // len(unit))
+    if pre == "superbpe" and unit == "1":  # llama.cpp needs half a minute for 30 000 digits
+        text = unit * 1500
     assert tokenize(vocab, text, pre=pre, **options) == on_big_stack(text), unit
     try:
         assert tokenize(vocab, unit * ((2 << 20) // len(unit.encode())), pre=pre, **options)
@@ -110,7 +112,7 @@ def vocabulary(path: Path, pre: str) -> Path:
 def attack(tmp_path: Path, pre: str, units: list[str]) -> None:
     file = vocabulary(tmp_path / "vocabulary.gguf", pre)
     result = subprocess.run(
-        [sys.executable, "-c", ATTACK, str(file), repr(units)], capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", ATTACK, str(file), repr(units)], capture_output=True, text=True, check=False
     )
     assert (result.returncode, result.stdout) == (0, f"survived {pre}\n"), result.stderr[-1000:]
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -167,3 +168,5 @@ def send(request, site, status, content, headers, body):
             request.close_connection = True
     request.wfile.write(content)
     request.wfile.flush()
+    if request.close_connection:  # aiohttp drops what it has not handed on when the connection breaks
+        time.sleep(0.3)

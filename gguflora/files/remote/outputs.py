@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gguflora.errors import OutputError, RemoteError
+from gguflora.files.output_checks import ADAPTER_WEIGHTS
 from gguflora.files.remote.hub import is_hub
 from gguflora.files.remote.location import redacted
 from gguflora.files.remote.stores import open_store, remote_file, store_errors
@@ -19,8 +20,6 @@ _OBJECT_STORES: Final = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl",
 
 _FILES_PER_REQUEST: Final = 256
 _MARKER: Final = "adapter_config.json"
-_STALE: Final = ("adapter_model.*", "adapter_model-*-of-*.safetensors")
-"""Weights of a former adapter, which an upload removes; other files of the folder stay."""
 
 
 def put(source: Path, url: str) -> None:
@@ -46,7 +45,7 @@ def put(source: Path, url: str) -> None:
             _put_file(store, file, f"{path}/{file.name}")
         for entry in store.ls(path, detail=True):
             name = entry["name"].rpartition("/")[2]
-            if entry["type"] == "file" and name not in names and any(fnmatch(name, form) for form in _STALE):
+            if entry["type"] == "file" and name not in names and any(fnmatch(name, form) for form in ADAPTER_WEIGHTS):
                 store.rm_file(entry["name"])
 
 
