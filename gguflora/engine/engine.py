@@ -49,6 +49,8 @@ from gguflora.runtime.mixed_adapters import MixedAdapters
 from gguflora.system.cpus import usable_cpus
 
 _LOG: Final = logging.getLogger(__name__)
+_LONG_TEXT: Final = 1 << 16
+"""Characters of a text whose tokens are worth a guess before it is split."""
 
 
 class Engine:
@@ -109,6 +111,8 @@ class Engine:
         path = self._description.path  # for a split model, its first file, even if another was given
         self.model_name = path.stem
         self._lock = threading.Lock()
+        self._unused = threading.Condition(self._lock)
+        self._users = 0  # threads that are in `_open`
         self._closed = False
         self._registry = AdapterRegistry()
         self._model = Model(path, verbose=verbose)
@@ -269,15 +273,21 @@ class Engine:
             return canonical_set(parse_set(adapters), self._registry.scales())
         return canonical_set(adapters, self._registry.scales())
 
-    def tokenize(self, text: str, *, add_bos: bool = True, special: bool = True) -> list[int]:
+    def tokenize(self, text: str, *, add_bos: bool = True, special: bool = True, as_prompt: bool = False) -> list[int]:
         """Split text into tokens.
 
         Args:
             text: the text.
             add_bos: put the model's begin-of-text token in front, if the model uses one.
             special: read the spelling of a control token as that token.
+            as_prompt: refuse a text that cannot fit into the context without splitting it, which is costly.
+
+        Raises:
+            PromptTooLongError: if ``as_prompt`` and the text has certainly too many tokens.
         """
         with self._open():
+            if as_prompt:
+                self._check_text(text)
             return self._model.tokenize(text, add_bos=add_bos, special=special)
 
     def detokenize(self, tokens: Sequence[int]) -> bytes:
@@ -296,7 +306,7 @@ class Engine:
             RequestError: if the template refuses the messages.
         """
         with self._open():
-            return self._model.render_chat(messages, **template_kwargs)
+            return self._model.render_chat(messages, check=self._check_text, **template_kwargs)
 
     def submit(self, request: Request, notify: Callable[[bool], None] | None = None) -> Generation:
         """Put a request into the queue and return at once.
@@ -388,6 +398,8 @@ class Engine:
             self._closed = True
         atexit.unregister(self.close)
         self._scheduler.close()
+        with self._lock:
+            self._unused.wait_for(lambda: not self._users)
         self._scheduler.context.free()
         self._mixed.close()
         self._concatenated.free()
@@ -409,15 +421,27 @@ class Engine:
 
     @contextmanager
     def _open(self) -> Iterator[None]:
-        """Keep the model from being freed while the block runs."""
+        """Keep the model from being freed while the block runs; several threads can be inside."""
         with self._lock:
             self._check_open()
+            self._users += 1
+        try:
             yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                self._unused.notify_all()
 
     def _check_length(self, n_prompt: int) -> None:
         if n_prompt >= self.n_ctx:
             raise PromptTooLongError(
                 f"the prompt has {n_prompt} tokens, but the context holds {self.n_ctx} tokens, with the answer"
+            )
+
+    def _check_text(self, text: str) -> None:
+        if len(text) > _LONG_TEXT and (fewest := self._model.fewest_tokens(text)) >= self.n_ctx:
+            raise PromptTooLongError(
+                f"the prompt has at least {fewest} tokens, but the context holds {self.n_ctx} tokens, with the answer"
             )
 
     def _checked_prefix(self, request: Request) -> Embeddings | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +27,8 @@ _PLAIN_TEMPLATE: Final = (
 """The template for models that have none, which were trained on plain text."""
 
 _PIECE_BYTES: Final = 128
+_EXACT_VOCABULARIES: Final = (llama_cpp.LLAMA_VOCAB_TYPE_SPM, llama_cpp.LLAMA_VOCAB_TYPE_BPE)
+"""Vocabularies whose tokens spell the text; others normalize it first."""
 
 
 class Model:
@@ -89,6 +91,17 @@ class Model:
         """Return whether ``token`` ends an answer."""
         return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
 
+    @cached_property
+    def longest_piece(self) -> int:
+        """Largest number of bytes that one token of a text stands for."""
+        return max(4, *(len(self._piece(token, True)) for token in range(self.n_vocab)))  # an unknown character has 4
+
+    def fewest_tokens(self, text: str) -> int:
+        """Return a number of tokens that ``text`` has at least, without splitting it; spaces may have no token."""
+        if llama_cpp.llama_vocab_type(self._vocab) not in _EXACT_VOCABULARIES:
+            return 0
+        return -(-len(text.encode("utf-8", errors="replace").translate(None, b" \t\n\v\f\r")) // self.longest_piece)
+
     def tokenize(self, text: str, *, add_bos: bool, special: bool) -> list[int]:
         """Split ``text`` into tokens; ``special`` reads the spelling of a control token as that token.
 
@@ -111,13 +124,22 @@ class Model:
         """Return the bytes of ``tokens``, without control tokens."""
         return b"".join(self.piece(int(token)) for token in tokens)
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], **template_kwargs: Any) -> list[int]:  # noqa: ANN401
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        check: Callable[[str], None] = lambda _: None,
+        **template_kwargs: Any,  # noqa: ANN401
+    ) -> list[int]:
         """Turn a chat into tokens with the model's own template, up to where its answer begins.
+
+        ``check`` may refuse the text before it is split.
 
         Raises:
             RequestError: if the template refuses the messages.
         """
         text = self.chat_text(messages, **template_kwargs)
+        check(text)
         return self.tokenize(text, add_bos=not self.has_template, special=True)
 
     def chat_text(

@@ -16,7 +16,7 @@ from fastapi.responses import PlainTextResponse
 from gguflora.engine import LoadedAdapter
 from gguflora.errors import AdapterNameError
 from gguflora.server.errors import Failure
-from gguflora.server.schemas import LoadBody, LoraScale, UnloadBody
+from gguflora.server.schemas import LoadBody, LoraScales, UnloadBody
 from gguflora.server.service import BASE_MODEL, DEFAULT_MODEL, Service, ServiceDep
 
 router = APIRouter()
@@ -44,7 +44,7 @@ def _entry(adapter: LoadedAdapter, scale: float) -> dict[str, Any]:
 
 
 @router.post("/lora-adapters")
-def set_scales(scales: list[LoraScale], service: ServiceDep) -> dict[str, bool]:
+def set_scales(scales: LoraScales, service: ServiceDep) -> dict[str, bool]:
     """Set the scales for requests that name no adapter set; adapters that are not listed are off."""
     by_name = service.by_id(scales)
     service.engine.adapter_set(list(by_name.items()))  # raises if the engine could not apply them

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gguflora.server.bodies import receive_body, too_large
 from gguflora.server.errors import Failure, as_failure
 from gguflora.server.settings import KEY_VARIABLE, Settings
 
@@ -17,6 +18,9 @@ _LOG: Final = logging.getLogger(__name__)
 
 OPEN_PATHS: Final = frozenset({"/", "/page.css", "/page.js", "/icon.svg", "/health"})
 """Paths that need no key."""
+
+_WITHOUT_BODY: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods whose requests have no body that anything reads."""
 
 _HEADERS: Final = {
     "Content-Security-Policy": (
@@ -48,7 +52,9 @@ class RequestGuard:
         response = _Response(send)
         try:
             self._check(scope["method"], scope["path"], Headers(scope=scope))
-            await self._app(scope, _limited(receive, self._settings.max_body), response.send)
+            if scope["method"] not in _WITHOUT_BODY:
+                receive = await receive_body(receive, self._settings.max_body, self._settings.body_timeout)
+            await self._app(scope, receive, response.send)
         except Exception as error:
             failure = as_failure(error)
             if failure is not error:
@@ -65,7 +71,7 @@ class RequestGuard:
             self._check_key(headers)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > self._settings.max_body:
-            raise _too_large(self._settings.max_body)
+            raise too_large(self._settings.max_body)
 
     def _check_host(self, headers: Headers) -> None:
         """Protect against DNS rebinding, where a foreign web page lets its own name point to this machine."""
@@ -92,25 +98,6 @@ def _check_origin(headers: Headers) -> None:
 
 def _host_name(host: str) -> str:
     return urlsplit(f"//{host}").hostname or ""
-
-
-def _too_large(limit: int) -> Failure:
-    return Failure(413, f"the body is too large; the limit is {limit} bytes", "body_too_large")
-
-
-def _limited(receive: Receive, limit: int) -> Receive:
-    """Refuse a body that exceeds the limit while it is received; its Content-Length may be missing or wrong."""
-    size = 0
-
-    async def receive_limited() -> Message:
-        nonlocal size
-        message = await receive()
-        size += len(message.get("body", b""))
-        if size > limit:
-            raise _too_large(limit)
-        return message
-
-    return receive_limited
 
 
 class _Response:

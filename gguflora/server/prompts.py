@@ -21,7 +21,9 @@ def text_requests(service: Service, body: CompletionBody, adapters: AdapterSet) 
         Failure: if there are too many requests, or they ask for too many tokens.
     """
     max_tokens = _checked_tokens(service, body.max_tokens or _DEFAULT_TOKENS)
-    prompts = [service.engine.tokenize(item) if isinstance(item, str) else item for item in body.prompts()]
+    given = body.prompts()
+    _check_count(service, body, len(given))  # before the work of splitting them into tokens
+    prompts = [service.engine.tokenize(item, as_prompt=True) if isinstance(item, str) else item for item in given]
     return _requests(service, body, adapters, prompts, max_tokens, body.logprobs)
 
 
@@ -46,6 +48,13 @@ def _checked_tokens(service: Service, requested: int) -> int:
     return requested
 
 
+def _check_count(service: Service, body: GenerationBody, n_prompts: int) -> None:
+    n, limit = body.n or 1, service.settings.max_answers
+    if not 0 < n_prompts * n <= limit:
+        message = f"{n_prompts} prompts with {n} answers each; this server allows 1 to {limit} answers per request"
+        raise Failure(400, message, "too_many_answers", "n")
+
+
 def _requests(
     service: Service,
     body: GenerationBody,
@@ -54,10 +63,7 @@ def _requests(
     max_tokens: int,
     logprobs: int | None,
 ) -> list[Request]:
-    n, limit = body.n or 1, service.settings.max_answers
-    if not 0 < len(prompts) * n <= limit:
-        message = f"{len(prompts)} prompts with {n} answers each; this server allows 1 to {limit} answers per request"
-        raise Failure(400, message, "too_many_answers", "n")
+    _check_count(service, body, len(prompts))
     sampling = _sampling(body)
     return [
         Request(
@@ -70,7 +76,7 @@ def _requests(
             timeout=service.settings.timeout,
         )
         for tokens in prompts
-        for number in range(n)
+        for number in range(body.n or 1)
     ]
 
 

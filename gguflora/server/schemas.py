@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema
+
+from gguflora.server.bodies import stop_at_first_error
 
 _REFUSED: Final[dict[str, object]] = {
     "audio": None,
@@ -26,12 +29,22 @@ _REFUSED: Final[dict[str, object]] = {
 class _Body(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False, extra="ignore")
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:  # noqa: ANN401
+        """Let lists stop at their first error, so that a long one costs no memory."""
+        schema: CoreSchema = stop_at_first_error(handler(source))
+        return schema
+
 
 class LoraScale(_Body):
     """One item of llama-server's ``lora``."""
 
     id: int
     scale: float = 0.0
+
+
+LoraScales = Annotated[list[LoraScale], FailFast(), Field(max_length=4096)]
+"""The body of POST /lora-adapters."""
 
 
 class StreamOptions(_Body):

@@ -19,6 +19,7 @@ class Settings:
         max_tokens: largest number of tokens of one answer.
         max_body: largest size of a request in bytes.
         max_answers: largest number of answers to one request (``n`` times the number of prompts).
+        body_timeout: seconds in which the body of a request must arrive.
         timeout: seconds after which a request is aborted; waiting counts.
         hosts: host names that requests may be addressed to; None allows any.
     """
@@ -28,5 +29,6 @@ class Settings:
     max_tokens: int = 2048
     max_body: int = 2 << 20
     max_answers: int = 16
+    body_timeout: float = 30.0
     timeout: float = 600.0
     hosts: frozenset[str] | None = None

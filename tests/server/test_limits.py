@@ -154,7 +154,7 @@ def test_headers(locked):
 
 def test_unforeseen_errors_tell_nothing(monkeypatch, caplog):
     with serving.serving() as http:
-        monkeypatch.setattr(http.engine, "tokenize", lambda _: 1 / 0)
+        monkeypatch.setattr(http.engine, "tokenize", lambda *_, **__: 1 / 0)
         for stream in (False, True):
             reply = http.post("/v1/completions", json={**GREEDY, "stream": stream})
             assert reply.status_code == 500
