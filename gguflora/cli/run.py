@@ -13,7 +13,7 @@ from rich.table import Table
 
 import gguflora
 from gguflora.cli.app import app, console, print_report, stderr
-from gguflora.cli.options import AsJson, Context, Task, Threads, TrustNames, named_and_scaled, named_tasks
+from gguflora.cli.options import AsJson, Context, Task, TextOnly, Threads, TrustNames, named_and_scaled, named_tasks
 
 if TYPE_CHECKING:
     from gguflora.engine.chat import ChatAnswer
@@ -47,6 +47,7 @@ def run(
     ] = 0.8,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling; default: random.")] = None,
     threads: Threads = None,
+    text_only: TextOnly = False,
     trust_names: TrustNames = False,
     as_json: AsJson = False,
 ) -> None:
@@ -77,6 +78,7 @@ def run(
             temperature=temperature,
             seed=seed,
             threads=threads,
+            text_only=text_only,
             trust_names=trust_names,
             write=(lambda _: None) if as_json else _write,
         )
@@ -94,6 +96,7 @@ def run(
         temperature=temperature,
         seed=seed,
         threads=threads,
+        text_only=text_only,
         trust_names=trust_names,
         write=_write,
         tell=lambda line: stderr.print(line, markup=False),

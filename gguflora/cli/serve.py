@@ -10,7 +10,7 @@ import typer
 
 import gguflora
 from gguflora.cli.app import app, print_warnings, stderr, to_json
-from gguflora.cli.options import AsJson, Context, Task, Threads, TrustNames, named_adapters, named_tasks
+from gguflora.cli.options import AsJson, Context, Task, TextOnly, Threads, TrustNames, named_adapters, named_tasks
 
 if TYPE_CHECKING:
     from gguflora.server.serve import ServeReport
@@ -38,6 +38,7 @@ def serve(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of one answer.")] = 2048,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds after which a request is aborted.")] = 600.0,
+    text_only: TextOnly = False,
     trust_names: TrustNames = False,
     as_json: AsJson = False,
 ) -> None:
@@ -70,6 +71,7 @@ def serve(
         allow_load=allow_load,
         max_tokens=max_tokens,
         timeout=timeout,
+        text_only=text_only,
         trust_names=trust_names,
         ready=partial(_say_ready, as_json=as_json),
     )

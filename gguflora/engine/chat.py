@@ -179,6 +179,8 @@ class Chat:
             raise RequestError(f"the task of {name!r} is {task!r}, expected a whole number")
         started = time.perf_counter()
         adapter = self.engine.load(Path(path.strip()).expanduser(), name, task=int(task) if colon else None)
+        for text in adapter.warnings:
+            self.tell(f"warning: {text}")
         self.scales[adapter.name] = 1.0
         self.tell(f"loaded {adapter.name} in {time.perf_counter() - started:.2f} s; it is on at 1")
 

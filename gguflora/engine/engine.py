@@ -8,7 +8,6 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace as replace_field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -16,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from gguflora.adapters.soft_prompt import is_soft_prompt, read_soft_prompt
-from gguflora.architectures.base_model import BaseModel, read_whole_base
+from gguflora.architectures.base_model import read_whole_base
 from gguflora.engine.adapter_sets import AdapterSet, canonical_set, parse_set
 from gguflora.engine.context import KV_TYPES, Context, ContextOptions
 from gguflora.engine.job import GenerationJob
@@ -42,7 +41,7 @@ from gguflora.errors import (
 )
 from gguflora.files.remote import remote_inputs
 from gguflora.placement.prefix import Prefix, fit_prefix
-from gguflora.runtime.adapter_files import open_adapter
+from gguflora.runtime.adapter_files import AdapterReading, AdapterSource
 from gguflora.runtime.bindings import Pointer, free_lora, invocation_of, load_lora, put_prefix
 from gguflora.runtime.concatenated_adapters import ConcatenatedAdapters
 from gguflora.runtime.mixed_adapters import MixedAdapters
@@ -76,6 +75,7 @@ class Engine:
             threads wait for each other and are slow if one of them shares a processor.
         kv_type: type of the numbers in the KV cache: F16, F32 or Q8_0. With F32, which is slower, answers do not depend
             on other requests at all.
+        text_only: default of `load` for this option.
         trust_names: default of `load` for this option.
         verbose: let llama.cpp print its log.
 
@@ -99,6 +99,7 @@ class Engine:
         n_batch: int = 128,
         threads: int | None = None,
         kv_type: str = "F16",
+        text_only: bool = False,
         trust_names: bool = False,
         verbose: bool = False,
     ) -> None:
@@ -106,8 +107,9 @@ class Engine:
         _expect("max_contexts", max_contexts, 1, 1024)
         _expect("queue_size", queue_size, 0, 1 << 20)
         self.n_ctx = n_ctx
-        self._description = replace_field(read_whole_base(Path(base)), trust_names=trust_names)
-        self._trusted: dict[Path, bool] = {}
+        self._description = read_whole_base(Path(base))
+        self._reading = AdapterReading(text_only, trust_names)
+        self._readings: dict[Path, AdapterReading] = {}
         path = self._description.path  # for a split model, its first file, even if another was given
         self.model_name = path.stem
         self._lock = threading.Lock()
@@ -145,6 +147,7 @@ class Engine:
         scale: float = 1.0,
         task: int | None = None,
         replace: bool = False,
+        text_only: bool | None = None,
         trust_names: bool | None = None,
     ) -> LoadedAdapter:
         """Load an adapter, so that requests can name it.
@@ -156,6 +159,8 @@ class Engine:
             task: number of the task of a MULTITASK_PROMPT_TUNING adapter; optional if it has only one.
             replace: replace a loaded adapter of the same name. If the new one cannot be loaded, the old one stays.
                 Requests that already use the old one finish with it.
+            text_only: take only the part of a multimodal model's adapter that changes the language model; the
+                adapter's ``warnings`` name what is left out. By default as the engine was told.
             trust_names: apply the adapter by name and shape where the order of a tensor's rows is not known; by
                 default as the engine was told.
 
@@ -167,8 +172,7 @@ class Engine:
         location = Path(path)
         name = location.stem if name is None else name
         self._check_open()
-        if trust_names is not None:
-            self._trusted[location] = trust_names
+        self._readings[location] = self._reading.changed(text_only, trust_names)
         number, load_id = self._registry.reserve(name, replace)
         try:
             if location.is_dir() and is_soft_prompt(location):
@@ -199,9 +203,11 @@ class Engine:
         if task is not None:
             raise HotSwapError(f"{location}: is not a soft prompt, so it has no task {task}")
         number, name, load_id, scale = entry
-        source = open_adapter(location, self._base_for(location))
+        source = self._open_adapter(location)
         pointer = self._scheduler.call(lambda: self._load_pointer(source.file))
-        adapter = LoadedAdapter(number, name, location, source.sha256, source.size, source.method, load_id, scale)
+        adapter = LoadedAdapter(
+            number, name, location, source.sha256, source.size, source.method, load_id, scale, source.warnings
+        )
         return RegisteredAdapter(adapter, pointer, invocation=invocation_of(pointer))
 
     def _load_pointer(self, file: Path) -> Pointer:
@@ -212,11 +218,10 @@ class Engine:
         return pointer
 
     def _lora_file(self, location: Path) -> Path:
-        return open_adapter(location, self._base_for(location)).file
+        return self._open_adapter(location).file
 
-    def _base_for(self, location: Path) -> BaseModel:
-        trusted = self._trusted.get(location, self._description.trust_names)
-        return replace_field(self._description, trust_names=trusted)
+    def _open_adapter(self, location: Path) -> AdapterSource:
+        return self._readings.get(location, self._reading).open(location, self._description)
 
     def _load_soft_prompt(
         self, location: Path, entry: tuple[int, str, int, float], task: int | None
@@ -256,6 +261,11 @@ class Engine:
     def adapters(self) -> tuple[LoadedAdapter, ...]:
         """Return the loaded adapters, sorted by id."""
         return tuple(registered.adapter for registered in self._registry.all())
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The warnings of all loaded adapters, each with the adapter's name in front."""
+        return tuple(f"{adapter.name}: {text}" for adapter in self.adapters() for text in adapter.warnings)
 
     def adapter_set(self, adapters: str | Iterable[tuple[str, float]]) -> AdapterSet:
         """Return an adapter set.

@@ -36,6 +36,7 @@ class LoadedAdapter:
         method: PEFT's name of the training method, such as "LORA".
         load_id: number of loads that the engine had started before; different for each load.
         scale: scale in adapter sets that do not give one.
+        warnings: what the conversion of a PEFT directory left out or could not check.
     """
 
     id: int
@@ -46,6 +47,7 @@ class LoadedAdapter:
     method: str
     load_id: int
     scale: float = 1.0
+    warnings: tuple[str, ...] = ()
 
     @property
     def generation(self) -> int:

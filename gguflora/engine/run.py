@@ -26,10 +26,12 @@ class RunReport(ChatAnswer):
     Attributes:
         base: path of the base model.
         prompt: the prompt.
+        warnings: what was left out of the adapters or could not be checked.
     """
 
     base: Path
     prompt: str
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
@@ -49,6 +51,7 @@ def run(
     temperature: float = 0.8,
     seed: int | None = None,
     threads: int | None = None,
+    text_only: bool = False,
     trust_names: bool = False,
     write: Callable[[str], None] = lambda _: None,
 ) -> RunReport:
@@ -67,6 +70,7 @@ def run(
         temperature: sampling temperature; 0 always takes the most likely token.
         seed: seed of the random numbers.
         threads: number of threads; by default one less than the cores that this process may use.
+        text_only: take only the part of a multimodal model's adapters that changes the language model.
         trust_names: apply adapters by name and shape where the order of a tensor's rows is not known.
         write: called with each piece of the answer's text.
 
@@ -83,11 +87,12 @@ def run(
         temperature=temperature,
         seed=seed,
         threads=threads,
+        text_only=text_only,
         trust_names=trust_names,
         write=write,
     ) as chat:
-        answer = chat.say(prompt)
-    return RunReport(**asdict(answer), base=Path(base), prompt=prompt)
+        answer, warnings = chat.say(prompt), chat.engine.warnings
+    return RunReport(**asdict(answer), base=Path(base), prompt=prompt, warnings=warnings)
 
 
 @remote_inputs(base="file", adapters="adapter")
@@ -103,6 +108,7 @@ def open_chat(
     temperature: float,
     seed: int | None,
     threads: int | None,
+    text_only: bool,
     trust_names: bool,
     write: Callable[[str], None],
     tell: Callable[[str], None] = lambda _: None,
@@ -112,8 +118,11 @@ def open_chat(
     scaled = {name: item if isinstance(item, tuple) else (item, 1.0) for name, item in adapters.items()}
     paths = {name: path for name, (path, _) in scaled.items()}
     n_ctx = context_size(base, ctx)
-    options: dict[str, Any] = {"n_ctx": n_ctx, "n_parallel": 1, "threads": threads, "trust_names": trust_names}
+    options: dict[str, Any] = {"n_ctx": n_ctx, "n_parallel": 1, "threads": threads}
+    options |= {"text_only": text_only, "trust_names": trust_names}
     with Engine(base, adapters=paths, tasks=tasks, **options) as engine:
+        for text in engine.warnings:
+            tell(f"warning: {text}")
         yield Chat(
             engine,
             write=write,

@@ -77,6 +77,7 @@ class Convert(Step):
     energy: Number | None = None
     scale: Number = 1.0
     text_only: bool = False
+    trust_names: bool = False
 
 
 class Merge(Step):
@@ -96,6 +97,7 @@ class Merge(Step):
     type: dict[str, str] | None = None
     imatrix: str | None = None
     text_only: bool = False
+    trust_names: bool = False
     split: int | None = Field(default=None, ge=2)
     threads: int | None = Field(default=None, ge=1)
 
@@ -169,6 +171,8 @@ class Inspect(Step):
     adapter: str
     base: str | None = None
     ranks: bool = False
+    text_only: bool = False
+    trust_names: bool = False
 
 
 class Compare(Step):

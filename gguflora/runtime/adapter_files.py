@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -36,15 +36,41 @@ class AdapterSource:
         sha256: SHA-256 of the file, in hexadecimal.
         size: size of the file in bytes.
         method: PEFT's name of the training method, such as "LORA".
+        warnings: what the conversion of a PEFT directory left out or could not check.
     """
 
     file: Path
     sha256: str
     size: int
     method: str
+    warnings: tuple[str, ...] = ()
 
 
-def open_adapter(location: Path, base: BaseModel) -> AdapterSource:
+@dataclass(frozen=True, slots=True)
+class AdapterReading:
+    """How adapters are read for a base.
+
+    Attributes:
+        text_only: take only the part of a multimodal model's adapter that changes the language model.
+        trust_names: apply adapters by name and shape where the order of a tensor's rows is not known.
+    """
+
+    text_only: bool = False
+    trust_names: bool = False
+
+    def changed(self, text_only: bool | None, trust_names: bool | None) -> AdapterReading:
+        """Return the same with other options, where they are given."""
+        return AdapterReading(
+            self.text_only if text_only is None else text_only,
+            self.trust_names if trust_names is None else trust_names,
+        )
+
+    def open(self, location: Path, base: BaseModel) -> AdapterSource:
+        """Call `open_adapter` with these options."""
+        return open_adapter(location, replace(base, trust_names=self.trust_names), text_only=self.text_only)
+
+
+def open_adapter(location: Path, base: BaseModel, *, text_only: bool = False) -> AdapterSource:
     """Return a GGUF LoRA file for the adapter at ``location``, checked against ``base``.
 
     A PEFT directory is converted first; the result is cached.
@@ -52,6 +78,7 @@ def open_adapter(location: Path, base: BaseModel) -> AdapterSource:
     Args:
         location: GGUF LoRA file or PEFT directory.
         base: model that will run the adapter.
+        text_only: take only the part of a multimodal model's adapter that changes the language model.
 
     Raises:
         HotSwapError: if ``location`` does not exist, does not fit the base, or holds tensors that would make llama.cpp
@@ -61,11 +88,12 @@ def open_adapter(location: Path, base: BaseModel) -> AdapterSource:
     if not location.exists():
         raise HotSwapError(f"{location}: no such file or directory; expected a GGUF LoRA file or a PEFT directory")
     if location.is_dir():
-        file, method = _converted(location, base), _method(location)
+        file, warnings = _converted(location, base, text_only=text_only)
+        method = _method(location)
     else:
-        file, method = location, "LORA"
+        file, method, warnings = location, "LORA", ()
     check_loadable(file, base)
-    return AdapterSource(file, sha256_of(file), file.stat().st_size, method)
+    return AdapterSource(file, sha256_of(file), file.stat().st_size, method, warnings)
 
 
 def cache_folder() -> Path:
@@ -74,29 +102,47 @@ def cache_folder() -> Path:
     return Path(below) / "gguflora" / "adapters"
 
 
-def _converted(folder: Path, base: BaseModel) -> Path:
-    """Convert a PEFT directory to a GGUF LoRA file, or take the file of an earlier conversion from the cache."""
-    cache = cache_folder()
-    file = cache / f"{_cache_key(folder, base)}.gguf"
-    if not file.exists():
+def _converted(folder: Path, base: BaseModel, *, text_only: bool) -> tuple[Path, tuple[str, ...]]:
+    """Convert a PEFT directory, or take the result of an earlier conversion from the cache.
+
+    Returns:
+        The GGUF LoRA file, and the warnings of the conversion.
+    """
+    cache, options = cache_folder(), {"text_only": text_only, "trust_names": base.trust_names}
+    file = cache / f"{_cache_key(folder, base, options)}.gguf"
+    warnings = _cached_warnings(file)
+    if warnings is None:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="new-", dir=cache) as new:
             written = Path(new) / f"{folder.resolve().name}.gguf"
-            convert(folder, base.path, written, trust_names=base.trust_names)
+            warnings = convert(folder, base.path, written, text_only=text_only, trust_names=base.trust_names).warnings
+            noted = written.with_suffix(".json")
+            noted.write_text(json.dumps(warnings), encoding="utf-8")
+            noted.replace(file.with_suffix(".json"))
             written.replace(file)
         _prune(cache)
     os.utime(file)
-    return file
+    return file, warnings
 
 
-def _cache_key(folder: Path, base: BaseModel) -> str:
+def _cached_warnings(file: Path) -> tuple[str, ...] | None:
+    """Return the warnings of an earlier conversion to this file of the cache, or None if it must be converted."""
+    try:
+        noted = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_whole = file.exists() and isinstance(noted, list) and all(isinstance(text, str) for text in noted)
+    return tuple(noted) if is_whole else None
+
+
+def _cache_key(folder: Path, base: BaseModel, options: Mapping[str, bool]) -> str:
     """Hash everything that a conversion depends on.
 
     The base is too large to read each time, so its path, size and modification time stand for its content.
     """
     stat = base.path.stat()
     digest = hashlib.sha256(
-        json.dumps([__version__, str(base.path.resolve()), stat.st_size, stat.st_mtime_ns, base.trust_names]).encode()
+        json.dumps([__version__, str(base.path.resolve()), stat.st_size, stat.st_mtime_ns, options]).encode()
     )
     files = sorted(path for path in folder.iterdir() if path.is_file())
     _check_sizes(files, stat.st_size)
@@ -120,6 +166,7 @@ def _prune(cache: Path) -> None:
     files = sorted(cache.glob("*.gguf"), key=lambda file: file.stat().st_mtime, reverse=True)
     for file in files[_MAX_CACHED_FILES:]:
         file.unlink(missing_ok=True)
+        file.with_suffix(".json").unlink(missing_ok=True)
 
 
 def _method(folder: Path) -> str:

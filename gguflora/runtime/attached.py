@@ -16,16 +16,16 @@ values were computed with other adapters.
 
 from __future__ import annotations
 
+import logging
 import math
 import numbers
 import os
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -35,14 +35,16 @@ from gguflora.errors import GgufloraError, HotSwapError, MissingExtraError
 from gguflora.files.checksum import sha256_of
 from gguflora.files.remote import remote_inputs
 from gguflora.placement.prefix import read_prefix
-from gguflora.runtime.adapter_files import open_adapter
+from gguflora.runtime.adapter_files import AdapterReading
 
 if TYPE_CHECKING:
     from gguflora.runtime.adapter_set import AttachedSet
     from gguflora.runtime.bindings import HotAdapter
 
+_LOG: Final = logging.getLogger(__name__)
 
-def attach(llm: Any, *, trust_names: bool = False) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only where it is used, and has no types)
+
+def attach(llm: Any, *, text_only: bool = False, trust_names: bool = False) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only where it is used, and has no types)
     """Make the adapters of a ``llama_cpp.Llama`` swappable; a second call returns the same set of adapters.
 
     An adapter given as ``Llama(lora_path=...)`` becomes a loaded adapter named after its file's stem, active at its
@@ -50,6 +52,8 @@ def attach(llm: Any, *, trust_names: bool = False) -> Adapters:  # noqa: ANN401 
 
     Args:
         llm: an open ``llama_cpp.Llama``.
+        text_only: take only the part of a multimodal model's adapters that changes the language model; what is left
+            out is logged.
         trust_names: apply adapters by name and shape where the order of a tensor's rows is not known.
 
     Raises:
@@ -69,21 +73,17 @@ def attach(llm: Any, *, trust_names: bool = False) -> Adapters:  # noqa: ANN401 
     llama_internals.check_internals(llm)
     if not llama_internals.is_open(llm):
         raise HotSwapError("attach needs an open Llama; this one is closed")
-    before = guarded_llama.attached_set(llm)
+    before, reading = guarded_llama.attached_set(llm), AdapterReading(text_only, trust_names)
     if before is not None and not before.closed:
-        return Adapters(llm, before, trust_names=trust_names)
-    base = cache(partial(_read_base, Path(llm.model_path), trust_names=trust_names))
+        return Adapters(llm, before, reading)
+    base = cache(partial(read_whole_base, Path(llm.model_path)))
     concatenated = ConcatenatedAdapters(
-        llm.model, llm.metadata.get("general.architecture", ""), lambda path: open_adapter(path, base()).file
+        llm.model, llm.metadata.get("general.architecture", ""), lambda path: reading.open(path, base()).file
     )
     adapters = AttachedSet(*llama_internals.wrappers_of(llm), concatenated)
     _adopt(llm, adapters, active=before is None)
     guarded_llama.guard(llm, adapters)
-    return Adapters(llm, adapters, trust_names=trust_names)
-
-
-def _read_base(path: Path, *, trust_names: bool) -> BaseModel:
-    return replace(read_whole_base(path), trust_names=trust_names)
+    return Adapters(llm, adapters, reading)
 
 
 def _adopt(llm: Any, adapters: AttachedSet, *, active: bool) -> None:  # noqa: ANN401
@@ -123,9 +123,9 @@ class Adapters:
     Closing the Llama frees its adapters first. A method called after that, or after `close`, raises `HotSwapError`.
     """
 
-    def __init__(self, llm: Any, adapters: AttachedSet, *, trust_names: bool = False) -> None:  # noqa: ANN401
+    def __init__(self, llm: Any, adapters: AttachedSet, reading: AdapterReading = AdapterReading()) -> None:  # noqa: ANN401, B008
         self._llm = llm
-        self._trust_names = trust_names
+        self._reading = reading
         self._set = adapters
         self._base: BaseModel | None = None
 
@@ -163,14 +163,16 @@ class Adapters:
         from gguflora.runtime.bindings import HotAdapter, invocation_of, load_lora  # noqa: PLC0415
 
         if self._base is None:
-            self._base = _read_base(Path(self._llm.model_path), trust_names=self._trust_names)
+            self._base = read_whole_base(Path(self._llm.model_path))
         if location.is_dir() and is_soft_prompt(location):
             prefix = read_prefix(location, self._base, task)
             _check_prefix_fits(location, prefix.n_tokens, self._llm.n_ctx())
             return HotAdapter(name, prefix.sha256, None, location, prefix=prefix)
         if task is not None:
             raise HotSwapError(f"{location}: is not a soft prompt, so it has no task {task}")
-        source = open_adapter(location, self._base)
+        source = self._reading.open(location, self._base)
+        for text in source.warnings:
+            _LOG.warning("%s: %s", name, text)
         pointer = load_lora(self._llm.model, source.file)
         return HotAdapter(name, source.sha256, pointer, location, invocation=invocation_of(pointer))
 

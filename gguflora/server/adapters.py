@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import os
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ from gguflora.server.schemas import LoadBody, LoraScales, UnloadBody
 from gguflora.server.service import BASE_MODEL, DEFAULT_MODEL, Service, ServiceDep
 
 router = APIRouter()
+_LOG: Final = logging.getLogger(__name__)
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
 
@@ -100,9 +102,11 @@ def _loading_folder(service: Service) -> Path:
 def _load(service: Service, body: LoadBody, folder: Path) -> None:
     path = path_inside(folder, body.lora_path)
     try:
-        service.engine.load(path, body.lora_name, task=body.task, replace=body.load_inplace)
+        adapter = service.engine.load(path, body.lora_name, task=body.task, replace=body.load_inplace)
     except AdapterNameError as error:  # another client is loading an adapter of this name
         raise Failure(400, str(error), "already_loaded", "lora_name") from error
+    for text in adapter.warnings:
+        _LOG.warning("%s: %s", adapter.name, text)
 
 
 def path_inside(folder: Path, text: str) -> Path:

@@ -60,6 +60,7 @@ def serve(
     allow_load: str | os.PathLike[str] | None = None,
     max_tokens: int = 2048,
     timeout: float = 600.0,
+    text_only: bool = False,
     trust_names: bool = False,
     ready: Callable[[ServeReport], None] = lambda _: None,
 ) -> ServeReport:
@@ -83,6 +84,7 @@ def serve(
         allow_load: directory from which clients may load adapters.
         max_tokens: largest number of tokens of one answer.
         timeout: seconds after which a request is aborted.
+        text_only: take only the part of a multimodal model's adapters that changes the language model.
         trust_names: apply adapters by name and shape where the order of a tensor's rows is not known.
         ready: called when the server accepts requests.
 
@@ -113,11 +115,12 @@ def serve(
             max_contexts=contexts,
             queue_size=queue,
             threads=threads,
+            text_only=text_only,
             trust_names=trust_names,
         ) as engine,
     ):
         names = tuple(adapter.name for adapter in engine.adapters())
-        report = ServeReport(url_of(listener), engine.model_name, names, warnings)
+        report = ServeReport(url_of(listener), engine.model_name, names, (*warnings, *engine.warnings))
         ready(report)
         run_server(engine, Path(base), listener, settings)
     return report

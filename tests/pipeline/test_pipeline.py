@@ -15,12 +15,14 @@ import pytest
 
 import gguflora
 from gguflora.errors import OutputError, RecipeError
-from support import builders
+from support import builders, zoo
 from support.builders import Adapter
 from support.cli import run
 from support.oracles.gguf_files import read_tensors
 from support.recipes import outputs, statuses
 from support.shards import split
+
+ACTIONS = ("convert", "merge", "inspect")
 
 RECIPE = """
 output = "out"
@@ -362,3 +364,18 @@ checks = { "divergences.merged.kl" = { max = 1e-3 }, "divergences.base.kl" = { m
     report = gguflora.run_pipeline(folder / "recipe.toml")
     assert [(result.status, result.error) for result in report.results] == [("done", None)] * 4
     assert gguflora.diff(folder / "adapters/one", folder / "out/peft").cosine == pytest.approx(1, abs=1e-6)
+
+
+def test_names_are_trusted_in_recipes(tmp_path):
+    """falcon-h1's converter scales tensors, and gguflora has no rule for it."""
+    adapter = tmp_path / "adapter"
+    zoo.peft_model("falcon_h1", target_modules=["in_proj"]).save_pretrained(adapter)
+    shutil.copy(zoo.gguf_model("falcon_h1"), tmp_path / "base.gguf")
+    step = '[[steps]]\nname = "{action}"\naction = "{action}"\nbase = "base.gguf"\n{adapter}\nout = "{action}.out"\n'
+    one, many = 'adapter = "adapter"', 'adapters = ["adapter"]'
+    steps = [step.format(action=action, adapter=many if action == "merge" else one) for action in ACTIONS]
+    recipe = tmp_path / "recipe.toml"
+    for step in steps:
+        for keys, status in (("", "failed"), ("trust_names = true\ntext_only = true\n", "done")):
+            recipe.write_text(f'output = "out"\n{step}{keys}')
+            assert statuses(gguflora.run_pipeline(recipe)) == [status]
