@@ -16,7 +16,7 @@ from gguflora.errors import ArchitectureError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape, layer_of
 
 _LOG = logging.getLogger(__name__)
-_ENCODERS: Final = {"bert", "eurobert", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "nomic-bert"}
+_ENCODERS: Final = {"bert", "eurobert", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "nomic-bert", "clip"}
 """Architectures that have no output weight."""
 
 
@@ -36,6 +36,7 @@ class BaseModel:
         n_mrope: number of rows of each head that M-RoPE rotates; 0 if the model does not use M-RoPE.
         absent: names in ``shapes`` that the file does not hold, but llama.cpp would read; their values count as zeros.
         types: name of the quant type of each tensor of a GGUF file.
+        projector: type of the projector of an mmproj file, such as "pixtral"; empty for a language model.
         trust_names: whether tensors may be matched by name where the order of their rows is not known.
     """
 
@@ -49,6 +50,7 @@ class BaseModel:
     n_mrope: int = 0
     absent: frozenset[str] = frozenset()
     types: Mapping[str, str] = field(default_factory=dict)
+    projector: str = ""
     trust_names: bool = False
 
     @property
@@ -75,13 +77,25 @@ def read_base(path: str | os.PathLike[str], *, trust_names: bool = False) -> Bas
         return replace(describe(file), trust_names=trust_names)
 
 
-def describe(file: GgufFile) -> BaseModel:
+def describe(file: GgufFile, *, mmproj: bool = False) -> BaseModel:
     """Return the description of the base model in an open GGUF file.
 
+    Args:
+        file: the file.
+        mmproj: whether it may hold the vision part of a multimodal model.
+
     Raises:
-        ArchitectureError: if the file does not hold a language model.
+        ArchitectureError: if the file does not hold a language model (or a vision part, with ``mmproj``).
     """
     kind = file.metadata.get("general.type", "model")
+    if is_mmproj(file):
+        if mmproj:
+            return _describe_vision(file)
+        raise ArchitectureError(
+            f"{file.path}: holds the vision part of a multimodal model (mmproj), and a language model is expected. "
+            "llama.cpp computes the vision part without adapters, so no LoRA can be applied to it at run time; merge "
+            f"the adapter into it: gguflora merge {file.path.name} --lora ADAPTER -o OUT"
+        )
     if kind != "model":
         raise ArchitectureError(f"{file.path}: general.type is {kind!r}, expected a model as the base")
     _LOG.debug("read %s: %s, %d tensors", file.path, file.metadata.get("general.architecture"), len(file.tensors))
@@ -104,6 +118,31 @@ def describe(file: GgufFile) -> BaseModel:
         n_groups if isinstance(n_groups, int) else 0,
         _rows_of_mrope(file),
         types={name: tensor.type.name for name, tensor in file.tensors.items()},
+    )
+
+
+def is_mmproj(file: GgufFile) -> bool:
+    """Whether a file holds the vision part (or audio part) of a multimodal model."""
+    return file.metadata.get("general.type") == "mmproj" or file.metadata.get("general.architecture") == "clip"
+
+
+def _describe_vision(file: GgufFile) -> BaseModel:
+    names = ("clip.vision.block_count", "clip.vision.attention.head_count")
+    layers, heads = (file.metadata.get(name) for name in names)
+    for name, value in zip(names, (layers, heads), strict=True):
+        if value is not None and (not isinstance(value, int) or not 0 <= value < _SIZES["num_attention_heads"]):
+            raise ArchitectureError(f"{file.path}: {name} is {value!r:.80}, expected a small whole number")
+    projector = file.metadata.get("clip.projector_type") or file.metadata.get("clip.vision.projector_type")
+    n_layers, n_head = layers or 0, heads or 0
+    return BaseModel(
+        file.path,
+        "clip",
+        {name: tensor.shape for name, tensor in file.tensors.items()},
+        n_layers,
+        (n_head,) * n_layers,
+        (n_head,) * n_layers,
+        types={name: tensor.type.name for name, tensor in file.tensors.items()},
+        projector=projector if isinstance(projector, str) else "",
     )
 
 

@@ -13,6 +13,7 @@ from gguflora.architectures.names import (
     is_unpermuted,
     layer_and_module,
     tensor_of,
+    vision_part,
     without_owner,
 )
 from gguflora.architectures.orders import rotary_k, rotary_q, unchanged
@@ -20,6 +21,7 @@ from gguflora.architectures.regions import region_of
 from gguflora.architectures.rules import KNOWN, PLAIN, Rules
 from gguflora.architectures.splits import head_norm_slice
 from gguflora.architectures.tensor_slice import TensorSlice
+from gguflora.architectures.vision import CLIP, vision_slices
 from gguflora.errors import MismatchError
 from gguflora.quants.arrays import Indices
 
@@ -40,6 +42,8 @@ def slices_of(base: BaseModel, weight: str) -> list[TensorSlice]:
         ArchitectureError: if gguf has no tensor names for the base's architecture.
         MismatchError: if the shapes of the base's tensors do not agree with its architecture.
     """
+    if base.architecture == CLIP:
+        return vision_slices(base, weight, vision_part(weight)) if is_foreign(weight) else []
     path: str | None = None if is_foreign(weight) else canonical(weight)
     while path is not None:
         slices = _slices_of(base, path)
@@ -110,7 +114,7 @@ def key_order(base: BaseModel, layer: int, n_kv: int) -> Indices:
 
 def check_known(base: BaseModel) -> None:
     """Raise ``ArchitectureError`` if neither gguflora nor gguf knows the base's architecture."""
-    if base.architecture not in KNOWN:
+    if base.architecture not in KNOWN and base.architecture != CLIP:
         check_named(base)
 
 

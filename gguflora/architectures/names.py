@@ -59,6 +59,12 @@ def is_foreign(weight: str) -> bool:
     return _FOREIGN.search(weight) is not None
 
 
+def vision_part(weight: str) -> str:
+    """Return the name of a weight of another part from the component that names the part, such as ``vision_tower.``."""
+    match = _FOREIGN.search(weight)
+    return weight if match is None else weight[match.start() :].removeprefix(".")
+
+
 def without_owner(path: str) -> str | None:
     """Return a name without its first component, if the rest may name a weight of a language model; else None."""
     match = _UNKNOWN_OWNER.match(path)

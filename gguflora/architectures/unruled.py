@@ -14,6 +14,7 @@ from gguflora.architectures.base_model import BaseModel
 from gguflora.architectures.names import canonical, is_transformers_attention, is_unpermuted, layer_and_module
 from gguflora.architectures.orders import rotary_k, rotary_q
 from gguflora.architectures.rules import KNOWN, PLAIN
+from gguflora.architectures.vision import CLIP, doubt_about_vision
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING
 
 RENAMED: Final = frozenset({
@@ -91,6 +92,8 @@ def doubt_about(base: BaseModel, weight: str, tensor: str) -> str | None:
         tensor: name of the GGUF tensor that holds it, or a part of it.
     """
     architecture = base.architecture
+    if architecture == CLIP:
+        return doubt_about_vision(base)
     if architecture in KNOWN:
         return _doubt_about_naming(base, canonical(weight), tensor)
     if architecture in CHANGED:
@@ -125,7 +128,7 @@ def _doubt_about_naming(base: BaseModel, path: str, tensor: str) -> str | None:
 def unknown_warning(base: BaseModel) -> str | None:
     """Return a warning if gguflora has no rules for the base's architecture, else None."""
     architecture = base.architecture
-    if architecture in KNOWN:
+    if architecture in KNOWN or (architecture == CLIP and doubt_about_vision(base) is None):
         return None
     matched = f"architecture {architecture} is not known to gguflora: tensors were matched by name and shape only"
     if architecture in RENAMED:

@@ -87,6 +87,8 @@ def merge(
 
     gguflora merge model-Q4_K_M.gguf --lora ./my-adapter --patch my-adapter.patch
 
+    gguflora merge mmproj.gguf --lora ./my-vision-adapter -o merged-mmproj.gguf
+
     gguflora merge model-Q4_K_M.gguf --lora ./my-adapter --in-place && gguflora unmerge model-Q4_K_M.gguf
 
     **In place**

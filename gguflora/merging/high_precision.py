@@ -136,7 +136,7 @@ def _shape_in(model: BaseModel, tensor: str) -> Shape:
 
 
 def _check_architecture(file: GgufFile, model: BaseModel) -> None:
-    found = describe(file).architecture
+    found = describe(file, mmproj=True).architecture
     if found != model.architecture:
         raise MismatchError(f"{file.path}: is {found!r}, but {model.path} is {model.architecture!r}")
 

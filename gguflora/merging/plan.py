@@ -75,7 +75,7 @@ def make_plan(
     Raises:
         GgufloraError: if adapters and base do not fit together, or a tensor cannot be written as asked.
     """
-    model = replace(with_biases(describe(file)), trust_names=trust_names)
+    model = replace(with_biases(describe(file, mmproj=True)), trust_names=trust_names)
     deltas: dict[str, list[ScaledDelta]] = {}
     unknown = unknown_warning(model)
     warnings = [] if unknown is None else [f"{file.path}: {unknown}"]

@@ -13,7 +13,7 @@ from typing import Any, Final, get_args
 import numpy as np
 
 from gguflora.adapters.adapter import Adapter, read_adapter
-from gguflora.architectures.base_model import describe
+from gguflora.architectures.base_model import describe, is_mmproj
 from gguflora.errors import AdapterError, QuantizationError
 from gguflora.files.gguf import GgufFile
 from gguflora.merging.high_precision import UnquantizedBase
@@ -24,7 +24,7 @@ from gguflora.merging.plan import MergePlan, count_merges, make_plan
 from gguflora.merging.report import MergeReport, TensorReport, warnings_of
 from gguflora.merging.rounding import Mode, RoundingOptions, Sums
 from gguflora.placement.base_weights import BaseTensors
-from gguflora.placement.language_part import language_part
+from gguflora.placement.language_part import language_part, other_part
 from gguflora.quants.kernels import SUMS
 
 AdapterPath = str | os.PathLike[str]
@@ -105,7 +105,9 @@ def prepared_merge(
     with ExitStack() as opened:
         file = opened.enter_context(GgufFile(base))
         sources = [(read_adapter(path), scale) for path, scale in with_scales(adapters)]
-        if options.text_only:
+        if is_mmproj(file):
+            sources = [(other_part(source), scale) for source, scale in sources]
+        elif options.text_only:
             sources = [(language_part(source), scale) for source, scale in sources]
         rounding = _rounding_options(file, options)
         plan = make_plan(
@@ -118,7 +120,7 @@ def prepared_merge(
         )
         unquantized = None
         if options.base_f16 is not None:
-            unquantized = opened.enter_context(UnquantizedBase.open(options.base_f16, describe(file)))
+            unquantized = opened.enter_context(UnquantizedBase.open(options.base_f16, describe(file, mmproj=True)))
             unquantized.check(file, (changed.source.name for changed in plan.targets if changed.deltas))
         yield PreparedMerge(file, sources, rounding, plan, BaseTensors(file, unquantized))
 

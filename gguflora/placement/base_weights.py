@@ -117,7 +117,7 @@ class WholeTensorDeltas:
         zero = LowRank(np.zeros((0, shape[1])), np.zeros((shape[0], 0)), 0.0)
         slices = [
             PlacedDelta(delta.weight, zero, tensor_slice)
-            for tensor_slice in slices_of(describe(self._base), delta.weight)
+            for tensor_slice in slices_of(describe(self._base, mmproj=True), delta.weight)
         ]
         return self._read(shape, [(item, self._base.tensors[item.tensor_slice.tensor]) for item in slices])
 

@@ -204,7 +204,8 @@ def _unknown_error(adapter: Adapter, base: BaseModel, unknown: Sequence[str], n_
     if foreign:
         hint = (
             f"{len(foreign)} belong to another part of a multimodal model, which this file does not hold: take "
-            "the language part with --text-only (text_only=True)"
+            "the language part with --text-only (text_only=True). llama.cpp computes the other part without adapters; "
+            "gguflora merge MMPROJ.gguf --lora ... merges it into the model's mmproj file"
         )
     elif nearest:
         hint = "; ".join(f"nearest to {weight} is {' or '.join(near)}" for weight, near in nearest.items())

@@ -15,6 +15,7 @@ from gguflora.adapters.tokenizer import (
     AdapterTokenizer,
     read_tokenizer,
 )
+from gguflora.architectures.base_model import is_mmproj
 from gguflora.errors import UnsupportedAdapterError, listed
 from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile
 
@@ -49,7 +50,7 @@ def compare_tokenizer(base: GgufFile, adapter: Adapter, n_tokens: int = 0) -> tu
         UnsupportedAdapterError: if the vocabulary grows and the adapter's directory has no tokenizer.
         AdapterError: if its tokenizer cannot be read.
     """
-    if adapter.architecture is not None:  # a GGUF LoRA has no directory of its own
+    if adapter.architecture is not None or is_mmproj(base):  # a GGUF LoRA has no directory of its own
         return {}, []
     folder = adapter.path.parent
     tokenizer = read_tokenizer(folder)
