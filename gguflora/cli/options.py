@@ -122,6 +122,29 @@ def named_adapters(texts: Sequence[str] | None) -> dict[str, str]:
     return paths
 
 
+def named_aliases(texts: Sequence[str] | None) -> dict[str, str | None]:
+    """Parse the values of ``--alias NAME[=SET]``; several names may be separated by commas, as in llama-server.
+
+    Returns:
+        The text of each set by name; None for the default set.
+
+    Raises:
+        typer.BadParameter: if a name or set is empty, or a name is given twice.
+    """
+    aliases: dict[str, str | None] = {}
+    for text in texts or ():
+        names, equals, target = text.partition("=")
+        for name in (each.strip() for each in names.split(",")):
+            if not name or (equals and not target):
+                raise typer.BadParameter(
+                    f"--alias is {text!r}, expected NAME or NAME=SET, for example gpt-4o=legal@0.5"
+                )
+            if name in aliases:
+                raise typer.BadParameter(f"the alias {name!r} is given twice")
+            aliases[name] = target or None
+    return aliases
+
+
 def named_tasks(texts: Sequence[str] | None) -> dict[str, int]:
     """Parse the values of ``--task NAME=NUMBER``.
 

@@ -6,6 +6,7 @@ import math
 import numbers
 import re
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -21,6 +22,7 @@ Identity: TypeAlias = frozenset[tuple[str, int, float]]
 BASE: Final = "base"
 """The name of the empty set."""
 
+_MAX_LISTED: Final = 20
 _NAME: Final = re.compile(r"[^\s@+=,]+")
 
 
@@ -73,7 +75,8 @@ def canonical_set(pairs: Iterable[tuple[str, float | None]], default_scales: Map
     scales: dict[str, float] = {}
     for name, scale in pairs:
         if name not in default_scales:
-            known = ", ".join(map(repr, default_scales)) or "none"
+            known = ", ".join(map(repr, islice(default_scales, _MAX_LISTED))) or "none"
+            known += f" and {len(default_scales) - _MAX_LISTED} more" if len(default_scales) > _MAX_LISTED else ""
             raise AdapterNameError(f"no adapter named {name!r:.80} is loaded; loaded: {known}")
         if name in scales:
             raise RequestError(f"the adapter {name!r} is given twice")
@@ -97,4 +100,9 @@ def checked_scale(name: str, scale: float) -> float:
 
 def describe_set(adapters: AdapterSet) -> str:
     """Return the text of an adapter set; `parse_set` reads it back."""
-    return "+".join(f"{name}@{scale:g}" for name, scale in adapters) or BASE
+    return "+".join(f"{name}@{_shortest(scale)}" for name, scale in adapters) or BASE
+
+
+def _shortest(scale: float) -> str:
+    """Return the shortest text that a 32-bit float is read from."""
+    return f"{scale:g}" if np.float32(float(f"{scale:g}")) == np.float32(scale) else str(np.float32(scale))

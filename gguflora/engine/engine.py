@@ -7,15 +7,16 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
 from gguflora.adapters.soft_prompt import is_soft_prompt, read_soft_prompt
 from gguflora.architectures.base_model import read_whole_base
+from gguflora.engine.adapter_folder import AdapterFolder
 from gguflora.engine.adapter_sets import AdapterSet, canonical_set, parse_set
 from gguflora.engine.context import KV_TYPES, Context, ContextOptions
 from gguflora.engine.job import GenerationJob
@@ -50,6 +51,7 @@ from gguflora.system.cpus import usable_cpus
 _LOG: Final = logging.getLogger(__name__)
 _LONG_TEXT: Final = 1 << 16
 """Characters of a text whose tokens are worth a guess before it is split."""
+AdapterPath: TypeAlias = str | os.PathLike[str]
 
 
 class Engine:
@@ -61,8 +63,13 @@ class Engine:
 
     Args:
         base: GGUF file of the model.
-        adapters: adapters to load at the start, by name: GGUF LoRA files or PEFT directories.
+        adapters: adapters to load at the start, by name: GGUF LoRA files or PEFT directories, each alone or in a tuple
+            with its scale in adapter sets that do not give one.
         tasks: task number of each MULTITASK_PROMPT_TUNING adapter in ``adapters``, by name.
+        adapter_dir: directory whose adapters, subdirectories and GGUF files, requests can name; each is loaded when a
+            request first names it, and again when its files have changed.
+        adapter_memory: largest number of bytes of the adapters loaded from ``adapter_dir``. The least recently used
+            ones leave memory for others, but never under a request. None sets no limit.
         n_ctx: size of the context in tokens. It limits the prompt and answer of one request, and of all requests that
             are computed at the same time.
         n_parallel: largest number of requests that are decoded together.
@@ -78,6 +85,7 @@ class Engine:
         text_only: default of `load` for this option.
         trust_names: default of `load` for this option.
         verbose: let llama.cpp print its log.
+        gpu_layers: number of layers that llama.cpp computes on a GPU, -1 for all; by default llama.cpp's own choice.
 
     Raises:
         GgufError: if the base is damaged.
@@ -89,8 +97,10 @@ class Engine:
         self,
         base: str | os.PathLike[str],
         *,
-        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+        adapters: Mapping[str, AdapterPath | tuple[AdapterPath, float]] | None = None,
         tasks: Mapping[str, int] | None = None,
+        adapter_dir: str | os.PathLike[str] | None = None,
+        adapter_memory: int | None = None,
         n_ctx: int = 4096,
         n_parallel: int = 4,
         max_contexts: int = 2,
@@ -102,6 +112,7 @@ class Engine:
         text_only: bool = False,
         trust_names: bool = False,
         verbose: bool = False,
+        gpu_layers: int | None = None,
     ) -> None:
         options = _options(n_ctx, n_parallel, n_batch, threads, kv_type)
         _expect("max_contexts", max_contexts, 1, 1024)
@@ -117,7 +128,10 @@ class Engine:
         self._users = 0  # threads that are in `_open`
         self._closed = False
         self._registry = AdapterRegistry()
-        self._model = Model(path, verbose=verbose)
+        self._folder: AdapterFolder | None = None
+        if adapter_dir is not None:
+            self._folder = AdapterFolder(Path(adapter_dir), adapter_memory, self, self._registry.users)
+        self._model = Model(path, verbose=verbose, gpu_layers=gpu_layers)
         self.n_vocab = self._model.n_vocab
         try:
             architecture = self._description.architecture
@@ -187,12 +201,15 @@ class Engine:
             self._forget(replaced)
         return registered.adapter
 
-    def _load_first(self, adapters: Mapping[str, str | os.PathLike[str]], tasks: Mapping[str, int]) -> None:
+    def _load_first(
+        self, adapters: Mapping[str, AdapterPath | tuple[AdapterPath, float]], tasks: Mapping[str, int]
+    ) -> None:
         unknown_names = sorted(tasks.keys() - adapters.keys())
         if unknown_names:
             raise AdapterNameError(f"a task is given for {unknown_names[0]!r:.80}, but no adapter has this name")
-        for name, location in adapters.items():
-            self.load(location, name, task=tasks.get(name))
+        for name, item in adapters.items():
+            location, scale = item if isinstance(item, tuple) else (item, 1.0)
+            self.load(location, name, scale=scale or 1.0, task=tasks.get(name))  # 0 is off, not what its name means
         self._has_first = True
         self._scheduler.call(lambda: self._mixed.prepare(self._options.n_parallel))
         if self._mixed.reason is not None and adapters:
@@ -267,21 +284,42 @@ class Engine:
         """The warnings of all loaded adapters, each with the adapter's name in front."""
         return tuple(f"{adapter.name}: {text}" for adapter in self.adapters() for text in adapter.warnings)
 
+    def adapter_names(self) -> list[str]:
+        """Return the names of adapters that requests can give: of loaded ones, then of those in ``adapter_dir``."""
+        loaded = [registered.adapter.name for registered in self._registry.all()]
+        return list(dict.fromkeys([*loaded, *(self._folder.names() if self._folder else ())]))
+
+    def knows(self, name: str) -> bool:
+        """Return whether requests can name an adapter so."""
+        is_loaded = self._registry.users(name) is not None
+        return is_loaded or (self._folder is not None and self._folder.find(name) is not None)
+
     def adapter_set(self, adapters: str | Iterable[tuple[str, float]]) -> AdapterSet:
-        """Return an adapter set.
+        """Return an adapter set; adapters of ``adapter_dir`` need not be loaded yet.
 
         Args:
             adapters: text such as ``legal@0.5+tone`` or ``base``, or names and scales.
 
         Raises:
             AdapterNameError: if no adapter of a name is loaded.
-            RequestError: if a scale is not a finite number.
+            RequestError: if a scale is not a finite number, or a loaded soft prompt cannot have its scale.
         """
         if isinstance(adapters, str):
-            if adapters == self.model_name and adapters not in self._registry.scales():
+            if adapters == self.model_name and not self.knows(adapters):
                 return ()
-            return canonical_set(parse_set(adapters), self._registry.scales())
-        return canonical_set(adapters, self._registry.scales())
+            names = self._canonical(parse_set(adapters))
+        else:
+            names = self._canonical(list(adapters))
+        self._registry.check(names)
+        return names
+
+    def _canonical(self, pairs: Sequence[tuple[str, float | None]]) -> AdapterSet:
+        scales = self._registry.scales()
+        if self._folder is not None:
+            missing = [name for name, _ in pairs if name not in scales]
+            found = [name for name in missing if self._folder.find(name) is not None]
+            scales |= dict.fromkeys(found if len(found) == len(missing) else self._folder.names(), 1.0)
+        return canonical_set(pairs, scales)
 
     def tokenize(self, text: str, *, add_bos: bool = True, special: bool = True, as_prompt: bool = False) -> list[int]:
         """Split text into tokens.
@@ -337,8 +375,9 @@ class Engine:
         self._check_open()
         request.check(self.n_vocab)
         prefix = self._checked_prefix(request)
-        names = canonical_set(request.adapters, self._registry.scales())
-        taken = self._registry.take(names, prefix)
+        names = self._canonical(request.adapters)
+        with self._folder.hold([name for name, _ in names]) if self._folder else nullcontext():
+            taken = self._registry.take(names, prefix)
         generation = Generation(notify)
         try:
             self._check_length(len(request.tokens) + taken.n_before)

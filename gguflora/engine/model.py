@@ -37,6 +37,7 @@ class Model:
     Args:
         path: the GGUF file.
         verbose: whether llama.cpp prints its log.
+        gpu_layers: number of layers on a GPU, -1 for all; None for llama.cpp's default.
         repack: whether llama.cpp keeps a second copy of the weights in an order that is quicker to multiply with.
 
     Attributes:
@@ -50,11 +51,13 @@ class Model:
         EngineError: if llama.cpp cannot load the file, with llama.cpp's log text.
     """
 
-    def __init__(self, path: Path, *, verbose: bool, repack: bool = True) -> None:
+    def __init__(self, path: Path, *, verbose: bool, gpu_layers: int | None = None, repack: bool = True) -> None:
         silence(verbose=verbose)
         llama_cpp.llama_backend_init()
         parameters = llama_cpp.llama_model_default_params()
         parameters.use_extra_bufts = repack
+        if gpu_layers is not None:
+            parameters.n_gpu_layers = gpu_layers
         with captured_log() as log:
             pointer = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
         if not pointer:

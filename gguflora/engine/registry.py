@@ -177,7 +177,7 @@ class AdapterRegistry:
 
         Args:
             name: name of the new adapter.
-            replace: whether a loaded adapter may have the name already.
+            replace: whether a loaded adapter may have the name already; its id then stays.
 
         Returns:
             The new adapter's id and load id.
@@ -192,7 +192,9 @@ class AdapterRegistry:
                     f"an adapter named {name!r} is loaded already; unload it first, or use another name"
                 )
             self._reserved.add(name)
-            return next(self._ids), next(self._load_ids)
+            replaced = self._by_name.get(name)
+            number = next(self._ids) if replaced is None else replaced.adapter.id
+            return number, next(self._load_ids)
 
     def give_up(self, name: str) -> None:
         """Release a reserved name after its load has failed."""
@@ -250,6 +252,21 @@ class AdapterRegistry:
             for registered, _ in taken.members:
                 registered.users -= 1
             return [registered for registered, _ in taken.members if registered.removed and not registered.users]
+
+    def users(self, name: str) -> tuple[LoadedAdapter, int] | None:
+        """Return the adapter that is loaded under a name, and the number of requests that use it; None if none is."""
+        with self._lock:
+            registered = self._by_name.get(name)
+            return None if registered is None else (registered.adapter, registered.users)
+
+    def check(self, names: AdapterSet) -> None:
+        """Check that the loaded adapters of a set can be applied together at these scales.
+
+        Raises:
+            RequestError: if there are several soft prompts, or one has a scale other than 1.
+        """
+        with self._lock:
+            _check_soft_prompts([(self._by_name[name], scale) for name, scale in names if name in self._by_name])
 
     def all(self) -> Sequence[RegisteredAdapter]:
         """Return the loaded adapters, sorted by id."""

@@ -116,6 +116,11 @@ def kv_bytes_of(log: str) -> int | None:
     return sum(sizes) if sizes else None
 
 
+def has_gpu() -> bool:
+    """Return whether this llama.cpp was built to compute on a GPU."""
+    return bool(llama_cpp.llama_supports_gpu_offload())
+
+
 def ggml_library() -> Any:  # noqa: ANN401
     """The ggml library that llama_cpp has loaded, a ``ctypes.CDLL``.
 

@@ -17,8 +17,9 @@ from fastapi.responses import PlainTextResponse
 from gguflora.engine import LoadedAdapter
 from gguflora.errors import AdapterNameError
 from gguflora.server.errors import Failure
+from gguflora.server.names import BASE_MODEL, DEFAULT_MODEL
 from gguflora.server.schemas import LoadBody, LoraScales, UnloadBody
-from gguflora.server.service import BASE_MODEL, DEFAULT_MODEL, Service, ServiceDep
+from gguflora.server.service import Service, ServiceDep
 
 router = APIRouter()
 _LOG: Final = logging.getLogger(__name__)
@@ -29,7 +30,8 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
 @router.get("/lora-adapters")
 def list_adapters(service: ServiceDep) -> list[dict[str, Any]]:
     """List the loaded adapters, with the scales for requests that name no adapter set."""
-    return [_entry(adapter, service.scales.get(adapter.name, 0.0)) for adapter in service.engine.adapters()]
+    scales = service.names.scales
+    return [_entry(adapter, scales.get(adapter.name, 0.0)) for adapter in service.engine.adapters()]
 
 
 def _entry(adapter: LoadedAdapter, scale: float) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def set_scales(scales: LoraScales, service: ServiceDep) -> dict[str, bool]:
     """Set the scales for requests that name no adapter set; adapters that are not listed are off."""
     by_name = service.by_id(scales)
     service.engine.adapter_set(list(by_name.items()))  # raises if the engine could not apply them
-    service.scales = by_name
+    service.names.scales = by_name
     return {"success": True}
 
 
@@ -67,7 +69,8 @@ async def show_changes(adapter_id: int, service: ServiceDep) -> dict[str, Any]:
 async def load_adapter(body: LoadBody, service: ServiceDep) -> PlainTextResponse:
     """Load an adapter from the directory given with ``--allow-load``."""
     folder = _loading_folder(service)
-    if not _NAME.fullmatch(body.lora_name) or body.lora_name in {BASE_MODEL, DEFAULT_MODEL, service.engine.model_name}:
+    reserved = {BASE_MODEL, DEFAULT_MODEL, service.engine.model_name, *service.settings.aliases}
+    if not _NAME.fullmatch(body.lora_name) or body.lora_name in reserved:
         raise Failure(
             400,
             "lora_name must consist of letters, digits, '.', '_', '-' and '/', and must not be the name of a model",
@@ -89,7 +92,7 @@ async def unload_adapter(body: UnloadBody, service: ServiceDep) -> PlainTextResp
     """Unload an adapter."""
     _loading_folder(service)
     await run_in_threadpool(service.engine.unload, body.lora_name)
-    service.scales.pop(body.lora_name, None)
+    service.names.scales.pop(body.lora_name, None)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 

@@ -9,6 +9,7 @@ from fastapi import APIRouter, FastAPI, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from gguflora.engine import Engine
 from gguflora.errors import GgufloraError
@@ -17,6 +18,7 @@ from gguflora.server.adapter_stats import AdapterStats
 from gguflora.server.errors import handle_exception
 from gguflora.server.metrics import CONTENT_TYPE, Metrics, RequestTimer
 from gguflora.server.middleware import RequestGuard
+from gguflora.server.names import ModelNames, check_names
 from gguflora.server.service import Service, ServiceDep
 from gguflora.server.settings import Settings
 
@@ -39,9 +41,10 @@ def create_app(engine: Engine, base: Path, settings: Settings | None = None) -> 
         settings: limits and permissions.
     """
     settings = settings or Settings()
+    check_names(engine, settings)
     metrics = Metrics(engine)
     app = FastAPI(title="gguflora", docs_url=None, redoc_url=None, strict_content_type=False)  # curl -d sends a form
-    app.state.service = Service(engine, base, settings, metrics, AdapterStats(base))
+    app.state.service = Service(engine, base, settings, metrics, AdapterStats(base), ModelNames(engine, settings))
     for part in (router, completions.router, adapters.router):
         app.include_router(part)
     for path, (name, kind) in _FILES.items():
@@ -50,6 +53,8 @@ def create_app(engine: Engine, base: Path, settings: Settings | None = None) -> 
         app.add_exception_handler(error, handle_exception)
     app.add_middleware(RequestGuard, settings=settings)
     app.add_middleware(RequestTimer, metrics=metrics)
+    if settings.cors:  # it must be the outermost: preflight requests carry no key
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"])
     return app
 
 

@@ -17,10 +17,11 @@ from fastapi.responses import JSONResponse, Response
 
 from gguflora import engine
 from gguflora.server.errors import as_failure
+from gguflora.server.names import BASE_MODEL
 from gguflora.server.openai_format import ChatForm, Choice, Form, TextForm, timings, usage
 from gguflora.server.prompts import chat_requests, text_requests
 from gguflora.server.schemas import ChatBody, CompletionBody, GenerationBody
-from gguflora.server.service import BASE_MODEL, Service, ServiceDep
+from gguflora.server.service import Service, ServiceDep
 from gguflora.server.streaming import Answers, EventStream, while_connected
 
 _LOG: Final = logging.getLogger(__name__)
@@ -29,9 +30,8 @@ router = APIRouter()
 
 @router.get("/v1/models")
 def list_models(service: ServiceDep) -> dict[str, Any]:
-    """List the base and each adapter; requests may also name a set, such as ``legal@0.5+tone@0.3``."""
-    names = [BASE_MODEL, *(adapter.name for adapter in service.engine.adapters())]
-    return {"object": "list", "data": [_model(service, name) for name in names]}
+    """List the base, each adapter and each alias; requests may also name a set, such as ``legal@0.5+tone@0.3``."""
+    return {"object": "list", "data": [_model(service, name) for name in service.names.all()]}
 
 
 @router.get("/v1/models/{model:path}")
@@ -57,18 +57,20 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 async def complete(body: CompletionBody, request: Request, service: ServiceDep) -> Response:
     """Continue one or several texts."""
     adapters = service.adapter_set(body.model, body.lora)
+    model = service.names.of(body.model, adapters)
     answers = Answers(stream=bool(body.stream))
     await run_in_threadpool(lambda: answers.begin(service.engine, text_requests(service, body, adapters)))
-    return await _Completion(service, TextForm(), body, answers, body.logprobs is not None).respond(request)
+    return await _Completion(service, TextForm(), body, answers, body.logprobs is not None, model).respond(request)
 
 
 @router.post("/v1/chat/completions")
 async def chat(body: ChatBody, request: Request, service: ServiceDep) -> Response:
     """Answer the last message of a chat."""
     adapters = service.adapter_set(body.model, body.lora)
+    model = service.names.of(body.model, adapters)
     answers = Answers(stream=bool(body.stream))
     await run_in_threadpool(lambda: answers.begin(service.engine, chat_requests(service, body, adapters)))
-    return await _Completion(service, ChatForm(), body, answers, bool(body.logprobs)).respond(request)
+    return await _Completion(service, ChatForm(), body, answers, bool(body.logprobs), model).respond(request)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class _Completion:
         body: the request's body.
         answers: the generations.
         with_logprobs: whether the client asked for log probabilities.
+        model: name of the adapter set that answers.
     """
 
     service: Service
@@ -88,6 +91,7 @@ class _Completion:
     body: GenerationBody
     answers: Answers
     with_logprobs: bool
+    model: str
 
     async def respond(self, request: Request) -> Response:
         if self.body.stream:
@@ -122,7 +126,7 @@ class _Completion:
             "id": f"{self.form.prefix}-{uuid.uuid4().hex}",
             "object": kind,
             "created": int(time.time()),
-            "model": self.body.model or BASE_MODEL,
+            "model": self.model,
         }
 
     async def _events(self) -> AsyncIterator[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+from collections.abc import Collection
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -66,7 +67,7 @@ class RequestGuard:
     def _check(self, method: str, path: str, headers: Headers) -> None:
         self._check_host(headers)
         if method != "GET":
-            _check_origin(headers)
+            _check_origin(headers, self._settings.cors)
         if path not in OPEN_PATHS:
             self._check_key(headers)
         length = headers.get("content-length", "0")
@@ -84,15 +85,19 @@ class RequestGuard:
         if expected is None:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+        if scheme.lower() != "bearer":
+            key = headers.get("x-api-key", "")  # as Anthropic's clients send it
+        given = key.strip().encode("latin-1")
         if not hmac.compare_digest(given, expected.encode()):
             raise Failure(401, f"send the server's {KEY_VARIABLE} as 'Authorization: Bearer KEY'", "invalid_api_key")
 
 
-def _check_origin(headers: Headers) -> None:
+def _check_origin(headers: Headers, allowed: Collection[str]) -> None:
     """Protect against foreign web pages that post to this server without the user's knowledge."""
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+    if origin is None or origin in allowed or "*" in allowed:
+        return
+    if urlsplit(origin).netloc != headers.get("host"):
         raise Failure(403, "requests from other web pages are not allowed", "wrong_origin")
 
 

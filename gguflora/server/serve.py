@@ -6,17 +6,21 @@ import importlib.util
 import math
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from gguflora.engine import Engine
+from gguflora.engine import Engine, describe_set
 from gguflora.engine.context_size import context_size
+from gguflora.engine.engine import AdapterPath
 from gguflora.errors import MissingExtraError, ServerError
 from gguflora.files.remote import remote_inputs
+from gguflora.runtime.llama_internals import has_gpu
+from gguflora.server.names import check_names
 from gguflora.server.settings import KEY_VARIABLE, Settings
+from gguflora.system.memory import read_bytes
 
 _REQUIRED: Final = ("fastapi", "uvicorn", "prometheus_client")
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -48,8 +52,13 @@ class ServeReport:
 def serve(
     base: str | os.PathLike[str],
     *,
-    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    adapters: Mapping[str, AdapterPath | tuple[AdapterPath, float]] | None = None,
     tasks: Mapping[str, int] | None = None,
+    adapter_dir: str | os.PathLike[str] | None = None,
+    adapter_memory: int | str | None = "2G",
+    default_adapters: str | None = None,
+    aliases: Mapping[str, str | None] | None = None,
+    accept_any_model: bool = False,
     host: str = "127.0.0.1",
     port: int = 8080,
     ctx: int | None = None,
@@ -57,6 +66,9 @@ def serve(
     contexts: int = 2,
     queue: int = 64,
     threads: int | None = None,
+    gpu_layers: int | None = None,
+    api_key: str | None = None,
+    cors: Sequence[str] = (),
     allow_load: str | os.PathLike[str] | None = None,
     max_tokens: int = 2048,
     timeout: float = 600.0,
@@ -71,8 +83,16 @@ def serve(
 
     Args:
         base: GGUF file of the base model.
-        adapters: GGUF LoRA files or PEFT directories, by name.
+        adapters: GGUF LoRA files or PEFT directories, by name, each alone or in a tuple with its scale. One with a
+            scale other than 0 also belongs to the default set, unless ``default_adapters`` is given.
         tasks: task number of each MULTITASK_PROMPT_TUNING adapter in ``adapters``, by name.
+        adapter_dir: directory whose adapters, subdirectories and GGUF files, are served by their names; each is loaded
+            when a request first names it, and again when its files have changed.
+        adapter_memory: most memory of the adapters from ``adapter_dir``, in bytes or such as ``2G``. The least recently
+            used ones leave for others, but never under a request. None sets no limit.
+        default_adapters: adapter set of requests that name none, such as ``legal@0.5+tone``; at first the base.
+        aliases: further names of adapter sets; None stands for the default set.
+        accept_any_model: answer requests for unknown models with the default set instead of status 404.
         host: address to listen on.
         port: port to listen on; 0 selects a free one.
         ctx: size of the context in tokens, for all requests decoded together; by default the model's training length,
@@ -81,6 +101,9 @@ def serve(
         contexts: has no effect any more, since all adapter sets share one context.
         queue: largest number of waiting requests; further requests get status 429.
         threads: number of threads; by default one less than the cores that this process may use.
+        gpu_layers: number of layers that llama.cpp computes on a GPU, -1 for all; by default llama.cpp's own choice.
+        api_key: key that clients must send; by default the value of GGUFLORA_API_KEY.
+        cors: origins whose web pages may use the server, such as ``https://example.org``; ``*`` allows all.
         allow_load: directory from which clients may load adapters.
         max_tokens: largest number of tokens of one answer.
         timeout: seconds after which a request is aborted.
@@ -96,34 +119,63 @@ def serve(
     missing = [name for name in _REQUIRED if not importlib.util.find_spec(name)]
     if missing:
         raise MissingExtraError("serve", ", ".join(missing), "server")
-    key = os.environ.get(KEY_VARIABLE) or None
-    warnings: tuple[str, ...] = ()
-    if key is None and host not in _LOOPBACK:
-        warnings = (f"anyone who can reach {host} can use this server; set {KEY_VARIABLE} to require a key",)
+    key = api_key or os.environ.get(KEY_VARIABLE) or None
+    warnings = _warnings(host, key, cors, gpu_layers)
     folder = None if allow_load is None else Path(allow_load)
     if folder is not None and not folder.is_dir():
         raise ServerError(f"{folder}: is not a directory, so no adapters can be loaded from it")
-    settings = Settings(api_key=key, allow_load=folder, max_tokens=max_tokens, timeout=timeout)
+    settings = Settings(
+        api_key=key,
+        allow_load=folder,
+        max_tokens=max_tokens,
+        timeout=timeout,
+        aliases=dict(aliases or {}),
+        default_adapters=default_adapters or _scaled(adapters or {}),
+        accept_any_model=accept_any_model,
+        cors=tuple(cors),
+    )
+    memory = read_bytes(adapter_memory, "adapter_memory") if isinstance(adapter_memory, str) else adapter_memory
     with (
         listen(host, port) as listener,
         Engine(
             base,
             adapters=adapters or {},
             tasks=tasks,
+            adapter_dir=adapter_dir,
+            adapter_memory=memory,
             n_ctx=context_size(base, ctx),
             n_parallel=parallel,
             max_contexts=contexts,
             queue_size=queue,
             threads=threads,
+            gpu_layers=gpu_layers,
             text_only=text_only,
             trust_names=trust_names,
         ) as engine,
     ):
-        names = tuple(adapter.name for adapter in engine.adapters())
+        check_names(engine, settings)
+        names = tuple(engine.adapter_names())
         report = ServeReport(url_of(listener), engine.model_name, names, (*warnings, *engine.warnings))
         ready(report)
         run_server(engine, Path(base), listener, settings)
     return report
+
+
+def _warnings(host: str, key: str | None, cors: Sequence[str], gpu_layers: int | None) -> tuple[str, ...]:
+    warnings = []
+    if key is None and host not in _LOOPBACK:
+        warnings.append(f"anyone who can reach {host} can use this server; set {KEY_VARIABLE} to require a key")
+    if key is None and cors:
+        warnings.append(f"web pages of {', '.join(cors)} can use this server; set {KEY_VARIABLE} to require a key")
+    if gpu_layers and not has_gpu():
+        warnings.append("--gpu-layers has no effect: this llama-cpp-python was built without support for a GPU")
+    return tuple(warnings)
+
+
+def _scaled(adapters: Mapping[str, object]) -> str | None:
+    """Return the set of the adapters that are given with a scale."""
+    scaled = [(name, float(item[1])) for name, item in adapters.items() if isinstance(item, tuple)]
+    return describe_set(tuple((name, scale) for name, scale in scaled if scale)) if scaled else None
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 from fastapi import Depends, Request
 
@@ -14,12 +14,9 @@ from gguflora.engine import AdapterSet, Engine, LoadedAdapter
 from gguflora.server.adapter_stats import AdapterStats
 from gguflora.server.errors import Failure
 from gguflora.server.metrics import Metrics
+from gguflora.server.names import ModelNames
 from gguflora.server.schemas import LoraScale
 from gguflora.server.settings import Settings
-
-BASE_MODEL: Final = "base"
-DEFAULT_MODEL: Final = "default"
-"""Value of ``model`` in requests that use the scales set by POST /lora-adapters."""
 
 
 @dataclass(slots=True)
@@ -32,7 +29,7 @@ class Service:
         settings: limits and permissions.
         metrics: Prometheus metrics.
         adapter_stats: measures adapters.
-        scales: scales for requests that name no adapter set, by adapter name. POST /lora-adapters sets them, as in
+        names: what the names of models stand for. POST /lora-adapters sets the scales of its default set, as in
             llama-server; unlike there, all adapters are off at first.
         created: start of the server in seconds since the epoch.
     """
@@ -42,17 +39,17 @@ class Service:
     settings: Settings
     metrics: Metrics
     adapter_stats: AdapterStats
-    scales: dict[str, float] = field(default_factory=dict)
+    names: ModelNames
     created: int = field(default_factory=lambda: int(time.time()))
 
     def adapter_set(self, model: str | None, lora: Sequence[LoraScale] | None) -> AdapterSet:
         """Return the adapter set that a request names, with llama-server's ``lora`` or else with ``model``.
 
         Raises:
-            AdapterNameError: if ``model`` names an adapter that is not loaded.
+            AdapterNameError: if ``model`` names no adapter.
             Failure: if ``lora`` has an unknown id.
         """
-        named = self._default_set() if model in {None, DEFAULT_MODEL} else self.engine.adapter_set(str(model))
+        named = self.names.find(model)
         return named if lora is None else self.engine.adapter_set(list(self.by_id(lora).items()))
 
     def by_id(self, lora: Sequence[LoraScale]) -> dict[str, float]:
@@ -84,10 +81,6 @@ class Service:
         files = [self.base, *(adapter.path for adapter in self.engine.adapters())]
         allowed = [] if self.settings.allow_load is None else [self.settings.allow_load]
         return [*allowed, *(file.parent for file in files)]
-
-    def _default_set(self) -> AdapterSet:
-        loaded = {adapter.name for adapter in self.engine.adapters()}
-        return self.engine.adapter_set([(name, scale) for name, scale in self.scales.items() if name in loaded])
 
 
 def service_of(request: Request) -> Service:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +23,10 @@ class Settings:
         body_timeout: seconds in which the body of a request must arrive.
         timeout: seconds after which a request is aborted; waiting counts.
         hosts: host names that requests may be addressed to; None allows any.
+        aliases: further names of adapter sets, such as ``legal@0.5+tone``; None stands for the default set.
+        default_adapters: the adapter set of requests that name none; None is the base.
+        accept_any_model: answer requests for unknown models with the default set.
+        cors: origins whose web pages may use the server, such as ``https://example.org``, or ``*``.
     """
 
     api_key: str | None = None
@@ -32,3 +37,7 @@ class Settings:
     body_timeout: float = 30.0
     timeout: float = 600.0
     hosts: frozenset[str] | None = None
+    aliases: Mapping[str, str | None] = field(default_factory=dict)
+    default_adapters: str | None = None
+    accept_any_model: bool = False
+    cors: tuple[str, ...] = ()

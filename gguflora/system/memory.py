@@ -9,10 +9,29 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from gguflora.errors import UsageError
 from gguflora.system.cgroups import ControlGroup, control_groups
 
 _UNKNOWN = 1 << 40
 """Bytes that a system is taken to have if it does not say."""
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def read_bytes(text: str, name: str = "memory") -> int:
+    """Return the bytes of a size such as ``6G``.
+
+    Args:
+        text: a number, with K, M, G or T for powers of 1024.
+        name: what the size is for, in the message of an error.
+
+    Raises:
+        UsageError: if it is no size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE | re.ASCII)
+    if not found:
+        raise UsageError(f"{name} is {text!r:.80}, expected a size, for example 6G")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def available_memory(root: Path = Path("/")) -> int:

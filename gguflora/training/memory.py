@@ -28,7 +28,6 @@ _SHARE: Final = 0.8
 """Of the memory that is available, what a run takes unless it is told."""
 
 _CHOICES: Final = (4096, 2048, 1024, 512)
-_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +66,6 @@ def peak_memory() -> int:
         if found:
             return int(found[1]) * 1024
     return 0
-
-
-def read_bytes(text: str) -> int:
-    """``6G`` as bytes.
-
-    Raises:
-        UsageError: if it is no size.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE)
-    if not found:
-        raise UsageError(f"memory is {text!r}, expected a size, for example 6G")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def needed_bytes(model: PackedModel, n_trained: int, positions: int, longest: int, *, recompute: bool) -> int:
