@@ -77,9 +77,7 @@ def test_a_broken_one_is_400_and_harms_no_other(http):
     assert text(http, "shout") == expected_text("shout")
 
 
-@pytest.mark.parametrize(
-    "name", ["tone", "../shout", "notes", ".hidden", "shout.gguf", "verse/..", "a" * 300, "x\0", "x\ud800"]
-)
+@pytest.mark.parametrize("name", ["tone", "../shout", "notes", ".hidden", "shout.gguf", "verse/..", "a" * 300, "x\0"])
 def test_unknown_names_are_404(http, name):
     refused = http.post("/v1/completions", content=json.dumps({**GREEDY, "model": name}))
     assert refused.status_code == 404
