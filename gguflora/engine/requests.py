@@ -18,6 +18,9 @@ from gguflora.errors import EngineError, RequestError
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "timeout", "error"]
 
 MAX_LOGPROBS: Final = 100
+_RANDOM_SEEDS: Final = frozenset({-1, 2**32 - 1})
+"""-1, and llama.cpp's ``LLAMA_DEFAULT_SEED``."""
+
 _MAX_PENALTY: Final = 1000.0
 _MAX_GRAMMAR: Final = 1 << 18
 _MAX_BREAKERS: Final = 32
@@ -120,6 +123,11 @@ class Sampling:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     grammar: Grammar | None = None
+
+    @property
+    def has_random_seed(self) -> bool:
+        """Whether each request gets a seed of its own."""
+        return self.seed is None or self.seed in _RANDOM_SEEDS
 
     def check(self, n_vocab: int) -> None:
         """Check that llama.cpp's samplers accept these parameters.

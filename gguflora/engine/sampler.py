@@ -147,7 +147,7 @@ def _parts(sampling: Sampling, model: Model) -> Iterator[Any]:
         biases |= dict.fromkeys(model.end_tokens, -_MAX_BIAS)
     if biases:
         yield _bias(biases, model.n_vocab)
-    seed = _seed(sampling.seed)
+    seed = _seed(sampling)
     temperature = sampling.temperature
     if temperature < _MIN_TEMPERATURE or not sampling.mirostat:
         yield from _filters(sampling, model, seed, greedy=temperature < _MIN_TEMPERATURE)
@@ -200,11 +200,11 @@ def _dry(sampling: Sampling, model: Model) -> Any:  # noqa: ANN401
     )
 
 
-def _seed(seed: int | None) -> int:
-    """Return a seed for llama.cpp: random for None, -1 and LLAMA_DEFAULT_SEED, which mean random there."""
-    if seed is None or seed in {-1, llama_cpp.LLAMA_DEFAULT_SEED}:
+def _seed(sampling: Sampling) -> int:
+    """Return a seed for llama.cpp, which is never its LLAMA_DEFAULT_SEED: that means a random one there."""
+    if sampling.has_random_seed:
         return secrets.randbelow(llama_cpp.LLAMA_DEFAULT_SEED)
-    return int(seed % llama_cpp.LLAMA_DEFAULT_SEED)
+    return int((sampling.seed or 0) % llama_cpp.LLAMA_DEFAULT_SEED)
 
 
 def token_logprob(logits: NDArray[np.float32], token: int, n_top: int, text_of: Callable[[int], bytes]) -> TokenLogprob:

@@ -21,6 +21,7 @@ from gguflora.server.names import BASE_MODEL
 from gguflora.server.openai_format import ChatForm, Choice, Form, TextForm, timings, usage
 from gguflora.server.prompts import chat_requests, text_requests
 from gguflora.server.schemas import ChatBody, CompletionBody, GenerationBody
+from gguflora.server.selectors import requested_set
 from gguflora.server.service import Service, ServiceDep
 from gguflora.server.streaming import Answers, EventStream, while_connected
 
@@ -56,7 +57,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 @router.post("/v1/completions")
 async def complete(body: CompletionBody, request: Request, service: ServiceDep) -> Response:
     """Continue one or several texts."""
-    adapters = service.adapter_set(body.model, body.lora)
+    adapters = requested_set(service, body)
     model = service.names.of(body.model, adapters)
     answers = Answers(stream=bool(body.stream))
     await run_in_threadpool(lambda: answers.begin(service.engine, text_requests(service, body, adapters)))
@@ -66,7 +67,7 @@ async def complete(body: CompletionBody, request: Request, service: ServiceDep) 
 @router.post("/v1/chat/completions")
 async def chat(body: ChatBody, request: Request, service: ServiceDep) -> Response:
     """Answer the last message of a chat."""
-    adapters = service.adapter_set(body.model, body.lora)
+    adapters = requested_set(service, body)
     model = service.names.of(body.model, adapters)
     answers = Answers(stream=bool(body.stream))
     await run_in_threadpool(lambda: answers.begin(service.engine, chat_requests(service, body, adapters)))

@@ -113,6 +113,9 @@ def _as_validation_failure(error: RequestValidationError) -> Failure:
     reason = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         return Failure(400, f"the body is not JSON: {first.get('ctx', {}).get('error', reason)}", "invalid_json")
+    if first["type"] == "refused_field":
+        name = ".".join([*field, first["ctx"]["field"]])
+        return Failure(400, reason, "invalid_value", name)
     param = ".".join(field) or None
     return Failure(400, f"{param}: {reason}" if param else reason, "invalid_value", param)
 

@@ -18,9 +18,9 @@ def text_requests(service: Service, body: CompletionBody, adapters: AdapterSet) 
     """Return one request for each prompt and each of its ``n`` answers.
 
     Raises:
-        Failure: if there are too many requests, or they ask for too many tokens.
+        Failure: if there are too many requests.
     """
-    max_tokens = _checked_tokens(service, body.max_tokens or _DEFAULT_TOKENS)
+    max_tokens = _limited_tokens(service, body.max_tokens, _DEFAULT_TOKENS)
     given = body.prompts()
     _check_count(service, body, len(given))  # before the work of splitting them into tokens
     prompts = [service.engine.tokenize(item, as_prompt=True) if isinstance(item, str) else item for item in given]
@@ -31,21 +31,22 @@ def chat_requests(service: Service, body: ChatBody, adapters: AdapterSet) -> lis
     """Return one request for each of the ``n`` answers.
 
     Raises:
-        Failure: if there are too many requests, or they ask for too many tokens.
+        Failure: if there are too many requests.
     """
     tokens = service.engine.render_chat([message.for_template() for message in body.messages])
-    requested = body.max_completion_tokens or body.max_tokens
-    max_tokens = _checked_tokens(service, requested) if requested else service.settings.max_tokens
+    requested = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    max_tokens = _limited_tokens(service, requested, service.settings.max_tokens)
     return _requests(service, body, adapters, [tokens], max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
 
 
-def _checked_tokens(service: Service, requested: int) -> int:
+def _limited_tokens(service: Service, requested: int | None, default: int) -> int:
+    """Return how many tokens an answer may have: -1 asks for as many as possible, and more than that counts as that.
+
+    The engine ends an answer at the end of the context.
+    """
     limit = service.settings.max_tokens
-    if requested > limit:
-        raise Failure(
-            400, f"max_tokens is {requested}, but this server's limit is {limit}", "too_many_tokens", "max_tokens"
-        )
-    return requested
+    tokens = default if requested is None else requested
+    return limit if tokens < 0 else min(tokens, limit)
 
 
 def _check_count(service: Service, body: GenerationBody, n_prompts: int) -> None:
@@ -64,13 +65,13 @@ def _requests(
     logprobs: int | None,
 ) -> list[Request]:
     _check_count(service, body, len(prompts))
-    sampling = _sampling(body)
+    sampling = body.sampling(service.engine)
     return [
         Request(
             tokens=tokens,
             adapters=adapters,
             max_tokens=max_tokens,
-            sampling=sampling if sampling.seed is None else replace(sampling, seed=(sampling.seed + number) % 2**63),
+            sampling=_numbered(sampling, number),
             stop=tuple(body.stop or ()),
             logprobs=logprobs,
             timeout=service.settings.timeout,
@@ -80,10 +81,8 @@ def _requests(
     ]
 
 
-def _sampling(body: GenerationBody) -> Sampling:
-    """Return the sampling parameters of a body, with the engine's defaults for those that it leaves out."""
-    names = ("temperature", "top_p", "min_p", "seed", "repeat_penalty", "frequency_penalty", "presence_penalty")
-    given = {name: value for name in names if (value := getattr(body, name)) is not None}
-    if body.top_k is not None:
-        given["top_k"] = max(body.top_k, 0)
-    return Sampling(**given, logit_bias=body.logit_bias or {})
+def _numbered(sampling: Sampling, number: int) -> Sampling:
+    """Return the sampling of one of several answers: a fixed seed differs by the answer's number."""
+    if not number or sampling.has_random_seed:
+        return sampling
+    return replace(sampling, seed=((sampling.seed or 0) + number) % 2**63)

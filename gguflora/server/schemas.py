@@ -1,59 +1,47 @@
 """Bodies of requests: OpenAI's fields, llama-server's ``lora``, vLLM's ``lora_name`` and ``lora_path``.
 
-Fields that would change the answer but are not supported are refused; other unknown fields are ignored.
+A field that is neither read nor harmless is refused by name; see `gguflora.server.fields`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, GetCoreSchemaHandler, model_validator
-from pydantic_core import CoreSchema
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, model_validator
 
-from gguflora.server.bodies import stop_at_first_error
-
-_REFUSED: Final[dict[str, object]] = {
-    "audio": None,
-    "best_of": 1,
-    "echo": False,
-    "function_call": "none",
-    "functions": [],
-    "grammar": "",
-    "json_schema": None,
-    "suffix": "",
-    "tools": [],
-}
-"""Fields that are not supported, and the value (apart from null) that has no effect."""
+from gguflora.server.fields import Body, take_alias
+from gguflora.server.sampling import SamplingFields
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(allow_inf_nan=False, extra="ignore")
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:  # noqa: ANN401
-        """Let lists stop at their first error, so that a long one costs no memory."""
-        schema: CoreSchema = stop_at_first_error(handler(source))
-        return schema
-
-
-class LoraScale(_Body):
+class LoraScale(Body):
     """One item of llama-server's ``lora``."""
 
     id: int
     scale: float = 0.0
+    harmless = frozenset({"method", "name", "path", "sha256", "size"})  # what GET /lora-adapters lists beside them
 
 
 LoraScales = Annotated[list[LoraScale], FailFast(), Field(max_length=4096)]
 """The body of POST /lora-adapters."""
 
 
-class StreamOptions(_Body):
+class LoraRequest(Body):
+    """vLLM's ``lora_request``: a loaded adapter by name; what is said beside the name must fit it."""
+
+    lora_name: str = Field(min_length=1, max_length=1024)
+    lora_path: str | None = Field(None, max_length=4096)
+    lora_int_id: int | None = None
+    harmless = frozenset({"base_model_name", "load_inplace", "tensorizer_config_dict", "long_lora_max_len"})
+
+
+class StreamOptions(Body):
     """OpenAI's ``stream_options``."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
+    harmless = frozenset({"include_obfuscation"})
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
     """OpenAI's ``response_format``; only text is supported."""
 
     type: Literal["text"]
@@ -68,35 +56,35 @@ StopTexts = Annotated[
 ]
 
 
-class GenerationBody(_Body):
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise ValueError("Input should be greater than 0, or -1 for as many tokens as the context has room for")
+    return value
+
+
+MaxTokens = Annotated[int, Field(ge=-1), AfterValidator(_not_zero)]
+
+
+class GenerationBody(SamplingFields):
     """The fields that completions and chat completions share."""
 
     model: str | None = Field(None, max_length=1024)
     lora: list[LoraScale] | None = Field(None, max_length=256)
+    adapter_id: str | None = Field(None, max_length=1024)
+    adapter_name: str | None = Field(None, max_length=1024)
+    lora_path: str | None = Field(None, max_length=4096)
+    lora_request: LoraRequest | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=128)
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: MaxTokens | None = None
     stop: StopTexts | None = None
-    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    temperature: float | None = Field(None, ge=0, le=10)
-    top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=1 << 30)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repeat_penalty: float | None = Field(None, gt=0, le=10)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
     response_format: ResponseFormat | None = None
 
-    @model_validator(mode="before")
     @classmethod
-    def _refuse_unsupported(cls, body: Any) -> Any:  # noqa: ANN401
-        if isinstance(body, dict):
-            for name, no_effect in _REFUSED.items():
-                if body.get(name) not in (None, no_effect):
-                    raise ValueError(f"{name!r} is not supported by this server")
-        return body
+    def rename(cls, body: dict[str, Any]) -> dict[str, Any]:
+        """Read llama-server's name of ``max_tokens``, too."""
+        return super().rename(take_alias(body, "n_predict", "max_tokens"))
 
 
 class CompletionBody(GenerationBody):
@@ -112,14 +100,14 @@ class CompletionBody(GenerationBody):
         return list(prompt) if several else [prompt]
 
 
-class TextPart(_Body):
+class TextPart(Body):
     """A part of a message's content; only text is supported."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(_Body):
+class Message(Body):
     """One message of a chat."""
 
     role: str = Field(min_length=1, max_length=64)
@@ -137,7 +125,7 @@ class ChatBody(GenerationBody):
     """Body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=1024)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -148,16 +136,18 @@ class ChatBody(GenerationBody):
         return self
 
 
-class LoadBody(_Body):
+class LoadBody(Body):
     """Body of POST /v1/load_lora_adapter; ``task`` selects a task of a MULTITASK_PROMPT_TUNING adapter."""
 
     lora_name: str = Field(min_length=1, max_length=256)
     lora_path: str = Field(min_length=1, max_length=4096)
     load_inplace: bool = False
     task: int | None = Field(None, ge=0, lt=1 << 31)
+    harmless = frozenset({"base_model_name"})
 
 
-class UnloadBody(_Body):
+class UnloadBody(Body):
     """Body of POST /v1/unload_lora_adapter."""
 
     lora_name: str = Field(min_length=1, max_length=256)
+    harmless = frozenset({"lora_int_id"})

@@ -91,7 +91,7 @@ def test_a_list_of_wrong_items_makes_few_errors(model, body):
 
 def test_right_bodies_are_read_as_before():
     body = CompletionBody.model_validate({"prompt": [[1, 2], [3]], "logit_bias": {"5": 1.5}, "stop": "x"})
-    assert (body.prompts(), body.logit_bias, body.stop) == ([[1, 2], [3]], {5: 1.5}, ["x"])
+    assert (body.prompts(), body.logit_bias, body.stop) == ([[1, 2], [3]], [(5, 1.5)], ["x"])
 
 
 def receiving(*messages):

@@ -1,0 +1,167 @@
+"""The base of all bodies of requests: a field is read, listed here as harmless, or refused by name."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Final
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError
+
+from gguflora.server.bodies import stop_at_first_error
+
+HARMLESS: Final = frozenset(
+    {
+        # OpenAI: who asks, how the request is billed and stored, hints that only change the speed
+        "metadata",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+        # llama-server: which slot computes the request and what is cached there
+        "cache_prompt",
+        "id_slot",
+        "n_cache_reuse",
+        "return_progress",
+        "slot_id",
+        "speculative.n_max",
+        "speculative.n_min",
+        "speculative.p_min",
+        "timings_per_token",
+        # vLLM: the order of work, and which program builds a grammar
+        "cache_salt",
+        "guided_decoding_backend",
+        "priority",
+        "request_id",
+    }
+)
+"""Fields of other servers that never change an answer. They are accepted and not read."""
+
+NO_EFFECT: Final[dict[str, tuple[object, ...]]] = {
+    "adapter_parameters": ({},),
+    "adapter_source": ("local",),
+    "add_special_tokens": (),
+    "allowed_token_ids": ([],),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template": ("",),
+    "decoder_input_details": (False,),
+    "detokenize": (True,),
+    "documents": ([],),
+    "early_stopping": (False,),
+    "echo": (False,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "image_data": ([],),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logit_bias_type": ("input_ids",),
+    "logits_processors": ([],),
+    "min_keep": (0,),
+    "mm_processor_kwargs": ({},),
+    "modalities": (["text"],),
+    "n_discard": (0,),
+    "n_indent": (0,),
+    "n_keep": (0,),
+    "n_probs": (0,),
+    "parse_tool_calls": (True,),
+    "penalize_nl": (False,),
+    "post_sampling_probs": (False,),
+    "response_fields": ([],),
+    "return_full_text": (False,),
+    "return_token_ids": (False,),
+    "return_tokens": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "samplers": ([], ""),
+    "skip_special_tokens": (True,),
+    "smoothing_factor": (0,),
+    "spaces_between_special_tokens": (True,),
+    "suffix": ("",),
+    "t_max_predict_ms": (0,),
+    "tfs_z": (1,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "json_schema": ({},),
+    "grammar": ("",),
+    "top_a": (0,),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+    "watermark": (False,),
+}
+"""Known fields that are not supported, and the values that ask for nothing. Null asks for nothing everywhere."""
+
+
+class Body(BaseModel):
+    """A JSON object of a request. Null means that a field was left out, and an unknown field is an error."""
+
+    model_config = ConfigDict(allow_inf_nan=False, extra="ignore")
+    harmless: ClassVar[frozenset[str]] = frozenset()
+    """Further fields that this object may have and that are not read."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:  # noqa: ANN401
+        """Let lists stop at their first error, so that a long one costs no memory."""
+        schema: CoreSchema = stop_at_first_error(handler(source))
+        return schema
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, body: Any) -> Any:  # noqa: ANN401  (any JSON value)
+        if not isinstance(body, dict):
+            return body
+        renamed = cls.rename(body)
+        for name, value in renamed.items():
+            if value is None or name in cls.model_fields or name in cls.harmless:
+                continue
+            no_effect = cls._without_effect(name)
+            if no_effect is None:
+                raise refusal(name, "{name} is not a field that this server knows; the list is in docs/server.md")
+            if value not in no_effect:
+                raise refusal(name, "{name} is not supported by this server")
+        return renamed
+
+    @classmethod
+    def rename(cls, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the body with other servers' names of its fields replaced by the names of this class."""
+        return body
+
+    @classmethod
+    def _without_effect(cls, name: str) -> tuple[object, ...] | None:
+        """Return the values of a field that have no effect; None if the field is unknown."""
+        return None
+
+
+class RequestBody(Body):
+    """The body of a request for an answer: fields of other servers that change nothing are accepted."""
+
+    harmless = HARMLESS
+
+    @classmethod
+    def _without_effect(cls, name: str) -> tuple[object, ...] | None:
+        return NO_EFFECT.get(name)
+
+
+def refusal(name: str, message: str) -> PydanticCustomError:
+    """Return the error about one field; ``{name}`` in the message becomes its quoted name."""
+    return PydanticCustomError("refused_field", message.replace("{name}", repr(name[:80])), {"field": name[:80]})
+
+
+def take_alias(body: dict[str, Any], alias: str, name: str) -> dict[str, Any]:
+    """Return the body with the field ``alias`` under its other name.
+
+    Raises:
+        PydanticCustomError: if both names are given with different values.
+    """
+    if alias not in body:
+        return body
+    rest = {key: value for key, value in body.items() if key != alias}
+    if body[alias] is None:
+        return rest
+    if rest.get(name) not in (None, body[alias]):
+        raise refusal(alias, f"{{name}} and {name!r} mean the same; they are given with different values")
+    return {**rest, name: body[alias]}
