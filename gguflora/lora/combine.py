@@ -118,7 +118,7 @@ def combine(
     Raises:
         GgufloraError: if something cannot be read, does not fit together or cannot be written.
     """
-    _check_options(method, rank, density, sign)
+    check_options(method, rank, density, sign)
     target, model = Path(out), None if base is None else read_base(base)
     weighted = [item if isinstance(item, tuple) else (item, 1.0) for item in adapters]
     weights = _checked_weights(weighted)
@@ -144,7 +144,12 @@ def combine(
     )
 
 
-def _check_options(method: str, rank: int | None, density: float | None, sign: str) -> None:
+def check_options(method: str, rank: int | None, density: float | None, sign: str) -> None:
+    """Check the options of `combine`.
+
+    Raises:
+        AdapterError: if one is unknown, impossible, or does not fit the method.
+    """
     if method not in COMBINATIONS:
         raise AdapterError(f"method is {method!r}, expected one of {', '.join(COMBINATIONS)}")
     if sign not in SIGNS:

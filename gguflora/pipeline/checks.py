@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from gguflora.files.strict_json import restored
-from gguflora.pipeline.recipe import Limits
 
 
-def failed_checks(report: Mapping[str, Any], checks: Mapping[str, Limits]) -> list[str]:
+class Bounds(NamedTuple):
+    """Limits of a number; None is no limit."""
+
+    min: float | None
+    max: float | None
+
+
+def failed_checks(report: Mapping[str, Any], checks: Mapping[str, Bounds]) -> list[str]:
     """Return a message for each check that a report fails.
 
     Args:
@@ -46,7 +52,7 @@ def _follow(value: Any, path: list[str], name: str) -> Iterator[tuple[str, Any]]
             return
 
 
-def _describe_violation(name: str, value: float, limits: Limits) -> str | None:
+def _describe_violation(name: str, value: float, limits: Bounds) -> str | None:
     if math.isnan(value) or (limits.max is not None and value > limits.max):
         return f"{name} is {value:.6g}, allowed at most {limits.max}"
     if limits.min is not None and value < limits.min:

@@ -25,7 +25,7 @@ from distributed.scheduler import KilledWorker
 
 from gguflora.pipeline import dask_worker
 from gguflora.pipeline.local_workers import Answer, Request
-from gguflora.pipeline.plan import Location
+from gguflora.pipeline.locations import Location
 
 _LOG = logging.getLogger("gguflora.pipeline")
 _TIMEOUT: Final = 10

@@ -1,8 +1,9 @@
 """Run jobs: `run_job` runs one in this process; as a program, this module runs the jobs that it reads from stdin.
 
 Separate processes keep a crash of one job from ending others. A request is a JSON object: ``action`` (a command),
-``arguments`` (its keyword arguments) and ``out`` (the location of its output). Locations are paths or URLs. The answer
-has the command's ``report`` or an ``error``.
+``arguments`` (its keyword arguments) and ``out`` (the location of its output). An output of the recipe also has
+``target`` (the keyword that names it), ``drafts`` (a folder to make it in), ``checks`` (limits of numbers in the
+report) and ``aside`` (where to put it if it fails them). Locations are paths or URLs. The answer is that of `run_job`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import Any, Final, NoReturn
 
 from gguflora.errors import GgufloraError
 from gguflora.files import remote
+from gguflora.pipeline.checks import Bounds, failed_checks
 from gguflora.pipeline.commands import commands
+from gguflora.pipeline.publish import publish
 from gguflora.pipeline.state import write_json
 
 _REPORTING: Final = {"inspect", "compare"}
@@ -29,9 +32,14 @@ _REPORTING: Final = {"inspect", "compare"}
 
 
 def run_job(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Run a job. Remote inputs are fetched into the cache; the output appears at its location only when complete."""
+    """Run a job. Remote inputs are fetched into the cache; the output appears at its location only when complete.
+
+    Returns:
+        The command's ``report``, or an ``error``. If the report fails a check, also what ``failed``; the output is then
+        where ``aside`` says, and the output location stays as it was.
+    """
     try:
-        return {"report": _run(request["action"], dict(request["arguments"]), request["out"])}
+        return _run(request)
     except GgufloraError as error:
         return {"error": str(error)}
     except MemoryError:
@@ -40,19 +48,47 @@ def run_job(request: Mapping[str, Any]) -> dict[str, Any]:
         return {"error": f"{error.filename}: {error.strerror}" if error.filename else str(error)}
 
 
-def _run(action: str, arguments: dict[str, Any], out: str) -> dict[str, Any]:
-    if not remote.is_remote(out):
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        return run_command(action, arguments, Path(out))
-    with tempfile.TemporaryDirectory(prefix="gguflora-") as folder:
-        report = run_command(action, arguments, Path(folder) / remote.file_name(out))
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # the first file of a split model last
-            remote.put(file, remote.join(out.rpartition("/")[0], file.name))
-    return report | ({"output": out} if "output" in report else {})
+def _run(request: Mapping[str, Any]) -> dict[str, Any]:
+    action, arguments, out = request["action"], dict(request["arguments"]), request["out"]
+    if "drafts" not in request:
+        return {"report": run_command(action, arguments, Path(out))}
+    is_remote = remote.is_remote(out)
+    if not is_remote:
+        Path(request["drafts"]).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="gguflora-", dir=None if is_remote else request["drafts"]) as folder:
+        draft = Path(folder) / remote.file_name(out)
+        try:
+            report = run_command(action, arguments, draft, request["target"])
+        except GgufloraError as error:  # the name of the draft says nothing to the user
+            return {"error": str(error).replace(folder, os.path.dirname(out))}  # noqa: PTH120  (may be a URL)
+        failed = failed_checks(report, {path: Bounds(*limits) for path, limits in request["checks"].items()})
+        place = request["aside"] if failed else out
+        if is_remote:
+            for file in sorted(Path(folder).iterdir(), reverse=True):  # the first file of a split model last
+                remote.put(file, remote.join(place.rpartition("/")[0], file.name))
+        else:
+            publish(Path(folder), Path(place).parent)
+        answer = {"report": _placed(report, folder, os.path.dirname(place))}  # noqa: PTH120  (may be a URL)
+        return {**answer, "failed": failed, "aside": place} if failed else answer
 
 
-def run_command(action: str, arguments: dict[str, Any], out: Path) -> dict[str, Any]:
+def _placed(value: Any, folder: str, place: str) -> Any:  # noqa: ANN401  (JSON)
+    """Return a report in which paths in the folder of drafts have become those of the output."""
+    if isinstance(value, Mapping):
+        return {key: _placed(item, folder, place) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_placed(item, folder, place) for item in value]
+    return value.replace(folder, place) if isinstance(value, str) and folder in value else value
+
+
+def run_command(action: str, arguments: dict[str, Any], out: Path, target: str = "out") -> dict[str, Any]:
     """Run one command and return its report, ready for JSON.
+
+    Args:
+        action: name of the command.
+        arguments: its keyword arguments, except for the output.
+        out: path of the output.
+        target: the keyword that names it.
 
     Raises:
         GgufloraError: if the command raises it.
@@ -61,7 +97,7 @@ def run_command(action: str, arguments: dict[str, Any], out: Path) -> dict[str, 
     if "adapters" in arguments:
         arguments["adapters"] = [tuple(item) for item in arguments["adapters"]]
     if action not in _REPORTING:
-        report: dict[str, Any] = command(**arguments, out=out, force=True).to_dict()
+        report: dict[str, Any] = command(**arguments, **{target: out}, force=True).to_dict()
         return report
     report = command(**arguments).to_dict()
     write_json(out, report)

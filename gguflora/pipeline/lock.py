@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from gguflora.errors import GgufloraError, OutputError
 from gguflora.files import remote
-from gguflora.pipeline.plan import STATE, Location
+from gguflora.pipeline.locations import STATE, Location
 
 _LOG = logging.getLogger("gguflora.pipeline")
 _LOCK: Final = "lock"

@@ -1,34 +1,28 @@
-"""Turn a recipe into jobs: expand matrices, fill in templates, check outputs and inputs."""
+"""Turn a recipe into jobs: expand matrices, fill in templates."""
 
 from __future__ import annotations
 
-import glob
 import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
-from urllib.parse import unquote
 
-from gguflora.errors import RecipeError, RemoteError
+from gguflora.errors import RemoteError
 from gguflora.files import remote
-from gguflora.files.shard_names import PART_NAME, part_names, part_paths
-from gguflora.pipeline.recipe import Merge, RecipeFile, Step, validate_step
+from gguflora.files.shard_names import part_names, part_paths
+from gguflora.pipeline.job import PipelineJob, RecipePlan
+from gguflora.pipeline.locations import STATE, Location, folder_label, label_of, made_by, to_location
+from gguflora.pipeline.option_checks import check_options
+from gguflora.pipeline.plan_checks import check_inputs, check_outputs
+from gguflora.pipeline.recipe import RecipeFile, validate_step
+from gguflora.pipeline.sources import Sources
+from gguflora.pipeline.steps import META, Merge, Step
+from gguflora.pipeline.variables import BRACES
 
-Location = Path | str
-"""A local path, or a URL."""
-
-STATE: Final = ".gguflora"
-"""Folder of a pipeline's own files, in the output folder."""
-
-_FILE_URL: Final = re.compile(r"file:(?://(?:localhost)?)?(/[^#]*)")
-_VARIABLE: Final = re.compile(r"\{(\w*)\}")
-_MAX_LOOKUPS: Final = 16
-"""Highest number of concurrent lookups of remote inputs."""
-_META: Final = {"name", "for", "for_each", "action", "out", "checks", "memory", "split"}
+_PARENT: Final = re.compile(r"parent([1-9]?)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,119 +32,63 @@ class Value:
     Attributes:
         value: text or number to insert in a parameter.
         label: text to insert in the name of an output.
+        location: the location that it names, if it comes from a source or a step.
     """
 
     value: str | int | float
     label: str
+    location: Location | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class PipelineJob:
-    """A step for one combination of its matrix.
-
-    Attributes:
-        step: the step with its templates filled in.
-        index: index of the step in the recipe.
-        name: path of the output relative to the output folder.
-        out: location of the output.
-        inputs: locations of all inputs, and the kind of each, which says what to fetch of a remote folder.
-    """
-
-    step: Step
-    index: int
-    name: str
-    out: Location
-    inputs: Mapping[Location, remote.Kind]
-
-    @property
-    def action(self) -> str:
-        """Name of the command."""
-        return str(self.step.model_dump(include={"action"})["action"])
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the command, except ``out``."""
-        fields = self.step.model_dump(exclude=_META)
-        if "adapters" in fields:
-            fields["adapters"] = [_path_and_scale(item) for item in fields["adapters"]]
-        return {name: value for name, value in fields.items() if value is not None}
-
-
-def _path_and_scale(item: Any) -> tuple[str, float]:  # noqa: ANN401  (a path, or a table of path and scale)
-    return (item, 1.0) if isinstance(item, str) else (item["path"], item["scale"])
-
-
-@dataclass(frozen=True, slots=True)
-class RecipePlan:
-    """The jobs of a recipe.
-
-    Attributes:
-        folder: location of the output folder.
-        jobs: the jobs; each comes after those that it depends on.
-        found: metadata of the remote inputs, by location.
-    """
-
-    folder: Location
-    jobs: list[PipelineJob]
-    found: Mapping[str, remote.Found]
-
-
-def plan_jobs(file: RecipeFile) -> RecipePlan:
+def plan_jobs(file: RecipeFile, *, keep_going: bool = False, allow_empty: bool = False) -> RecipePlan:
     """Plan the jobs of a recipe.
+
+    Args:
+        file: the recipe.
+        keep_going: whether missing inputs are for the jobs that need them to report; otherwise they are errors.
+        allow_empty: whether globs may match nothing and steps may have no jobs.
 
     Raises:
         RecipeError: for cycles, unknown names, missing sources, and outputs that overlap or are outside of the folder.
     """
     folder, own = _output_folder(file), frozenset[Location]()
     while True:  # until no glob takes an output, which changes the outputs
-        planner = _Planner(file, folder, own)
+        sources = Sources(file, folder, own, allow_empty=allow_empty, keep_missing=keep_going)
+        planner = _Planner(file, folder, sources)
         for index in range(len(file.recipe.steps)):
             planner.plan(index, ())
         jobs = [job for step in planner.order for job in planner.jobs[step]]
         outs = {job.out for job in jobs}
-        taken = {path for path in planner.globbed if isinstance(path, Path) and outs & {path, *path.parents}}
+        taken = {path for path in sources.globbed if outs & {path, *path.parents}}
         if not taken:
             break
         own |= taken
-    _check_outputs(file, jobs)
-    return RecipePlan(planner.folder, jobs, _check_inputs(file, jobs))
+    check_outputs(file, jobs)
+    made = {location: made_by(location, outs) for location in {item for job in jobs for item in job.inputs}}
+    known = {location: out for location, out in made.items() if out is not None}
+    found, missing = check_inputs(file, jobs, known, keep_going=keep_going)
+    warnings = () if allow_empty else tuple(planner.warnings)
+    return RecipePlan(folder, jobs, known, found, missing, warnings)
 
 
 def _output_folder(file: RecipeFile) -> Location:
-    given = file.recipe.output.removeprefix("file://")
+    given = str(remote.local_path(file.recipe.output) or file.recipe.output)
     if not remote.is_remote(given):
-        return (file.path.absolute().parent / given).resolve()
+        return (file.root / given).resolve()
     try:
         return remote.writable(given)
     except RemoteError as error:
         raise file.error(("output",), str(error)) from error
 
 
-def canonical(location: Location) -> Location:
-    """Return the canonical form of a location."""
-    return location.resolve() if isinstance(location, Path) else location
-
-
-def to_location(text: str) -> Location:
-    """Return the location that a text names: a URL or a path."""
-    if (path := local_path(text)) is not None:
-        return path
-    return text if remote.is_remote(text) else Path(text)
-
-
-def local_path(text: str) -> Path | None:
-    """Return the path that a ``file://`` URL names, percent-decoded; None of any other text."""
-    found = _FILE_URL.fullmatch(text)
-    return Path(unquote(found[1])) if found else None
-
-
 class _Planner:
-    def __init__(self, file: RecipeFile, folder: Location, own: frozenset[Location]) -> None:
-        self._own, self.globbed = own, set[Location]()
-        self._file, self.folder, self._root = file, folder, file.path.absolute().parent
+    def __init__(self, file: RecipeFile, folder: Location, sources: Sources) -> None:
+        self._file, self._folder, self._sources = file, folder, sources
         self._by_name = {step.name: index for index, step in enumerate(file.recipe.steps)}
+        self._parents: dict[Path, Path] = {}
         self.jobs: dict[int, list[PipelineJob]] = {}
         self.order: list[int] = []
+        self.warnings: list[str] = []
 
     def plan(self, index: int, above: tuple[int, ...]) -> None:
         """Plan the jobs of a step, after those of the steps that its matrix refers to."""
@@ -163,8 +101,15 @@ class _Planner:
         axes = {
             variable: self._values(index, variable, given, (*above, index)) for variable, given in step.for_each.items()
         }
+        empty = [variable for variable, values in axes.items() if not values]
+        if empty:
+            given = step.for_each[empty[0]]
+            why = f"{given} is empty" if isinstance(given, str) else f"its list {empty[0]!r} is empty"
+            self.warnings.append(f"step {step.name!r} has no jobs: {why}; --allow-empty takes that for right")
+        given_fields = step.model_dump(by_alias=True, exclude_unset=True)
         self.jobs[index] = [
-            self._job(index, dict(zip(axes, chosen, strict=True))) for chosen in itertools.product(*axes.values())
+            self._job(index, given_fields, dict(zip(axes, chosen, strict=True)))
+            for chosen in itertools.product(*axes.values())
         ]
         self.order.append(index)
 
@@ -176,119 +121,112 @@ class _Planner:
             return [Value(item, str(item)) for item in given]
         kind, _, name = given.partition(".")
         if kind == "sources" and name in self._file.recipe.sources:
-            return [Value(str(path), label_of(path)) for path in self._source(name)]
+            return [Value(str(path), label_of(path), path) for path in self._sources.locations(name)]
         if kind == "steps" and name in self._by_name:
             self.plan(self._by_name[name], above)
-            return [Value(str(job.out), label_of(job.out)) for job in self.jobs[self._by_name[name]]]
+            return [Value(str(job.out), label_of(job.out), job.out) for job in self.jobs[self._by_name[name]]]
         known = [f"sources.{name}" for name in self._file.recipe.sources] + [f"steps.{name}" for name in self._by_name]
+        known += [f"vars.{name}" for name in self._file.recipe.vars]
         raise self._file.error(key, f"{given!r} is unknown; expected a list, or one of {', '.join(known)}")
 
-    def _source(self, name: str) -> list[Location]:
-        given = self._file.recipe.sources[name]
-        locations: list[Location] = []
-        for pattern in [given] if isinstance(given, str) else given:
-            try:
-                matches = self._matches(pattern)
-            except RemoteError as error:
-                raise self._file.error(("sources", name), str(error)) from error
-            missing = [path for path in matches if isinstance(path, Path) and not path.exists()]
-            if not matches or missing:
-                raise self._file.error(("sources", name), f"{pattern!r}: no such file or directory")
-            locations += matches
-        return locations
-
-    def _matches(self, pattern: str) -> Sequence[Location]:
-        pattern = str(local_path(pattern) or pattern)
-        if remote.is_remote(pattern):  # in a web address a question mark is not a wildcard
-            is_web = pattern.startswith(("http://", "https://"))
-            return remote.list_matching(pattern) if re.search(r"[*\[]" if is_web else r"[*?\[]", pattern) else [pattern]
-        if not re.search(r"[*?\[]", pattern):
-            return [self._root / pattern]
-        names = glob.glob(pattern, root_dir=self._root, recursive=True)  # noqa: PTH207  (patterns may be absolute)
-        paths = [path for name in names if not self._is_own(path := self._root / name)]
-        self.globbed |= {path.resolve() for path in paths}
-        return _without_later_parts(paths)
-
-    def _is_own(self, path: Path) -> bool:
-        """Whether a match is an output of this recipe, or the folder of all outputs; a glob leaves them out."""
-        path = path.resolve()
-        return path == self.folder or not self._own.isdisjoint((path, *path.parents))
-
-    def _job(self, index: int, values: Mapping[str, Value]) -> PipelineJob:
+    def _job(self, index: int, given: Mapping[str, Any], values: Mapping[str, Value]) -> PipelineJob:
         step = self._file.recipe.steps[index]
-        given = step.model_dump(by_alias=True, exclude_unset=True)
+        texts = {key: str(value.value) for key, value in values.items()}
         fields = {
-            name: item if name in _META else self._fill(index, name, item, values) for name, item in given.items()
+            name: item if name in META else self._fill(index, name, item, values, texts) for name, item in given.items()
         }
-        labels = {name: value.label for name, value in values.items()}
-        fields["out"] = self._fill_text(index, "out", step.out, labels)
+        template = getattr(step, step.target)
+        if template is not None:
+            fields[step.target] = self._fill_text(index, step.target, template, _labels(template, values))
         for name in step.inputs:
             if fields.get(name) is not None:
                 fields[name] = self._resolve(fields[name])
         filled = validate_step(self._file, index, fields)
-        name, out = self._output(index, _first_part(filled))
-        return PipelineJob(filled, index, name, out, _inputs(filled))
+        check_options(self._file, index, filled)
+        name, out = self._output(index, filled.target, _first_part(filled))
+        variables = {name: value.label for name, value in values.items()}
+        return PipelineJob(filled, index, name, out, _inputs(filled), variables, template or "")
 
-    def _output(self, index: int, text: str) -> tuple[str, Location]:
+    def _output(self, index: int, key: str, text: str) -> tuple[str, Location]:
         """Return an output's path relative to the output folder, and its location."""
         name = os.path.normpath(text)
         out: Location | None = None
-        if isinstance(self.folder, str):
-            out = remote.join(self.folder, name)
-        elif (path := (self.folder / text).resolve()).is_relative_to(self.folder):
-            name, out = str(path.relative_to(self.folder)), path
+        if isinstance(self._folder, str):
+            out = remote.join(self._folder, name)
+        else:
+            path = self._folder / name
+            if path.parent not in self._parents:
+                self._parents[path.parent] = path.parent.resolve()
+            path = self._parents[path.parent] / path.name
+            if path.is_relative_to(self._folder):
+                name, out = str(path.relative_to(self._folder)), path
         if out is None or PurePosixPath(name).parts[:1] in {(), ("..",), ("/",), (STATE,)}:
-            raise self._file.error(("steps", index, "out"), f"{text!r} is not in the output folder {self.folder}")
+            raise self._file.error(("steps", index, key), f"{text!r} is not in the output folder {self._folder}")
         return name, out
 
-    def _fill(self, index: int, name: str, item: Any, values: Mapping[str, Value]) -> Any:  # noqa: ANN401
+    def _fill(
+        self,
+        index: int,
+        name: str,
+        item: Any,  # noqa: ANN401  (TOML)
+        values: Mapping[str, Value],
+        texts: Mapping[str, str],
+    ) -> Any:  # noqa: ANN401
         if isinstance(item, list):
-            return [self._fill(index, name, entry, values) for entry in item]
+            return [self._fill(index, name, entry, values, texts) for entry in item]
         if isinstance(item, dict):
-            return {key: self._fill(index, name, entry, values) for key, entry in item.items()}
-        if not isinstance(item, str):
+            return {key: self._fill(index, name, entry, values, texts) for key, entry in item.items()}
+        if not isinstance(item, str) or "{" not in item:
             return item
-        whole = _VARIABLE.fullmatch(item)
+        whole = BRACES.fullmatch(item)
         if whole and whole[1] in values:
             return values[whole[1]].value
-        return self._fill_text(index, name, item, {key: str(value.value) for key, value in values.items()})
+        return self._fill_text(index, name, item, texts)
 
     def _fill_text(self, index: int, name: str, template: str, values: Mapping[str, str]) -> str:
-        unknown = [variable for variable in _VARIABLE.findall(template) if variable not in values]
+        unknown = [variable for variable in BRACES.findall(template) if variable not in values]
         if unknown:
-            known = ", ".join(values) or "none"
+            known = ", ".join(name for name in values if "parent" not in name) or "none"
+            hint = f"; give the recipe's own variables in vars or with --var {unknown[0]}=VALUE"
+            if "parent" in unknown[0]:
+                hint = "; {parent} is for the one variable that names a location, {NAME.parent} for any of them"
             raise self._file.error(
-                ("steps", index, name), f"{template!r} uses {{{unknown[0]}}}; the variables of its matrix: {known}"
+                ("steps", index, name),
+                f"{template!r} uses {{{unknown[0]}}}; the variables of its matrix: {known}{hint}",
             )
-        return _VARIABLE.sub(lambda match: values[match[1]], template)
+        return BRACES.sub(lambda match: values[match[1]], template)
 
     def _resolve(self, item: Any) -> Any:  # noqa: ANN401  (a path, a table with a path, or a list of them)
         if isinstance(item, list):
             return [self._resolve(entry) for entry in item]
         if isinstance(item, dict):
             return {**item, "path": self._resolve(item["path"])}
-        item = str(local_path(str(item)) or item)
-        return item if remote.is_remote(item) else str(self._root / str(item))
+        item = str(remote.local_path(str(item)) or item)
+        return item if remote.is_remote(item) else str(self._file.root / str(item))
+
+
+def _labels(template: str, values: Mapping[str, Value]) -> dict[str, str]:
+    """Return what stands for each variable of a template for names, folders of locations included."""
+    labels = {name: value.label for name, value in values.items()}
+    located = {name: value.location for name, value in values.items() if value.location is not None}
+    for name in BRACES.findall(template):
+        variable, _, folder = name.rpartition(".")
+        level = _PARENT.fullmatch(folder)
+        if name in labels or not level:
+            continue
+        location = located.get(variable) if variable else next(iter(located.values())) if len(located) == 1 else None
+        label = None if location is None else folder_label(location, int(level[1] or 1))
+        if label is not None:
+            labels[name] = label
+    return labels
 
 
 def _first_part(step: Step) -> str:
     """Return the name of a step's output; for a split model, of its first file."""
-    count = len(part_names(remote.file_name(step.base))) if isinstance(step, Merge) else 1
-    return str(part_paths(Path(step.out), count)[0])
-
-
-def _without_later_parts(paths: Sequence[Path]) -> list[Path]:
-    """Sort paths, and keep only the first file of a split model."""
-    all_paths = set(paths)
-    firsts = {path: path.with_name(part_names(path.name)[0]) for path in paths}
-    return sorted(path for path, first in firsts.items() if path == first or first not in all_paths)
-
-
-def label_of(location: Location) -> str:
-    """Return a file's name without suffix and without the number of a split model's file, or a directory's name."""
-    name = PurePosixPath(PART_NAME.sub(r"\1.gguf", remote.file_name(str(location))))
-    is_folder = isinstance(location, Path) and location.is_dir()
-    return name.stem if name.suffix in {".gguf", ".json"} and not is_folder else name.name
+    target: str = getattr(step, step.target)
+    is_split = isinstance(step, Merge) and step.target == "out"
+    count = len(part_names(remote.file_name(step.base))) if isinstance(step, Merge) and is_split else 1
+    return str(part_paths(Path(target), count)[0])
 
 
 def _inputs(step: Step) -> dict[Location, remote.Kind]:
@@ -299,55 +237,3 @@ def _inputs(step: Step) -> dict[Location, remote.Kind]:
         paths = [entry if isinstance(entry, str) else entry.path for entry in items if entry is not None]
         inputs |= {to_location(path): kind for path in paths}
     return inputs
-
-
-def _check_outputs(file: RecipeFile, jobs: Sequence[PipelineJob]) -> None:
-    by_name: dict[PurePosixPath, PipelineJob] = {}
-    for job in jobs:
-        name = PurePosixPath(job.name)
-        for other in (name, *name.parents):
-            if other in by_name:
-                first = by_name[other].step.name
-                raise file.error(
-                    ("steps", job.index, "out"),
-                    f"writes {job.out}, but so does step {first!r}; put more variables into its name",
-                )
-        by_name[name] = job
-
-
-def _check_inputs(file: RecipeFile, jobs: Sequence[PipelineJob]) -> dict[str, remote.Found]:
-    """Check the inputs that no job makes; return metadata of the remote ones."""
-    outputs = {job.out for job in jobs}
-    for job in jobs:
-        for location in job.inputs:
-            if canonical(location) == job.out:
-                raise file.error(("steps", job.index, "out"), f"{job.out} is also an input of the step")
-            if isinstance(location, Path) and canonical(location) not in outputs and not location.exists():
-                raise _input_error(file, job, location, f"{location}: no such file or directory")
-    remote_inputs = {
-        location: (kind, job)
-        for job in jobs
-        for location, kind in job.inputs.items()
-        if isinstance(location, str) and location not in outputs
-    }
-    with ThreadPoolExecutor(_MAX_LOOKUPS) as pool:
-        found = pool.map(lambda item: _stat_input(file, item[0], *item[1]), remote_inputs.items())
-        return dict(zip(remote_inputs, found, strict=True))
-
-
-def _stat_input(file: RecipeFile, location: str, kind: remote.Kind, job: PipelineJob) -> remote.Found:
-    try:
-        return remote.stat(location, kind)
-    except RemoteError as error:
-        raise _input_error(file, job, location, str(error)) from error
-
-
-def _input_error(file: RecipeFile, job: PipelineJob, location: Location, message: str) -> RecipeError:
-    """Return an error about an input, located at the key that names it."""
-    for source, given in file.recipe.sources.items():
-        if str(location) in ([given] if isinstance(given, str) else given):
-            return file.error(("sources", source), message)
-    for name in job.step.inputs:
-        if str(location) in str(getattr(job.step, name)):
-            return file.error(("steps", job.index, name), message)
-    return file.error(("steps", job.index), message)

@@ -27,6 +27,8 @@ class StepResult:
         key: hash of everything that the output depends on.
         error: why the job failed or did not run.
         packed: the `report`, compressed by `compress` to save memory in runs of many jobs.
+        why: why the job ran, or would run: what has changed.
+        name: path of the output relative to the output folder.
     """
 
     step: str
@@ -36,6 +38,8 @@ class StepResult:
     key: str
     error: str | None = None
     packed: bytes | None = field(default=None, repr=False)
+    why: str | None = None
+    name: str = ""
 
     @property
     def report(self) -> dict[str, Any] | None:
@@ -44,7 +48,9 @@ class StepResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, ready for JSON."""
-        fields = {name: getattr(self, name) for name in ("step", "status", "seconds", "key", "report", "error")}
+        fields = {
+            name: getattr(self, name) for name in ("step", "status", "seconds", "key", "report", "error", "why", "name")
+        }
         return {**fields, "out": str(self.out)}
 
 
@@ -62,17 +68,31 @@ class PipelineReport:
         output: location of the output folder; a string if it is a URL.
         results: result of each job, in the order of the recipe.
         seconds: wall time.
+        warnings: what is likely a mistake in the recipe, and the warnings of the steps that ran.
+        orphans: names of outputs that former runs made and that the recipe no longer names.
+        pruned: names of those that were removed.
+        interrupted: whether Ctrl+C or SIGTERM ended the run.
     """
 
     recipe: Path
     output: Path | str
     results: tuple[StepResult, ...]
     seconds: float
+    warnings: tuple[str, ...] = ()
+    orphans: tuple[str, ...] = ()
+    pruned: tuple[str, ...] = ()
+    interrupted: bool = False
 
     @property
     def failed(self) -> int:
         """Number of jobs that failed or did not run because of a failure."""
         return sum(result.status in {"failed", "left"} for result in self.results)
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Number of jobs by status, for those that occur."""
+        counts = [result.status for result in self.results]
+        return {status: counts.count(status) for status in dict.fromkeys(counts)}
 
     def name_of(self, result: StepResult) -> str:
         """Return the path of a result's output relative to the output folder."""
@@ -86,4 +106,29 @@ class PipelineReport:
             "results": [result.to_dict() for result in self.results],
             "seconds": self.seconds,
             "failed": self.failed,
+            "totals": self.totals,
+            "warnings": list(self.warnings),
+            "orphans": list(self.orphans),
+            "pruned": list(self.pruned),
+            "interrupted": self.interrupted,
         }
+
+
+class PipelineInterrupted(KeyboardInterrupt):
+    """Ctrl+C or SIGTERM ended a run of a pipeline.
+
+    Attributes:
+        report: what was done until then.
+    """
+
+    def __init__(self, report: PipelineReport) -> None:
+        super().__init__(report)
+        self.report = report
+
+
+def warnings_of(result: StepResult) -> list[str]:
+    """Return the warnings of a step that ran."""
+    if result.status not in {"done", "failed"} or result.packed is None:
+        return []
+    texts = (result.report or {}).get("warnings", [])
+    return [f"{result.step}: {result.name}: {text}" for text in texts if isinstance(texts, list)]

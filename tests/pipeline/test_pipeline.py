@@ -199,7 +199,10 @@ def test_checks_fail_a_step_and_what_depends_on_it(folder):
         assert by_status["one-r2"] in {"done", "kept"}
         assert by_status["one-r1-base.gguf"] == "left"
     assert "allowed at most 0.7" in report.results[0].error
-    assert (folder / "out/peft/one-r1").is_dir()
+    aside = folder / "out/.gguflora/failed/peft/one-r1"
+    assert aside.is_dir()
+    assert str(aside) in report.results[0].error
+    assert not (folder / "out/peft/one-r1").exists()
 
 
 @pytest.mark.parametrize(
@@ -306,7 +309,7 @@ def test_command_line_and_schema(folder):
     assert len(json.loads(result.stdout)["results"]) == 5
     assert "5 kept; outputs in" in run("pipeline", recipe).stdout
     schema = json.loads(run("pipeline", "--schema").stdout)
-    assert schema["properties"].keys() == {"output", "sources", "steps"}
+    assert schema["properties"].keys() == {"output", "vars", "sources", "exclude", "include_hidden", "steps"}
     assert "Merge" in schema["$defs"]
 
 

@@ -13,6 +13,7 @@ from gguflora.files.remote.location import (
     file_name,
     is_remote,
     join,
+    local_path,
     redacted,
 )
 
@@ -44,6 +45,7 @@ __all__ = [
     "is_remote",
     "join",
     "list_matching",
+    "local_path",
     "put",
     "read_all",
     "read_bytes",

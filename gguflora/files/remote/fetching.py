@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gguflora.errors import RemoteError
+from gguflora.files.checksum import sha256_of
 from gguflora.files.remote import cache, hub, stores
 from gguflora.files.remote.cache import digest_of, make_folder
 from gguflora.files.remote.download import download
 from gguflora.files.remote.location import (
     Kind,
     file_name,
+    local_path,
     redacted,
     split_checksum,
 )
@@ -40,8 +42,8 @@ def fetch(location: str, kind: Kind = "file", *, offline: bool | None = None, al
     """
     url, sha256 = split_checksum(location)
     offline = cache.is_offline(url) if offline is None else offline
-    if url.startswith(("file://", "local://")):
-        return _local(url)
+    if is_local(url):
+        return _local(url, sha256)
     if offline and not hub.is_hub(url):
         return _newest(url)
     files, is_folder = _list(url, kind, offline=offline, allow_pickle=allow_pickle)
@@ -80,7 +82,7 @@ def stat(location: str, kind: Kind = "file") -> Found:
         RemoteError: if the location does not exist, or cannot be read.
     """
     url, sha256 = split_checksum(location)
-    if url.startswith(("file://", "local://")) or (cache.is_offline(url) and not hub.is_hub(url)):
+    if is_local(url) or (cache.is_offline(url) and not hub.is_hub(url)):
         fetch(location, kind)
         return Found(None, None)
     files, _ = _list(url, kind, offline=cache.is_offline(url), allow_pickle=None)
@@ -110,11 +112,18 @@ def _list(url: str, kind: Kind, *, offline: bool, allow_pickle: bool | None) -> 
     return files, is_folder
 
 
-def _local(url: str) -> Path:
-    store, path = stores.open_store(url)
-    with stores.store_errors(url):
-        store.info(path)
-    return Path(path)
+def is_local(url: str) -> bool:
+    """Whether a URL names a file of this machine."""
+    return local_path(url) is not None or url.startswith("local://")
+
+
+def _local(url: str, sha256: str | None) -> Path:
+    path = local_path(url) or Path(url.removeprefix("local://"))
+    if not path.exists():
+        raise RemoteError(f"{url}: no such file or directory")
+    if sha256 and (path.is_dir() or sha256_of(path) != sha256):
+        raise RemoteError(f"{url}: its SHA-256 is not {sha256}")
+    return path
 
 
 def _cache_folder(url: str) -> Path:

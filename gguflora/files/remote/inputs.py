@@ -12,6 +12,7 @@ from gguflora.errors import OutputError, RemoteError
 from gguflora.files.remote.location import (
     Kind,
     is_remote,
+    local_path,
     looks_remote,
     redacted,
 )
@@ -75,6 +76,8 @@ def _fetch_all(given: Any, kind: Kind) -> Any:  # noqa: ANN401  (a location, per
         return [_fetch_all(item, kind) for item in given]
     if isinstance(given, tuple):
         return tuple(_fetch_all(item, kind) for item in given)
+    if isinstance(given, str) and (path := local_path(given)) is not None:
+        return path
     if isinstance(given, str | os.PathLike) and is_remote(given):
         from gguflora.files.remote.fetching import fetch  # noqa: PLC0415  (import gguflora does not load it)
 

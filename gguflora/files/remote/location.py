@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Final, Literal
 from urllib.parse import unquote, urlsplit
 
@@ -14,6 +15,7 @@ Kind = Literal["adapter", "model", "config", "file"]
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _COLLAPSED: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/[^/]")
+_FILE_URL: Final = re.compile(r"file:(?://(?:localhost)?)?(/[^#]*)", re.IGNORECASE)
 _CHECKSUM: Final = re.compile(r"#sha256=([0-9A-Fa-f]*)$")
 
 
@@ -35,6 +37,12 @@ def is_remote(location: str | os.PathLike[str]) -> bool:
 def looks_remote(location: str | os.PathLike[str]) -> bool:
     """Whether a location is a URL, or a ``pathlib.Path`` made from a URL."""
     return bool(_COLLAPSED.match(os.fspath(location)) or _URL.match(os.fspath(location)))
+
+
+def local_path(location: str | os.PathLike[str]) -> Path | None:
+    """Return the path that a ``file:`` URL names, percent-decoded (RFC 8089); None of any other location."""
+    found = _FILE_URL.fullmatch(location) if isinstance(location, str) else None
+    return Path(unquote(found[1])) if found else None
 
 
 def split_checksum(location: str) -> tuple[str, str | None]:

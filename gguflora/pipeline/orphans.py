@@ -1,0 +1,70 @@
+"""Outputs that former runs of a recipe made and that it no longer names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+from gguflora.files import remote
+from gguflora.pipeline.job import RecipePlan
+from gguflora.pipeline.locations import STATE, Location, in_place
+from gguflora.pipeline.records import Records, aside_name
+from gguflora.pipeline.state import inside
+
+
+def find_orphans(plan: RecipePlan, records: Records) -> list[str]:
+    """Return the names of outputs that this recipe made, that are unchanged since, and that no job makes any more."""
+    names = [job.name for job in plan.jobs]
+    others = records.others([*names, *map(aside_name, names)])
+    found = []
+    for name, record in others.items():
+        out = _location(plan.folder, name)
+        if out is not None and record.get("stamp") and records.stamp_of(name, out) == record["stamp"]:
+            found.append(name)
+    return sorted(found)
+
+
+def remove_orphans(folder: Location, records: Records, names: Iterable[str]) -> None:
+    """Remove outputs and their records.
+
+    Raises:
+        OutputError: if one cannot be removed.
+    """
+    for name in names:
+        out = _location(folder, name)
+        stamp = (records.read(name) or {}).get("stamp") or []
+        files = [str(entry[0]) for entry in stamp]
+        if isinstance(out, str):
+            urls = [out] if files == [""] else [remote.join(out, file) for file in files]
+            beside = [remote.join(out.rpartition("/")[0], file) for file in files]
+            for url in beside if remote.file_name(out) in files else urls:
+                remote.remove(url)
+        elif out is not None:
+            _remove(folder, out, files)
+        records.forget(name)
+
+
+def _remove(folder: Location, out: Path, files: Iterable[str]) -> None:
+    """Remove an output's files, and the folders that are empty then."""
+    parent = out if out.is_dir() and not out.is_symlink() else out.parent
+    for file in files:
+        (parent / Path(file).name).unlink(missing_ok=True)
+    while parent != folder and parent.name != STATE:
+        with suppress(OSError):
+            parent.rmdir()
+        if parent.exists():
+            return
+        parent = parent.parent
+
+
+def _location(folder: Location, name: str) -> Location | None:
+    """Return the location of an output; None if its name leads out of the folder."""
+    parts = PurePosixPath(name).parts
+    if not parts or ".." in parts or PurePosixPath(name).is_absolute():
+        return None
+    if isinstance(folder, str):
+        return remote.join(folder, name)
+    path = in_place(folder / name)
+    is_own = path != inside(folder, "") and path.is_relative_to(folder)
+    return path if is_own else None

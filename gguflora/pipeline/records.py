@@ -1,0 +1,194 @@
+"""Records in the output folder: what each output was made from, and whether it still is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any, Final, NamedTuple
+
+from gguflora.errors import OutputError, RemoteError
+from gguflora.files import remote
+from gguflora.files.shard_names import part_names
+from gguflora.files.strict_json import strict
+from gguflora.pipeline.changes import describe_changes
+from gguflora.pipeline.job import PipelineJob
+from gguflora.pipeline.keys import HASHES, Keys, files_of
+from gguflora.pipeline.locations import STATE, Location
+from gguflora.pipeline.state import as_object, discard, inside, write_json
+
+_ASIDE: Final = "failed"
+"""Folder of outputs that failed their checks."""
+
+
+class State(NamedTuple):
+    """The state of an output.
+
+    Attributes:
+        report: the command's report if the output is up to date, else None.
+        why: why it is not.
+    """
+
+    report: dict[str, Any] | None
+    why: str
+
+
+class Records:
+    """Records in the output folder of what each output was made from.
+
+    A record holds the job's ``key`` and ``origin`` (see `Keys`), the ``name`` of its output, the ``recipe``, the
+    ``stamp`` of the output's files, and the command's ``report``.
+
+    Args:
+        folder: location of the output folder.
+        recipe: name of the recipe.
+        keys: computes keys, and hashes of files.
+
+    Raises:
+        OutputError: if a store cannot be read.
+    """
+
+    def __init__(self, folder: Location, recipe: str, keys: Keys) -> None:
+        self._folder, self._recipe, self._keys = folder, recipe, keys
+        self._stamps: dict[str, dict[str, str]] = {}
+        try:
+            self._packed = {name: zlib.compress(content, 1) for name, content in _read_all(folder)}
+            if isinstance(folder, str):
+                self._add_stamps(remote.stamps_of(folder))
+        except RemoteError as error:
+            raise OutputError(str(error)) from error
+
+    def key_of(self, job: PipelineJob) -> str:
+        """Return the key of a job; see `Keys`."""
+        return self._keys.key_of(job)
+
+    def known_key(self, job: PipelineJob) -> str:
+        """Return the key of a job if it was computed, else an empty text."""
+        return self._keys.known_key(job)
+
+    def state_of(self, job: PipelineJob) -> State:
+        """Return whether the output of a job is up to date.
+
+        Raises:
+            RemoteError: if a remote input cannot be read.
+            OSError: if a local one cannot.
+        """
+        record = self.read(job.name)
+        if record is None or not isinstance(record.get("report"), dict):
+            return State(None, "not made before")
+        if record.get("key") != self._keys.key_of(job):
+            old = record.get("origin")
+            return State(None, describe_changes(old if isinstance(old, dict) else {}, self._keys.origin_of(job), job))
+        stamp = self.stamp_of(job.name, job.out)
+        if stamp is None:
+            return State(None, "its output is missing")
+        return State(None, "its output was changed") if record.get("stamp") != stamp else State(record["report"], "")
+
+    def put_aside(self, job: PipelineJob) -> dict[str, Any] | None:
+        """Return the report of an output that failed its checks and was put aside, if it is up to date."""
+        record = self.read(aside_name(job.name))
+        if record is None or record.get("key") != self._keys.key_of(job):
+            return None
+        stamp = self.stamp_of(aside_name(job.name), aside_of(self._folder, job.name))
+        report = record.get("report")
+        return report if stamp is not None and record.get("stamp") == stamp and isinstance(report, dict) else None
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """Return the record of an output, by its path relative to the output folder."""
+        packed = self._packed.get(_record_name(name))
+        return None if packed is None else as_object(zlib.decompress(packed))
+
+    def others(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Return the records that runs of this recipe made of outputs with other names, by name."""
+        known = {_record_name(name) for name in names}
+        found = {}
+        for file in sorted(set(self._packed) - known):
+            record = as_object(zlib.decompress(self._packed[file])) or {}
+            name = record.get("name")
+            if isinstance(name, str) and record.get("recipe") == self._recipe and file == _record_name(name):
+                found[name] = record
+        return found
+
+    def remember(self, job: PipelineJob, report: Mapping[str, Any], *, is_aside: bool = False) -> None:
+        """Record a finished job."""
+        name = aside_name(job.name) if is_aside else job.name
+        out = aside_of(self._folder, job.name) if is_aside else job.out
+        if isinstance(out, str):
+            stamps = remote.stamps_of(out)
+            self._add_stamps({f"{name}/{file}".rstrip("/"): stamp for file, stamp in stamps.items()})
+        content = {
+            "key": self._keys.key_of(job),
+            "name": name,
+            "recipe": self._recipe,
+            "stamp": self.stamp_of(name, out),
+            "origin": self._keys.origin_of(job),
+            "report": report,
+        }
+        write_json(inside(self._folder, _record_name(name)), content)
+        self._packed[_record_name(name)] = zlib.compress(json.dumps(strict(content)).encode(), 1)
+
+    def forget(self, name: str) -> None:
+        """Remove the record of an output."""
+        if self._packed.pop(_record_name(name), None) is not None:
+            discard(inside(self._folder, _record_name(name)))
+        self.forget_stamps(name)
+
+    def forget_stamps(self, name: str) -> None:
+        """Forget what a store said about an output that is about to change."""
+        folder, _, file = name.rpartition("/")
+        self._stamps.pop(name, None)
+        for part in part_names(file):
+            self._stamps.get(folder, {}).pop(part, None)
+
+    def _add_stamps(self, stamps: Mapping[str, str]) -> None:
+        """Add the stamps of files in the output folder, grouped by directory."""
+        for path, stamp in stamps.items():
+            folder, _, name = path.rpartition("/")
+            self._stamps.setdefault(folder, {})[name] = stamp
+
+    def stamp_of(self, name: str, out: Location) -> list[list[Any]] | None:
+        """Return names, sizes and hashes of an output's files, or None if it does not exist.
+
+        Args:
+            name: its path relative to the output folder.
+            out: its location.
+        """
+        if isinstance(out, str):
+            folder, _, file = name.rpartition("/")
+            in_folder = self._stamps.get(folder, {})
+            files = {part: in_folder[part] for part in part_names(file) if part in in_folder}
+            stamps = files if len(files) == len(part_names(file)) else self._stamps.get(name, {})
+            return [list(item) for item in sorted(stamps.items())] or None
+        try:
+            paths = files_of(out) if out.exists() else []
+            return [[path.name, path.stat().st_size, self._keys.hash_of(path)] for path in paths] or None
+        except FileNotFoundError:
+            return None
+
+
+def _read_all(folder: Location) -> Iterator[tuple[str, bytes]]:
+    """Yield names and contents of all records. From a store, reading each alone would take one or two requests."""
+    if isinstance(folder, str):
+        yield from remote.read_all(remote.join(folder, STATE), ".json")
+    elif (folder / STATE).is_dir():
+        for path in (folder / STATE).glob("*.json"):
+            if path.name != HASHES:
+                with suppress(OSError):
+                    yield path.name, path.read_bytes()
+
+
+def _record_name(name: str) -> str:
+    return f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:24]}.json"
+
+
+def aside_name(name: str) -> str:
+    """Return the name of an output that failed its checks, relative to the output folder."""
+    return f"{STATE}/{_ASIDE}/{name}"
+
+
+def aside_of(folder: Location, name: str) -> Location:
+    """Return where an output is put that failed its checks."""
+    return inside(folder, f"{_ASIDE}/{name}")
