@@ -16,9 +16,11 @@ from typing import Annotated, Any, Final, NoReturn, Protocol, TypeVar
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.text import Text
 
 from gguflora._version import __version__
 from gguflora.errors import GgufloraError
+from gguflora.system.terminal import LogFormatter, printable
 
 ProgressCallback = Callable[[int, int], None]
 FAILED: Final = 1
@@ -39,10 +41,20 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(soft_wrap=True, highlight=False)
+
+
+class SafeConsole(Console):
+    """Prints names and texts from files with their control characters spelled out."""
+
+    def render_str(self, text: str, **options: Any) -> Text:  # noqa: ANN401  (rich's own)
+        """Turn a text, or a cell of a table, into what is printed."""
+        return super().render_str(printable(text), **options)
+
+
+console = SafeConsole(soft_wrap=True, highlight=False)
 if not console.is_terminal:
     console.width = max(console.width, 110)  # so that tables in pipes and files are not too narrow
-stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+stderr = SafeConsole(stderr=True, soft_wrap=True, highlight=False)
 
 
 @app.callback(invoke_without_command=True)
@@ -53,8 +65,10 @@ def _root(
     if version:
         print(f"gguflora {__version__}")
         raise typer.Exit
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("%(relativeCreated)7d ms %(name)s: %(message)s" if verbose else "%(message)s"))
+    logging.basicConfig(handlers=[handler])
     if verbose:
-        logging.basicConfig(format="%(relativeCreated)7d ms %(name)s: %(message)s")
         logging.getLogger("gguflora").setLevel(logging.DEBUG)
 
 
@@ -164,7 +178,7 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def _fail(error: Exception, message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     _end(error, message, FAILED)
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 import gguflora
 from gguflora.cli.app import app, console, print_report, stderr
 from gguflora.cli.options import AsJson, Context, Task, TextOnly, Threads, TrustNames, named_and_scaled, named_tasks
+from gguflora.system.terminal import printable
 
 if TYPE_CHECKING:
     from gguflora.engine.chat import ChatAnswer
@@ -114,7 +115,7 @@ def _print_run(report: RunReport) -> None:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

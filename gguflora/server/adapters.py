@@ -10,13 +10,14 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
 
 from gguflora.engine import LoadedAdapter
 from gguflora.errors import AdapterNameError
 from gguflora.server.errors import Failure
+from gguflora.server.hosts import check_may_load
 from gguflora.server.names import BASE_MODEL, DEFAULT_MODEL
 from gguflora.server.schemas import LoadBody, LoraScales, UnloadBody
 from gguflora.server.service import Service, ServiceDep
@@ -66,9 +67,9 @@ async def show_changes(adapter_id: int, service: ServiceDep) -> dict[str, Any]:
 
 
 @router.post("/v1/load_lora_adapter")
-async def load_adapter(body: LoadBody, service: ServiceDep) -> PlainTextResponse:
+async def load_adapter(body: LoadBody, request: Request, service: ServiceDep) -> PlainTextResponse:
     """Load an adapter from the directory given with ``--allow-load``."""
-    folder = _loading_folder(service)
+    folder = _loading_folder(service, request)
     reserved = {BASE_MODEL, DEFAULT_MODEL, service.engine.model_name, *service.settings.aliases}
     if not _NAME.fullmatch(body.lora_name) or body.lora_name in reserved:
         raise Failure(
@@ -88,17 +89,18 @@ async def load_adapter(body: LoadBody, service: ServiceDep) -> PlainTextResponse
 
 
 @router.post("/v1/unload_lora_adapter")
-async def unload_adapter(body: UnloadBody, service: ServiceDep) -> PlainTextResponse:
+async def unload_adapter(body: UnloadBody, request: Request, service: ServiceDep) -> PlainTextResponse:
     """Unload an adapter."""
-    _loading_folder(service)
+    _loading_folder(service, request)
     await run_in_threadpool(service.engine.unload, body.lora_name)
     service.names.scales.pop(body.lora_name, None)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
-def _loading_folder(service: Service) -> Path:
+def _loading_folder(service: Service, request: Request) -> Path:
     if service.settings.allow_load is None:
         raise Failure(403, "loading is off; start the server with --allow-load DIR to allow it", "loading_is_off")
+    check_may_load(request, service.settings)
     return service.settings.allow_load.resolve()
 
 

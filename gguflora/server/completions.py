@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
-from http import HTTPStatus
-from typing import Any, Final
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 
 from gguflora import engine
-from gguflora.server.errors import as_failure
+from gguflora.server.errors import as_failure, log_fault
 from gguflora.server.names import BASE_MODEL
 from gguflora.server.openai_format import ChatForm, Choice, Form, TextForm, timings, usage
 from gguflora.server.prompts import chat_requests, text_requests
@@ -25,7 +23,6 @@ from gguflora.server.selectors import requested_set
 from gguflora.server.service import Service, ServiceDep
 from gguflora.server.streaming import Answers, EventStream, while_connected
 
-_LOG: Final = logging.getLogger(__name__)
 router = APIRouter()
 
 
@@ -147,8 +144,7 @@ class _Completion:
                 )
         except Exception as error:
             failure = as_failure(error, self.service.folders())
-            if failure.status == HTTPStatus.INTERNAL_SERVER_ERROR:
-                _LOG.error("an answer failed", exc_info=error)
+            log_fault(failure, error, "an answer")
             yield failure.to_event()
             return
         self.service.metrics.finished(self.answers.generations)

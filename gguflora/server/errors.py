@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +24,9 @@ from gguflora.errors import (
     PromptTooLongError,
     QueueFullError,
 )
+from gguflora.system.terminal import printable
 
+_LOG: Final = logging.getLogger(__name__)
 _RETRY_SECONDS: Final = 1
 _DIRECTORY: Final = re.compile(r"(?<![\w./])/(?:[^/\s:'\"]+/)+")
 
@@ -121,5 +125,13 @@ def _as_validation_failure(error: RequestValidationError) -> Failure:
 
 
 async def handle_exception(request: Request, error: Exception) -> JSONResponse:
-    """Answer a request with an error; FastAPI calls this."""
-    return as_failure(error, request.app.state.service.folders()).to_response()
+    """Answer a request with an error, and log it if it is the server's; FastAPI calls this."""
+    failure = as_failure(error, request.app.state.service.folders())
+    log_fault(failure, error, f"{request.method} {request.url.path}")
+    return failure.to_response()
+
+
+def log_fault(failure: Failure, error: Exception, request: str) -> None:
+    """Log an error that the client cannot have caused, with its traceback; ``request`` is what was asked for."""
+    if failure.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+        _LOG.error("%s failed", printable(request, keep=""), exc_info=error)

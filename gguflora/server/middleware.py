@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import hmac
-import logging
-from collections.abc import Collection
 from typing import Final
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gguflora.server.bodies import receive_body, too_large
-from gguflora.server.errors import Failure, as_failure
+from gguflora.server.errors import Failure, as_failure, log_fault
+from gguflora.server.hosts import check_host, check_origin
 from gguflora.server.settings import KEY_VARIABLE, Settings
-
-_LOG: Final = logging.getLogger(__name__)
 
 OPEN_PATHS: Final = frozenset({"/", "/page.css", "/page.js", "/icon.svg", "/health"})
 """Paths that need no key."""
 
+_MAX_HEADERS: Final = 128
 _WITHOUT_BODY: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods whose requests have no body that anything reads."""
 
@@ -58,27 +55,21 @@ class RequestGuard:
             await self._app(scope, receive, response.send)
         except Exception as error:
             failure = as_failure(error)
-            if failure is not error:
-                _LOG.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
+            log_fault(failure, error, f"{scope['method']} {scope['path']}")
             if response.started:
                 raise
             await failure.to_response()(scope, receive, response.send)
 
     def _check(self, method: str, path: str, headers: Headers) -> None:
-        self._check_host(headers)
-        if method != "GET":
-            _check_origin(headers, self._settings.cors)
+        if len(headers) > _MAX_HEADERS:
+            raise Failure(431, f"the request has more than {_MAX_HEADERS} headers", "too_many_headers")
+        check_host(headers, self._settings)
+        check_origin(method, headers, self._settings.cors)
         if path not in OPEN_PATHS:
             self._check_key(headers)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > self._settings.max_body:
             raise too_large(self._settings.max_body)
-
-    def _check_host(self, headers: Headers) -> None:
-        """Protect against DNS rebinding, where a foreign web page lets its own name point to this machine."""
-        hosts = self._settings.hosts
-        if hosts is not None and _host_name(headers.get("host", "")) not in hosts:
-            raise Failure(403, f"the host of this server must be {' or '.join(sorted(hosts))}", "wrong_host")
 
     def _check_key(self, headers: Headers) -> None:
         expected = self._settings.api_key
@@ -90,19 +81,6 @@ class RequestGuard:
         given = key.strip().encode("latin-1")
         if not hmac.compare_digest(given, expected.encode()):
             raise Failure(401, f"send the server's {KEY_VARIABLE} as 'Authorization: Bearer KEY'", "invalid_api_key")
-
-
-def _check_origin(headers: Headers, allowed: Collection[str]) -> None:
-    """Protect against foreign web pages that post to this server without the user's knowledge."""
-    origin = headers.get("origin")
-    if origin is None or origin in allowed or "*" in allowed:
-        return
-    if urlsplit(origin).netloc != headers.get("host"):
-        raise Failure(403, "requests from other web pages are not allowed", "wrong_origin")
-
-
-def _host_name(host: str) -> str:
-    return urlsplit(f"//{host}").hostname or ""
 
 
 class _Response:

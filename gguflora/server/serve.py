@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +23,6 @@ from gguflora.server.settings import KEY_VARIABLE, Settings
 from gguflora.system.memory import read_bytes
 
 _REQUIRED: Final = ("fastapi", "uvicorn", "prometheus_client")
-_LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _BACKLOG: Final = 512
 
 
@@ -133,6 +132,7 @@ def serve(
         default_adapters=default_adapters or _scaled(adapters or {}),
         accept_any_model=accept_any_model,
         cors=tuple(cors),
+        host=host,
     )
     memory = read_bytes(adapter_memory, "adapter_memory") if isinstance(adapter_memory, str) else adapter_memory
     with (
@@ -162,8 +162,10 @@ def serve(
 
 
 def _warnings(host: str, key: str | None, cors: Sequence[str], gpu_layers: int | None) -> tuple[str, ...]:
+    from gguflora.server.hosts import is_loopback  # noqa: PLC0415  (needs starlette)
+
     warnings = []
-    if key is None and host not in _LOOPBACK:
+    if key is None and not is_loopback(host):
         warnings.append(f"anyone who can reach {host} can use this server; set {KEY_VARIABLE} to require a key")
     if key is None and cors:
         warnings.append(f"web pages of {', '.join(cors)} can use this server; set {KEY_VARIABLE} to require a key")
@@ -203,16 +205,10 @@ def run_server(engine: Engine, base: Path, listener: socket.socket, settings: Se
     import uvicorn  # noqa: PLC0415  (in the extra ``server``)
 
     from gguflora.server.app import create_app  # noqa: PLC0415  (needs FastAPI)
+    from gguflora.server.connections import server_config  # noqa: PLC0415  (needs uvicorn)
 
-    if settings.api_key is None and listener.getsockname()[0] in _LOOPBACK:
-        settings = replace(settings, hosts=_LOOPBACK)
-    config = uvicorn.Config(
-        create_app(engine, base, settings),
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=math.ceil(settings.timeout),
-    )
+    app = create_app(engine, base, settings)
+    config = server_config(app, timeout_graceful_shutdown=math.ceil(settings.timeout))
     with suppress(KeyboardInterrupt):  # uvicorn raises the signal again after it has stopped
         uvicorn.Server(config).run(sockets=[listener])
 

@@ -22,7 +22,9 @@ class Settings:
         max_answers: largest number of answers to one request (``n`` times the number of prompts).
         body_timeout: seconds in which the body of a request must arrive.
         timeout: seconds after which a request is aborted; waiting counts.
-        hosts: host names that requests may be addressed to; None allows any.
+        hosts: host names that requests may be addressed to. None allows any with a key; without one it allows
+            addresses, "localhost" and ``host``, because no foreign web page can have these names.
+        host: host that the server was told to listen on.
         aliases: further names of adapter sets, such as ``legal@0.5+tone``; None stands for the default set.
         default_adapters: the adapter set of requests that name none; None is the base.
         accept_any_model: answer requests for unknown models with the default set.
@@ -37,7 +39,13 @@ class Settings:
     body_timeout: float = 30.0
     timeout: float = 600.0
     hosts: frozenset[str] | None = None
+    host: str = "127.0.0.1"
     aliases: Mapping[str, str | None] = field(default_factory=dict)
     default_adapters: str | None = None
     accept_any_model: bool = False
     cors: tuple[str, ...] = ()
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether clients must send a key."""
+        return self.api_key is not None

@@ -17,6 +17,7 @@ import gguflora
 from gguflora.diagnostics import demo
 from gguflora.engine import Engine
 from gguflora.server.app import create_app
+from gguflora.server.connections import server_config
 from gguflora.server.settings import Settings
 from support.workspace import workspace
 
@@ -46,7 +47,7 @@ def serving(settings: Settings | None = None, **options: Any) -> Iterator[httpx.
     """A server at work; a client of it."""
     with engine(**options) as opened:
         app = create_app(opened, demo.BASE, settings)
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5))
+        server = uvicorn.Server(server_config(app, port=0, timeout_graceful_shutdown=5))
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         wait_until(lambda: server.started)
