@@ -65,7 +65,7 @@ def test_commands(lora, tmp_path, command):
     (tmp_path / "peft" / "adapter_config.json").write_text('{"peft_type": "\\u001b[2J\\u009b1m"}')
     for adapter in (lora, tmp_path / "peft"):
         more = {"diff": [adapter], "convert": ["-b", demo.BASE], "merge": ["-b", demo.BASE]}.get(command[0], [])
-        done = run(*command, adapter, *more)
+        done = (run_process if "-v" in command else run)(*command, adapter, *more)  # -v lasts in a process
         said = done.stdout + done.stderr
         assert said.strip()
         assert not [
