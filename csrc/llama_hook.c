@@ -1,5 +1,8 @@
 #include "llama_hook.h"
 
+#include "graph_node.h"
+#include "watch_inputs.h"
+
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -7,8 +10,6 @@
 /* The scheduler asks for every node before it computes it (ask = true); a node that is wanted ends a part of the graph
  * and is shown again once it is computed. The graph is computed once for each ubatch, which begins with the lookup of
  * the token embeddings. */
-
-#define NAME_BYTES 64
 
 typedef struct {
     const void *tensor;
@@ -36,60 +37,9 @@ struct gfl_hook {
     /* what was found */
     gfl_factor *found;
     int64_t n_found, found_capacity;
+    gfl_watch watch;
     gfl_hook_report report;
 };
-
-/* A node of the graph, its fields read by their offsets. */
-typedef struct {
-    const char *self;
-    const gfl_tensor_layout *at;
-} node;
-
-static int32_t int_at(node t, int32_t offset) {
-    int32_t value;
-    memcpy(&value, t.self + offset, sizeof value);
-    return value;
-}
-
-static void *pointer_at(node t, int32_t offset) {
-    void *value;
-    memcpy(&value, t.self + offset, sizeof value);
-    return value;
-}
-
-static int32_t op_of(node t) { return int_at(t, t.at->op); }
-static int32_t type_of(node t) { return int_at(t, t.at->type); }
-static void *data_of(node t) { return pointer_at(t, t.at->data); }
-static const char *name_of(node t) { return t.self + t.at->name; }
-
-static int64_t ne_of(node t, int axis) {
-    int64_t value;
-    memcpy(&value, t.self + t.at->ne + axis * (int)sizeof value, sizeof value);
-    return value;
-}
-
-static int64_t nb_of(node t, int axis) {
-    size_t value;
-    memcpy(&value, t.self + t.at->nb + axis * (int)sizeof value, sizeof value);
-    return (int64_t)value;
-}
-
-static node src_of(node t, int index) { return (node){pointer_at(t, t.at->src + index * (int)sizeof(void *)), t.at}; }
-
-static bool name_ends_with(node t, const char *ending) {
-    const char *name = name_of(t);
-    size_t length = strnlen(name, NAME_BYTES), wanted = strlen(ending);
-    return length < NAME_BYTES && length > wanted && !memcmp(name + length - wanted, ending, wanted);
-}
-
-static bool is_contiguous_f32(node t) {
-    int64_t bytes = sizeof(float);
-    for (int axis = 0; axis < 4; axis++) {
-        if (ne_of(t, axis) != 1 && nb_of(t, axis) != bytes) return false;
-        bytes *= ne_of(t, axis);
-    }
-    return type_of(t) == t.at->f32;
-}
 
 static void set_fault(gfl_hook *hook, int fault, node t) {
     if (hook->report.fault) return;
@@ -106,6 +56,7 @@ static void start_ubatch(gfl_hook *hook, node lookup) {
     int64_t begin = hook->started ? hook->begin + hook->n_here : 0, n_here = ne_of(lookup, 1);
     node ids = src_of(lookup, 1);
     hook->report.n_ubatches++;
+    hook->watch.n_inputs = 0;
     if (!hook->has_tokens) return;
     hook->started = true;
     hook->begin = begin;
@@ -153,6 +104,11 @@ static bool is_wanted(gfl_hook *hook, node t) {
     if (!factor.self) return false;
     if (op == t.at->get_rows && !strcmp(name_of(factor), "token_embd.weight") && src_of(t, 1).self)
         start_ubatch(hook, t);
+    if ((hook->mode & GFL_HOOK_WATCH) && op != t.at->get_rows) {
+        int fault = GFL_HOOK_FINE;
+        if (gfl_wants_input(&hook->watch, t, &fault)) return true;
+        if (fault) set_fault(hook, fault, factor);
+    }
     bool is_a = name_ends_with(factor, ".lora_a");
     if ((hook->mode & GFL_HOOK_FIND) && (is_a || name_ends_with(factor, ".lora_b"))) note_factor(hook, factor);
     return is_a && (hook->mode & GFL_HOOK_MASK);
@@ -270,7 +226,10 @@ bool gfl_hook_eval(void *tensor, bool ask, void *user_data) {
     node t = {tensor, &hook->at};
     if (ask) return is_wanted(hook, t);
     if (op_of(t) == t.at->set_rows) clean(hook, t);
-    else mask(hook, t);
+    else if ((hook->mode & GFL_HOOK_WATCH) && !name_ends_with(src_of(t, 0), ".lora_a")) {
+        int fault = gfl_add_input(&hook->watch, t);
+        if (fault) set_fault(hook, fault, src_of(t, 0));
+    } else mask(hook, t);
     return true;
 }
 
@@ -303,6 +262,7 @@ void gfl_hook_free(gfl_hook *hook) {
     free(hook->outputs);
     free(hook->weights);
     free(hook->found);
+    gfl_stop_watch(&hook->watch);
     free(hook);
 }
 
@@ -329,6 +289,10 @@ bool gfl_hook_set_stack(gfl_hook *hook, int64_t n_tensors, const uintptr_t *tens
     return true;
 }
 
+bool gfl_hook_watch(gfl_hook *hook, int isa, gfl_watched *watched, int64_t n_watched) {
+    return gfl_start_watch(&hook->watch, isa, watched, n_watched);
+}
+
 /* Let *buffer hold so many bytes, and fill it: with `content`, or zeros if that is NULL. */
 static bool fill(void **buffer, const void *content, int64_t bytes) {
     void *grown = realloc(*buffer, (size_t)(bytes ? bytes : 1));
@@ -345,7 +309,7 @@ bool gfl_hook_begin(gfl_hook *hook, int mode, int64_t n_tokens, const int32_t *t
     hook->report = (gfl_hook_report){0};
     hook->started = false;
     hook->begin = hook->n_here = hook->n_outputs = 0;
-    hook->n_tokens = 0;
+    hook->n_tokens = hook->watch.n_inputs = 0;
     if (n_tokens < 0) return false;
     bool has_room = fill((void **)&hook->tokens, tokens, n_tokens * (int64_t)sizeof *tokens) &&
                     fill((void **)&hook->wanted, outputs, n_tokens) && fill((void **)&hook->diverged, NULL, n_tokens) &&

@@ -33,9 +33,10 @@ typedef struct {
 typedef struct gfl_hook gfl_hook;
 
 enum gfl_hook_mode {
-    GFL_HOOK_FIND = 1, /* note the factors of LoRAs that the graph has */
-    GFL_HOOK_MASK = 2, /* multiply the rank rows of every token by that token's weights */
-    GFL_HOOK_CLEAN = 4 /* write 0 to KV cells in place of numbers that are not finite */
+    GFL_HOOK_FIND = 1,  /* note the factors of LoRAs that the graph has */
+    GFL_HOOK_MASK = 2,  /* multiply the rank rows of every token by that token's weights */
+    GFL_HOOK_CLEAN = 4, /* write 0 to KV cells in place of numbers that are not finite */
+    GFL_HOOK_WATCH = 8  /* sum over the inputs of matrix products */
 };
 
 /* Why a batch was not computed as asked. */
@@ -45,8 +46,26 @@ enum gfl_hook_fault {
     GFL_HOOK_COLUMNS, /* a node's columns are neither all tokens nor those with outputs */
     GFL_HOOK_SHAPE,   /* a node has another type, rank or stride than a product of the stack */
     GFL_HOOK_FACTOR,  /* a factor that is not the stack's */
-    GFL_HOOK_MEMORY
+    GFL_HOOK_MEMORY,
+    GFL_HOOK_INPUT,   /* a weight takes its inputs from elsewhere than in the ubatch before */
+    GFL_HOOK_INFINITE /* an input is NaN or infinite */
 };
+
+enum { GFL_SKETCH = 64 }; /* columns of a sketch */
+
+/* A weight whose inputs are watched: the columns x that products multiply it with. Buffers belong to the caller. */
+typedef struct {
+    char name[64];
+    int64_t n_in;
+    int64_t n_matrices; /* experts or heads; there are sums for each */
+    double *squares;    /* (n_matrices, n_in): sums of x^2 */
+    int64_t *counts;    /* (n_matrices): columns; without experts the first counts for all matrices */
+    float *sketch;      /* (n_matrices, n_in, GFL_SKETCH): sums of x (x^T omega); or NULL */
+    const float *omega; /* (n_in, GFL_SKETCH) */
+    int32_t by_expert;  /* found: each column belongs to one matrix */
+    int32_t same_as;    /* found: the watched weight that has the same inputs and holds their sums, or -1 */
+    int32_t seen;       /* found: the graph has a product of this weight */
+} gfl_watched;
 
 /* A factor of a LoRA as llama.cpp holds it. Its `tensor` is a ggml_tensor *. */
 typedef struct {
@@ -76,6 +95,10 @@ void gfl_hook_free(gfl_hook *hook);
  * False without memory; the stack is empty then. */
 bool gfl_hook_set_stack(gfl_hook *hook, int64_t n_tensors, const uintptr_t *tensors, int64_t n_bays, int64_t width,
                         const float *factors);
+
+/* Watch these weights, sorted by name, in batches with GFL_HOOK_WATCH. The array belongs to the caller and must stay
+ * where it is. False where this machine lacks the instruction set (see gguflora.h). */
+bool gfl_hook_watch(gfl_hook *hook, int isa, gfl_watched *watched, int64_t n_watched);
 
 /* Announce a batch: its tokens (NULL for embeddings), which of them have outputs, and the weights (n_tokens, n_bays) of
  * the bays of the stack (NULL without GFL_HOOK_MASK). `mode` is a sum of enum gfl_hook_mode. False without memory. */

@@ -14,6 +14,8 @@ from gguflora.errors import GgufloraError as GgufloraError
 
 if TYPE_CHECKING:
     from gguflora.adapters.adapter import read_adapter as read_adapter
+    from gguflora.calibration.imatrix import ImatrixReport as ImatrixReport
+    from gguflora.calibration.imatrix import imatrix as imatrix
     from gguflora.diagnostics.compare import CompareReport as CompareReport
     from gguflora.diagnostics.compare import compare as compare
     from gguflora.diagnostics.demo import DemoReport as DemoReport
@@ -70,6 +72,7 @@ _HOMES = {
     "DoctorReport": "gguflora.diagnostics.doctor",
     "ExportReport": "gguflora.lora.export",
     "ExtractReport": "gguflora.lora.extract",
+    "ImatrixReport": "gguflora.calibration.imatrix",
     "InspectReport": "gguflora.lora.inspect",
     "MergeReport": "gguflora.merging.report",
     "PartReport": "gguflora.merging.parts",
@@ -91,6 +94,7 @@ _HOMES = {
     "doctor": "gguflora.diagnostics.doctor",
     "export": "gguflora.lora.export",
     "extract": "gguflora.lora.extract",
+    "imatrix": "gguflora.calibration.imatrix",
     "inspect": "gguflora.lora.inspect",
     "merge": "gguflora.merging.merge",
     "merge_part": "gguflora.merging.parts",
@@ -112,6 +116,7 @@ _PACKAGES = frozenset(
     {
         "adapters",
         "architectures",
+        "calibration",
         "cli",
         "diagnostics",
         "engine",

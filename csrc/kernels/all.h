@@ -19,6 +19,7 @@
 #include "dither.h"
 #include "codebook_codecs.h"
 #include "dither_codebook.h"
+#include "sketch.h"
 #include "table.h"
 
 #ifndef GFL_TABLE
@@ -31,6 +32,7 @@ const gfl_table GFL_TABLE = {
     .largest = largest,
     .product = product,
     .add = add,
+    .add_to_sketch = add_to_sketch,
     .measure = measure_chunk,
     .measure_target = measure_target_chunk,
     .dither = dither_chunk,

@@ -85,6 +85,8 @@ typedef struct {
     /* out (n_rows, n_in) = b (n_rows, rank) @ a (rank, n_in) */
     void (*product)(float *out, const float *a, const float *b, int64_t n_rows, int64_t n_in, int64_t rank);
     void (*add)(float *out, const float *x, const float *y, int64_t n);
+    /* sketch (n_in, 64) += the sum over rows of x (x^T omega); n_in is a multiple of 8 */
+    void (*add_to_sketch)(float *sketch, const float *const *rows, int64_t n_rows, const float *omega, int64_t n_in);
     /* Functions of dither.h, on n <= CHUNK weights. Under the blocks' own scales; and under those of new headers, given
      * the targets and the squares of m: */
     void (*measure)(gfl_measure *m, const gfl_block_codec *codec, const uint8_t *src, const float *delta, int n);

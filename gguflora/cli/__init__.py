@@ -10,6 +10,7 @@ from gguflora.cli import (  # noqa: F401  # isort: skip
     convert,
     merge,
     quantize,
+    imatrix,
     apply_patch,
     unmerge,
     compare,

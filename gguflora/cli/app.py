@@ -15,7 +15,15 @@ from typing import Annotated, Any, Final, NoReturn, Protocol, TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.text import Text
 
 from gguflora._version import __version__
@@ -73,11 +81,11 @@ def _root(
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[ProgressCallback | None]:
+def progress_bar(title: str, unit: str = "bytes") -> Iterator[ProgressCallback | None]:
     """Show a progress bar on stderr while the block runs.
 
     Yields:
-        A function that takes the bytes done and in total; None if stderr is not a terminal.
+        A function that takes the bytes (or another ``unit``) done and in total; None if stderr is not a terminal.
     """
     if not stderr.is_terminal:
         yield None
@@ -85,8 +93,7 @@ def progress_bar(title: str) -> Iterator[ProgressCallback | None]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        *((DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=stderr, transient=True) as bar:

@@ -37,7 +37,7 @@ from gguflora.runtime.adapter_files import open_adapter
 from gguflora.system.cpus import thread_count
 
 if TYPE_CHECKING:
-    from gguflora.diagnostics.logits import LogitsContext, LogitsModel
+    from gguflora.runtime.logits import LogitsContext, LogitsModel
 
 BUILT_IN_TEXT: Final = """\
 The ferry leaves the harbour at seven in the morning and comes back before dark. On the way it stops at two islands:
@@ -203,7 +203,7 @@ def _open_loras(base: Path, pairs: Sequence[tuple[str | os.PathLike[str], float]
 def _open(path: Path, threads: int, like: LogitsModel | None = None) -> Iterator[LogitsModel]:
     """Open a model; its vocabulary must have the size of ``like``'s."""
     try:
-        from gguflora.diagnostics.logits import LogitsModel  # noqa: PLC0415  (import gguflora does not load llama_cpp)
+        from gguflora.runtime.logits import LogitsModel  # noqa: PLC0415  (import gguflora does not load llama_cpp)
     except ImportError as error:
         raise MissingExtraError("comparing", "llama-cpp-python", "runtime") from error
     with GgufFile(path) as file:
@@ -263,7 +263,7 @@ def _measure(
     windows: Sequence[list[int]], hot: LogitsContext, contexts: Mapping[str, LogitsContext]
 ) -> dict[str, _Tally]:
     """Evaluate the text with all models side by side."""
-    from gguflora.diagnostics.logits import POSITIONS  # noqa: PLC0415
+    from gguflora.runtime.logits import POSITIONS  # noqa: PLC0415
 
     all_contexts = {"hot": hot, **contexts}
     tallies = {name: _Tally() for name in all_contexts}

@@ -10,6 +10,7 @@ from typing import Any
 @cache
 def commands() -> Mapping[str, Callable[..., Any]]:
     """Return the function of each action. They are imported on first use, because they load most of gguflora."""
+    from gguflora.calibration.imatrix import imatrix  # noqa: PLC0415
     from gguflora.diagnostics.compare import compare  # noqa: PLC0415
     from gguflora.lora.combine import combine  # noqa: PLC0415
     from gguflora.lora.convert import convert  # noqa: PLC0415
@@ -29,6 +30,7 @@ def commands() -> Mapping[str, Callable[..., Any]]:
         "convert": convert,
         "export": export,
         "extract": extract,
+        "imatrix": imatrix,
         "inspect": inspect,
         "merge": merge,
         "merge_part": merge_part,

@@ -131,6 +131,18 @@ class Quantize(Step):
     threads: int | None = Field(default=None, ge=1)
 
 
+class Imatrix(Step):
+    """`gguflora.imatrix`."""
+
+    action: Literal["imatrix"]
+    base: str
+    text: str | None = None
+    ctx: Count = 512
+    chunks: Count | None = None
+    process_output: bool = False
+    threads: int | None = Field(default=None, ge=1)
+
+
 class Combine(Step):
     """`gguflora.combine`."""
 
@@ -243,7 +255,7 @@ class Train(Step):
 
 
 AnyStep = Annotated[
-    Convert | Merge | Quantize | Combine | Resize | Extract | Export | Inspect | Compare | Train,
+    Convert | Merge | Quantize | Imatrix | Combine | Resize | Extract | Export | Inspect | Compare | Train,
     Field(discriminator="action"),
 ]
 
@@ -254,6 +266,7 @@ ACTIONS: Final[Mapping[str, type[Step]]] = {
     "convert": Convert,
     "merge": Merge,
     "quantize": Quantize,
+    "imatrix": Imatrix,
     "combine": Combine,
     "resize": Resize,
     "extract": Extract,

@@ -1,8 +1,8 @@
 """The one owner of llama.cpp's ``cb_eval``: a hook into the graph of a context, in C (``csrc/llama_hook.c``).
 
 llama.cpp calls the hook for every node of its graph; it never takes the GIL. It notes the LoRA factors that a graph
-has, multiplies the rank rows of every token by weights of that token, and keeps numbers that are not finite out of the
-KV cache.
+has, multiplies the rank rows of every token by weights of that token, keeps numbers that are not finite out of the
+KV cache, and sums over the inputs of weights.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from gguflora.errors import HotSwapError
 from gguflora.quants._lib import ffi, lib
 from gguflora.quants.arrays import Float32Array
+from gguflora.runtime.input_watch import InputWatch
 from gguflora.runtime.llama_internals import ggml_library
 from gguflora.runtime.tensor_layout import Ggml, LayoutError, TensorLayout, find_layout
 
@@ -29,6 +30,8 @@ _FAULTS: Final = {
     lib.GFL_HOOK_SHAPE: "its product has another shape than expected",
     lib.GFL_HOOK_FACTOR: "it is not of the stack",
     lib.GFL_HOOK_MEMORY: "there is no memory",
+    lib.GFL_HOOK_INPUT: "its inputs are other tensors than in the batch before",
+    lib.GFL_HOOK_INFINITE: "its input is NaN or infinite",
 }
 
 _DEVICES: Final = (1, 2)  # enum ggml_backend_dev_type: GPU, IGPU
@@ -180,6 +183,15 @@ class GraphHook:
         """
         mode = lib.GFL_HOOK_CLEAN | (0 if weights is None else lib.GFL_HOOK_MASK)
         self._begin(mode, tokens, outputs, weights)
+
+    def watch(self, watched: InputWatch, isa: int) -> None:
+        """Sum over the inputs of these weights in batches that `begin_watching` announces."""
+        if not lib.gfl_hook_watch(self.pointer, isa, watched.pointer, len(watched)):
+            raise HotSwapError(f"this machine lacks instruction set {isa}")
+
+    def begin_watching(self, tokens: NDArray[np.int32]) -> None:
+        """Announce the next batch, whose inputs are watched and whose tokens all have outputs."""
+        self._begin(lib.GFL_HOOK_WATCH, tokens, np.ones(len(tokens), np.int8), None)
 
     def _begin(
         self,

@@ -52,6 +52,7 @@ ARGUMENTS = {
     "convert": "shout --base base.gguf -o made.gguf --force",
     "merge": "base.gguf --lora shout -o made.gguf --force",
     "quantize": "base.gguf -o made.gguf Q8_0 --force",
+    "imatrix": "base.gguf --text text.txt --ctx 16 --threads 1 -o made.gguf --force",
     "apply-patch": "base.gguf shout.patch -o made.gguf --force",
     "unmerge": "in-place.gguf",
     "compare": "base.gguf merged.gguf --lora shout.gguf --text text.txt --n-ctx 32 --threads 1",

@@ -28,6 +28,7 @@ from gguflora.runtime.bindings import (
     load_lora,
     set_loras,
 )
+from gguflora.runtime.graph_hook import GraphHook
 from gguflora.runtime.tokenizing import pre_tokenizer, tokenize
 
 POSITIONS: Final = 128
@@ -40,14 +41,16 @@ class LogitsModel:
     Args:
         path: the GGUF file; for a split model, its first file.
         threads: number of threads.
+        repack: let llama.cpp hold a second copy of the weights in the order that its fastest kernels read.
 
     Raises:
         HotSwapError: if llama.cpp cannot load it.
     """
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, *, repack: bool = True) -> None:
         self.path = path
         self._threads = threads
+        self._repack = repack
         with ExitStack() as resources:
             resources.enter_context(_without_log())
             self._load_model(resources)
@@ -57,6 +60,7 @@ class LogitsModel:
         llama_cpp.llama_backend_init()
         parameters = llama_cpp.llama_model_default_params()
         parameters.n_gpu_layers = 0
+        parameters.use_extra_bufts = self._repack
         with captured_log() as log:
             self.pointer = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), parameters)
         if not self.pointer:
@@ -80,8 +84,15 @@ class LogitsModel:
         adds = llama_cpp.llama_vocab_get_add_bos(self._vocabulary)
         return [llama_cpp.llama_vocab_bos(self._vocabulary)] if adds else []
 
-    def context(self, n_ctx: int, loras: Sequence[tuple[Path, float]] = ()) -> LogitsContext:
+    def context(
+        self, n_ctx: int, loras: Sequence[tuple[Path, float]] = (), *, hook: GraphHook | None = None
+    ) -> LogitsContext:
         """Create a context with adapters (GGUF file, scale) applied.
+
+        Args:
+            n_ctx: number of tokens that it can hold.
+            loras: the adapters.
+            hook: a hook into its graph, which must live longer than the model.
 
         Raises:
             HotSwapError: if llama.cpp cannot create it, for example because memory is short.
@@ -91,6 +102,11 @@ class LogitsModel:
         parameters.n_ctx = n_ctx
         parameters.n_batch = parameters.n_ubatch = min(n_ctx, POSITIONS)
         parameters.n_threads = parameters.n_threads_batch = self._threads
+        if hook is not None:
+            hook.attach(parameters)
+            # what the hook sees should not depend on how a cache rounds: this is float32 throughout
+            parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
         with captured_log() as log:
             pointer = llama_cpp.llama_init_from_model(self.pointer, parameters)
         if not pointer:
