@@ -119,6 +119,11 @@ class Context:
             llama_cpp.llama_free(pointer)
 
     @property
+    def is_encoder(self) -> bool:
+        """Whether the model keeps nothing of earlier tokens, so that it can embed texts but not continue them."""
+        return not self._memory
+
+    @property
     def is_idle(self) -> bool:
         """Whether no request is using the context."""
         return not any(slot.busy for slot in self.slots)
@@ -356,6 +361,16 @@ class Context:
             target.held.extend(source.held[:count])
 
 
+def flash_attention(options: ContextOptions) -> int:
+    """Return llama.cpp's number for whether a context computes flash attention.
+
+    Flash attention skips the cells of other requests; without it all cells are computed and then masked, and 2000
+    foreign cells slow a token down by half. But the order of its sums depends on the batch, in 16 bits for 16-bit
+    cells. With F32 it is off, so that logits do not depend on the other requests.
+    """
+    return int(llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED if options.kv_type == "F32" else _FLASH_ATTN)
+
+
 def _parameters(options: ContextOptions) -> Any:  # noqa: ANN401  (llama_cpp has no types)
     parameters = llama_cpp.llama_context_default_params()
     parameters.n_ctx = options.n_ctx
@@ -364,10 +379,7 @@ def _parameters(options: ContextOptions) -> Any:  # noqa: ANN401  (llama_cpp has
     parameters.n_outputs_max = options.n_parallel
     parameters.n_threads = parameters.n_threads_batch = options.threads
     parameters.type_k = parameters.type_v = KV_TYPES[options.kv_type]
-    # Flash attention skips the cells of other requests; without it all cells are computed and then masked, and 2000
-    # foreign cells slow a token down by half. But the order of its sums depends on the batch, in 16 bits for 16-bit
-    # cells. With F32 it is off, so that logits do not depend on the other requests.
-    parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED if options.kv_type == "F32" else _FLASH_ATTN
+    parameters.flash_attn_type = flash_attention(options)
     parameters.kv_unified = True
     parameters.swa_full = True  # otherwise a sequence could not be cut back to a common prefix
     parameters.no_perf = True

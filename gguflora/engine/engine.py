@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, TypeAlias
@@ -19,6 +20,7 @@ from gguflora.architectures.base_model import read_whole_base
 from gguflora.engine.adapter_folder import AdapterFolder
 from gguflora.engine.adapter_sets import AdapterSet, canonical_set, parse_set
 from gguflora.engine.context import KV_TYPES, Context, ContextOptions
+from gguflora.engine.embedding import RANKING_HEAD, Embedder
 from gguflora.engine.job import GenerationJob
 from gguflora.engine.model import Model
 from gguflora.engine.registry import (
@@ -28,7 +30,7 @@ from gguflora.engine.registry import (
     RegisteredAdapter,
     ResolvedSet,
 )
-from gguflora.engine.requests import Generation, GenerationSink, Request, Sampling
+from gguflora.engine.requests import Generation, GenerationSink, Request, Sampling, check_tokens
 from gguflora.engine.scheduler import Scheduler
 from gguflora.engine.stats import EngineStats, collect_stats
 from gguflora.errors import (
@@ -42,6 +44,7 @@ from gguflora.errors import (
 )
 from gguflora.files.remote import remote_inputs
 from gguflora.placement.prefix import Prefix, fit_prefix
+from gguflora.quants.arrays import Float32Array
 from gguflora.runtime.adapter_files import AdapterReading, AdapterSource
 from gguflora.runtime.bindings import Pointer, free_lora, invocation_of, load_lora, put_prefix
 from gguflora.runtime.concatenated_adapters import ConcatenatedAdapters
@@ -143,6 +146,13 @@ class Engine:
             self._model.free()
             raise
         self._options = options
+        self._embedder = Embedder(
+            self._model,
+            options,
+            self._concatenated,
+            is_encoder=context.is_encoder,
+            has_head=RANKING_HEAD in self._description.shapes,
+        )
         self._has_first = False  # whether the adapters to load at the start are loaded
         self._scheduler = Scheduler(context, self._mixed, queue_size, self._finished)
         atexit.register(self.close)  # Python would crash if it ended while a thread is still in llama.cpp
@@ -375,9 +385,9 @@ class Engine:
         self._check_open()
         request.check(self.n_vocab)
         prefix = self._checked_prefix(request)
-        names = self._canonical(request.adapters)
-        with self._folder.hold([name for name, _ in names]) if self._folder else nullcontext():
-            taken = self._registry.take(names, prefix)
+        if self._scheduler.context.is_encoder:
+            raise RequestError(f"{self.model_name} embeds texts and cannot generate any; ask for embeddings")
+        taken = self._take(request.adapters, prefix)
         generation = Generation(notify)
         try:
             self._check_length(len(request.tokens) + taken.n_before)
@@ -388,6 +398,77 @@ class Engine:
             self._give_back(taken)
             raise
         return generation
+
+    def _take(self, adapters: AdapterSet, prefix: Embeddings | None = None) -> ResolvedSet:
+        """Resolve an adapter set, loading what is not loaded, and use it until `_give_back`."""
+        names = self._canonical(adapters)
+        with self._folder.hold([name for name, _ in names]) if self._folder else nullcontext():
+            return self._registry.take(names, prefix)
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether the model continues texts; an encoder such as BERT only embeds them."""
+        return not self._scheduler.context.is_encoder
+
+    @property
+    def can_rank(self) -> bool:
+        """Whether the model is one that ranks documents; see `rank`."""
+        return self._embedder.can_rank
+
+    def embed(self, texts: Sequence[Sequence[int]], adapters: AdapterSet = ()) -> Float32Array:
+        """Return the embeddings of texts, pooled as the model's file says, or else by the mean.
+
+        Args:
+            texts: the tokens of each text, from `tokenize`.
+            adapters: adapter set that computes them, from `adapter_set`.
+
+        Returns:
+            Embeddings (n_texts, n_embd), not normalized.
+
+        Raises:
+            PromptTooLongError: if a text does not fit.
+            RequestError: if the set has a soft prompt or an activated LoRA, or the model ranks documents.
+            GenerationError: if llama.cpp fails, or an embedding is not finite.
+        """
+        if self.can_rank:
+            raise RequestError(f"{self.model_name} ranks documents and does not embed texts; use rank")
+        return self._pooled(texts, adapters)
+
+    def rank(self, query: str, documents: Sequence[str], adapters: AdapterSet = ()) -> tuple[Float32Array, int]:
+        """Return how well each document answers a query, by a model with a head for it.
+
+        Returns:
+            Scores (n_documents,), larger for better ones, and the number of tokens of all pairs together.
+
+        Raises:
+            PromptTooLongError: if a pair does not fit.
+            RequestError: if the model cannot rank, or the set has a soft prompt or an activated LoRA.
+            GenerationError: if llama.cpp fails, or a score is not finite.
+        """
+        if not self.can_rank:
+            raise RequestError(f"{self.model_name} has no head that ranks documents; use a model made for reranking")
+        with self._open():
+            pairs = [self._model.pair(query, document) for document in documents]
+        return self._pooled(pairs, adapters)[:, 0], sum(map(len, pairs))
+
+    def _pooled(self, texts: Sequence[Sequence[int]], adapters: AdapterSet) -> Float32Array:
+        self._check_open()
+        for tokens in texts:
+            self._embedder.check_length(len(tokens))
+            check_tokens(tokens, self.n_vocab)
+        taken = self._take(adapters)
+        try:
+            if taken.n_before or taken.invocations:
+                raise RequestError("texts cannot be embedded with a soft prompt or an activated LoRA")
+            phase = taken.base_phase
+            # one call for each text, so that running answers go on in between
+            rows = [
+                self._scheduler.call(partial(self._embedder.compute, [int(token) for token in tokens], phase))
+                for tokens in texts
+            ]
+        finally:
+            self._give_back(taken)
+        return np.stack(rows)
 
     def generate_many(
         self,
@@ -450,6 +531,7 @@ class Engine:
         with self._lock:
             self._unused.wait_for(lambda: not self._users)
         self._scheduler.context.free()
+        self._embedder.free()
         self._mixed.close()
         self._concatenated.free()
         for registered in self._registry.all():
@@ -518,6 +600,7 @@ class Engine:
     def _free(self, registered: RegisteredAdapter) -> None:
         """Free an adapter that no request uses. Must run in the scheduler's thread, as all calls into llama.cpp do."""
         self._scheduler.context.drop(registered.adapter.load_id)
+        self._embedder.forget_adapters()
         self._mixed.drop(registered.pointer)
         self._concatenated.drop(registered.adapter.sha256)
         free_lora(registered.pointer)

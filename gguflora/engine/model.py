@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from llama_cpp import llama_chat_format
 from gguflora.errors import EngineError, RequestError
 from gguflora.runtime.bindings import captured_log, is_stateful, reason_of
 from gguflora.runtime.llama_internals import silence
-from gguflora.runtime.tokenizing import pre_tokenizer, tokenize
+from gguflora.runtime.tokenizing import metadata_of, pre_tokenizer, tokenize
 
 _PLAIN_TEMPLATE: Final = (
     "{% for message in messages %}"
@@ -79,6 +80,10 @@ class Model:
         pointer, self.pointer = self.pointer, None
         if pointer is not None:
             llama_cpp.llama_model_free(pointer)
+
+    def metadata(self, key: str) -> str | None:
+        """Return a short value of the file's metadata as text; None if there is none."""
+        return metadata_of(self.pointer, key)
 
     @property
     def vocabulary(self) -> Any:  # noqa: ANN401  (llama_cpp has no types)
@@ -171,6 +176,29 @@ class Model:
         except Exception as error:  # a foreign template can raise anything
             raise RequestError(f"the model's chat template refuses these messages: {error}") from error
         return text
+
+    def pair(self, query: str, document: str) -> list[int]:
+        """Return the tokens of a query and a document for a model that ranks.
+
+        The template named ``rerank`` writes them, or else the vocabulary's own special tokens stand between them, as in
+        ``format_prompt_rerank`` of llama-server.
+        """
+        own = llama_cpp.llama_model_chat_template(self.pointer, b"rerank")
+        if own:
+            parts = {"{query}": query, "{document}": document}
+            text = re.sub(
+                r"\{query\}|\{document\}", lambda found: parts[found[0]], own.decode("utf-8", errors="replace")
+            )
+            return self.tokenize(text, add_bos=False, special=True)
+        vocab = self._vocab
+        eos = llama_cpp.llama_vocab_eos(vocab)
+        end = (
+            [eos if eos >= 0 else llama_cpp.llama_vocab_sep(vocab)] if llama_cpp.llama_vocab_get_add_eos(vocab) else []
+        )
+        start = [llama_cpp.llama_vocab_bos(vocab)] if llama_cpp.llama_vocab_get_add_bos(vocab) else []
+        between = [llama_cpp.llama_vocab_sep(vocab)] if llama_cpp.llama_vocab_get_add_sep(vocab) else []
+        first, second = (self.tokenize(text, add_bos=False, special=False) for text in (query, document))
+        return [int(token) for token in (*start, *first, *end, *between, *second, *end)]
 
     @property
     def has_template(self) -> bool:

@@ -198,8 +198,7 @@ class Request:
         """
         if not len(self.tokens):
             raise RequestError("the prompt has no tokens; give at least one")
-        for token in self.tokens:
-            _check_whole("token of the prompt", token, 0, n_vocab - 1)
+        check_tokens(self.tokens, n_vocab)
         _check_whole("max_tokens", self.max_tokens, 0, 2**31 - 1)
         if self.logprobs is not None:
             _check_whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
@@ -396,6 +395,16 @@ class GenerationSink:
         self._arrived.put(item)
         if self._notify is not None:
             self._notify(isinstance(item, Ending))
+
+
+def check_tokens(tokens: Sequence[int], n_vocab: int) -> None:
+    """Check that a vocabulary of ``n_vocab`` tokens has these.
+
+    Raises:
+        RequestError: if it has not.
+    """
+    for token in tokens:
+        _check_whole("token of the prompt", token, 0, n_vocab - 1)
 
 
 def _check_number(name: str, value: float, low: float, high: float) -> None:

@@ -79,8 +79,13 @@ def _squares_of_numbers(text: str) -> int:
 
 def pre_tokenizer(model: Any) -> str | None:  # noqa: ANN401  (a ctypes pointer)
     """Return ``tokenizer.ggml.pre`` of a ``llama_model *``; None if it has none."""
+    return metadata_of(model, "tokenizer.ggml.pre")
+
+
+def metadata_of(model: Any, key: str) -> str | None:  # noqa: ANN401  (a ctypes pointer)
+    """Return a value of the metadata of a ``llama_model *`` as text, up to 127 bytes; None if there is none."""
     buffer = ctypes.create_string_buffer(128)
-    size = llama_cpp.llama_model_meta_val_str(model, b"tokenizer.ggml.pre", buffer, len(buffer))
+    size = llama_cpp.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
     return None if size < 0 else buffer.value.decode("utf-8", errors="replace")
 
 
