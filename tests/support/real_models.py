@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,3 +23,20 @@ def model(name: str) -> Path:
     if isinstance(found, str):
         pytest.skip(f"a real model cannot be had: {found}")
     return found
+
+
+def in_torch(path: Path) -> Any:
+    """The model of a GGUF file as transformers reads it: dequantized, and its rows in Hugging Face's order."""
+    import torch
+    import transformers
+
+    options = {"gguf_file": path.name, "dtype": torch.float32}
+    return transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options).eval()
+
+
+@cache
+def tokenizer(path: Path) -> Any:
+    """The tokenizer of a GGUF file as transformers reads it."""
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)

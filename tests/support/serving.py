@@ -35,18 +35,18 @@ def lora_file(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def engine(**options: Any) -> Iterator[Engine]:
+def engine(base: Path = demo.BASE, **options: Any) -> Iterator[Engine]:
     """The demo's model with both adapters: ids 0 and 1."""
-    adapters = {name: lora_file(name) for name in demo.ADAPTERS}
-    with Engine(demo.BASE, **{"adapters": adapters, "n_ctx": 512, "threads": 2, **options}) as opened:
+    adapters = {} if "adapters" in options else {name: lora_file(name) for name in demo.ADAPTERS}
+    with Engine(base, **{"adapters": adapters, "n_ctx": 512, "threads": 2, **options}) as opened:
         yield opened
 
 
 @contextlib.contextmanager
-def serving(settings: Settings | None = None, **options: Any) -> Iterator[httpx.Client]:
-    """A server at work; a client of it."""
-    with engine(**options) as opened:
-        app = create_app(opened, demo.BASE, settings)
+def serving(settings: Settings | None = None, base: Path = demo.BASE, **options: Any) -> Iterator[httpx.Client]:
+    """A server at work, by default on the demo's model and adapters; a client of it."""
+    with engine(base, **options) as opened:
+        app = create_app(opened, base, settings)
         server = uvicorn.Server(server_config(app, port=0, timeout_graceful_shutdown=5))
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
