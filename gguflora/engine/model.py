@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import llama_cpp
-from llama_cpp import llama_chat_format
 
 from gguflora.errors import EngineError, RequestError
 from gguflora.runtime.bindings import captured_log, is_stateful, reason_of
 from gguflora.runtime.llama_internals import silence
+from gguflora.runtime.templates import RENDERER
 from gguflora.runtime.tokenizing import metadata_of, pre_tokenizer, tokenize
 
 _PLAIN_TEMPLATE: Final = (
@@ -167,15 +167,13 @@ class Model:
             template_kwargs: what else the template is given.
 
         Raises:
-            RequestError: if the template refuses the messages.
+            RequestError: if the template refuses the messages, or takes too much time or memory or makes too long a
+                text; see `gguflora.runtime.templates`.
         """
         if not messages or not all(isinstance(message, Mapping) and "role" in message for message in messages):
             raise RequestError("a chat needs at least one message, and each message needs a role and content")
-        try:
-            text: str = self._formatter(template, to_answer)(messages=messages, **template_kwargs).prompt
-        except Exception as error:  # a foreign template can raise anything
-            raise RequestError(f"the model's chat template refuses these messages: {error}") from error
-        return text
+        variables = {"add_generation_prompt": to_answer, **template_kwargs, "messages": messages, **self._ends}
+        return RENDERER.render(self._template if template is None else template, variables)
 
     def pair(self, query: str, document: str) -> list[int]:
         """Return the tokens of a query and a document for a model that ranks.
@@ -210,19 +208,15 @@ class Model:
         """The token that ends a text; -1 if there is none."""
         return int(llama_cpp.llama_vocab_eos(self._vocab))
 
-    def _formatter(self, template: str | None, to_answer: bool) -> Any:  # noqa: ANN401  (llama_cpp has no types)
-        if template is None:
-            own = llama_cpp.llama_model_chat_template(self.pointer, None)
-            template = own.decode("utf-8", errors="replace") if own else _PLAIN_TEMPLATE
+    @cached_property
+    def _template(self) -> str:
+        own = llama_cpp.llama_model_chat_template(self.pointer, None)
+        return own.decode("utf-8", errors="replace") if own else _PLAIN_TEMPLATE
+
+    @cached_property
+    def _ends(self) -> dict[str, str]:
         eos, bos = llama_cpp.llama_vocab_eos(self._vocab), llama_cpp.llama_vocab_bos(self._vocab)
-        return _formatter(template, self._special_text(eos), self._special_text(bos), to_answer)
+        return {"eos_token": self._special_text(eos), "bos_token": self._special_text(bos)}
 
     def _special_text(self, token: int) -> str:
         return "" if token < 0 else self.piece(token, True).decode("utf-8", errors="replace")
-
-
-@lru_cache(maxsize=8)
-def _formatter(template: str, eos: str, bos: str, to_answer: bool) -> Any:  # noqa: ANN401
-    return llama_chat_format.Jinja2ChatFormatter(
-        template, eos_token=eos, bos_token=bos, add_generation_prompt=to_answer
-    )

@@ -13,6 +13,7 @@ from gguflora.engine import Engine, Sampling
 from gguflora.engine.chat import Chat, ChatAnswer
 from gguflora.engine.context_size import context_size
 from gguflora.files.remote import remote_inputs
+from gguflora.runtime.templates import RENDERER
 
 AdapterPath = str | os.PathLike[str]
 Adapters = Mapping[str, AdapterPath | tuple[AdapterPath, float]]
@@ -118,6 +119,8 @@ def open_chat(
     scaled = {name: item if isinstance(item, tuple) else (item, 1.0) for name, item in adapters.items()}
     paths = {name: path for name, (path, _) in scaled.items()}
     n_ctx = context_size(base, ctx)
+    if not raw:
+        RENDERER.warm()
     options: dict[str, Any] = {"n_ctx": n_ctx, "n_parallel": 1, "threads": threads}
     options |= {"text_only": text_only, "trust_names": trust_names}
     with Engine(base, adapters=paths, tasks=tasks, **options) as engine:

@@ -18,6 +18,7 @@ from gguflora.engine.engine import AdapterPath
 from gguflora.errors import MissingExtraError, ServerError
 from gguflora.files.remote import remote_inputs
 from gguflora.runtime.llama_internals import has_gpu
+from gguflora.runtime.templates import RENDERER
 from gguflora.server.names import check_names
 from gguflora.server.settings import KEY_VARIABLE, Settings
 from gguflora.system.memory import read_bytes
@@ -207,6 +208,7 @@ def run_server(engine: Engine, base: Path, listener: socket.socket, settings: Se
     from gguflora.server.app import create_app  # noqa: PLC0415  (needs FastAPI)
     from gguflora.server.connections import server_config  # noqa: PLC0415  (needs uvicorn)
 
+    RENDERER.warm()
     app = create_app(engine, base, settings)
     config = server_config(app, timeout_graceful_shutdown=math.ceil(settings.timeout))
     with suppress(KeyboardInterrupt):  # uvicorn raises the signal again after it has stopped
