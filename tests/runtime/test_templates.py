@@ -66,7 +66,7 @@ HOSTILE = {
     "classes": ("{{ ''.__class__.__mro__ }}", "unsafe"),
     "globals": ("{{ cycler.__init__.__globals__.os.system('true') }}", "unsafe"),
     "format": ("{{ '{0.__class__.__init__.__globals__}'.format(messages) }}", "unsafe"),
-    "attr": ("{% set f = '{0.__class__}' | attr('format') %}{{ f(1) }}", "unsafe"),
+    "attr": ("{% set f = '{0.__class__}' | attr('format') %}{{ f(1) }}", ""),
     "indirect format": ("{{ ['{0.__class__.__bases__}'.format] | map('string') | first }}", ""),
     "files": ("{% include '/etc/passwd' %}", "loader"),
     "changes": ("{{ messages.append(1) }}", "unsafe|not callable|cannot"),
