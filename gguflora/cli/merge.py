@@ -10,7 +10,22 @@ import typer
 
 import gguflora
 from gguflora.cli.app import app, console, print_report, progress_bar, to_json
-from gguflora.cli.options import AsJson, DryRun, Force, Lora, LoraScaled, TextOnly, Threads, TrustNames, scaled_paths
+from gguflora.cli.options import (
+    AsJson,
+    DryRun,
+    Force,
+    Lora,
+    LoraScaled,
+    OutputTensorType,
+    Pure,
+    TensorType,
+    TextOnly,
+    Threads,
+    TokenEmbeddingType,
+    TrustNames,
+    scaled_paths,
+    tensor_types,
+)
 from gguflora.files.output_rule import check_text_target, write_output
 from gguflora.merging.merge import MAX_SEED
 from gguflora.merging.plots import plot_report
@@ -59,6 +74,17 @@ def merge(
         typer.Option(metavar="PATH", help="Importance matrix (GGUF or .dat), used as llama-quantize does."),
     ] = None,
     text_only: TextOnly = False,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRESET",
+            help="Write the whole file in a preset of llama-quantize (Q4_K_M, IQ3_M, ...), best from an F16 base.",
+        ),
+    ] = None,
+    tensor_type: TensorType = None,
+    pure: Pure = False,
+    output_tensor_type: OutputTensorType = None,
+    token_embedding_type: TokenEmbeddingType = None,
     report: Annotated[
         Path | None, typer.Option(help="JSON file to write, with the share of its change that each tensor kept.")
     ] = None,
@@ -84,6 +110,8 @@ def merge(
     gguflora merge model-Q4_K_M.gguf --lora ./my-adapter --base-f16 ./hf-model --imatrix model.imatrix -o merged.gguf
 
     gguflora merge model-Q4_K_M.gguf --lora ./my-adapter --type 'blk.*.ffn_down.weight=q6_k' -o out.gguf --report r.json
+
+    gguflora merge model-F16.gguf --lora ./my-adapter --quantize Q4_K_M --imatrix model.imatrix -o merged-Q4_K_M.gguf
 
     gguflora merge model-Q4_K_M.gguf --lora ./my-adapter --patch my-adapter.patch
 
@@ -117,6 +145,11 @@ def merge(
             imatrix=imatrix,
             text_only=text_only,
             trust_names=trust_names,
+            quantize=quantize,
+            tensor_types=tensor_types(tensor_type) or None,
+            pure=pure,
+            output_tensor_type=output_tensor_type,
+            token_embedding_type=token_embedding_type,
             threads=threads,
             dry_run=dry_run,
             force=force,

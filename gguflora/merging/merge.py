@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from gguflora.errors import OutputError
+from gguflora.errors import OutputError, UsageError
 from gguflora.files.atomic import atomic_outputs
 from gguflora.files.gguf import GgufFile, part_paths
 from gguflora.files.output_checks import check_targets
@@ -29,6 +29,7 @@ from gguflora.merging.prepare import (
     prepared_merge,
     with_scales,
 )
+from gguflora.merging.presets import TensorTypes
 from gguflora.merging.report import MergeReport
 from gguflora.merging.rewriter import Rewriter
 from gguflora.merging.rounding import Mode, Sums
@@ -54,6 +55,11 @@ def merge(
     imatrix: str | os.PathLike[str] | None = None,
     text_only: bool = False,
     trust_names: bool = False,
+    quantize: str | None = None,
+    tensor_types: TensorTypes | None = None,
+    pure: bool = False,
+    output_tensor_type: str | None = None,
+    token_embedding_type: str | None = None,
     threads: int | None = None,
     dry_run: bool = False,
     force: bool = False,
@@ -80,6 +86,12 @@ def merge(
         imatrix: importance matrix (GGUF or legacy ``.dat``) for the choice of scales, as llama-quantize uses it.
         text_only: take only the part of a multimodal model's adapter that changes the language model.
         trust_names: apply adapters by name and shape where the order of a tensor's rows is not known.
+        quantize: write the whole file in this preset of llama-quantize, such as ``Q4_K_M``, best from a base in F16,
+            BF16 or F32: the bytes are those of llama-quantize on the merged model in F32.
+        tensor_types: with ``quantize``: other types by regular expressions, as for `gguflora.quantize`.
+        pure: with ``quantize``: give all tensors the preset's main type.
+        output_tensor_type: with ``quantize``: type of the output weight.
+        token_embedding_type: with ``quantize``: type of the token embedding.
         threads: number of threads; by default one for each core that this process may use.
         dry_run: check everything but write nothing.
         force: overwrite ``out`` or ``patch``.
@@ -93,7 +105,23 @@ def merge(
         raise OutputError("give exactly one of --out, --patch and --in-place")
     started = time.perf_counter()
     used_threads = thread_count(threads)
-    options = MergeOptions(rounding, seed, base_f16, outtype, type, imatrix, text_only, trust_names)
+    options = MergeOptions(
+        rounding,
+        seed,
+        base_f16,
+        outtype,
+        type,
+        imatrix,
+        text_only,
+        trust_names,
+        quantize,
+        tensor_types,
+        pure,
+        output_tensor_type,
+        token_embedding_type,
+    )
+    if in_place and quantize is not None:
+        raise UsageError("a merge in place keeps the types of all tensors; use --out with --quantize")
     with prepared_merge(base, adapters, options) as merging:
         file, plan = merging.file, merging.plan
         outputs = _output_paths(file, out, patch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -18,7 +18,9 @@ from gguflora.architectures.unruled import unknown_warning
 from gguflora.errors import QuantizationError, UnsupportedAdapterError, listed
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Layout, Shape, TensorEntry, encode_entry
 from gguflora.merging.output_types import OutputTypes
+from gguflora.merging.presets import Preset
 from gguflora.merging.rounding import RoundingOptions
+from gguflora.merging.whole_file import Importance, plan_whole_file
 from gguflora.placement.copies import without_copies
 from gguflora.placement.place import (
     PlacedDelta,
@@ -50,6 +52,14 @@ class MergePlan:
     tokenizer: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class WholeFile:
+    """The preset that gives every tensor of the output its type, and the importance matrix."""
+
+    preset: Preset
+    importance: Importance | None
+
+
 _AS_BASE: Final = OutputTypes()
 
 
@@ -61,6 +71,7 @@ def make_plan(
     *,
     from_unquantized: bool = False,
     trust_names: bool = False,
+    whole: WholeFile | None = None,
 ) -> MergePlan:
     """Plan a merge.
 
@@ -71,6 +82,7 @@ def make_plan(
         types: quant types of the changed tensors.
         from_unquantized: whether deltas are added to the base before quantization instead of the quantized base.
         trust_names: apply adapters by name and shape where the order of a tensor's rows is not known.
+        whole: the preset that the whole file is quantized in; ``types`` then has no say.
 
     Raises:
         GgufloraError: if adapters and base do not fit together, or a tensor cannot be written as asked.
@@ -108,6 +120,8 @@ def make_plan(
         if instead_of is not None:
             fallbacks.setdefault((instead_of.name, kind.name, entry.n_in), []).append(name)
         targets.append(ChangedTensor(name, entry, shape, kind, items))
+    if whole is not None:
+        return _plan_whole_file(file, targets, entries, whole, rounding, warnings, describe_changes(file, metadata))
     for target in targets:
         _check_type(file, target, rounding, from_unquantized=from_unquantized)
     warnings += [
@@ -118,6 +132,22 @@ def make_plan(
     warnings += [f"--type {pattern}: matches no changed tensor" for pattern in types.unused_patterns(list(deltas))]
     layout = file.layout(entries, {target.name: (target.shape, target.type) for target in targets})
     return MergePlan(layout, targets, tuple(warnings), tuple(describe_changes(file, metadata)))
+
+
+def _plan_whole_file(
+    file: GgufFile,
+    targets: Sequence[ChangedTensor],
+    entries: Mapping[str, bytes],
+    whole: WholeFile,
+    rounding: RoundingOptions,
+    warnings: Sequence[str],
+    tokenizer: Iterable[str],
+) -> MergePlan:
+    plan = plan_whole_file(file, whole.preset, whole.importance, targets, entries)
+    for target in plan.targets:
+        if target.type == target.source.type:  # the others are checked there
+            _check_type(file, target, rounding, from_unquantized=False)
+    return MergePlan(plan.layout, plan.targets, (*warnings, *plan.warnings), tuple(tokenizer))
 
 
 def _metadata_of_tokenizers(

@@ -14,15 +14,16 @@ import numpy as np
 
 from gguflora.adapters.adapter import Adapter, read_adapter
 from gguflora.architectures.base_model import describe, is_mmproj
-from gguflora.errors import AdapterError, QuantizationError
+from gguflora.errors import AdapterError, QuantizationError, UsageError
 from gguflora.files.gguf import GgufFile
 from gguflora.merging.high_precision import UnquantizedBase
-from gguflora.merging.imatrix import read_imatrix
 from gguflora.merging.output_types import OutputTypes
 from gguflora.merging.patch import Merged
-from gguflora.merging.plan import MergePlan, count_merges, make_plan
+from gguflora.merging.plan import MergePlan, WholeFile, count_merges, make_plan
+from gguflora.merging.presets import TensorTypes, preset_named
 from gguflora.merging.report import MergeReport, TensorReport, warnings_of
 from gguflora.merging.rounding import Mode, RoundingOptions, Sums
+from gguflora.merging.whole_file import Importance, read_importance
 from gguflora.placement.base_weights import BaseTensors
 from gguflora.placement.language_part import language_part, other_part
 from gguflora.quants.kernels import SUMS
@@ -44,6 +45,11 @@ class MergeOptions:
     imatrix: str | os.PathLike[str] | None = None
     text_only: bool = False
     trust_names: bool = False
+    quantize: str | None = None
+    tensor_types: TensorTypes | None = None
+    pure: bool = False
+    output_tensor_type: str | None = None
+    token_embedding_type: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,7 @@ class PreparedMerge:
         rounding: rounding of the changed weights.
         plan: the plan of the merge.
         weights: the weights that deltas are added to.
+        preset: the preset that the whole file is quantized in, or None.
     """
 
     file: GgufFile
@@ -63,6 +70,7 @@ class PreparedMerge:
     rounding: RoundingOptions
     plan: MergePlan
     weights: BaseTensors
+    preset: str | None = None
 
     @property
     def inputs(self) -> list[Path]:
@@ -88,6 +96,7 @@ class PreparedMerge:
             size=self.plan.layout.size,
             warnings=(*self.plan.warnings, *warnings_of(tensors, total, self.rounding.mode)),
             tokenizer=self.plan.tokenizer,
+            preset=self.preset,
             **more,
         )
 
@@ -102,6 +111,8 @@ def prepared_merge(
         GgufloraError: if something cannot be read or does not fit together.
     """
     types = OutputTypes.from_names(options.outtype, options.type or {})
+    importance = read_importance(options.imatrix)
+    whole = _whole_file(options, importance)
     with ExitStack() as opened:
         file = opened.enter_context(GgufFile(base))
         sources = [(read_adapter(path), scale) for path, scale in with_scales(adapters)]
@@ -109,7 +120,7 @@ def prepared_merge(
             sources = [(other_part(source), scale) for source, scale in sources]
         elif options.text_only:
             sources = [(language_part(source), scale) for source, scale in sources]
-        rounding = _rounding_options(file, options)
+        rounding = _rounding_options(file, options, importance)
         plan = make_plan(
             file,
             sources,
@@ -117,12 +128,15 @@ def prepared_merge(
             types,
             from_unquantized=options.base_f16 is not None,
             trust_names=options.trust_names,
+            whole=whole,
         )
         unquantized = None
         if options.base_f16 is not None:
             unquantized = opened.enter_context(UnquantizedBase.open(options.base_f16, describe(file, mmproj=True)))
             unquantized.check(file, (changed.source.name for changed in plan.targets if changed.deltas))
-        yield PreparedMerge(file, sources, rounding, plan, BaseTensors(file, unquantized))
+        yield PreparedMerge(
+            file, sources, rounding, plan, BaseTensors(file, unquantized), whole.preset.name if whole else None
+        )
 
 
 def with_scales(adapters: AdapterArgument) -> list[tuple[AdapterPath, float]]:
@@ -135,14 +149,36 @@ def with_scales(adapters: AdapterArgument) -> list[tuple[AdapterPath, float]]:
     return [(path, float(scale)) for path, scale in pairs]
 
 
-def _rounding_options(file: GgufFile, options: MergeOptions) -> RoundingOptions:
+def _whole_file(options: MergeOptions, importance: Importance | None) -> WholeFile | None:
+    """Return the preset that the whole file is quantized in, if there is one.
+
+    Raises:
+        QuantizationError: if a preset or type is unknown.
+        UsageError: if options do not go together.
+    """
+    names = ("tensor_types", "pure", "output_tensor_type", "token_embedding_type")
+    given = [name for name in names if getattr(options, name)]
+    if options.quantize is None:
+        if given:
+            raise UsageError(f"{', '.join(given)} needs quantize, the preset of the whole file, such as Q4_K_M")
+        return None
+    if options.outtype != "keep" or options.type:
+        raise UsageError(
+            f"quantize {options.quantize} gives every tensor a type; use tensor_types (--tensor-type) for exceptions "
+            "instead of outtype and type"
+        )
+    if options.base_f16 is not None:
+        raise UsageError(f"quantize {options.quantize} with base_f16: give the unquantized model as the base itself")
+    return WholeFile(preset_named(options.quantize, **{name: getattr(options, name) for name in names}), importance)
+
+
+def _rounding_options(file: GgufFile, options: MergeOptions, importance: Importance | None) -> RoundingOptions:
     mode, seed = options.rounding, options.seed
     if mode not in get_args(Mode):
         raise QuantizationError(f"rounding is {mode!r}, expected one of {', '.join(get_args(Mode))}")
     if not 0 <= seed <= MAX_SEED:
         raise QuantizationError(f"the seed is {seed}, expected a number from 0 to {MAX_SEED}")
-    imatrix = {} if options.imatrix is None else read_imatrix(options.imatrix)
-    return RoundingOptions(mode, seed, count_merges(file), imatrix)
+    return RoundingOptions(mode, seed, count_merges(file), {} if importance is None else importance.weights)
 
 
 def _tensor_reports(plan: MergePlan, sums: Mapping[str, Sums]) -> tuple[tuple[TensorReport, ...], TensorReport]:

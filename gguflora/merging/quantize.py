@@ -15,12 +15,11 @@ from gguflora.files.atomic import atomic_outputs
 from gguflora.files.gguf import GgufFile, part_paths
 from gguflora.files.output_checks import check_targets
 from gguflora.files.remote import remote_inputs
-from gguflora.merging.imatrix import read_imatrix, read_origin
 from gguflora.merging.presets import Preset, TensorTypes, preset_named
 from gguflora.merging.rewriter import Rewriter
 from gguflora.merging.rounding import RoundingOptions
 from gguflora.merging.sinks import FileSink, Progress
-from gguflora.merging.whole_file import Importance, WholePlan, plan_whole_file
+from gguflora.merging.whole_file import WholePlan, plan_whole_file, read_importance
 from gguflora.placement.base_weights import BaseTensors
 from gguflora.system.cpus import thread_count
 
@@ -133,13 +132,6 @@ def quantize(
                 rewriter.write(FileSink(drafts, file, plan.layout))
                 file.check_unchanged()
         return _report(file, plan, chosen, outputs[0], time.perf_counter() - started, used_threads, dry_run=dry_run)
-
-
-def read_importance(imatrix: str | os.PathLike[str] | None) -> Importance | None:
-    """Read an importance matrix and its origin, if a path is given."""
-    if imatrix is None:
-        return None
-    return Importance(read_imatrix(imatrix), imatrix, read_origin(imatrix))
 
 
 def _report(

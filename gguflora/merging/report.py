@@ -103,6 +103,7 @@ class MergeReport:
         dry_run: True if nothing was written.
         tokenizer: what the adapters' tokenizers and chat templates change in the metadata, one text for each
             difference.
+        preset: the preset that the whole file was quantized in, or None.
     """
 
     output: Path
@@ -118,6 +119,7 @@ class MergeReport:
     warnings: tuple[str, ...]
     dry_run: bool
     tokenizer: tuple[str, ...] = ()
+    preset: str | None = None
 
     @property
     def types(self) -> dict[str, int]:

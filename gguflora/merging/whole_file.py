@@ -10,7 +10,7 @@ from typing import Final
 from gguflora.errors import QuantizationError, listed
 from gguflora.files.gguf import GgufFile, Layout, encode_entry
 from gguflora.files.gguf_rewritten import rewritten_layout
-from gguflora.merging.imatrix import ImatrixOrigin, importance_of
+from gguflora.merging.imatrix import ImatrixOrigin, importance_of, read_imatrix, read_origin
 from gguflora.merging.mixture import Form, ModelFacts, ggml_shape, in_order, is_quantized, mixture, needs_imatrix
 from gguflora.merging.presets import Preset
 from gguflora.placement.target import ChangedTensor
@@ -30,6 +30,17 @@ class Importance:
     weights: Mapping[str, Float32Array]
     path: str | os.PathLike[str]
     origin: ImatrixOrigin
+
+
+def read_importance(imatrix: str | os.PathLike[str] | None) -> Importance | None:
+    """Read an importance matrix and its origin, if a path is given.
+
+    Raises:
+        FormatError: if the file is missing or damaged.
+    """
+    if imatrix is None:
+        return None
+    return Importance(read_imatrix(imatrix), imatrix, read_origin(imatrix))
 
 
 @dataclass(frozen=True, slots=True)

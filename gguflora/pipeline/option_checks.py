@@ -37,16 +37,20 @@ def _problem(step: Step) -> tuple[str, str]:
 
         check(step.method, step.rank, step.density, step.sign)  # type: ignore[arg-type]  # no templates are left
     elif isinstance(step, Quantize):
-        from gguflora.merging.presets import preset_named  # noqa: PLC0415  (loads numpy)
-
-        preset_named(
-            step.preset,
-            tensor_types=step.tensor_types,
-            pure=step.pure,
-            output_tensor_type=step.output_tensor_type,
-            token_embedding_type=step.token_embedding_type,
-        )
+        _check_preset(step.preset, step)
     return "", ""
+
+
+def _check_preset(preset: str, step: Quantize | Merge) -> None:
+    from gguflora.merging.presets import preset_named  # noqa: PLC0415  (loads numpy)
+
+    preset_named(
+        preset,
+        tensor_types=step.tensor_types,
+        pure=step.pure,
+        output_tensor_type=step.output_tensor_type,
+        token_embedding_type=step.token_embedding_type,
+    )
 
 
 def _merge_problem(step: Merge) -> tuple[str, str]:
@@ -57,4 +61,6 @@ def _merge_problem(step: Merge) -> tuple[str, str]:
     if step.patch is not None and step.split:
         return "split", "a patch is not made in parts; leave split out"
     OutputTypes.from_names(step.outtype, step.type or {})
+    if step.quantize is not None:
+        _check_preset(step.quantize, step)
     return "", ""

@@ -108,6 +108,11 @@ class Merge(Step):
     imatrix: str | None = None
     text_only: bool = False
     trust_names: bool = False
+    quantize: str | None = None
+    tensor_types: dict[str, str] | None = None
+    pure: bool = False
+    output_tensor_type: str | None = None
+    token_embedding_type: str | None = None
     split: int | None = Field(default=None, ge=2)
     threads: int | None = Field(default=None, ge=1)
 
