@@ -89,6 +89,12 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(metavar="KEY", help="Key that clients must send; default: GGUFLORA_API_KEY.")
     ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="More keys: on each line a key, a space, and its holder's name.")
+    ] = None,
+    private_cache: Annotated[
+        bool, typer.Option("--private-cache", help="Keep the KV caches of different keys apart.")
+    ] = False,
     cors: Annotated[
         list[str] | None,
         typer.Option(metavar="ORIGIN", help="Let web pages of this origin use the server; * lets all. Repeatable."),
@@ -140,6 +146,8 @@ def serve(
         threads=threads,
         gpu_layers=gpu_layers,
         api_key=api_key,
+        api_key_file=api_key_file,
+        private_cache=private_cache,
         cors=cors or (),
         allow_load=allow_load,
         max_tokens=max_tokens,

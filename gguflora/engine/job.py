@@ -100,6 +100,8 @@ class GenerationJob:
         self.saved: SavedSlot | None = None
         self.slot_taken = 0.0
         self._plan = TokenPlan.from_prompt(adapters, prompt)
+        if request.cache_owner:  # nothing is equal after a first key that differs
+            self._plan.keys[0] = (self._plan.keys[0], request.cache_owner)
         self._n_prompt = len(self._plan.keys)
         self._max_positions = min(self._n_prompt + request.max_tokens, n_ctx)
         self._sink = sink

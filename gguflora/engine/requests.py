@@ -179,6 +179,7 @@ class Request:
         logprobs: number of most likely tokens to report at each generated token; None reports no log probabilities.
         timeout: seconds after which the request ends, from `Engine.submit` on; waiting counts.
         prefix: embeddings (n, n_embd) to decode before the tokens.
+        cache_owner: KV cells are shared only by requests of one owner.
     """
 
     tokens: Sequence[int]
@@ -189,6 +190,7 @@ class Request:
     logprobs: int | None = None
     timeout: float | None = None
     prefix: NDArray[np.float32] | None = None
+    cache_owner: str = ""
 
     def check(self, n_vocab: int) -> None:
         """Check the request for a model with ``n_vocab`` tokens in its vocabulary.

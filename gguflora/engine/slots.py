@@ -16,7 +16,8 @@ Key: TypeAlias = Hashable
 """What stands at one position of a slot. Equal keys after equal keys have equal KV cells.
 
 A token; or (token, identity) if an activated LoRA has begun, so that not the adapters of the first token compute it; or
--1 - i for row i of the embeddings that precede the tokens."""
+-1 - i for row i of the embeddings that precede the tokens. The first key of a request with a `Request.cache_owner` is
+(key, owner)."""
 
 
 @dataclass(slots=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -11,7 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gguflora.server.bodies import receive_body, too_large
 from gguflora.server.errors import Failure, as_failure, log_fault
 from gguflora.server.hosts import check_host, check_origin
-from gguflora.server.settings import KEY_VARIABLE, Settings
+from gguflora.server.keys import CACHE_OWNER, check_key, owner_of
+from gguflora.server.settings import Settings
 
 OPEN_PATHS: Final = frozenset({"/", "/page.css", "/page.js", "/icon.svg", "/health"})
 """Paths that need no key."""
@@ -47,40 +47,31 @@ class RequestGuard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        response = _Response(send)
+        response, name = _Response(send), ""
         try:
-            self._check(scope["method"], scope["path"], Headers(scope=scope))
+            name = self._check(scope["method"], scope["path"], Headers(scope=scope))
+            CACHE_OWNER.set(owner_of(name, self._settings))
             if scope["method"] not in _WITHOUT_BODY:
                 receive = await receive_body(receive, self._settings.max_body, self._settings.body_timeout)
             await self._app(scope, receive, response.send)
         except Exception as error:
             failure = as_failure(error)
-            log_fault(failure, error, f"{scope['method']} {scope['path']}")
+            log_fault(failure, error, f"{scope['method']} {scope['path']}{name and f' of {name}'}")
             if response.started:
                 raise
             await failure.to_response()(scope, receive, response.send)
 
-    def _check(self, method: str, path: str, headers: Headers) -> None:
+    def _check(self, method: str, path: str, headers: Headers) -> str:
+        """Return the name of the holder of the request's key."""
         if len(headers) > _MAX_HEADERS:
             raise Failure(431, f"the request has more than {_MAX_HEADERS} headers", "too_many_headers")
         check_host(headers, self._settings)
         check_origin(method, headers, self._settings.cors)
-        if path not in OPEN_PATHS:
-            self._check_key(headers)
+        name = "" if path in OPEN_PATHS else check_key(headers, self._settings)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > self._settings.max_body:
             raise too_large(self._settings.max_body)
-
-    def _check_key(self, headers: Headers) -> None:
-        expected = self._settings.api_key
-        if expected is None:
-            return
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            key = headers.get("x-api-key", "")  # as Anthropic's clients send it
-        given = key.strip().encode("latin-1")
-        if not hmac.compare_digest(given, expected.encode()):
-            raise Failure(401, f"send the server's {KEY_VARIABLE} as 'Authorization: Bearer KEY'", "invalid_api_key")
+        return name
 
 
 class _Response:

@@ -68,6 +68,8 @@ def serve(
     threads: int | None = None,
     gpu_layers: int | None = None,
     api_key: str | None = None,
+    api_key_file: str | os.PathLike[str] | None = None,
+    private_cache: bool = False,
     cors: Sequence[str] = (),
     allow_load: str | os.PathLike[str] | None = None,
     max_tokens: int = 2048,
@@ -103,6 +105,9 @@ def serve(
         threads: number of threads; by default one less than the cores that this process may use.
         gpu_layers: number of layers that llama.cpp computes on a GPU, -1 for all; by default llama.cpp's own choice.
         api_key: key that clients must send; by default the value of GGUFLORA_API_KEY.
+        api_key_file: file of further keys, on each line a key, a space, and the name of its holder for the log.
+        private_cache: let requests continue only what requests with the same key have computed; otherwise the time and
+            ``cached_tokens`` of an answer tell what others have asked.
         cors: origins whose web pages may use the server, such as ``https://example.org``; ``*`` allows all.
         allow_load: directory from which clients may load adapters.
         max_tokens: largest number of tokens of one answer.
@@ -119,13 +124,20 @@ def serve(
     missing = [name for name in _REQUIRED if not importlib.util.find_spec(name)]
     if missing:
         raise MissingExtraError("serve", ", ".join(missing), "server")
+    from gguflora.server.keys import read_keys  # noqa: PLC0415  (needs starlette)
+
     key = api_key or os.environ.get(KEY_VARIABLE) or None
-    warnings = _warnings(host, key, cors, gpu_layers)
+    keys = {} if api_key_file is None else read_keys(api_key_file)
+    if private_cache and not (key or keys):
+        raise ServerError("private_cache needs keys, because it keeps the caches of different keys apart")
+    warnings = _warnings(host, key or next(iter(keys), None), cors, gpu_layers)
     folder = None if allow_load is None else Path(allow_load)
     if folder is not None and not folder.is_dir():
         raise ServerError(f"{folder}: is not a directory, so no adapters can be loaded from it")
     settings = Settings(
         api_key=key,
+        api_keys=keys,
+        private_cache=private_cache,
         allow_load=folder,
         max_tokens=max_tokens,
         timeout=timeout,

@@ -16,6 +16,8 @@ class Settings:
 
     Attributes:
         api_key: bearer token that clients must send; None requires no token.
+        api_keys: further keys with the names of their holders.
+        private_cache: keep what the holder of a key has sent from speeding up others, who could see it.
         allow_load: directory from which clients may load adapters; None forbids loading.
         max_tokens: largest number of tokens of one answer.
         max_body: largest size of a request in bytes.
@@ -32,6 +34,8 @@ class Settings:
     """
 
     api_key: str | None = None
+    api_keys: Mapping[str, str] = field(default_factory=dict)
+    private_cache: bool = False
     allow_load: Path | None = None
     max_tokens: int = 2048
     max_body: int = 2 << 20
@@ -48,4 +52,4 @@ class Settings:
     @property
     def has_keys(self) -> bool:
         """Whether clients must send a key."""
-        return self.api_key is not None
+        return self.api_key is not None or bool(self.api_keys)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TypeVar
 
 from fastapi import Request
@@ -14,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from gguflora.engine import Engine, Generation, Piece
 from gguflora.engine import Request as EngineRequest
 from gguflora.server.errors import Failure
+from gguflora.server.keys import CACHE_OWNER
 
 T = TypeVar("T")
 CLIENT_GONE = 499
@@ -52,7 +54,8 @@ class Answers:
         """
         try:
             for request in requests:
-                self.generations.append(engine.submit(request, self._notify))
+                owned = replace(request, cache_owner=CACHE_OWNER.get())
+                self.generations.append(engine.submit(owned, self._notify))
         except Exception:
             self.cancel()
             raise
