@@ -39,11 +39,11 @@ class AnswerText:
         return self._release(len(self._held) - self._possible_stop_length())
 
     def finish(self) -> Piece:
-        """Return the text that was held back, after the last token."""
+        """Return the text that was held back, after the last token; a character that is not whole is left out."""
         if self.stopped:
             return Piece("")
-        self._held += self._decoder.decode(b"", final=True)
-        return self._release_last(len(self._held))
+        text, tokens, self._held, self._tokens = self._held, self._tokens, "", []
+        return _piece(text, tokens)
 
     def _possible_stop_length(self) -> int:
         """Return the length of the longest suffix of the held text that is a prefix of a stop text."""

@@ -44,7 +44,10 @@ class Batch:
                 self._tokens[start:stop] = chunk.inputs
             self._positions[start:stop] = np.arange(position, position + stop - start)
             self._ids[start:stop] = chunk.slot.id
-            if chunk.wants_logits:
+            if chunk.wants_all_logits:
+                self._wants_logits[start:stop] = 1
+                outputs.update(dict.fromkeys(range(start, stop), chunk.slot))
+            elif chunk.wants_logits:
                 self._wants_logits[stop - 1] = 1
                 outputs[stop - 1] = chunk.slot
             start = stop

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from gguflora.engine.batch_costs import BatchCosts
+from gguflora.engine.context import MAX_SCORED
 from gguflora.engine.job import GenerationJob
 from gguflora.engine.registry import ResolvedSet
 from gguflora.engine.slots import Chunk
@@ -103,11 +104,14 @@ class BatchPlanner:
         generating = any(job.remaining == 1 for queue in running for job in queue.running)
         budget = max(self._n_batch // _MIXED_SHARE if generating else self._n_batch, len(jobs))
         chunks = []
+        scores = MAX_SCORED
         for job in sorted(jobs, key=lambda job: job.remaining > 1):
-            if budget:
-                chunk = job.chunk(budget)
+            limit = min(budget, scores) if job.is_scoring else budget
+            if limit:
+                chunk = job.chunk(limit)
                 chunks.append((job, chunk))
                 budget = max(budget - len(chunk.keys), 0)
+                scores = max(scores - len(chunk.keys), 0) if chunk.wants_all_logits else scores
         return [batch for kind in _by_kind(chunks) for batch in self._batches(kind)]
 
     def note(self, batch: PlannedBatch, seconds: float) -> None:

@@ -36,6 +36,9 @@ KV_TYPES: Final = {
     "Q8_0": llama_cpp.GGML_TYPE_Q8_0,
 }
 
+MAX_SCORED: Final = 32
+"""Largest number of prompt tokens in one batch whose log probabilities are asked for: each needs a row of logits."""
+
 _FLASH_ATTN: Final = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
 _INFO: Final = 2  # of enum ggml_log_level
 
@@ -242,7 +245,7 @@ class Context:
             self.keep(idle.pop(), 0)
         return True
 
-    def decode(self, chunks: Sequence[Chunk], *, mixed: bool = False) -> list[int]:
+    def decode(self, chunks: Sequence[Chunk], *, mixed: bool = False) -> list[list[int]]:
         """Decode chunks of one kind in one batch.
 
         Args:
@@ -250,7 +253,7 @@ class Context:
             mixed: apply to each chunk only its own LoRAs.
 
         Returns:
-            Index in the batch of each chunk that wants logits, in order.
+            For each chunk, the indices in the batch of those of its positions that got logits.
 
         Raises:
             GenerationError: if llama.cpp fails.
@@ -286,7 +289,10 @@ class Context:
             )
         for chunk in chunks:
             chunk.slot.held.extend(chunk.keys)
-        return list(self._outputs)
+        by_slot: dict[int, list[int]] = {chunk.slot.id: [] for chunk in chunks}
+        for index, slot in self._outputs.items():
+            by_slot[slot.id].append(index)
+        return [by_slot[chunk.slot.id] for chunk in chunks]
 
     def _note_diverged(self, chunks: Sequence[Chunk]) -> None:
         """Take in what the hook has seen in the batch just decoded."""
@@ -320,13 +326,13 @@ class Context:
         self._applied = None
         return np.repeat(by_set, [len(chunk.keys) for chunk in chunks], axis=0)
 
-    def _write_prefixes(self, chunks: Sequence[Chunk]) -> list[int]:
+    def _write_prefixes(self, chunks: Sequence[Chunk]) -> list[list[int]]:
         """Write the keys and values of soft prompts into empty slots."""
         for chunk in chunks:
             assert isinstance(chunk.inputs, Prefix)
             put_prefix(self.pointer, chunk.inputs, chunk.slot.id)
             chunk.slot.held.extend(chunk.keys)
-        return []
+        return [[] for _ in chunks]
 
     def logits(self, index: int) -> NDArray[np.float32]:
         """Return the logits (n_vocab,) of the token at ``index`` of the last batch, a view valid until the next batch.
@@ -376,7 +382,7 @@ def _parameters(options: ContextOptions) -> Any:  # noqa: ANN401  (llama_cpp has
     parameters.n_ctx = options.n_ctx
     parameters.n_batch = parameters.n_ubatch = options.n_batch
     parameters.n_seq_max = options.n_parallel
-    parameters.n_outputs_max = options.n_parallel
+    parameters.n_outputs_max = min(options.n_batch, options.n_parallel + MAX_SCORED)
     parameters.n_threads = parameters.n_threads_batch = options.threads
     parameters.type_k = parameters.type_v = KV_TYPES[options.kv_type]
     parameters.flash_attn_type = flash_attention(options)

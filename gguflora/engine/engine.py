@@ -83,8 +83,9 @@ class Engine:
             and other requests wait longer.
         threads: number of threads that compute; by default one less than the usable processors, because llama.cpp's
             threads wait for each other and are slow if one of them shares a processor.
-        kv_type: type of the numbers in the KV cache: F16, F32 or Q8_0. With F32, which is slower, answers do not depend
-            on other requests at all.
+        kv_type: type of the numbers in the KV cache: F16, F32 or Q8_0. With F32, which is slower, attention adds in
+            an order that does not depend on other requests; on a quantized base, llama.cpp's matrix products still
+            round differently in batches of other sizes.
         text_only: default of `load` for this option.
         trust_names: default of `load` for this option.
         verbose: let llama.cpp print its log.
@@ -352,6 +353,17 @@ class Engine:
         """Return the bytes of ``tokens``; control tokens have none."""
         with self._open():
             return self._model.detokenize(tokens)
+
+    def spelling(self, token: int) -> bytes:
+        """Return the bytes of one token, and the spelling of a control token.
+
+        Raises:
+            RequestError: if the vocabulary has no such token.
+        """
+        if not 0 <= token < self.n_vocab:
+            raise RequestError(f"the token is {token}, expected a whole number from 0 to {self.n_vocab - 1}")
+        with self._open():
+            return self._model.piece(token, True)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **template_kwargs: Any) -> list[int]:  # noqa: ANN401
         """Turn a chat into tokens with the model's own template, up to where its answer begins.

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gguflora.engine.answer_text import AnswerText
 from gguflora.engine.context import Context
@@ -104,6 +108,8 @@ class GenerationJob:
             self._plan.keys[0] = (self._plan.keys[0], request.cache_owner)
         self._n_prompt = len(self._plan.keys)
         self._max_positions = min(self._n_prompt + request.max_tokens, n_ctx)
+        self._n_scores = len(prompt) - 1 if request.prompt_logprobs else 0
+        self._scores: list[TokenLogprob] = []
         self._sink = sink
         self._model = model
         self._sampler = Sampler(request.sampling, model, prompt)
@@ -122,6 +128,16 @@ class GenerationJob:
     def keys(self) -> list[Key]:
         """Keys of all positions so far."""
         return self._plan.keys
+
+    @property
+    def reusable_keys(self) -> list[Key]:
+        """Keys of the positions that may be taken from another slot, and of the one after them, which must not."""
+        return self.keys[: self.adapters.n_before + len(self._scores) + 1] if self.is_scoring else self.keys
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether log probabilities of prompt tokens are asked for and not known yet."""
+        return len(self._scores) < self._n_scores
 
     @property
     def remaining(self) -> int:
@@ -153,7 +169,23 @@ class GenerationJob:
     def chunk(self, limit: int) -> Chunk:
         """Return what to decode next, at most ``limit`` positions unless it is a prefix of keys and values."""
         assert self.slot is not None
-        return self._plan.chunk(self.slot, limit)
+        chunk = self._plan.chunk(self.slot, limit)
+        return replace(chunk, wants_all_logits=True) if self.is_scoring and chunk.kind is list else chunk
+
+    def score(self, context: Context, chunk: Chunk, indices: Sequence[int]) -> None:
+        """Note the log probabilities of the prompt tokens that follow those of a chunk just decoded.
+
+        Raises:
+            GenerationError: if the logits are not finite.
+        """
+        assert self.slot is not None
+        first = len(self.slot.held) - len(chunk.keys) - self.adapters.n_before
+        for token, index in enumerate(indices, first + 1):
+            if token == len(self._scores) + 1 and self.is_scoring:  # others were noted before the job was suspended
+                logprob = self._logprob(context.logits(index), self._plan.tokens[token])
+                self._scores.append(logprob)
+                if not self.is_scoring:
+                    self._sink.put(Piece("", prompt=tuple(self._scores)))
 
     def advance(self, context: Context, index: int) -> FinishReason | None:
         """Sample the next token from the logits at ``index`` of the context's last batch.
@@ -170,8 +202,7 @@ class GenerationJob:
         if len(self.keys) >= self._max_positions:
             return "length"
         token = self._sampler.sample(context.pointer, index)
-        n_top = self.request.logprobs
-        logprob = None if n_top is None else token_logprob(logits, token, n_top, self._model.piece)
+        logprob = None if self.request.logprobs is None else self._logprob(logits, token)
         self._plan.append(token)
         if self._model.is_end(token) or token in self.request.sampling.stop_token_ids:
             return "stop"
@@ -179,6 +210,9 @@ class GenerationJob:
         if self._text.stopped:
             return "stop"
         return "length" if len(self.keys) >= self._max_positions else None
+
+    def _logprob(self, logits: NDArray[np.float32], token: int) -> TokenLogprob:
+        return token_logprob(logits, token, self.request.logprobs or 0, lambda each: self._model.piece(each, True))
 
     def _push(self, token: int, logprob: TokenLogprob | None) -> None:
         self._send(self._text.push(token, self._model.piece(token), logprob))

@@ -177,6 +177,7 @@ class Request:
         sampling: sampling parameters.
         stop: texts that end the answer; they are not part of it.
         logprobs: number of most likely tokens to report at each generated token; None reports no log probabilities.
+        prompt_logprobs: whether to report the log probabilities of the prompt's tokens, too; needs ``logprobs``.
         timeout: seconds after which the request ends, from `Engine.submit` on; waiting counts.
         prefix: embeddings (n, n_embd) to decode before the tokens.
         cache_owner: KV cells are shared only by requests of one owner.
@@ -188,6 +189,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: bool = False
     timeout: float | None = None
     prefix: NDArray[np.float32] | None = None
     cache_owner: str = ""
@@ -204,6 +206,8 @@ class Request:
         _check_whole("max_tokens", self.max_tokens, 0, 2**31 - 1)
         if self.logprobs is not None:
             _check_whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        elif self.prompt_logprobs:
+            raise RequestError("prompt_logprobs needs logprobs, the number of most likely tokens to report, 0 or more")
         if self.timeout is not None:
             _check_number("timeout", self.timeout, 0, math.inf)
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
@@ -213,11 +217,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A generated token and its log probability (natural logarithm), before temperature and penalties.
+    """A token and its log probability (natural logarithm), before temperature and penalties.
 
     Attributes:
         token: the token.
-        text: bytes of the token.
+        text: bytes of the token; the spelling of a control token, which is no part of the answer.
         logprob: its log probability.
         top: (token, bytes, log probability) of the most likely tokens at its position, best first.
     """
@@ -236,11 +240,14 @@ class Piece:
         text: whole characters.
         tokens: the tokens that end in this part.
         logprobs: log probabilities of these tokens, if the request asks for them.
+        prompt: log probabilities of all tokens of the prompt but the first, in one piece before the answer, if the
+            request asks for them.
     """
 
     text: str
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from gguflora.engine.batch_planner import AdapterQueue, BatchPlanner, PlannedBat
 from gguflora.engine.context import Context
 from gguflora.engine.job import GenerationJob
 from gguflora.engine.requests import FinishReason
+from gguflora.engine.slots import Chunk
 from gguflora.errors import EngineClosedError, EngineError, GenerationError, MixingError, QueueFullError
 from gguflora.runtime.mixed_adapters import MixedAdapters
 
@@ -195,7 +196,7 @@ class Scheduler:
         if running and in_use + len(job.keys) + len(running) + 1 > context.n_cells:
             return False
         slot = context.restore(job.saved) if job.saved else None
-        slot = slot or context.take(job.keys, job.adapters.base_phase.identity)
+        slot = slot or context.take(job.reusable_keys, job.adapters.base_phase.identity)
         if slot is None:
             return False
         slot.names = job.adapters.names
@@ -251,7 +252,7 @@ class Scheduler:
     def _decode(self, batch: PlannedBatch) -> None:
         started = time.perf_counter()
         try:
-            indices = iter(self.context.decode([chunk for _, chunk in batch.chunks], mixed=batch.mixed))
+            outputs = self.context.decode([chunk for _, chunk in batch.chunks], mixed=batch.mixed)
         except MixingError:
             return  # nothing was lost: what is left to decode is planned again
         except Exception as error:
@@ -267,17 +268,19 @@ class Scheduler:
         self._planner.note(batch, seconds)
         for job, _ in batch.chunks:
             self._queue_of(job).spent += seconds / len(batch.chunks)
-        for job, chunk in batch.chunks:
-            if chunk.wants_logits:
-                self._advance(job, next(indices))
+        for (job, chunk), indices in zip(batch.chunks, outputs, strict=True):
+            if indices:
+                self._advance(job, chunk, indices)
         if self.context.has_nan:  # what the other jobs have computed may be spoilt from now on
             for job in reversed(self._running()):
                 self._put_back(job)
             self.context.forget()
 
-    def _advance(self, job: GenerationJob, index: int) -> None:
+    def _advance(self, job: GenerationJob, chunk: Chunk, indices: Sequence[int]) -> None:
         try:
-            reason = job.advance(self.context, index)
+            if chunk.wants_all_logits:
+                job.score(self.context, chunk, indices)
+            reason = job.advance(self.context, indices[-1]) if chunk.wants_logits else None
         except EngineError as error:
             self._fail([job], error)
             return

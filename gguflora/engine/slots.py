@@ -51,6 +51,7 @@ class Chunk:
         inputs: tokens, or embeddings (n, n_embd), or keys and values to write into an empty slot.
         phase: the adapters that compute them.
         wants_logits: whether to compute the logits of the last one.
+        wants_all_logits: whether to compute the logits of all.
     """
 
     slot: Slot
@@ -58,6 +59,7 @@ class Chunk:
     inputs: Sequence[int] | Embeddings | Prefix
     phase: AdapterPhase
     wants_logits: bool
+    wants_all_logits: bool = False
 
     @property
     def parts(self) -> frozenset[tuple[int, float]]:

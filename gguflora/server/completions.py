@@ -57,8 +57,11 @@ async def complete(body: CompletionBody, request: Request, service: ServiceDep) 
     adapters = requested_set(service, body)
     model = service.names.of(body.model, adapters)
     answers = Answers(stream=bool(body.stream))
-    await run_in_threadpool(lambda: answers.begin(service.engine, text_requests(service, body, adapters)))
-    return await _Completion(service, TextForm(), body, answers, body.logprobs is not None, model).respond(request)
+    requests, echoes = await run_in_threadpool(text_requests, service, body, adapters)
+    await run_in_threadpool(answers.begin, service.engine, requests)
+    form = TextForm()
+    choices = [Choice(form, index, body.logprobs is not None, echo) for index, echo in enumerate(echoes)]
+    return await _Completion(service, form, body, answers, choices, model).respond(request)
 
 
 @router.post("/v1/chat/completions")
@@ -67,8 +70,11 @@ async def chat(body: ChatBody, request: Request, service: ServiceDep) -> Respons
     adapters = requested_set(service, body)
     model = service.names.of(body.model, adapters)
     answers = Answers(stream=bool(body.stream))
-    await run_in_threadpool(lambda: answers.begin(service.engine, chat_requests(service, body, adapters)))
-    return await _Completion(service, ChatForm(), body, answers, bool(body.logprobs), model).respond(request)
+    requests = await run_in_threadpool(chat_requests, service, body, adapters)
+    await run_in_threadpool(answers.begin, service.engine, requests)
+    form = ChatForm()
+    choices = [Choice(form, index, bool(body.logprobs)) for index in range(len(requests))]
+    return await _Completion(service, form, body, answers, choices, model).respond(request)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +86,7 @@ class _Completion:
         form: the format of the answer.
         body: the request's body.
         answers: the generations.
-        with_logprobs: whether the client asked for log probabilities.
+        choices: what has arrived of each generation.
         model: name of the adapter set that answers.
     """
 
@@ -88,7 +94,7 @@ class _Completion:
     form: Form
     body: GenerationBody
     answers: Answers
-    with_logprobs: bool
+    choices: Sequence[Choice]
     model: str
 
     async def respond(self, request: Request) -> Response:
@@ -96,11 +102,8 @@ class _Completion:
             return EventStream(self.answers, self._events())
         return JSONResponse(await while_connected(request, self.answers, self._whole()))
 
-    def _choices(self) -> list[Choice]:
-        return [Choice(self.form, index, self.with_logprobs) for index in range(len(self.answers.generations))]
-
     async def _whole(self) -> dict[str, Any]:
-        choices = self._choices()
+        choices = self.choices
         while self.answers.running:
             for index, piece in await self.answers.arrived():
                 if piece is not None:
@@ -132,7 +135,7 @@ class _Completion:
         head = self._head(self.form.chunk)
         include_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
         no_usage = {"usage": None} if include_usage else {}
-        choices = self._choices()
+        choices = self.choices
         try:
             yield b"".join(
                 _event({**head, "choices": [opening], **no_usage}) for each in choices if (opening := each.opening())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -31,8 +32,8 @@ class Form(Protocol):
     def opening(self) -> dict[str, Any] | None:
         """Return the fields of a choice's first chunk, before any text; None if there is no such chunk."""
 
-    def logprobs(self, tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
-        """Return the log probabilities of tokens; the first of them begins at character ``offset`` of the answer."""
+    def logprobs(self, tokens: Sequence[TokenLogprob], offsets: Sequence[int]) -> dict[str, Any]:
+        """Return the log probabilities of tokens that begin at these characters of the answer."""
 
 
 class TextForm:
@@ -52,14 +53,13 @@ class TextForm:
     def opening(self) -> None:
         """Return None: there is no opening chunk."""
 
-    def logprobs(self, tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
+    def logprobs(self, tokens: Sequence[TokenLogprob], offsets: Sequence[int]) -> dict[str, Any]:
         """Return OpenAI's lists; offsets count characters of the answer."""
-        texts = [_text(token.text) for token in tokens]
         return {
-            "tokens": texts,
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{_text(text): logprob for _, text, logprob in token.top} for token in tokens],
-            "text_offset": [offset + sum(map(len, texts[:number])) for number in range(len(texts))],
+            "tokens": [_name(token.text) for token in tokens],
+            "token_logprobs": [None if math.isnan(token.logprob) else token.logprob for token in tokens],
+            "top_logprobs": [None if math.isnan(token.logprob) else _by_name(token) for token in tokens],
+            "text_offset": list(offsets),
         }
 
 
@@ -82,9 +82,9 @@ class ChatForm:
         """Return the role."""
         return {"delta": {"role": "assistant", "content": ""}}
 
-    def logprobs(self, tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
+    def logprobs(self, tokens: Sequence[TokenLogprob], offsets: Sequence[int]) -> dict[str, Any]:
         """Return OpenAI's objects; chats have no offsets."""
-        del offset
+        del offsets
         items = [
             _item(token.text, token.logprob)
             | {"top_logprobs": [_item(text, logprob) for _, text, logprob in token.top]}
@@ -97,8 +97,62 @@ def _text(piece: bytes) -> str:
     return piece.decode("utf-8", errors="replace")
 
 
+def _name(piece: bytes) -> str:
+    """Return a token's text; one that is no whole text is spelled as OpenAI does, so that none equals another."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+def _by_name(token: TokenLogprob) -> dict[str, float]:
+    """Return the most likely tokens and the chosen one; a second token of the same text is named by its number."""
+    named = {_name(token.text): token.logprob}
+    for number, piece, logprob in token.top:
+        if number != token.token:
+            name = _name(piece)
+            named[f"token_id:{number}" if name in named else name] = logprob
+    return dict(sorted(named.items(), key=lambda item: -item[1]))
+
+
 def _item(text: bytes, logprob: float) -> dict[str, Any]:
     return {"token": _text(text), "logprob": logprob, "bytes": list(text)}
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt that is returned before its answer.
+
+    Attributes:
+        text: the prompt.
+        first: bytes of its first token, which has no log probability.
+    """
+
+    text: str
+    first: bytes
+
+
+@dataclass(slots=True)
+class _Place:
+    """Where the next token begins in a text.
+
+    Attributes:
+        chars: number of whole characters before it.
+        n_bytes: number of bytes of a character that has begun.
+    """
+
+    chars: int = 0
+    n_bytes: int = 0
+
+    def pass_token(self, token: bytes, text: str) -> int:
+        """Return the place and go behind the token, unless its bytes are not here, as those of control tokens."""
+        start = self.chars
+        rest = text[start : start + len(token) + 1].encode(errors="surrogatepass")[: self.n_bytes + len(token)]
+        if rest[self.n_bytes :] == token:
+            whole = rest.decode(errors="ignore")
+            self.chars += len(whole)
+            self.n_bytes = len(rest) - len(whole.encode())
+        return start
 
 
 @dataclass(slots=True)
@@ -109,6 +163,7 @@ class Choice:
         form: the format.
         index: number of the answer in the response.
         with_logprobs: whether to report log probabilities.
+        echo: the prompt to return before the answer.
         text: the text so far.
         tokens: log probabilities of the tokens so far.
     """
@@ -116,18 +171,30 @@ class Choice:
     form: Form
     index: int
     with_logprobs: bool
+    echo: Echo | None = None
     text: str = ""
     tokens: list[TokenLogprob] = field(default_factory=list)
+    _offsets: list[int] = field(default_factory=list)
+    _place: _Place = field(default_factory=_Place)
+
+    def __post_init__(self) -> None:
+        """Begin with the prompt."""
+        if self.echo is not None:
+            self.text = self.echo.text
+            if self.with_logprobs:
+                self._note([TokenLogprob(-1, self.echo.first, math.nan)])
 
     def add(self, piece: Piece) -> dict[str, Any]:
         """Add a piece and return the chunk that carries it."""
-        offset = len(self.text)
         self.text += piece.text
-        self.tokens += piece.logprobs
-        return self._chunk(self.form.delta(piece.text), self._logprobs(piece.logprobs, offset))
+        start = len(self.tokens)
+        self._note([*(piece.prompt or ()), *piece.logprobs])
+        return self._chunk(self.form.delta(piece.text), self._logprobs(start))
 
     def opening(self) -> dict[str, Any] | None:
-        """Return the chunk before the first text, if the format has one."""
+        """Return the chunk before the first text, if there is one."""
+        if self.echo is not None:
+            return self._chunk(self.form.delta(self.echo.text), self._logprobs(0))
         fields = self.form.opening()
         return None if fields is None else self._chunk(fields)
 
@@ -137,14 +204,25 @@ class Choice:
 
     def whole(self, reason: str | None) -> dict[str, Any]:
         """Return the whole choice."""
-        logprobs = self._logprobs(self.tokens, 0)
-        return {"index": self.index, **self.form.choice(self.text), "logprobs": logprobs, "finish_reason": reason}
+        return {
+            "index": self.index,
+            **self.form.choice(self.text),
+            "logprobs": self._logprobs(0),
+            "finish_reason": reason,
+        }
 
     def _chunk(self, fields: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
         return {"index": self.index, **fields, "logprobs": logprobs, "finish_reason": None}
 
-    def _logprobs(self, tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any] | None:
-        return self.form.logprobs(tokens, offset) if self.with_logprobs else None
+    def _note(self, tokens: Sequence[TokenLogprob]) -> None:
+        self.tokens += tokens
+        self._offsets += [self._place.pass_token(token.text, self.text) for token in tokens]
+
+    def _logprobs(self, start: int) -> dict[str, Any] | None:
+        """Return the log probabilities of the tokens from ``start`` on."""
+        if not self.with_logprobs:
+            return None
+        return self.form.logprobs(self.tokens[start:], self._offsets[start:])
 
 
 def usage(generations: Sequence[Generation], n: int) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
 from gguflora.engine import AdapterSet, Request, Sampling
 from gguflora.server.errors import Failure
+from gguflora.server.openai_format import Echo
 from gguflora.server.schemas import ChatBody, CompletionBody, GenerationBody
 from gguflora.server.service import Service
 
@@ -14,8 +16,10 @@ _DEFAULT_TOKENS: Final = 16
 """OpenAI's default of ``max_tokens`` for completions."""
 
 
-def text_requests(service: Service, body: CompletionBody, adapters: AdapterSet) -> list[Request]:
-    """Return one request for each prompt and each of its ``n`` answers.
+def text_requests(
+    service: Service, body: CompletionBody, adapters: AdapterSet
+) -> tuple[list[Request], list[Echo | None]]:
+    """Return one request for each prompt and each of its ``n`` answers, and what ``echo`` puts before each answer.
 
     Raises:
         Failure: if there are too many requests.
@@ -24,7 +28,8 @@ def text_requests(service: Service, body: CompletionBody, adapters: AdapterSet) 
     given = body.prompts()
     _check_count(service, body, len(given))  # before the work of splitting them into tokens
     prompts = [service.engine.tokenize(item, as_prompt=True) if isinstance(item, str) else item for item in given]
-    return _requests(service, body, adapters, prompts, max_tokens, body.logprobs)
+    requests = _requests(service, body, adapters, prompts, max_tokens, body.logprobs)
+    return requests, _echoes(service, body, requests)
 
 
 def chat_requests(service: Service, body: ChatBody, adapters: AdapterSet) -> list[Request]:
@@ -37,6 +42,15 @@ def chat_requests(service: Service, body: ChatBody, adapters: AdapterSet) -> lis
     requested = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     max_tokens = _limited_tokens(service, requested, service.settings.max_tokens)
     return _requests(service, body, adapters, [tokens], max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
+
+
+def _echoes(service: Service, body: CompletionBody, requests: Sequence[Request]) -> list[Echo | None]:
+    if not body.echo:
+        return [None] * len(requests)
+    given = [item for item in body.prompts() for _ in range(body.n or 1)]
+    engine = service.engine
+    texts = [item if isinstance(item, str) else engine.detokenize(item).decode(errors="replace") for item in given]
+    return [Echo(text, engine.spelling(request.tokens[0])) for text, request in zip(texts, requests, strict=True)]
 
 
 def _limited_tokens(service: Service, requested: int | None, default: int) -> int:
@@ -74,6 +88,7 @@ def _requests(
             sampling=_numbered(sampling, number),
             stop=tuple(body.stop or ()),
             logprobs=logprobs,
+            prompt_logprobs=logprobs is not None and isinstance(body, CompletionBody) and bool(body.echo),
             timeout=service.settings.timeout,
         )
         for tokens in prompts

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, FailFast, Field, model_validator
+from pydantic import BeforeValidator, FailFast, Field, model_validator
 
-from gguflora.server.fields import Body, take_alias
+from gguflora.server.fields import Body, refusal, take_alias
 from gguflora.server.sampling import SamplingFields
 
 
@@ -56,15 +56,6 @@ StopTexts = Annotated[
 ]
 
 
-def _not_zero(value: int) -> int:
-    if value == 0:
-        raise ValueError("Input should be greater than 0, or -1 for as many tokens as the context has room for")
-    return value
-
-
-MaxTokens = Annotated[int, Field(ge=-1), AfterValidator(_not_zero)]
-
-
 class GenerationBody(SamplingFields):
     """The fields that completions and chat completions share."""
 
@@ -77,7 +68,7 @@ class GenerationBody(SamplingFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=128)
-    max_tokens: MaxTokens | None = None
+    max_tokens: int | None = Field(None, ge=-1)
     stop: StopTexts | None = None
     response_format: ResponseFormat | None = None
 
@@ -92,6 +83,13 @@ class CompletionBody(GenerationBody):
 
     prompt: str | list[int] | list[str] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> CompletionBody:
+        if self.max_tokens == 0 and not self.echo:
+            raise refusal("max_tokens", "{name} is 0; without 'echo' an answer needs at least one token")
+        return self
 
     def prompts(self) -> list[str | list[int]]:
         """Return all prompts, each a text or a list of tokens."""
@@ -125,14 +123,17 @@ class ChatBody(GenerationBody):
     """Body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=1024)
-    max_completion_tokens: MaxTokens | None = None
+    max_completion_tokens: int | None = Field(None, ge=-1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
     @model_validator(mode="after")
-    def _check_top_logprobs(self) -> ChatBody:
+    def _check_fields(self) -> ChatBody:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("'top_logprobs' needs 'logprobs': true")
+            raise refusal("top_logprobs", "{name} needs 'logprobs': true")
+        for name in ("max_tokens", "max_completion_tokens"):
+            if getattr(self, name) == 0:
+                raise refusal(name, "{name} is 0; an answer needs at least one token")
         return self
 
 

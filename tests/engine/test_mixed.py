@@ -92,7 +92,7 @@ def run(context: Context, phases: Sequence[AdapterPhase], *, mixed: bool) -> lis
             if part:
                 chunks.append(Chunk(slots[number], part, part, phases[number], wants))
                 owners += [number] * wants
-        indices = context.decode(chunks, mixed=mixed)
+        indices = [index for each in context.decode(chunks, mixed=mixed) for index in each]
         for owner, index in zip(owners, indices, strict=True):
             found[owner].append(context.logits(index).copy())
     context.free()

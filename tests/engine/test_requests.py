@@ -564,7 +564,8 @@ def test_pieces_are_whole_characters() -> None:
 def test_broken_bytes_become_replacement_characters() -> None:
     answer = AnswerText(())
     assert answer.push(1, b"\xff\xe6").text == "�"
-    assert answer.finish() == Piece("�", (1,))
+    assert answer.push(2, b"\x97").text == ""
+    assert answer.finish() == Piece("", (1, 2))  # nothing stands for a character that the answer was cut in
 
 
 def test_a_chat_without_a_template(engine: Engine) -> None:

@@ -176,7 +176,6 @@ BAD = [
     ({"logit_bias": {"x": "y"}}, 400, "invalid_value", "logit_bias"),
     ({"stop": [""]}, 400, "invalid_value", "stop"),
     ({"stop": ["x"] * 99}, 400, "invalid_value", "stop"),
-    ({"echo": True}, 400, "invalid_value", "'echo' is not supported"),
     ({"suffix": "x"}, 400, "invalid_value", "'suffix' is not supported"),
     ({"best_of": 3}, 400, "invalid_value", "'best_of' is not supported"),
     ({"response_format": {"type": "json_object"}}, 400, "invalid_value", "response_format"),
