@@ -97,7 +97,9 @@ def read_factored(
         adapter.warnings,
     )
     if pairs is not None:
-        return whole
+        left_out = sorted(adapter.deltas.keys() - pairs.keys())
+        text = f"left out {listed(left_out, 4)}, saved beside the adapter but not trained by it"
+        return replace(whole, warnings=(*whole.warnings, text)) if left_out else whole
     if base is None:
         dependent = [name for name, deltas in adapter.deltas.items() if not _is_plain(deltas)]
         raise UnsupportedAdapterError(

@@ -16,7 +16,7 @@ from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
 from gguflora.files.safetensors import Array
 from gguflora.lora.low_rank import shrink, truncate
 from gguflora.placement.base_weights import BaseTensors, WholeTensorDeltas, read_values
-from gguflora.placement.copies import without_copies, without_copy
+from gguflora.placement.copies import describe_copies, without_copies, without_copy
 from gguflora.placement.place import PlacedDelta, cautions, place
 from gguflora.placement.rows import AnyRows
 from gguflora.placement.target import changed_tensor
@@ -67,13 +67,16 @@ def factor_adapter(adapter: Adapter, base: BaseModel, rank: int | None, energy: 
     if not placed:
         raise AdapterError(f"{adapter.path}: changes no weight; there is nothing to convert")
     if base.path.is_dir():
-        placed = _without_base_copies(placed)
-        _refuse_tied(adapter, base, placed)
-        return _factor_all(adapter, base, None, placed, rank, energy)
-    with GgufFile(base.path) as file:
-        placed = without_copies(file, placed)
-        _refuse_tied(adapter, base, placed)
-        return _factor_all(adapter, base, file, placed, rank, energy)
+        kept = _without_base_copies(placed)
+        _refuse_tied(adapter, base, kept)
+        factored = _factor_all(adapter, base, None, kept, rank, energy)
+    else:
+        with GgufFile(base.path) as file:
+            kept = without_copies(file, placed)
+            _refuse_tied(adapter, base, kept)
+            factored = _factor_all(adapter, base, file, kept, rank, energy)
+    told = tuple(describe_copies(placed, kept))
+    return [replace(factors, cautions=(*factors.cautions, *told)) for factors in factored[:1]] + factored[1:]
 
 
 def _without_base_copies(placed: dict[str, list[PlacedDelta]]) -> dict[str, list[PlacedDelta]]:

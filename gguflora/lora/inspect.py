@@ -27,7 +27,7 @@ from gguflora.files.remote import remote_inputs
 from gguflora.files.safetensors import weight_files
 from gguflora.lora.preflight import problems_of
 from gguflora.placement.base_weights import BaseTensors, WholeTensorDeltas, read_values
-from gguflora.placement.copies import without_copies
+from gguflora.placement.copies import describe_copies, without_copies
 from gguflora.placement.language_part import language_part
 from gguflora.placement.place import PlacedDelta, place
 from gguflora.placement.prefix import fit_prefix
@@ -225,7 +225,8 @@ def _on_base(source: Adapter, model: BaseModel) -> tuple[tuple[InspectedChange, 
             return tuple(replace(delta, problem="see the warning") for delta in changes), [str(error)]
     fit = {name: parts for name, parts in source.deltas.items() if _tensor_of(name) not in problems}
     unfit = [_describe_unfit(source, model, name, problem) for name, problem in problems.items()]
-    return (*_describe_fit(replace(source, deltas=fit), model), *unfit), []
+    fitting, told = _describe_fit(replace(source, deltas=fit), model)
+    return (*fitting, *unfit), told
 
 
 def _tensor_of(name: str) -> str:
@@ -244,15 +245,17 @@ def _describe_unfit(source: Adapter, model: BaseModel, tensor: str, problem: str
     return InspectedChange(tensor, model.shapes.get(tensor), low[0].rank, low[0].scaling, norm, None, problem)
 
 
-def _describe_fit(source: Adapter, model: BaseModel) -> list[InspectedChange]:
+def _describe_fit(source: Adapter, model: BaseModel) -> tuple[list[InspectedChange], list[str]]:
     if model.path.is_dir():
-        return [_describe_placed(model, name, items, None) for name, items in place(source, model).items()]
+        return [_describe_placed(model, name, items, None) for name, items in place(source, model).items()], []
     whole = with_biases(model)
     with GgufFile(model.path) as file:
-        placed = without_copies(file, place(source, whole))
+        everything = place(source, whole)
+        placed = without_copies(file, everything)
         norms = _measure(file, {name: items for name, items in placed.items() if name not in whole.absent})
         norms |= {name: (_norm_of_new_bias(items), 0.0) for name, items in placed.items() if name in whole.absent}
-        return [_describe_placed(whole, name, items, norms[name]) for name, items in placed.items()]
+        changes = [_describe_placed(whole, name, items, norms[name]) for name, items in placed.items()]
+        return changes, describe_copies(everything, placed)
 
 
 def _norm_of_new_bias(items: Sequence[PlacedDelta]) -> float:

@@ -21,7 +21,7 @@ from gguflora.merging.output_types import OutputTypes
 from gguflora.merging.presets import Preset
 from gguflora.merging.rounding import RoundingOptions
 from gguflora.merging.whole_file import Importance, plan_whole_file
-from gguflora.placement.copies import without_copies
+from gguflora.placement.copies import describe_copies, without_copies
 from gguflora.placement.place import (
     PlacedDelta,
     cautions,
@@ -97,8 +97,10 @@ def make_plan(
                 f"{source.path}: is an activated LoRA, which does not change the base before its invocation tokens, so "
                 "it cannot be merged; convert it and load it at run time"
             )
-        placed = without_copies(file, place(source, model))
-        warnings += [f"{source.path}: {text}" for text in (*source.warnings, *cautions(file, placed))]
+        everything = place(source, model)
+        placed = without_copies(file, everything)
+        told = (*source.warnings, *describe_copies(everything, placed), *cautions(file, placed))
+        warnings += [f"{source.path}: {text}" for text in told]
         warnings += [f"{source.path}: its scale is 0: it changes nothing"] * (scale == 0)
         for name, placed_items in placed.items():
             effective = [(item, scale) for item in placed_items if scale and not _is_zero(item)]

@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 
 from gguflora.adapters.deltas import Delta, Replace, as_float64, trained_rows
+from gguflora.errors import listed
 from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, TensorEntry
 from gguflora.placement.base_weights import read_values
 from gguflora.placement.place import PlacedDelta
@@ -32,6 +33,20 @@ def without_copies(base: GgufFile, placed: Mapping[str, Sequence[PlacedDelta]]) 
         if changed:
             kept[name] = changed
     return kept
+
+
+def describe_copies(
+    placed: Mapping[str, Sequence[PlacedDelta]], kept: Mapping[str, Sequence[PlacedDelta]]
+) -> list[str]:
+    """Return a warning that names the weights which `without_copies` has dropped, or an empty list."""
+    dropped = {
+        item.weight for name, items in placed.items() for item in items if not _is_kept(item, kept.get(name, ()))
+    }
+    return [] if not dropped else [f"left out saved copies of the base's weights: {listed(sorted(dropped), 4)}"]
+
+
+def _is_kept(item: PlacedDelta, kept: Sequence[PlacedDelta]) -> bool:
+    return any(other.delta is item.delta and other.weight == item.weight for other in kept)
 
 
 def _repeats_vector(base: GgufFile, tensor: TensorEntry, item: PlacedDelta) -> bool:

@@ -47,7 +47,15 @@ def test_rows_set_by_hand_are_kept(kind, tmp_path):
 def test_a_copy_is_dropped(kind, tmp_path):
     base = builders.gguf_model("llama", "small", kind)
     adapter, _ = with_embedding(tmp_path / "adapter", lambda embedding: None)
-    gguflora.merge(base, adapter, tmp_path / "merged.gguf")
+    report = gguflora.merge(base, adapter, tmp_path / "merged.gguf")
+    told = [
+        report,
+        gguflora.convert(adapter, base, tmp_path / "lora.gguf"),
+        gguflora.inspect(adapter, base),
+        gguflora.resize(adapter, tmp_path / "resized", rank=1),
+    ]
+    for one in told:
+        assert any("left out" in text and "embed_tokens.weight" in text for text in one.warnings)
     before, after = (
         next(t for t in gguf.GGUFReader(path).tensors if t.name == "token_embd.weight").data
         for path in (base, tmp_path / "merged.gguf")
