@@ -291,10 +291,10 @@ def train_adapters(base: LlamaForCausalLM, tokenizer: Tokenizer, steps: int, out
         neutralize(output / name / "adapter_config.json")
 
 
-def neutralize(config_path: Path) -> None:
+def neutralize(config_path: Path, base: str = "gguflora-demo") -> None:
     """Rewrite an adapter's configuration without machine paths and in an order that does not change from run to run."""
     config = json.loads(config_path.read_text())
-    config["base_model_name_or_path"] = "gguflora-demo"
+    config["base_model_name_or_path"] = base
     config["target_modules"].sort()
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

@@ -32,12 +32,13 @@ def demo(
 
     gguflora demo --keep ./demo-files
     """
-    print_report(gguflora.run_demo(keep, prompt=prompt), _print_demo, as_json=as_json)
+    print_report(gguflora.run_demo(keep, prompt=prompt), print_demo, as_json=as_json)
     if keep and not as_json:
         console.print(f"\nThe files are in {keep}", markup=False)
 
 
-def _print_demo(report: DemoReport) -> None:
+def print_demo(report: DemoReport) -> None:
+    """Print the report of a demo as a table and lines of times."""
     console.print(f"Prompt: {report.prompt!r}\n", markup=False)
     table = Table(box=box.SIMPLE_HEAD, show_lines=True)
     for title in ("weights", "answer (greedy)", "swap", "answer time"):

@@ -26,7 +26,6 @@ from gguflora.runtime.attached import Adapters, attach
 HERE: Final = Path(__file__).parent / "demo_files"
 BASE: Final = HERE / "base.gguf"
 ADAPTERS: Final = ("shout", "verse")
-MERGED: Final = "shout"
 PROMPT: Final = "Q: What does the fox eat?\nA:"
 MAX_TOKENS: Final = 110
 
@@ -88,54 +87,73 @@ def run_demo(keep: str | os.PathLike[str] | None = None, *, prompt: str = PROMPT
     Raises:
         MissingExtraError: if llama-cpp-python is not installed.
     """
-    if keep is not None:
-        Path(keep).mkdir(parents=True, exist_ok=True)
-        return _run_demo(Path(keep), prompt)
-    with tempfile.TemporaryDirectory(prefix="gguflora-demo-") as folder:
-        return _run_demo(Path(folder), prompt)
+    return Demo(BASE, {name: HERE / name for name in ADAPTERS}).run(keep, prompt=prompt)
 
 
-def _run_demo(folder: Path, prompt: str) -> DemoReport:
-    files, convert_seconds = {}, {}
-    for name in ADAPTERS:
-        files[name] = folder / f"{name}.gguf"
-        _, convert_seconds[name] = _timed(convert, HERE / name, BASE, files[name], force=True)
-    merged_file = folder / f"base-{MERGED}.gguf"
-    merge_report = merge(BASE, HERE / MERGED, merged_file, force=True)
+@dataclass(frozen=True)
+class Demo:
+    """A model and two adapters to show.
 
-    llm, load_base = _timed(_open, BASE)
-    load_seconds = {"base": load_base}
-    with attach(llm) as adapters:
-        for name, file in files.items():
-            _, load_seconds[name] = _timed(adapters.load, name, file)
-        answers = [_hot_answer(llm, adapters, *row, prompt) for row in _SETS]
-        text = prompt + next(answer.text for answer in answers if answer.weights == MERGED)
-        base_logits, hot_logits = (_logits(llm, adapters, names, text) for names in ({}, {MERGED: 1.0}))
-    llm.close()
+    Attributes:
+        base: GGUF file of the model.
+        adapters: two PEFT directories by name; the first is also merged.
+    """
 
-    merged, load_seconds["merged file"] = _timed(_open, merged_file)
-    answers.append(_answer(merged, f"merged file ({MERGED})", prompt))
-    merged_logits = _evaluate(merged, text)
-    merged.close()
-    return DemoReport(
-        prompt=prompt,
-        answers=tuple(answers),
-        convert_seconds=convert_seconds,
-        load_seconds=load_seconds,
-        merge=merge_report,
-        kl=kl_divergence(hot_logits, merged_logits),
-        kl_base=kl_divergence(hot_logits, base_logits),
+    base: Path
+    adapters: Mapping[str, Path]
+
+    def run(self, keep: str | os.PathLike[str] | None, *, prompt: str) -> DemoReport:
+        """Convert, merge and hot-swap the adapters; see `run_demo`."""
+        if keep is not None:
+            Path(keep).mkdir(parents=True, exist_ok=True)
+            return self._run(Path(keep), prompt)
+        with tempfile.TemporaryDirectory(prefix="gguflora-demo-") as folder:
+            return self._run(Path(folder), prompt)
+
+    def _run(self, folder: Path, prompt: str) -> DemoReport:
+        files, convert_seconds = {}, {}
+        for name, source in self.adapters.items():
+            files[name] = folder / f"{name}.gguf"
+            _, convert_seconds[name] = _timed(convert, source, self.base, files[name], force=True)
+        first = next(iter(self.adapters))
+        merged_file = folder / f"base-{first}.gguf"
+        merge_report = merge(self.base, self.adapters[first], merged_file, force=True)
+
+        llm, load_base = _timed(_open, self.base)
+        load_seconds = {"base": load_base}
+        with attach(llm) as adapters:
+            for name, file in files.items():
+                _, load_seconds[name] = _timed(adapters.load, name, file)
+            answers = [_hot_answer(llm, adapters, *row, prompt) for row in _sets(*self.adapters)]
+            text = prompt + next(answer.text for answer in answers if answer.weights == first)
+            base_logits, hot_logits = (_logits(llm, adapters, names, text) for names in ({}, {first: 1.0}))
+        llm.close()
+
+        merged, load_seconds["merged file"] = _timed(_open, merged_file)
+        answers.append(_answer(merged, f"merged file ({first})", prompt))
+        merged_logits = _evaluate(merged, text)
+        merged.close()
+        return DemoReport(
+            prompt=prompt,
+            answers=tuple(answers),
+            convert_seconds=convert_seconds,
+            load_seconds=load_seconds,
+            merge=merge_report,
+            kl=kl_divergence(hot_logits, merged_logits),
+            kl_base=kl_divergence(hot_logits, base_logits),
+        )
+
+
+def _sets(first: str, second: str) -> tuple[tuple[str, dict[str, float]], ...]:
+    """Return the adapter sets that answer, each with its name in the table."""
+    return (
+        ("base", {}),
+        (first, {first: 1.0}),
+        (f"{first} at 0.5", {first: 0.5}),
+        (f"{first} removed", {}),
+        (second, {second: 1.0}),
+        (f"{first} + {second}", {first: 1.0, second: 1.0}),
     )
-
-
-_SETS: Final[tuple[tuple[str, dict[str, float]], ...]] = (
-    ("base", {}),
-    ("shout", {"shout": 1.0}),
-    ("shout at 0.5", {"shout": 0.5}),
-    ("shout removed", {}),
-    ("verse", {"verse": 1.0}),
-    ("shout + verse", {"shout": 1.0, "verse": 1.0}),
-)
 
 
 def _hot_answer(llm: Any, adapters: Adapters, weights: str, scales: Mapping[str, float], prompt: str) -> DemoAnswer:  # noqa: ANN401
@@ -154,7 +172,7 @@ def _logits(llm: Any, adapters: Adapters, scales: Mapping[str, float], text: str
 
 
 def _evaluate(llm: Any, text: str) -> NDArray[np.float32]:  # noqa: ANN401
-    tokens = llm.tokenize(text.encode())
+    tokens = llm.tokenize(text.encode(), special=True)
     llm.reset()
     llm.eval(tokens)
     return np.array(llm.scores[: len(tokens)], np.float32)
