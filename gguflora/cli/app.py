@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import signal
 import sys
 import traceback
@@ -27,8 +26,13 @@ from rich.progress import (
 from rich.text import Text
 
 from gguflora._version import __version__
+from gguflora.cli.stdout import problem_of_stdout, protect_streams
 from gguflora.errors import GgufloraError
+from gguflora.files.strict_json import strict
 from gguflora.system.terminal import LogFormatter, printable
+
+_printed: Final[list[str]] = []
+"""Holds an item once the JSON of this command is printed."""
 
 ProgressCallback = Callable[[int, int], None]
 FAILED: Final = 1
@@ -87,7 +91,7 @@ def progress_bar(title: str, unit: str = "bytes") -> Iterator[ProgressCallback |
     Yields:
         A function that takes the bytes (or another ``unit``) done and in total; None if stderr is not a terminal.
     """
-    if not stderr.is_terminal:
+    if not stderr.file.isatty():  # is_terminal would be true for FORCE_COLOR, also in a log
         yield None
         return
     columns = (
@@ -115,9 +119,15 @@ def print_report(report: R, as_text: Callable[[R], None], *, as_json: bool) -> N
     """Print a report's warnings to stderr, and the report to stdout, as JSON or by calling ``as_text``."""
     print_warnings(getattr(report, "warnings", ()))
     if as_json:
-        print(to_json(report))
+        print_json(to_json(report))
     else:
         as_text(report)
+
+
+def print_json(text: str) -> None:
+    """Print the one JSON object of a command; an error after it is told on stderr only."""
+    print(text)
+    _printed.append(text[:0])
 
 
 def print_warnings(warnings: tuple[str, ...]) -> None:
@@ -127,16 +137,8 @@ def print_warnings(warnings: tuple[str, ...]) -> None:
 
 
 def to_json(report: Report, *, indent: int | None = 2) -> str:
-    """Return a report as JSON. Infinities and NaN, which JSON lacks, become null."""
-    return json.dumps(_finite(report.to_dict()), indent=indent, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:  # noqa: ANN401  (any JSON value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+    """Return a report as JSON. Numbers that are not finite become null, with a text beside them."""
+    return json.dumps(strict(report.to_dict()), indent=indent, allow_nan=False)
 
 
 def span(ranks: tuple[int, int]) -> str:
@@ -156,6 +158,7 @@ def main() -> None:
 
     Errors go to stderr; with ``--json`` also to stdout, as ``{"error": {"type", "message", "exit_code"}}``.
     """
+    protect_streams()
     signal.signal(signal.SIGTERM, _interrupt)  # so that a terminated merge removes its temporary file
     try:
         code = app(prog_name="gguflora", standalone_mode=False)
@@ -177,7 +180,7 @@ def main() -> None:
         message = _AFTER_INTERRUPT.get(command, "nothing was written")
         print(f"interrupted; {message}", file=sys.stderr)
         _end(KeyboardInterrupt(), message, INTERRUPTED)
-    sys.exit(code or 0)
+    _exit(code or 0)
 
 
 def _interrupt(*_: object) -> NoReturn:
@@ -203,6 +206,15 @@ def _unexpected(error: Exception) -> str:
 
 
 def _end(error: BaseException, message: str, code: int) -> NoReturn:
-    if "--json" in sys.argv:
+    if "--json" in sys.argv and not _printed:
         print(json.dumps({"error": {"type": type(error).__name__, "message": message, "exit_code": code}}))
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    """End the process; if its output was lost, say so, and do not call that a success."""
+    problem = problem_of_stdout()
+    if problem is not None:
+        print(f"error: the output cannot be written: {problem.strerror}", file=sys.stderr)
+        code = code or FAILED
     sys.exit(code)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import gguflora
-from gguflora.cli.app import FAILED, INTERRUPTED, app, console, print_report
+from gguflora.cli.app import FAILED, INTERRUPTED, app, console, print_json, print_report
 from gguflora.cli.options import AsJson
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def pipeline(
     if schema:
         from gguflora.pipeline import recipe_schema  # noqa: PLC0415  (needs pydantic)
 
-        print(json.dumps(recipe_schema(), indent=2))
+        print_json(json.dumps(recipe_schema(), indent=2))
         return
     if recipe is None:
         raise typer.BadParameter("give a recipe")

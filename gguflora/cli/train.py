@@ -150,7 +150,7 @@ def train(
 @contextmanager
 def _watcher(*, quiet: bool) -> Iterator[Callable[[StepDone], None]]:
     """Progress: in a terminal a line that moves, on stderr; else, unless ``quiet``, a line for each evaluation."""
-    if not stderr.is_terminal:
+    if not stderr.file.isatty():  # is_terminal would be true for FORCE_COLOR, also in a log
         yield lambda done: None if quiet or done.valid_loss is None else console.print(_line(done), markup=False)
         return
     losses: list[float] = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 import secrets
@@ -21,6 +22,8 @@ from gguflora.errors import OutputError
 from gguflora.files.output_rule import check_regular
 
 _LOG = logging.getLogger(__name__)
+_MAX_NAME = 255
+"""Longest name of a file in bytes (NAME_MAX of Linux's file systems)."""
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
 """Errors with which file systems without hard links refuse ``link``."""
 
@@ -122,7 +125,7 @@ class _Draft:
 
 @contextmanager
 def _draft(target: Path) -> Iterator[_Draft]:
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    temporary = _new_draft(target)
     handle, is_named = _open_temporary(temporary)
     try:
         with os.fdopen(handle, "w+b") as file:
@@ -131,6 +134,19 @@ def _draft(target: Path) -> Iterator[_Draft]:
             yield _Draft(target, file, temporary, is_named)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _new_draft(target: Path) -> Path:
+    """Return a new name for a draft; a process id is not unique, because other machines may share the file system."""
+    return target.with_name(f"{_draft_start(target)}{secrets.token_hex(4)}.partial")
+
+
+def _draft_start(target: Path) -> str:
+    """Return how the names of a target's drafts begin; a long name is shortened to what file systems allow."""
+    name = target.name
+    if len(os.fsencode(name)) > _MAX_NAME - len("..01234567.partial"):
+        name = f"{name[:16]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}"
+    return f".{name}."
 
 
 def _publish(drafts: Sequence[_Draft], *, force: bool) -> None:
@@ -156,7 +172,7 @@ def _publish(drafts: Sequence[_Draft], *, force: bool) -> None:
 
 def _remove_litter(target: Path) -> None:
     """Remove temporary files that killed processes left for this target: those that no process holds a lock on."""
-    start = f".{target.name}."
+    start = _draft_start(target)
     with os.scandir(target.parent) as entries:
         litter = [Path(e.path) for e in entries if e.name.startswith(start) and e.name.endswith(".partial")]
     for path in litter:
@@ -194,8 +210,7 @@ def atomic_folder(target: Path, *, marker: str | None = None, stale: Sequence[st
     """
     target = target.absolute()
     check_regular(target)
-    token = secrets.token_hex(4)  # a process id is not unique: other machines may share the file system
-    temporary = target.with_name(f".{target.name}.{token}.partial")
+    temporary = _new_draft(target)
     try:
         _remove_litter(target)
         temporary.mkdir()

@@ -250,7 +250,12 @@ def encode_int32(key: str, value: int) -> bytes:
     return encode_string(key) + struct.pack("<Ii", _INT32, value)
 
 
+def valid_text(text: str) -> str:
+    """Return a text in which U+FFFD stands for bytes that are no UTF-8, such as those of a file's name."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def encode_string(text: str) -> bytes:
     """Encode a string: its length in bytes as uint64, then UTF-8."""
-    encoded = text.encode("utf-8")
+    encoded = valid_text(text).encode("utf-8")
     return struct.pack("<Q", len(encoded)) + encoded

@@ -17,6 +17,7 @@ from gguflora.adapters.deltas import as_float64
 from gguflora.adapters.gguf_lora import ALPHA_KEY, INVOCATION_KEY
 from gguflora.errors import QuantizationError
 from gguflora.files.gguf import TOKEN_EMBEDDING
+from gguflora.files.gguf_header import valid_text
 from gguflora.files.safetensors import Array, as_float32
 from gguflora.lora.factors import Factors
 from gguflora.quants.types import type_named
@@ -111,7 +112,7 @@ def write_lora(path: Path, header: LoraHeader, stored: Sequence[Stored]) -> None
 
     writer = gguf.GGUFWriter(path, header.architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_name(header.name)
+    writer.add_name(valid_text(header.name))
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(ALPHA_KEY, header.alpha)
     if header.invocation_tokens:
@@ -119,7 +120,7 @@ def write_lora(path: Path, header: LoraHeader, stored: Sequence[Stored]) -> None
         writer.add_key_value(INVOCATION_KEY, tokens, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32)
     writer.add_string("gguflora.version", __version__)
     for key, value in header.source.items():
-        writer.add_string(f"gguflora.{key}", value)
+        writer.add_string(f"gguflora.{key}", valid_text(value))
     if any(item.type == "Q8_0" for item in stored):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for item in stored:

@@ -38,8 +38,9 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any], job: PipelineJob) -
 
 def _inputs(old: Mapping[str, Any], new: Mapping[str, Any], job: PipelineJob) -> Iterator[str]:
     contents, names = old.get("inputs", []), old.get("names", [])
-    if len(contents) != len(new["inputs"]) or len(names) != len(contents):
-        yield f"{len(new['inputs'])} inputs, were {len(contents)}"
+    is_list = isinstance(contents, list) and isinstance(names, list)
+    if not is_list or len(contents) != len(new["inputs"]) or len(names) != len(contents):
+        yield f"{len(new['inputs'])} inputs, were {len(contents) if is_list else 'unknown'}"
         return
     for number, location in enumerate(job.inputs):
         shown = remote.redacted(location)

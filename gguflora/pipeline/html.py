@@ -43,7 +43,7 @@ def write_html(path: Path, report: PipelineReport) -> None:
 </tbody></table></body></html>
 """
     with atomic_output(path) as file:
-        file.write(page.encode())
+        file.write(page.encode(errors="backslashreplace"))
 
 
 def _row(report: PipelineReport, result: StepResult) -> str:

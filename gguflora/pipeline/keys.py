@@ -54,6 +54,7 @@ class Keys:
         self._known: dict[str, list[Any]] = read_json(self._file) or {}
         self._origins: dict[Location, dict[str, Any]] = {}
         self._keys: dict[Location, str] = {}
+        self._contents: dict[tuple[Location, remote.Kind], str] = {}
         self._is_changed = False
 
     def key_of(self, job: PipelineJob) -> str:
@@ -97,10 +98,16 @@ class Keys:
             "arguments": json.loads(json.dumps(arguments, default=str)),
             "names": [_name_of(item) for item in job.inputs],
             "inputs": [
-                self._keys[self._plan.made[item]] if item in self._plan.made else self._content(item, kind)
+                self._keys[self._plan.made[item]] if item in self._plan.made else self._known_content(item, kind)
                 for item, kind in job.inputs.items()
             ],
         }
+
+    def _known_content(self, location: Location, kind: remote.Kind) -> str:
+        """Return the hash of an input, which is looked up once in a run, because many jobs may share it."""
+        if (location, kind) not in self._contents:
+            self._contents[location, kind] = self._content(location, kind)
+        return self._contents[location, kind]
 
     def _content(self, location: Location, kind: remote.Kind) -> str:
         if isinstance(location, str):
@@ -110,14 +117,16 @@ class Keys:
             return self.hash_of(location)
         digest = hashlib.sha256()
         for file in files:
-            digest.update(f"{file.relative_to(location.parent)} {self.hash_of(file)}\n".encode())
+            digest.update(
+                f"{file.relative_to(location.parent)} {self.hash_of(file)}\n".encode(errors="surrogateescape")
+            )
         return digest.hexdigest()
 
     def hash_of(self, path: Path) -> str:
         """Return the SHA-256 of a file, which is read only if it may have changed."""
         resolved, stamp = str(path.resolve()), _stamp_of(path)
         known = self._known.get(resolved, [])
-        if known[:-1] != stamp:
+        if not isinstance(known, list) or known[:-1] != stamp:  # a damaged file may hold anything
             known = [*stamp, sha256_of(path)]
             self._known[resolved], self._is_changed = known, True
         return str(known[-1])

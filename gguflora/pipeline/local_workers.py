@@ -61,7 +61,8 @@ class Workers:
 
     def run(self, request: Request, is_cancelled: Callable[[], bool] = lambda: False) -> Answer:
         """Run a job and return its answer; stop it when ``is_cancelled`` returns true."""
-        if "memory://" in json.dumps(request):  # such a store exists in this process only
+        # such a store exists in this process only; a program that embeds Python has no interpreter to start
+        if "memory://" in json.dumps(request) or not sys.executable:
             from gguflora.pipeline.job_process import run_job  # noqa: PLC0415  (a program of its own, too)
 
             answer_here: Answer = json.loads(json.dumps(run_job(request)))

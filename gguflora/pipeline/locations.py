@@ -39,14 +39,14 @@ def made_by(location: Location, outs: Collection[Location]) -> Location | None:
     place = in_place(location)
     if place in outs:
         return place
-    target = place.resolve()
+    target = Path(os.path.realpath(place))  # which takes links that go in circles, unlike Path.resolve
     return target if target in outs else None
 
 
 def in_place(path: Path) -> Path:
     """Return the absolute path of a name, with links in its folders followed, but not the name itself."""
     path = Path(os.path.abspath(path))  # noqa: PTH100  (resolve would follow the name itself)
-    return path.parent.resolve() / path.name
+    return Path(os.path.realpath(path.parent)) / path.name
 
 
 def label_of(location: Location) -> str:

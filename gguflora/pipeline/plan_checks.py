@@ -12,7 +12,7 @@ from gguflora.files import remote
 from gguflora.pipeline.job import PipelineJob
 from gguflora.pipeline.locations import Location
 from gguflora.pipeline.recipe import RecipeFile
-from gguflora.pipeline.sources import missing_file
+from gguflora.pipeline.sources import problem_with
 
 _MAX_LOOKUPS: Final = 16
 """Highest number of concurrent lookups of remote inputs."""
@@ -65,14 +65,18 @@ def check_inputs(
         RecipeError: if an input is missing, or is the output of its own job.
     """
     missing: dict[Location, str] = {}
+    seen: set[Location] = set()
     for job in jobs:
         for location in job.inputs:
             if made.get(location) == job.out:
                 raise file.error(("steps", job.index, job.step.target), f"{job.out} is also an input of the step")
-            if isinstance(location, Path) and location not in made and not location.exists():
-                missing[location] = missing_file(location)
+            if not isinstance(location, Path) or location in seen:
+                continue
+            seen.add(location)
+            if location not in made and (problem := problem_with(location)):
+                missing[location] = problem
                 if not keep_going:
-                    raise _input_error(file, job, location, missing[location])
+                    raise _input_error(file, job, location, problem)
     remote_inputs = {
         location: (kind, job)
         for job in jobs

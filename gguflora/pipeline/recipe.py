@@ -18,6 +18,11 @@ from gguflora.pipeline.steps import ACTIONS, AdapterUse, AnyStep, Limits, Name, 
 from gguflora.pipeline.toml_lines import line_of
 from gguflora.pipeline.variables import fill_variables
 
+_TO_PLANE: Final = {0xDC00 + byte: 0xF0000 + byte for byte in range(0x80, 0x100)}
+"""Bytes of names that are no UTF-8, which pydantic refuses, stand in a private plane while it checks the step."""
+
+_FROM_PLANE: Final = {to: given for given, to in _TO_PLANE.items()}
+
 STDIN: Final = "-"
 """The name of a recipe that is read from stdin; its paths are relative to the working directory."""
 
@@ -117,12 +122,31 @@ def validate_step(file: RecipeFile, index: int, fields: dict[str, Any]) -> Step:
     Raises:
         RecipeError: if a value of the matrix has the wrong type.
     """
+    model = type(file.recipe.steps[index])
     try:
-        return type(file.recipe.steps[index]).model_validate(fields)
+        if "\\udc" not in ascii(fields):
+            return model.model_validate(fields)
+        step = model.model_validate(_translated(fields, _TO_PLANE))
+        texts = step.model_dump(by_alias=True, exclude_unset=True, include=set(step.inputs) | {step.target})
+        restored = _translated(texts, _FROM_PLANE)
+        if "adapters" in restored:
+            items = restored["adapters"]
+            restored["adapters"] = [
+                AdapterUse.model_construct(**item) if isinstance(item, dict) else item for item in items
+            ]
+        return step.model_copy(update=restored)
     except ValidationError as error:
         problem = error.errors()[0]
         keys = ("steps", index, *_location(problem, fields))
         raise file.error(keys, _describe(problem, type(file.recipe.steps[index]))) from None
+
+
+def _translated(item: Any, table: Mapping[int, int]) -> Any:  # noqa: ANN401  (TOML)
+    if isinstance(item, dict):
+        return {key: _translated(entry, table) for key, entry in item.items()}
+    if isinstance(item, list):
+        return [_translated(entry, table) for entry in item]
+    return item.translate(table) if isinstance(item, str) else item
 
 
 def _first_error(path: Path, text: str, table: Mapping[str, Any], error: ValidationError) -> RecipeError:

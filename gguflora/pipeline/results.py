@@ -56,7 +56,13 @@ class StepResult:
 
 def compress(report: Mapping[str, Any] | None) -> bytes | None:
     """Compress a report to about a tenth of its size."""
-    return None if report is None else zlib.compress(json.dumps(strict(report), allow_nan=False).encode(), level=1)
+    if report is None:
+        return None
+    try:
+        text = json.dumps(report, allow_nan=False)
+    except ValueError:  # a number is not finite
+        text = json.dumps(strict(report), allow_nan=False)
+    return zlib.compress(text.encode(), level=1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,7 +201,7 @@ class Runner:
     def _request(self, job: PipelineJob) -> Request:
         """Return the request for a job; commands with threads get the backend's number of threads."""
         step, arguments = job.step, job.arguments
-        key = hashlib.sha256(f"{self._keys.key_of(job)} {job.out}".encode()).hexdigest()
+        key = hashlib.sha256(f"{self._keys.key_of(job)} {job.out}".encode(errors="surrogateescape")).hexdigest()
         if "threads" in type(step).model_fields:
             arguments.setdefault("threads", self._backend.threads)
         request = {

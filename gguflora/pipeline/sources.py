@@ -60,9 +60,9 @@ class Sources:
             raise self._file.error(("sources", name), str(error)) from error
         if not matches and not self._allow_empty:
             raise self._nothing(name, pattern)
-        missing = [path for path in matches if isinstance(path, Path) and not path.exists()]
-        if missing and not self._keep_missing:
-            raise self._file.error(("sources", name), f"{pattern!r}: {missing_file(missing[0])}")
+        problems = [problem for path in matches if isinstance(path, Path) and (problem := problem_with(path))]
+        if problems and not self._keep_missing:
+            raise self._file.error(("sources", name), f"{pattern!r}: {problems[0]}")
         return matches
 
     def _nothing(self, name: str, pattern: str) -> RecipeError:
@@ -115,11 +115,17 @@ class Sources:
         return path == self._folder or not self._own.isdisjoint((path, *path.parents))
 
 
-def missing_file(path: Path) -> str:
-    """Return what is wrong with a path that leads to no file."""
-    if path.is_symlink():
-        return f"{path}: is a link to {path.readlink()}, which does not exist"
-    return f"{path}: no such file or directory"
+def problem_with(path: Path) -> str | None:
+    """Return what is wrong with a path that leads to no file or folder; None if it leads to one."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        if path.is_symlink():
+            return f"{path}: is a link to {path.readlink()}, which does not exist"
+        return f"{path}: no such file or directory"
+    except OSError as error:  # a circle of links, a folder that may not be entered
+        return f"{path}: cannot be read: {error.strerror}"
+    return None
 
 
 def _is_excluded(location: str, patterns: Iterable[str]) -> bool:

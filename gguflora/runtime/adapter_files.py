@@ -15,6 +15,7 @@ from gguflora._version import __version__
 from gguflora.architectures.base_model import BaseModel
 from gguflora.errors import HotSwapError
 from gguflora.files.checksum import sha256_of
+from gguflora.files.remote.cache import user_cache
 from gguflora.lora.convert import convert
 from gguflora.lora.preflight import check_loadable
 
@@ -98,7 +99,7 @@ def open_adapter(location: Path, base: BaseModel, *, text_only: bool = False) ->
 
 def cache_folder() -> Path:
     """Return the directory of converted adapters: ``gguflora/adapters`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    below = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    below = user_cache()
     return Path(below) / "gguflora" / "adapters"
 
 

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,9 +19,17 @@ from gguflora.files.remote.location import redacted
 def cache_folder() -> Path:
     """Return ``$GGUFLORA_CACHE``, or by default ``gguflora`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     folder = os.environ.get("GGUFLORA_CACHE")
-    if folder:
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gguflora"
+    return Path(folder) if folder else user_cache() / "gguflora"
+
+
+def user_cache() -> Path:
+    """Return ``$XDG_CACHE_HOME``, or by default ``~/.cache``; in a container without a home, a folder for this user."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    if given:
+        return Path(given)
+    with suppress(RuntimeError):  # no HOME, and a user that the system does not know
+        return Path.home() / ".cache"
+    return Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
 
 
 def is_offline(url: str) -> bool:
@@ -43,7 +52,7 @@ def is_enabled(variable: str) -> bool:
 
 def digest_of(*texts: str) -> str:
     """Return a short name for some texts: the first 24 hexadecimal digits of their SHA-256."""
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:24]
+    return hashlib.sha256("\0".join(texts).encode(errors="surrogateescape")).hexdigest()[:24]
 
 
 def make_folder(folder: Path) -> Path:
