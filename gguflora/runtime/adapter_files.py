@@ -148,7 +148,7 @@ def _cache_key(folder: Path, base: BaseModel, options: Mapping[str, bool]) -> st
     files = sorted(path for path in folder.iterdir() if path.is_file())
     _check_sizes(files, stat.st_size)
     for path in files:
-        digest.update(f"\0{path.name}\0{sha256_of(path)}".encode())
+        digest.update(f"\0{path.name}\0{sha256_of(path)}".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
