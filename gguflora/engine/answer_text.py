@@ -15,7 +15,7 @@ class AnswerText:
         stop: texts that end the answer.
 
     Attributes:
-        stopped: whether a stop text has occurred.
+        stop_text: the stop text that has occurred; None if none has.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -24,7 +24,12 @@ class AnswerText:
         self._held = ""  # text held back because it may be the beginning of a stop text
         self._n_released = 0  # characters released
         self._tokens: list[tuple[int, int, int, TokenLogprob | None]] = []  # token, start, stop (characters), logprob
-        self.stopped = False
+        self.stop_text: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text has occurred."""
+        return self.stop_text is not None
 
     def push(self, token: int, piece: bytes, logprob: TokenLogprob | None = None) -> Piece:
         """Add a token and its bytes; return the text that can be released now, which may be empty."""
@@ -32,10 +37,10 @@ class AnswerText:
         self._held += self._decoder.decode(piece)
         unfinished = bool(self._decoder.getstate()[0])
         self._tokens.append((token, start, self._n_released + len(self._held) + unfinished, logprob))
-        matches = [at for text in self._stop if (at := self._held.find(text)) >= 0]
+        matches = [(at, text) for text in self._stop if (at := self._held.find(text)) >= 0]
         if matches:
-            self.stopped = True
-            return self._release_last(min(matches))
+            at, self.stop_text = min(matches)
+            return self._release_last(at)
         return self._release(len(self._held) - self._possible_stop_length())
 
     def finish(self) -> Piece:

@@ -349,10 +349,41 @@ class Engine:
                 self._check_text(text)
             return self._model.tokenize(text, add_bos=add_bos, special=special)
 
-    def detokenize(self, tokens: Sequence[int]) -> bytes:
-        """Return the bytes of ``tokens``; control tokens have none."""
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> bytes:
+        """Return the bytes of ``tokens``; control tokens have none, unless ``special`` asks for their spelling.
+
+        Raises:
+            RequestError: if the vocabulary has no such token.
+        """
+        check_tokens(tokens, self.n_vocab)
         with self._open():
-            return self._model.detokenize(tokens)
+            return self._model.detokenize(tokens, special=special)
+
+    @property
+    def chat_template(self) -> str:
+        """The chat template, in Jinja."""
+        with self._open():
+            return self._model.template
+
+    @property
+    def special_texts(self) -> dict[str, str]:
+        """The texts of the tokens that begin and end a text: ``bos_token`` and ``eos_token``."""
+        with self._open():
+            return self._model.special_texts
+
+    @property
+    def n_parallel(self) -> int:
+        """Largest number of requests that are decoded together."""
+        return self._options.n_parallel
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], **template_kwargs: Any) -> str:  # noqa: ANN401
+        """Return the text that the chat template makes of a chat; `render_chat` returns its tokens.
+
+        Raises:
+            RequestError: if the template refuses the messages.
+        """
+        with self._open():
+            return self._model.chat_text(messages, **template_kwargs)
 
     def spelling(self, token: int) -> bytes:
         """Return the bytes of one token, and the spelling of a control token.

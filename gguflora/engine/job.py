@@ -228,7 +228,7 @@ class GenerationJob:
         self.ended = True
         self._send(self._text.finish())
         self._sampler.close()
-        self._sink.put(Ending(reason, self.usage, self._timings(), error))
+        self._sink.put(Ending(reason, self.usage, self._timings(), error, self._text.stop_text))
 
     @property
     def usage(self) -> Usage:

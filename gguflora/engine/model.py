@@ -128,9 +128,9 @@ class Model:
                 return buffer.raw[:count]
             size = -count
 
-    def detokenize(self, tokens: Sequence[int]) -> bytes:
-        """Return the bytes of ``tokens``, without control tokens."""
-        return b"".join(self.piece(int(token)) for token in tokens)
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> bytes:
+        """Return the bytes of ``tokens``, without control tokens unless ``special``."""
+        return b"".join(self.piece(int(token), special) if special else self.piece(int(token)) for token in tokens)
 
     def render_chat(
         self,
@@ -172,8 +172,8 @@ class Model:
         """
         if not messages or not all(isinstance(message, Mapping) and "role" in message for message in messages):
             raise RequestError("a chat needs at least one message, and each message needs a role and content")
-        variables = {"add_generation_prompt": to_answer, **template_kwargs, "messages": messages, **self._ends}
-        return RENDERER.render(self._template if template is None else template, variables)
+        variables = {"add_generation_prompt": to_answer, **template_kwargs, "messages": messages, **self.special_texts}
+        return RENDERER.render(self.template if template is None else template, variables)
 
     def pair(self, query: str, document: str) -> list[int]:
         """Return the tokens of a query and a document for a model that ranks.
@@ -198,6 +198,18 @@ class Model:
         first, second = (self.tokenize(text, add_bos=False, special=False) for text in (query, document))
         return [int(token) for token in (*start, *first, *end, *between, *second, *end)]
 
+    @cached_property
+    def special_texts(self) -> dict[str, str]:
+        """The texts of the tokens that begin and end a text, as chat templates name them."""
+        bos, eos = llama_cpp.llama_vocab_bos(self._vocab), llama_cpp.llama_vocab_eos(self._vocab)
+        return {"bos_token": self._special_text(bos), "eos_token": self._special_text(eos)}
+
+    @cached_property
+    def template(self) -> str:
+        """The model's chat template; one of plain text if it has none."""
+        own = llama_cpp.llama_model_chat_template(self.pointer, None)
+        return own.decode("utf-8", errors="replace") if own else _PLAIN_TEMPLATE
+
     @property
     def has_template(self) -> bool:
         """Whether the model brings a chat template."""
@@ -207,16 +219,6 @@ class Model:
     def end_of_text(self) -> int:
         """The token that ends a text; -1 if there is none."""
         return int(llama_cpp.llama_vocab_eos(self._vocab))
-
-    @cached_property
-    def _template(self) -> str:
-        own = llama_cpp.llama_model_chat_template(self.pointer, None)
-        return own.decode("utf-8", errors="replace") if own else _PLAIN_TEMPLATE
-
-    @cached_property
-    def _ends(self) -> dict[str, str]:
-        eos, bos = llama_cpp.llama_vocab_eos(self._vocab), llama_cpp.llama_vocab_bos(self._vocab)
-        return {"eos_token": self._special_text(eos), "bos_token": self._special_text(bos)}
 
     def _special_text(self, token: int) -> str:
         return "" if token < 0 else self.piece(token, True).decode("utf-8", errors="replace")

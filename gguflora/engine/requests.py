@@ -291,12 +291,14 @@ class Ending:
         usage: its token counts.
         timings: its durations.
         error: the error, if the reason is "error".
+        stop_text: the stop text, if one ended it.
     """
 
     reason: FinishReason
     usage: Usage
     timings: Timings
     error: EngineError | None = None
+    stop_text: str | None = None
 
 
 class Generation:
@@ -367,6 +369,11 @@ class Generation:
     def error(self) -> EngineError | None:
         """The error, if the request ended with "error"."""
         return None if self._ending is None else self._ending.error
+
+    @property
+    def stop_text(self) -> str | None:
+        """The stop text that ended the answer; None before the end, or if none did."""
+        return None if self._ending is None else self._ending.stop_text
 
     @property
     def usage(self) -> Usage:

@@ -28,6 +28,23 @@ class ContextStats:
 
 
 @dataclass(frozen=True, slots=True)
+class SlotStats:
+    """One slot, in which a request is computed.
+
+    Attributes:
+        id: number of the slot.
+        adapters: the adapter set of what it holds; None if it has not been used.
+        tokens: number of tokens that it holds, for the request or for later ones.
+        busy: whether a request is using it.
+    """
+
+    id: int
+    adapters: AdapterSet | None
+    tokens: int
+    busy: bool
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Statistics of an engine since its start.
 
@@ -45,6 +62,7 @@ class EngineStats:
         adapters: number of loaded adapters.
         mixed_steps: number of batches of several adapter sets.
         single_steps: number of batches of one adapter set.
+        slots: the slots of the context.
     """
 
     contexts: tuple[ContextStats, ...]
@@ -60,6 +78,7 @@ class EngineStats:
     adapters: int
     mixed_steps: int = 0
     single_steps: int = 0
+    slots: tuple[SlotStats, ...] = ()
 
 
 def collect_stats(scheduler: Scheduler, n_adapters: int) -> EngineStats:
@@ -86,4 +105,5 @@ def collect_stats(scheduler: Scheduler, n_adapters: int) -> EngineStats:
         adapters=n_adapters,
         mixed_steps=scheduler.steps["mixed"],
         single_steps=scheduler.steps["single"],
+        slots=tuple(SlotStats(slot.id, slot.names, len(slot.held), slot.busy) for slot in context.slots),
     )

@@ -8,12 +8,13 @@ from typing import Any, Final
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from gguflora.engine import Engine
 from gguflora.errors import GgufloraError
-from gguflora.server import adapters, completions
+from gguflora.server import adapters, anthropic, completions, embeddings, native, responses
 from gguflora.server.adapter_stats import AdapterStats
 from gguflora.server.errors import handle_exception
 from gguflora.server.metrics import CONTENT_TYPE, Metrics, RequestTimer
@@ -30,6 +31,7 @@ _FILES: Final = {
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 router = APIRouter()
+_MODULES: Final = (completions, adapters, embeddings, native, anthropic, responses)
 
 
 def create_app(engine: Engine, base: Path, settings: Settings | None = None) -> FastAPI:
@@ -45,8 +47,9 @@ def create_app(engine: Engine, base: Path, settings: Settings | None = None) -> 
     metrics = Metrics(engine)
     app = FastAPI(title="gguflora", docs_url=None, redoc_url=None, strict_content_type=False)  # curl -d sends a form
     app.state.service = Service(engine, base, settings, metrics, AdapterStats(base), ModelNames(engine, settings))
-    for part in (router, completions.router, adapters.router):
+    for part in (router, *(module.router for module in _MODULES)):
         app.include_router(part)
+        _add_short_paths(app, part)
     for path, (name, kind) in _FILES.items():
         app.add_api_route(path, _file(_PAGE / name, kind), include_in_schema=False)
     for error in (GgufloraError, HTTPException, RequestValidationError):
@@ -56,6 +59,14 @@ def create_app(engine: Engine, base: Path, settings: Settings | None = None) -> 
     if settings.cors:  # it must be the outermost: preflight requests carry no key
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"])
     return app
+
+
+def _add_short_paths(app: FastAPI, part: APIRouter) -> None:
+    """Offer every endpoint under /v1 without it, too, as llama-server does."""
+    for route in part.routes:
+        if isinstance(route, APIRoute) and route.path.startswith("/v1/"):
+            path = route.path.removeprefix("/v1")
+            app.add_api_route(path, route.endpoint, methods=list(route.methods or ()), include_in_schema=False)
 
 
 def _file(path: Path, kind: str) -> Any:  # noqa: ANN401  (FastAPI reads the endpoint's own annotation)

@@ -28,6 +28,7 @@ from gguflora.system.terminal import printable
 
 _LOG: Final = logging.getLogger(__name__)
 _RETRY_SECONDS: Final = 1
+_ANTHROPIC: Final = re.compile(r"/messages(/count_tokens)?$")
 _DIRECTORY: Final = re.compile(r"(?<![\w./])/(?:[^/\s:'\"]+/)+")
 
 
@@ -62,14 +63,21 @@ class Failure(HTTPException):
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
         return {"error": error}
 
+    def to_anthropic(self) -> dict[str, Any]:
+        """Return the error in Anthropic's format."""
+        kinds = {404: "not_found_error", 413: "request_too_large"}
+        kind = "api_error" if self.status >= 500 else kinds.get(self.status, self.kind)
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
     def to_event(self) -> bytes:
         """Return the error as a server-sent event, as OpenAI's clients expect it in the middle of a stream."""
         return f"data: {json.dumps(self.to_dict())}\n\n".encode()
 
-    def to_response(self) -> JSONResponse:
-        """Return the error as an HTTP response."""
+    def to_response(self, path: str = "") -> JSONResponse:
+        """Return the error as an HTTP response, in the format of the API that ``path`` belongs to."""
         headers = {429: {"Retry-After": str(_RETRY_SECONDS)}, 401: {"WWW-Authenticate": "Bearer"}}.get(self.status)
-        return JSONResponse(self.to_dict(), self.status, headers)
+        content = self.to_anthropic() if _ANTHROPIC.search(path) else self.to_dict()
+        return JSONResponse(content, self.status, headers)
 
 
 def without_directories(message: str, folders: Iterable[Path] = ()) -> str:
@@ -128,7 +136,7 @@ async def handle_exception(request: Request, error: Exception) -> JSONResponse:
     """Answer a request with an error, and log it if it is the server's; FastAPI calls this."""
     failure = as_failure(error, request.app.state.service.folders())
     log_fault(failure, error, f"{request.method} {request.url.path}")
-    return failure.to_response()
+    return failure.to_response(request.url.path)
 
 
 def log_fault(failure: Failure, error: Exception, request: str) -> None:

@@ -59,7 +59,7 @@ class RequestGuard:
             log_fault(failure, error, f"{scope['method']} {scope['path']}{name and f' of {name}'}")
             if response.started:
                 raise
-            await failure.to_response()(scope, receive, response.send)
+            await failure.to_response(scope["path"])(scope, receive, response.send)
 
     def _check(self, method: str, path: str, headers: Headers) -> str:
         """Return the name of the holder of the request's key."""

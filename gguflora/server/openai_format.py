@@ -250,7 +250,7 @@ def tokens_per_second(generation: Generation) -> float:
 
 
 def timings(generations: Sequence[Generation]) -> dict[str, Any]:
-    """Return llama-server's ``timings``, or nothing if a request has several answers."""
+    """Return llama-server's ``timings`` and ``stopping_word``, or nothing if a request has several answers."""
     if len(generations) != 1:
         return {}
     (generation,) = generations
@@ -266,5 +266,6 @@ def timings(generations: Sequence[Generation]) -> dict[str, Any]:
             "predicted_n": tokens.completion_tokens,
             "predicted_ms": seconds.decode * 1e3,
             "predicted_per_second": tokens_per_second(generation),
-        }
+        },
+        **({} if generation.stop_text is None else {"stopping_word": generation.stop_text}),
     }
