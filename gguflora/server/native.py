@@ -24,7 +24,7 @@ router = APIRouter()
 
 
 class NativeBody(Body):
-    """Body of POST /completion: a prompt, and llama-server's fields, most of which /v1/completions has, too."""
+    """Body of POST /completion: a prompt, and fields that llama-server shares with /v1/completions."""
 
     prompt: str | list[Any]
     n_predict: int | None = Field(None, ge=-1)
