@@ -1,6 +1,6 @@
 """Other APIs in terms of OpenAI's chat completions: a request becomes its body, and its answer becomes theirs.
 
-So whatever chat completions can do (tools, grammars, reasoning, adapters) the other APIs can do as well.
+So the other APIs can do what chat completions can do: tools, grammars, reasoning, adapters.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Ending:
 
 
 Item: TypeAlias = Part | Ending | Failure
-"""What a stream consists of; a failure is its last item."""
+"""An item of a stream; a failure is the last one."""
 
 
 def validated(kind: type[B], fields: Mapping[str, Any]) -> B:

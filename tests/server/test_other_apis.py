@@ -232,7 +232,7 @@ def test_history_with_tools_becomes_chat_completions():
 
 @pytest.mark.anyio
 async def test_tool_calls_become_their_blocks():
-    """Whatever streams as a chat completion arrives as Anthropic's and Responses' events."""
+    """What streams as a chat completion arrives as Anthropic's and Responses' events."""
     from gguflora.server import anthropic as theirs
     from gguflora.server import responses
     from gguflora.server.translation import Ending, Part
