@@ -47,6 +47,13 @@ def pipeline(
     prune: Annotated[
         bool, typer.Option("--prune", help="Remove outputs of former runs that the recipe no longer names.")
     ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace files that are in the way and that no record of the pipeline names."),
+    ] = False,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Let the recipe write outside of its own folder.")
+    ] = False,
     report: Annotated[Path | None, typer.Option(help="Directory for report.json and report.html.")] = None,
     memory: Annotated[int | None, typer.Option(min=1, help="Memory for all running jobs together, in MB.")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes and exit.")] = False,
@@ -84,6 +91,8 @@ def pipeline(
             allow_empty=allow_empty,
             resume=resume,
             prune=prune,
+            force=force,
+            allow_outside=allow_outside,
             report=report,
             memory=memory,
             watch=(lambda _: None) if as_json else _print_result,

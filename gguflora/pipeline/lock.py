@@ -18,6 +18,7 @@ from typing import Any, Final
 from gguflora.errors import GgufloraError, OutputError
 from gguflora.files import remote
 from gguflora.pipeline.locations import STATE, Location
+from gguflora.pipeline.state import check_own_folder
 
 _LOG = logging.getLogger("gguflora.pipeline")
 _LOCK: Final = "lock"
@@ -40,8 +41,7 @@ def locked(folder: Location) -> Iterator[None]:
 
 @contextmanager
 def _locked_path(folder: Path) -> Iterator[None]:
-    if (folder / STATE).is_symlink():
-        raise OutputError(f"{folder / STATE}: is a link; a pipeline writes only to a folder of its own, so remove it")
+    check_own_folder(folder)
     try:
         (folder / STATE).mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / STATE / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)

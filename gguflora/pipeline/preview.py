@@ -12,7 +12,13 @@ from gguflora.pipeline.results import Status, StepResult, compress
 
 
 def preview(
-    plan: RecipePlan, jobs: Sequence[PipelineJob], records: Records, *, stop: bool, keep_going: bool
+    plan: RecipePlan,
+    jobs: Sequence[PipelineJob],
+    records: Records,
+    *,
+    stop: bool,
+    keep_going: bool,
+    force: bool = False,
 ) -> list[StepResult] | None:
     """Return what would become of each job: ``kept``, ``planned`` (and why) or ``failed``.
 
@@ -22,22 +28,25 @@ def preview(
         records: what was made before.
         stop: return None as soon as a job is not kept.
         keep_going: whether jobs that do not need a failed one would go on.
+        force: whether files that no record names may be replaced.
     """
     results: list[StepResult] = []
     for job in jobs:
-        result = _preview(plan, job, records)
+        result = _preview(plan, job, records, force=force)
         if stop and result.status != "kept":
             return None
         results.append(result)
     return results
 
 
-def _preview(plan: RecipePlan, job: PipelineJob, records: Records) -> StepResult:
+def _preview(plan: RecipePlan, job: PipelineJob, records: Records, *, force: bool) -> StepResult:
     missing = [plan.missing[location] for location in job.inputs if location in plan.missing]
     if missing:
         return StepResult(job.step.name, job.out, "failed", 0.0, "", missing[0], name=job.name)
     try:
         state = records.state_of(job)
+        if state.report is None:
+            records.check_place(job, force=force)
     except (GgufloraError, OSError) as error:
         return StepResult(job.step.name, job.out, "failed", 0.0, "", input_problem(error), name=job.name)
     if state.report is None:

@@ -8,10 +8,12 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from gguflora.errors import OutputError, RemoteError
 from gguflora.files import remote
+from gguflora.files.output_rule import check_regular
 from gguflora.files.shard_names import part_names
 from gguflora.files.strict_json import strict
 from gguflora.pipeline.changes import describe_changes
@@ -127,6 +129,51 @@ class Records:
             "origin": self._keys.origin_of(job),
             "report": report,
         }
+        self._write(name, content)
+
+    def claim(self, job: PipelineJob) -> None:
+        """Note that an output is being made, so that the next run knows it for its own if this one is killed."""
+        if (claim := self._claim_of(job)) is not None:
+            os.close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666))
+
+    def disclaim(self, job: PipelineJob) -> None:
+        """Remove the note of `claim`."""
+        if (claim := self._claim_of(job)) is not None:
+            claim.unlink(missing_ok=True)
+
+    def _claim_of(self, job: PipelineJob) -> Path | None:
+        """Return the file of a claim; None in a store, whose outputs are replaced by name."""
+        claim = inside(self._folder, _record_name(job.name).replace(".json", ".claim"))
+        return claim if isinstance(claim, Path) else None
+
+    def check_place(self, job: PipelineJob, *, force: bool) -> None:
+        """Check that an output may take its place: nothing is there, or what a record names.
+
+        Raises:
+            OutputError: if a device, a FIFO or a socket is there; a link, unless the pipeline's output was there; or,
+                without ``force``, a local file that no record names.
+        """
+        is_recorded = self.read(job.name) is not None
+        if isinstance(job.out, Path) and not (job.out.is_symlink() and is_recorded):
+            check_regular(job.out)
+        claim = self._claim_of(job)
+        is_ours = force or is_recorded or claim is None or claim.is_file()
+        there = None if is_ours else self._found_at(job)
+        if there is not None:
+            raise OutputError(
+                f"{there}: exists, and no record of this pipeline names it; move it away, or let --force replace it"
+            )
+
+    def _found_at(self, job: PipelineJob) -> Path | None:
+        """Return what is at the place of a local output; None if it is free."""
+        if isinstance(job.out, str):
+            return None
+        if job.out.is_dir() and not job.out.is_symlink():
+            return next(job.out.iterdir(), None)
+        parts = [job.out.with_name(name) for name in part_names(job.out.name)]
+        return next((path for path in parts if os.path.lexists(path)), None)
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
         write_json(inside(self._folder, _record_name(name)), content)
         self._packed[_record_name(name)] = zlib.compress(json.dumps(strict(content)).encode(), 1)
 

@@ -25,7 +25,7 @@ from gguflora.pipeline.records import Records
 from gguflora.pipeline.results import PipelineInterrupted, PipelineReport, StepResult, warnings_of
 from gguflora.pipeline.runner import Runner
 from gguflora.pipeline.selection import select_jobs
-from gguflora.pipeline.state import inside, write_json
+from gguflora.pipeline.state import check_own_folder, inside, write_json
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -44,6 +44,8 @@ def run_pipeline(
     allow_empty: bool = False,
     resume: bool = True,
     prune: bool = False,
+    force: bool = False,
+    allow_outside: bool = False,
     report: str | os.PathLike[str] | None = None,
     memory: int | None = None,
     watch: Callable[[StepResult], None] = lambda _: None,
@@ -65,13 +67,16 @@ def run_pipeline(
         allow_empty: let globs match nothing, and steps have no jobs.
         resume: keep outputs that are up to date; False makes all of them again.
         prune: remove outputs that former runs of this recipe made and that it no longer names.
+        force: replace files that no record of the pipeline names; they may be the user's own.
+        allow_outside: let the recipe's output folder lie outside of the recipe's own folder.
         report: folder for ``report.json`` and ``report.html``.
         memory: memory in MB that running jobs may claim together (the ``memory`` of their steps); by default what is
             available when a job could start, or the workers' memory.
         watch: called with the result of each job as it ends.
 
     Raises:
-        RecipeError: if the recipe is invalid; nothing has run then.
+        RecipeError: if the recipe is invalid, or writes outside of its folder without ``allow_outside``; then nothing
+            has run.
         OutputError: if another run is using the output folder, the disk has too little space for the outputs, or the
             report cannot be written.
         ClusterError: if the scheduler cannot be reached, or its workers cannot run the jobs.
@@ -84,6 +89,9 @@ def run_pipeline(
         _check_report(Path(report))
     file = read_recipe(Path(recipe), var)
     plan = plan_jobs(file, keep_going=keep_going, allow_empty=allow_empty)
+    check_own_folder(plan.folder)
+    if not allow_outside:
+        _check_inside(file, plan.folder)
     needs = _dependencies(file, plan)
     chosen = select_jobs(plan, targets, needs, file.root)
     graph = {job.out: needs[job.out] for job in chosen}
@@ -91,12 +99,16 @@ def run_pipeline(
     records = Records(plan.folder, name, keys)
     orphans = find_orphans(plan, records)
     is_interrupted, pruned = False, []
-    results = preview(plan, chosen, records, stop=not dry_run, keep_going=keep_going) if dry_run or resume else None
+    results = (
+        preview(plan, chosen, records, stop=not dry_run, keep_going=keep_going, force=force)
+        if dry_run or resume
+        else None
+    )
     if results is None or (prune and orphans and not dry_run):
         with locked(plan.folder):
             records = Records(plan.folder, name, keys)
             backend = _open_backend(plan.folder, scheduler, jobs, memory, graph)
-            runner = Runner(plan, graph, keys, records, backend, watch)
+            runner = Runner(plan, graph, keys, records, backend, watch, force=force)
             results = runner.run(keep_going=keep_going, resume=resume)
             is_interrupted = runner.is_interrupted
             if prune and not is_interrupted:
@@ -122,6 +134,19 @@ def run_pipeline(
     if is_interrupted:
         raise PipelineInterrupted(done)
     return done
+
+
+def _check_inside(file: RecipeFile, folder: Location) -> None:
+    """Check that a recipe, which may come from elsewhere, writes beside itself, or to a store that it names.
+
+    Raises:
+        RecipeError: if its output folder is another local folder.
+    """
+    if isinstance(folder, Path) and not folder.is_relative_to(file.root.resolve()):
+        raise file.error(
+            ("output",),
+            f"{folder} is outside of the recipe's own folder; run it with --allow-outside if it may write there",
+        )
 
 
 def _recipe_name(file: RecipeFile, folder: Location) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from gguflora.errors import GgufloraError, OutputError
-from gguflora.files.output_rule import check_regular
 from gguflora.pipeline.checks import failed_checks
 from gguflora.pipeline.job import PipelineJob, RecipePlan
 from gguflora.pipeline.keys import Keys
@@ -40,6 +39,7 @@ class Runner:
         records: what was made before.
         backend: runs single jobs.
         watch: called with each result.
+        force: replace outputs that no record names.
 
     Attributes:
         is_interrupted: whether Ctrl+C or SIGTERM stopped it.
@@ -53,10 +53,13 @@ class Runner:
         records: Records,
         backend: JobBackend,
         watch: Callable[[StepResult], None],
+        *,
+        force: bool = False,
     ) -> None:
         self._plan, self._dependencies = plan, graph
         self._jobs = {job.out: job for job in plan.jobs if job.out in graph}
         self._keys, self._records, self._backend, self._watch = keys, records, backend, watch
+        self._force = force
         self._why: dict[Location, str] = {}
         self._results: dict[Location, StepResult] = {}
         self._has_failed = self.is_interrupted = False
@@ -142,7 +145,7 @@ class Runner:
             if state.report is not None and resume:
                 return judged(job, state.report, self._records)
             self._why[job.out] = state.why or "all outputs are made again"
-            self._check_place(job)
+            self._records.check_place(job, force=self._force)
             return self._settle_put_aside(job) if resume else None
         except (GgufloraError, OSError) as error:
             return self._result(job, "failed", error=input_problem(error))
@@ -162,15 +165,6 @@ class Runner:
         self._records.forget(aside_name(job.name))
         return self._result(job, "done", report=report)
 
-    def _check_place(self, job: PipelineJob) -> None:
-        """Check that an output may take its place. A link there is replaced only if the pipeline's output was there.
-
-        Raises:
-            OutputError: if a device, a FIFO, a socket or a link is there.
-        """
-        if isinstance(job.out, Path) and not (job.out.is_symlink() and self._records.read(job.name)):
-            check_regular(job.out)
-
     def _run_job(self, job: PipelineJob) -> StepResult:
         try:
             return self._make(job)
@@ -184,7 +178,10 @@ class Runner:
         _LOG.info("%s: making %s", job.step.name, job.out)
         self._records.forget_stamps(job.name)
         request = self._request(job)
+        self._records.claim(job)
         answer = self._backend.run(request)
+        if "report" not in answer:
+            self._records.disclaim(job)  # what comes to its place after this is not the pipeline's
         for part in request.get("parts", ()):
             discard(to_location(part))
         seconds = time.perf_counter() - started
@@ -192,6 +189,7 @@ class Runner:
             return self._result(job, "failed", seconds=seconds, error=answer["error"])
         report, failed = answer["report"], answer.get("failed", [])
         self._records.remember(job, report, is_aside=bool(failed))
+        self._records.disclaim(job)
         if failed:
             error = _failure(failed, answer["aside"], job)
             return self._result(job, "failed", seconds=seconds, report=report, error=error)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+from gguflora.errors import OutputError
 from gguflora.files import remote
 from gguflora.files.atomic import atomic_output
 from gguflora.files.strict_json import strict
@@ -21,6 +23,27 @@ DRAFTS: Final = "drafts"
 def inside(folder: Location, name: str) -> Location:
     """Return the location of a file in a pipeline's own folder, which is in its output folder."""
     return folder / STATE / name if isinstance(folder, Path) else remote.join(folder, f"{STATE}/{name}")
+
+
+def check_own_folder(folder: Location) -> None:
+    """Check that a pipeline's own folder, which may have come with a copied or cloned output folder, has no links.
+
+    Writing through one would replace, and removing drafts would remove, files of the user.
+
+    Raises:
+        OutputError: if it is a link, or holds one.
+    """
+    if isinstance(folder, str):
+        return
+    own = folder / STATE
+    found = own if own.is_symlink() else None
+    for root, folders, files in os.walk(own):
+        links = [Path(root, name) for name in (*folders, *files) if Path(root, name).is_symlink()]
+        found = found or next(iter(links), None)
+        if Path(root) == own and DRAFTS in folders and not (own / DRAFTS).is_symlink():
+            folders.remove(DRAFTS)  # removed without following links
+    if found is not None:
+        raise OutputError(f"{found}: is a link; a pipeline writes only to a folder of its own, so remove it")
 
 
 def discard(location: Location) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from gguflora.errors import TrainingError
 from gguflora.files.atomic import atomic_output
+from gguflora.files.output_rule import check_regular
 
 STATE: Final = "state.safetensors"
 _META: Final = "gguflora.training"
@@ -76,6 +77,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     tensors = {f"{part}/{name}": value.contiguous() for part, group in parts.items() for name, value in group.items()}
     meta = {"settings": checkpoint.settings, "progress": asdict(checkpoint.progress)}
     content = save(tensors, {_META: json.dumps(meta)})
+    check_regular(folder)
     folder.mkdir(exist_ok=True)
     with atomic_output(folder / STATE) as file:
         file.write(content)

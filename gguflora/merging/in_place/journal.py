@@ -17,6 +17,7 @@ import numpy as np
 
 from gguflora.errors import OutputError
 from gguflora.files.atomic import sync_folder
+from gguflora.files.output_rule import check_regular
 from gguflora.files.sidecars import journal_path, undo_path
 from gguflora.merging.patch.chain import Chain, read, write
 from gguflora.merging.patch.format import MAX_LENGTH
@@ -101,6 +102,7 @@ class Journal:
         first = next(chunks, None)
         if first is None:
             return
+        check_regular(self._path)
         handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             os.posix_fallocate(handle, 0, CHUNK_BYTES + 2 * MAX_LENGTH)  # fail now if the disk is full, not midway
@@ -123,6 +125,7 @@ class Journal:
 
     def read_saved(self) -> dict[int, Bytes]:
         """Return the saved bytes of the chunk that was being changed, by offset; none if no change had begun."""
+        check_regular(self._path)
         try:
             handle = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:

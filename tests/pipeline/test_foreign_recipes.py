@@ -1,0 +1,144 @@
+"""Recipes and output folders that came from elsewhere replace no file of the user, and follow no link."""
+
+import shutil
+
+import pytest
+
+import gguflora
+from gguflora.diagnostics import demo
+from gguflora.errors import OutputError, RecipeError
+from support.cli import run
+from support.recipes import outputs, statuses
+
+RECIPE = """
+output = "{output}"
+
+[sources]
+adapter = "adapter"
+
+[[steps]]
+name = "convert"
+action = "convert"
+adapter = "adapter"
+base = "base.gguf"
+out = "{out}"
+"""
+
+
+@pytest.fixture
+def cloned(tmp_path):
+    """A cloned folder in a home with files of the user."""
+    folder = tmp_path / "home" / "cloned"
+    folder.mkdir(parents=True)
+    shutil.copytree(demo.HERE / "shout", folder / "adapter")
+    shutil.copy(demo.BASE, folder / "base.gguf")
+    for name in (".bashrc", "notes.gguf"):
+        (tmp_path / "home" / name).write_text("the user's own")
+    return folder
+
+
+def recipe(folder, output="out", out="lora.gguf"):
+    text = RECIPE.format(output=output, out=out).replace('[sources]\nadapter = "adapter"\n', "")
+    (folder / "recipe.toml").write_text(text)
+    return folder / "recipe.toml"
+
+
+def own_files(folder):
+    return [(folder.parent / name).read_text() for name in (".bashrc", "notes.gguf")]
+
+
+@pytest.mark.parametrize("output", ["..", "../elsewhere", "{root}", "link"])
+@pytest.mark.parametrize("out", [".bashrc", "notes.gguf", "new.gguf"])
+def test_an_output_folder_elsewhere_needs_an_option(cloned, output, out):
+    (cloned / "link").symlink_to(cloned.parent)
+    file = recipe(cloned, output.format(root=cloned.parent), out)
+    for dry_run in (True, False):
+        with pytest.raises(RecipeError, match="--allow-outside"):
+            gguflora.run_pipeline(file, dry_run=dry_run)
+    assert own_files(cloned) == ["the user's own"] * 2
+    assert not (cloned.parent / ".gguflora").exists()
+    report = gguflora.run_pipeline(file, allow_outside=True)
+    free = output == "../elsewhere" or out == "new.gguf"
+    assert statuses(report) == (["done"] if free else ["failed"])
+    assert own_files(cloned) == ["the user's own"] * 2
+
+
+def test_only_files_of_its_own_are_replaced(cloned):
+    file = recipe(cloned)
+    (cloned / "out").mkdir()
+    (cloned / "out" / "lora.gguf").write_text("mine")
+    for options in ({}, {"resume": False}, {"dry_run": True}):
+        report = gguflora.run_pipeline(file, **options)
+        assert statuses(report) == ["failed"]
+        assert "no record of this pipeline names it" in report.results[0].error
+        assert (cloned / "out" / "lora.gguf").read_text() == "mine"
+    assert statuses(gguflora.run_pipeline(file, force=True)) == ["done"]
+    assert statuses(gguflora.run_pipeline(file)) == ["kept"]
+    assert statuses(gguflora.run_pipeline(file, resume=False)) == ["done"]  # its own by now
+
+
+def test_folders_and_parts_in_the_way(cloned):
+    file = recipe(cloned, out="lora")
+    (cloned / "out" / "lora").mkdir(parents=True)
+    (cloned / "out" / "lora" / "diary").write_text("mine")
+    assert statuses(gguflora.run_pipeline(file)) == ["failed"]
+    assert outputs(cloned / "out") == {"lora/diary"}
+
+
+def test_a_failed_job_leaves_no_claim(cloned):
+    file = recipe(cloned)
+    content = (cloned / "adapter" / "adapter_model.safetensors").read_bytes()
+    (cloned / "adapter" / "adapter_model.safetensors").write_bytes(content[:100])
+    assert statuses(gguflora.run_pipeline(file)) == ["failed"]
+    (cloned / "adapter" / "adapter_model.safetensors").write_bytes(content)
+    (cloned / "out" / "lora.gguf").write_text("mine")
+    assert statuses(gguflora.run_pipeline(file)) == ["failed"]
+    assert (cloned / "out" / "lora.gguf").read_text() == "mine"
+
+
+LINKS = {
+    ".gguflora": "victims",
+    ".gguflora/lock": "victims/a.part",
+    ".gguflora/hashes.json": "victims/a.part",
+    ".gguflora/failed": "victims",
+    ".gguflora/x.part": "victims/a.part",
+    ".gguflora/0123.json": "victims/a.part",
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("options", [{}, {"force": True}, {"resume": False}, {"prune": True}, {"dry_run": True}])
+def test_links_in_a_cloned_output_folder(cloned, name, options):
+    file = recipe(cloned)
+    victims = cloned.parent / "victims"
+    victims.mkdir()
+    for victim in ("a.part", "lock", "hashes.json"):
+        (victims / victim).write_text("mine")
+    link = cloned / "out" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(cloned.parent / LINKS[name])
+    with pytest.raises(OutputError, match="is a link"):
+        gguflora.run_pipeline(file, **options)
+    assert sorted(path.name for path in victims.iterdir()) == ["a.part", "hashes.json", "lock"]
+    assert {path.read_text() for path in victims.iterdir()} == {"mine"}
+
+
+def test_an_output_that_is_a_link(cloned):
+    file = recipe(cloned)
+    (cloned / "out").mkdir()
+    (cloned / "out" / "lora.gguf").symlink_to(cloned.parent / "notes.gguf")
+    assert statuses(gguflora.run_pipeline(file, force=True)) == ["failed"]
+    (cloned / "out" / "lora.gguf").unlink()
+    (cloned / "out" / "sub").symlink_to(cloned.parent)
+    with pytest.raises(RecipeError, match="not in the output folder"):
+        gguflora.run_pipeline(recipe(cloned, out="sub/notes.gguf"), force=True)
+    assert own_files(cloned) == ["the user's own"] * 2
+
+
+def test_options_of_the_command(cloned):
+    file = recipe(cloned, "..", "notes.gguf")
+    assert run("pipeline", file).returncode == 1
+    assert run("pipeline", file, "--allow-outside").returncode == 1
+    assert own_files(cloned) == ["the user's own"] * 2
+    assert run("pipeline", file, "--allow-outside", "--force").returncode == 0
+    assert (cloned.parent / "notes.gguf").read_bytes()[:4] == b"GGUF"
