@@ -1,7 +1,8 @@
 """Read adapters of mlx-lm: ``adapters.safetensors``, and an ``adapter_config.json`` with ``lora_parameters``.
 
 Older versions write ``adapters.npz``. unsloth-mlx adds PEFT's fields (``peft_type``, ``r``, ``lora_alpha``). mlx-vlm
-calls the factors ``A`` and ``B``; its configuration has ``rank`` and ``alpha``, which is the scale itself.
+calls the factors ``A`` and ``B``; its configuration has ``rank`` and ``alpha``, which is the scale itself (source:
+``LoRaLayer`` in its mlx_vlm/trainer/lora.py; later versions write ``lora_parameters`` as mlx-lm does).
 
 A linear layer has ``lora_a`` (n_in, r) and ``lora_b`` (r, n_out): ``W' = W + scale * (lora_a lora_b)^T``, where the
 scale is not divided by the rank. An embedding has ``lora_a`` (rows, r) and ``lora_b`` (r, width): ``W' = W + scale *

@@ -35,8 +35,14 @@ _RENAMED: Final = {
 }
 """Last parts of names in transformers that differ from those in the name map."""
 
+CLASSIFIER: Final = "cls.output"
+"""The tensor that holds a classification head, without ``.weight`` or ``.bias``."""
+
 _PREFIXES: Final = ("", "model.", "transformer.", "gpt_neox.", "backbone.")
 _SUFFIXES: Final = (".weight", ".bias")
+_HEADS: Final = {"score", "classifier"}
+"""Modules that turn the pooled hidden state into labels."""
+
 _IN_LAYER: Final = re.compile(r"(?:.*\.)?(?:layers|layer|h|block|blk)\.(\d+)\.(.+)")
 
 _UNPERMUTED: Final = re.compile(
@@ -101,6 +107,9 @@ def tensor_of(base: BaseModel, path: str) -> str | None:
     """
     if path.endswith("A_log"):  # stored as -exp(A_log)
         return None
+    _, module, kind = layer_and_module(path)
+    if module in _HEADS and f"{CLASSIFIER}{kind}" in base.shapes:
+        return f"{CLASSIFIER}{kind}"
     names = _tensor_names(base.architecture, base.n_layers)
     # names in models without a head (AutoModel) lack the first part, such as "model."
     bare = [path.removeprefix(prefix) for prefix in _PREFIXES if path.startswith(prefix)]
@@ -109,6 +118,11 @@ def tensor_of(base: BaseModel, path: str) -> str | None:
         if name and (name.endswith(_SUFFIXES) or name in base.shapes):
             return name
     return None
+
+
+def is_classifier(weight: str) -> bool:
+    """Whether a weight belongs to a classification head, by its name."""
+    return layer_and_module(canonical(weight))[1].rpartition(".")[2] in _HEADS
 
 
 def nearest_names(base: BaseModel, weight: str) -> list[str]:

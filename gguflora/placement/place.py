@@ -33,7 +33,7 @@ from gguflora.architectures.mapping import (
     slices_of,
 )
 from gguflora.architectures.modules import linear_modules
-from gguflora.architectures.names import is_foreign, nearest_names
+from gguflora.architectures.names import CLASSIFIER, is_classifier, is_foreign, nearest_names
 from gguflora.architectures.unruled import doubt_about
 from gguflora.errors import ArchitectureError, MismatchError, listed
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
@@ -206,6 +206,12 @@ def _unknown_error(adapter: Adapter, base: BaseModel, unknown: Sequence[str], n_
             f"{len(foreign)} belong to another part of a multimodal model, which this file does not hold: take "
             "the language part with --text-only (text_only=True). llama.cpp computes the other part without adapters; "
             "gguflora merge MMPROJ.gguf --lora ... merges it into the model's mmproj file"
+        )
+    elif heads := [weight for weight in unknown if is_classifier(weight)]:
+        hint = (
+            f"{listed(heads, 2)} is a classification head, and the file holds none ({CLASSIFIER}). llama.cpp computes "
+            "one for models of the BERT family, and where a qwen3 or llama-embed file holds one; take the head out of "
+            "the adapter to use the rest"
         )
     elif nearest:
         hint = "; ".join(f"nearest to {weight} is {' or '.join(near)}" for weight, near in nearest.items())

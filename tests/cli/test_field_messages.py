@@ -110,7 +110,11 @@ def test_q4_k_falls_back_as_llama_quantize(adapter, tmp_path):
     assert "multiple of 256" in result.stderr
 
 
-@pytest.mark.parametrize(("number", "named"), [(139, "IQ4_K of ik_llama.cpp"), (31, "Q4_0_4_4 of llama.cpp of 2024")])
+@pytest.mark.parametrize(("number", "named"), [
+        (139, "IQ4_K of ik_llama.cpp"), (97, "Q8_0_X4 of ik_llama.cpp"), (339, "IQ4_K_R4 of ik_llama.cpp"),
+        (31, "Q4_0_4_4 of llama.cpp of 2024"), (36, "I2_S of bitnet.cpp and ik_llama.cpp, or IQ4_NL_4_4"),
+    ],
+)  # fmt: skip
 def test_types_of_other_programs_convert_and_are_named_by_a_merge(adapter, tmp_path, number, named):
     sound = builders.gguf_model("llama")
     entry = b"blk.0.attn_v.weight" + (2).to_bytes(4, "little") + (96).to_bytes(8, "little") + (64).to_bytes(8, "little")

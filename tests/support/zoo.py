@@ -55,6 +55,7 @@ NEMOTRON_H = {
 }  # fmt: skip
 INDEXER = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4, "num_nextn_predict_layers": 0}
 M_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
+LABELS = {"id2label": {0: "good", 1: "bad", 2: "odd"}, "label2id": {"good": 0, "bad": 1, "odd": 2}}
 GPT = {"vocab_size": builders.VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, **TOKENS}
 
 
@@ -224,6 +225,24 @@ OTHERS = {
         {**DECODER, "num_key_value_heads": 4, "type_vocab_size": 2, "pad_token_id": 1},
         auto=hf.RobertaModel,
         without=("pooler.dense",),
+    ),
+    "bert_labels": Made(
+        hf.BertConfig, {**DECODER, **LABELS, "num_key_value_heads": 4, "type_vocab_size": 2},
+        auto=hf.BertForSequenceClassification, without=("pooler.dense",),
+    ),
+    "roberta_labels": Made(
+        hf.RobertaConfig, {**DECODER, **LABELS, "num_key_value_heads": 4, "type_vocab_size": 2, "pad_token_id": 1},
+        auto=hf.RobertaForSequenceClassification,
+    ),
+    "distilbert_labels": Made(
+        hf.DistilBertConfig,
+        {"vocab_size": 288, "dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 128,
+         **TOKENS, **LABELS},
+        auto=hf.DistilBertForSequenceClassification,
+    ),
+    "modernbert_labels": Made(
+        hf.ModernBertConfig, {**DECODER, **LABELS, "num_key_value_heads": 4, "local_attention": 16},
+        auto=hf.ModernBertForSequenceClassification, for_converter=(("global_attn_every_n_layers", 3),),
     ),
     "falcon_h1": Made(
         hf.FalconH1Config,
