@@ -105,4 +105,25 @@ typedef struct {
 gfl_result gfl_round_stochastic(int isa, int type_id, const uint8_t *src, uint8_t *dst, const gfl_delta *delta,
                                 const gfl_draw *draw, double *sums);
 
+enum { GFL_DIRECTIONS = 64, GFL_KEPT = 4 };
+
+/* Calibrated rounding of a whole matrix: codes that lower tr(E H E^T) + |U^T E|_H^2 for E = W' - target, with second
+ * moments H = V^T V + diag(d) of the inputs. */
+typedef struct {
+    int64_t n_rows;
+    int64_t n_in;
+    const float *target;  /* (n_rows, n_in) */
+    const float *v;       /* (GFL_DIRECTIONS, n_in) */
+    const float *d;       /* (n_in) */
+    const float *u;       /* (n_rows, GFL_KEPT) */
+    const int32_t *order; /* of the rows; each sees the moves of those before it */
+    const float *limits;  /* of each pass: only moves that are this many steps or more from their optimum */
+    int64_t n_limits;
+} gfl_search;
+
+/* dst has its scales and gets its codes. They start from those of src, rounded to nearest where scales are new or delta
+ * is 0.35 steps or more; without src from those of dst. Types with uniform or uneven levels only. */
+gfl_result gfl_search_codes(int isa, int type_id, const uint8_t *src, uint8_t *dst, const gfl_search *search,
+                            int64_t *n_moves);
+
 #endif

@@ -19,6 +19,7 @@
 #include "dither.h"
 #include "codebook_codecs.h"
 #include "dither_codebook.h"
+#include "search_codes.h"
 #include "sketch.h"
 #include "table.h"
 
@@ -40,6 +41,7 @@ const gfl_table GFL_TABLE = {
     .four_dots = four_dots,
     .measure_codebook = measure_codebook,
     .dither_codebook = dither_codebook,
+    .search_row = search_row,
     .block_codecs = block_codecs,
     .codebook_codecs = codebook_codecs,
     /* clang-format off */

@@ -76,6 +76,26 @@ typedef struct {
     int n;
 } gfl_chunk;
 
+/* Calibrated rounding (search_codes.h): DIRECTIONS of the inputs, and KEPT directions of the outputs. */
+enum { DIRECTIONS = 64, KEPT = 4 };
+
+typedef struct {
+    const gfl_block_codec *codec;
+    const float *v, *columns; /* (DIRECTIONS, n_in), and (n_in, DIRECTIONS) */
+    const float *d, *inverse; /* (n_in): d, and 1 / (sum of v^2 + d) */
+    float *p, *q;             /* U^T E V (KEPT, DIRECTIONS), U^T E (KEPT, n_in) */
+    int64_t n_in;
+    float least_step; /* distance of the nearest levels */
+} gfl_search_state;
+
+typedef struct {
+    int8_t *codes;       /* (n_in) */
+    const float *s, *o;  /* by group */
+    const float *target; /* (n_in) */
+    const float *u;      /* (KEPT) */
+    float *ev;           /* (DIRECTIONS): e V */
+} gfl_search_row;
+
 /* The bits of infinity; those of a NaN are above them. */
 #define GFL_INFINITE 0x7f800000u
 
@@ -103,6 +123,8 @@ typedef struct {
                              const float *rest, const float *delta, int first, int step);
     void (*dither_codebook)(const gfl_codebook_codec *codec, uint8_t *block, const float *rest, uint64_t row_key,
                             int64_t column);
+    /* One pass of search_codes.h over a row; returns the moves made. */
+    int64_t (*search_row)(const gfl_search_state *state, const gfl_search_row *row, float limit);
     gfl_pair types[GFL_N_TYPES];
     const gfl_block_codec *block_codecs;
     const gfl_codebook_codec *codebook_codecs;

@@ -26,6 +26,7 @@ from gguflora.cli.options import (
     scaled_paths,
     tensor_types,
 )
+from gguflora.errors import listed
 from gguflora.files.output_rule import check_text_target, write_output
 from gguflora.merging.merge import MAX_SEED
 from gguflora.merging.plots import plot_report
@@ -85,6 +86,25 @@ def merge(
     pure: Pure = False,
     output_tensor_type: OutputTensorType = None,
     token_embedding_type: TokenEmbeddingType = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Run BASE over a text first, and move as few codes as the adapters need (needs llama-cpp-python).",
+        ),
+    ] = False,
+    calibration_text: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH", help="Text for half of the calibration; the rest, or all, is built in. Repeatable."
+        ),
+    ] = None,
+    save_moments: Annotated[
+        Path | None, typer.Option(help="File to write with what --calibrate measured, for later merges.")
+    ] = None,
+    moments: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Calibrate with what --save-moments wrote; BASE is not run.")
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="JSON file to write, with the share of its change that each tensor kept.")
     ] = None,
@@ -112,6 +132,8 @@ def merge(
     gguflora merge model-Q4_K_M.gguf --lora ./my-adapter --type 'blk.*.ffn_down.weight=q6_k' -o out.gguf --report r.json
 
     gguflora merge model-F16.gguf --lora ./my-adapter --quantize Q4_K_M --imatrix model.imatrix -o merged-Q4_K_M.gguf
+
+    gguflora merge model-Q4_K_M.gguf --lora ./my-adapter --calibrate --calibration-text prompts.txt -o merged.gguf
 
     gguflora merge model-Q4_K_M.gguf --lora ./my-adapter --patch my-adapter.patch
 
@@ -150,6 +172,10 @@ def merge(
             pure=pure,
             output_tensor_type=output_tensor_type,
             token_embedding_type=token_embedding_type,
+            calibrate=calibrate,
+            calibration_text=calibration_text,
+            save_moments=save_moments,
+            moments=moments,
             threads=threads,
             dry_run=dry_run,
             force=force,
@@ -187,6 +213,13 @@ def _print_merge(report: MergeReport, *, in_place: bool) -> None:
             f"the {file_kind} has {report.written / 1e6:.1f} MB, {report.written / report.size:.1%} of the model",
             markup=False,
         )
+    if report.total.retention_h is not None:
+        console.print(
+            f"calibrated: {report.total.retention_h:.1%} of the change's effect on the outputs kept", markup=False
+        )
+    if report.uncalibrated:
+        names = listed(report.uncalibrated, 3)
+        console.print(f"{len(report.uncalibrated)} tensors rounded stochastically: {names}", markup=False)
     if report.total.retention is not None:
         console.print(
             f"{report.rounding} rounding: {report.total.retention:.1%} of the change kept, "

@@ -19,6 +19,7 @@ from gguflora.files.gguf import GgufFile, part_paths
 from gguflora.files.output_checks import check_targets
 from gguflora.files.remote import remote_inputs
 from gguflora.merging.in_place import check_in_place, merge_in_place
+from gguflora.merging.moment_sources import Texts
 from gguflora.merging.patch import write_patch
 from gguflora.merging.plan import MergePlan
 from gguflora.merging.prepare import (
@@ -39,7 +40,9 @@ from gguflora.system.cpus import thread_count
 __all__ = ["MAX_SEED", "AdapterArgument", "AdapterPath", "merge", "plan_merge", "with_scales"]
 
 
-@remote_inputs(base="file", adapters="adapter", base_f16="model", imatrix="file")
+@remote_inputs(
+    base="file", adapters="adapter", base_f16="model", imatrix="file", calibration_text="file", moments="file"
+)
 def merge(
     base: str | os.PathLike[str],
     adapters: AdapterArgument,
@@ -60,6 +63,10 @@ def merge(
     pure: bool = False,
     output_tensor_type: str | None = None,
     token_embedding_type: str | None = None,
+    calibrate: bool = False,
+    calibration_text: Texts | None = None,
+    moments: str | os.PathLike[str] | None = None,
+    save_moments: str | os.PathLike[str] | None = None,
     threads: int | None = None,
     dry_run: bool = False,
     force: bool = False,
@@ -92,6 +99,13 @@ def merge(
         pure: with ``quantize``: give all tensors the preset's main type.
         output_tensor_type: with ``quantize``: type of the output weight.
         token_embedding_type: with ``quantize``: type of the token embedding.
+        calibrate: run the base with the adapters over a text first, and move single codes such that the layers'
+            outputs change as the adapters ask and as little as possible otherwise (docs/rounding.md). Needs
+            llama-cpp-python. Types of six bits and more and codebook types are rounded as without.
+        calibration_text: with ``calibrate``: texts like those that the model will read, for half of the calibration;
+            the other half is a built-in text.
+        moments: calibrate with second moments from this file, which ``save_moments`` wrote, without running the base.
+        save_moments: with ``calibrate``: write the second moments to this file.
         threads: number of threads; by default one for each core that this process may use.
         dry_run: check everything but write nothing.
         force: overwrite ``out`` or ``patch``.
@@ -119,10 +133,14 @@ def merge(
         pure,
         output_tensor_type,
         token_embedding_type,
+        calibrate,
+        calibration_text,
+        moments,
+        save_moments,
     )
     if in_place and quantize is not None:
         raise UsageError("a merge in place keeps the types of all tensors; use --out with --quantize")
-    with prepared_merge(base, adapters, options) as merging:
+    with prepared_merge(base, adapters, options, threads=used_threads, dry_run=dry_run) as merging:
         file, plan = merging.file, merging.plan
         outputs = _output_paths(file, out, patch)
         if in_place:

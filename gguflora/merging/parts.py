@@ -33,6 +33,7 @@ from gguflora.files.atomic import atomic_output, atomic_outputs
 from gguflora.files.gguf import GgufFile, Layout, ShardLayout, part_paths
 from gguflora.files.output_checks import check_target, check_targets
 from gguflora.files.remote import is_remote, redacted, remote_inputs
+from gguflora.merging.moments import hash_moments
 from gguflora.merging.part_file import MAGIC, TRAILER, MergePart, check_rows, open_part, part_errors
 from gguflora.merging.prepare import (
     AdapterArgument,
@@ -70,7 +71,9 @@ class PartReport:
         return {**asdict(self), "output": str(self.output)}
 
 
-@remote_inputs(base="file", adapters="adapter", base_f16="model", imatrix="file")
+@remote_inputs(
+    base="file", adapters="adapter", base_f16="model", imatrix="file", calibration_text="file", moments="file"
+)
 def merge_part(
     base: str | os.PathLike[str],
     adapters: AdapterArgument,
@@ -104,7 +107,7 @@ def merge_part(
     started, target = time.perf_counter(), Path(out)
     used_threads = thread_count(threads)
     chosen = MergeOptions(**options)
-    with prepared_merge(base, adapters, chosen) as merging:
+    with prepared_merge(base, adapters, chosen, threads=used_threads) as merging:
         share = shares(merging.plan.targets, count)[number - 1]
         layout = _part_layout(share)
         check_target(target, merging.inputs, force=force, size=layout.size)
@@ -137,7 +140,7 @@ def merge_part(
     return PartReport(target, tuple(each.name for each in share), written, seconds, used_threads)
 
 
-@remote_inputs(base="file", adapters="adapter", imatrix="file")
+@remote_inputs(base="file", adapters="adapter", imatrix="file", calibration_text="file", moments="file")
 def assemble(
     base: str | os.PathLike[str],
     adapters: AdapterArgument,
@@ -172,7 +175,9 @@ def assemble(
     chosen = MergeOptions(**options)
     with ExitStack() as stack:
         opened = [open_part(os.fspath(path), stack) for path in parts]
-        merging = stack.enter_context(prepared_merge(base, adapters, replace(chosen, base_f16=None)))
+        merging = stack.enter_context(
+            prepared_merge(base, adapters, replace(chosen, base_f16=None), threads=used_threads)
+        )
         layout = merging.plan.layout
         _check_parts(merging, opened, _hash_plan(merging, chosen))
         outputs = part_paths(Path(out), len(merging.file.paths))
@@ -246,6 +251,7 @@ def _hash_plan(merging: PreparedMerge, options: MergeOptions) -> str:
         digest.update(part.header)
     for name, values in sorted(rounding.imatrix.items()):
         digest.update(name.encode() + values.tobytes())
+    digest.update(hash_moments(rounding.moments))
     digest.update(repr((merging.plan.layout.copies, merging.plan.layout.offsets, rounding.merges)).encode())
     digest.update(repr(options.base_f16 is not None).encode())
     return digest.hexdigest()

@@ -272,7 +272,7 @@ def _merge_record(
         MERGED_NAMES: ("", [source.name for source, _ in sources]),
         "gguflora.merged.sha256": ("", [source.sha256 for source, _ in sources]),
         "gguflora.merged.scales": (1.0, [scale for _, scale in sources]),
-        "gguflora.merged.rounding": ("nearest", [rounding.mode] * len(sources)),
+        "gguflora.merged.rounding": ("nearest", [rounding.name] * len(sources)),
         "gguflora.merged.seeds": (0, [rounding.seed] * len(sources)),
     }
     record = {

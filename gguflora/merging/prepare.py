@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -17,16 +17,16 @@ from gguflora.architectures.base_model import describe, is_mmproj
 from gguflora.errors import AdapterError, QuantizationError, UsageError
 from gguflora.files.gguf import GgufFile
 from gguflora.merging.high_precision import UnquantizedBase
+from gguflora.merging.moment_sources import Texts, find_moments
 from gguflora.merging.output_types import OutputTypes
 from gguflora.merging.patch import Merged
 from gguflora.merging.plan import MergePlan, WholeFile, count_merges, make_plan
 from gguflora.merging.presets import TensorTypes, preset_named
 from gguflora.merging.report import MergeReport, TensorReport, warnings_of
-from gguflora.merging.rounding import Mode, RoundingOptions, Sums
+from gguflora.merging.rounding import TOTALS, Mode, RoundingOptions, Sums
 from gguflora.merging.whole_file import Importance, read_importance
 from gguflora.placement.base_weights import BaseTensors
 from gguflora.placement.language_part import language_part, other_part
-from gguflora.quants.kernels import SUMS
 
 AdapterPath = str | os.PathLike[str]
 AdapterArgument = AdapterPath | Sequence[AdapterPath | tuple[AdapterPath, float]]
@@ -50,6 +50,10 @@ class MergeOptions:
     pure: bool = False
     output_tensor_type: str | None = None
     token_embedding_type: str | None = None
+    calibrate: bool = False
+    calibration_text: Texts | None = None
+    moments: str | os.PathLike[str] | None = None
+    save_moments: str | os.PathLike[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +82,18 @@ class PreparedMerge:
         return [*self.file.paths, *(source.path for source, _ in self.sources)]
 
     @property
+    def uncalibrated(self) -> tuple[str, ...]:
+        """The changed quantized tensors that a calibrated merge rounds stochastically."""
+        changed = [t for t in self.plan.targets if t.deltas and t.type.block_weights > 1]
+        if not self.rounding.is_calibrated or not self.rounding.moments:
+            return ()
+        return tuple(target.name for target in changed if not self.rounding.may_calibrate(target))
+
+    @property
     def merged(self) -> Merged:
         """The adapters, rounding and seed, to be recorded in a patch."""
         adapters = tuple((source.name, source.sha256, scale) for source, scale in self.sources)
-        return Merged(adapters, self.rounding.mode, self.rounding.seed)
+        return Merged(adapters, self.rounding.name, self.rounding.seed)
 
     def report(self, output: Path, sums: Mapping[str, Sums], **more: Any) -> MergeReport:  # noqa: ANN401
         """Report on a merge, given the sums of each target; without sums, report on the plan."""
@@ -91,10 +103,11 @@ class PreparedMerge:
             adapters=self.merged.adapters,
             tensors=tensors,
             total=total,
-            rounding=self.rounding.mode,
+            rounding=self.rounding.name,
             seed=self.rounding.seed,
             size=self.plan.layout.size,
             warnings=(*self.plan.warnings, *warnings_of(tensors, total, self.rounding.mode)),
+            uncalibrated=self.uncalibrated,
             tokenizer=self.plan.tokenizer,
             preset=self.preset,
             **more,
@@ -103,9 +116,14 @@ class PreparedMerge:
 
 @contextmanager
 def prepared_merge(
-    base: str | os.PathLike[str], adapters: AdapterArgument, options: MergeOptions
+    base: str | os.PathLike[str],
+    adapters: AdapterArgument,
+    options: MergeOptions,
+    *,
+    threads: int = 1,
+    dry_run: bool = False,
 ) -> Iterator[PreparedMerge]:
-    """Open, check and plan a merge.
+    """Open, check and plan a merge, and get the moments of a calibrated one; a dry run does not collect them.
 
     Raises:
         GgufloraError: if something cannot be read or does not fit together.
@@ -113,6 +131,7 @@ def prepared_merge(
     types = OutputTypes.from_names(options.outtype, options.type or {})
     importance = read_importance(options.imatrix)
     whole = _whole_file(options, importance)
+    _check_calibration(options)
     with ExitStack() as opened:
         file = opened.enter_context(GgufFile(base))
         sources = [(read_adapter(path), scale) for path, scale in with_scales(adapters)]
@@ -134,6 +153,9 @@ def prepared_merge(
         if options.base_f16 is not None:
             unquantized = opened.enter_context(UnquantizedBase.open(options.base_f16, describe(file, mmproj=True)))
             unquantized.check(file, (changed.source.name for changed in plan.targets if changed.deltas))
+        if rounding.is_calibrated and (options.moments is not None or not dry_run):
+            moments, notes = find_moments(file, with_scales(adapters), plan.targets, options, threads)
+            rounding, plan = replace(rounding, moments=moments), replace(plan, warnings=(*plan.warnings, *notes))
         yield PreparedMerge(
             file, sources, rounding, plan, BaseTensors(file, unquantized), whole.preset.name if whole else None
         )
@@ -172,13 +194,31 @@ def _whole_file(options: MergeOptions, importance: Importance | None) -> WholeFi
     return WholeFile(preset_named(options.quantize, **{name: getattr(options, name) for name in names}), importance)
 
 
+def _check_calibration(options: MergeOptions) -> None:
+    """Raise ``UsageError`` if options of a calibrated merge do not go together."""
+    calibrated = options.calibrate or options.moments is not None
+    if not calibrated and (options.calibration_text or options.save_moments):
+        raise UsageError("calibration_text and save_moments need calibrate (--calibrate)")
+    if options.moments is not None and (options.calibration_text or options.save_moments):
+        raise UsageError("moments were collected already; give either them, or calibration_text and save_moments")
+    if calibrated and (options.rounding != "adaptive" or options.base_f16 is not None):
+        what = "base_f16" if options.base_f16 is not None else f"rounding {options.rounding}"
+        raise UsageError(f"a calibrated merge starts from the codes of the quantized base; leave out {what}")
+
+
 def _rounding_options(file: GgufFile, options: MergeOptions, importance: Importance | None) -> RoundingOptions:
     mode, seed = options.rounding, options.seed
     if mode not in get_args(Mode):
         raise QuantizationError(f"rounding is {mode!r}, expected one of {', '.join(get_args(Mode))}")
     if not 0 <= seed <= MAX_SEED:
         raise QuantizationError(f"the seed is {seed}, expected a number from 0 to {MAX_SEED}")
-    return RoundingOptions(mode, seed, count_merges(file), {} if importance is None else importance.weights)
+    return RoundingOptions(
+        mode,
+        seed,
+        count_merges(file),
+        {} if importance is None else importance.weights,
+        options.calibrate or options.moments is not None,
+    )
 
 
 def _tensor_reports(plan: MergePlan, sums: Mapping[str, Sums]) -> tuple[tuple[TensorReport, ...], TensorReport]:
@@ -192,5 +232,5 @@ def _tensor_reports(plan: MergePlan, sums: Mapping[str, Sums]) -> tuple[tuple[Te
         TensorReport.from_sums(target.name, target.type.name, math.prod(target.shape), sums[target.name])
         for target in changed
     )
-    total = np.sum([sums[target.name] for target in changed], axis=0) if changed else np.zeros(len(SUMS))
+    total = np.sum([sums[target.name] for target in changed], axis=0) if changed else np.zeros(len(TOTALS))
     return tuple(reports), TensorReport.from_sums("all", "", max(count, 1), total)

@@ -13,6 +13,7 @@ from gguflora.quants.kernels import SUMS
 from gguflora.quants.types import type_named
 
 TOLERANCE: Final = 0.03
+CALIBRATED_TOLERANCE: Final = 0.2
 MIN_SNR_DB: Final = -20.0
 """Below this ratio the rounding noise has a hundred times the energy of the delta. Measured on trained models: at
 -19 dB the answers of Q2_K and IQ2_S merges are still much closer to the adapter's than the base's answers are; at
@@ -35,6 +36,8 @@ class TensorReport:
         relative_change: ``|delta| / |W|``.
         snr_db: signal-to-noise ratio ``|delta|^2 / |W' - (W + delta)|^2`` in decibels.
         clipped: share of the weights outside of the range of their block's scales.
+        retention_h: the share of delta's effect on the outputs that a calibrated W' keeps, in the output directions
+            where that effect is largest; None for tensors that are not calibrated.
         retention_error: standard error of ``retention`` if weights are rounded independently.
     """
 
@@ -46,6 +49,7 @@ class TensorReport:
     snr_db: float | None = None
     clipped: float | None = None
     retention_error: float | None = None
+    retention_h: float | None = None
 
     @classmethod
     def from_sums(cls, name: str, type: str, weights: int, sums: Sums) -> TensorReport:
@@ -62,11 +66,14 @@ class TensorReport:
             snr_db=10 * math.log10(delta2 / error2) if error2 else math.inf,
             clipped=clipped / weights,
             retention_error=math.sqrt(error2 / weights / delta2),
+            retention_h=_retention_h(sums),
         )
 
     @property
     def is_off(self) -> bool:
         """Whether the retention differs from 1 by more than tolerance and chance explain."""
+        if self.retention_h is not None:
+            return abs(1 - self.retention_h) > CALIBRATED_TOLERANCE
         return self.retention is not None and abs(1 - self.retention) > TOLERANCE + 2 * (self.retention_error or 0.0)
 
     @property
@@ -93,7 +100,7 @@ class MergeReport:
         adapters: name, SHA-256 and scale of each adapter.
         tensors: measures of each changed tensor.
         total: measures of all changed tensors together.
-        rounding: ``adaptive`` (stochastic rounding) or ``nearest``.
+        rounding: ``adaptive`` (stochastic rounding), ``nearest`` or ``calibrated``.
         seed: seed of the stochastic rounding.
         size: size of the merged model in bytes.
         written: size of the written file in bytes: model, patch, or undo file; 0 in a dry run.
@@ -104,13 +111,15 @@ class MergeReport:
         tokenizer: what the adapters' tokenizers and chat templates change in the metadata, one text for each
             difference.
         preset: the preset that the whole file was quantized in, or None.
+        uncalibrated: the quantized tensors that a calibrated merge rounded stochastically, because their type is not
+            searched or the text did not use them.
     """
 
     output: Path
     adapters: tuple[tuple[str, str, float], ...]
     tensors: tuple[TensorReport, ...]
     total: TensorReport
-    rounding: Mode
+    rounding: str
     seed: int
     size: int
     written: int
@@ -120,6 +129,7 @@ class MergeReport:
     dry_run: bool
     tokenizer: tuple[str, ...] = ()
     preset: str | None = None
+    uncalibrated: tuple[str, ...] = ()
 
     @property
     def types(self) -> dict[str, int]:
@@ -150,6 +160,11 @@ class MergeReport:
             "weights": self.weights,
             "weights_per_second": self.weights_per_second,
         }
+
+
+def _retention_h(sums: Sums) -> float | None:
+    moved, wanted = (float(value) for value in sums[len(SUMS) :]) if len(sums) > len(SUMS) else (0.0, 0.0)
+    return moved / wanted if wanted else None
 
 
 def warnings_of(tensors: Sequence[TensorReport], total: TensorReport, rounding: Mode) -> list[str]:

@@ -15,12 +15,12 @@ import numpy as np
 
 from gguflora.errors import NonFiniteError
 from gguflora.files.gguf import Layout
-from gguflora.merging.rounding import RoundingOptions, RowsRounder, Sums
+from gguflora.merging.rounding import TOTALS, RoundingOptions, RowsRounder, Sums, calibrated_rows
 from gguflora.merging.sinks import Block, Progress, RowSink
 from gguflora.placement.base_weights import BaseTensors, WholeTensorDeltas
-from gguflora.placement.rows import AnyRows, split_rows
+from gguflora.placement.rows import AnyRows, LowRankRows, split_rows
 from gguflora.placement.target import ChangedTensor
-from gguflora.quants.kernels import SUMS
+from gguflora.quants.arrays import Float32Array
 
 Task = Callable[[], int]
 
@@ -63,7 +63,7 @@ class Rewriter:
         self._cancelled = threading.Event()
 
     def sums(self, target: str) -> Sums:
-        """Return the `gguflora.quants.kernels.SUMS` over all rows of a target. Call it after `write` has returned."""
+        """Return the `TOTALS` over all rows of a target. Call it after `write` has returned."""
         total: Sums = np.sum(self._totals[target], axis=0)
         return total
 
@@ -125,7 +125,12 @@ class Rewriter:
         totals = self._totals[target.name] = []
         step = max(1, BLOCK_WEIGHTS // target.source.n_in)
         for rows in split_rows(target, self._whole, self._rounding.period(target)):
-            totals.append(np.zeros(len(SUMS)))
+            totals.append(np.zeros(len(TOTALS)))
+            moments = None if self._weights.is_precise else self._rounding.moments_of(target, rows.start)
+            if moments is not None:
+                task = partial(self._calibrate, sink, target, rows, moments, totals[-1])
+                yield _RewriteJob((), [task], in_turn=isinstance(rows, AnyRows))
+                continue
             rounder = RowsRounder(self._weights, target, rows, self._rounding, self._folder, totals[-1])
             blocks = [(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
             measure = [partial(self._measure, rounder, target, *block) for block in blocks if rounder.is_stochastic]
@@ -143,6 +148,21 @@ class Rewriter:
         with self._located_errors(target, start):
             old, new = rounder.new(start, stop)
         sink.put(Block(target, start, old, new))
+        return new.nbytes
+
+    def _calibrate(
+        self,
+        sink: RowSink,
+        target: ChangedTensor,
+        rows: LowRankRows | AnyRows,
+        moments: tuple[Float32Array, Float32Array],
+        total: Sums,
+    ) -> int:
+        if self._cancelled.is_set():
+            return 0
+        with self._located_errors(target, rows.start):
+            old, new = calibrated_rows(self._weights, target, rows, self._rounding, moments, total)
+        sink.put(Block(target, rows.start, old, new))
         return new.nbytes
 
     @contextmanager

@@ -18,6 +18,7 @@ The first two steps need a pass over the rows before codes can be written.
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -30,8 +31,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.errors import NonFiniteError, QuantizationError
+from gguflora.merging.calibrated import can_calibrate, round_calibrated
 from gguflora.merging.file_io import read_into, write_at
 from gguflora.merging.imatrix import importance_of
+from gguflora.merging.moments import AllMoments, check_moments
 from gguflora.placement.base_weights import BaseTensors, read_or_zeros
 from gguflora.placement.rows import AnyRows, LowRankRows
 from gguflora.placement.target import ChangedTensor
@@ -55,12 +58,40 @@ class RoundingOptions:
         seed: seed of the random numbers.
         merges: number of adapters that were merged into the base before; a second merge must draw other numbers.
         imatrix: importance of each column by tensor name, (n_in,) or (n_experts, n_in), for the choice of scales.
+        is_calibrated: whether codes are searched where second moments are known; ``mode`` holds for all others.
+        moments: second moments of the inputs by tensor name.
     """
 
     mode: Mode = "adaptive"
     seed: int = 0
     merges: int = 0
     imatrix: Mapping[str, Float32Array] = field(default_factory=dict)
+    is_calibrated: bool = False
+    moments: AllMoments = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What records of a merge call the rounding."""
+        return "calibrated" if self.is_calibrated else self.mode
+
+    def moments_of(self, target: ChangedTensor, first_row: int) -> tuple[Float32Array, Float32Array] | None:
+        """Return the second moments (v and d) for a row of a tensor, or None if its codes are not searched.
+
+        Raises:
+            MismatchError: if the moments are for a tensor of another size.
+        """
+        if not self.may_calibrate(target):
+            return None
+        n_matrices = math.prod(target.source.shape[:-2])
+        check_moments(self.moments, target.name, n_matrices, target.source.n_in)
+        found, matrix = self.moments[target.name], min(first_row // target.shape[-2], n_matrices - 1)
+        return (found.v[matrix], found.d[matrix]) if found.counts[matrix] else None
+
+    def may_calibrate(self, target: ChangedTensor) -> bool:
+        """Whether codes of a tensor are searched, as far as its type and its name tell."""
+        same_type = target.type == target.source.type
+        known = target.name in self.moments and bool(self.moments[target.name].counts.any())
+        return known and same_type and len(target.shape) > 1 and can_calibrate(target.type)
 
     def key(self, name: str) -> int:
         """Return the 64-bit key of a tensor's random numbers."""
@@ -81,7 +112,8 @@ class RoundingOptions:
 
     def period(self, target: ChangedTensor) -> int | None:
         """Return the number of rows with the same importance (one expert), or None if all rows have the same."""
-        return target.shape[-2] if target.name in self.imatrix and len(target.shape) > 2 else None
+        by_matrix = target.name in self.imatrix or target.name in self.moments
+        return target.shape[-2] if by_matrix and len(target.shape) > 2 else None
 
 
 class RowsRounder:
@@ -140,7 +172,7 @@ class RowsRounder:
         with self._written.rows(start - offset, stop - offset) as sums:
             new = self._round(rows, start, stop, sums)
         if self._written.is_complete():
-            self._total[:] = self._written.total()
+            self._total[: len(kernels.SUMS)] = self._written.total()
             self._new_scales.close()
         return rows, new
 
@@ -223,6 +255,32 @@ class RowsRounder:
         error = ((after - (stored + delta)) ** 2).sum(axis=1)
         return np.stack([(stored**2).sum(axis=1), (delta**2).sum(axis=1), moved, error, clipped], axis=1), new
 
+
+def calibrated_rows(
+    weights: BaseTensors,
+    target: ChangedTensor,
+    rows: LowRankRows | AnyRows,
+    rounding: RoundingOptions,
+    moments: tuple[Float32Array, Float32Array],
+    total: Sums,
+) -> tuple[Bytes, Bytes]:
+    """Round rows that change together by calibration.
+
+    Returns:
+        The base's bytes of the rows, and the new bytes. ``total`` receives `TOTALS`.
+    """
+    old = read_or_zeros(weights.base, target.source, rows.start, rows.stop)
+    if isinstance(rows, AnyRows) and not rows.deltas:
+        return old, old
+    key, importance = rounding.key(target.name), rounding.importance(target, rows.start)
+    delta = _to_kernel_delta(rows.delta(rows.start, rows.stop))
+    done = round_calibrated(old, target.type, delta, *moments, key=key + rows.start, imatrix=importance)
+    total[:] = [*done.sums, done.moved, done.wanted]
+    return old, done.blocks
+
+
+TOTALS: Final = (*kernels.SUMS, "moved_h", "wanted_h")
+"""Sums of a tensor: those of the kernels, and what calibration kept in the directions that matter."""
 
 _FLOAT = type_named("F32")
 

@@ -113,6 +113,9 @@ class Merge(Step):
     pure: bool = False
     output_tensor_type: str | None = None
     token_embedding_type: str | None = None
+    calibrate: bool = False
+    calibration_text: str | list[str] | None = None
+    moments: str | None = None
     split: int | None = Field(default=None, ge=2)
     threads: int | None = Field(default=None, ge=1)
 

@@ -5,6 +5,7 @@ Every function works on the calling thread, without the GIL; csrc/README.md desc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -142,6 +143,13 @@ def merge_rows(
     return sums
 
 
+DIRECTIONS: Final[int] = lib.GFL_DIRECTIONS
+"""Directions of second moments that `search_codes` takes."""
+
+KEPT: Final[int] = lib.GFL_KEPT
+"""Output directions that `search_codes` keeps."""
+
+
 def choose_scales(
     src: Bytes,
     type: GgmlType,
@@ -241,6 +249,61 @@ def round_stochastic(
         type,
     )
     return sums
+
+
+def search_codes(
+    src: Bytes | None,
+    type: GgmlType,
+    dst: Bytes,
+    target: Float32Array,
+    v: Float32Array,
+    d: Float32Array,
+    u: Float32Array,
+    order: NDArray[np.int32],
+    limits: Sequence[float],
+    *,
+    isa: str | None = None,
+) -> int:
+    """Calibrated rounding of a whole matrix: move codes to lower ``tr(E H E^T) + |U^T E|_H^2``.
+
+    E is ``W' - target`` and H ``v.T @ v + diag(d)``. The bytes depend neither on the instruction set nor on threads.
+
+    Args:
+        src: the base's rows, whose codes are the start; None to start from those of ``dst``.
+        type: type of ``src`` and ``dst``: one with levels, not a codebook.
+        dst: (n_rows, row bytes) with the scales to write; gets its codes.
+        target: the wanted weights, (n_rows, n_in).
+        v: (DIRECTIONS, n_in).
+        d: (n_in,), not negative.
+        u: (n_rows, KEPT).
+        order: order of the rows; each sees the moves of those before it.
+        limits: for each pass, how many steps the best move of a code must exceed.
+        isa: instruction set; default is `current_isa`.
+
+    Returns:
+        The number of moves.
+
+    Raises:
+        NonFiniteError: a wanted weight is NaN or infinite.
+        QuantizationError: shapes do not fit.
+    """
+    n_rows, n_in = _rows(target, np.float32, "target")
+    for quantized in (dst,) if src is None else (src, dst):
+        _expect_rows(quantized, n_rows, type.row_bytes(n_in), "quantized rows")
+    shapes = {"v": (v, (DIRECTIONS, n_in)), "d": (d, (n_in,)), "u": (u, (n_rows, KEPT)), "order": (order, (n_rows,))}
+    for name, (array, shape) in shapes.items():
+        if array.shape != shape or not array.flags.c_contiguous:
+            raise QuantizationError(f"{name}: expected a C-contiguous array of shape {shape}, found {array.shape}")
+    if n_rows and not (order.min() >= 0 and order.max() < n_rows):
+        raise QuantizationError(f"order: expected rows from 0 to {n_rows - 1}, found {order.min()} to {order.max()}")
+    steps, rows, moves = ffi.new("float[]", list(limits)), ffi.from_buffer("int32_t[]", order), ffi.new("int64_t *")
+    search = ffi.new(
+        "gfl_search *",
+        (n_rows, n_in, _floats(target), _floats(v), _floats(d), _floats(u), rows, steps, len(limits)),
+    )
+    source = ffi.NULL if src is None else _bytes(src)
+    _raise_for(lib.gfl_search_codes(choose_isa(isa), type.id, source, _bytes_out(dst), search, moves), type)
+    return int(moves[0])
 
 
 def _raise_for(result: Any, type: GgmlType) -> None:  # noqa: ANN401  (a cffi struct)

@@ -1,0 +1,82 @@
+"""Where a calibrated merge gets its second moments: from a file, or from running the base."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol, cast
+
+from gguflora.errors import QuantizationError
+from gguflora.files.gguf import GgufFile
+from gguflora.files.output_checks import check_target
+from gguflora.merging.calibrated import can_calibrate
+from gguflora.merging.moments import AllMoments, Moments, read_moments, write_moments
+from gguflora.placement.target import ChangedTensor
+
+if TYPE_CHECKING:
+    from gguflora.merging.prepare import MergeOptions
+
+Texts = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+_COLLECTOR: Final = "gguflora.calibration.collect"
+"""The module that runs models lies above this package, which knows only the form of its function (`Collector`)."""
+
+
+class Collector(Protocol):
+    """`gguflora.calibration.collect.collect_moments`."""
+
+    def __call__(
+        self,
+        base: Path,
+        adapters: Sequence[tuple[str | os.PathLike[str], float]],
+        weights: Mapping[str, tuple[int, int]],
+        texts: Sequence[str | os.PathLike[str]],
+        threads: int,
+    ) -> tuple[dict[str, Moments], list[str]]:
+        """Run the base with its adapters and return the moments of weights, and warnings."""
+
+
+def find_moments(
+    file: GgufFile,
+    adapters: Sequence[tuple[str | os.PathLike[str], float]],
+    targets: Sequence[ChangedTensor],
+    options: MergeOptions,
+    threads: int,
+) -> tuple[AllMoments, list[str]]:
+    """Read or collect the moments of the changed tensors.
+
+    Raises:
+        QuantizationError: if no changed tensor can be calibrated.
+        GgufloraError: if moments cannot be read, collected or saved.
+    """
+    weights = {
+        target.name: (math.prod(target.source.shape[:-2]), target.source.n_in)
+        for target in targets
+        if target.deltas and len(target.shape) > 1 and target.type == target.source.type and can_calibrate(target.type)
+    }
+    if not weights:
+        raise QuantizationError(
+            f"{file.path}: no changed tensor can be calibrated: that takes matrices of a quantized type of fewer than "
+            "six bits that keep their type; merge without --calibrate"
+        )
+    if options.moments is not None:
+        found = read_moments(options.moments)
+        if not weights.keys() & found.keys():
+            raise QuantizationError(
+                f"{options.moments}: has moments of none of the {len(weights)} tensors that the adapters change; "
+                "collect them with the same adapters and base"
+            )
+        return found, []
+    saved = None if options.save_moments is None else Path(options.save_moments)
+    if saved is not None:
+        check_target(saved, file.paths, force=True, size=0)
+    texts = options.calibration_text or ()
+    texts = [texts] if isinstance(texts, str | os.PathLike) else list(texts)
+    collect = cast("Collector", import_module(_COLLECTOR).collect_moments)
+    collected, warnings = collect(file.path, adapters, weights, texts, threads)
+    if saved is not None:
+        write_moments(saved, collected, force=True)
+    return collected, warnings

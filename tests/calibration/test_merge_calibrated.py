@@ -1,0 +1,266 @@
+"""Calibrated merges: moments against torch, the search against its objective in numpy, and ways in and out."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import gguflora
+from gguflora.calibration.collect import _nystroem, _omega
+from gguflora.errors import FormatError, GgufloraError, MismatchError, QuantizationError, UsageError
+from gguflora.merging.calibrated import round_calibrated
+from gguflora.merging.moments import RANK, read_moments
+from gguflora.quants import kernels
+from gguflora.quants._lib import isa_names
+from gguflora.quants.types import type_named
+from support import builders, zoo
+from support.cli import run
+
+pytestmark = pytest.mark.llama
+ADAPTER = builders.Adapter(seed=1, alpha=0.25)
+SEARCHED = (
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "IQ4_NL",
+    "IQ4_XS",
+    "MXFP4",
+    "NVFP4",
+    "TQ2_0",
+)
+TEXT = "the cat and the other animals are in the garden under another tree, thinner than ever. " * 12
+
+
+def problem(kind, n_rows=48, n_in=512, strength=0.05, seed=0):
+    """A quantized matrix, a weak delta, and moments with a few strong directions."""
+    random = np.random.default_rng(seed)
+    weights = random.standard_normal((n_rows, n_in), np.float32) * 0.1
+    rows = np.empty((n_rows, kind.row_bytes(n_in)), np.uint8)
+    kernels.quantize_rows(weights, kind, rows)
+    a = random.standard_normal((8, n_in)).astype(np.float32)
+    b = (random.standard_normal((n_rows, 8)) * [1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.01]).astype(np.float32)
+    b *= np.float32(strength * 0.1 / np.sqrt(((b @ a) ** 2).mean()))
+    v = (random.standard_normal((RANK, n_in)) * np.geomspace(3, 0.1, RANK)[:, None]).astype(np.float32)
+    return rows, kernels.Product(a, b), v, random.uniform(0.1, 1, n_in).astype(np.float32)
+
+
+def values(rows, kind):
+    out = np.empty((len(rows), rows.shape[1] // kind.block_bytes * kind.block_weights), np.float32)
+    kernels.dequantize_rows(rows, kind, out)
+    return out.astype(np.float64)
+
+
+def stochastic(rows, kind, delta):
+    new = np.empty_like(rows)
+    kernels.choose_scales(rows, kind, new, delta)
+    kernels.round_stochastic(rows, kind, new, delta, gain=1.0, key=1, first_row=0)
+    return new
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_less_output_error_than_stochastic_rounding_and_the_change_is_kept(name):
+    kind = type_named(name)
+    rows, delta, v, d = problem(kind)
+    done = round_calibrated(rows, kind, delta, v, d, key=3)
+    base, wanted = values(rows, kind), delta.b.astype(np.float64) @ delta.a
+
+    def energy(error):  # tr(E H E^T)
+        return ((error @ v.T) ** 2).sum() + (error**2 * d).sum()
+
+    noise = energy(values(stochastic(rows, kind, delta), kind) - base - wanted)
+    error = values(done.blocks, kind) - base - wanted
+    assert energy(error) < 0.5 * noise
+    effect = np.linalg.svd((wanted * np.sqrt((v**2).sum(0) + d)), full_matrices=False)[0][:, :1]
+    moved = effect.T @ (values(done.blocks, kind) - base)
+    target = effect.T @ wanted
+    kept = ((moved @ v.T) @ (target @ v.T).T).item() / ((target @ v.T) ** 2).sum()
+    assert kept == pytest.approx(1, abs=0.15)
+    assert done.moved / done.wanted == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_same_bytes_on_every_instruction_set(name):
+    kind = type_named(name)
+    rows, delta, v, d = problem(kind, n_in={256: 768, 64: 192}.get(kind.block_weights, 96))
+    wide = np.zeros((kernels.DIRECTIONS, v.shape[1]), np.float32)
+    wide[:RANK] = v
+    target = np.float32(values(rows, kind) + delta.b @ delta.a)
+    u = np.random.default_rng(2).standard_normal((len(rows), kernels.KEPT)).astype(np.float32)
+    order = np.arange(len(rows), dtype=np.int32)[::-1].copy()
+    found = {}
+    for isa in isa_names():
+        out = rows.copy()
+        moves = kernels.search_codes(rows, kind, out, target, wide, d, u, order, [4, 2, 1, 0.5], isa=isa)
+        found[isa] = out.tobytes()
+        assert moves > 0
+    assert len(set(found.values())) == 1
+
+
+def test_every_move_lowers_the_objective():
+    """With limits of half a step and more no pass can raise tr(E H E^T) + |U^T E|_H^2; numpy computes it in double."""
+    kind = type_named("Q4_0")
+    rows, delta, v, d = problem(kind, strength=0.5)
+    wide = np.zeros((kernels.DIRECTIONS, v.shape[1]), np.float32)
+    wide[:RANK] = v
+    target = np.float32(values(rows, kind) + delta.b @ delta.a)
+    u = np.random.default_rng(2).standard_normal((len(rows), kernels.KEPT)).astype(np.float32)
+    order, out, objectives = np.arange(len(rows), dtype=np.int32), rows.copy(), []
+    for limit in (4, 2, 1, 0.5):
+        error = values(out, kind) - target
+        both = np.vstack([error, u.T.astype(np.float64) @ error])
+        objectives.append(((both @ v.T) ** 2).sum() + (both**2 * d).sum())
+        kernels.search_codes(None, kind, out, target, wide, d, u, order, [limit])
+    assert objectives == sorted(objectives, reverse=True)
+    assert objectives[-1] < 0.5 * objectives[0]
+
+
+def test_a_delta_of_zero_changes_nothing():
+    kind = type_named("Q4_K")
+    rows, delta, v, d = problem(kind)
+    zero = kernels.Product(delta.a, np.zeros_like(delta.b))
+    np.testing.assert_array_equal(round_calibrated(rows, kind, zero, v, d, key=1).blocks, rows)
+
+
+def test_nystroem_is_exact_for_few_directions():
+    random = np.random.default_rng(0)
+    true = random.standard_normal((20, 200))
+    omega = _omega(200).astype(np.float64)
+    v = _nystroem(true.T @ (true @ omega), omega)
+    np.testing.assert_allclose(v.T @ v, true.T @ true, atol=1e-3 * (true**2).sum() / 200)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A Q4_0 model, an adapter, a text, and the moments of a calibrated merge with its output."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    base, adapter = builders.gguf_model("llama", "wide", "Q4_0"), builders.adapter("llama", ADAPTER, "wide")
+    text, moments, merged = folder / "text.txt", folder / "moments.gguf", folder / "merged.gguf"
+    text.write_text(TEXT * 3)
+    options = {"calibrate": True, "calibration_text": [text], "save_moments": moments, "threads": 1}
+    report = gguflora.merge(base, adapter, merged, **options)
+    return base, adapter, text, moments, merged, report
+
+
+def test_moments_are_those_of_torch(files):
+    """Of the first layer, whose inputs no adapter changes: the diagonal, and the trace of the directions."""
+    base, _, text, moments, *_ = files
+    found = read_moments(moments)["blk.0.attn_q.weight"]
+    assert read_moments(moments)["blk.0.attn_k.weight"].v.tobytes() == found.v.tobytes()
+    model = transformers.AutoModelForCausalLM.from_pretrained(builders.hf_model("llama", "wide")).float().eval()
+    rows = {tensor.name: tensor for tensor in gguf.GGUFReader(base).tensors}["token_embd.weight"]
+    embedding = gguflora.quants.dequantize(np.array(rows.data), rows.tensor_type)
+    from gguflora.calibration.observe import windows_of
+    from gguflora.runtime.logits import LogitsModel
+
+    with LogitsModel(base, 1) as loaded:
+        own, general = windows_of(loaded, text, 128), windows_of(loaded, None, 128)
+    own = [own[n * len(own) // 16] for n in range(16)] if len(own) > 16 else own
+    count = 32 - len(own)
+    windows = [*own, *(general[n * len(general) // count] for n in range(count))]
+    x = torch.from_numpy(embedding[np.concatenate(windows)])
+    x = model.model.layers[0].input_layernorm(x).double().detach().numpy()
+    assert found.counts == [len(x)]
+    second = x.T @ x / len(x)
+    np.testing.assert_allclose((found.v**2).sum((0, 1)) + found.d[0], np.diag(second), rtol=1e-3, atol=1e-5)
+    top = np.linalg.eigvalsh(second)[::-1]
+    assert np.linalg.svd(found.v[0])[1][0] ** 2 == pytest.approx(top[0], rel=0.05)
+
+
+def test_the_report_says_what_was_kept(files):
+    *_, report = files
+    assert (report.rounding, report.uncalibrated) == ("calibrated", ())
+    assert all(0.7 < tensor.retention_h < 1.2 for tensor in report.tensors)
+    assert 0.85 < report.total.retention_h < 1.1
+    assert gguf.GGUFReader(files[4]).fields["gguflora.merged.rounding"].contents() == ["calibrated"]
+
+
+def test_saved_moments_make_the_same_bytes_everywhere(files, tmp_path):
+    base, adapter, _, moments, merged, _ = files
+    wanted = merged.read_bytes()
+    for threads in (1, 3):
+        gguflora.merge(base, adapter, tmp_path / f"{threads}.gguf", moments=moments, threads=threads)
+        assert (tmp_path / f"{threads}.gguf").read_bytes() == wanted
+    for number in (1, 2):
+        gguflora.merge_part(base, adapter, tmp_path / f"{number}.part", number=number, count=2, moments=moments)
+    parts = [tmp_path / "1.part", tmp_path / "2.part"]
+    report = gguflora.assemble(base, adapter, tmp_path / "parts.gguf", parts, moments=moments)
+    assert (tmp_path / "parts.gguf").read_bytes() == wanted
+    assert report.total.retention_h == pytest.approx(files[5].total.retention_h)
+    gguflora.merge(base, adapter, patch=tmp_path / "patch", moments=moments)
+    gguflora.apply_patch(base, tmp_path / "patch", tmp_path / "patched.gguf")
+    assert (tmp_path / "patched.gguf").read_bytes() == wanted
+    copy = tmp_path / "base.gguf"
+    copy.write_bytes(base.read_bytes())
+    gguflora.merge(copy, adapter, in_place=True, moments=moments)
+    ours, theirs = ({t.name: t.data.tobytes() for t in gguf.GGUFReader(path).tensors} for path in (copy, merged))
+    assert ours == theirs
+    done = run("merge", base, "--lora", adapter, "--moments", moments, "-o", tmp_path / "cli.gguf")
+    assert "calibrated: " in done.stdout
+    assert (tmp_path / "cli.gguf").read_bytes() == wanted
+
+
+def test_adapters_that_cannot_be_hot_are_calibrated_on_the_base(tmp_path):
+    base = builders.gguf_model("llama", "wide", "Q4_0")
+    dora = builders.adapter("llama", builders.Adapter(seed=1, alpha=0.25, options=(("use_dora", True),)), "wide")
+    report = gguflora.merge(base, dora, tmp_path / "out.gguf", calibrate=True, threads=1)
+    assert any("calibrated on the base alone" in warning for warning in report.warnings)
+    assert report.total.retention_h == pytest.approx(1, abs=0.2)
+
+
+def test_types_that_are_not_searched_are_named(tmp_path):
+    base = builders.gguf_model("llama", "wide", "Q4_K_M")
+    report = gguflora.merge(base, builders.adapter("llama", ADAPTER, "wide"), tmp_path / "out.gguf", calibrate=True)
+    kinds = {tensor.name: tensor.type for tensor in report.tensors}
+    assert set(report.uncalibrated) == {name for name, kind in kinds.items() if kind == "Q6_K"}
+
+
+def test_experts_have_moments_of_their_own(tmp_path):
+    base = tmp_path / "base.gguf"
+    gguflora.quantize(zoo.gguf_model("qwen3moe"), base, "Q4_0")
+    zoo.peft_model("qwen3moe").save_pretrained(tmp_path / "adapter")
+    moments = tmp_path / "moments.gguf"
+    options = {"calibrate": True, "save_moments": moments, "threads": 1}
+    report = gguflora.merge(base, [(tmp_path / "adapter", 0.1)], tmp_path / "out.gguf", **options)
+    assert report.total.retention_h is not None
+    assert all(found.counts.min() > 0 for found in read_moments(moments).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"calibration_text": "x"}, UsageError, "need calibrate"),
+        ({"save_moments": "x"}, UsageError, "need calibrate"),
+        ({"moments": "x", "save_moments": "y"}, UsageError, "collected already"),
+        ({"calibrate": True, "rounding": "nearest"}, UsageError, "leave out rounding nearest"),
+        ({"calibrate": True, "base_f16": "x"}, UsageError, "leave out base_f16"),
+        ({"calibrate": True, "calibration_text": "missing.txt"}, FormatError, "cannot be read"),
+        ({"calibrate": True, "outtype": "q8_0"}, QuantizationError, "no changed tensor can be calibrated"),
+        ({"moments": "missing.gguf"}, GgufloraError, "missing.gguf"),
+    ],
+)
+def test_bad_input(options, error, message, files, tmp_path):
+    base, adapter, *_ = files
+    with pytest.raises(error, match=message):
+        gguflora.merge(base, adapter, tmp_path / "out.gguf", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_that_is_too_short(files, tmp_path):
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(FormatError, match="tokens, expected at least 128"):
+        gguflora.merge(*files[:2], tmp_path / "o.gguf", calibrate=True, calibration_text=tmp_path / "short.txt")
+    assert not (tmp_path / "o.gguf").exists()
+
+
+def test_moments_of_another_model(files, tmp_path):
+    other = builders.gguf_model("llama", "small", "Q4_0")
+    with pytest.raises(MismatchError, match="collected on another model"):
+        gguflora.merge(other, builders.adapter("llama", ADAPTER), tmp_path / "o.gguf", moments=files[3])
+    with pytest.raises(GgufloraError, match="holds no second moments"):
+        gguflora.merge(*files[:2], tmp_path / "o.gguf", moments=files[0])
