@@ -13,9 +13,9 @@ from gguflora.cli.options import AdapterBase, AdapterOut, AsJson, Force, OutType
 from gguflora.lora.combine import CombineReport
 
 Method = Literal[
-    "linear",
     "cat",
     "svd",
+    "linear",
     "ties",
     "ties_svd",
     "dare_linear",
@@ -34,23 +34,29 @@ def combine(
         typer.Argument(metavar="ADAPTER[:WEIGHT]...", help="PEFT directories and GGUF LoRA files, with weights."),
     ],
     out: AdapterOut,
-    method: Annotated[Method, typer.Option(help="Combination type, as in PEFT's add_weighted_adapter.")] = "linear",
+    method: Annotated[
+        Method, typer.Option(help="cat: the exact sum, of all ranks. svd: its best approximation. Others as in PEFT.")
+    ] = "cat",
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of the result, for methods with svd.")] = None,
     density: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Share of the values that ties, dare and prune keep.")
     ] = None,
-    sign: Annotated[Literal["total", "frequency"], typer.Option(help="Method by which ties chooses a sign.")] = "total",
-    seed: Annotated[int, typer.Option(min=0, help="Seed for the values that dare drops.")] = 0,
+    sign: Annotated[
+        Literal["total", "frequency"] | None, typer.Option(help="How ties chooses a sign; total by default.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed for the values that dare drops; 0 by default.")] = None,
     base: AdapterBase = None,
     outtype: OutType = "auto",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Combine adapters into one. Weights may be negative; with cat and svd, ranks may differ.
+    """Combine adapters into one, by default into their exact weighted sum. Weights may be negative.
 
     **Examples**
 
-    gguflora combine legal.gguf tone.gguf:0.5 -o both.gguf --method cat
+    gguflora combine legal.gguf tone.gguf:0.5 -o both.gguf
+
+    gguflora combine legal.gguf tone.gguf:0.5 -o both.gguf --method svd --rank 16
 
     gguflora combine ./legal ./tone:-0.3 -o ./both --method ties_svd --density 0.5 --rank 16
     """
@@ -76,8 +82,12 @@ def _print_combination(report: CombineReport) -> None:
         f"{report.size / 1e6:.2f} MB",
         markup=False,
     )
-    if report.errors:
-        console.print(f"relative error by the lower rank at most {max(report.errors.values()):.2g}", markup=False)
+    if report.error is not None:
+        console.print(
+            f"relative error by the lower rank {report.error:.2g}, at most {max(report.errors.values()):.2g} of a "
+            "change",
+            markup=False,
+        )
 
 
 def _split_weight(text: str) -> tuple[str, float]:

@@ -6,6 +6,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,25 +17,23 @@ from numpy.typing import NDArray
 
 from gguflora.adapters.deltas import LowRank, as_float64
 from gguflora.architectures.base_model import BaseModel, read_base
-from gguflora.errors import AdapterError, MismatchError, listed
+from gguflora.errors import AdapterError, MismatchError, UnsupportedAdapterError, listed
 from gguflora.files.remote import remote_inputs
 from gguflora.files.safetensors import Array, as_float32
-from gguflora.lora.factored import (
-    FactoredAdapter,
-    for_base,
-    is_embedding,
-    read_factored,
-)
-from gguflora.lora.low_rank import shrink, truncate
-from gguflora.lora.output import check_output, write_adapter
+from gguflora.lora.factored import FactoredAdapter, is_embedding
+from gguflora.lora.low_rank import Dense, Fit, Uncut, approximation_warnings, cut, sum_fits, values_of
+from gguflora.lora.output import check_output, for_output, rounding, write_adapter
+from gguflora.lora.same_model import check_same_model
 from gguflora.lora.task_arithmetic import (
     METHODS,
     PRUNING,
     SIGNS,
     combine_arrays,
 )
+from gguflora.lora.uncut import UncutAdapter, read_uncut
+from gguflora.quants.arrays import Float64Array
 
-COMBINATIONS: Final = (*METHODS, "cat", "svd", *(f"{method}_svd" for method in METHODS[1:]))
+COMBINATIONS: Final = ("cat", "svd", *METHODS, *(f"{method}_svd" for method in METHODS[1:]))
 
 AdapterPath = str | os.PathLike[str]
 Masks = Callable[[int, str, str, tuple[int, ...]], NDArray[np.bool_]]
@@ -55,7 +54,9 @@ class CombineReport:
         tensors: number of weights that the result changes.
         ranks: smallest and largest rank of the factors.
         size: bytes of the factors.
-        errors: relative error of each truncated delta, by name; only for methods that end with an SVD.
+        errors: relative error of each delta, by name, as it was written; only for methods that end with an SVD.
+        error: relative error of all deltas together; None for other methods.
+        energy: share of the squared norm of all deltas that is kept; None for other methods.
         warnings: messages for the user.
     """
 
@@ -66,6 +67,8 @@ class CombineReport:
     ranks: tuple[int, int]
     size: int
     errors: dict[str, float]
+    error: float | None
+    energy: float | None
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,11 +81,11 @@ def combine(
     adapters: Sequence[AdapterPath | tuple[AdapterPath, float]],
     out: str | os.PathLike[str],
     *,
-    method: str = "linear",
+    method: str = "cat",
     rank: int | None = None,
     density: float | None = None,
-    sign: str = "total",
-    seed: int = 0,
+    sign: str | None = None,
+    seed: int | None = None,
     base: str | os.PathLike[str] | None = None,
     outtype: str = "auto",
     masks: Masks | None = None,
@@ -90,10 +93,12 @@ def combine(
 ) -> CombineReport:
     """Combine adapters into one.
 
-    A weight that only some adapters change is combined from those adapters. Methods without "svd" work on the factors
-    (each is multiplied by the square root of ``weight * alpha / rank``, with the sign on A) and need equal ranks.
-    "cat" concatenates the factors and is exact. "svd" is the best approximation of the sum and is computed from the
-    factors. The other "_svd" methods hold one dense matrix per adapter in memory.
+    "cat" is the exact weighted sum of the deltas; the ranks add up. "svd" is the best approximation of that sum by a
+    lower rank: it is added without cutting anything and then cut once. The other methods are those of PEFT's
+    ``add_weighted_adapter``. Without "_svd" they work on the factors (each is multiplied by the square root of ``weight
+    * alpha / rank``, with the sign on A) and need equal ranks; "linear" adds the factors, whose product is not the sum
+    of the deltas. With "_svd" they work on the deltas and hold one dense matrix per adapter in memory. A weight that
+    only some adapters change is combined from those adapters.
 
     The result scales each adapter by its own alpha / rank. PEFT does the same, except that the result inherits
     ``use_rslora`` from the first adapter and is then too strong by sqrt(rank); `tests/lora/test_combine.py` shows
@@ -103,12 +108,12 @@ def combine(
         adapters: PEFT directories and GGUF LoRA files, each alone (weight 1) or as ``(path, weight)``; a weight may be
             negative.
         out: path to write: a GGUF LoRA file if the name ends with ``.gguf``, else a PEFT directory.
-        method: ``linear``, ``cat``, ``svd``, ``ties``, ``dare_linear``, ``dare_ties``, ``magnitude_prune``, or one of
+        method: ``cat``, ``svd``, ``linear``, ``ties``, ``dare_linear``, ``dare_ties``, ``magnitude_prune``, or one of
             the last four followed by ``_svd``.
         rank: rank of the result, for methods that end with an SVD; by default the highest rank of the adapters.
         density: share of the values that ``ties``, ``dare_*`` and ``magnitude_prune`` keep, in (0, 1].
-        sign: how ``ties`` and ``dare_ties`` elect a sign: by ``total`` or by ``frequency``.
-        seed: seed of the random choice of the values that DARE drops.
+        sign: how ``ties`` and ``dare_ties`` elect a sign: by ``total`` (the default) or by ``frequency``.
+        seed: seed of the random choice of the values that DARE drops; 0 by default.
         base: base model of all adapters; needed to mix PEFT and GGUF adapters, to write one form from the other, and
             for deltas that are not of low rank.
         outtype: type of the factors in a GGUF file.
@@ -118,20 +123,25 @@ def combine(
     Raises:
         GgufloraError: if something cannot be read, does not fit together or cannot be written.
     """
-    check_options(method, rank, density, sign)
+    check_options(method, rank, density, sign, seed)
     target, model = Path(out), None if base is None else read_base(base)
     weighted = [item if isinstance(item, tuple) else (item, 1.0) for item in adapters]
     weights = _checked_weights(weighted)
     inputs = [Path(path) for path, _ in weighted] + ([] if base is None else [Path(base)])
     check_output(target, inputs, outtype=outtype, force=force)
-    sources = _unify_names([read_factored(path, model, rank) for path, _ in weighted], model)
-    # for a single adapter PEFT ignores the method and only scales the factors
-    effective, kept = method if len(sources) > 1 else "linear", 1.0 if density is None else density
-    job = _Combination(effective, rank, kept, sign, masks or partial(_mask, seed, kept))
-    pairs, errors = job.run(sources, weights)
-    combined = replace(sources[0], name=target.stem, pairs=pairs, warnings=_collect_warnings(sources))
+    kept = 1.0 if density is None else density
+    job = _Combination(method, rank, kept, sign or "total", masks or partial(_mask, seed or 0, kept), target, outtype)
+    with ExitStack() as files:
+        wholes = _unify_names([read_uncut(path, model, files) for path, _ in weighted], model, target)
+        sources = [whole.source for whole in wholes]
+        warnings = (*_collect_warnings(sources), *check_same_model(wholes))
+        pairs, fits = job.run(wholes, weights)
+    whole_deltas = {name: delta for whole in wholes for name, delta in whole.deltas.items() if isinstance(delta, Dense)}
+    warnings = (*warnings, *approximation_warnings(whole_deltas, fits))
+    combined = replace(sources[0], name=target.stem, pairs=pairs, warnings=tuple(dict.fromkeys(warnings)))
     combined = replace(combined, invocation_tokens=_common_invocation_tokens(sources))
     written = write_adapter(combined, target, model, outtype, _describe_sources(sources, weights, method))
+    fit = sum_fits(fits.values()) if fits else None
     return CombineReport(
         output=target,
         adapters=tuple((item.name, item.sha256, weight) for item, weight in zip(sources, weights, strict=True)),
@@ -139,12 +149,14 @@ def combine(
         tensors=written.tensors,
         ranks=written.ranks,
         size=written.size,
-        errors=errors,
+        errors={name: fit.error for name, fit in fits.items()},
+        error=None if fit is None else fit.error,
+        energy=None if fit is None else fit.energy,
         warnings=written.warnings,
     )
 
 
-def check_options(method: str, rank: int | None, density: float | None, sign: str) -> None:
+def check_options(method: str, rank: int | None, density: float | None, sign: str | None, seed: int | None) -> None:
     """Check the options of `combine`.
 
     Raises:
@@ -152,8 +164,12 @@ def check_options(method: str, rank: int | None, density: float | None, sign: st
     """
     if method not in COMBINATIONS:
         raise AdapterError(f"method is {method!r}, expected one of {', '.join(COMBINATIONS)}")
-    if sign not in SIGNS:
+    if sign is not None and sign not in SIGNS:
         raise AdapterError(f"sign is {sign!r}, expected one of {', '.join(SIGNS)}")
+    if sign not in {None, "total"} and "ties" not in method:
+        raise AdapterError(f"sign is {sign!r}, but {method} elects no signs: leave it out")
+    if seed and "dare" not in method:
+        raise AdapterError(f"seed is {seed}, but {method} draws nothing at random: leave it out")
     if rank is not None and (rank < 1 or not method.endswith("svd")):
         raise AdapterError(f"rank is {rank} and method {method}; expected a positive rank and a method with svd")
     prunes = method.removesuffix("_svd") in PRUNING
@@ -172,20 +188,15 @@ def _checked_weights(weighted: Sequence[tuple[AdapterPath, float]]) -> list[floa
     return [float(weight) for _, weight in weighted]
 
 
-def _unify_names(sources: list[FactoredAdapter], base: BaseModel | None) -> list[FactoredAdapter]:
-    """Bring all adapters to the same names: Hugging Face weights if all use them, else GGUF tensors."""
-    kinds = {source.architecture for source in sources}
-    if len(kinds) == 1 and base is None:
-        return sources
-    if kinds == {None}:
-        return sources
-    if base is None:
+def _unify_names(wholes: list[UncutAdapter], base: BaseModel | None, out: Path) -> list[UncutAdapter]:
+    """Bring all adapters to the names of the output, and check that they fit the base."""
+    if base is None and len({whole.source.architecture for whole in wholes}) > 1:
         raise MismatchError(
             "the adapters have different bases or file formats ("
-            + ", ".join(f"{source.path}: {source.architecture or 'PEFT'}" for source in sources)
+            + ", ".join(f"{whole.source.path}: {whole.source.architecture or 'PEFT'}" for whole in wholes)
             + "): give the base model with --base"
         )
-    return [for_base(source, base) for source in sources]
+    return [for_output(whole, base, out) for whole in wholes]
 
 
 def _common_invocation_tokens(sources: Sequence[FactoredAdapter]) -> tuple[int, ...]:
@@ -222,29 +233,46 @@ class _Combination:
     density: float
     sign: str
     masks: Masks
+    out: Path
+    outtype: str
 
     def run(
-        self, sources: Sequence[FactoredAdapter], weights: Sequence[float]
-    ) -> tuple[dict[str, LowRank], dict[str, float]]:
-        """Return the combined deltas and the relative errors of the truncated ones, both by name."""
-        names = dict.fromkeys(name for source in sources for name in source.pairs)
-        ranks = [delta.rank for source in sources for delta in source.pairs.values()]
-        pairs, errors = {}, {}
+        self, wholes: Sequence[UncutAdapter], weights: Sequence[float]
+    ) -> tuple[dict[str, LowRank], dict[str, Fit]]:
+        """Return the combined deltas and, for methods that end with an SVD, how well they fit; both by name."""
+        names = dict.fromkeys(name for whole in wholes for name in whole.deltas)
+        rank = self._rank_of(wholes)
+        pairs, fits = {}, {}
         for name in names:
             terms = [
-                _Term(number, source.pairs[name], weight)
-                for number, (source, weight) in enumerate(zip(sources, weights, strict=True))
-                if name in source.pairs
+                _Term(number, whole.deltas[name], weight)
+                for number, (whole, weight) in enumerate(zip(wholes, weights, strict=True))
+                if name in whole.deltas
             ]
-            _check_shapes(name, terms, sources)
+            _check_shapes(name, terms, [whole.source for whole in wholes])
             if self.method.endswith("svd"):
-                pairs[name], errors[name] = self._by_svd(name, terms, self.rank or max(ranks))
+                total = _sum(terms) if self.method == "svd" else self._dense_sum(name, terms)
+                pairs[name], fits[name] = cut(total, rank, None, rounding(name, self.out, self.outtype))
             else:
                 pairs[name] = _concatenate(terms) if self.method == "cat" else self._by_factors(name, terms)
-        return pairs, errors
+        return pairs, fits
+
+    def _rank_of(self, wholes: Sequence[UncutAdapter]) -> int:
+        """Return the rank of the result of an SVD: by default the highest of the adapters."""
+        if self.rank is not None:
+            return self.rank
+        for whole in wholes:
+            if whole.dense:
+                advice = "give --rank" if self.method.endswith("svd") else "use --method svd with --rank"
+                raise UnsupportedAdapterError(
+                    f"{whole.source.path}: {len(whole.dense)} of {len(whole.deltas)} changes are not of low rank "
+                    f"({listed(whole.dense)}); {advice}"
+                )
+        return max(delta.rank for whole in wholes for delta in whole.deltas.values() if isinstance(delta, LowRank))
 
     def _by_factors(self, name: str, terms: Sequence[_Term]) -> LowRank:
-        ranks = {term.delta.rank for term in terms}
+        factors = [term.low_rank for term in terms]
+        ranks = {delta.rank for delta in factors}
         if len(ranks) > 1:
             raise MismatchError(
                 f"{name}: the adapters have ranks {listed([str(rank) for rank in ranks])}, but {self.method} adds "
@@ -252,8 +280,8 @@ class _Combination:
             )
         # PEFT puts the sign on its A; for an embedding A and B are swapped here
         flip = is_embedding(name)
-        deltas = [term.delta.transposed() if flip else term.delta for term in terms]
-        sizes = [term.weight * term.delta.scaling for term in terms]
+        deltas = [delta.transposed() if flip else delta for delta in factors]
+        sizes = [term.weight * delta.scaling for term, delta in zip(terms, factors, strict=True)]
         roots = [math.sqrt(abs(size)) for size in sizes]
         signed = [math.copysign(root, size) if size else 0.0 for root, size in zip(roots, sizes, strict=True)]
         a = self._arrays(name, "a", terms, [delta.a for delta in deltas], signed)
@@ -270,12 +298,12 @@ class _Combination:
         method = self.method.removesuffix("_svd")
         return combine_arrays([as_float32(array) for array in arrays], weights, method, self.density, self.sign, mask)
 
-    def _by_svd(self, name: str, terms: Sequence[_Term], rank: int) -> tuple[LowRank, float]:
-        if self.method == "svd":
-            return shrink(_concatenate(terms), rank, None)
-        deltas = [_to_dense(term.delta) for term in terms]
-        whole = self._arrays(name, "delta", terms, deltas, [term.weight for term in terms])
-        return truncate(as_float64(whole), rank, None)
+    def _dense_sum(self, name: str, terms: Sequence[_Term]) -> Dense:
+        def values() -> Float64Array:
+            deltas = [_to_dense(term.delta) for term in terms]
+            return as_float64(self._arrays(name, "delta", terms, deltas, [term.weight for term in terms]))
+
+        return Dense(terms[0].delta.shape, values)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -283,8 +311,14 @@ class _Term:
     """One adapter's delta of a weight. ``adapter`` is the index of the adapter."""
 
     adapter: int
-    delta: LowRank
+    delta: Uncut
     weight: float
+
+    @property
+    def low_rank(self) -> LowRank:
+        """The delta as factors."""
+        assert isinstance(self.delta, LowRank)
+        return self.delta
 
 
 def _check_shapes(name: str, terms: Sequence[_Term], sources: Sequence[FactoredAdapter]) -> None:
@@ -294,12 +328,29 @@ def _check_shapes(name: str, terms: Sequence[_Term], sources: Sequence[FactoredA
         raise MismatchError(f"{name}: different shapes, so the adapters have different bases: {by_adapter}")
 
 
-def _concatenate(terms: Sequence[_Term]) -> LowRank:
+def _concatenate(terms: Sequence[_Term], dtype: type[np.floating[Any]] = np.float32) -> LowRank:
     """Return the exact sum of the deltas; its rank is the sum of their ranks."""
-    a = [as_float64(term.delta.a) * (term.weight * term.delta.scaling) for term in terms]
-    b = [as_float32(term.delta.b) for term in terms]
-    return LowRank(np.concatenate(a, axis=0).astype(np.float32), np.concatenate(b, axis=1), 1.0)
+    deltas = [(term.low_rank, term.weight) for term in terms]
+    a = [(as_float64(delta.a) * (weight * delta.scaling)).astype(dtype) for delta, weight in deltas]
+    b = [as_float32(delta.b).astype(dtype) for delta, _ in deltas]
+    return LowRank(np.concatenate(a, axis=0), np.concatenate(b, axis=1), 1.0)
 
 
-def _to_dense(delta: LowRank) -> NDArray[np.float32]:
+def _sum(terms: Sequence[_Term]) -> Uncut:
+    """Return the weighted sum of the deltas in double precision, since nearly equal ones may be subtracted."""
+    if all(isinstance(term.delta, LowRank) for term in terms):
+        return _concatenate(terms, np.float64)
+
+    def values() -> Float64Array:
+        total = terms[0].weight * values_of(terms[0].delta)
+        for term in terms[1:]:
+            total += term.weight * values_of(term.delta)
+        return total
+
+    return Dense(terms[0].delta.shape, values)
+
+
+def _to_dense(delta: Uncut) -> NDArray[np.float32]:
+    if isinstance(delta, Dense):
+        return delta.values().astype(np.float32)
     return np.float32(delta.scaling) * (as_float32(delta.b) @ as_float32(delta.a))

@@ -28,7 +28,7 @@ from gguflora.architectures.base_model import BaseModel
 from gguflora.errors import UnsupportedAdapterError, listed
 from gguflora.files.gguf import TOKEN_EMBEDDING
 from gguflora.files.safetensors import as_float32
-from gguflora.lora.factors import Factors, factor_adapter
+from gguflora.lora.factors import Factors, factor_adapter, unstacked
 from gguflora.placement.place import place
 
 _EXPERT: Final = re.compile(r"(?P<tensor>(?:.+\.)?blk\..+)\.(?P<expert>\d+)")
@@ -84,9 +84,32 @@ def read_factored(
         GgufloraError: if something cannot be read.
     """
     adapter = read_adapter(path)
+    whole, is_plain = factored_adapter(adapter, path, base)
+    if is_plain or base is None:
+        return whole
+    factored = factor_adapter(adapter, base, rank, energy)
+    texts = [f"{item.tensor}: approximated, relative error {item.error:.2g}" for item in factored if item.error]
+    texts += [text for item in factored for text in item.cautions]
+    warnings = tuple(dict.fromkeys([*adapter.warnings, *texts]))
+    return replace(whole, pairs=unstacked(factored), architecture=base.architecture, warnings=warnings)
+
+
+def factored_adapter(
+    adapter: Adapter, path: str | os.PathLike[str], base: BaseModel | None
+) -> tuple[FactoredAdapter, bool]:
+    """Return what is known of an adapter without its base, and whether that is all.
+
+    Args:
+        adapter: the adapter.
+        path: where it was read from.
+        base: its base model, if it is known.
+
+    Raises:
+        UnsupportedAdapterError: if the factors depend on the base, which is not known.
+    """
     pairs = _plain_pairs(adapter)
     fields = _config_fields(Path(path)) if adapter.architecture is None else {}
-    whole = FactoredAdapter(
+    known = FactoredAdapter(
         adapter.name,
         adapter.path,
         adapter.sha256,
@@ -99,18 +122,14 @@ def read_factored(
     if pairs is not None:
         left_out = sorted(adapter.deltas.keys() - pairs.keys())
         text = f"left out {listed(left_out, 4)}, saved beside the adapter but not trained by it"
-        return replace(whole, warnings=(*whole.warnings, text)) if left_out else whole
+        return (replace(known, warnings=(*known.warnings, text)) if left_out else known), True
     if base is None:
         dependent = [name for name, deltas in adapter.deltas.items() if not _is_plain(deltas)]
         raise UnsupportedAdapterError(
             f"{adapter.path}: {adapter.method}: the factors of {len(dependent) or 'all'} changes depend on the base "
             f"({listed(dependent) or 'on its shapes'}); give it with --base"
         )
-    factored = factor_adapter(adapter, base, rank, energy)
-    texts = [f"{item.tensor}: approximated, relative error {item.error:.2g}" for item in factored if item.error]
-    texts += [text for item in factored for text in item.cautions]
-    warnings = tuple(dict.fromkeys([*adapter.warnings, *texts]))
-    return replace(whole, pairs=unstacked(factored), architecture=base.architecture, warnings=warnings)
+    return known, False
 
 
 def _plain_pairs(adapter: Adapter) -> Pairs | None:
@@ -144,27 +163,16 @@ def for_base(adapter: FactoredAdapter, base: BaseModel) -> FactoredAdapter:
         GgufloraError: if it does not fit the base.
     """
     if adapter.architecture is not None:
-        place(_as_adapter(adapter), base)  # raises if it does not fit
+        place(adapter_of(adapter), base)  # raises if it does not fit
         return adapter
-    factored = factor_adapter(_as_adapter(adapter), base, None, None)
+    factored = factor_adapter(adapter_of(adapter), base, None, None)
     return replace(adapter, pairs=unstacked(factored), architecture=base.architecture)
 
 
-def _as_adapter(adapter: FactoredAdapter) -> Adapter:
+def adapter_of(adapter: FactoredAdapter) -> Adapter:
+    """Return a factored adapter as one that can be placed on a base."""
     deltas = {name: (delta,) for name, delta in adapter.pairs.items()}
     return Adapter(adapter.name, adapter.path, adapter.sha256, deltas, "LORA", adapter.architecture)
-
-
-def unstacked(factored: Sequence[Factors]) -> dict[str, LowRank]:
-    """Return pairs by tensor name; expert e of a stack gets the name ``<tensor>.<e>``."""
-    pairs = {}
-    for item in factored:
-        if item.a.ndim == 2:
-            pairs[item.tensor] = LowRank(item.a, item.b, item.scaling)
-        else:
-            for expert in range(len(item.a)):
-                pairs[f"{item.tensor}.{expert}"] = LowRank(item.a[expert], item.b[expert], item.scaling)
-    return pairs
 
 
 def stacked(pairs: Pairs) -> list[Factors]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -14,7 +16,7 @@ from gguflora.architectures.mapping import can_untie
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
 from gguflora.files.safetensors import Array
-from gguflora.lora.low_rank import shrink, truncate
+from gguflora.lora.low_rank import Dense, Uncut, shrink, truncate
 from gguflora.placement.base_weights import BaseTensors, WholeTensorDeltas, read_values
 from gguflora.placement.copies import describe_copies, without_copies, without_copy
 from gguflora.placement.place import PlacedDelta, cautions, place
@@ -77,6 +79,58 @@ def factor_adapter(adapter: Adapter, base: BaseModel, rank: int | None, energy: 
             factored = _factor_all(adapter, base, file, kept, rank, energy)
     told = tuple(describe_copies(placed, kept))
     return [replace(factors, cautions=(*factors.cautions, *told)) for factors in factored[:1]] + factored[1:]
+
+
+def uncut_factors(adapter: Adapter, base: BaseModel, files: ExitStack) -> tuple[dict[str, Uncut], list[str]]:
+    """Return every delta of an adapter whole, and messages for the user.
+
+    Args:
+        adapter: the adapter.
+        base: its base model; weights are read only for deltas that depend on them.
+        files: keeps the base's file open for the deltas that are computed later.
+
+    Returns:
+        The deltas by tensor name; expert e of a stack gets the name ``<tensor>.<e>``.
+
+    Raises:
+        AdapterError: if the adapter changes nothing.
+        UnsupportedAdapterError: if a delta needs the base's weights and the base is a directory, or llama.cpp cannot
+            apply it.
+    """
+    placed = place(adapter, base)
+    if not placed:
+        raise AdapterError(f"{adapter.path}: changes no weight")
+    file = None if base.path.is_dir() else files.enter_context(GgufFile(base.path))
+    placed = _without_base_copies(placed) if file is None else without_copies(file, placed)
+    _refuse_tied(adapter, base, placed)
+    factorization = _Factorization(file, placed, None, None)
+    deltas: dict[str, Uncut] = {}
+    texts: list[str] = []
+    failed = []
+    for name, items in placed.items():
+        factors = factorization.factor(name, items, base.shapes[name])
+        if factors is not None:
+            deltas |= unstacked([factors])
+        elif file is None or _is_vector(name, base.shapes[name]):
+            failed.append(name)
+        else:
+            deltas |= factorization.dense(name, base.shapes[name])
+            texts += cautions(file, {name: items})
+    if failed:
+        raise _not_low_rank(adapter, base, failed, len(placed))
+    return deltas, list(dict.fromkeys(texts))
+
+
+def unstacked(factored: Sequence[Factors]) -> dict[str, LowRank]:
+    """Return pairs by tensor name; expert e of a stack gets the name ``<tensor>.<e>``."""
+    pairs = {}
+    for item in factored:
+        if item.a.ndim == 2:
+            pairs[item.tensor] = LowRank(item.a, item.b, item.scaling)
+        else:
+            for expert in range(len(item.a)):
+                pairs[f"{item.tensor}.{expert}"] = LowRank(item.a[expert], item.b[expert], item.scaling)
+    return pairs
 
 
 def _without_base_copies(placed: dict[str, list[PlacedDelta]]) -> dict[str, list[PlacedDelta]]:
@@ -182,15 +236,23 @@ class _Factorization:
         return item.low_rank()
 
     def _approximate_tensor(self, name: str, shape: Shape) -> Factors | None:
-        if not self._approximate or self._file is None or self._whole is None:
+        if not self._approximate or self._file is None:
             return None
-        target, n_out = self._targets[name], shape[-2]
-        pairs = []
-        for first in range(0, target.source.n_rows, n_out):
-            rows = AnyRows(target.source, first, first + n_out, target.deltas, self._whole)
-            pairs.append(truncate(rows.delta(first, first + n_out), self._rank, self._energy))
-        placed = {name: [item for item, _ in target.deltas]}
+        pairs = [truncate(delta.values(), self._rank, self._energy) for delta in self.dense(name, shape).values()]
+        placed = {name: [item for item, _ in self._targets[name].deltas]}
         return replace(_join_approximations(name, pairs, shape), cautions=cautions(self._file, placed))
+
+    def dense(self, name: str, shape: Shape) -> dict[str, Dense]:
+        """Return the delta of one tensor as matrices, one for each expert; needs the base's file."""
+        assert self._whole is not None
+        target, whole, (n_out, n_in) = self._targets[name], self._whole, shape[-2:]
+        starts = range(0, target.source.n_rows, n_out)
+
+        def values(start: int) -> Float64Array:
+            return AnyRows(target.source, start, start + n_out, target.deltas, whole).delta(start, start + n_out)
+
+        names = [f"{name}.{number}" if len(shape) > 2 else name for number in range(len(starts))]
+        return {part: Dense((n_out, n_in), partial(values, start)) for part, start in zip(names, starts, strict=True)}
 
     def _shrink(self, factors: Factors) -> Factors:
         stacked = factors.a.ndim == 3

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gguflora import quants
 from gguflora._version import __version__
-from gguflora.adapters.deltas import as_float64
+from gguflora.adapters.deltas import LowRank, as_float64
 from gguflora.adapters.gguf_lora import ALPHA_KEY, INVOCATION_KEY
 from gguflora.errors import QuantizationError
 from gguflora.files.gguf import TOKEN_EMBEDDING
@@ -22,6 +22,7 @@ from gguflora.files.safetensors import Array, as_float32
 from gguflora.lora.factors import Factors
 from gguflora.quants.types import type_named
 
+_FLOATS: Final[dict[str, type[np.generic]]] = {"F32": np.float32, "F16": np.float16}
 OUTTYPES: Final = ("auto", "f32", "f16", "bf16", "q8_0")
 
 
@@ -81,6 +82,17 @@ def encode_factors(factors: Factors, outtype: str, alpha: float) -> list[Stored]
         # llama.cpp looks up rows of A and multiplies them by B, so the factors are swapped
         a, b = b, a.T
     return [_encode(f"{factors.tensor}.lora_a", a, outtype), _encode(f"{factors.tensor}.lora_b", b, outtype)]
+
+
+def as_stored(name: str, delta: LowRank, outtype: str) -> LowRank:
+    """Return a delta of a tensor with its factors rounded as a GGUF file of type ``outtype`` holds them."""
+    a, b = (
+        quants.dequantize(item.content.view(_FLOATS.get(item.type, np.uint8)), item.type)
+        for item in encode_factors(Factors(name, delta.a, delta.b, delta.scaling), outtype, 1.0)
+    )
+    if name == TOKEN_EMBEDDING:
+        a, b = b.T, a
+    return LowRank(a, b, delta.scaling)
 
 
 def _encode(name: str, array: Array, outtype: str) -> Stored:

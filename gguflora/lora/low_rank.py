@@ -1,12 +1,138 @@
-"""The best low-rank approximation of a delta (Eckart and Young 1936)."""
+"""Deltas of any rank, their best low-rank approximation (Eckart and Young 1936), and its error."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from gguflora.adapters.deltas import LowRank, as_float64
 from gguflora.errors import AdapterError
 from gguflora.quants.arrays import Float64Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dense:
+    """A delta that is not given as factors.
+
+    Attributes:
+        shape: (n_out, n_in).
+        values: reads or computes the matrix, float64 (n_out, n_in).
+    """
+
+    shape: tuple[int, int]
+    values: Callable[[], Float64Array]
+
+    def transposed(self) -> Dense:
+        """Return the delta of the transposed weight."""
+        return Dense((self.shape[1], self.shape[0]), lambda: self.values().T)
+
+
+Uncut = LowRank | Dense
+"""A delta of which nothing has been cut off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How well factors reproduce a delta.
+
+    Attributes:
+        squared: squared Frobenius norm of the whole delta.
+        lost: squared Frobenius norm of the whole delta minus the factors' product.
+    """
+
+    squared: float
+    lost: float
+
+    @property
+    def error(self) -> float:
+        """Relative error in the Frobenius norm."""
+        return math.sqrt(self.lost / self.squared) if self.squared else 0.0
+
+    @property
+    def energy(self) -> float:
+        """Share of the squared norm that is kept."""
+        return 1.0 - min(self.lost / self.squared, 1.0) if self.squared else 1.0
+
+
+def sum_fits(fits: Iterable[Fit]) -> Fit:
+    """Return the fit of several deltas taken together."""
+    known = list(fits)
+    return Fit(math.fsum(fit.squared for fit in known), math.fsum(fit.lost for fit in known))
+
+
+def approximation_warnings(deltas: Mapping[str, Uncut], fits: Mapping[str, Fit]) -> list[str]:
+    """Return a warning for each delta that was no product of factors and lost something."""
+    return [
+        f"{name}: approximated, relative error {fit.error:.2g}"
+        for name, fit in fits.items()
+        if isinstance(deltas.get(name), Dense) and fit.lost
+    ]
+
+
+def values_of(delta: Uncut) -> Float64Array:
+    """Return a delta as a matrix, float64 (n_out, n_in)."""
+    if isinstance(delta, Dense):
+        return delta.values()
+    product: Float64Array = delta.scaling * as_float64(delta.b) @ as_float64(delta.a)
+    return product
+
+
+def cut(
+    delta: Uncut,
+    rank: int | None,
+    energy: float | None,
+    stored: Callable[[LowRank], LowRank] | None = None,
+) -> tuple[LowRank, Fit]:
+    """Return the closest delta of rank ``rank``, or of the lowest rank that keeps ``energy``, and how well it fits.
+
+    A delta that is given as factors of no higher rank is returned as it is.
+
+    Args:
+        delta: the whole delta.
+        rank: highest rank, or None to choose it by ``energy``.
+        energy: share of the squared norm to keep, in (0, 1].
+        stored: rounds the factors as they will be stored; the fit is that of the rounded factors.
+
+    Raises:
+        AdapterError: if rank or energy is out of range.
+    """
+    whole = delta if isinstance(delta, LowRank) else _Computed(delta.values())
+    if isinstance(whole, LowRank):
+        kept = whole if rank is not None and 0 < whole.rank <= rank else shrink(whole, rank, energy)[0]
+        kept = kept if kept.rank < whole.rank else whole
+    else:
+        kept = truncate(whole.matrix, rank, energy)[0]
+    if kept is whole and stored is None:
+        return kept, Fit(_squared_norm(whole), 0.0)
+    written = kept if stored is None else stored(kept)
+    return kept, Fit(_squared_norm(whole), _squared_distance(whole, written))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Computed:
+    matrix: Float64Array
+
+
+def _squared_norm(delta: LowRank | _Computed) -> float:
+    if isinstance(delta, _Computed):
+        return float(np.vdot(delta.matrix, delta.matrix))
+    b, a = as_float64(delta.b), as_float64(delta.a)
+    return max(delta.scaling**2 * float(((b.T @ b) * (a @ a.T)).sum()), 0.0)
+
+
+def _squared_distance(whole: LowRank | _Computed, other: LowRank) -> float:
+    """Return the squared norm of ``whole - other``; the difference of factors is computed without cancellation."""
+    b, a = other.scaling * as_float64(other.b), as_float64(other.a)
+    if isinstance(whole, _Computed):
+        rest = whole.matrix - b @ a
+        return float(np.vdot(rest, rest))
+    left = np.hstack([whole.scaling * as_float64(whole.b), -b])
+    right = np.vstack([as_float64(whole.a), a])
+    core = np.linalg.qr(left)[1] @ np.linalg.qr(right.T)[1].T
+    return float(np.vdot(core, core))
 
 
 def truncate(delta: Float64Array, rank: int | None, energy: float | None) -> tuple[LowRank, float]:
@@ -43,8 +169,13 @@ def shrink(delta: LowRank, rank: int | None, energy: float | None) -> tuple[LowR
     """Truncate a delta that is given as factors, using QR decompositions instead of the dense product."""
     q_b, r_b = np.linalg.qr(delta.scaling * as_float64(delta.b))
     q_a, r_a = np.linalg.qr(as_float64(delta.a).T)
-    core, error = truncate(r_b @ r_a.T, rank, energy)
-    a, b = as_float64(core.a) @ q_a.T, q_b @ as_float64(core.b)
+    u, sizes, v = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    squares = sizes**2
+    kept = _choose_rank(squares, rank, energy)
+    roots = np.sqrt(sizes[:kept])
+    a, b = roots[:, None] * (v[:kept] @ q_a.T), (q_b @ u[:, :kept]) * roots
+    total = float(squares.sum())
+    error = float(np.sqrt(squares[kept:].sum() / total)) if total else 0.0
     return LowRank(a.astype(np.float32), b.astype(np.float32), 1.0), error
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
+from gguflora.adapters.deltas import LowRank
 from gguflora.adapters.peft.config import FILE_NAME
 from gguflora.architectures.base_model import BaseModel
 from gguflora.errors import AdapterError
 from gguflora.files.atomic import atomic_folder, atomic_output, path_of
 from gguflora.files.output_checks import ADAPTER_WEIGHTS, check_folder_target, check_target
+from gguflora.files.safetensors import as_float32
 from gguflora.lora.convert import architecture_warnings, type_warnings
-from gguflora.lora.factored import FactoredAdapter, for_base, stacked
+from gguflora.lora.factored import FactoredAdapter, for_base, split_expert, stacked
 from gguflora.lora.factors import Factors
 from gguflora.lora.gguf_writer import (
     LoraHeader,
+    as_stored,
     check_outtype,
     common_alpha,
     encode_factors,
@@ -24,6 +29,7 @@ from gguflora.lora.gguf_writer import (
 )
 from gguflora.lora.peft_writer import peft_tensors, write_peft_directory
 from gguflora.lora.to_hf import for_model
+from gguflora.lora.uncut import UncutAdapter, on_base, on_model
 
 GGUF_SUFFIX: Final = ".gguf"
 
@@ -66,6 +72,25 @@ def check_output(out: Path, inputs: Sequence[Path], *, outtype: str, force: bool
         check_folder_target(out, inputs, marker=FILE_NAME, force=force)
 
 
+def for_output(adapter: UncutAdapter, base: BaseModel | None, out: Path) -> UncutAdapter:
+    """Bring an adapter to the names of the output: GGUF tensors for a GGUF file, modules for a PEFT directory.
+
+    Raises:
+        GgufloraError: if adapter and base do not fit.
+    """
+    if base is None:
+        return adapter
+    return on_base(adapter, base) if is_gguf(out) else on_model(adapter, base)
+
+
+def rounding(name: str, out: Path, outtype: str) -> Callable[[LowRank], LowRank] | None:
+    """Return the function that rounds a delta's factors as the output holds them; None if it holds them exactly."""
+    if not is_gguf(out) or outtype in {"auto", "f32"}:
+        return None
+    tensor, _ = split_expert(name)
+    return lambda delta: as_stored(tensor, delta, outtype)
+
+
 def write_adapter(
     adapter: FactoredAdapter, out: Path, base: BaseModel | None, outtype: str, source: Mapping[str, str]
 ) -> Written:
@@ -85,6 +110,9 @@ def write_adapter(
     if base is None and is_gguf(out) == (adapter.architecture is None):
         task = "GGUF LoRA from weights of a Hugging Face model" if is_gguf(out) else "PEFT directory from GGUF tensors"
         raise AdapterError(f"{out}: to make a {task}, give the base model with --base")
+    for name, delta in adapter.pairs.items():
+        if not (np.isfinite(as_float32(delta.a)).all() and np.isfinite(as_float32(delta.b)).all()):
+            raise AdapterError(f"{out}: the factors of {name} are too large for float32; use smaller weights")
     if not is_gguf(out):
         return _write_peft(adapter if base is None else for_model(adapter, base), out)
     placed = adapter if base is None else for_base(adapter, base)

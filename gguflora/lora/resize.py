@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from gguflora.adapters.deltas import LowRank
 from gguflora.architectures.base_model import read_base
 from gguflora.errors import AdapterError
 from gguflora.files.remote import remote_inputs
-from gguflora.lora.factored import read_factored
-from gguflora.lora.low_rank import shrink
-from gguflora.lora.output import check_output, write_adapter
+from gguflora.lora.low_rank import approximation_warnings, cut, sum_fits
+from gguflora.lora.output import check_output, for_output, rounding, write_adapter
+from gguflora.lora.uncut import read_uncut
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,9 @@ class ResizeReport:
         ranks: smallest and largest rank now.
         old_size: bytes of the adapter's weights before.
         size: bytes of the factors now.
-        errors: relative error (Frobenius norm) of each delta whose rank was reduced, by name.
+        errors: relative error (Frobenius norm) of each delta that lost something, by name, as it was written.
+        error: relative error of all deltas together.
+        energy: share of the squared norm of all deltas that is kept.
         warnings: messages for the user.
     """
 
@@ -40,6 +43,8 @@ class ResizeReport:
     old_size: int
     size: int
     errors: dict[str, float]
+    error: float
+    energy: float
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,9 +63,11 @@ def resize(
     outtype: str = "auto",
     force: bool = False,
 ) -> ResizeReport:
-    """Write the closest adapter of a lower rank (Eckart and Young 1936), computed from the factors alone.
+    """Write the closest adapter of a lower rank (Eckart and Young 1936).
 
-    Give either ``rank`` or ``energy``.
+    Give either ``rank`` or ``energy``. Deltas of low rank are computed from their factors alone, others (DoRA, IA3,
+    trained tokens) from the base's weights. Fused weights are cut as the output holds them: as GGUF tensors, or as
+    modules of the Hugging Face model.
 
     Args:
         adapter: PEFT directory or GGUF LoRA file.
@@ -80,16 +87,17 @@ def resize(
     target, model = Path(out), None if base is None else read_base(base)
     inputs = [Path(adapter), *([] if base is None else [Path(base)])]
     check_output(target, inputs, outtype=outtype, force=force)
-    source = read_factored(adapter, model, rank, energy)
-    resized, errors = {}, {}
-    for name, delta in source.pairs.items():
-        resized[name], error = _resize(delta, rank, energy)
-        if error is not None:
-            errors[name] = error
-    new = replace(source, pairs=resized)
+    with ExitStack() as files:
+        whole = for_output(read_uncut(adapter, model, files), model, target)
+        cuts = {name: cut(delta, rank, energy, rounding(name, target, outtype)) for name, delta in whole.deltas.items()}
+        ranks = [delta.rank if isinstance(delta, LowRank) else min(delta.shape) for delta in whole.deltas.values()]
+    source = whole.source
+    fits = {name: fit for name, (_, fit) in cuts.items()}
+    warnings = (*source.warnings, *approximation_warnings(whole.deltas, fits))
+    new = replace(source, pairs={name: delta for name, (delta, _) in cuts.items()}, warnings=warnings)
+    fit = sum_fits(fits.values())
     made_from = {"source": source.path.name, "source.sha256": source.sha256, "resized": _describe_target(rank, energy)}
     written = write_adapter(new, target, model, outtype, made_from)
-    ranks = [delta.rank for delta in source.pairs.values()]
     return ResizeReport(
         output=target,
         adapter=source.name,
@@ -98,18 +106,12 @@ def resize(
         ranks=written.ranks,
         old_size=source.path.stat().st_size,
         size=written.size,
-        errors=errors,
+        errors={name: fit.error for name, fit in fits.items() if fit.lost},
+        error=fit.error,
+        energy=fit.energy,
         warnings=written.warnings,
     )
 
 
 def _describe_target(rank: int | None, energy: float | None) -> str:
     return f"rank {rank}" if rank is not None else f"energy {energy}"
-
-
-def _resize(delta: LowRank, rank: int | None, energy: float | None) -> tuple[LowRank, float | None]:
-    """Return the resized delta, and its relative error if the rank was reduced, else None."""
-    if rank is not None and delta.rank <= rank:
-        return delta, None
-    smaller, error = shrink(delta, rank, energy)
-    return (smaller, error) if smaller.rank < delta.rank else (delta, None)

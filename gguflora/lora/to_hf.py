@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -14,7 +15,9 @@ from gguflora.architectures.base_model import BaseModel
 from gguflora.architectures.mapping import adaptable_weights
 from gguflora.errors import ArchitectureError, listed
 from gguflora.files.safetensors import Array, as_float32
-from gguflora.lora.factored import FactoredAdapter, Pairs, for_base
+from gguflora.lora.factored import FactoredAdapter, for_base
+from gguflora.lora.low_rank import Dense, Uncut, values_of
+from gguflora.quants.arrays import Float64Array, Indices
 
 _TRANSPOSED: Final = {"llama4"}
 """Architectures whose expert parameters are (n_experts, n_in, n_out), which PEFT reads as (n_experts, n_out, n_in)."""
@@ -40,23 +43,43 @@ def for_model(adapter: FactoredAdapter, base: BaseModel) -> FactoredAdapter:
     """
     if adapter.architecture is None:
         return adapter
-    pairs = for_base(adapter, base).pairs
-    weights = adaptable_weights(base)
-    known_tensors = {_pair_name(tensor_slice, base) for slices in weights.values() for tensor_slice in slices}
-    unknown_tensors = [name for name in pairs if name not in known_tensors]
-    if unknown_tensors:
-        raise ArchitectureError(
-            f"{adapter.path}: {len(unknown_tensors)} of {len(pairs)} tensors have no module in a Hugging Face model of "
-            f"{base.architecture}: {listed(unknown_tensors)}"
-        )
-    gathered = {name: _gather(pairs, slices, base) for name, slices in weights.items()}
-    deltas = {name: delta for name, delta in gathered.items() if delta is not None}
-    if base.architecture in _TRANSPOSED:
-        deltas = {name: delta.transposed() if ".experts." in name else delta for name, delta in deltas.items()}
+    deltas = hf_deltas(for_base(adapter, base).pairs, base, adapter.path)
+    pairs = {name: delta for name, delta in deltas.items() if isinstance(delta, LowRank)}
+    return replace(hf_fields(adapter, base), pairs=pairs)
+
+
+def hf_fields(adapter: FactoredAdapter, base: BaseModel) -> FactoredAdapter:
+    """Return an adapter without deltas, with the fields of ``adapter_config.json`` that a base's layers need."""
     fields = {"task_type": _TASKS.get(base.architecture, "CAUSAL_LM"), **adapter.fields}
     if base.architecture == "gpt2":  # its layers store their weights transposed
         fields["fan_in_fan_out"] = True
-    return replace(adapter, pairs=deltas, architecture=None, fields=fields)
+    return replace(adapter, pairs={}, architecture=None, fields=fields)
+
+
+def hf_deltas(deltas: Mapping[str, Uncut], base: BaseModel, path: Path) -> dict[str, Uncut]:
+    """Convert deltas of GGUF tensors to deltas of the Hugging Face model's weights.
+
+    Args:
+        deltas: the deltas by tensor; expert e of a stack is named ``<tensor>.<e>``.
+        base: the base model.
+        path: the adapter, for messages.
+
+    Raises:
+        ArchitectureError: if a tensor has no counterpart in the Hugging Face model.
+    """
+    weights = adaptable_weights(base)
+    known_tensors = {_pair_name(tensor_slice, base) for slices in weights.values() for tensor_slice in slices}
+    unknown_tensors = [name for name in deltas if name not in known_tensors]
+    if unknown_tensors:
+        raise ArchitectureError(
+            f"{path}: {len(unknown_tensors)} of {len(deltas)} tensors have no module in a Hugging Face model of "
+            f"{base.architecture}: {listed(unknown_tensors)}"
+        )
+    gathered = {name: _gather(deltas, slices, base) for name, slices in weights.items()}
+    found = {name: delta for name, delta in gathered.items() if delta is not None}
+    if base.architecture in _TRANSPOSED:
+        found = {name: delta.transposed() if ".experts." in name else delta for name, delta in found.items()}
+    return found
 
 
 def _pair_name(tensor_slice: TensorSlice, base: BaseModel) -> str:
@@ -65,19 +88,50 @@ def _pair_name(tensor_slice: TensorSlice, base: BaseModel) -> str:
     return f"{tensor_slice.tensor}.{tensor_slice.start // shape[-2]}" if len(shape) > 2 else tensor_slice.tensor
 
 
-def _gather(pairs: Pairs, slices: Sequence[TensorSlice], base: BaseModel) -> LowRank | None:
+def _gather(deltas: Mapping[str, Uncut], slices: Sequence[TensorSlice], base: BaseModel) -> Uncut | None:
     """Join the deltas of a weight's slices; None if no slice is changed."""
     known = [
-        (tensor_slice, pairs[_pair_name(tensor_slice, base)])
+        (tensor_slice, deltas[_pair_name(tensor_slice, base)])
         for tensor_slice in slices
-        if _pair_name(tensor_slice, base) in pairs
+        if _pair_name(tensor_slice, base) in deltas
     ]
-    parts = [_cut_slice(tensor_slice, delta, base) for tensor_slice, delta in known]
+    factored = [(tensor_slice, delta) for tensor_slice, delta in known if isinstance(delta, LowRank)]
+    if len(factored) < len(known):
+        return _gather_dense(known, base)
+    parts = [_cut_slice(tensor_slice, delta, base) for tensor_slice, delta in factored]
     changed = [part for part in parts if part is not None]
     if not changed:
         return None
     n_out = max(sum(len(p.rows) for p in slices if p.rows is not None), *(int(p.rows.max()) + 1 for p in changed))
     return _join(changed, n_out)
+
+
+def _gather_dense(known: Sequence[tuple[TensorSlice, Uncut]], base: BaseModel) -> Dense:
+    """Join the deltas of a weight's slices as one matrix."""
+    rows = [_rows_of(tensor_slice, base) for tensor_slice, _ in known]
+    first, delta = known[0]
+    n_in = delta.shape[0] if first.transposed else delta.shape[1]
+    n_out = max(int(numbers.max()) + 1 for numbers in rows)
+
+    def values() -> Float64Array:
+        total = np.zeros((n_out, n_in))
+        for (tensor_slice, part), numbers in zip(known, rows, strict=True):
+            start = tensor_slice.start % base.shapes[tensor_slice.tensor][-2]
+            matrix = values_of(part)
+            matrix = matrix.T if tensor_slice.transposed else matrix[start : start + len(numbers)]
+            columns = slice(None) if tensor_slice.columns is None else tensor_slice.columns
+            total[numbers[:, None], np.arange(n_in)[columns]] = matrix
+        return total
+
+    return Dense((n_out, n_in), values)
+
+
+def _rows_of(tensor_slice: TensorSlice, base: BaseModel) -> Indices:
+    """Return the rows of the whole weight that a slice holds."""
+    if tensor_slice.rows is not None:
+        return tensor_slice.rows
+    shape = base.shapes[tensor_slice.tensor]
+    return np.arange(shape[-1] if tensor_slice.transposed else shape[-2])
 
 
 def _cut_slice(tensor_slice: TensorSlice, delta: LowRank, base: BaseModel) -> _DeltaPart | None:

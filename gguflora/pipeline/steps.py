@@ -156,11 +156,11 @@ class Combine(Step):
 
     action: Literal["combine"]
     adapters: Adapters
-    method: str = "linear"
+    method: str = "cat"
     rank: Count | None = None
     density: Share | None = None
-    sign: Literal["total", "frequency"] | Template = "total"
-    seed: Whole = 0
+    sign: Literal["total", "frequency"] | Template | None = None
+    seed: Whole | None = None
     base: str | None = None
     outtype: OutType = "auto"
 
@@ -184,7 +184,7 @@ class Extract(Step):
     base: str
     rank: Count
     energy: Share | None = None
-    iterations: Whole = 2
+    iterations: Whole | None = None
     seed: Whole = 0
     outtype: OutType = "auto"
     threads: int | None = Field(default=None, ge=1)

@@ -9,10 +9,11 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 import gguflora
-from gguflora.errors import AdapterError, MismatchError, OutputError, UnsupportedAdapterError
-from support import builders
+from gguflora.errors import AdapterError, GgufloraError, MismatchError, OutputError, UnsupportedAdapterError
+from support import builders, zoo
 from support.adapters import deltas_by_peft, lora_layers
 from support.asserts import assert_same, assert_same_changes
 from support.builders import Adapter, Trained
@@ -81,7 +82,7 @@ def mask(adapter, name, part, shape):
 
 def options_of(method, sign):
     prunes = method not in {"linear", "cat", "svd"}
-    ours = {"density": 0.6, "sign": sign} if prunes else {}
+    ours = {"density": 0.6} | ({"sign": sign} if "ties" in method else {}) if prunes else {}
     theirs = {"density": 0.6, "majority_sign_method": sign} if prunes else {}
     return ours, theirs, {"masks": mask} if method.startswith("dare") else {}
 
@@ -141,12 +142,124 @@ def test_rslora_is_taken_as_it_acts(method, tmp_path):
         assert_same(deltas_by_peft(tmp_path / "rslora"), total, 2e-5)
 
 
-@pytest.mark.parametrize("method", ["ties", "dare_ties_svd", "cat"])
-def test_one_adapter_is_only_scaled(method, tmp_path):
-    ours, theirs, masks = options_of(method, "total")
+@pytest.mark.parametrize("method", ["linear", "cat", "svd"])
+def test_one_adapter_is_scaled(method, tmp_path):
     adapters = paths(SPECS[:1])
-    gguflora.combine([(adapters[0], -0.5)], tmp_path / "out", method=method, **ours, **masks)
-    assert_same(deltas_by_peft(tmp_path / "out"), peft_deltas(adapters, [-0.5], method, **theirs))
+    gguflora.combine([(adapters[0], -0.5)], tmp_path / "out", method=method)
+    assert_same(deltas_by_peft(tmp_path / "out"), peft_deltas(adapters, [-0.5], method), 1e-5)
+
+
+def test_options_hold_for_one_adapter(tmp_path):
+    """PEFT ignores the method where there is only one adapter."""
+    (adapter,) = paths(SPECS[:1])
+    assert gguflora.combine([adapter], tmp_path / "svd", method="svd", rank=2).ranks == (2, 2)
+    gguflora.combine([adapter], tmp_path / "pruned", method="magnitude_prune_svd", density=0.1, rank=288)
+    whole, pruned = deltas_by_peft(adapter), deltas_by_peft(tmp_path / "pruned")
+    for name, delta in whole.items():
+        kept = np.abs(delta) >= np.sort(np.abs(delta), axis=None)[-int(0.1 * delta.size)]
+        np.testing.assert_allclose(pruned[name], delta * kept, atol=1e-5 * np.abs(delta).max(), err_msg=name)
+
+
+def test_the_default_is_the_weighted_sum(tmp_path):
+    adapters = paths(SPECS[:2])
+    report = gguflora.combine(list(zip(adapters, WEIGHTS, strict=False)), tmp_path / "out")
+    assert (report.method, report.ranks, report.error) == ("cat", (4, 8), None)
+    one, two = (deltas_by_peft(adapter) for adapter in adapters)
+    for name, delta in deltas_by_peft(tmp_path / "out").items():
+        total = WEIGHTS[0] * one.get(name, 0) + WEIGHTS[1] * two.get(name, 0)
+        np.testing.assert_allclose(delta, total, atol=1e-6)
+
+
+def _changes(adapter):
+    """The whole change of an adapter by PEFT's merge, by GGUF tensor."""
+    merged, before = (
+        read_tensors(path) for path in (merged_gguf(builders.hf_model("llama"), adapter), builders.gguf_model("llama"))
+    )
+    changes = {name: merged[name].astype(np.float64) - before[name] for name in before}
+    return {name: change for name, change in changes.items() if np.abs(change).max() > 1e-6}
+
+
+METHODS_OF_ANY_RANK = {
+    "dora": Trained(peft.LoraConfig, ("q_proj", "up_proj"), {"use_dora": True}),
+    "ia3": Trained(peft.IA3Config, ("k_proj", "down_proj"), {"feedforward_modules": ["down_proj"]}),
+    "boft": Trained(peft.BOFTConfig, ("q_proj", "v_proj"), {"boft_block_size": 4}),
+}
+
+
+@pytest.mark.parametrize("kind", METHODS_OF_ANY_RANK)
+@pytest.mark.parametrize("rank", [2, 8])
+def test_the_svd_of_any_sum_is_the_optimum_and_so_is_its_error(kind, rank, tmp_path):
+    """Nothing is cut before the sum: the result is the truncated SVD of the whole change."""
+    one, two = builders.trained_adapter("llama", METHODS_OF_ANY_RANK[kind]), paths(SPECS)[2]
+    options = {"method": "svd", "rank": rank, "base": builders.gguf_model("llama"), "outtype": "f32"}
+    report = gguflora.combine([(one, 0.7), (two, -1.0)], tmp_path / "out.gguf", **options)
+    one, two, found = _changes(one), _changes(two), lora_changes(tmp_path / "out.gguf")
+    lost = squared = 0.0
+    for name in one.keys() | two.keys():
+        total = 0.7 * one.get(name, 0.0) - two.get(name, 0.0)
+        values = np.linalg.svd(total, compute_uv=False)
+        best, error = np.linalg.norm(values[rank:]), np.linalg.norm(total - found[name])
+        assert error <= best + 1e-4 * np.linalg.norm(total), name
+        assert report.errors[name] == pytest.approx(error / np.linalg.norm(total), abs=1e-4)
+        lost, squared = lost + error**2, squared + np.linalg.norm(total) ** 2
+    assert report.error == pytest.approx((lost / squared) ** 0.5, abs=1e-4)
+    assert report.energy == pytest.approx(1 - lost / squared, abs=1e-4)
+
+
+def test_adapters_that_nearly_cancel(tmp_path):
+    one = paths(SPECS)[0]
+    two = shutil.copytree(one, tmp_path / "two")
+    tensors, rng = load_file(two / "adapter_model.safetensors"), np.random.default_rng(0)
+    for name, values in tensors.items():
+        tensors[name] = values * (1 + 1e-4 * rng.standard_normal(values.shape)).astype(np.float32)
+    save_file(tensors, two / "adapter_model.safetensors")
+    gguflora.combine([one, (two, -1.0)], tmp_path / "out", method="svd", rank=3)
+    first, second, found = (deltas_in_float64(path) for path in (one, two, tmp_path / "out"))
+    for name, delta in found.items():
+        total = first[name] - second[name]
+        best = np.linalg.norm(np.linalg.svd(total, compute_uv=False)[3:])
+        assert np.linalg.norm(total - delta) <= best * (1 + 1e-5), name
+
+
+def deltas_in_float64(folder):
+    """The deltas of an adapter without patterns, or of one that gives each module its rank as alpha."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    found = {}
+    for key, a in tensors.items():
+        name, _, part = key.partition(".lora_")
+        if part in {"A.weight", "embedding_A"}:
+            b = tensors[f"{name}.lora_{part.replace('A', 'B')}"].astype(np.float64)
+            module = name.removeprefix("base_model.model.")
+            rank = config["rank_pattern"].get(module, config["r"])
+            alpha = config["alpha_pattern"].get(module, config["lora_alpha"])
+            found[name] = alpha / rank * b @ a.astype(np.float64)
+    return found
+
+
+def test_adapters_of_different_models(tmp_path):
+    other = tmp_path / "gpt2"
+    zoo.peft_model("gpt2").save_pretrained(other)
+    with pytest.raises(MismatchError, match="models of different architectures"):
+        gguflora.combine([paths(SPECS)[0], other], tmp_path / "out")
+    with pytest.raises(GgufloraError):
+        gguflora.combine(paths(SPECS)[:2], tmp_path / "out", base=zoo.gguf_model("gpt2"))
+    for name in ("one", "two"):
+        copy = shutil.copytree(paths(SPECS)[0], tmp_path / name)
+        config = json.loads((copy / "adapter_config.json").read_text())
+        (copy / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": f"org/{name}"}))
+    (warning,) = gguflora.combine([tmp_path / "one", tmp_path / "two"], tmp_path / "out").warnings
+    assert "org/one" in warning
+    assert "org/two" in warning
+
+
+@pytest.mark.parametrize("method", ["cat", "svd"])
+@pytest.mark.parametrize("out", ["out", "out.gguf"])
+def test_weights_that_overflow(method, out, tmp_path):
+    weighted = [(paths((Adapter(alpha=64),))[0], 3e38)]
+    with pytest.raises(GgufloraError, match="too large"):
+        gguflora.combine(weighted, tmp_path / out, method=method, base=builders.gguf_model("llama"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("method", ["linear", "svd", "ties"])
@@ -211,7 +324,9 @@ def test_dares_own_masks_have_the_density_and_the_seed(tmp_path):
         (SPECS, {"method": "ties", "density": 1.5}, AdapterError, "density is 1.5"),
         (SPECS, {"method": "cat", "density": 0.5}, AdapterError, "does not prune"),
         (SPECS, {"method": "cat", "rank": 4}, AdapterError, "method with svd"),
-        (SPECS, {"method": "slerp"}, AdapterError, "expected one of linear"),
+        (SPECS, {"method": "slerp"}, AdapterError, "expected one of cat"),
+        (SPECS, {"method": "linear", "sign": "frequency"}, AdapterError, "elects no signs"),
+        (SPECS, {"method": "ties", "density": 0.5, "seed": 3}, AdapterError, "draws nothing at random"),
         (SPECS, {"method": "ties", "density": 0.5, "sign": "odd"}, AdapterError, "sign is 'odd'"),
         ((), {}, AdapterError, "no adapter"),
     ],

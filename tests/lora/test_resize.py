@@ -8,7 +8,7 @@ import pytest
 
 import gguflora
 from gguflora.errors import AdapterError, UnsupportedAdapterError
-from support import builders
+from support import builders, zoo
 from support.adapters import VARIANTS
 from support.asserts import merged_changes
 from support.builders import Adapter, Trained
@@ -99,6 +99,65 @@ def test_dora_is_approximated_on_its_base(tmp_path):
     change = expected - read_tensors(builders.gguf_model("llama"))["blk.0.attn_q.weight"]
     found = lora_changes(tmp_path / "out.gguf")["blk.0.attn_q.weight"]
     assert np.linalg.norm(found - best(change, 8)[0]) <= 1e-3 * np.linalg.norm(change)
+
+
+@pytest.mark.parametrize("options", [{"rank": 4}, {"energy": 0.9}])
+def test_the_error_of_any_method_is_that_of_the_whole_change(options, tmp_path):
+    adapter = builders.trained_adapter("llama", Trained(peft.LoraConfig, ("q_proj", "up_proj"), {"use_dora": True}))
+    base = builders.gguf_model("llama")
+    merged, before = read_tensors(merged_gguf(builders.hf_model("llama"), adapter)), read_tensors(base)
+    report = gguflora.resize(adapter, tmp_path / "out.gguf", base=base, outtype="f32", **options)
+    squared = lost = 0.0
+    for name, found in lora_changes(tmp_path / "out.gguf").items():
+        change = merged[name].astype(np.float64) - before[name]
+        error = np.linalg.norm(change - found) / np.linalg.norm(change)
+        assert report.errors[name] == pytest.approx(error, abs=1e-4)
+        assert "rank" in options or error**2 <= 0.1 + 1e-6
+        squared, lost = squared + np.linalg.norm(change) ** 2, lost + np.linalg.norm(change - found) ** 2
+    assert report.energy == pytest.approx(1 - lost / squared, abs=1e-4)
+
+
+def test_the_error_counts_the_type_of_the_factors(tmp_path):
+    adapter, base = builders.adapter("llama", Adapter(rank=8)), builders.gguf_model("llama")
+    report = gguflora.resize(adapter, tmp_path / "out.gguf", rank=8, base=base, outtype="q8_0")
+    found = lora_changes(tmp_path / "out.gguf")
+    for name, change in merged_changes("llama", Adapter(rank=8)).items():
+        error = np.linalg.norm(change - found[name]) / np.linalg.norm(change)
+        assert report.errors[name] == pytest.approx(error, abs=2e-4)
+        assert error > 1e-3
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3moe", "gptoss", "llama4"])
+@pytest.mark.parametrize("form", ["peft", "gguf"])
+def test_experts_have_the_rank_that_was_asked_for(name, form, tmp_path):
+    """Gate and up projection are one parameter in PEFT and two tensors in GGUF; each form is cut as it is written."""
+    stacks = [key for key, values in zoo.model(name).named_parameters() if "experts" in key and values.ndim == 3]
+    owners = sorted({key.rpartition(".")[0] for key in stacks})
+    targets = [f"{owner}.{parameter}" for owner in owners for parameter in ("gate_up_proj", "down_proj")]
+    adapted = zoo.peft_model(name, target_modules=["q_proj", "o_proj"], target_parameters=targets)
+    adapted.save_pretrained(tmp_path / "old")
+    source, base = tmp_path / "old", zoo.gguf_model(name)
+    if form == "gguf":
+        source = gguflora.convert(source, base, tmp_path / "old.gguf").output
+    report = gguflora.resize(source, tmp_path / "new", rank=2, base=base)
+    assert report.ranks == (2, 2)
+    old, new = (expert_deltas(name, tmp_path / folder) for folder in ("old", "new"))
+    assert old.keys() == new.keys()
+    lost = squared = 0.0
+    for key, delta in old.items():
+        for before, after in zip(delta, new[key], strict=True):
+            wanted = best(before, 2)[0]
+            assert np.linalg.norm(after - wanted) <= 1e-4 * np.linalg.norm(before), key
+            squared, lost = squared + np.linalg.norm(before) ** 2, lost + np.linalg.norm(before - wanted) ** 2
+    assert report.error == pytest.approx((lost / squared) ** 0.5, abs=1e-4)
+
+
+def expert_deltas(name, folder):
+    """What PEFT adds to each weight, as a stack of matrices."""
+    model = peft.PeftModel.from_pretrained(zoo.model(name), folder)
+    layers = {key: m for key, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    deltas = {key: layer.get_delta_weight("default").detach().double().numpy() for key, layer in layers.items()}
+    return {key: delta.reshape(-1, *delta.shape[-2:]) for key, delta in deltas.items()}
 
 
 @pytest.mark.parametrize("options", [{}, {"rank": 2, "energy": 0.5}, {"rank": 0}, {"energy": 1.5}])
