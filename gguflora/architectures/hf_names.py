@@ -27,7 +27,7 @@ _NOT_LINEAR: Final[dict[str, tuple[str, ...]]] = {
     ),
     **dict.fromkeys(
         ("granite", "granitemoe"),
-        ("block_sparse_moe.router.layer", *(f"block_sparse_moe{name}" for name in _OF_EXPERTS)),
+        ("block_sparse_moe.router", *(f"block_sparse_moe{name}" for name in _OF_EXPERTS)),
     ),
     **dict.fromkeys(("llama4", "jamba"), _FEED_FORWARD_EXPERTS),
     "gpt-oss": ("mlp.router", *_MLP_EXPERTS),

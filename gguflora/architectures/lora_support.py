@@ -16,6 +16,8 @@ _ANY: Final = {
     r".*\.ssm_conv1d\.weight": "llama.cpp applies the convolution without adapters",
     r".*\.attn_rel_b\.weight": "llama.cpp only looks up its rows, without adapters",
     r"cls\..*": "llama.cpp applies the classifier without adapters",
+    r".*\.bias": "llama.cpp adds the experts' biases without adapters",
+    r".*\.ssm_[ad]": "llama.cpp applies the state-space parameters without adapters",
 }
 _LATENT_ATTENTION: Final = {
     r"blk\.\d+\.attn_(?:q|q_a|q_b|kv_a_mqa|kv_b|k_b|v_b)\.weight": "llama.cpp computes it without adapters",

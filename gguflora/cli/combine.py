@@ -82,10 +82,10 @@ def _print_combination(report: CombineReport) -> None:
         f"{report.size / 1e6:.2f} MB",
         markup=False,
     )
-    if report.error is not None:
+    if report.relative_error is not None:
         console.print(
-            f"relative error by the lower rank {report.error:.2g}, at most {max(report.errors.values()):.2g} of a "
-            "change",
+            f"relative error by the lower rank {report.relative_error:.2g}, "
+            f"at most {max(report.errors.values()):.2g} of a change",
             markup=False,
         )
 

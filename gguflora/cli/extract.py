@@ -25,8 +25,9 @@ def extract(
         ),
     ] = None,
     iterations: Annotated[
-        int, typer.Option(min=0, help="Number of power iterations; each reads the models once more.")
-    ] = 2,
+        int | None,
+        typer.Option(min=0, help="Passes over both models; by default until the error is within 0.1 % of the lowest."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random subspace.")] = 0,
     threads: Threads = None,
     outtype: OutType = "auto",
@@ -62,4 +63,6 @@ def _print_extracted(report: ExtractReport) -> None:
         f"{report.unchanged} weights unchanged; took {report.seconds:.1f} s",
         markup=False,
     )
+    if report.saved:
+        console.print(f"holds {len(report.saved)} weights of norms as a whole (modules_to_save)", markup=False)
     print_errors(report.errors)

@@ -55,7 +55,7 @@ class CombineReport:
         ranks: smallest and largest rank of the factors.
         size: bytes of the factors.
         errors: relative error of each delta, by name, as it was written; only for methods that end with an SVD.
-        error: relative error of all deltas together; None for other methods.
+        relative_error: relative error of all deltas together; None for other methods.
         energy: share of the squared norm of all deltas that is kept; None for other methods.
         warnings: messages for the user.
     """
@@ -67,7 +67,7 @@ class CombineReport:
     ranks: tuple[int, int]
     size: int
     errors: dict[str, float]
-    error: float | None
+    relative_error: float | None
     energy: float | None
     warnings: tuple[str, ...]
 
@@ -150,7 +150,7 @@ def combine(
         ranks=written.ranks,
         size=written.size,
         errors={name: fit.error for name, fit in fits.items()},
-        error=None if fit is None else fit.error,
+        relative_error=None if fit is None else fit.error,
         energy=None if fit is None else fit.energy,
         warnings=written.warnings,
     )

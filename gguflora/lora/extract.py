@@ -1,9 +1,9 @@
 """``extract``: compute a LoRA from the difference of two models.
 
-Each matrix D of the difference is approximated by a randomised SVD (Halko, Martinsson and Tropp 2011, algorithms 4.4
-and 5.1): a random subspace is multiplied by ``D^T D`` and orthonormalised a few times, then D is projected on it. D is
-never held in memory: every pass reads both models in blocks of rows. `gguflora.lora.weighted_svd` removes the noise
-of 16-bit rounding where that is possible.
+Each matrix D of the difference is approximated by a randomised block Krylov method (Musco and Musco 2015, algorithm
+2): a random block is multiplied by ``D^T D`` again and again, D is projected on all blocks together, and the passes end
+when the error has stopped falling. D is never held in memory: every pass reads both models in blocks of rows.
+`gguflora.lora.weighted_svd` removes the noise of 16-bit rounding where that is possible.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +23,7 @@ from gguflora.adapters.deltas import LowRank
 from gguflora.architectures.base_model import read_base
 from gguflora.errors import AdapterError
 from gguflora.files.remote import remote_inputs
-from gguflora.lora.factored import FactoredAdapter
+from gguflora.lora.factored import FactoredAdapter, is_embedding
 from gguflora.lora.model_difference import Difference, Differences, open_differences
 from gguflora.lora.output import check_output, is_gguf, write_adapter
 from gguflora.lora.weighted_svd import HIGHEST_RANK, svd_of_product, without_rounding
@@ -33,7 +33,11 @@ from gguflora.quants.threads import run_rows
 Progress = Callable[[int, int], None]
 
 _OVERSAMPLING: Final = 8
-"""Columns of the random subspace beyond the rank."""
+"""Columns of the random block beyond the rank."""
+_CLOSE_ENOUGH: Final = 1e-3
+"""The passes end when the squared error is expected to fall by no more than this share of it."""
+_SLOWEST: Final = 0.9
+"""Highest ratio of one pass's gain to that of the pass before that the expectation allows for."""
 _NEGLIGIBLE: Final = 1e-9
 """A remainder below this share of a difference's squared norm is ignored."""
 
@@ -51,6 +55,7 @@ class ExtractReport:
         errors: relative distance (Frobenius norm) of each delta from the models' difference, by name. It includes what
             the rank cuts off and the rounding of the models' weights.
         left_out: why a weight that differs is not in the LoRA, by name.
+        saved: weights that a PEFT directory holds as they are in the tuned model (``modules_to_save``): norms.
         seconds: wall time.
         warnings: messages for the user.
     """
@@ -62,6 +67,7 @@ class ExtractReport:
     unchanged: int
     errors: dict[str, float]
     left_out: dict[str, str]
+    saved: tuple[str, ...]
     seconds: float
     warnings: tuple[str, ...]
 
@@ -78,7 +84,7 @@ def extract(
     *,
     rank: int,
     energy: float | None = None,
-    iterations: int = 2,
+    iterations: int | None = None,
     seed: int = 0,
     threads: int | None = None,
     outtype: str = "auto",
@@ -98,7 +104,8 @@ def extract(
         rank: highest rank of a delta.
         energy: if given, use for each delta the lowest rank, up to ``rank``, that keeps this share of its squared
             norm.
-        iterations: number of power iterations; each reads both models once more.
+        iterations: number of multiplications with ``D^T D``; each reads both models once more. By default as many as
+            the error needs to come within 0.1 % of the lowest possible one.
         seed: seed of the random subspace; the result does not depend on ``threads``.
         threads: number of threads; by default one for each core that this process may use.
         outtype: type of the factors in a GGUF file.
@@ -112,14 +119,19 @@ def extract(
     _check_options(rank, energy, iterations)
     started, target, tuned, before = time.perf_counter(), Path(out), Path(finetuned), Path(base)
     check_output(target, [tuned, before], outtype=outtype, force=force)
-    with open_differences(tuned, before) as differences:
-        work = _Extraction(differences, rank, energy, iterations, seed, progress)
+    as_peft = not is_gguf(target)
+    with open_differences(tuned, before, as_peft=as_peft) as differences:
+        work = _Extraction(differences, rank, energy, iterations, seed, progress, as_peft=as_peft)
         run_rows(len(differences.weights), 1, work.approximate, threads)
+        saved = {} if not as_peft else work.saved_modules()
     if not work.pairs:
         raise AdapterError(f"{tuned}: no weight that a LoRA could change differs from {before}")
+    fields = dict(differences.fields)
+    if not any(is_embedding(name) for name in work.pairs):
+        fields.pop("ensure_weight_tying", None)
     architecture = differences.architecture
     adapter = FactoredAdapter(
-        target.stem, tuned, "", work.ordered_pairs(), architecture, fields=differences.fields, warnings=work.warnings()
+        target.stem, tuned, "", work.ordered_pairs(), architecture, fields=fields, saved=saved, warnings=work.warnings()
     )
     needs_base = is_gguf(target) == (architecture is None)
     model = read_base(before) if needs_base or architecture is not None else None
@@ -133,17 +145,18 @@ def extract(
         unchanged=work.unchanged,
         errors={name: work.errors[name] for name in adapter.pairs if name in work.errors},
         left_out=work.left_out,
+        saved=tuple(saved),
         seconds=time.perf_counter() - started,
         warnings=written.warnings,
     )
 
 
-def _check_options(rank: int, energy: float | None, iterations: int) -> None:
+def _check_options(rank: int, energy: float | None, iterations: int | None) -> None:
     if rank < 1:
         raise AdapterError(f"rank is {rank}, expected a positive whole number")
     if energy is not None and not 0 < energy <= 1:
         raise AdapterError(f"energy is {energy}, expected a share from 0 to 1, for example 0.99")
-    if iterations < 0:
+    if iterations is not None and iterations < 0:
         raise AdapterError(f"iterations is {iterations}, expected a whole number from 0")
 
 
@@ -155,14 +168,18 @@ class _Extraction:
         differences: Differences,
         rank: int,
         energy: float | None,
-        iterations: int,
+        iterations: int | None,
         seed: int,
         progress: Progress | None,
+        *,
+        as_peft: bool,
     ) -> None:
         self._weights, self._rank, self._energy = differences.weights, rank, energy
         self._iterations, self._seed, self._progress = iterations, seed, progress
         self._lock, self._done = threading.Lock(), 0
         self._total = sum(item.n_rows * item.n_columns for item in self._weights)
+        self._changed_modules: set[str] = set()
+        self._saves = differences.architecture is None and as_peft
         self.pairs: dict[str, LowRank] = {}
         self.errors: dict[str, float] = {}
         self.left_out = dict(differences.left_out)
@@ -178,6 +195,8 @@ class _Extraction:
             with self._lock:
                 if result is not None:
                     self.pairs[item.name], self.errors[item.name] = result
+                elif norm and item.saved_by and self._saves:
+                    self._changed_modules.add(item.saved_by)
                 elif norm:
                     self.left_out[item.name] = f"{item.problem}; it differs by {norm:.2g} of its norm"
                 else:
@@ -185,6 +204,11 @@ class _Extraction:
                 self._done += item.n_rows * item.n_columns
                 if self._progress:
                     self._progress(self._done, self._total)
+
+    def saved_modules(self) -> dict[str, Float32Array]:
+        """Return all weights of the norms that differ, as the tuned model has them; call it before the files close."""
+        items = [item for item in self._weights if item.saved_by in self._changed_modules]
+        return {item.name: item.rows(0, item.n_rows)[0][:, 0] for item in items}
 
     def ordered_pairs(self) -> dict[str, LowRank]:
         """Return the deltas in the models' order, with zeros for the unchanged experts of a changed stack."""
@@ -211,18 +235,11 @@ def _stack_of(name: str) -> str | None:
 
 
 def _approximate(
-    item: Difference, rank: int, energy: float | None, iterations: int, seed: int
+    item: Difference, rank: int, energy: float | None, iterations: int | None, seed: int
 ) -> tuple[LowRank, float] | None:
     """Return the low-rank delta and its relative error, or None if the models do not differ."""
-    width = min(rank + _OVERSAMPLING, item.n_rows, item.n_columns)
     rng = np.random.default_rng([seed, zlib.crc32(item.name.encode())])
-    v, total = np.linalg.qr(rng.standard_normal((item.n_columns, width)))[0], 0.0
-    for number in range(iterations):
-        v, norm = _power_iteration(item, v)
-        total = norm if number == 0 else total
-        if not total:
-            return None
-    y, norm = _project(item, v)
+    y, v, norm = _krylov(item, rank, iterations, rng)
     if not norm:
         return None
     b, a, kept = _truncate(y, v, norm, rank, energy)
@@ -238,22 +255,62 @@ def _approximate(
     return (delta.transposed() if item.transposed else delta), float(np.sqrt(remainder / norm))
 
 
-def _power_iteration(item: Difference, v: Float64Array) -> tuple[Float64Array, float]:
-    """Return an orthonormal basis of ``D^T D v`` and the squared norm of D."""
-    z, norm, narrow = np.zeros(v.shape), 0.0, v.astype(np.float32)
-    for _, block in item.blocks():
-        z += block.T @ (block @ narrow)
-        norm += _squared_norm(item, block)
-    return (np.linalg.qr(z)[0] if norm else v), norm
+def _krylov(
+    item: Difference, rank: int, iterations: int | None, rng: np.random.Generator
+) -> tuple[Float64Array, Float64Array, float]:
+    """Return ``D v``, an orthonormal basis v that holds the leading directions of D, and the squared norm of D."""
+    width = min(rank + _OVERSAMPLING, item.n_rows, item.n_columns)
+    basis = block = np.linalg.qr(rng.standard_normal((item.n_columns, width)))[0]
+    images, errors = np.empty((item.n_rows, 0)), list[float]()
+    while True:
+        image, following, norm = _multiply(item, block)
+        images = np.hstack([images, image])
+        if not norm:
+            return images, basis, norm
+        squares = np.linalg.eigvalsh(images.T @ images)[::-1]
+        errors.append(max(norm - float(squares[:rank].sum()), 0.0))
+        is_enough = _is_converged(errors, norm) if iterations is None else len(errors) > iterations
+        room = item.n_columns - basis.shape[1]
+        if is_enough or room <= 0:
+            return images, basis, norm
+        block = _orthonormal(following, basis)[:, :room]
+        if not block.shape[1]:
+            return images, basis, norm
+        basis = np.hstack([basis, block])
 
 
-def _project(item: Difference, v: Float64Array) -> tuple[Float64Array, float]:
-    """Return ``D v`` and the squared norm of D."""
-    y, norm = np.empty((item.n_rows, v.shape[1])), 0.0
+def _orthonormal(block: Float64Array, basis: Float64Array) -> Float64Array:
+    """Return an orthonormal basis of the part of a block that is orthogonal to a basis; narrower if there is less."""
+    scale = float(np.linalg.norm(block))
+    for _ in range(2):
+        block = block - basis @ (basis.T @ block)
+    q, sizes, _ = np.linalg.svd(block, full_matrices=False)
+    new = q[:, sizes > 1e-12 * scale]
+    return np.linalg.qr(new - basis @ (basis.T @ new))[0] if new.shape[1] else new
+
+
+def _is_converged(errors: Sequence[float], norm: float) -> bool:
+    """Whether further passes would lower the squared error by no more than `_CLOSE_ENOUGH` if gains go on shrinking."""
+    if errors[-1] <= _NEGLIGIBLE * norm:
+        return True
+    if len(errors) < 3:
+        return False
+    before, last = errors[-3] - errors[-2], errors[-2] - errors[-1]
+    if last <= 0:
+        return True
+    ratio = min(last / before, _SLOWEST) if before > 0 else _SLOWEST
+    return last * ratio / (1 - ratio) <= _CLOSE_ENOUGH * errors[-1]
+
+
+def _multiply(item: Difference, v: Float64Array) -> tuple[Float64Array, Float64Array, float]:
+    """Return ``D v``, ``D^T D v`` and the squared norm of D."""
+    image, product, norm = np.empty((item.n_rows, v.shape[1])), np.zeros(v.shape), 0.0
     for start, block in item.blocks():
-        y[start : start + len(block)] = block.astype(np.float64) @ v  # float32 errors would hide small deltas
+        part = block.astype(np.float64) @ v  # float32 errors would hide small deltas
+        image[start : start + len(block)] = part
+        product += block.T @ part.astype(np.float32)
         norm += _squared_norm(item, block)
-    return y, norm
+    return image, product, norm
 
 
 def _squared_norm(item: Difference, block: Float32Array) -> float:

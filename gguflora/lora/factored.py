@@ -30,6 +30,7 @@ from gguflora.files.gguf import TOKEN_EMBEDDING
 from gguflora.files.safetensors import as_float32
 from gguflora.lora.factors import Factors, factor_adapter, unstacked
 from gguflora.placement.place import place
+from gguflora.quants.arrays import Float32Array
 
 _EXPERT: Final = re.compile(r"(?P<tensor>(?:.+\.)?blk\..+)\.(?P<expert>\d+)")
 _EMBEDDING: Final = re.compile(
@@ -55,6 +56,7 @@ class FactoredAdapter:
         architecture: GGUF name of the base's architecture if the pairs are named after GGUF tensors, else None.
         invocation_tokens: tokens that activate an aLoRA; empty for other adapters.
         fields: additional fields for ``adapter_config.json``.
+        saved: weights that a PEFT directory holds as a whole (``modules_to_save``), by name.
         warnings: messages for the user.
     """
 
@@ -65,6 +67,7 @@ class FactoredAdapter:
     architecture: str | None = None
     invocation_tokens: tuple[int, ...] = ()
     fields: Mapping[str, Any] = field(default_factory=dict)
+    saved: Mapping[str, Float32Array] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 
@@ -117,7 +120,7 @@ def factored_adapter(
         adapter.architecture,
         adapter.invocation_tokens,
         fields,
-        adapter.warnings,
+        warnings=adapter.warnings,
     )
     if pairs is not None:
         left_out = sorted(adapter.deltas.keys() - pairs.keys())

@@ -7,15 +7,19 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from gguflora.architectures import KNOWN
+from gguflora.architectures import KNOWN, aborts_at_run_time, ignored_at_run_time
+from gguflora.architectures.base_model import BaseModel, describe
+from gguflora.architectures.mapping import adaptable_weights
 from gguflora.errors import MismatchError
-from gguflora.files.checkpoint import Checkpoint
-from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, TensorEntry
+from gguflora.files.checkpoint import Checkpoint, StoredWeight
+from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, TensorEntry
+from gguflora.lora.factored import is_embedding
 from gguflora.quants import kernels
 from gguflora.quants.arrays import Float32Array
 
@@ -23,6 +27,17 @@ _CONVOLUTION: Final = re.compile(r"conv1d\.")
 _STACKED: Final = re.compile(r"\.experts\.\w+\.\d+$")
 _TRANSPOSED_EXPERTS: Final = {"gpt_oss", "llama4", "llama4_text"}
 _BLOCK: Final = 1 << 20
+_VECTOR: Final = "a norm or bias, which a LoRA cannot change"
+_TYING: Final = "ensure_weight_tying"
+"""PEFT's option that gives the output weight the LoRA of the embedding to which it is tied."""
+_MAMBA: Final = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "falcon-h1"})
+_REFUSED: Final = "PEFT does not adapt the output projection of Mamba layers"
+_SHARED: Final = frozenset({"t5", "t5encoder"})
+_SHARED_EMBEDDING: Final = "several modules share the embedding, which PEFT cannot adapt as one"
+_OUTPUTS: Final = ("lm_head.weight", "embed_out.weight", "output.weight")
+_NEW_NAMES: Final = {"embed_out.weight": "lm_head.weight"}
+"""Names in a checkpoint of GPT-NeoX by those in transformers 5."""
+_NORM: Final = re.compile(r"norm|^ln(?:_|\d|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +50,7 @@ class Difference:
         n_columns: number of columns as stored.
         transposed: whether the Hugging Face model stores it as (n_in, n_out).
         problem: why a LoRA cannot hold its delta; None if it can.
+        saved_by: module that a PEFT directory can hold as a whole instead (``modules_to_save``); None if it cannot.
         rounded_to: 16-bit type of the tuned model's values, ``F16`` or ``BF16``; None for other types.
         rows: ``rows(start, stop)`` reads these rows of the tuned model and of the base, as float32.
     """
@@ -44,6 +60,7 @@ class Difference:
     n_columns: int
     transposed: bool
     problem: str | None
+    saved_by: str | None
     rounded_to: str | None
     rows: Callable[[int, int], tuple[Float32Array, Float32Array]]
 
@@ -84,8 +101,13 @@ class Differences:
     fields: dict[str, Any]
 
 
-def open_differences(tuned: Path, base: Path) -> AbstractContextManager[Differences]:
+def open_differences(tuned: Path, base: Path, *, as_peft: bool) -> AbstractContextManager[Differences]:
     """Open two GGUF files or two Hugging Face directories for comparison.
+
+    Args:
+        tuned: the fine-tuned model.
+        base: the model before.
+        as_peft: whether the LoRA becomes a PEFT directory, which can hold other changes than a GGUF file.
 
     Raises:
         MismatchError: if one is a file and the other a directory, or their architectures differ.
@@ -93,11 +115,11 @@ def open_differences(tuned: Path, base: Path) -> AbstractContextManager[Differen
     """
     if tuned.is_dir() != base.is_dir():
         raise MismatchError(f"{tuned} and {base}: give two GGUF files or two Hugging Face directories")
-    return _open_directories(tuned, base) if tuned.is_dir() else _open_files(tuned, base)
+    return _open_directories(tuned, base, as_peft) if tuned.is_dir() else _open_files(tuned, base, as_peft)
 
 
 @contextmanager
-def _open_files(tuned_path: Path, base_path: Path) -> Iterator[Differences]:
+def _open_files(tuned_path: Path, base_path: Path, as_peft: bool) -> Iterator[Differences]:
     with GgufFile(tuned_path) as tuned, GgufFile(base_path) as base:
         if tuned.architecture != base.architecture:
             raise MismatchError(f"{tuned_path} is {tuned.architecture!r}, but {base_path} is {base.architecture!r}")
@@ -105,23 +127,43 @@ def _open_files(tuned_path: Path, base_path: Path) -> Iterator[Differences]:
             {name: tensor.shape for name, tensor in tuned.tensors.items()},
             {name: tensor.shape for name, tensor in base.tensors.items()},
         )
-        is_tied = OUTPUT not in base.tensors
+        model = describe(base)
+        problem_of = _problems_in_peft(model) if as_peft else partial(_problem_in_gguf, model)
         found = [
             difference
             for name in base.tensors
             if name not in left_out
-            for difference in _tensor_differences(tuned, base, name, is_tied=is_tied)
+            for difference in _tensor_differences(tuned, base, name, problem_of)
         ]
-        yield Differences(base.architecture, tuple(found), left_out, {})
+        fields = {_TYING: True} if as_peft and model.is_tied and model.architecture not in _SHARED else {}
+        yield Differences(base.architecture, tuple(found), left_out, fields)
 
 
-def _tensor_differences(tuned: GgufFile, base: GgufFile, name: str, *, is_tied: bool) -> Iterator[Difference]:
+def _problem_in_gguf(model: BaseModel, tensor: str) -> str | None:
+    """Return why llama.cpp would not apply a LoRA of a tensor; None if it does."""
+    if tensor == TOKEN_EMBEDDING and model.is_tied:
+        return "the token embedding, to which the output weight is tied: llama.cpp would abort on a LoRA of it"
+    return ignored_at_run_time(model, tensor) or aborts_at_run_time(model, tensor)
+
+
+def _problems_in_peft(model: BaseModel) -> Callable[[str], str | None]:
+    known = {tensor_slice.tensor for slices in adaptable_weights(model).values() for tensor_slice in slices}
+
+    def problem(tensor: str) -> str | None:
+        if tensor not in known:
+            return "no module of the Hugging Face model holds it"
+        if tensor == TOKEN_EMBEDDING and model.architecture in _SHARED:
+            return _SHARED_EMBEDDING
+        return _REFUSED if model.architecture in _MAMBA and tensor.endswith("ssm_out.weight") else None
+
+    return problem
+
+
+def _tensor_differences(
+    tuned: GgufFile, base: GgufFile, name: str, problem_of: Callable[[str], str | None]
+) -> Iterator[Difference]:
     ours, theirs = tuned.tensors[name], base.tensors[name]
-    problem = None
-    if len(ours.shape) == 1:
-        problem = "a norm or bias, which a LoRA cannot change"
-    elif name == TOKEN_EMBEDDING and is_tied:
-        problem = "the token embedding, to which the output weight is tied: llama.cpp would abort on a LoRA of it"
+    problem = _VECTOR if len(ours.shape) == 1 else problem_of(name)
     n_rows = ours.shape[-2] if len(ours.shape) > 1 else 1
     for offset in range(0, ours.n_rows, n_rows):
         expert = f".{offset // n_rows}" if len(ours.shape) > 2 else ""
@@ -132,7 +174,8 @@ def _tensor_differences(tuned: GgufFile, base: GgufFile, name: str, *, is_tied: 
                 _read(base, theirs, offset + start, offset + stop),
             )
 
-        yield Difference(f"{name}{expert}", n_rows, ours.n_in, False, problem, _half_type(ours.type.name), rows)
+        half = _half_type(ours.type.name)
+        yield Difference(f"{name}{expert}", n_rows, ours.n_in, False, problem, None, half, rows)
 
 
 def _read(file: GgufFile, tensor: TensorEntry, start: int, stop: int) -> Float32Array:
@@ -142,16 +185,54 @@ def _read(file: GgufFile, tensor: TensorEntry, start: int, stop: int) -> Float32
 
 
 @contextmanager
-def _open_directories(tuned_path: Path, base_path: Path) -> Iterator[Differences]:
+def _open_directories(tuned_path: Path, base_path: Path, as_peft: bool) -> Iterator[Differences]:
     config = _read_config(base_path)
     with closing(Checkpoint(tuned_path)) as tuned, closing(Checkpoint(base_path)) as base:
         left_out = _find_unmatched(
             {name: (weight.n_rows, weight.n_columns) for name, weight in tuned.weights.items()},
             {name: (weight.n_rows, weight.n_columns) for name, weight in base.weights.items()},
         )
-        found = [_weight_difference(tuned, base, name, config) for name in base.weights if name not in left_out]
-        fields = {"fan_in_fan_out": True} if any(item.transposed and _is_layer(item.name) for item in found) else {}
+        is_tied = _is_tied(base, config)
+        names = [name for name in base.weights if name not in left_out]
+        if is_tied:  # the output weight may be stored a second time
+            names = [name for name in names if name not in _OUTPUTS or not any(map(is_embedding, names))]
+        found = [_weight_difference(tuned, base, name, config, is_tied and not as_peft) for name in names]
+        fields: dict[str, Any] = {}
+        if any(item.transposed and _is_layer(item.name) for item in found):
+            fields["fan_in_fan_out"] = True
+        if is_tied and as_peft and not config.get("is_encoder_decoder"):
+            fields[_TYING] = True
         yield Differences(None, tuple(found), left_out, fields)
+
+
+def _is_tied(base: Checkpoint, config: dict[str, Any]) -> bool:
+    """Whether a Hugging Face model uses its token embedding as output weight, too.
+
+    ``config.json`` may not say it, since the default depends on the class. Then a model for generation is tied if it
+    has no output weight of its own, or one that equals the embedding.
+    """
+    text = config.get("text_config")
+    flag = config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None)
+    if flag is not None:
+        return bool(flag)
+    classes = config.get("architectures") or [""]
+    if not re.search(r"LM|Generation|^$", str(classes[0])):
+        return False
+    output = next((base.weights[name] for name in _OUTPUTS if name in base.weights), None)
+    if output is None:
+        return True
+    shape = output.n_rows, output.n_columns
+    inputs = [weight for name, weight in base.weights.items() if is_embedding(name)]
+    return any((item.n_rows, item.n_columns) == shape and _are_equal(base, item, output) for item in inputs)
+
+
+def _are_equal(base: Checkpoint, one: StoredWeight, other: StoredWeight) -> bool:
+    step = max(1, _BLOCK // one.n_columns)
+    for start in range(0, one.n_rows, step):
+        rows = np.arange(start, min(start + step, one.n_rows))
+        if not np.array_equal(base.read_rows(one, rows), base.read_rows(other, rows)):
+            return False
+    return True
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -166,16 +247,22 @@ def _is_layer(name: str) -> bool:
     return name.endswith(".weight")
 
 
-def _weight_difference(tuned: Checkpoint, base: Checkpoint, name: str, config: dict[str, Any]) -> Difference:
+def _weight_difference(
+    tuned: Checkpoint, base: Checkpoint, name: str, config: dict[str, Any], refuse_embedding: bool
+) -> Difference:
     ours, theirs = tuned.weights[name], base.weights[name]
-    problem = None
+    problem, module = None, name.rpartition(".")[0]
     if ours.n_columns == 1 or name.endswith("bias"):
-        problem = "a norm or bias, which a LoRA cannot change"
+        problem = _VECTOR
     elif _CONVOLUTION.search(name):
         problem = "a convolution, which a LoRA of linear layers cannot change"
     elif not (_is_layer(name) or _STACKED.search(name)):
         problem = "no weight of a linear layer"
-    elif name.endswith(("embed_tokens.weight", "wte.weight")) and config.get("tie_word_embeddings"):
+    elif str(config.get("model_type")) in _MAMBA and name.endswith("out_proj.weight"):
+        problem = _REFUSED
+    elif is_embedding(name) and config.get("is_encoder_decoder"):
+        problem = _SHARED_EMBEDDING
+    elif is_embedding(name) and refuse_embedding:
         problem = "the token embedding, to which the output weight is tied"
     kind = str(config.get("model_type"))
     conv1d = KNOWN["gpt2"].conv1d if kind == "gpt2" else None
@@ -185,7 +272,10 @@ def _weight_difference(tuned: Checkpoint, base: Checkpoint, name: str, config: d
         numbers = np.arange(start, stop)
         return tuned.read_rows(ours, numbers), base.read_rows(theirs, numbers)
 
-    return Difference(name, ours.n_rows, ours.n_columns, transposed, problem, _half_type(ours.dtype), rows)
+    saved_by = module if problem == _VECTOR and _NORM.search(module.rpartition(".")[2]) else None
+    known_as = _NEW_NAMES.get(name, name)
+    half = _half_type(ours.dtype)
+    return Difference(known_as, ours.n_rows, ours.n_columns, transposed, problem, saved_by, half, rows)
 
 
 def _half_type(kind: str) -> str | None:

@@ -22,6 +22,12 @@ from gguflora.lora.gguf_writer import exact_type
 
 WEIGHTS: Final = "adapter_model.safetensors"
 _PARAMETER: Final = re.compile(r"(?P<owner>.+\.experts)\.(?P<parameter>gate_up_proj|down_proj)\.(?P<expert>\d+)")
+_ROUTER: Final = re.compile(r".+\.(?:mlp|moe|feed_forward|block_sparse_moe)\.(?:gate|router)")
+"""Routers of experts. In transformers 5 they are no linear layers but hold a parameter ``weight``, which PEFT adapts as
+one of ``target_parameters``, as it does for linear layers."""
+_EXPERTS: Final = re.compile(r"\.(?:experts|shared_experts?|shared_mlp|gate\.weight|router\.weight)")
+_GATED: Final = re.compile(r".+\.(?:gate_proj|up_proj|down_proj)")
+"""Dense layers of a model with experts. Among ``target_modules`` PEFT 0.21 takes their names for the experts'."""
 _ORDER: Final[tuple[str, ...]] = ("gate_up_proj", "down_proj")
 _DTYPES: Final = {"F32": np.float32, "F16": np.float16}
 
@@ -35,7 +41,11 @@ def peft_tensors(adapter: FactoredAdapter) -> tuple[dict[str, Array], dict[str, 
     Raises:
         UnsupportedAdapterError: if PEFT's LoRA cannot hold a delta.
     """
-    modules, parameters = _split(adapter.pairs)
+    pairs = dict(adapter.pairs)
+    if adapter.fields.get("ensure_weight_tying"):  # PEFT stores the output's factors, too
+        inputs = [delta for name, delta in pairs.items() if is_embedding(name) and not name.endswith("wpe.weight")]
+        pairs |= {"lm_head.weight": inputs[0]}
+    modules, parameters = _split(pairs)
     unsupported = [name for name in modules if not name.endswith(".weight")]
     if unsupported:
         raise UnsupportedAdapterError(f"{adapter.path}: PEFT's LoRA cannot change {unsupported[0]!r}")
@@ -47,7 +57,13 @@ def peft_tensors(adapter: FactoredAdapter) -> tuple[dict[str, Array], dict[str, 
         stacks = {name: _with_equal_ranks(list(experts[name])) for name in _ORDER if name in experts}
         tensors |= _parameter_tensors(owner, stacks)
         forms |= {f"{owner}.{name}": (stack[0].rank, _alpha(stack[0])) for name, stack in stacks.items()}
-    targets = [name.removesuffix(".weight") for name in modules]
+    tensors |= {PREFIX + name: _to_storage(values) for name, values in adapter.saved.items()}
+    if not adapter.invocation_tokens:  # an aLoRA cannot adapt parameters
+        has_experts = any(_EXPERTS.search(name) for name in adapter.pairs)
+        linear = [name for name in forms if f"{name}.weight" in modules]
+        wrapped = [name for name in linear if _ROUTER.fullmatch(name) or (has_experts and _GATED.fullmatch(name))]
+        forms = {f"{name}.weight" if name in wrapped else name: form for name, form in forms.items()}
+    targets = [name for name in forms if f"{name}.weight" in modules]
     return tensors, _config(adapter, forms, targets, [name for name in forms if name not in targets])
 
 
@@ -145,6 +161,8 @@ def _config(
         "init_lora_weights": True,
     }
     optional: dict[str, Any] = {"target_parameters": list(parameters)} if parameters else {}
+    if adapter.saved:
+        optional["modules_to_save"] = list(dict.fromkeys(name.rpartition(".")[0] for name in adapter.saved))
     if adapter.invocation_tokens:
         optional["alora_invocation_tokens"] = list(adapter.invocation_tokens)
     return {**config, **optional, **adapter.fields}

@@ -30,7 +30,7 @@ class ResizeReport:
         old_size: bytes of the adapter's weights before.
         size: bytes of the factors now.
         errors: relative error (Frobenius norm) of each delta that lost something, by name, as it was written.
-        error: relative error of all deltas together.
+        relative_error: relative error of all deltas together.
         energy: share of the squared norm of all deltas that is kept.
         warnings: messages for the user.
     """
@@ -43,7 +43,7 @@ class ResizeReport:
     old_size: int
     size: int
     errors: dict[str, float]
-    error: float
+    relative_error: float
     energy: float
     warnings: tuple[str, ...]
 
@@ -107,7 +107,7 @@ def resize(
         old_size=source.path.stat().st_size,
         size=written.size,
         errors={name: fit.error for name, fit in fits.items() if fit.lost},
-        error=fit.error,
+        relative_error=fit.error,
         energy=fit.energy,
         warnings=written.warnings,
     )

@@ -163,7 +163,7 @@ def test_options_hold_for_one_adapter(tmp_path):
 def test_the_default_is_the_weighted_sum(tmp_path):
     adapters = paths(SPECS[:2])
     report = gguflora.combine(list(zip(adapters, WEIGHTS, strict=False)), tmp_path / "out")
-    assert (report.method, report.ranks, report.error) == ("cat", (4, 8), None)
+    assert (report.method, report.ranks, report.relative_error) == ("cat", (4, 8), None)
     one, two = (deltas_by_peft(adapter) for adapter in adapters)
     for name, delta in deltas_by_peft(tmp_path / "out").items():
         total = WEIGHTS[0] * one.get(name, 0) + WEIGHTS[1] * two.get(name, 0)
@@ -202,7 +202,7 @@ def test_the_svd_of_any_sum_is_the_optimum_and_so_is_its_error(kind, rank, tmp_p
         assert error <= best + 1e-4 * np.linalg.norm(total), name
         assert report.errors[name] == pytest.approx(error / np.linalg.norm(total), abs=1e-4)
         lost, squared = lost + error**2, squared + np.linalg.norm(total) ** 2
-    assert report.error == pytest.approx((lost / squared) ** 0.5, abs=1e-4)
+    assert report.relative_error == pytest.approx((lost / squared) ** 0.5, abs=1e-4)
     assert report.energy == pytest.approx(1 - lost / squared, abs=1e-4)
 
 

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import warnings
 
 import numpy as np
+import peft
 import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+import transformers
 
 import gguflora
 from gguflora.errors import AdapterError, MismatchError
@@ -185,7 +188,74 @@ def test_what_a_lora_cannot_hold_is_named(tmp_path):
     assert report.errors.keys() == {names[2]}
 
 
-def test_norms_of_directories_are_named(tmp_path):
+@pytest.mark.parametrize("spectrum", ["flat", "hyperbolic", "two levels"])
+@pytest.mark.parametrize("rank", [4, 16])
+def test_the_error_is_within_a_thousandth_of_the_optimum(spectrum, rank, tmp_path):
+    base = builders.gguf_model("llama")
+    weights, rng, edits = read_tensors(base), np.random.default_rng(3), {}
+    for name in ("blk.0.attn_q.weight", "blk.0.ffn_up.weight", "blk.1.ffn_down.weight"):
+        u, _, v = np.linalg.svd(rng.standard_normal(weights[name].shape), full_matrices=False)
+        numbers = np.arange(1, u.shape[1] + 1)
+        sizes = {"flat": 1 - numbers / 1e4, "hyperbolic": 1 / numbers, "two levels": np.where(numbers > rank, 0.9, 1)}
+        edits[name] = weights[name] + 0.1 * (u * sizes[spectrum]) @ v
+    edited(base, tmp_path / "tuned.gguf", edits)
+    report = gguflora.extract(tmp_path / "tuned.gguf", base, tmp_path / "lora.gguf", rank=rank, outtype="f32")
+    found, after = lora_changes(tmp_path / "lora.gguf"), read_tensors(tmp_path / "tuned.gguf")
+    for name in edits:
+        change = after[name].astype(np.float64) - weights[name]
+        best = np.linalg.norm(np.linalg.svd(change, compute_uv=False)[rank:])
+        error = np.linalg.norm(change - found[name])
+        assert error <= 1.001 * best, (name, error / best)
+        assert report.errors[name] == pytest.approx(error / np.linalg.norm(change), rel=1e-3)
+
+
+def tuned_copy(name, folder, shift=0.02):
+    """A model of the zoo with every weight moved at random; as a directory, and as a torch model."""
+    model = zoo.model(name)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            step = torch.randn(parameter.shape, generator=generator) * parameter.std().clamp(min=0.1)
+            parameter.add_(shift * step)
+    return model, zoo.save(name, model, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", zoo.ORDERED)
+def test_every_directory_loads_in_peft(name, tmp_path):
+    """Of two GGUF files; the deltas are as many as the report says, and none is lost while loading."""
+    _, tuned = tuned_copy(name, tmp_path / "tuned")
+    base, after = zoo.gguf_model(name), zoo.to_gguf(name, tuned)
+    gguflora.extract(after, base, tmp_path / "lora", rank=2)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = peft.PeftModel.from_pretrained(zoo.model(name), tmp_path / "lora")
+    assert not [str(item.message) for item in told if "missing" in str(item.message).lower()]
+    layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    saved = safetensors.numpy.load_file(tmp_path / "lora/adapter_model.safetensors")
+    assert len(layers) >= sum(key.endswith(("lora_A.weight", "lora_embedding_A")) for key in saved)
+    assert all(layer.get_delta_weight("default").any() for layer in layers)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "gptneox", "bloom", "falcon", "cohere2", "llama_biases"])
+def test_directories_answer_as_the_tuned_model(name, tmp_path):
+    """At full rank, with norms as modules_to_save and tied embeddings, PEFT's model has the tuned one's logits."""
+    tuned, folder = tuned_copy(name, tmp_path / "tuned")
+    config = json.loads((zoo.checkpoint(name) / "config.json").read_text())
+    shutil.copytree(zoo.checkpoint(name), tmp_path / "base")
+    config.pop("tie_word_embeddings", None)
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    report = gguflora.extract(folder, tmp_path / "base", tmp_path / "lora", rank=512)
+    model = peft.PeftModel.from_pretrained(zoo.model(name), tmp_path / "lora").eval()
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        wanted, found, before = (m(input_ids=ids).logits for m in (tuned.eval(), model, zoo.model(name).eval()))
+    left = (found - wanted).norm() / (before - wanted).norm()
+    assert all("bias" in key for key in report.left_out)
+    assert left < (0.25 if report.left_out else 1e-4)
+
+
+def test_norms_of_directories_are_saved(tmp_path):
     model = builders.hf_model("llama")
     shutil.copytree(model, tmp_path / "tuned")
     weights = safetensors.numpy.load_file(model / "model.safetensors")
@@ -193,8 +263,13 @@ def test_norms_of_directories_are_named(tmp_path):
     changed = weights | {name: weights[name] * 2 for name in names}
     safetensors.numpy.save_file(changed, tmp_path / "tuned/model.safetensors", {"format": "pt"})
     report = gguflora.extract(tmp_path / "tuned", model, tmp_path / "lora", rank=64)
-    assert report.left_out.keys() == {names[0]}
+    assert report.left_out == {}
+    assert report.saved == (names[0],)
     assert report.errors.keys() == {names[1]}
+    loaded = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(model), tmp_path / "lora")
+    np.testing.assert_allclose(loaded.merge_and_unload().model.norm.weight.detach().numpy(), 2 * weights[names[0]])
+    report = gguflora.extract(tmp_path / "tuned", model, tmp_path / "lora.gguf", rank=64)
+    assert report.left_out.keys() == {names[0]}
 
 
 def test_energy_threads_and_seed(tmp_path):

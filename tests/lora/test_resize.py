@@ -149,7 +149,7 @@ def test_experts_have_the_rank_that_was_asked_for(name, form, tmp_path):
             wanted = best(before, 2)[0]
             assert np.linalg.norm(after - wanted) <= 1e-4 * np.linalg.norm(before), key
             squared, lost = squared + np.linalg.norm(before) ** 2, lost + np.linalg.norm(before - wanted) ** 2
-    assert report.error == pytest.approx((lost / squared) ** 0.5, abs=1e-4)
+    assert report.relative_error == pytest.approx((lost / squared) ** 0.5, abs=1e-4)
 
 
 def expert_deltas(name, folder):
