@@ -215,7 +215,7 @@ class GenerationJob:
         return token_logprob(logits, token, self.request.logprobs or 0, lambda each: self._model.piece(each, True))
 
     def _push(self, token: int, logprob: TokenLogprob | None) -> None:
-        self._send(self._text.push(token, self._model.piece(token), logprob))
+        self._send(self._text.push(token, self._model.piece(token, token in self.request.spelled_tokens), logprob))
 
     def _send(self, piece: Piece) -> None:
         if piece.text or piece.tokens:

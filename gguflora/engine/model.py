@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import llama_cpp
 
-from gguflora.errors import EngineError, RequestError
+from gguflora.errors import EngineError, MissingExtraError, RequestError
 from gguflora.runtime.bindings import captured_log, is_stateful, reason_of
 from gguflora.runtime.llama_internals import silence
 from gguflora.runtime.templates import RENDERER
@@ -89,6 +89,19 @@ class Model:
     def vocabulary(self) -> Any:  # noqa: ANN401  (llama_cpp has no types)
         """The ``llama_vocab *``."""
         return self._vocab
+
+    @cached_property
+    def guidance(self) -> Any:  # noqa: ANN401  (an optional package)
+        """The vocabulary as llguidance wants it, which takes a second or two to make.
+
+        Raises:
+            MissingExtraError: if llguidance is not installed.
+        """
+        try:
+            from llguidance.llamacpp import lltokenizer_from_vocab  # noqa: PLC0415  (in the extra ``server``)
+        except ImportError:
+            raise MissingExtraError("a grammar of this kind", "llguidance", "server") from None
+        return lltokenizer_from_vocab(self._vocab, eos_token=list(self.end_tokens))
 
     @cached_property
     def end_tokens(self) -> tuple[int, ...]:

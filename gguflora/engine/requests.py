@@ -48,16 +48,19 @@ _WHOLE_RANGES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A grammar that an answer must follow, in llama.cpp's GBNF; the rule ``root`` is the whole answer.
+    """A grammar that an answer must follow.
 
     Attributes:
         text: the rules.
         triggers: regular expressions over the answer so far; the grammar begins where the first group of one of them
             matches, and the text before is free. Empty: the grammar holds from the first token on.
+        kind: "gbnf", llama.cpp's own grammars, whose rule ``root`` is the whole answer; or "llguidance", a grammar in
+            Lark's syntax with the rule ``start``, or what ``llguidance.LLMatcher.grammar_from_json_schema`` returns.
     """
 
     text: str
     triggers: tuple[str, ...] = ()
+    kind: Literal["gbnf", "llguidance"] = "gbnf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +180,7 @@ class Request:
         sampling: sampling parameters.
         stop: texts that end the answer; they are not part of it.
         logprobs: number of most likely tokens to report at each generated token; None reports no log probabilities.
+        spelled_tokens: control tokens whose spelling is part of the answer; others have no text.
         prompt_logprobs: whether to report the log probabilities of the prompt's tokens, too; needs ``logprobs``.
         timeout: seconds after which the request ends, from `Engine.submit` on; waiting counts.
         prefix: embeddings (n, n_embd) to decode before the tokens.
@@ -190,6 +194,7 @@ class Request:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    spelled_tokens: frozenset[int] = frozenset()
     timeout: float | None = None
     prefix: NDArray[np.float32] | None = None
     cache_owner: str = ""

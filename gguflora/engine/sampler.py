@@ -11,8 +11,9 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora.engine.requests import Grammar, Sampling, TokenLogprob
-from gguflora.errors import GenerationError, RequestError
+from gguflora.engine.constraints import CANDIDATE, Constraint, constraint
+from gguflora.engine.requests import Sampling, TokenLogprob
+from gguflora.errors import GenerationError
 
 if TYPE_CHECKING:
     from gguflora.engine.model import Model
@@ -26,9 +27,6 @@ _MIN_LOGPROB: Final = -9999.0
 
 _MIROSTAT_M: Final = 100
 """Number of tokens from which mirostat estimates the distribution, as in llama.cpp's programs."""
-
-_CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-"""``llama_token_data``."""
 
 
 class Sampler:
@@ -45,8 +43,8 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, model: Model, prompt: Sequence[int]) -> None:
         self._chain: Any = None
-        self._grammar: Any = None  # both are set first, because `close` also runs if the grammar is refused
-        self._grammar = None if sampling.grammar is None else _grammar(sampling.grammar, model)
+        self._grammar: Constraint | None = None  # both are set first: `close` also runs if the grammar is refused
+        self._grammar = None if sampling.grammar is None else constraint(sampling.grammar, model)
         self._n_vocab = model.n_vocab
         parameters = llama_cpp.llama_sampler_chain_default_params()
         parameters.no_perf = True
@@ -71,15 +69,15 @@ class Sampler:
         if self._grammar is None:
             token = int(llama_cpp.llama_sampler_sample(self._chain, context, index))
         else:
-            token = self._sample_by_grammar(context, index)
+            token = self._sample_by_grammar(self._grammar, context, index)
         if self._held_back:
             self._held_back -= 1
             if not self._held_back:
                 llama_cpp.llama_sampler_free(llama_cpp.llama_sampler_chain_remove(self._chain, 0))
         return token
 
-    def _sample_by_grammar(self, context: int, index: int) -> int:
-        candidates = np.zeros(self._n_vocab, _CANDIDATE)
+    def _sample_by_grammar(self, grammar: Constraint, context: int, index: int) -> int:
+        candidates = np.zeros(self._n_vocab, CANDIDATE)
         candidates["id"] = np.arange(self._n_vocab)
         pointer = llama_cpp.llama_get_logits_ith(context, index)
         candidates["logit"] = np.ctypeslib.as_array(pointer, (self._n_vocab,))
@@ -89,7 +87,7 @@ class Sampler:
             selected=-1,
             sorted=False,
         )
-        llama_cpp.llama_sampler_apply(self._grammar, ctypes.byref(array))
+        grammar.apply(array, candidates)
         # llama.cpp aborts if it is told of a token that the grammar does not allow
         if not np.isfinite(candidates["logit"].max()):
             raise GenerationError("the grammar allows no token of this model's vocabulary here")
@@ -98,16 +96,17 @@ class Sampler:
         if array.selected < 0 or not np.isfinite(chosen.logit):
             raise GenerationError("the samplers have left no token that the grammar allows")
         token = int(chosen.id)
-        llama_cpp.llama_sampler_accept(self._grammar, token)
+        grammar.accept(token)
         llama_cpp.llama_sampler_accept(self._chain, token)
         return token
 
     def close(self) -> None:
         """Free the samplers. Idempotent."""
-        for sampler in (self._chain, self._grammar):
-            if sampler is not None:
-                llama_cpp.llama_sampler_free(sampler)
-        self._chain = self._grammar = None
+        chain, grammar, self._chain, self._grammar = self._chain, self._grammar, None, None
+        if chain is not None:
+            llama_cpp.llama_sampler_free(chain)
+        if grammar is not None:
+            grammar.close()
 
     def __del__(self) -> None:
         self.close()
@@ -117,20 +116,6 @@ def _window(sampling: Sampling, n_prompt: int) -> int:
     """Return how many tokens of the prompt count for the penalties."""
     lengths = [sampling.repeat_last_n, sampling.dry_penalty_last_n if sampling.dry_multiplier else 0]
     return n_prompt if -1 in lengths else max(lengths)
-
-
-def _grammar(grammar: Grammar, model: Model) -> Any:  # noqa: ANN401  (llama_cpp has no types)
-    text, root = grammar.text.encode(), b"root"
-    if grammar.triggers:
-        patterns = (ctypes.c_char_p * len(grammar.triggers))(*(pattern.encode() for pattern in grammar.triggers))
-        sampler = llama_cpp.llama_sampler_init_grammar_lazy_patterns(
-            model.vocabulary, text, root, patterns, len(patterns), None, 0
-        )
-    else:
-        sampler = llama_cpp.llama_sampler_init_grammar(model.vocabulary, text, root)
-    if not sampler:
-        raise RequestError(f"grammar: llama.cpp cannot read this grammar: {grammar.text[:80]!r}")
-    return sampler
 
 
 def _bias(biases: dict[int, float], n_vocab: int) -> Any:  # noqa: ANN401

@@ -86,8 +86,6 @@ NO_EFFECT: Final[dict[str, tuple[object, ...]]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
-    "json_schema": ({},),
-    "grammar": ("",),
     "top_a": (0,),
     "use_beam_search": (False,),
     "verbosity": ("medium",),
@@ -115,8 +113,9 @@ class Body(BaseModel):
         if not isinstance(body, dict):
             return body
         renamed = cls.rename(body)
+        known = {field.alias or name for name, field in cls.model_fields.items()} | cls.harmless
         for name, value in renamed.items():
-            if value is None or name in cls.model_fields or name in cls.harmless:
+            if value is None or name in known:
                 continue
             no_effect = cls._without_effect(name)
             if no_effect is None:

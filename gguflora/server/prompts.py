@@ -79,7 +79,7 @@ def _requests(
     logprobs: int | None,
 ) -> list[Request]:
     _check_count(service, body, len(prompts))
-    sampling = body.sampling(service.engine)
+    sampling = replace(body.sampling(service.engine), grammar=body.structure())
     return [
         Request(
             tokens=tokens,

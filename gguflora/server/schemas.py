@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, FailFast, Field, model_validator
 
 from gguflora.server.fields import Body, refusal, take_alias
-from gguflora.server.sampling import SamplingFields
+from gguflora.server.structured import StructureFields
 
 
 class LoraScale(Body):
@@ -41,12 +41,6 @@ class StreamOptions(Body):
     harmless = frozenset({"include_obfuscation"})
 
 
-class ResponseFormat(Body):
-    """OpenAI's ``response_format``; only text is supported."""
-
-    type: Literal["text"]
-
-
 def _as_list(value: Any) -> Any:  # noqa: ANN401  (any JSON value)
     return [value] if isinstance(value, str) else value
 
@@ -56,7 +50,7 @@ StopTexts = Annotated[
 ]
 
 
-class GenerationBody(SamplingFields):
+class GenerationBody(StructureFields):
     """The fields that completions and chat completions share."""
 
     model: str | None = Field(None, max_length=1024)
@@ -70,7 +64,6 @@ class GenerationBody(SamplingFields):
     n: int | None = Field(None, ge=1, le=128)
     max_tokens: int | None = Field(None, ge=-1)
     stop: StopTexts | None = None
-    response_format: ResponseFormat | None = None
 
     @classmethod
     def rename(cls, body: dict[str, Any]) -> dict[str, Any]:

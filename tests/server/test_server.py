@@ -178,7 +178,7 @@ BAD = [
     ({"stop": ["x"] * 99}, 400, "invalid_value", "stop"),
     ({"suffix": "x"}, 400, "invalid_value", "'suffix' is not supported"),
     ({"best_of": 3}, 400, "invalid_value", "'best_of' is not supported"),
-    ({"response_format": {"type": "json_object"}}, 400, "invalid_value", "response_format"),
+    ({"response_format": {"type": "xml"}}, 400, "invalid_value", "response_format"),
     ({"lora": [{"id": 5, "scale": 1}]}, 400, "unknown_adapter", "no adapter has the id 5"),
     ({"lora": "shout"}, 400, "invalid_value", "lora"),
 ]
