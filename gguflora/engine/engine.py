@@ -366,6 +366,12 @@ class Engine:
             return self._model.template
 
     @property
+    def has_chat_template(self) -> bool:
+        """Whether the model brings a chat template; otherwise `chat_template` is one of plain text."""
+        with self._open():
+            return self._model.has_template
+
+    @property
     def special_texts(self) -> dict[str, str]:
         """The texts of the tokens that begin and end a text: ``bos_token`` and ``eos_token``."""
         with self._open():
@@ -384,17 +390,6 @@ class Engine:
         """
         with self._open():
             return self._model.chat_text(messages, **template_kwargs)
-
-    def spelling(self, token: int) -> bytes:
-        """Return the bytes of one token, and the spelling of a control token.
-
-        Raises:
-            RequestError: if the vocabulary has no such token.
-        """
-        if not 0 <= token < self.n_vocab:
-            raise RequestError(f"the token is {token}, expected a whole number from 0 to {self.n_vocab - 1}")
-        with self._open():
-            return self._model.piece(token, True)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **template_kwargs: Any) -> list[int]:  # noqa: ANN401
         """Turn a chat into tokens with the model's own template, up to where its answer begins.

@@ -86,7 +86,7 @@ async def count_tokens(body: MessagesBody, service: ServiceDep) -> dict[str, int
 
 
 def _count(service: Service, chat: ChatBody) -> int:
-    requests: Any = chat_requests(service, chat, ())
+    requests, _ = chat_requests(service, chat, ())
     return len(requests[0].tokens)
 
 

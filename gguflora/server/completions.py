@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from gguflora import engine
 from gguflora.server.errors import as_failure, log_fault
 from gguflora.server.names import BASE_MODEL
-from gguflora.server.openai_format import ChatForm, Choice, Form, TextForm, timings, usage
+from gguflora.server.openai_format import ChatChoice, ChatForm, Choice, Form, TextForm, timings, usage
 from gguflora.server.prompts import chat_requests, text_requests
 from gguflora.server.schemas import ChatBody, CompletionBody, GenerationBody
 from gguflora.server.selectors import requested_set
@@ -70,10 +70,10 @@ async def chat(body: ChatBody, request: Request, service: ServiceDep) -> Respons
     adapters = requested_set(service, body)
     model = service.names.of(body.model, adapters)
     answers = Answers(stream=bool(body.stream))
-    requests = await run_in_threadpool(chat_requests, service, body, adapters)
+    requests, replies = await run_in_threadpool(chat_requests, service, body, adapters)
     await run_in_threadpool(answers.begin, service.engine, requests)
     form = ChatForm()
-    choices = [Choice(form, index, bool(body.logprobs)) for index in range(len(requests))]
+    choices = [ChatChoice(form, index, bool(body.logprobs), reply=reply) for index, reply in enumerate(replies)]
     return await _Completion(service, form, body, answers, choices, model).respond(request)
 
 

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from gguflora._version import __version__
+from gguflora.server.chat_prompt import chat_prompt
 from gguflora.server.completions import complete
 from gguflora.server.errors import Failure
 from gguflora.server.fields import Body
@@ -177,8 +178,8 @@ async def detokenize(body: DetokenizeBody, service: ServiceDep) -> dict[str, str
 @router.post("/apply-template")
 async def apply_template(body: ChatBody, service: ServiceDep) -> dict[str, str]:
     """Return the prompt that the chat template makes of messages."""
-    messages = [message.for_template() for message in body.messages]
-    return {"prompt": await run_in_threadpool(service.engine.chat_text, messages)}
+    prompt = await run_in_threadpool(chat_prompt, service.engine, body)
+    return {"prompt": prompt.text}
 
 
 @router.get("/props")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gguflora.engine import Generation, Piece, TokenLogprob
+from gguflora.server.replies import Reply
 
 
 class Form(Protocol):
@@ -223,6 +224,37 @@ class Choice:
         if not self.with_logprobs:
             return None
         return self.form.logprobs(self.tokens[start:], self._offsets[start:])
+
+
+@dataclass(slots=True)
+class ChatChoice(Choice):
+    """An answer of a chat, which is read for reasoning and tool calls.
+
+    Attributes:
+        reply: its reader.
+    """
+
+    reply: Reply = field(default_factory=Reply)
+
+    def add(self, piece: Piece) -> dict[str, Any]:
+        """Add a piece and return the chunk that carries it."""
+        start = len(self.tokens)
+        self._note(piece.logprobs)
+        return self._chunk({"delta": self.reply.push(piece.text)}, self._logprobs(start))
+
+    def closing(self, reason: str | None) -> dict[str, Any]:
+        """Return the last chunk, with what was held back."""
+        delta = self.reply.push("", last=True)
+        return self._chunk({"delta": delta}) | {"finish_reason": self._reason(reason)}
+
+    def whole(self, reason: str | None) -> dict[str, Any]:
+        """Return the whole choice."""
+        self.reply.push("", last=True)
+        fields = {"message": self.reply.message(), "logprobs": self._logprobs(0)}
+        return {"index": self.index, **fields, "finish_reason": self._reason(reason)}
+
+    def _reason(self, reason: str | None) -> str | None:
+        return "tool_calls" if self.reply.calls and reason == "stop" else reason
 
 
 def usage(generations: Sequence[Generation], n: int) -> dict[str, Any]:

@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import Final
 
 from gguflora.engine import AdapterSet, Request, Sampling
+from gguflora.server.chat_prompt import chat_prompt
 from gguflora.server.errors import Failure
 from gguflora.server.openai_format import Echo
+from gguflora.server.replies import Reply
 from gguflora.server.schemas import ChatBody, CompletionBody, GenerationBody
 from gguflora.server.service import Service
 
@@ -32,16 +34,23 @@ def text_requests(
     return requests, _echoes(service, body, requests)
 
 
-def chat_requests(service: Service, body: ChatBody, adapters: AdapterSet) -> list[Request]:
-    """Return one request for each of the ``n`` answers.
+def chat_requests(service: Service, body: ChatBody, adapters: AdapterSet) -> tuple[list[Request], list[Reply]]:
+    """Return one request for each of the ``n`` answers, and the readers of these answers.
 
     Raises:
-        Failure: if there are too many requests.
+        Failure: if there are too many requests, or the chat cannot be put into the model's template.
     """
-    tokens = service.engine.render_chat([message.for_template() for message in body.messages])
     requested = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     max_tokens = _limited_tokens(service, requested, service.settings.max_tokens)
-    return _requests(service, body, adapters, [tokens], max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
+    prompt = chat_prompt(service.engine, body)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    requests = _requests(service, body, adapters, [prompt.tokens], max_tokens, logprobs)
+    if prompt.grammar is not None:
+        requests = [
+            replace(each, sampling=replace(each.sampling, grammar=prompt.grammar), spelled_tokens=prompt.spelled)
+            for each in requests
+        ]
+    return requests, [prompt.reply() for _ in requests]
 
 
 def _echoes(service: Service, body: CompletionBody, requests: Sequence[Request]) -> list[Echo | None]:
@@ -50,7 +59,10 @@ def _echoes(service: Service, body: CompletionBody, requests: Sequence[Request])
     given = [item for item in body.prompts() for _ in range(body.n or 1)]
     engine = service.engine
     texts = [item if isinstance(item, str) else engine.detokenize(item).decode(errors="replace") for item in given]
-    return [Echo(text, engine.spelling(request.tokens[0])) for text, request in zip(texts, requests, strict=True)]
+    return [
+        Echo(text, engine.detokenize(request.tokens[:1], special=True))
+        for text, request in zip(texts, requests, strict=True)
+    ]
 
 
 def _limited_tokens(service: Service, requested: int | None, default: int) -> int:
@@ -79,7 +91,9 @@ def _requests(
     logprobs: int | None,
 ) -> list[Request]:
     _check_count(service, body, len(prompts))
-    sampling = replace(body.sampling(service.engine), grammar=body.structure())
+    sampling = replace(
+        body.sampling(service.engine), grammar=body.structure() if isinstance(body, CompletionBody) else None
+    )
     return [
         Request(
             tokens=tokens,

@@ -5,6 +5,7 @@ A field that is neither read nor harmless is refused by name; see `gguflora.serv
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, FailFast, Field, model_validator
@@ -96,6 +97,32 @@ class TextPart(Body):
 
     type: Literal["text"]
     text: str
+    harmless = frozenset({"cache_control"})
+
+
+class CalledFunction(Body):
+    """What a tool call of an earlier message called."""
+
+    name: str = Field(min_length=1, max_length=256)
+    arguments: str | dict[str, Any] = ""
+
+    def parsed(self) -> Any:  # noqa: ANN401  (any JSON value)
+        """Return the arguments as a value; text that is not JSON stays text."""
+        if isinstance(self.arguments, dict):
+            return self.arguments
+        try:
+            return json.loads(self.arguments or "{}")
+        except ValueError:
+            return self.arguments
+
+
+class ToolCall(Body):
+    """A tool call of an earlier message."""
+
+    id: str | None = Field(None, max_length=256)
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    harmless = frozenset({"index"})
 
 
 class Message(Body):
@@ -103,13 +130,56 @@ class Message(Body):
 
     role: str = Field(min_length=1, max_length=64)
     content: str | list[TextPart] | None = None
-    name: str | None = None
+    name: str | None = Field(None, max_length=256)
+    tool_calls: list[ToolCall] | None = Field(None, max_length=256)
+    tool_call_id: str | None = Field(None, max_length=256)
+    reasoning_content: str | None = None
+    harmless = frozenset({"annotations", "id"})
 
-    def for_template(self) -> dict[str, str]:
-        """Return the message as chat templates expect it."""
+    @classmethod
+    def rename(cls, body: dict[str, Any]) -> dict[str, Any]:
+        """Read vLLM's name of the reasoning, too."""
+        return take_alias(body, "reasoning", "reasoning_content")
+
+    def text(self) -> str:
+        """Return the content as one text."""
         content = self.content or ""
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+class FunctionSpec(Body):
+    """A function that the model may call."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """Return it as chat templates and models expect it."""
+        parameters = self.parameters or {"type": "object", "properties": {}}
+        return {"name": self.name, "description": self.description or "", "parameters": parameters}
+
+
+class Tool(Body):
+    """A tool; functions are the only kind."""
+
+    type: Literal["function"] = "function"
+    function: FunctionSpec
+    harmless = frozenset({"cache_control"})
+
+
+class NamedFunction(Body):
+    """The name in a ``tool_choice``."""
+
+    name: str
+
+
+class NamedTool(Body):
+    """A ``tool_choice`` that names a function."""
+
+    type: Literal["function"] = "function"
+    function: NamedFunction
 
 
 class ChatBody(GenerationBody):
@@ -119,6 +189,16 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(None, ge=-1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[Tool] | None = Field(None, max_length=256)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    enable_thinking: bool | None = None
+    reasoning_effort: str | None = Field(None, max_length=64)
+    reasoning_format: Literal["auto", "none", "deepseek", "deepseek-legacy"] | None = None
+    include_reasoning: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     @model_validator(mode="after")
     def _check_fields(self) -> ChatBody:

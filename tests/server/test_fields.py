@@ -6,12 +6,16 @@ import pytest
 
 from gguflora.engine import Request, Sampling
 from gguflora.server.fields import HARMLESS, NO_EFFECT
-from gguflora.server.schemas import CompletionBody
+from gguflora.server.schemas import ChatBody, CompletionBody
 from support import serving
 from support.serving import PROMPT, QUESTION, expected_text, lora_file
 
 GREEDY = {"prompt": PROMPT, "max_tokens": 60, "temperature": 0}
 CHAT = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 60, "temperature": 0}
+
+
+READ = {"echo", "parallel_tool_calls", "tool_choice", "tools"}
+"""Fields that one of the two endpoints reads."""
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +51,23 @@ def test_harmless_fields_change_nothing(http, path):
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize(
     "field",
-    [*((name, "x") for name in NO_EFFECT if name != "echo"), ("tempreature", 0.5), ("top-p", 0.5), ("options", {})],
+    [*((name, "x") for name in NO_EFFECT if name not in READ), ("tempreature", 0.5), ("top-p", 0.5), ("options", {})],
     ids=str,
 )
 def test_other_fields_are_refused_by_name(http, path, field):
     response = post(http, path, **dict([field]))
     assert (response.status_code, response.json()["error"]["param"]) == (400, field[0])
     assert repr(field[0]) in response.json()["error"]["message"]
+
+
+def test_fields_of_the_other_endpoint_are_refused(http):
+    """Each of the fields that one endpoint reads, and the other does not."""
+    for path, name in (
+        *(("/v1/completions", name) for name in ChatBody.model_fields.keys() - CompletionBody.model_fields.keys()),
+        *(("/v1/chat/completions", name) for name in CompletionBody.model_fields.keys() - ChatBody.model_fields.keys()),
+    ):
+        response = post(http, path, **{name: "x"})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, name)
 
 
 def test_fields_inside_of_fields_are_refused_too(http):

@@ -205,8 +205,8 @@ def test_bad_numbers_and_bad_json(http):
 def test_bad_chats(http):
     for messages in ([], [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "hello"):
         assert http.post("/v1/chat/completions", json={"messages": messages}).status_code == 400
-    tools = {**CHAT, "tools": [{"type": "function", "function": {"name": "f"}}]}
-    assert "'tools' is not supported" in http.post("/v1/chat/completions", json=tools).json()["error"]["message"]
+    tools = {**GREEDY, "tools": [{"type": "function", "function": {"name": "f"}}]}
+    assert "'tools' is not supported" in http.post("/v1/completions", json=tools).json()["error"]["message"]
     assert http.get("/v1/nothing").json()["error"]["message"] == "Not Found"
     assert http.get("/v1/completions").status_code == 405
 

@@ -1,0 +1,230 @@
+"""Tool calls by OpenAI's client: every choice, several at once, in a stream, and back in a history."""
+
+import json
+
+import openai
+import pytest
+
+from gguflora.engine.requests import Grammar
+from gguflora.server.replies import Reply
+from gguflora.server.schemas import Tool
+from gguflora.server.settings import Settings
+from gguflora.server.tool_calls import GEMMA, HERMES, LLAMA3, MISTRAL, PLAIN, call_grammar, format_of
+from support import serving
+from support.real_models import model as real_model
+from support.serving import QUESTION
+
+USER = {"role": "user", "content": QUESTION}
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 8}, "unit": {"$ref": "#/$defs/Unit"}},
+    "required": ["city", "unit"],
+    "$defs": {"Unit": {"enum": ["C", "F"]}},
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "get_weather", "description": "The weather.", "parameters": WEATHER}},
+    {"type": "function", "function": {"name": "get_time", "parameters": None}},
+]
+CALL = {"id": "call00001", "type": "function", "function": {"name": "get_time", "arguments": "{}"}}
+
+
+@pytest.fixture(scope="module")
+def http():
+    with serving.serving(Settings(max_tokens=4096), n_ctx=2048) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(http):
+    return serving.openai_client(http)
+
+
+def ask(client, **fields):
+    options = {"model": "base", "messages": [USER], "max_tokens": 600, "seed": 1, "tools": TOOLS, **fields}
+    return client.chat.completions.create(**options)
+
+
+def check_call(call):
+    arguments = json.loads(call.function.arguments)
+    if call.function.name == "get_weather":
+        assert sorted(arguments) == ["city", "unit"]
+        assert len(arguments["city"]) <= 8
+        assert arguments["unit"] in {"C", "F"}
+    else:
+        assert (call.function.name, arguments) == ("get_time", {})
+    assert (call.type, bool(call.id)) == ("function", True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_required(client, seed):
+    choice = ask(client, tool_choice="required", parallel_tool_calls=False, seed=seed).choices[0]
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    assert len(choice.message.tool_calls) == 1
+    check_call(choice.message.tool_calls[0])
+
+
+def test_named(client):
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    (call,) = ask(client, tool_choice=named).choices[0].message.tool_calls
+    assert call.function.name == "get_weather"
+    check_call(call)
+
+
+def test_several_calls(client):
+    found = [len(ask(client, tool_choice="required", seed=seed).choices[0].message.tool_calls) for seed in range(4)]
+    assert min(found) >= 1
+    assert max(found) <= 16
+
+
+def test_none_and_auto(client):
+    plain = client.chat.completions.create(model="base", messages=[USER], max_tokens=60, temperature=0).choices[0]
+    none = ask(client, tool_choice="none", max_tokens=60, temperature=0).choices[0]
+    assert none.message.content == plain.message.content
+    auto = ask(client, max_tokens=60).choices[0]  # of a model that never learned to call one
+    assert auto.message.content or auto.message.tool_calls
+
+
+def test_streamed_calls_are_whole_ones(client):
+    with client.chat.completions.stream(
+        model="base", messages=[USER], tools=TOOLS, tool_choice="required", seed=2, max_tokens=600
+    ) as stream:
+        for _ in stream:
+            pass
+        choice = stream.get_final_completion().choices[0]
+    assert choice.finish_reason == "tool_calls"
+    for call in choice.message.tool_calls:
+        check_call(call)
+    chunks = list(ask(client, tool_choice="required", seed=2, stream=True))
+    assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "tool_calls"
+    assert not any(chunk.choices[0].delta.content for chunk in chunks)
+
+
+def test_calls_and_results_in_a_history(client):
+    """The demo's template knows neither, and they become text of the chat."""
+    history = [
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "call00001", "content": "It is noon."},
+    ]
+    short = client.chat.completions.create(model="base", messages=history[:1], max_tokens=1).usage.prompt_tokens
+    longer = client.chat.completions.create(model="base", messages=history, max_tokens=1).usage.prompt_tokens
+    assert longer > short + 20
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "not among the tools"),
+        ({"tools": [], "tool_choice": "required"}, "there are no tools"),
+        ({"tools": [TOOLS[0], TOOLS[0]]}, "same name"),
+        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "name"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "x"}}}]},
+            "cannot be enforced",
+        ),
+        ({"extra_body": {"guided_regex": "a"}}, "cannot be asked for together"),
+        ({"messages": [{**USER, "name": "Eve"}]}, "no place for it"),
+        ({"messages": [USER, {"role": "assistant", "content": "", "reasoning_content": "x"}, USER]}, "no place for it"),
+    ],
+    ids=str,
+)
+def test_bad_tools(client, fields, message):
+    with pytest.raises(openai.BadRequestError, match=message):
+        ask(client, **fields)
+
+
+ANSWERS = [
+    (HERMES, "Let me see.\n<tool_call>\n{CALL}\n</tool_call>", "Let me see.\n", 1),
+    (HERMES, "<tool_call>\n{CALL}\n</tool_call>\n<tool_call>\n{CALL}\n</tool_call>", "", 2),
+    (HERMES, "It is <b>noon</b>, <tool", "It is <b>noon</b>, <tool", 0),
+    (HERMES, "<tool_call>\n{CALL}", "", 1),
+    (HERMES, "<tool_call>none</tool_call>", "none</tool_call>", 0),
+    (LLAMA3, "{CALL}", "", 1),
+    (LLAMA3, '{"some": "json"}', '{"some": "json"}', 0),
+    (LLAMA3, "It is {noon}", "It is {noon}", 0),
+    (MISTRAL, "[TOOL_CALLS][{CALL}, {CALL}]", "", 2),
+    (MISTRAL, "Yes [or no]", "Yes [or no]", 0),
+    (GEMMA, "{CALL}\n{CALL}", "", 2),
+    (PLAIN, " {CALL}", "", 1),
+    (PLAIN, '{"name": "unknown", "arguments": {}}', '{"name": "unknown", "arguments": {}}', 0),
+]
+
+
+@pytest.mark.parametrize(("format_", "text", "content", "n_calls"), ANSWERS, ids=[text[:30] for _, text, *_ in ANSWERS])
+def test_answers_are_read_however_they_are_cut(format_, text, content, n_calls):
+    arguments = {"city": 'a { " }', "unit": "C"}
+    text = text.replace("{CALL}", json.dumps({"name": "get_weather", format_.key: arguments}))
+    for size in (1, 3, 7, 1000):
+        reply = Reply(format=format_, tools={"get_weather"})
+        deltas = [reply.push(text[at : at + size]) for at in range(0, len(text), size)] + [reply.push("", last=True)]
+        assert "".join(delta.get("content", "") for delta in deltas) == reply.content == content
+        streamed = [call for delta in deltas for call in delta.get("tool_calls", [])]
+        assert [call["index"] for call in streamed] == list(range(n_calls))
+        assert [json.loads(call["function"]["arguments"]) for call in streamed] == [arguments] * n_calls
+        assert len(reply.message().get("tool_calls", [])) == n_calls
+
+
+def test_reasoning_is_split_off():
+    for text, in_thought in (("<think>\nHm.\n</think>\n\nNoon.", False), ("Hm.\n</think>\n\nNoon.", True)):
+        for size in (1, 5, 1000):
+            reply = Reply(("<think>", "</think>"), in_thought)
+            deltas = [reply.push(text[at : at + size]) for at in range(0, len(text), size)]
+            deltas.append(reply.push("", last=True))
+            assert "".join(delta.get("content", "") for delta in deltas) == reply.message()["content"] == "Noon."
+            thought = "".join(delta.get("reasoning_content", "") for delta in deltas)
+            assert thought.strip() == reply.message()["reasoning_content"].strip() == "Hm."
+    plain = Reply(("<think>", "</think>"))
+    assert plain.push("Noon <think>") == {"content": "Noon <think>"}
+
+
+@pytest.mark.parametrize("format_", [HERMES, LLAMA3, MISTRAL, GEMMA, PLAIN], ids=lambda format_: format_.name)
+@pytest.mark.parametrize("several", [False, True])
+def test_grammars_take_what_models_write(format_, several):
+    """By llguidance's own matcher; and not what is no call."""
+    import llguidance
+
+    tools = [Tool.model_validate(tool) for tool in TOOLS]
+    grammar = call_grammar(format_, tools, several=several, forced=True, literal=json.dumps)
+    assert isinstance(grammar, Grammar)
+    tokens = llguidance.LLTokenizer("byte")
+    calls = [{"name": "get_time", "arguments": {}}, {"name": "get_weather", "arguments": {"city": "x", "unit": "F"}}]
+
+    def accepts(text):
+        matcher = llguidance.LLMatcher(tokens, grammar.text, log_level=0)
+        assert not matcher.is_error(), matcher.get_error()
+        return matcher.consume_tokens(tokens.tokenize_str(text)) and matcher.is_accepting()
+
+    for number in (0, 1):
+        assert accepts(format_.text(calls[number : number + 1]).removeprefix(format_.begin))
+    assert accepts(format_.text(calls).removeprefix(format_.begin)) == several
+    for wrong in ({"name": "get_time", "arguments": {"x": 1}}, {"name": "other", "arguments": {}}):
+        assert not accepts(format_.text([wrong]).removeprefix(format_.begin))
+
+
+def test_formats_of_templates():
+    assert format_of("... <tool_call></tool_call> ...") is HERMES
+    assert format_of("{{ '[TOOL_CALLS] [' }}") is MISTRAL
+    assert format_of("Environment: ipython\\n <|python_tag|>") is LLAMA3
+    assert format_of("<start_of_turn>model") is GEMMA
+    assert format_of("{{ messages }}") is PLAIN
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_a_real_model_calls():
+    from gguflora.engine import Engine
+    from gguflora.server.chat_prompt import chat_prompt
+    from gguflora.server.schemas import ChatBody
+
+    with Engine(real_model("smollm2"), n_ctx=1024, threads=2) as engine:
+        body = ChatBody(messages=[{"role": "user", "content": "What is the weather in Paris?"}], tools=TOOLS,
+                        tool_choice="required", parallel_tool_calls=False)  # fmt: skip
+        prompt = chat_prompt(engine, body)
+        from gguflora.engine import Request, Sampling
+
+        answer = engine.submit(Request(prompt.tokens, sampling=Sampling(temperature=0, grammar=prompt.grammar))).text()
+        reply = prompt.reply()
+        reply.push(answer, last=True)
+        assert len(reply.calls) == 1
+        assert json.loads(reply.calls[0]["function"]["arguments"])["city"] in {"Paris", "Paris, F"}
