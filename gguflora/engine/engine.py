@@ -604,13 +604,15 @@ class Engine:
     def _check_length(self, n_prompt: int) -> None:
         if n_prompt >= self.n_ctx:
             raise PromptTooLongError(
-                f"the prompt has {n_prompt} tokens, but the context holds {self.n_ctx} tokens, with the answer"
+                f"the prompt has {n_prompt} tokens, but this model's maximum context length is {self.n_ctx} tokens: "
+                "the context holds the prompt and the answer"
             )
 
     def _check_text(self, text: str) -> None:
         if len(text) > _LONG_TEXT and (fewest := self._model.fewest_tokens(text)) >= self.n_ctx:
             raise PromptTooLongError(
-                f"the prompt has at least {fewest} tokens, but the context holds {self.n_ctx} tokens, with the answer"
+                f"the prompt has at least {fewest} tokens, but this model's maximum context length is {self.n_ctx} "
+                "tokens: the context holds the prompt and the answer"
             )
 
     def _checked_prefix(self, request: Request) -> Embeddings | None:

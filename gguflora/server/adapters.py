@@ -132,7 +132,7 @@ def path_inside(folder: Path, text: str) -> Path:
         inside = False
     if not inside:
         raise Failure(
-            400,
+            404,
             "lora_path is not inside the directory that the server loads adapters from, or does not exist",
             "bad_path",
             "lora_path",

@@ -17,6 +17,7 @@ from gguflora.errors import GgufloraError
 from gguflora.server import adapters, anthropic, completions, embeddings, native, responses
 from gguflora.server.adapter_stats import AdapterStats
 from gguflora.server.errors import handle_exception
+from gguflora.server.http_methods import HttpMethods
 from gguflora.server.metrics import CONTENT_TYPE, Metrics, RequestTimer
 from gguflora.server.middleware import RequestGuard
 from gguflora.server.names import ModelNames, check_names
@@ -45,7 +46,7 @@ def create_app(engine: Engine, base: Path, settings: Settings | None = None) -> 
     settings = settings or Settings()
     check_names(engine, settings)
     metrics = Metrics(engine)
-    app = FastAPI(title="gguflora", docs_url=None, redoc_url=None, strict_content_type=False)  # curl -d sends a form
+    app = FastAPI(title="gguflora", docs_url=None, redoc_url=None, strict_content_type=False)
     app.state.service = Service(engine, base, settings, metrics, AdapterStats(base), ModelNames(engine, settings))
     for part in (router, *(module.router for module in _MODULES)):
         app.include_router(part)
@@ -54,6 +55,7 @@ def create_app(engine: Engine, base: Path, settings: Settings | None = None) -> 
         app.add_api_route(path, _file(_PAGE / name, kind), include_in_schema=False)
     for error in (GgufloraError, HTTPException, RequestValidationError):
         app.add_exception_handler(error, handle_exception)
+    app.add_middleware(HttpMethods)
     app.add_middleware(RequestGuard, settings=settings)
     app.add_middleware(RequestTimer, metrics=metrics)
     if settings.cors:  # it must be the outermost: preflight requests carry no key

@@ -161,7 +161,7 @@ BAD = [
     ({"model": "shout@1e99"}, 400, None, "finite"),
     ({"model": "shout@x"}, 400, None, "number"),
     ({"model": "shout+shout"}, 400, None, "twice"),
-    ({"prompt": "word " * 5000}, 400, "context_length_exceeded", "context holds"),
+    ({"prompt": "word " * 5000}, 400, "context_length_exceeded", "maximum context length is"),
     ({"prompt": []}, 400, "too_many_answers", "0 prompts"),
     ({"prompt": [[]]}, 400, None, "no tokens"),
     ({"prompt": [99999]}, 400, None, "token of the prompt"),
