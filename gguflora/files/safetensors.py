@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -148,6 +149,10 @@ def _view(path: Path, data: Array, name: str, entry: dict[str, Any]) -> Array:
     )
 
 
+_SAFE_TORCH: Final = (2, 6)
+"""The first version whose ``weights_only`` holds (CVE-2025-32434)."""
+
+
 def read_torch_bin(path: Path) -> dict[str, Array]:
     """Read all tensors of a ``.bin`` file written by ``torch.save``, without executing code from its pickle.
 
@@ -161,6 +166,8 @@ def read_torch_bin(path: Path) -> dict[str, Array]:
         raise MissingExtraError(
             f"{path}: a .bin file", "torch", "torch", "or save the adapter as safetensors"
         ) from error
+    if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < _SAFE_TORCH:
+        raise SafetensorsError(f"{path}: torch {torch.__version__} can run code from a .bin file; install torch 2.6")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about pickles that it then refuses to load
