@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -29,6 +30,7 @@ from gguflora._version import __version__
 from gguflora.cli.stdout import problem_of_stdout, protect_streams
 from gguflora.errors import GgufloraError
 from gguflora.files.strict_json import strict
+from gguflora.system.memory import read_bytes
 from gguflora.system.terminal import LogFormatter, printable
 
 _printed: Final[list[str]] = []
@@ -73,6 +75,9 @@ stderr = SafeConsole(stderr=True, soft_wrap=True, highlight=False)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Write a log to stderr.")] = False,
+    max_download: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Largest remote file to fetch, such as 20G; default: 1T.")
+    ] = None,
 ) -> None:
     if version:
         print(f"gguflora {__version__}")
@@ -80,6 +85,9 @@ def _root(
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("%(relativeCreated)7d ms %(name)s: %(message)s" if verbose else "%(message)s"))
     logging.basicConfig(handlers=[handler])
+    if max_download is not None:
+        read_bytes(max_download, "--max-download")
+        os.environ["GGUFLORA_MAX_DOWNLOAD"] = max_download  # for processes of jobs, too
     if verbose:
         logging.getLogger("gguflora").setLevel(logging.DEBUG)
 
@@ -159,6 +167,7 @@ def main() -> None:
     Errors go to stderr; with ``--json`` also to stdout, as ``{"error": {"type", "message", "exit_code"}}``.
     """
     protect_streams()
+    _printed.clear()
     signal.signal(signal.SIGTERM, _interrupt)  # so that a terminated merge removes its temporary file
     try:
         code = app(prog_name="gguflora", standalone_mode=False)

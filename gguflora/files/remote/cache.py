@@ -10,10 +10,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
 
 from gguflora.errors import OutputError, RemoteError
 from gguflora.files.checksum import sha256_of
 from gguflora.files.remote.location import redacted
+from gguflora.system.memory import read_bytes
+
+MAX_DOWNLOAD: Final = "GGUFLORA_MAX_DOWNLOAD"
+"""The environment variable that --max-download sets."""
 
 
 def cache_folder() -> Path:
@@ -48,6 +53,15 @@ def not_cached_error(url: str) -> RemoteError:
 def is_enabled(variable: str) -> bool:
     """Whether an environment variable is set to 1, on, yes or true."""
     return os.environ.get(variable, "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def max_download() -> int:
+    """Return the largest number of bytes of one file that is fetched: $GGUFLORA_MAX_DOWNLOAD, by default 1 TiB.
+
+    Raises:
+        UsageError: if the variable is no size.
+    """
+    return read_bytes(os.environ.get(MAX_DOWNLOAD) or "1T", MAX_DOWNLOAD)
 
 
 def digest_of(*texts: str) -> str:

@@ -38,9 +38,13 @@ def download(store: Any, file: RemoteFile, target: Path, sha256: str | None) -> 
         OutputError: if the disk has too little free space.
     """
     with cache.locked(target):
-        if file.stamp and target.exists() and (known := cache.recorded_sha256(target)):
+        known = cache.recorded_sha256(target) if file.stamp and target.exists() else None
+        if known and (sha256 is None or sha256_of(target) == known):  # others may forge records of a shared cache
             cache.check_sha256(file.path, known, sha256, file.sha256)
             return
+        limit = cache.max_download()
+        if file.size is not None and file.size > limit:
+            raise _too_large(file, limit)
         target.unlink(missing_ok=True)
         part = target.with_name(f"{target.name}.part")
         if not file.stamp:  # the partial file may come from another version
@@ -94,12 +98,16 @@ def _is_permanent(error: BaseException | None) -> bool:
 
 
 def _append(store: Any, file: RemoteFile, part: Path) -> None:  # noqa: ANN401
+    limit = cache.max_download()
     with part.open("ab") as target:
         if file.path.startswith(("http://", "https://")):
-            _stream(store, file, target)
+            _stream(store, file, target, limit)
         else:
-            _read_ranges(store, file, target)
+            _read_ranges(store, file, target, limit)
         size = target.tell()
+    if size > limit:
+        part.unlink()
+        raise _too_large(file, limit)
     if file.size is not None and size > file.size:
         part.unlink()
         raise RemoteError(f"{redacted(file.path)}: is longer than the {file.size:,} bytes that the store announced")
@@ -107,17 +115,24 @@ def _append(store: Any, file: RemoteFile, part: Path) -> None:  # noqa: ANN401
         raise ConnectionError(f"ended after {size:,} of {file.size:,} bytes")
 
 
-def _read_ranges(store: Any, file: RemoteFile, target: IO[bytes]) -> None:  # noqa: ANN401
+def _too_large(file: RemoteFile, limit: int) -> RemoteError:
+    size = "more than the" if file.size is None else f"{file.size:,} bytes, more than the"
+    return RemoteError(
+        f"{redacted(file.path)}: has {size} {limit:,} bytes that one file may have; --max-download allows more"
+    )
+
+
+def _read_ranges(store: Any, file: RemoteFile, target: IO[bytes], limit: int) -> None:  # noqa: ANN401
     size = file.size
     while size is None or target.tell() < size:
         stop = target.tell() + _PIECE if size is None else min(target.tell() + _PIECE, size)
         piece = store.cat_file(file.path, start=target.tell(), end=stop)
         target.write(piece)
-        if len(piece) < _PIECE:
+        if len(piece) < _PIECE or target.tell() > limit:
             return
 
 
-def _stream(store: Any, file: RemoteFile, target: IO[bytes]) -> None:  # noqa: ANN401
+def _stream(store: Any, file: RemoteFile, target: IO[bytes], limit: int) -> None:  # noqa: ANN401
     """Request all missing bytes at once. A server that ignores ranges sends the whole file again."""
     done = target.tell()
     if file.size is not None and done == file.size:
@@ -125,6 +140,11 @@ def _stream(store: Any, file: RemoteFile, target: IO[bytes]) -> None:  # noqa: A
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
     with store.open(file.path, "rb", block_size=0, size=1, headers=headers) as stream:
         stream.r.raise_for_status()
+        encoding = stream.r.headers.get("Content-Encoding", "identity")
+        if encoding.lower() not in {"identity", ""}:  # it was not asked for, and 0.3 MB may become 300
+            raise RemoteError(
+                f"{redacted(file.path)}: the server sends it encoded ({encoding!r:.40}), which is refused"
+            )
         etag = stream.r.headers.get("ETag")
         if file.content and etag and file.content.split(" ")[0] != etag.strip('"'):
             raise RemoteError(f"{redacted(file.path)}: was changed while being read; try again")
@@ -133,5 +153,5 @@ def _stream(store: Any, file: RemoteFile, target: IO[bytes]) -> None:  # noqa: A
             target.seek(0)
         while chunk := stream.read(_CHUNK):
             target.write(chunk)
-            if file.size is not None and target.tell() > file.size:
+            if target.tell() > (limit if file.size is None else min(file.size, limit)):
                 return

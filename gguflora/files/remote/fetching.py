@@ -45,7 +45,10 @@ def fetch(location: str, kind: Kind = "file", *, offline: bool | None = None, al
     if is_local(url):
         return _local(url, sha256)
     if offline and not hub.is_hub(url):
-        return _newest(url)
+        path = _newest(url)
+        if sha256 is not None and path.is_file():
+            cache.check_sha256(url, sha256_of(path), sha256)
+        return path
     files, is_folder = _list(url, kind, offline=offline, allow_pickle=allow_pickle)
     if sha256 and (is_folder or len(files) > 1):
         raise RemoteError(f"{redacted(url)}: is not a single file, so #sha256= cannot be checked")

@@ -155,7 +155,7 @@ def _download(url: str, place: HubLocation, file: RemoteFile, *, offline: bool, 
         blob = Path(os.path.realpath(path))
         with cache.locked(cache.make_folder(cache.cache_folder() / "checksums") / blob.name):
             was_undamaged = cache.has_record(blob)
-            found = cache.recorded_sha256(blob) or sha256_of(blob)
+            found = (None if sha256 else cache.recorded_sha256(blob)) or sha256_of(blob)  # a pinned one is read
             try:
                 cache.check_sha256(f"{url}, {file.path}", found, file.sha256, _sha256_in(blob.name))
             except RemoteError:
