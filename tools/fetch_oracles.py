@@ -5,6 +5,7 @@ with the Python of the test environment. It prints the directory that holds them
 The environment variable GGUFLORA_LLAMA_CPP_SDIST names an unpacked sdist and saves the download.
 """
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -20,6 +21,10 @@ WANTED = (
     "convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py", "LICENSE", "src/llama-arch.cpp",
     "src/llama-context.cpp",
 )  # fmt: skip
+
+
+SHA256 = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
+"""Checksums of the sdists; an archive of a version that is missing here is refused."""
 
 
 def cache_dir() -> Path:
@@ -42,6 +47,9 @@ def fetch(target: Path, is_wanted: Callable[[tarfile.TarInfo], bool] = is_wanted
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python"]
         subprocess.run([*pip, "--dest", scratch, requirement], check=True)
         (archive,) = Path(scratch).glob("*.tar.gz")
+        found = hashlib.sha256(archive.read_bytes()).hexdigest()
+        if found != SHA256.get(version("llama-cpp-python")):
+            sys.exit(f"error: {archive.name} has the SHA-256 {found}, which tools/fetch_oracles.py does not list")
         unpacked = Path(scratch, "unpacked")
         with tarfile.open(archive) as tar:
             tar.extractall(unpacked, members=filter(is_wanted, tar), filter="data")

@@ -24,6 +24,7 @@ from gguflora.pipeline.recipe import RecipeFile, read_recipe
 from gguflora.pipeline.records import Records
 from gguflora.pipeline.results import PipelineInterrupted, PipelineReport, StepResult, warnings_of
 from gguflora.pipeline.runner import Runner
+from gguflora.pipeline.scheduler_address import warn_of_plain_address
 from gguflora.pipeline.selection import select_jobs
 from gguflora.pipeline.state import check_own_folder, inside, write_json
 
@@ -124,7 +125,11 @@ def run_pipeline(
         plan.folder,
         tuple(results),
         time.perf_counter() - started,
-        warnings=(*plan.warnings, *(text for result in results for text in warnings_of(result))),
+        warnings=(
+            *warn_of_plain_address(scheduler),
+            *plan.warnings,
+            *(text for result in results for text in warnings_of(result)),
+        ),
         orphans=tuple(orphans),
         pruned=tuple(pruned),
         interrupted=is_interrupted,

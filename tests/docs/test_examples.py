@@ -1,6 +1,7 @@
 """The examples and the pages of docs/ run as they stand, on the demo's model and adapters."""
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -59,11 +60,25 @@ def test_makefile(folder):
     later = (folder / "out/merged/verse.gguf").stat().st_mtime + 5
     os.utime(folder / "adapters/verse/adapter_config.json", (later, later))
     commands = shell(f"{make} -n")
-    assert "convert adapters/verse" in commands
-    assert "merge base.gguf --lora adapters/verse" in commands
+    assert "convert 'adapters/verse'" in commands
+    assert "merge 'base.gguf' --lora 'adapters/verse'" in commands
     assert "shout" not in commands
     shell(f"{make} clean")
     assert not (folder / "out").exists()
+
+
+def test_makefile_with_names_that_are_commands(folder):
+    for name in ("x$(touch${IFS}owned)", "y`touch${IFS}owned`", "z'&touch${IFS}owned&'", "w$$(touch${IFS}owned)"):
+        shutil.copytree(folder / "shout", folder / "adapters" / name)
+    make = f"make -f {shlex.quote(str(EXAMPLES / 'Makefile'))}"
+    shell(make)
+    assert not list(folder.rglob("owned"))
+    assert len(list((folder / "out" / "merged").glob("*.gguf"))) == 4
+    shutil.copytree(folder / "shout", folder / "adapters" / "v;touch${IFS}owned")
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        shell(make)
+    assert "rename v;touch" in failed.value.stderr
+    assert not list(folder.rglob("owned"))
 
 
 def test_github_actions(folder, monkeypatch):
@@ -71,13 +86,18 @@ def test_github_actions(folder, monkeypatch):
     assert workflow[True] == {"push": {"paths": ["adapter/**"]}}  # YAML takes "on" for true
     [job] = workflow["jobs"].values()
     assert all(("run" in step) != ("uses" in step) for step in job["steps"])
-    assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]) for step in job["steps"] if "uses" in step)
+    assert all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", step["uses"]) for step in job["steps"] if "uses" in step)
     [install] = [step["run"] for step in job["steps"] if step.get("name") == "Install"]
     extra = re.fullmatch(r"pip install 'gguflora\[(\w+)\]'", install)[1]
     assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
     shutil.copytree(folder / "shout", folder / "adapter")
     (folder / "base.gguf").rename(folder / "elsewhere.gguf")
     monkeypatch.setenv("BASE_URL", (folder / "elsewhere.gguf").as_uri())
+    monkeypatch.setenv("BASE_SHA256", "0" * 64)
+    [fetch] = [step["run"] for step in job["steps"] if step.get("name") == "Fetch the base model"]
+    with pytest.raises(subprocess.CalledProcessError):
+        shell(fetch)
+    monkeypatch.setenv("BASE_SHA256", hashlib.sha256((folder / "elsewhere.gguf").read_bytes()).hexdigest())
     for step in job["steps"]:
         if "run" in step and step["run"] != install:
             shell(step["run"])
@@ -215,7 +235,7 @@ def test_own_workflow():
     """It runs what runs everywhere, and keeps the site."""
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     [job] = workflow["jobs"].values()
-    assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]) for step in job["steps"] if "uses" in step)
+    assert all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", step["uses"]) for step in job["steps"] if "uses" in step)
     assert [step["run"] for step in job["steps"] if step.get("name") == "Test"] == [".ci/run"]
     assert os.access(ROOT / ".ci/run", os.X_OK)
     [kept] = [step["with"]["path"] for step in job["steps"] if "upload" in step.get("uses", "")]

@@ -7,6 +7,7 @@ import pytest
 import gguflora
 from gguflora.diagnostics import demo
 from gguflora.errors import OutputError, RecipeError
+from gguflora.pipeline.scheduler_address import warn_of_plain_address
 from support.cli import run
 from support.recipes import outputs, statuses
 
@@ -142,3 +143,18 @@ def test_options_of_the_command(cloned):
     assert own_files(cloned) == ["the user's own"] * 2
     assert run("pipeline", file, "--allow-outside", "--force").returncode == 0
     assert (cloned.parent / "notes.gguf").read_bytes()[:4] == b"GGUF"
+
+
+def test_schedulers_that_others_can_reach():
+    for address in ("tcp://head:8786", "head:8786", "ws://10.0.0.1:1", "tcp://[fe80::1]:8786"):
+        assert "without TLS" in warn_of_plain_address(address)[0]
+    for fine in (
+        "tcp://127.0.0.1:8786",
+        "tcp://localhost:1",
+        "tls://head:8786",
+        "tcp://[::1]:1",
+        "inproc://x",
+        None,
+        5,
+    ):
+        assert warn_of_plain_address(fine) == ()
