@@ -21,20 +21,27 @@ from typing import Annotated
 import typer
 
 from support import fuzzing
-from tools import ROOT
+from tools import ROOT, fuzz_http
 
 BATCH = 200
 """Trials of one process."""
 
 
+app = typer.Typer(add_completion=False)
+
+
+@app.callback(invoke_without_command=True)
 def main(
+    context: typer.Context,
     seconds: Annotated[float, typer.Option(help="How long to go on.")] = 60,
     seed: Annotated[int, typer.Option(help="Of the random numbers; the same seed tries the same files.")] = 0,
     target: Annotated[list[str] | None, typer.Option(help="Only these: " + ", ".join(fuzzing.SEEDS))] = None,
     methods: Annotated[bool, typer.Option(help="Adapters of all PEFT methods, too (needs torch and peft).")] = True,
     corpus: Annotated[Path, typer.Option(help="Where findings go.")] = ROOT / "tests/corpus",
 ) -> None:
-    """Fuzz the readers of GGUF, safetensors, imatrix, GGUF LoRA and PEFT files."""
+    """Fuzz the readers of GGUF, safetensors, imatrix, GGUF LoRA and PEFT files; `http` fuzzes the server."""
+    if context.invoked_subcommand is not None:
+        return
     names = target or list(fuzzing.SEEDS)
     found: dict[str, str] = {}
     tried: Counter[str] = Counter()
@@ -133,5 +140,23 @@ def keep(corpus: Path, target: str, what: str, folder: Path) -> bool:
     return True
 
 
+@app.command()
+def http(
+    seconds: Annotated[float, typer.Option(help="How long to go on.")] = 60,
+    seed: Annotated[int, typer.Option(help="Of the random numbers; the same seed sends the same requests.")] = 0,
+) -> None:
+    """Fuzz a server of the demo's model: raw bytes, and JSON by its OpenAPI description.
+
+    A status of 500, an answer that is no HTTP, and a server that is silent for a second, ends, or keeps 200 MB are
+    findings.
+    """
+    with fuzz_http.command() as server:
+        trials, found = fuzz_http.fuzz(server, seconds, seed)
+    for what in found:
+        typer.echo(what)
+    typer.echo(f"{trials} requests, {len(found)} findings")
+    raise typer.Exit(bool(found))
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -84,6 +84,11 @@ async def load_adapter(body: LoadBody, request: Request, service: ServiceDep) ->
             "already_loaded",
             "lora_name",
         )
+    limit = service.settings.max_adapters
+    if not body.load_inplace and len(service.engine.adapters()) >= limit:
+        raise Failure(
+            400, f"{limit} adapters are loaded, which is this server's limit; unload one", "too_many_adapters"
+        )
     await run_in_threadpool(_load, service, body, folder)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
@@ -93,6 +98,7 @@ async def unload_adapter(body: UnloadBody, request: Request, service: ServiceDep
     """Unload an adapter."""
     _loading_folder(service, request)
     await run_in_threadpool(service.engine.unload, body.lora_name)
+    service.copies.forget(body.lora_name)
     service.names.scales.pop(body.lora_name, None)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
@@ -105,11 +111,16 @@ def _loading_folder(service: Service, request: Request) -> Path:
 
 
 def _load(service: Service, body: LoadBody, folder: Path) -> None:
-    path = path_inside(folder, body.lora_path)
+    copy = service.copies.make(path_inside(folder, body.lora_path), folder)
     try:
-        adapter = service.engine.load(path, body.lora_name, task=body.task, replace=body.load_inplace)
+        adapter = service.engine.load(copy, body.lora_name, task=body.task, replace=body.load_inplace)
     except AdapterNameError as error:  # another client is loading an adapter of this name
+        service.copies.remove(copy)
         raise Failure(400, str(error), "already_loaded", "lora_name") from error
+    except BaseException:
+        service.copies.remove(copy)
+        raise
+    service.copies.keep(body.lora_name, copy)
     for text in adapter.warnings:
         _LOG.warning("%s: %s", adapter.name, text)
 

@@ -15,6 +15,7 @@ from gguflora.server.adapter_stats import AdapterStats
 from gguflora.server.errors import Failure
 from gguflora.server.metrics import Metrics
 from gguflora.server.names import ModelNames
+from gguflora.server.private_copies import PrivateCopies
 from gguflora.server.schemas import LoraScale
 from gguflora.server.settings import Settings
 
@@ -31,6 +32,7 @@ class Service:
         adapter_stats: measures adapters.
         names: what the names of models stand for. POST /lora-adapters sets the scales of its default set, as in
             llama-server; unlike there, all adapters are off at first.
+        copies: private copies of the adapters that clients have loaded.
         created: start of the server in seconds since the epoch.
     """
 
@@ -40,6 +42,7 @@ class Service:
     metrics: Metrics
     adapter_stats: AdapterStats
     names: ModelNames
+    copies: PrivateCopies = field(default_factory=PrivateCopies)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def adapter_set(self, model: str | None, lora: Sequence[LoraScale] | None) -> AdapterSet:

@@ -19,6 +19,7 @@ class Settings:
         api_keys: further keys with the names of their holders.
         private_cache: keep what the holder of a key has sent from speeding up others, who could see it.
         allow_load: directory from which clients may load adapters; None forbids loading.
+        max_adapters: largest number of adapters that clients can have loaded at once.
         max_tokens: largest number of tokens of one answer.
         max_body: largest size of a request in bytes.
         max_answers: largest number of answers to one request (``n`` times the number of prompts).
@@ -37,6 +38,7 @@ class Settings:
     api_keys: Mapping[str, str] = field(default_factory=dict)
     private_cache: bool = False
     allow_load: Path | None = None
+    max_adapters: int = 256
     max_tokens: int = 2048
     max_body: int = 2 << 20
     max_answers: int = 16
