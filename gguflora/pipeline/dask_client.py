@@ -21,6 +21,7 @@ if not importlib.util.find_spec("distributed"):
     raise MissingExtraError("--scheduler", "Dask", "distributed")
 
 from distributed import CancelledError, Client, Future
+from distributed.deploy import Cluster
 from distributed.scheduler import KilledWorker
 
 from gguflora.pipeline import dask_worker
@@ -29,7 +30,11 @@ from gguflora.pipeline.locations import Location
 
 _LOG = logging.getLogger("gguflora.pipeline")
 _TIMEOUT: Final = 10
-"""Seconds to wait for the scheduler to answer, and for a first worker."""
+"""Seconds to wait for the scheduler to answer, and for a first worker if nothing is known about it."""
+_PATIENCE: Final = 600
+"""Seconds to wait for a first worker of a cluster that starts workers when there is work."""
+_MAX_TASKS: Final = 1000
+"""Tasks that a cluster has at once. It sees them waiting and can grow; each takes a thread here."""
 _RETRIES: Final = 2
 """Retries of a job whose process died. For workers that die, Dask's ``allowed-failures`` counts."""
 
@@ -38,28 +43,36 @@ class DaskBackend:
     """Runs jobs on the workers of a scheduler.
 
     Args:
-        address: address of the scheduler, such as ``tcp://host:8786``.
-        max_concurrency: highest number of concurrent jobs; by default the number of the workers' threads.
-        memory: memory for all running jobs together, in MB; by default the workers' memory.
+        scheduler: address of a scheduler, such as ``tcp://host:8786``, a client or a cluster.
+        max_concurrency: highest number of concurrent jobs; by default as many as the cluster takes.
+        memory: memory for all running jobs together, in MB; by default each worker counts its own.
         store: a folder that this machine and the workers must share.
 
     Raises:
         ClusterError: if the scheduler cannot be reached, has no workers, or they cannot run the jobs.
     """
 
-    def __init__(self, address: str, *, max_concurrency: int | None, memory: int | None, store: Location) -> None:
-        self._address, self._run = address, secrets.token_hex(4)
+    def __init__(
+        self, scheduler: str | Client | Cluster, *, max_concurrency: int | None, memory: int | None, store: Location
+    ) -> None:
+        self._run = secrets.token_hex(4)
         self._lock, self._futures, self._closed = threading.Lock(), set[Future](), False
-        self._client = _connect(address)
+        self._client, self._is_own = _connect(scheduler)
+        self._address = self._client.scheduler.address
         try:
             workers = self._checked_workers(store)
         except BaseException:
-            self._client.close()
+            self._disconnect()
             raise
         self._declared_limit = max((facts["declared"] for facts in workers if facts["declared"]), default=None)
-        self.max_concurrency = max_concurrency or sum(facts["threads"] for facts in workers)
-        self.memory, self.threads = memory or _memory_of(workers), 1  # a worker has one thread per core
-        _LOG.info("%s: %d workers, up to %d concurrent jobs", address, len(workers), self.max_concurrency)
+        self.max_concurrency = max_concurrency or _MAX_TASKS
+        self._memory, self.threads = memory or sys.maxsize, 1  # a worker has one thread per core
+        _LOG.info("%s: %d workers, up to %d tasks at once", self._address, len(workers), self.max_concurrency)
+
+    @property
+    def memory(self) -> int:
+        """Memory for all running jobs together, in MB."""
+        return self._memory
 
     def run(self, request: Request) -> Answer:
         """Run a job and return its answer. Safe to call from several threads.
@@ -80,17 +93,40 @@ class DaskBackend:
         try:
             self._client.cancel(futures)
         finally:
+            self._disconnect()
+
+    def _disconnect(self) -> None:
+        if self._is_own:
             self._client.close()
 
-    def _checked_workers(self, store: Location) -> list[dict[str, Any]]:
+    def _first_worker(self, file: str) -> dict[str, Any]:
+        """Return the facts of some worker. Asking is a task, so that a cluster without workers starts one."""
+        patience = _PATIENCE if getattr(self._client.cluster, "_adaptive", None) else _TIMEOUT
+        _LOG.info("%s: waiting for a worker", self._address)
+        future = self._client.submit(dask_worker.facts_here, file, key=f"facts-{self._run}", pure=False)
         try:
-            self._client.wait_for_workers(1, timeout=_TIMEOUT)
+            facts: dict[str, Any] = future.result(timeout=patience)
         except TimeoutError as error:
+            future.cancel()
             raise ClusterError(
                 f"{self._address}: the scheduler has no workers; start some: dask worker {self._address}"
             ) from error
+        except GgufloraError as error:
+            raise ClusterError(f"{self._address}: a worker: {error}") from error
+        except Exception as error:  # any error of the worker: it cannot load this module, for example
+            raise ClusterError(
+                f"{self._address}: a worker has no gguflora {__version__} ({error}); install the same version on all"
+            ) from error
+        return facts
+
+    def _checked_workers(self, store: Location) -> list[dict[str, Any]]:
         with _probe(store) as file:
+            first = self._first_worker(file) if not self._client.scheduler_info()["workers"] else None
             replies = self._client.run(dask_worker.facts, file, on_error="return")
+            if not replies and first is not None:  # it was only started for the question
+                replies = {first["address"]: first}
+            if not replies:
+                replies = {"a worker": self._first_worker(file)}
         for worker, facts in replies.items():
             if isinstance(facts, GgufloraError):
                 raise ClusterError(f"{worker}: {facts}")
@@ -163,7 +199,7 @@ class _Client(Client):  # type: ignore[misc]  # Dask has no types
     its thread, so closing at that moment would deadlock.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str | Cluster) -> None:
         try:
             super().__init__(address, timeout=_TIMEOUT, set_as_default=False)
         except BaseException:
@@ -172,19 +208,17 @@ class _Client(Client):  # type: ignore[misc]  # Dask has no types
             raise
 
 
-def _connect(address: str) -> Client:
+def _connect(scheduler: str | Client | Cluster) -> tuple[Client, bool]:
+    """Return a client, and whether it is to be closed here: a client of the caller is not."""
+    if isinstance(scheduler, Client):
+        if scheduler.asynchronous:
+            raise ClusterError("the client is asynchronous; give one that is not, or the scheduler's address")
+        return scheduler, False
+    address = getattr(scheduler, "scheduler_address", scheduler)
     try:
-        return _Client(address)
+        return _Client(scheduler), True
     except (OSError, ValueError, TypeError, ImportError) as error:  # ValueError for a bad address, TypeError for tls://
         raise ClusterError(f"{address}: no Dask scheduler can be reached: {error}") from error
-
-
-def _memory_of(workers: Sequence[dict[str, Any]]) -> int:
-    """Return the workers' memory in MB; unlimited if it is unknown, or if Dask manages it as a declared resource."""
-    known = [facts["memory"] for facts in workers]
-    if None in known or any(facts["declared"] for facts in workers):
-        return sys.maxsize
-    return sum(known)
 
 
 def _part_requests(request: Request) -> list[Request]:

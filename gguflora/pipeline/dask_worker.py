@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,6 +22,12 @@ MEMORY: Final = "memory_mb"
 """Name of the Dask resource that a worker may declare: memory for all of its jobs together, in MB."""
 
 _PROCESSES: Final = Workers()
+_CLAIMS: Final[list[int]] = []
+"""Memory of the jobs that this worker runs, in MB."""
+
+_CHANGE: Final = threading.Condition()
+_POLL: Final = 0.5
+"""Seconds between looks whether a waiting job was cancelled."""
 
 
 def run_job(request: Request) -> Answer:
@@ -36,15 +45,42 @@ def run_job(request: Request) -> Answer:
         task = worker.state.tasks.get(key)
         return task is None or task.state == "cancelled" or worker.status in {Status.closing, Status.closed}
 
-    answer = _PROCESSES.run(request, is_cancelled)
+    limit = worker.memory_manager.memory_limit
+    is_declared = MEMORY in worker.state.total_resources  # then Dask counts
+    with _claim(request["memory"], limit >> 20 if limit and not is_declared else None, is_cancelled):
+        answer = _PROCESSES.run(request, is_cancelled)
     if answer.get("died"):
         raise ClusterError(f"{worker.address}: {answer['error']}")
     return answer
 
 
+@contextmanager
+def _claim(memory: int, limit: int | None, is_cancelled: Callable[[], bool]) -> Iterator[None]:
+    """Wait until the jobs of this worker leave enough of its memory, in MB; a job that needs all of it runs alone."""
+    if limit is None:
+        yield
+        return
+    with _CHANGE:
+        while _CLAIMS and sum(_CLAIMS) + memory > limit and not is_cancelled():
+            _CHANGE.wait(_POLL)
+        _CLAIMS.append(memory)
+    try:
+        yield
+    finally:
+        with _CHANGE:
+            _CLAIMS.remove(memory)
+            _CHANGE.notify_all()
+
+
 def version_error(found: str, expected: str) -> str:
     """Return the error message for a worker with another version."""
     return f"has gguflora {found}, expected {expected}; install the same version on all workers"
+
+
+def facts_here(file: str) -> dict[str, Any]:
+    """Return the `facts` of the worker that runs this task, and its ``address``."""
+    worker = get_worker()
+    return {**facts(file, worker), "address": worker.address}
 
 
 def facts(file: str, dask_worker: Worker) -> dict[str, Any]:

@@ -50,18 +50,18 @@ def run_job(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def _run(request: Mapping[str, Any]) -> dict[str, Any]:
     action, arguments, out = request["action"], dict(request["arguments"]), request["out"]
-    if "drafts" not in request:
-        return {"report": run_command(action, arguments, Path(out))}
     is_remote = remote.is_remote(out)
+    if "drafts" not in request and not is_remote:
+        return {"report": run_command(action, arguments, Path(out))}
     if not is_remote:
         Path(request["drafts"]).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gguflora-", dir=None if is_remote else request["drafts"]) as folder:
         draft = Path(folder) / remote.file_name(out)
         try:
-            report = run_command(action, arguments, draft, request["target"])
+            report = run_command(action, arguments, draft, request.get("target", "out"))
         except GgufloraError as error:  # the name of the draft says nothing to the user
             return {"error": str(error).replace(folder, os.path.dirname(out))}  # noqa: PTH120  (may be a URL)
-        failed = failed_checks(report, {path: Bounds(*limits) for path, limits in request["checks"].items()})
+        failed = failed_checks(report, {path: Bounds(*limits) for path, limits in request.get("checks", {}).items()})
         place = request["aside"] if failed else out
         if is_remote:
             for file in sorted(Path(folder).iterdir(), reverse=True):  # the first file of a split model last

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
 from gguflora.system.cpus import usable_cpus
-from gguflora.system.memory import available_memory
+from gguflora.system.memory import available_memory, held_memory
 
 Request = dict[str, Any]
 """A job, ready for JSON. `gguflora.pipeline.job_process` uses ``action``, ``arguments`` and ``out``.
@@ -33,13 +33,15 @@ class JobBackend(Protocol):
 
     Attributes:
         max_concurrency: highest number of concurrent jobs.
-        memory: memory for all running jobs together, in MB.
         threads: number of threads that a job should use.
     """
 
     max_concurrency: int
-    memory: int
     threads: int
+
+    @property
+    def memory(self) -> int:
+        """Memory for all running jobs together, in MB. It may change while jobs run and end."""
 
     def run(self, request: Request) -> Answer:
         """Run a job and return its answer. Safe to call from several threads."""
@@ -52,12 +54,21 @@ class Workers:
     """Runs jobs in up to ``max_concurrency`` processes on this machine."""
 
     def __init__(self, max_concurrency: int = 1, memory: int | None = None) -> None:
-        self.max_concurrency, self.memory = max_concurrency, memory or available_memory() >> 20
+        self.max_concurrency, self._memory = max_concurrency, memory
         self.threads = max(1, usable_cpus() // max_concurrency)
         self._lock = threading.Lock()
         self._all: set[_Worker] = set()
         self._idle: list[_Worker] = []
         self._closed = False
+
+    @property
+    def memory(self) -> int:
+        """Memory for all jobs together, in MB: what was given, or what is available now and what they hold already."""
+        if self._memory is not None:
+            return self._memory
+        with self._lock:
+            workers = list(self._all)
+        return (available_memory() + sum(held_memory(worker.process_id) for worker in workers)) >> 20
 
     def run(self, request: Request, is_cancelled: Callable[[], bool] = lambda: False) -> Answer:
         """Run a job and return its answer; stop it when ``is_cancelled`` returns true."""
@@ -111,6 +122,11 @@ class _Worker:
         self._stdout_poll = select.poll()
         if self._process.stdout is not None:
             self._stdout_poll.register(self._process.stdout)
+
+    @property
+    def process_id(self) -> int:
+        """Id of the process."""
+        return self._process.pid
 
     def ask(self, request: Request, is_cancelled: Callable[[], bool]) -> Answer | None:
         """Send a request and return the answer, or None if the process has died."""

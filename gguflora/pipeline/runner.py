@@ -77,6 +77,7 @@ class Runner:
             finally:
                 self._backend.close()
                 self._keys.save()
+        discard_drafts(self._plan.folder)
         if self.is_interrupted:
             self._finish_interrupted(running)
         return [self._results[out] for out in self._jobs]

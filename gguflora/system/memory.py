@@ -47,6 +47,21 @@ def available_memory(root: Path = Path("/")) -> int:
     return max(0, min([_machine_memory(root, "MemAvailable"), *limits]))
 
 
+def held_memory(process: int, root: Path = Path("/")) -> int:
+    """Return how many bytes a process holds that no other one has; 0 if it has ended, or the system does not say.
+
+    Args:
+        process: its id.
+        root: where the file system of the machine begins; only tests have another.
+    """
+    with suppress(OSError):
+        found = re.search(
+            r"^RssAnon:\s+(\d+) kB", (root / f"proc/{process}/status").read_text("ascii", "replace"), re.M
+        )
+        return int(found[1]) * 1024 if found else 0
+    return 0
+
+
 def total_memory(root: Path = Path("/")) -> int:
     """Return the bytes of memory of the machine, or the lowest limit of this process's control groups."""
     limits = [limit for group in control_groups("memory", root) if (limit := _limit(group)) is not None]

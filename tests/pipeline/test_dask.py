@@ -323,3 +323,32 @@ def test_scheduler_that_dies(cluster, tmp_path):
     with running(recipe_in(tmp_path), cluster) as report:
         cluster.scheduler.kill()
         assert {result.status for result in report.result(60).results} == {"failed", "left"}
+
+
+def test_a_cluster_that_starts_workers_when_there_is_work(at_home, tmp_path):
+    """It has none at first; tasks are submitted beyond the workers that there are, so that it grows."""
+    recipe = recipe_in(tmp_path)
+    with distributed.LocalCluster(n_workers=0, threads_per_worker=1, dashboard_address=None) as cluster:
+        cluster.adapt(minimum=0, maximum=2, interval="200ms", wait_count=20)
+        assert_done(gguflora.run_pipeline(recipe, scheduler=cluster))
+        assert contents(tmp_path) == at_home
+        with distributed.Client(cluster, set_as_default=False) as client:
+            assert set(statuses(gguflora.run_pipeline(recipe, scheduler=client, resume=False))) == {"done"}
+            assert client.status == "running"  # it is the caller's
+
+
+def test_jobs_share_the_memory_of_a_worker():
+    running, most = [], []
+
+    def work(memory):
+        with dask_worker._claim(memory, 1000, lambda: False):
+            running.append(memory)
+            most.append(sum(running))
+            time.sleep(0.02)
+            running.remove(memory)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, [400, 300, 600, 5000, 100, 400, 600, 200]))
+    assert max(total for total in most if total != 5000) <= 1000
+    assert 5000 in most
+    assert any(total > 600 for total in most if total != 5000)

@@ -15,6 +15,7 @@ import pytest
 
 import gguflora
 from gguflora.errors import OutputError, RecipeError
+from gguflora.pipeline import local_workers
 from support import builders, zoo
 from support.builders import Adapter
 from support.cli import run
@@ -300,6 +301,26 @@ def test_a_job_that_needs_all_memory_runs_alone(folder):
     recipe = only(folder, "small")
     recipe.write_text(recipe.read_text().replace('out = "peft', 'memory = 4000\nout = "peft'))
     assert statuses(gguflora.run_pipeline(recipe, jobs=4, memory=1000)) == ["done"] * 4
+
+
+def test_memory_is_asked_for_when_jobs_end(folder, monkeypatch):
+    """Room for one job when it begins, for many when the first ends: the others run at once then."""
+    answers = iter([1 << 30])
+    monkeypatch.setattr(local_workers, "available_memory", lambda: next(answers, 64 << 30))
+    most, real = [], local_workers.Workers.run
+
+    def counted(self, request, *more):
+        most.append(request["key"])
+        answer = real(self, request, *more)
+        most.remove(request["key"])
+        seen.append(len(most) + 1)
+        return answer
+
+    seen = []
+    monkeypatch.setattr(local_workers.Workers, "run", counted)
+    assert statuses(gguflora.run_pipeline(only(folder, "small"), jobs=4)) == ["done"] * 4
+    assert seen[0] == 1
+    assert max(seen) > 1
 
 
 def test_command_line_and_schema(folder):

@@ -8,7 +8,7 @@ import pytest
 
 from gguflora.system.cgroups import control_groups
 from gguflora.system.cpus import cpu_quotas, usable_cpus
-from gguflora.system.memory import available_memory, total_memory
+from gguflora.system.memory import available_memory, held_memory, total_memory
 
 GB = 1 << 30
 MEMINFO = f"MemTotal: {64 * GB >> 10} kB\nMemFree: 1024 kB\nMemAvailable: {48 * GB >> 10} kB\n"
@@ -109,3 +109,15 @@ def test_affinity_of_a_process_counts():
 
 def test_this_machine():
     assert 0 < available_memory() <= total_memory() < 1 << 50
+
+
+def test_memory_of_a_process(tmp_path):
+    lay(tmp_path, {"proc/7/status": "Name:\tx\nVmRSS:\t  9000 kB\nRssAnon:\t    512 kB\nRssFile:\t  8488 kB\n"})
+    assert held_memory(7, tmp_path) == 512 << 10
+    assert held_memory(8, tmp_path) == 0
+    code = "import sys; block = bytearray(b'x' * (64 << 20)); print(len(block), flush=True); sys.stdin.read()"
+    command = [sys.executable, "-P", "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert 64 << 20 <= held_memory(process.pid) < 256 << 20
+        process.stdin.close()

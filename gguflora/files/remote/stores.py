@@ -56,7 +56,11 @@ def open_store(url: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs  # noqa: PLC0415  (import gguflora does not load it)
 
     is_web = url.startswith(("http://", "https://"))
-    options = {"client_kwargs": {"timeout": _timeout()}} if is_web else {}
+    options: dict[str, Any] = {}
+    if is_web:  # proxies and .netrc as in requests and curl; botocore takes proxies of its own accord
+        options = {"client_kwargs": {"timeout": _timeout(), "trust_env": True}}
+    elif url.startswith(("gs://", "gcs://")):
+        options = {"session_kwargs": {"trust_env": True}}
     with store_errors(url):
         try:
             store, path = url_to_fs(url, **options)
