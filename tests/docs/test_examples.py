@@ -111,6 +111,45 @@ def test_github_actions(folder, monkeypatch):
     assert "50.0% of the adapter's change" in failed.value.stderr
 
 
+def test_new_checkpoints(folder):
+    script = f"sh {shlex.quote(str(EXAMPLES / 'new-checkpoints.sh'))} --report report"
+    assert "no jobs" in shell(script)
+    for place in ("legal/checkpoint-10", "legal/checkpoint-20"):
+        shutil.copytree(folder / "verse", folder / "runs" / place)
+        assert "1 done" in shell(script)
+    (folder / "runs/legal/checkpoint-30").mkdir()  # which training has only begun to write
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        shell(script)
+    assert "2 kept, 1 failed" in failed.value.stdout
+    shutil.copytree(folder / "verse", folder / "runs/legal/checkpoint-30", dirs_exist_ok=True)
+    assert "2 kept, 1 done" in shell(script)
+    merged = gguflora.merge("base.gguf", "runs/legal/checkpoint-30", "legal-checkpoint-30.gguf").output
+    assert (folder / "out/legal-checkpoint-30.gguf").read_bytes() == merged.read_bytes()
+
+
+def test_dvc(folder):
+    """The command of the stage, as DVC runs it, makes what the stage promises from what it names."""
+    [stage] = yaml.safe_load((EXAMPLES / "dvc.yaml").read_text())["stages"].values()
+    shutil.copytree(folder / "verse", folder / "adapters/verse")
+    (folder / "out").mkdir()
+    assert all((folder / name).exists() for name in stage["deps"])
+    for _ in range(2):  # DVC removes outputs before it runs a stage again
+        shell(stage["cmd"])
+        outputs = [*stage["outs"], *(name for metric in stage["metrics"] for name in metric)]
+        assert all((folder / name).is_file() for name in outputs)
+    assert json.loads((folder / "out/verse.json").read_text())["total"]["retention"] > 0.9
+
+
+def test_process_pool(folder):
+    for name in demo.ADAPTERS:
+        shutil.copytree(folder / name, folder / "adapters" / name)
+    program = shlex.quote(str(EXAMPLES / "process_pool.py"))
+    said = shell(f"python {program} base.gguf adapters out")
+    assert len(said.splitlines()) == 2 * len(demo.ADAPTERS)
+    merged = gguflora.merge("base.gguf", [("verse", 0.5)], "verse.gguf").output
+    assert (folder / "out/verse-x0.5.gguf").read_bytes() == merged.read_bytes()
+
+
 def test_train_and_serve(folder, monkeypatch, capsys):
     """In this process, which has torch loaded; the server is one of its own."""
     (folder / "examples.txt").write_text(
