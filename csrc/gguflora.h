@@ -105,6 +105,9 @@ typedef struct {
 gfl_result gfl_round_stochastic(int isa, int type_id, const uint8_t *src, uint8_t *dst, const gfl_delta *delta,
                                 const gfl_draw *draw, double *sums);
 
+/* The mean over weights of |s| times the distance of neighbouring levels. Unknown for types without levels. */
+gfl_result gfl_mean_step(int isa, int type_id, const uint8_t *src, int64_t n_rows, int64_t n_in, double *mean);
+
 enum { GFL_DIRECTIONS = 64, GFL_KEPT = 4 };
 
 /* Calibrated rounding of a whole matrix: codes that lower tr(E H E^T) + |U^T E|_H^2 for E = W' - target, with second

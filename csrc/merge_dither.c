@@ -1,4 +1,5 @@
 /* Stochastic rounding over rows: which scales each block gets, and its codes. The arithmetic is in kernels/dither.h. */
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -360,4 +361,20 @@ gfl_result gfl_round_stochastic(int isa, int type_id, const uint8_t *src, uint8_
     }
     free(scratch);
     return result;
+}
+
+gfl_result gfl_mean_step(int isa, int type_id, const uint8_t *src, int64_t n_rows, int64_t n_in, double *mean) {
+    stochastic_call call;
+    double sum = 0.0;
+    *mean = 0.0;
+    if (!begin(&call, isa, type_id, n_in, NULL)) return unknown;
+    for (int64_t r = 0; r < n_rows; r++)
+        for (int64_t column = 0; column < n_in; column += CHUNK) {
+            float s[CHUNK_GROUPS], o[CHUNK_GROUPS];
+            const int n = weights_in_chunk(&call, column);
+            call.codec->scales(src + r * call.row_bytes + bytes_before(&call, column), n, s, o);
+            for (int g = 0; g < n / call.codec->group; g++) sum += (double)fabsf(s[g]) * (double)call.codec->step;
+        }
+    if (n_rows > 0 && n_in > 0) *mean = sum * call.codec->group / (double)(n_rows * n_in);
+    return done;
 }

@@ -202,7 +202,7 @@ def assemble(
             copier.write(sink)
             list(pool.map(lambda part: part.put(sink, targets), opened))
             merging.file.check_unchanged()
-        return merging.report(
+        return replace(merging, predicts=chosen.base_f16 is None).report(
             outputs[0],
             {name: np.array(tensor["sums"]) for part in opened for name, tensor in part.tensors.items()},
             written=layout.size,

@@ -21,6 +21,7 @@ from gguflora.merging.moment_sources import Texts, find_moments
 from gguflora.merging.output_types import OutputTypes
 from gguflora.merging.patch import Merged
 from gguflora.merging.plan import MergePlan, WholeFile, count_merges, make_plan
+from gguflora.merging.prediction import predictions, steps_of
 from gguflora.merging.presets import TensorTypes, preset_named
 from gguflora.merging.report import MergeReport, TensorReport, warnings_of
 from gguflora.merging.rounding import TOTALS, Mode, RoundingOptions, Sums
@@ -67,6 +68,7 @@ class PreparedMerge:
         plan: the plan of the merge.
         weights: the weights that deltas are added to.
         preset: the preset that the whole file is quantized in, or None.
+        predicts: whether the report tells the deltas in steps: not where they are added to unquantized weights.
     """
 
     file: GgufFile
@@ -75,6 +77,7 @@ class PreparedMerge:
     plan: MergePlan
     weights: BaseTensors
     preset: str | None = None
+    predicts: bool = True
 
     @property
     def inputs(self) -> list[Path]:
@@ -97,7 +100,9 @@ class PreparedMerge:
 
     def report(self, output: Path, sums: Mapping[str, Sums], **more: Any) -> MergeReport:  # noqa: ANN401
         """Report on a merge, given the sums of each target; without sums, report on the plan."""
-        tensors, total = _tensor_reports(self.plan, sums)
+        tensors, total = _with_predictions(
+            *_tensor_reports(self.plan, sums), self.plan, self.weights if self.predicts else None
+        )
         return MergeReport(
             output=output,
             adapters=self.merged.adapters,
@@ -157,7 +162,13 @@ def prepared_merge(
             moments, notes = find_moments(file, with_scales(adapters), plan.targets, options, threads)
             rounding, plan = replace(rounding, moments=moments), replace(plan, warnings=(*plan.warnings, *notes))
         yield PreparedMerge(
-            file, sources, rounding, plan, BaseTensors(file, unquantized), whole.preset.name if whole else None
+            file,
+            sources,
+            rounding,
+            plan,
+            BaseTensors(file, unquantized),
+            whole.preset.name if whole else None,
+            unquantized is None,
         )
 
 
@@ -219,6 +230,26 @@ def _rounding_options(file: GgufFile, options: MergeOptions, importance: Importa
         {} if importance is None else importance.weights,
         options.calibrate or options.moments is not None,
     )
+
+
+def _with_predictions(
+    tensors: tuple[TensorReport, ...], total: TensorReport, plan: MergePlan, weights: BaseTensors | None
+) -> tuple[tuple[TensorReport, ...], TensorReport]:
+    """Add what the sizes of the deltas in steps predict; nothing without weights."""
+    if weights is None:
+        return tensors, total
+    found = {target.name: steps_of(weights, target) for target in plan.targets if target.deltas}
+    steps = {name: each for name, each in found.items() if each is not None}
+    made = tuple(
+        replace(each, delta_per_step=steps[each.name].delta_per_step, predicted_noise=steps[each.name].predicted_noise)
+        if each.name in steps
+        else each
+        for each in tensors
+    )
+    together = predictions(steps)
+    if together is not None:
+        total = replace(total, delta_per_step=together[0], predicted_noise=together[1])
+    return made, total
 
 
 def _tensor_reports(plan: MergePlan, sums: Mapping[str, Sums]) -> tuple[tuple[TensorReport, ...], TensorReport]:

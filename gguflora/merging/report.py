@@ -13,6 +13,10 @@ from gguflora.quants.kernels import SUMS
 from gguflora.quants.types import type_named
 
 TOLERANCE: Final = 0.03
+WEAK: Final = 0.02
+WEAK_SNR_DB: Final = -15.0
+"""Real adapters change Q4_K by 0.3 to 2 % of a step; their noise shows in perplexity from about here on."""
+_FINE: Final = ("Q6_K", "Q8_0")
 CALIBRATED_TOLERANCE: Final = 0.2
 MIN_SNR_DB: Final = -20.0
 """Below this ratio the rounding noise has a hundred times the energy of the delta. Measured on trained models: at
@@ -38,6 +42,10 @@ class TensorReport:
         clipped: share of the weights outside of the range of their block's scales.
         retention_h: the share of delta's effect on the outputs that a calibrated W' keeps, in the output directions
             where that effect is largest; None for tensors that are not calibrated.
+        delta_per_step: mean of ``|delta|`` in steps of the type, from a sample of rows; None for types without steps,
+            for tensors that change their type, and for deltas that are not low-rank.
+        predicted_noise: norm of the noise that stochastic rounding adds, in units of the base's own quantization error,
+            as ``delta_per_step`` predicts it.
         retention_error: standard error of ``retention`` if weights are rounded independently.
     """
 
@@ -50,6 +58,8 @@ class TensorReport:
     clipped: float | None = None
     retention_error: float | None = None
     retention_h: float | None = None
+    delta_per_step: float | None = None
+    predicted_noise: float | None = None
 
     @classmethod
     def from_sums(cls, name: str, type: str, weights: int, sums: Sums) -> TensorReport:
@@ -169,18 +179,32 @@ def _retention_h(sums: Sums) -> float | None:
 
 def warnings_of(tensors: Sequence[TensorReport], total: TensorReport, rounding: Mode) -> list[str]:
     """Return warnings about the rounding."""
-    warnings = (_retention_warning(tensors, total, rounding), _noise_warning(total))
+    warnings = (_retention_warning(tensors, total, rounding), _noise_warning(total) or _weak_warning(tensors, total))
     return [warning for warning in warnings if warning is not None]
 
 
 def _noise_warning(total: TensorReport) -> str | None:
     """Warn if the quant types are too coarse for the delta."""
-    if total.snr_db is None or total.snr_db >= MIN_SNR_DB:
+    if total.snr_db is None or total.snr_db >= MIN_SNR_DB or total.retention_h is not None:
         return None
     return (
         "the change is too small for the types of the changed tensors: the rounding noise has "
         f"{10 ** (-total.snr_db / 20):.0f} times its norm, and the answers may be worse than the base's; "
-        "try --base-f16, or a finer type with --outtype or --type"
+        "try --calibrate, --base-f16, or a finer type with --outtype or --type"
+    )
+
+
+def _weak_warning(tensors: Sequence[TensorReport], total: TensorReport) -> str | None:
+    """Warn if stochastic rounding adds noise that shows in the answers, and calibration would not."""
+    weak = [t for t in tensors if t.retention_h is None and (t.delta_per_step or 1.0) < WEAK and t.type not in _FINE]
+    if total.snr_db is None or total.snr_db > WEAK_SNR_DB or total.retention_h is not None or not weak:
+        return None
+    worst = min(weak, key=lambda tensor: tensor.delta_per_step or 0.0)
+    return (
+        f"the change is small for its types: {len(weak)} of {len(tensors)} tensors change by less than {WEAK:.0%} of a "
+        f"step on average ({worst.name} by {worst.delta_per_step:.1%} of a {worst.type} step), and the rounding noise "
+        f"has {10 ** (-total.snr_db / 20):.0f} times the norm of the change; use --calibrate, --base-f16, Q6_K or the "
+        "hot adapter"
     )
 
 

@@ -306,6 +306,24 @@ def search_codes(
     return int(moves[0])
 
 
+def has_steps(type: GgmlType) -> bool:
+    """Whether a type has levels with steps between them, as all block types but the codebooks IQ1, IQ2 and IQ3."""
+    return type.supports_stochastic and not type.name.startswith(("IQ1", "IQ2", "IQ3"))
+
+
+def mean_step(rows: Bytes, type: GgmlType) -> float:
+    """Return the mean distance of neighbouring levels over all weights of some rows.
+
+    Args:
+        rows: (n_rows, row bytes).
+        type: their type, one that `has_steps`.
+    """
+    n_rows, row_bytes = _rows(rows, np.uint8, "quantized rows")
+    n_in, mean = row_bytes // type.block_bytes * type.block_weights, ffi.new("double *")
+    _raise_for(lib.gfl_mean_step(choose_isa(None), type.id, _bytes(rows), n_rows, n_in, mean), type)
+    return float(mean[0])
+
+
 def _raise_for(result: Any, type: GgmlType) -> None:  # noqa: ANN401  (a cffi struct)
     if result.status == lib.GFL_DONE:
         return

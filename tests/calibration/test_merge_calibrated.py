@@ -177,6 +177,7 @@ def test_the_report_says_what_was_kept(files):
     assert (report.rounding, report.uncalibrated) == ("calibrated", ())
     assert all(0.7 < tensor.retention_h < 1.2 for tensor in report.tensors)
     assert 0.85 < report.total.retention_h < 1.1
+    assert not [warning for warning in report.warnings if "noise" in warning]
     assert gguf.GGUFReader(files[4]).fields["gguflora.merged.rounding"].contents() == ["calibrated"]
 
 

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
+from safetensors.numpy import load_file
 
 import gguflora
 from support import builders
@@ -17,6 +18,7 @@ from support.imatrix import write_imatrix
 from support.oracles import libggml
 from support.oracles.gguf_files import dequantized, lora_changes, read_metadata
 from support.oracles.llama_cpp import convert_lora, llama_logits
+from support.quantizing_steps import steps_by_gguf
 from support.workspace import workspace
 
 SMALL, EXACT = Adapter(seed=4), Adapter(exact=True, seed=3)
@@ -291,3 +293,25 @@ def test_type_that_needs_an_imatrix_takes_weak_changes_without_one(tmp_path):
     for refused in ({"rounding": "nearest"}, {"base_f16": base_of("Q4_K_M")}):
         with pytest.raises(gguflora.GgufloraError, match="importance matrix"):
             merge(tmp_path / "base.gguf", source, tmp_path / "other.gguf", **refused)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K"])
+def test_the_report_tells_the_change_in_steps(kind, tmp_path):
+    """The steps are the least distances of weights in a group, as gguf-py reads them."""
+    preset = {"Q4_K": "Q4_K_S"}.get(kind, kind)
+    base, adapter = (
+        builders.gguf_model("llama", "wide", preset),
+        builders.adapter("llama", builders.Adapter(seed=1), "wide"),
+    )
+    report = gguflora.merge(base, [(adapter, 0.05)], tmp_path / "out.gguf")
+    tensor = next(tensor for tensor in report.tensors if tensor.name == "blk.0.ffn_up.weight")
+    assert tensor.type == kind
+    step = steps_by_gguf(base, tensor.name)
+    values = load_file(adapter / "adapter_model.safetensors")
+    a, b = (next(v for k, v in values.items() if f"layers.0.mlp.up_proj.lora_{part}" in k) for part in "AB")
+    expected = np.abs(0.05 * 2 * (b @ a)).mean() / step
+    assert tensor.delta_per_step == pytest.approx(expected, rel=0.1)
+    share = min(tensor.delta_per_step, 0.5)
+    assert tensor.predicted_noise == pytest.approx((12 * share * (1 - share)) ** 0.5)
+    dry = gguflora.merge(base, [(adapter, 0.05)], tmp_path / "dry.gguf", dry_run=True)
+    assert dry.total.delta_per_step == pytest.approx(report.total.delta_per_step)

@@ -1,0 +1,83 @@
+"""Predict from a delta and the steps of its quant type how a merge will go: numbers for reports and warnings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from gguflora.placement.base_weights import BaseTensors, WholeTensorDeltas, read_or_zeros
+from gguflora.placement.rows import LowRankRows, split_rows
+from gguflora.placement.target import ChangedTensor
+from gguflora.quants import kernels
+
+_ROWS: Final = 64
+"""Rows of each tensor that are looked at, evenly spaced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """A delta beside the steps of its tensor's type.
+
+    Attributes:
+        weights: number of weights of the tensor.
+        delta: mean of |delta|.
+        step: mean distance of neighbouring levels.
+    """
+
+    weights: int
+    delta: float
+    step: float
+
+    @property
+    def delta_per_step(self) -> float:
+        """The mean of |delta| in steps; 0 if the type has no step here."""
+        return self.delta / self.step if self.step else 0.0
+
+    @property
+    def predicted_noise(self) -> float:
+        """The norm of the noise of stochastic rounding over that of the base's own quantization error.
+
+        A delta of a share f of a step is rounded with a variance of f (1 - f) steps squared; an even quantization error
+        has 1/12.
+        """
+        share = min(self.delta_per_step, 0.5)
+        return math.sqrt(12 * share * (1 - share))
+
+
+def steps_of(weights: BaseTensors, target: ChangedTensor) -> Steps | None:
+    """Measure a delta in steps on a sample of rows.
+
+    Returns:
+        None if the output has no steps (floats and codebook types) or another type, or the delta is not low-rank.
+    """
+    if target.type != target.source.type or len(target.shape) < 2 or not kernels.has_steps(target.type):
+        return None
+    deltas, steps = [], []
+    for rows in split_rows(target, WholeTensorDeltas(weights, [target])):
+        if not isinstance(rows, LowRankRows):
+            if rows.deltas:
+                return None
+            continue
+        count = min(_ROWS, rows.stop - rows.start)
+        for number in range(count):
+            row = rows.start + number * (rows.stop - rows.start) // count
+            product = rows.delta(row, row + 1)
+            deltas.append(np.abs(product.b @ product.a).mean())
+            steps.append(kernels.mean_step(read_or_zeros(weights.base, target.source, row, row + 1), target.type))
+    if not deltas:
+        return None
+    return Steps(math.prod(target.shape), float(np.mean(deltas)), float(np.mean(steps)))
+
+
+def predictions(steps: Mapping[str, Steps]) -> tuple[float, float] | None:
+    """Return ``delta_per_step`` and ``predicted_noise`` of all tensors together; None if there are none."""
+    count = sum(each.weights for each in steps.values())
+    if not count:
+        return None
+    share = sum(each.delta_per_step * each.weights for each in steps.values()) / count
+    energy = sum(each.predicted_noise**2 * each.weights for each in steps.values()) / count
+    return share, math.sqrt(energy)
