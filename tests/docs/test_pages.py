@@ -34,7 +34,11 @@ ELSEWHERE = {
     "docs/serving-elsewhere.md": "test_examples.py",
 }
 """Pages whose blocks another file tests."""
-IN_TEXT = {"docs/architecture.md": "test_architecture_page.py", "CONTRIBUTING.md": "test_scripts_and_extras_exist"}
+IN_TEXT = {
+    "docs/architecture.md": "test_architecture_page.py",
+    "CONTRIBUTING.md": "test_scripts_and_extras_exist",
+    "docs/install.md": "tests/tools/test_release.py",
+}
 """Pages that have no sessions and no programs."""
 NOT_HERE = ("://", "tonight.toml")
 """What a command names that a test has not: it is only parsed."""
