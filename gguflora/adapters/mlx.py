@@ -48,7 +48,7 @@ def read_mlx(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delt
     if kind == "full":
         return _read_full(config, tensors)
     parameters = _parameters(config)
-    if kind not in {"lora", "dora"} or not isinstance(parameters, dict):
+    if not isinstance(kind, str) or kind not in {"lora", "dora"} or not isinstance(parameters, dict):
         raise UnsupportedAdapterError(
             f"{config.path}: fine_tune_type is {kind!r} and lora_parameters {parameters!r:.80}, expected 'lora' or "
             "'dora' with lora_parameters, or 'full'"

@@ -66,7 +66,7 @@ def read_tokenizer(folder: Path) -> AdapterTokenizer:
             special_ids=_special_ids(main, config, {text: index for index, (text, _) in tokens.items()}),
             templates=dict(_templates(folder, config)),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise AdapterError(f"{folder}: its tokenizer cannot be read: {error!r:.200}; {_WAY_OUT}") from error
 
 
@@ -80,7 +80,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        if "\\ud" in text.lower():  # an escaped surrogate without its partner is no text
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: cannot be read as a tokenizer: {error!r:.200}; {_WAY_OUT}") from error
     if not isinstance(content, dict):

@@ -59,6 +59,9 @@ def write_base(path: Path, parts: int = 0) -> None:
     writer.add_block_count(LAYERS)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_types([1] * VOCABULARY)
+    writer.add_token_merges(["a b"])
     writer.add_array("tokenizer.ggml.tokens", [f"<{n}>" for n in range(VOCABULARY)])
     writer.add_array("tokenizer.ggml.scores", [float(n) for n in range(VOCABULARY)])
     for name, shape in shapes().items():
@@ -145,6 +148,75 @@ def write_lora_gguf(folder: Path) -> None:
         (folder / name).unlink()
 
 
+def write_npz(folder: Path) -> None:
+    """A LoRA of an older mlx-lm: arrays in a .npz file."""
+    random_ = np.random.default_rng(2)
+    at = "model.layers.0.self_attn.q_proj"
+    pair: dict[str, Any] = {
+        f"{at}.lora_a": random_.standard_normal((HIDDEN, 4)).astype(np.float32),
+        f"{at}.lora_b": random_.standard_normal((4, HIDDEN)).astype(np.float32),
+    }
+    np.savez(folder / "adapters.npz", **pair)
+    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A LoRA with the tokenizer of its training: other added tokens, merges and templates than the base's."""
+    write_lora_directory(folder)
+    vocabulary = {f"<{n}>": n for n in range(30)}
+    added = [{"id": n, "content": f"[new {n}]", "special": n % 2 == 0, "normalized": False} for n in (30, 31, 45)]
+    model = {"type": "BPE", "vocab": vocabulary, "merges": [["a", "b"], "c d"]}
+    decoder = {str(token["id"]): {"content": token["content"], "special": token["special"]} for token in added}
+    files = {
+        "tokenizer.json": {"version": "1.0", "added_tokens": added, "model": model},
+        "tokenizer_config.json": {
+            "eos_token": "[new 30]", "bos_token": {"content": "<1>"}, "added_tokens_decoder": decoder,
+            "chat_template": [{"name": "default", "template": "{{ 1 }}"}, {"name": "tool_use", "template": "{{ 2 }}"}],
+        },
+        "added_tokens.json": {"[new 31]": 31},
+        "chat_template.json": {"chat_template": "{{ 3 }}"},
+    }  # fmt: skip
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+
+
+def write_mmproj(folder: Path) -> None:
+    """The vision part of a multimodal model, in F32 and Q8_0."""
+    writer = gguf.GGUFWriter(folder / "mmproj.gguf", "clip")
+    writer.add_type(gguf.GGUFType.MMPROJ)
+    writer.add_clip_projector_type("pixtral")
+    writer.add_vision_block_count(1)
+    writer.add_vision_head_count(HEADS)
+    random_ = np.random.default_rng(3)
+    for name in ("v.blk.0.attn_q", "v.blk.0.attn_k", "v.blk.0.ffn_up", "mm.1"):
+        values = random_.standard_normal((HIDDEN, HIDDEN)).astype(np.float32)
+        if name == "mm.1":
+            packed = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(f"{name}.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(f"{name}.weight", values)
+    writer.add_tensor("v.patch_embd.weight", np.zeros((HIDDEN, 3, 2, 2), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_vision_lora(folder: Path) -> None:
+    """A LoRA of the vision part."""
+    layer = "vision_tower.transformer.layers.0"
+    modules = (f"{layer}.attention.q_proj", f"{layer}.feed_forward.up_proj", "multi_modal_projector.linear_1")
+    shape = {"A": (4, HIDDEN), "B": (HIDDEN, 4)}
+    tensors = {
+        f"base_model.model.model.{module}.lora_{side}.weight": np.ones(shape[side], np.float32)
+        for module in modules
+        for side in "AB"
+    }
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
+
+
 # -- targets --
 
 
@@ -163,6 +235,13 @@ def merge_into(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as other:
         write_lora_directory(Path(other))
         gguflora.merge(folder / "base.gguf", other, Path(other) / "out.gguf", threads=1)
+
+
+def merge_into_mmproj(folder: Path) -> None:
+    """A sound adapter merged into a vision part."""
+    with tempfile.TemporaryDirectory() as other:
+        write_vision_lora(Path(other))
+        gguflora.merge(folder / "mmproj.gguf", other, Path(other) / "out.gguf", threads=1)
 
 
 def merge_adapter(folder: Path) -> None:
@@ -209,6 +288,9 @@ SEEDS: dict[str, tuple[Callable[[Path], None], Reader]] = {
     "safetensors": (write_lora_directory, read_weights),
     "checkpoint": (write_checkpoint, read_checkpoint),
     "peft": (write_lora_directory, merge_adapter),
+    "npz": (write_npz, merge_adapter),
+    "tokenizer": (write_tokenizer, merge_adapter),
+    "mmproj": (write_mmproj, merge_into_mmproj),
 }
 """How a seed is written and read, by the name of the target."""
 
