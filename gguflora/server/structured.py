@@ -18,6 +18,13 @@ from gguflora.server.sampling import SamplingFields
 WHITESPACE: Final = r"[ ]?|\n[ \t]{0,20}"
 """What may stand between the parts of JSON, as in llama.cpp: bounded, so that no model writes blanks for ever."""
 
+_MAX_INTEGER: Final = 2**53 - 1
+"""Largest whole number where a schema sets no bound: the largest that every reader of JSON keeps."""
+
+_BOUNDS: Final = frozenset(
+    {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "enum", "const", "not", "$ref"}
+)
+
 _ANY_OBJECT: Final[dict[str, Any]] = {"type": "object"}
 
 
@@ -154,9 +161,10 @@ def json_grammar(field: str, schema: dict[str, Any] | bool | str | None, *, stri
 
 
 def closed_schema(schema: Any) -> Any:  # noqa: ANN401  (any JSON value)
-    """Return a schema whose objects have no other properties than those it names, unless it says otherwise.
+    """Return a schema whose objects have no other properties than those it names, and whose integers have bounds.
 
-    All that fits it also fits the schema itself. Models of some million parameters would add properties for ever.
+    Where the schema itself says otherwise, it stays. All that fits the result also fits the schema. Small models would
+    add properties and digits for ever.
     """
     if isinstance(schema, list):
         return [closed_schema(item) for item in schema]
@@ -182,6 +190,9 @@ def closed_schema(schema: Any) -> Any:  # noqa: ANN401  (any JSON value)
     }
     if isinstance(schema.get("properties"), dict) and not others & schema.keys():
         closed["additionalProperties"] = False
+    kinds = schema.get("type")
+    if "integer" in (kinds if isinstance(kinds, list) else [kinds]) and not _BOUNDS & schema.keys():
+        closed |= {"minimum": -_MAX_INTEGER, "maximum": _MAX_INTEGER}
     return closed
 
 

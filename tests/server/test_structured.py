@@ -95,6 +95,13 @@ def test_an_answer_that_is_cut_says_so(client):
         client.chat.completions.parse(model="base", messages=CHAT["messages"], response_format=Animal, max_tokens=3)
 
 
+def test_whole_numbers_end(http):
+    """A model that likes digits stops at the largest number that JSON's readers keep."""
+    digits = [[token, 60] for token in http.engine.tokenize("1", add_bos=False)]
+    text = answer(http, guided_json={"type": "integer"}, logit_bias=digits, temperature=0)
+    assert 10**14 < int(text) < 2**53
+
+
 def test_json_object(http):
     """Of any object; one that ends at its first chance is short."""
     close = [[token, 50] for token in http.engine.tokenize('"}', add_bos=False)]
@@ -177,4 +184,6 @@ def test_schemas_are_closed_where_they_say_nothing():
         assert each["additionalProperties"] is False
         assert each["properties"]["properties"]["additionalProperties"] is False
     assert closed["const"] == inner
+    assert closed_schema({"type": ["integer", "null"]})["maximum"] == 2**53 - 1
+    assert closed_schema({"type": "integer", "minimum": 3}) == {"type": "integer", "minimum": 3}
     assert closed_schema({"properties": {}, "additionalProperties": True})["additionalProperties"] is True
