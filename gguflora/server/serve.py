@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import math
 import os
@@ -223,6 +224,9 @@ def run_server(engine: Engine, base: Path, listener: socket.socket, settings: Se
     RENDERER.warm()
     app = create_app(engine, base, settings)
     config = server_config(app, timeout_graceful_shutdown=math.ceil(settings.timeout))
+    app.openapi()  # made at the first request for it otherwise, while others wait
+    gc.collect()
+    gc.freeze()  # what is there stays; looking through it takes 0.3 s, in which no client is answered
     with suppress(KeyboardInterrupt):  # uvicorn raises the signal again after it has stopped
         uvicorn.Server(config).run(sockets=[listener])
 
