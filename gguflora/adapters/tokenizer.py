@@ -70,6 +70,18 @@ def read_tokenizer(folder: Path) -> AdapterTokenizer:
         raise AdapterError(f"{folder}: its tokenizer cannot be read: {error!r:.200}; {_WAY_OUT}") from error
 
 
+def read_templates(folder: Path) -> dict[str, str]:
+    """Read only the chat templates in an adapter's directory, by name; empty if it has none.
+
+    Raises:
+        AdapterError: if a file cannot be read.
+    """
+    try:
+        return dict(_templates(folder, _read_json(folder / "tokenizer_config.json")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AdapterError(f"{folder}: its chat template cannot be read: {error!r:.200}; {_WAY_OUT}") from error
+
+
 def _token_number(index: int) -> int:
     if index < 0:
         raise ValueError(f"a token has the number {index}")

@@ -61,6 +61,15 @@ Context = Annotated[
 ]
 
 
+ChatTemplate = Annotated[
+    Literal["adapter", "base"] | None,
+    typer.Option(help="Whose chat template is used; default: the adapter's, if it is one and differs from the base's."),
+]
+ChatTemplateFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Chat template in Jinja, in place of the base's and the adapter's.")
+]
+
+
 def scaled_paths(lora: Sequence[str] | None, lora_scaled: Sequence[str] | None) -> list[tuple[str, float]]:
     """Parse the values of ``--lora PATH`` and ``--lora-scaled PATH:SCALE``.
 

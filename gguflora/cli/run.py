@@ -13,7 +13,18 @@ from rich.table import Table
 
 import gguflora
 from gguflora.cli.app import app, console, print_report, stderr
-from gguflora.cli.options import AsJson, Context, Task, TextOnly, Threads, TrustNames, named_and_scaled, named_tasks
+from gguflora.cli.options import (
+    AsJson,
+    ChatTemplate,
+    ChatTemplateFile,
+    Context,
+    Task,
+    TextOnly,
+    Threads,
+    TrustNames,
+    named_and_scaled,
+    named_tasks,
+)
 from gguflora.system.terminal import printable
 
 if TYPE_CHECKING:
@@ -50,6 +61,8 @@ def run(
     threads: Threads = None,
     text_only: TextOnly = False,
     trust_names: TrustNames = False,
+    chat_template: ChatTemplate = None,
+    chat_template_file: ChatTemplateFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Chat with a model and switch its adapters between prompts; type /help for the commands.
@@ -81,6 +94,8 @@ def run(
             threads=threads,
             text_only=text_only,
             trust_names=trust_names,
+            chat_template=chat_template,
+            chat_template_file=chat_template_file,
             write=(lambda _: None) if as_json else _write,
         )
         print_report(report, _print_run, as_json=as_json)
@@ -99,6 +114,8 @@ def run(
         threads=threads,
         text_only=text_only,
         trust_names=trust_names,
+        chat_template=chat_template,
+        chat_template_file=chat_template_file,
         write=_write,
         tell=lambda line: stderr.print(line, markup=False),
         show=_show,

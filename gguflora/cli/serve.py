@@ -12,6 +12,8 @@ import gguflora
 from gguflora.cli.app import app, print_warnings, stderr, to_json
 from gguflora.cli.options import (
     AsJson,
+    ChatTemplate,
+    ChatTemplateFile,
     Task,
     TextOnly,
     Threads,
@@ -64,6 +66,8 @@ def serve(
     accept_any_model: Annotated[
         bool, typer.Option("--accept-any-model", help="Answer unknown models with the default set.")
     ] = False,
+    chat_template: ChatTemplate = None,
+    chat_template_file: ChatTemplateFile = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 selects a free one.")] = 8080,
     ctx: Annotated[
@@ -137,6 +141,8 @@ def serve(
         default_adapters=default_adapters,
         aliases=named_aliases(alias),
         accept_any_model=accept_any_model,
+        chat_template=chat_template,
+        chat_template_file=chat_template_file,
         host=host,
         port=port,
         ctx=ctx,

@@ -19,6 +19,7 @@ from gguflora.adapters.soft_prompt import is_soft_prompt, read_soft_prompt
 from gguflora.architectures.base_model import read_whole_base
 from gguflora.engine.adapter_folder import AdapterFolder
 from gguflora.engine.adapter_sets import AdapterSet, canonical_set, parse_set
+from gguflora.engine.chat_template import choose_template
 from gguflora.engine.context import KV_TYPES, Context, ContextOptions
 from gguflora.engine.embedding import RANKING_HEAD, Embedder
 from gguflora.engine.job import GenerationJob
@@ -73,6 +74,9 @@ class Engine:
             request first names it, and again when its files have changed.
         adapter_memory: largest number of bytes of the adapters loaded from ``adapter_dir``. The least recently used
             ones leave memory for others, but never under a request. None sets no limit.
+        chat_template: ``base``, ``adapter`` (the template in the directory of the adapters given here), or a template
+            in Jinja. By default the adapter's, if one adapter is given and its template differs; this is logged.
+        chat_template_file: file with a template.
         n_ctx: size of the context in tokens. It limits the prompt and answer of one request, and of all requests that
             are computed at the same time.
         n_parallel: largest number of requests that are decoded together.
@@ -105,6 +109,8 @@ class Engine:
         tasks: Mapping[str, int] | None = None,
         adapter_dir: str | os.PathLike[str] | None = None,
         adapter_memory: int | None = None,
+        chat_template: str | None = None,
+        chat_template_file: str | os.PathLike[str] | None = None,
         n_ctx: int = 4096,
         n_parallel: int = 4,
         max_contexts: int = 2,
@@ -158,7 +164,7 @@ class Engine:
         self._scheduler = Scheduler(context, self._mixed, queue_size, self._finished)
         atexit.register(self.close)  # Python would crash if it ended while a thread is still in llama.cpp
         try:
-            self._load_first(adapters or {}, tasks or {})
+            self._load_first(adapters or {}, tasks or {}, chat_template, chat_template_file)
         except BaseException:
             self.close()
             raise
@@ -213,7 +219,11 @@ class Engine:
         return registered.adapter
 
     def _load_first(
-        self, adapters: Mapping[str, AdapterPath | tuple[AdapterPath, float]], tasks: Mapping[str, int]
+        self,
+        adapters: Mapping[str, AdapterPath | tuple[AdapterPath, float]],
+        tasks: Mapping[str, int],
+        template: str | None,
+        template_file: str | os.PathLike[str] | None,
     ) -> None:
         unknown_names = sorted(tasks.keys() - adapters.keys())
         if unknown_names:
@@ -222,6 +232,10 @@ class Engine:
             location, scale = item if isinstance(item, tuple) else (item, 1.0)
             self.load(location, name, scale=scale or 1.0, task=tasks.get(name))  # 0 is off, not what its name means
         self._has_first = True
+        paths = [adapter.path for adapter in self.adapters()]
+        chosen = choose_template(template, template_file, paths, self._model.template)
+        if chosen is not None:
+            self._model.use_template(chosen)
         self._scheduler.call(lambda: self._mixed.prepare(self._options.n_parallel))
         if self._mixed.reason is not None and adapters:
             _LOG.warning("requests of different adapters take turns: %s", self._mixed.reason)

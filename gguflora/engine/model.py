@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import llama_cpp
 
+from gguflora.engine.chat_template import ChosenTemplate
 from gguflora.errors import EngineError, MissingExtraError, RequestError
 from gguflora.runtime.bindings import captured_log, is_stateful, reason_of
 from gguflora.runtime.llama_internals import silence
@@ -73,6 +74,7 @@ class Model:
         if llama_cpp.llama_model_has_encoder(pointer) or not llama_cpp.llama_model_has_decoder(pointer):
             self.free()
             raise EngineError(f"{path}: the model has an encoder; the engine serves decoder-only models")
+        self._chosen: ChosenTemplate | None = None
         self.piece = lru_cache(maxsize=1 << 16)(self._piece)
 
     def free(self) -> None:
@@ -110,7 +112,8 @@ class Model:
 
     def is_end(self, token: int) -> bool:
         """Return whether ``token`` ends an answer."""
-        return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
+        is_chosen = self._chosen is not None and token == self._chosen.end_token
+        return is_chosen or bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
 
     @cached_property
     def longest_piece(self) -> int:
@@ -217,16 +220,22 @@ class Model:
         bos, eos = llama_cpp.llama_vocab_bos(self._vocab), llama_cpp.llama_vocab_eos(self._vocab)
         return {"bos_token": self._special_text(bos), "eos_token": self._special_text(eos)}
 
-    @cached_property
+    def use_template(self, chosen: ChosenTemplate) -> None:
+        """Use a chat template in place of the model's, with its own token that ends an answer."""
+        self._chosen = chosen
+
+    @property
     def template(self) -> str:
-        """The model's chat template; one of plain text if it has none."""
+        """The chat template: the chosen one, or the model's; one of plain text if there is none."""
+        if self._chosen is not None:
+            return self._chosen.text
         own = llama_cpp.llama_model_chat_template(self.pointer, None)
         return own.decode("utf-8", errors="replace") if own else _PLAIN_TEMPLATE
 
     @property
     def has_template(self) -> bool:
         """Whether the model brings a chat template."""
-        return llama_cpp.llama_model_chat_template(self.pointer, None) is not None
+        return self._chosen is not None or llama_cpp.llama_model_chat_template(self.pointer, None) is not None
 
     @property
     def end_of_text(self) -> int:

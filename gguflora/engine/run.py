@@ -54,6 +54,8 @@ def run(
     threads: int | None = None,
     text_only: bool = False,
     trust_names: bool = False,
+    chat_template: str | None = None,
+    chat_template_file: AdapterPath | None = None,
     write: Callable[[str], None] = lambda _: None,
 ) -> RunReport:
     """Answer one prompt with a model and adapters. Needs llama-cpp-python.
@@ -73,6 +75,8 @@ def run(
         threads: number of threads; by default one less than the cores that this process may use.
         text_only: take only the part of a multimodal model's adapters that changes the language model.
         trust_names: apply adapters by name and shape where the order of a tensor's rows is not known.
+        chat_template: ``adapter``, ``base`` or a template in Jinja; see `gguflora.engine.Engine`.
+        chat_template_file: file with a template.
         write: called with each piece of the answer's text.
 
     Raises:
@@ -90,6 +94,8 @@ def run(
         threads=threads,
         text_only=text_only,
         trust_names=trust_names,
+        chat_template=chat_template,
+        chat_template_file=chat_template_file,
         write=write,
     ) as chat:
         answer, warnings = chat.say(prompt), chat.engine.warnings
@@ -111,6 +117,8 @@ def open_chat(
     threads: int | None,
     text_only: bool,
     trust_names: bool,
+    chat_template: str | None = None,
+    chat_template_file: AdapterPath | None = None,
     write: Callable[[str], None],
     tell: Callable[[str], None] = lambda _: None,
     show: Callable[[list[ChatAnswer]], None] = lambda _: None,
@@ -123,6 +131,7 @@ def open_chat(
         RENDERER.warm()
     options: dict[str, Any] = {"n_ctx": n_ctx, "n_parallel": 1, "threads": threads}
     options |= {"text_only": text_only, "trust_names": trust_names}
+    options |= {"chat_template": chat_template, "chat_template_file": chat_template_file}
     with Engine(base, adapters=paths, tasks=tasks, **options) as engine:
         for text in engine.warnings:
             tell(f"warning: {text}")

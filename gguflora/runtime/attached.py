@@ -66,8 +66,8 @@ def attach(llm: Any, *, text_only: bool = False, trust_names: bool = False) -> A
         from gguflora.runtime import guarded_llama, llama_internals  # noqa: PLC0415
         from gguflora.runtime.adapter_set import AttachedSet  # noqa: PLC0415
         from gguflora.runtime.concatenated_adapters import ConcatenatedAdapters  # noqa: PLC0415
-    except ImportError as error:
-        raise MissingExtraError("hot-swapping", "llama-cpp-python", "runtime") from error
+    except (ImportError, AttributeError) as error:
+        raise _without_llama_cpp(error) from error
     if not isinstance(llm, llama_cpp.Llama):
         raise HotSwapError(f"attach needs a llama_cpp.Llama, found {type(llm).__name__}")
     llama_internals.check_internals(llm)
@@ -81,9 +81,22 @@ def attach(llm: Any, *, text_only: bool = False, trust_names: bool = False) -> A
         llm.model, llm.metadata.get("general.architecture", ""), lambda path: reading.open(path, base()).file
     )
     adapters = AttachedSet(*llama_internals.wrappers_of(llm), concatenated)
-    _adopt(llm, adapters, active=before is None)
-    guarded_llama.guard(llm, adapters)
+    try:
+        _adopt(llm, adapters, active=before is None)
+        guarded_llama.guard(llm, adapters)
+    except AttributeError as error:
+        raise _without_llama_cpp(error) from error
     return Adapters(llm, adapters, reading)
+
+
+def _without_llama_cpp(error: Exception) -> GgufloraError:
+    """Return the error for a llama-cpp-python that is not installed, or lacks what is used of it, such as a fork."""
+    if isinstance(error, ModuleNotFoundError) and error.name == "llama_cpp":
+        return MissingExtraError("hot-swapping", "llama-cpp-python", "runtime")
+    return HotSwapError(
+        f"this llama-cpp-python lacks something that hot-swapping needs: {error}; "
+        "0.3.36 is known to work: pip install 'llama-cpp-python==0.3.36'"
+    )
 
 
 def _adopt(llm: Any, adapters: AttachedSet, *, active: bool) -> None:  # noqa: ANN401
@@ -297,7 +310,7 @@ class Adapters:
         clear_memory(self._llm.ctx, self._llm.n_vocab())
         self._llm.reset()
         prefix = self._set.prefix
-        set_room(self._llm, self._llm.n_ctx() - (prefix.n_tokens if prefix else 0))
+        set_room(self._llm, self._llm.n_ctx(), prefix.n_tokens if prefix else 0)
 
 
 def _check_new_name(name: str, adapters: AttachedSet) -> None:

@@ -8,7 +8,6 @@ tokens.
 
 from __future__ import annotations
 
-import copyreg
 import hashlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Final
@@ -22,7 +21,15 @@ from gguflora.placement.prefix import Prefix
 from gguflora.runtime.adapter_set import BASE, AttachedSet, Untyped, describe
 from gguflora.runtime.alora import n_in_common, segments, starts_of
 from gguflora.runtime.bindings import begins_with, clear_memory, is_stateful, put_prefix
-from gguflora.runtime.llama_internals import Guarded, LlamaContext, call_on_close, reset_asked, rewind, wrappers_of
+from gguflora.runtime.llama_internals import (
+    Guarded,
+    LlamaContext,
+    call_on_close,
+    fit_inputs,
+    reset_asked,
+    rewind,
+    wrappers_of,
+)
 from gguflora.runtime.tokenizing import pre_tokenizer, tokenize
 
 _ATTRIBUTE: Final = "_gguflora"
@@ -159,15 +166,23 @@ class GuardedLlama(Guarded, llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp
         return tokens[kept:]
 
     def _check_room(self, n_tokens: int) -> None:
-        prefix = _set_of(self).prefix
-        n_virtual = prefix.n_tokens if prefix else 0
+        n_virtual, room = self._room()
         needed = n_virtual + self.n_tokens + n_tokens
-        room = min(self.n_ctx(), n_virtual + len(self.input_ids))
         if needed > room:
             raise HotSwapError(
                 f"{needed} tokens ({n_virtual} of them virtual) do not fit into the context of {room}; "
                 "shorten the prompt, or open the model with a larger n_ctx"
             )
+
+    def _room(self) -> tuple[int, int]:
+        """Return the number of virtual tokens, and of all tokens that the context holds."""
+        prefix = _set_of(self).prefix
+        n_virtual = prefix.n_tokens if prefix else 0
+        return n_virtual, min(self.n_ctx(), n_virtual + len(self.input_ids))
+
+    def _is_full(self) -> bool:
+        n_virtual, room = self._room()
+        return n_virtual + self.n_tokens >= room
 
     def embed(self, *args: Untyped, **kwargs: Untyped) -> Untyped:
         """Embed texts as `llama_cpp.Llama.embed` does.
@@ -214,13 +229,20 @@ class GuardedLlama(Guarded, llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp
             finally:
                 adapters.planned = False
             sent = yield token
+            if self._is_full():  # llama-cpp-python asks for more while a character is unfinished
+                return
 
     def _create_completion(self, *args: Untyped, **kwargs: Untyped) -> Iterator[Untyped]:
         return _set_of(self).llama_lock.generate(super()._create_completion(*args, **kwargs))
 
     def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., Any], tuple[type], Any]:
         # Llama pickles the arguments of its constructor, so the copy has no adapters: make it a plain Llama
-        return copyreg.__newobj__, (_class_before(self),), self.__getstate__()  # type: ignore[attr-defined]
+        return _new, (_class_before(self),), self.__getstate__()
+
+
+def _new(kind: Untyped) -> Untyped:
+    """Return an object of a class before its state is set; pickle refuses ``copyreg.__newobj__`` of a base class."""
+    return kind.__new__(kind)
 
 
 class _ShiftedContext(LlamaContext):  # type: ignore[misc]  # llama_cpp has no types
@@ -282,6 +304,7 @@ def guard(llm: Untyped, adapters: AttachedSet) -> None:
     """
     llm.__dict__[_ATTRIBUTE] = adapters
     llm.__class__ = _guarded(type(llm))
+    fit_inputs(llm)
     context, _ = wrappers_of(llm)
     if type(context) is LlamaContext:
         context.__class__ = _ShiftedContext

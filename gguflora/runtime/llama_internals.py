@@ -8,8 +8,8 @@ adapters to change:
   context's wrapper is where a soft prompt shifts positions.
 * ``Llama._stack`` frees resources in reverse order, so that adapters are freed before the model.
 * ``Llama._lora_adapter`` is the adapter of ``Llama(lora_path=...)``.
-* ``Llama._n_ctx`` is the number of tokens that ``Llama`` allows, and ``Llama._requires_eval`` marks its logits as
-  outdated.
+* ``Llama._n_ctx`` is the number of tokens that ``Llama`` allows, and ``Llama.input_ids`` notes them. If
+  ``Llama._logits_all``, there is a row of logits for each. ``Llama._requires_eval`` marks the logits as outdated.
 * All completions call ``Llama._create_completion``, and ``reset`` is a parameter of ``Llama.generate``.
 * llama.cpp reports the size of a KV cache only in its log.
 * ``llama_cpp._ggml.libggml`` is the ggml library that llama-cpp-python has loaded.
@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
 from typing import Any, Final
 
 import llama_cpp
+import numpy as np
 
 from gguflora.errors import HotSwapError
 
@@ -59,9 +61,16 @@ def check_internals(llm: Any) -> None:  # noqa: ANN401  (llama_cpp has no types)
         missing += [] if "reset" in signature(owner.generate).parameters else ["Llama.generate(reset=)"]
     if missing:
         raise HotSwapError(
-            f"llama-cpp-python {version('llama-cpp-python')} lacks {', '.join(missing)}, which hot-swapping needs; "
+            f"llama-cpp-python {_installed()} lacks {', '.join(missing)}, which hot-swapping needs; "
             "0.3.36 is known to work: pip install 'llama-cpp-python==0.3.36'"
         )
+
+
+def _installed() -> str:
+    """Return the version of what is imported as llama_cpp; a fork may have another name on the package index."""
+    with suppress(PackageNotFoundError):
+        return version("llama-cpp-python")
+    return str(getattr(llama_cpp, "__version__", "of unknown version"))
 
 
 def is_open(llm: Any) -> bool:  # noqa: ANN401
@@ -84,9 +93,21 @@ def call_on_close(llm: Any, release: Callable[[], None]) -> None:  # noqa: ANN40
     llm._stack.callback(release)  # last in, first out
 
 
-def set_room(llm: Any, n_tokens: int) -> None:  # noqa: ANN401
-    """Set the number of tokens that a ``Llama`` believes its context can hold."""
-    llm._n_ctx = n_tokens
+def set_room(llm: Any, n_ctx: int, n_virtual: int) -> None:  # noqa: ANN401
+    """Set the number of tokens that a ``Llama`` believes its context can hold beside ``n_virtual`` of a soft prompt."""
+    llm._n_ctx = min(n_ctx - n_virtual, len(llm.input_ids))
+
+
+def fit_inputs(llm: Any) -> None:  # noqa: ANN401
+    """Let a ``Llama`` note as many tokens as its context holds.
+
+    llama.cpp rounds the size of a context up to a multiple of 256, and ``Llama.input_ids`` has the size that was asked
+    for. With ``logits_all`` there are no rows for the logits of more tokens, and the Llama ends at the asked size.
+    """
+    missing = llm.n_ctx() - len(llm.input_ids)
+    if missing > 0 and not llm._logits_all:
+        llm.input_ids = np.pad(llm.input_ids, (0, missing))
+    set_room(llm, llm.n_ctx(), 0)
 
 
 def rewind(llm: Any, n_tokens: int) -> None:  # noqa: ANN401
@@ -130,4 +151,4 @@ def ggml_library() -> Any:  # noqa: ANN401
     try:
         return import_module("llama_cpp._ggml").libggml
     except (ImportError, AttributeError):
-        raise HotSwapError(f"llama-cpp-python {version('llama-cpp-python')} does not give its ggml library") from None
+        raise HotSwapError(f"llama-cpp-python {_installed()} does not give its ggml library") from None

@@ -60,6 +60,8 @@ def serve(
     default_adapters: str | None = None,
     aliases: Mapping[str, str | None] | None = None,
     accept_any_model: bool = False,
+    chat_template: str | None = None,
+    chat_template_file: str | os.PathLike[str] | None = None,
     host: str = "127.0.0.1",
     port: int = 8080,
     ctx: int | None = None,
@@ -96,6 +98,8 @@ def serve(
         default_adapters: adapter set of requests that name none, such as ``legal@0.5+tone``; at first the base.
         aliases: further names of adapter sets; None stands for the default set.
         accept_any_model: answer requests for unknown models with the default set instead of status 404.
+        chat_template: ``adapter``, ``base`` or a template in Jinja; see `gguflora.engine.Engine`.
+        chat_template_file: file with a template.
         host: address to listen on.
         port: port to listen on; 0 selects a free one.
         ctx: size of the context in tokens, for all requests decoded together; by default the model's training length,
@@ -157,6 +161,8 @@ def serve(
             tasks=tasks,
             adapter_dir=adapter_dir,
             adapter_memory=memory,
+            chat_template=chat_template,
+            chat_template_file=chat_template_file,
             n_ctx=context_size(base, ctx),
             n_parallel=parallel,
             max_contexts=contexts,

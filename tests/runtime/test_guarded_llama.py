@@ -1,8 +1,10 @@
 """Nothing computed under one adapter set answers under another: KV cache, prefixes, caches, states, generators."""
 
+import asyncio
 import copy
 import itertools
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import llama_cpp
@@ -331,6 +333,51 @@ def test_a_copy_has_no_adapters(llm, adapters):
     with closing(copy.copy(llm)) as twin:
         assert type(twin) is llama_cpp.Llama
         assert_answers(twin)
+
+
+def test_a_pickled_llama_is_a_plain_one(llm, adapters):
+    adapters.apply(a=1.0)
+    for twin in (pickle.loads(pickle.dumps(llm)), copy.deepcopy(llm)):
+        with closing(twin):
+            assert type(twin) is llama_cpp.Llama
+            assert_answers(twin)
+    assert_answers(llm, (A, 1.0))
+
+
+@pytest.mark.parametrize("logits_all", [False, True])
+def test_an_answer_ends_at_the_end_of_the_context(logits_all):
+    """llama.cpp rounds the size up to 256; a plain Llama with logits_all fails beyond the asked size."""
+    bias = dict.fromkeys((257,), -100.0)
+    with closing(open_llama(n_ctx=40, logits_all=logits_all)) as llm:
+        options = {"max_tokens": None, "temperature": 0.0, "logit_bias": bias}
+        plain = None if logits_all else llm("the ant", **options)
+        with attached.attach(llm) as adapters:
+            found = llm("the ant", **options)
+            assert found["choices"][0]["finish_reason"] == "length"
+            assert found["usage"]["total_tokens"] in ({40, 41} if logits_all else {256})
+            if plain is not None:
+                assert (found["choices"], found["usage"]) == (plain["choices"], plain["usage"])
+            adapters.load("a", gguf_lora(A))
+            adapters.apply(a=1.0)
+            assert llm("the ant", **options)["choices"][0]["finish_reason"] == "length"
+
+
+def test_every_piece_of_a_stream_may_be_taken_by_another_thread(llm, adapters):
+    adapters.apply(a=1.0)
+    whole = llm("the ant", max_tokens=6, temperature=0)["choices"][0]["text"]
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        stream = llm("the ant", max_tokens=6, temperature=0, stream=True)
+        taken = [pool.submit(next, stream, None).result(30) for pool in (first, second) * 5]
+    assert "".join(piece["choices"][0]["text"] for piece in taken if piece) == whole
+
+    async def answer():
+        stream = llm("the ant", max_tokens=6, temperature=0, stream=True)
+        pieces = []
+        while (piece := await asyncio.to_thread(next, stream, None)) is not None:
+            pieces.append(piece["choices"][0]["text"])
+        return "".join(pieces)
+
+    assert asyncio.run(answer()) == whole
 
 
 def test_two_llamas_are_independent(llm, adapters):
