@@ -104,6 +104,8 @@ class GuardedProtocol(H11Protocol):
     def _feed(self) -> None:
         if self.transport.is_closing() or self.conn.their_state is h11.DONE:  # `on_response_complete` goes on
             return
+        if not self._held:  # scheduled twice; h11 would take no bytes for the end of the connection
+            return
         data = bytes(self._held[:_SLICE])
         del self._held[:_SLICE]
         super().data_received(data)

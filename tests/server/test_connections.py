@@ -136,3 +136,14 @@ def test_long_bodies_in_pieces_and_requests_in_a_row(http):
         assert got.count(b"HTTP/1.1 400") == got.count(b"context_length_exceeded") == 2
         assert got.count(b"HTTP/1.1 200") == 1
         assert got.endswith(b'{"status":"ok"}')
+
+
+def test_answers_before_the_end_of_a_long_request(http):
+    """The answer ends while received bytes still wait: they are parsed once, and their end is no end of input."""
+    for size in (20_000, 50_000, 200_000, 900_000):
+        for head in (b"POST /nothing", b"POST /lora-adapters", b"GET /health"):
+            with connect(http) as raw, contextlib.suppress(ConnectionError):
+                raw.sendall(head + b" HTTP/1.1\r\nHost: evil.example\r\nContent-Length: %d\r\n\r\n" % size)
+                raw.sendall(b"x" * size + b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                answer(raw)
+            assert http.get("/health").status_code == 200
