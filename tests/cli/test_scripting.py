@@ -27,11 +27,13 @@ LORAS = {
     "--lora": "adapters",
     "--lora-scaled": "adapters",
     "--task": "tasks",
+    "--alias": "aliases",
     "--from": "from_adapter",
 }
 ONLY_COMMAND = {
     "merge": {"report": "the result's to_dict()", "plot": "gguflora.merging.plots.plot_report(result)"},
     "pipeline": {"schema": "gguflora.pipeline.recipe_schema()"},
+    "serve": {"model": "the same as the argument, as llama-server spells it"},
     "train": {"report": "the result's to_dict()"},
 }
 ONLY_PYTHON = {"progress", "masks", "write", "ready", "show_plan", "watch"}  # callables

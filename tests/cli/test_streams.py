@@ -109,17 +109,29 @@ def test_without_an_interpreter_or_a_home(folder):
     assert f"cache-{os.getuid()}/gguflora" in found.stdout
 
 
-@pytest.mark.parametrize(
-    "damage", [b"", b"\0\xff", b"{", b"[1]", b'{"key": 1, "report": {}, "origin": [], "stamp": 3}', b"1e999"]
-)
+@pytest.mark.parametrize("damage", [b"", b"\0\xff", b"{", b"[1]", b"1e999"])
 def test_damaged_records(damage, folder):
+    """Records that cannot be read do not name the outputs as the pipeline's own, so that only --force replaces them."""
     shell(folder, "g pipeline recipe.toml")
     for path in (folder / "out/.gguflora").glob("*.json"):
         path.write_bytes(damage if path.name != "hashes.json" or damage != b"[1]" else b'{"x": 1}')
-    again = shell(folder, "g pipeline recipe.toml")
+    refused = shell(folder, "g pipeline recipe.toml")
+    assert refused.returncode == 1
+    assert b"Traceback" not in refused.stderr
+    assert b"--force" in refused.stderr
+    again = shell(folder, "g pipeline recipe.toml --force")
     assert (again.returncode, again.stderr) == (0, b"")
     assert again.stdout.count(b"done  ") == 2
     assert shell(folder, "g pipeline recipe.toml").stdout.count(b"kept  ") == 2
+
+
+def test_a_record_of_something_else(folder):
+    shell(folder, "g pipeline recipe.toml")
+    for path in (folder / "out/.gguflora").glob("*.json"):
+        path.write_bytes(b'{"key": 1, "report": {}, "origin": [], "stamp": 3}')
+    again = shell(folder, "g pipeline recipe.toml")
+    assert (again.returncode, again.stderr) == (0, b"")
+    assert again.stdout.count(b"done  ") == 2
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_damage_in_the_cache(site, place):
         ("{url}/big.bin#sha256=12", "needs 64 hexadecimal digits"),
         ("nonsense://x/y", "cannot be opened: Protocol not known: nonsense"),
         ("memory://nothing/here", "no such file or folder"),
-        ("file:///nothing/here", "no such file or folder"),
+        ("file:///nothing/here", "no such file or directory"),
     ],
 )
 def test_what_cannot_be_fetched(site, place, said, tmp_path):

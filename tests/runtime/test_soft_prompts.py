@@ -341,7 +341,8 @@ def test_tasks_by_name():
     with Engine(gguf_of("llama"), tasks=tasks, **options) as engine:
         for name, task in tasks.items():
             assert_engine_answers(engine, name, PROMPT, expected("llama", folder, task)[-1])
-        client = TestClient(create_app(engine, gguf_of("llama"), Settings(allow_load=folder.parent)))
+        server = create_app(engine, gguf_of("llama"), Settings(allow_load=folder.parent))
+        client = TestClient(server, base_url="http://127.0.0.1", client=("127.0.0.1", 50000))
         body = {"lora_name": "second", "lora_path": folder.name}
         refused = client.post("/v1/load_lora_adapter", json=body)
         assert (refused.status_code, "tasks 0 to 2" in refused.text) == (400, True)

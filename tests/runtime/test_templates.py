@@ -8,6 +8,7 @@ import time
 import pytest
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
+from gguflora.engine.chat_template import ChosenTemplate
 from gguflora.errors import RequestError
 from gguflora.runtime.templates import RENDERER, TemplateRenderer
 from support import serving
@@ -123,7 +124,7 @@ def test_a_hostile_template_holds_no_other_client():
     with serving.serving() as http:
         chat = {"messages": [{"role": "user", "content": serving.QUESTION}], "temperature": 0, "max_tokens": 60}
         good = http.post("/v1/chat/completions", json=chat).json()["choices"][0]["message"]["content"]
-        http.engine._model._template = HOSTILE["loops"][0]
+        http.engine._model._chosen = ChosenTemplate(HOSTILE["loops"][0])
         replies = []
         hanging = threading.Thread(target=lambda: replies.append(http.post("/v1/chat/completions", json=chat)))
         hanging.start()
@@ -134,5 +135,5 @@ def test_a_hostile_template_holds_no_other_client():
         assert answered >= 3
         hanging.join()
         assert (replies[0].status_code, "longer than 2 s" in replies[0].text) == (400, True)
-        del http.engine._model._template
+        http.engine._model._chosen = None
         assert http.post("/v1/chat/completions", json=chat).json()["choices"][0]["message"]["content"] == good
