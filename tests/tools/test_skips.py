@@ -92,7 +92,7 @@ def test_a_line_that_is_wrong_is_an_error(folder, line):
 def test_the_list_is_sound():
     """Every line has its three parts, and names a file that there is."""
     for allowed in skips.read_list(skips.LIST):
-        assert (ROOT / allowed.test.partition("::")[0]).is_file(), allowed
+        assert any(path.exists() for path in ROOT.glob(allowed.test.partition("::")[0])), allowed
 
 
 def test_a_file_without_its_package_is_skipped(folder):
