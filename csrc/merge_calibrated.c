@@ -1,5 +1,5 @@
-/* Calibrated rounding of a whole matrix: where its codes start, and the passes over its rows. The arithmetic of a row is
- * in kernels/search_codes.h. */
+/* Calibrated rounding of a whole matrix: where its codes start, and the passes over its rows. The arithmetic of a row
+ * is in kernels/search_codes.h. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>

@@ -81,7 +81,7 @@ static int try_move(const gfl_search_state *h, const gfl_search_row *row, float 
     return 1;
 }
 
-/* One pass over a row: every code whose best move is more than `limit` steps may move by one. Returns the moves made. */
+/* One pass over a row: every code whose best move is more than `limit` steps may move by one. Returns the moves. */
 static int64_t search_row(const gfl_search_state *h, const gfl_search_row *row, float limit) {
     float c[DIRECTIONS], moves[STRIPE], uu = 1.0f;
     int64_t made = 0;
