@@ -13,7 +13,12 @@ __all__ = ["choose_isa", "current_isa", "ffi", "isa_names", "lib"]
 
 def isa_names() -> list[str]:
     """Names of the instruction sets this machine can run, slowest first."""
-    return [_isa_name(isa) for isa in range(lib.gfl_isa_count()) if lib.gfl_isa_available(isa)]
+    return list(_available())
+
+
+@cache
+def _available() -> tuple[str, ...]:
+    return tuple(_isa_name(isa) for isa in range(lib.gfl_isa_count()) if lib.gfl_isa_available(isa))
 
 
 def _isa_name(isa: int) -> str:
@@ -27,7 +32,7 @@ def current_isa() -> str:
     Raises:
         NativeError: ``GGUFLORA_ISA`` names no instruction set of this machine.
     """
-    return _isa_name(_isa_number(os.environ.get("GGUFLORA_ISA") or isa_names()[-1]))
+    return _isa_name(_isa_number(os.environ.get("GGUFLORA_ISA") or _available()[-1]))
 
 
 @cache
