@@ -63,11 +63,10 @@ def steps_of(weights: BaseTensors, target: ChangedTensor) -> Steps | None:
                 return None
             continue
         count = min(_ROWS, rows.stop - rows.start)
-        for number in range(count):
-            row = rows.start + number * (rows.stop - rows.start) // count
-            product = rows.delta(row, row + 1)
-            deltas.append(np.abs(product.b @ product.a).mean())
-            steps.append(kernels.mean_step(read_or_zeros(weights.base, target.source, row, row + 1), target.type))
+        chosen = np.arange(count) * (rows.stop - rows.start) // count
+        stored = [read_or_zeros(weights.base, target.source, row, row + 1) for row in (rows.start + chosen).tolist()]
+        deltas += [np.abs(rows.b[chosen] @ rows.a).mean()] * count
+        steps += [kernels.mean_step(np.concatenate(stored), target.type)] * count
     if not deltas:
         return None
     return Steps(math.prod(target.shape), float(np.mean(deltas)), float(np.mean(steps)))
