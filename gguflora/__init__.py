@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gguflora._version import __version__ as __version__
 from gguflora.errors import GgufloraError as GgufloraError
+from gguflora.merging.collector import Collector, provide_collector
 
 if TYPE_CHECKING:
     from gguflora.adapters.adapter import read_adapter as read_adapter
@@ -150,6 +151,12 @@ def __dir__() -> list[str]:
     return __all__
 
 
+def _collector() -> Collector:
+    from gguflora.calibration.collect import collect_moments  # noqa: PLC0415  (slow to import)
+
+    return collect_moments
+
+
 class _Package(ModuleType):
     """The class of this module: pickled by its name, so that functions of notebooks that use it can be sent away."""
 
@@ -158,4 +165,5 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+provide_collector(_collector)
 logging.getLogger(__name__).addHandler(logging.NullHandler())

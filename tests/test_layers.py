@@ -1,6 +1,7 @@
 """Import layers: downwards only, none on one line, no circle inside a package; importing is cheap."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -44,6 +45,22 @@ def test_the_rules_can_fail(tmp_path: Path) -> None:
     (tmp_path / "lora/beside.py").write_text("import gguflora.merging.plan\n")
     assert violations(tmp_path, Path("lora/up.py")) == ["lora/up.py imports gguflora.engine.Engine"]
     assert violations(tmp_path, Path("lora/beside.py")) == ["lora/beside.py imports gguflora.merging.plan"]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from importlib import import_module\nimport_module('gguflora.engine')\n",
+        "from importlib import import_module as load\nHOME = 'gguflora.engine'\nload(HOME)\n",
+        "import importlib\ndef f(name):\n    return importlib.import_module(f'gguflora.engine.{name}')\n",
+        "__import__('gguflora.engine')\n",
+        "HOMES = {'Engine': 'gguflora.engine'}\nget = extras.lazy_face('gguflora.lora', HOMES, 'torch', error)\n",
+    ],
+)
+def test_imports_by_name_count(code: str, tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/hidden.py").write_text(code)
+    assert violations(tmp_path, Path("lora/hidden.py")) == ["lora/hidden.py imports gguflora.engine"]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
@@ -146,7 +163,19 @@ def imported_names(path: Path, *, top_level: bool = False) -> list[str]:
             names += [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             names += [alias.name for alias in node.names if alias.name.split(".")[0] == "gguflora"]
-    return names
+    return names if top_level else [*names, *names_in_texts(tree)]
+
+
+def names_in_texts(tree: ast.AST) -> list[str]:
+    """The modules that a file names in texts, if it uses a function that imports by name."""
+    nodes = list(ast.walk(tree))
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    used |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    used |= {node.name for node in nodes if isinstance(node, ast.alias)}
+    if not used & {"import_module", "__import__", "lazy_face"}:
+        return []
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [text.rstrip(".") for text in texts if re.fullmatch(r"gguflora(\.\w+)+\.?", text)]
 
 
 def top_level_imports(path: Path, inside: set[str]) -> set[str]:

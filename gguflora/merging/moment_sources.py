@@ -4,39 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol, cast
+from typing import TYPE_CHECKING
 
 from gguflora.errors import QuantizationError
 from gguflora.files.gguf import GgufFile
 from gguflora.files.output_checks import check_target
 from gguflora.merging.calibrated import can_calibrate
-from gguflora.merging.moments import AllMoments, Moments, read_moments, write_moments
+from gguflora.merging.collector import load_collector
+from gguflora.merging.moments import AllMoments, read_moments, write_moments
 from gguflora.placement.target import ChangedTensor
 
 if TYPE_CHECKING:
     from gguflora.merging.prepare import MergeOptions
 
 Texts = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-
-_COLLECTOR: Final = "gguflora.calibration.collect"
-"""The module that runs models lies above this package, which knows only the form of its function (`Collector`)."""
-
-
-class Collector(Protocol):
-    """`gguflora.calibration.collect.collect_moments`."""
-
-    def __call__(
-        self,
-        base: Path,
-        adapters: Sequence[tuple[str | os.PathLike[str], float]],
-        weights: Mapping[str, tuple[int, int]],
-        texts: Sequence[str | os.PathLike[str]],
-        threads: int,
-    ) -> tuple[dict[str, Moments], list[str]]:
-        """Run the base with its adapters and return the moments of weights, and warnings."""
 
 
 def find_moments(
@@ -75,8 +58,7 @@ def find_moments(
         check_target(saved, file.paths, force=True, size=0)
     texts = options.calibration_text or ()
     texts = [texts] if isinstance(texts, str | os.PathLike) else list(texts)
-    collect = cast("Collector", import_module(_COLLECTOR).collect_moments)
-    collected, warnings = collect(file.path, adapters, weights, texts, threads)
+    collected, warnings = load_collector()(file.path, adapters, weights, texts, threads)
     if saved is not None:
         write_moments(saved, collected, force=True)
     return collected, warnings
