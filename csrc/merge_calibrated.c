@@ -59,9 +59,10 @@ static void prepare_moments(search_call *call, const gfl_search *search) {
     }
 }
 
+/* The lowest code for NaN, which an infinite scale makes. */
 static int nearest_code(const gfl_block_codec *codec, float t) {
     if (!codec->levels) {
-        const float inside = t < codec->low ? codec->low : t > codec->high ? codec->high : t;
+        const float inside = t > codec->low ? (t < codec->high ? t : codec->high) : codec->low;
         return (int)rintf(inside);
     }
     int code = 0;
@@ -159,6 +160,7 @@ gfl_result gfl_search_codes(int isa, int type_id, const uint8_t *src, uint8_t *d
     if (!table || type < 0 || !table->block_codecs[type].pack) return unknown;
     if (search->n_rows <= 0 || search->n_in <= 0) return done;
     const gfl_type t = gfl_type_at(type);
+    if (search->n_in % t.block_weights) return unknown;
     const gfl_block_codec *codec = &table->block_codecs[type];
     search_call call = {
         .state =

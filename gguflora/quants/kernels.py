@@ -292,8 +292,11 @@ def search_codes(
         _expect_rows(quantized, n_rows, type.row_bytes(n_in), "quantized rows")
     shapes = {"v": (v, (DIRECTIONS, n_in)), "d": (d, (n_in,)), "u": (u, (n_rows, KEPT)), "order": (order, (n_rows,))}
     for name, (array, shape) in shapes.items():
-        if array.shape != shape or not array.flags.c_contiguous:
-            raise QuantizationError(f"{name}: expected a C-contiguous array of shape {shape}, found {array.shape}")
+        dtype = np.dtype(np.int32 if name == "order" else np.float32)
+        if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+            raise QuantizationError(
+                f"{name}: expected a C-contiguous {dtype} array of shape {shape}, found {array.dtype} of {array.shape}"
+            )
     if n_rows and not (order.min() >= 0 and order.max() < n_rows):
         raise QuantizationError(f"order: expected rows from 0 to {n_rows - 1}, found {order.min()} to {order.max()}")
     steps, rows, moves = ffi.new("float[]", list(limits)), ffi.from_buffer("int32_t[]", order), ffi.new("int64_t *")

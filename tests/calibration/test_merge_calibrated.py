@@ -127,6 +127,35 @@ def test_a_delta_of_zero_changes_nothing():
     np.testing.assert_array_equal(round_calibrated(rows, kind, zero, v, d, key=1).blocks, rows)
 
 
+@pytest.mark.parametrize("name", SEARCHED)
+def test_weights_are_finite_or_too_large(name):
+    """float16 ends at 65504 and the scales of NVFP4 at 448; only those of MXFP4 reach 2**127."""
+    kind = type_named(name)
+    rows, delta, v, d = problem(kind)
+    for exponent in range(2, 34, 2):
+        strong = kernels.Product(delta.a, delta.b * np.float32(10.0**exponent))
+        try:
+            done = round_calibrated(rows, kind, strong, v, d, key=1)
+        except QuantizationError as error:
+            assert f"too large for {name}" in str(error)
+            assert exponent > 4
+        else:
+            assert exponent < 16 or name == "MXFP4"
+            assert np.isfinite(values(done.blocks, kind)).all()
+
+
+def test_arrays_of_other_types_are_refused():
+    kind = type_named("Q4_0")
+    rows, _, v, d = problem(kind)
+    wide, u = np.zeros((kernels.DIRECTIONS, v.shape[1]), np.float32), np.zeros((len(rows), kernels.KEPT), np.float32)
+    order = np.arange(len(rows), dtype=np.int32)
+    target = values(rows, kind).astype(np.float32)
+    for bad in ({"order": order.astype(np.float32)}, {"d": d.astype(np.float64)}, {"u": u[:, ::-1]}):
+        arguments = {"v": wide, "d": d, "u": u, "order": order} | bad
+        with pytest.raises(QuantizationError, match=f"{next(iter(bad))}: expected a C-contiguous"):
+            kernels.search_codes(rows, kind, rows.copy(), target, **arguments, limits=[1])
+
+
 def test_nystroem_is_exact_for_few_directions():
     random = np.random.default_rng(0)
     true = random.standard_normal((20, 200))
