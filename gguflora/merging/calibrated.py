@@ -22,6 +22,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from gguflora.errors import QuantizationError
 from gguflora.merging.moments import RANK
 from gguflora.quants import kernels
 from gguflora.quants.arrays import Bytes, Float32Array, Float64Array
@@ -36,6 +37,9 @@ _LIMITS: Final = (16, 8, 4, 2, 1.4, 1, 0.75, 0.6, 0.55, 0.5)
 _OWN: Final = 0.5
 _IDENTITY: Final = 0.01
 """Shares of the adapter's input directions and of the identity in H, in units of H's mean diagonal."""
+
+LEAST_REACHED: Final = 0.01
+"""Share of a delta that the chosen scales must reach. They are float16: where they overflow, they reach almost none."""
 
 _REACHED: Final = (0.2, 0.995)
 _MOST_GAIN: Final = 1.6
@@ -75,6 +79,7 @@ def round_calibrated(
     *,
     key: int,
     imatrix: Float32Array | None = None,
+    name: str = "the matrix",
 ) -> Calibrated:
     """Round ``W + delta`` for a whole matrix.
 
@@ -86,28 +91,53 @@ def round_calibrated(
         d: the rest of their diagonal, (n_in,).
         key: seed of the order of the rows.
         imatrix: importance of the columns for the choice of scales.
+        name: what messages call the rows.
 
     Raises:
         NonFiniteError: if a changed weight is NaN or infinite.
+        QuantizationError: if the changed weights are too large for the type.
     """
     blocks = np.empty_like(rows)
-    kernels.choose_scales(rows, type, blocks, delta, imatrix=imatrix)
+    reached, _ = kernels.choose_scales(rows, type, blocks, delta, imatrix=imatrix)
+    check_reached(name, type, *reached.sum(axis=0))
     factors = _factors(delta)
     v, d = _own_moments(v, d, factors)
     u = _kept_directions(v, d, factors)
     order = np.random.default_rng(key).permutation(len(rows)).astype(np.int32)
-    base, gain = _dequantized(rows, type), 1.0
+    base, gain = dequantized(rows, type), 1.0
     kernels.search_codes(rows, type, blocks, _target(rows, type, delta, gain), v, d, u, order, _LIMITS)
-    moved, wanted = _reached(u, _dequantized(blocks, type) - base, delta, v, d)
+    new = dequantized(blocks, type)
+    check_finite(name, type, new)
+    moved, wanted = _reached(u, new - base, delta, v, d)
     if wanted > 0 and _REACHED[0] < moved / wanted < _REACHED[1]:
         # in steps of 1/256, so that the last bits of a sum change nothing
         gain = min(round(256 * wanted / moved) / 256, _MOST_GAIN)
         kernels.search_codes(None, type, blocks, _target(rows, type, delta, gain), v, d, u, order, _LIMITS)
-        moved, wanted = _reached(u, _dequantized(blocks, type) - base, delta, v, d)
-    return Calibrated(blocks, _sums(base, _dequantized(blocks, type), _target(rows, type, delta, 1.0)), moved, wanted)
+        new = dequantized(blocks, type)
+        moved, wanted = _reached(u, new - base, delta, v, d)
+    return Calibrated(blocks, _sums(base, new, _target(rows, type, delta, 1.0)), moved, wanted)
 
 
-def _dequantized(rows: Bytes, type: GgmlType) -> Float32Array:
+def check_reached(name: str, type: GgmlType, reached: float, wanted: float) -> None:
+    """Raise ``QuantizationError`` unless chosen scales reach a delta; see `gguflora.quants.kernels.choose_scales`."""
+    if not (np.isfinite(wanted) and reached >= LEAST_REACHED * wanted):
+        raise _too_large(name, type)
+
+
+def check_finite(name: str, type: GgmlType, values: Float32Array) -> None:
+    """Raise ``QuantizationError`` unless new weights are finite: of a few blocks, scales may overflow."""
+    if not np.isfinite(values).all():
+        raise _too_large(name, type)
+
+
+def _too_large(name: str, type: GgmlType) -> QuantizationError:
+    return QuantizationError(
+        f"{name}: the changed weights are too large for {type.name}; is the adapter's scale right?"
+    )
+
+
+def dequantized(rows: Bytes, type: GgmlType) -> Float32Array:
+    """Return the weights of quantized rows."""
     values = np.empty((len(rows), rows.shape[1] // type.block_bytes * type.block_weights), np.float32)
     kernels.dequantize_rows(rows, type, values)
     return values

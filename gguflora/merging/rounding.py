@@ -30,8 +30,8 @@ from typing import IO, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gguflora.errors import NonFiniteError, QuantizationError
-from gguflora.merging.calibrated import can_calibrate, round_calibrated
+from gguflora.errors import NonFiniteError
+from gguflora.merging.calibrated import can_calibrate, check_finite, check_reached, dequantized, round_calibrated
 from gguflora.merging.file_io import read_into, write_at
 from gguflora.merging.imatrix import importance_of
 from gguflora.merging.moments import AllMoments, check_moments
@@ -42,7 +42,6 @@ from gguflora.quants import kernels
 from gguflora.quants.arrays import Bytes, Float32Array, Float64Array
 from gguflora.quants.types import type_named
 
-_LEAST_REACHED: Final = 0.01
 _CACHED_WEIGHTS: Final = 1 << 16
 
 Mode = Literal["adaptive", "nearest"]
@@ -195,12 +194,7 @@ class RowsRounder:
 
     def _round_stochastic(self, rows: Bytes, start: int, stop: int, sums: Sums) -> Bytes:
         reached, target = self._measured.total()
-        # the scales are float16: where they overflow, almost nothing of the delta is reached
-        if not (np.isfinite(target) and reached >= _LEAST_REACHED * target):
-            raise QuantizationError(
-                f"{self._weights.base.path}: tensor {self._target.name!r}: the changed weights are too large for "
-                f"{self._type.name}; is the adapter's scale right?"
-            )
+        check_reached(_place(self._weights, self._target), self._type, reached, target)
         gain = 1 / float(np.clip(reached / target, 0.5, 1)) if target > 0 else 1.0
         new = self._new_scales.take(start - self._rows.start, len(rows))
         new = rows.copy() if new is None else new
@@ -208,6 +202,8 @@ class RowsRounder:
         sums[:] = kernels.round_stochastic(
             rows, self._type, new, delta, gain=gain, key=self._rounding.key(self._target.name), first_row=start
         )
+        if not np.isfinite(sums).all():  # a sum may overflow where the weights do not
+            check_finite(_place(self._weights, self._target), self._type, dequantized(new, self._type))
         return new
 
     def _round_low_rank_to_nearest(self, added: LowRankRows, rows: Bytes, start: int, stop: int, sums: Sums) -> Bytes:
@@ -274,7 +270,8 @@ def calibrated_rows(
         return old, old
     key, importance = rounding.key(target.name), rounding.importance(target, rows.start)
     delta = _to_kernel_delta(rows.delta(rows.start, rows.stop))
-    done = round_calibrated(old, target.type, delta, *moments, key=key + rows.start, imatrix=importance)
+    name = _place(weights, target)
+    done = round_calibrated(old, target.type, delta, *moments, key=key + rows.start, imatrix=importance, name=name)
     total[:] = [*done.sums, done.moved, done.wanted]
     return old, done.blocks
 
@@ -283,6 +280,10 @@ TOTALS: Final = (*kernels.SUMS, "moved_h", "wanted_h")
 """Sums of a tensor: those of the kernels, and what calibration kept in the directions that matter."""
 
 _FLOAT = type_named("F32")
+
+
+def _place(weights: BaseTensors, target: ChangedTensor) -> str:
+    return f"{weights.base.path}: tensor {target.name!r}"
 
 
 def _to_kernel_delta(delta: kernels.Product | Float64Array) -> kernels.KernelDelta:

@@ -115,6 +115,22 @@ def test_warns_where_the_noise_is_a_hundredfold(tmp_path):
     assert "too small for the types" in drowned.warnings[-1]
 
 
+@pytest.mark.parametrize("name", ["Q8_0", "Q6_K", "IQ4_NL", "IQ4_XS"])
+def test_no_infinite_weights_where_single_scales_overflow(name, tmp_path):
+    """At some scale only a few blocks overflow, and the delta as a whole is reached."""
+    failed = False
+    for exponent in range(6, 13):
+        try:
+            gguflora.merge(base_of(name), [(adapter_of(), 10.0**exponent)], tmp_path / "out.gguf", force=True)
+        except gguflora.GgufloraError as error:
+            assert f"too large for {name}" in str(error)
+            failed = True
+        else:
+            for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors:
+                assert np.isfinite(gguflora.quants.dequantize(np.array(tensor.data), tensor.tensor_type)).all()
+    assert failed
+
+
 def test_change_that_no_grid_holds(tmp_path):
     with pytest.raises(gguflora.GgufloraError, match="too large for"):
         merged(base_of("Q4_K_M"), tmp_path / "out.gguf", 1e30)
