@@ -19,10 +19,13 @@ from gguflora.errors import (
     AdapterNameError,
     DivergedError,
     EngineClosedError,
+    EngineError,
     GenerationError,
     GgufloraError,
+    MissingExtraError,
     PromptTooLongError,
     QueueFullError,
+    RequestError,
 )
 from gguflora.system.terminal import printable
 
@@ -100,6 +103,9 @@ _FAILURES: Final[tuple[tuple[type[GgufloraError], int, str, str | None], ...]] =
     (EngineClosedError, 503, "shutting_down", None),
     (DivergedError, 400, "diverged", "model"),
     (GenerationError, 500, "generation_failed", None),
+    (RequestError, 400, "invalid_request", None),
+    (EngineError, 500, "engine_failed", None),  # the server's own: no context or template process could be made
+    (MissingExtraError, 501, "not_installed", None),
     (GgufloraError, 400, "invalid_request", None),
 )
 """Status, code and parameter of each error; the first class that matches is used."""

@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from gguflora import errors
 from gguflora.diagnostics import demo
 from gguflora.errors import GgufloraError
 from gguflora.server.app import create_app
@@ -283,3 +284,21 @@ def test_app_has_settings_of_its_own():
         started = time.monotonic()
         assert app.openapi()["info"]["title"] == "gguflora"
         assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (errors.RequestError("top_p is 2"), 400),
+        (errors.AdapterNameError("no such adapter"), 404),
+        (errors.DivergedError("too large"), 400),
+        (errors.GenerationError("llama.cpp failed"), 500),
+        (errors.EngineError("no context could be made"), 500),
+        (errors.EngineClosedError("closed"), 503),
+        (errors.MissingExtraError("a grammar", "llguidance", "server"), 501),
+        (errors.HotSwapError("does not fit"), 400),
+        (KeyError("x"), 500),
+    ],
+)
+def test_whose_fault_an_error_is(error, status):
+    assert as_failure(error).status == status
