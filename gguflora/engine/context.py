@@ -372,7 +372,8 @@ def flash_attention(options: ContextOptions) -> int:
 
     Flash attention skips the cells of other requests; without it all cells are computed and then masked, and 2000
     foreign cells slow a token down by half. But the order of its sums depends on the batch, in 16 bits for 16-bit
-    cells. With F32 it is off, so that logits do not depend on the other requests.
+    cells. With F32 it is off, so that attention adds in one order in every batch. Logits can still differ with the
+    other requests: on a quantized base, llama.cpp rounds its matrix products differently in batches of other sizes.
     """
     return int(llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED if options.kv_type == "F32" else _FLASH_ATTN)
 
