@@ -77,7 +77,8 @@ async def load_adapter(body: LoadBody, request: Request, service: ServiceDep) ->
             "lora_name must consist of letters, digits, '.', '_', '-' and '/', and must not be the name of a model",
             param="lora_name",
         )
-    if not body.load_inplace and body.lora_name in {adapter.name for adapter in service.engine.adapters()}:
+    loaded = {adapter.name for adapter in service.engine.adapters()}
+    if not body.load_inplace and body.lora_name in loaded:
         raise Failure(
             400,
             f"the adapter {body.lora_name!r} has already been loaded; set 'load_inplace' to true to replace it",
@@ -85,11 +86,17 @@ async def load_adapter(body: LoadBody, request: Request, service: ServiceDep) ->
             "lora_name",
         )
     limit = service.settings.max_adapters
-    if not body.load_inplace and len(service.engine.adapters()) >= limit:
+    if len(loaded | service.loading | {body.lora_name}) > max(limit, len(loaded)):
         raise Failure(
             400, f"{limit} adapters are loaded, which is this server's limit; unload one", "too_many_adapters"
         )
-    await run_in_threadpool(_load, service, body, folder)
+    is_first = body.lora_name not in service.loading
+    service.loading.add(body.lora_name)  # others count it before it is loaded
+    try:
+        await run_in_threadpool(_load, service, body, folder)
+    finally:
+        if is_first:
+            service.loading.discard(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -99,7 +106,7 @@ async def unload_adapter(body: UnloadBody, request: Request, service: ServiceDep
     _loading_folder(service, request)
     await run_in_threadpool(service.engine.unload, body.lora_name)
     service.copies.forget(body.lora_name)
-    service.names.scales.pop(body.lora_name, None)
+    service.names.forget(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 

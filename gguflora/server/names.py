@@ -59,6 +59,10 @@ class ModelNames:
         """Return the names that ``/v1/models`` lists: the base, the adapters, the aliases."""
         return [BASE_MODEL, *self._engine.adapter_names(), *self._aliases]
 
+    def forget(self, name: str) -> None:
+        """Take an adapter out of the default set; the dict is replaced, because other threads may be reading it."""
+        self.scales = {other: scale for other, scale in self.scales.items() if other != name}
+
     def default_set(self) -> AdapterSet:
         """Return the set of requests that name none, without adapters that have been unloaded."""
         known = [(name, scale) for name, scale in self.scales.items() if self._engine.knows(name)]

@@ -33,6 +33,7 @@ class Service:
         names: what the names of models stand for. POST /lora-adapters sets the scales of its default set, as in
             llama-server; unlike there, all adapters are off at first.
         copies: private copies of the adapters that clients have loaded.
+        loading: names of the adapters that clients are loading; only the event loop changes it.
         created: start of the server in seconds since the epoch.
     """
 
@@ -43,6 +44,7 @@ class Service:
     adapter_stats: AdapterStats
     names: ModelNames
     copies: PrivateCopies = field(default_factory=PrivateCopies)
+    loading: set[str] = field(default_factory=set)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def adapter_set(self, model: str | None, lora: Sequence[LoraScale] | None) -> AdapterSet:

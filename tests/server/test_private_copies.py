@@ -1,6 +1,7 @@
 """What a client loads is what was checked: one open descriptor for check and copy, and a bound on their number."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -83,6 +84,17 @@ def test_their_number(folder):
         assert load(http, "x", "x.gguf").status_code == 200  # beside the two of the start
         refused = load(http, "y", "x.gguf")
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "too_many_adapters")
+        assert load(http, "y", "x.gguf", load_inplace=True).status_code == 400
         assert load(http, "x", "x.gguf", load_inplace=True).status_code == 200
         assert http.post("/v1/unload_lora_adapter", json={"lora_name": "x"}).status_code == 200
+        assert load(http, "y", "x.gguf").status_code == 200
+
+
+def test_their_number_while_several_are_loading(folder):
+    with serving.serving(Settings(allow_load=folder, max_adapters=4)) as http, ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda number: load(http, f"x{number}", "x.gguf"), range(8)))
+        assert sorted(reply.status_code for reply in replies) == [200] * 2 + [400] * 6
+        assert len(http.get("/lora-adapters").json()) == 4
+        loaded = http.get("/lora-adapters").json()[-1]["name"]
+        assert http.post("/v1/unload_lora_adapter", json={"lora_name": loaded}).status_code == 200
         assert load(http, "y", "x.gguf").status_code == 200
