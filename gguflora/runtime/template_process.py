@@ -51,8 +51,8 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)  # the user's own time, as in transformers
 
 
-@lru_cache(maxsize=16)
-def _compiled(template: str) -> Any:  # noqa: ANN401  (a jinja2.Template)
+def environment() -> Any:  # noqa: ANN401  (a jinja2.Environment)
+    """Return Jinja's sandbox with the statements and filters of transformers' chat templates."""
     import jinja2.ext  # noqa: PLC0415  (its place comes with the first message)
     from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
 
@@ -66,11 +66,16 @@ def _compiled(template: str) -> Any:  # noqa: ANN401  (a jinja2.Template)
             parser.stream.skip(1)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    environment = ImmutableSandboxedEnvironment(
+    sandbox = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = _tojson
-    return environment.from_string(template)
+    sandbox.filters["tojson"] = _tojson
+    return sandbox
+
+
+@lru_cache(maxsize=16)
+def _compiled(template: str) -> Any:  # noqa: ANN401  (a jinja2.Template)
+    return environment().from_string(template)
 
 
 def render(request: dict[str, Any]) -> dict[str, Any]:

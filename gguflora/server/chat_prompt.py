@@ -17,6 +17,8 @@ from gguflora.server.tool_calls import ToolFormat, call_grammar, instructions
 _RESERVED: Final = frozenset(
     {"add_generation_prompt", "continue_final_message", "messages", "template", "to_answer", "tokenize", "tools"}
 )
+_MARK: Final = "[[continued here 5309]]"
+"""Shows where the last message ends in the template's text."""
 _OFF: Final = frozenset({"enable_thinking", "thinking", "reasoning_effort"})
 """Variables that ask for nothing, if they are off and the template does not read them."""
 
@@ -121,17 +123,17 @@ def _variables(body: ChatBody, traits: TemplateTraits) -> dict[str, Any]:
     for name, value in given.items():
         if name in _RESERVED:
             raise Failure(400, f"chat_template_kwargs: {name!r} has a field of its own", param="chat_template_kwargs")
-        if name not in traits.variables and not (name in _OFF and value in {False, "none", "minimal"}):
+        if name not in traits.variables and not (name in _OFF and value in (False, "none", "minimal")):
             raise Failure(400, f"the model's chat template does not read {name!r:.80}", "not_in_template", name[:80])
     return given
 
 
 def _text(engine: Engine, body: ChatBody, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
     """Return the prompt; a last message of the assistant is continued unless fields say otherwise."""
-    last = messages[-1]
+    last = body.messages[-1]
     continues = body.continue_final_message
     if continues is None:
-        continues = last["role"] == "assistant" and "tool_calls" not in last and body.add_generation_prompt is None
+        continues = last.role == "assistant" and not last.tool_calls and body.add_generation_prompt is None
     elif continues and body.add_generation_prompt:
         raise Failure(
             400,
@@ -140,12 +142,23 @@ def _text(engine: Engine, body: ChatBody, messages: Sequence[Mapping[str, Any]],
         )
     if not continues:
         return engine.chat_text(messages, to_answer=body.add_generation_prompt is not False, **variables)
-    content = body.messages[-1].text()
+    content = last.text()
     text = engine.chat_text(messages, to_answer=False, **variables)
-    for part in (content, content.strip()):
-        if part and (at := text.rfind(part)) >= 0:
-            return text[: at + len(part)]
+    marked = engine.chat_text([*messages[:-1], _marked(messages[-1])], to_answer=False, **variables)
+    if content.strip() and _MARK in marked:
+        begun = marked[: marked.rindex(_MARK)]
+        # a template that trims a message keeps the space before the mark
+        return begun if text.startswith(begun) else begun.removesuffix(content[len(content.rstrip()) :])
     return (engine.chat_text(messages[:-1], **variables) if len(messages) > 1 else "") + content
+
+
+def _marked(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message with a mark at the end of its text."""
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": content + _MARK}
+    *parts, end = content or [{"type": "text", "text": ""}]
+    return {**message, "content": [*parts, {**end, "text": end["text"] + _MARK}]}
 
 
 def _tool_grammar(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +15,7 @@ import jinja2.meta
 
 from gguflora.engine import Engine
 from gguflora.errors import RequestError
+from gguflora.runtime.template_process import environment
 from gguflora.server.errors import Failure
 from gguflora.server.schemas import Message
 from gguflora.server.tool_calls import ToolFormat, format_of
@@ -54,13 +56,15 @@ class TemplateTraits:
 
 
 _TRAITS: Final[WeakKeyDictionary[Engine, TemplateTraits]] = WeakKeyDictionary()
+_FINDING: Final = threading.Lock()
 
 
 def traits_of(engine: Engine) -> TemplateTraits:
     """Return what the template of an engine's model can show."""
-    if engine not in _TRAITS:
-        _TRAITS[engine] = _find_traits(engine)
-    return _TRAITS[engine]
+    with _FINDING:  # requests are read in several threads
+        if engine not in _TRAITS:
+            _TRAITS[engine] = _find_traits(engine)
+        return _TRAITS[engine]
 
 
 def _find_traits(engine: Engine) -> TemplateTraits:
@@ -115,9 +119,8 @@ def _find_traits(engine: Engine) -> TemplateTraits:
 
 @lru_cache(maxsize=4)
 def _variables(template: str) -> frozenset[str]:
-    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)  # noqa: S701  (only parsed)
     try:
-        return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(template)))
+        return frozenset(jinja2.meta.find_undeclared_variables(environment().parse(template)))
     except (jinja2.TemplateError, RecursionError):
         return frozenset()
 

@@ -31,6 +31,12 @@ USER = {"role": "user", "content": QUESTION}
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]
 
 
+@pytest.fixture(scope="module")
+def http():
+    with serving.serving() as client:
+        yield client
+
+
 class OneTemplate:
     """An engine's chats with a template of the test's own."""
 
@@ -105,6 +111,26 @@ def test_tools_calls_and_results_are_transformers(chatml):
     assert "Tools:" not in text_of(chatml, messages=as_sent, tools=TOOLS, tool_choice="none")
 
 
+def test_an_answer_that_is_spelled_like_the_template_is_continued(chatml, plain):
+    """The text of the last message may stand in what the template writes after it, too."""
+    start = rendered(CHATML, [USER, {"role": "assistant", "content": "zzz"}]).split("zzz")[0]
+    for content in ("im", "<", "end|", "|im_end|>"):
+        assert text_of(chatml, messages=[USER, {"role": "assistant", "content": content}]) == start + content
+    parts = [{"type": "text", "text": "as"}, {"type": "text", "text": "\n?"}]
+    typed = OneTemplate(plain, TYPED + "<as\n?>")
+    found = text_of(typed, messages=[USER, {"role": "assistant", "content": parts}])
+    assert found == f"[user]{QUESTION}[assistant]as\n?"
+    trimming = OneTemplate(plain, CHATML.replace("{{- m.content }}", "{{- m.content | trim }}"))
+    assert text_of(trimming, messages=[USER, {"role": "assistant", "content": "It eats "}]) == start + "It eats"
+
+
+def test_a_call_is_no_answer_to_continue(plain):
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    asked = text_of(plain, messages=[USER, {"role": "assistant", "content": "So:", "tool_calls": [call]}])
+    assert '"x": 1' in asked  # as text, since this template knows no calls
+    assert asked.endswith("}}A:")  # the answer that follows is a new one
+
+
 @pytest.mark.parametrize("content", ["The fox", "It eats ", " So: \n"])
 def test_a_last_answer_is_continued(chatml, content):
     messages = [USER, {"role": "assistant", "content": content}]
@@ -131,10 +157,20 @@ def test_variables_that_no_template_reads(plain):
         {"enable_thinking": True},
         {"chat_template_kwargs": {"style": "brief"}},
         {"chat_template_kwargs": {"messages": []}},
+        {"chat_template_kwargs": {"enable_thinking": []}},
+        {"chat_template_kwargs": {"reasoning_effort": {"level": "high"}}},
         {"continue_final_message": True, "add_generation_prompt": True},
     ):
         with pytest.raises((Failure, GgufloraError)):
             text_of(plain, **fields)
+
+
+def test_variables_beside_transformers_own_statement(plain):
+    engine = OneTemplate(
+        plain, CHATML.replace("{{- m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")
+    )
+    assert traits_of(engine).variables == traits_of(OneTemplate(plain, CHATML)).variables > {"enable_thinking"}
+    assert text_of(engine, enable_thinking=False).endswith("</think>\n\n")
 
 
 def test_reasoning_of_the_answer(chatml):
@@ -149,11 +185,42 @@ def test_reasoning_of_the_answer(chatml):
     assert "reasoning_content" not in reply(include_reasoning=False)
 
 
-def test_the_server_continues_an_answer():
-    with serving.serving() as http:
-        whole = {"messages": [USER], "max_tokens": 60, "temperature": 0}
-        text = http.post("/v1/chat/completions", json=whole).json()["choices"][0]["message"]["content"]
-        start, rest = text.split(" mice")[0], " mice" + text.split(" mice")[1]
-        begun = {**whole, "messages": [USER, {"role": "assistant", "content": start}]}
-        found = http.post("/v1/chat/completions", json=begun).json()["choices"][0]["message"]["content"]
-        assert found == rest
+def test_the_server_continues_an_answer(http):
+    whole = {"messages": [USER], "max_tokens": 60, "temperature": 0}
+    text = http.post("/v1/chat/completions", json=whole).json()["choices"][0]["message"]["content"]
+    start, rest = text.split(" mice")[0], " mice" + text.split(" mice")[1]
+    begun = {**whole, "messages": [USER, {"role": "assistant", "content": start}]}
+    found = http.post("/v1/chat/completions", json=begun).json()["choices"][0]["message"]["content"]
+    assert found == rest
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": part} for part in ("Where ", "is it?")]}]},
+        {"messages": [USER, {"role": "assistant", "content": "The"}]},
+        {"tools": TOOLS},
+        {"tools": TOOLS, "tool_choice": "required"},
+        {"messages": [USER, {"role": "assistant", "content": "The"}, USER], "add_generation_prompt": False},
+    ],
+)
+def test_apply_template_shows_what_a_chat_gets(http, fields):
+    body = {"messages": [USER], **fields}
+    prompt = http.post("/apply-template", json=body).json()["prompt"]
+    usage = http.post("/v1/chat/completions", json={**body, "max_tokens": 1}).json()["usage"]
+    counted = http.post("/v1/messages/count_tokens", json={"max_tokens": 1, "messages": [USER]}).json()
+    tokens = serving.llama().tokenize(prompt.encode(), add_bos=False, special=True)
+    assert usage["prompt_tokens"] == len(tokens)
+    assert counted["input_tokens"] == len(tokens) or fields
+    # the cells of the chat are those of the prompt: all but the last token are found there
+    again = http.post("/completion", json={"prompt": tokens, "n_predict": 1}).json()
+    assert again["tokens_cached"] == len(tokens) - 1
+
+
+def test_apply_template_refuses_what_a_chat_refuses(http):
+    for fields in ({"model": "nobody"}, {"tool_choice": "required"}, {"enable_thinking": True}):
+        body = {"messages": [USER], **fields}
+        refused, chat = (http.post(path, json=body) for path in ("/apply-template", "/v1/chat/completions"))
+        assert (refused.status_code, refused.json()) == (chat.status_code, chat.json())
+        assert refused.status_code == (404 if "model" in fields else 400)
