@@ -440,9 +440,10 @@ class Engine:
         if self._scheduler.context.is_encoder:
             raise RequestError(f"{self.model_name} embeds texts and cannot generate any; ask for embeddings")
         taken = self._take(request.adapters, prefix)
-        generation = Generation(notify)
+        n_prompt = len(request.tokens) + taken.n_before
+        generation = Generation(notify, n_prompt)
         try:
-            self._check_length(len(request.tokens) + taken.n_before)
+            self._check_length(n_prompt)
             with self._open():
                 job = GenerationJob(request, taken, GenerationSink.from_generation(generation), self._model, self.n_ctx)
                 self._scheduler.submit(job)

@@ -314,9 +314,14 @@ class Generation:
     Args:
         notify: called in the engine's thread when something arrives, with True if it is the end. It must be quick and
             must not raise. While it refers to this object, the object is not garbage-collected.
+        prompt_tokens: number of prompt tokens.
+
+    Attributes:
+        prompt_tokens: number of prompt tokens, which is known before the end.
     """
 
-    def __init__(self, notify: Callable[[bool], None] | None = None) -> None:
+    def __init__(self, notify: Callable[[bool], None] | None = None, prompt_tokens: int = 0) -> None:
+        self.prompt_tokens = prompt_tokens
         self._arrived: queue.SimpleQueue[Piece | Ending] = queue.SimpleQueue()
         self._notify = notify
         self._cancelled = threading.Event()

@@ -12,11 +12,12 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from gguflora.server.errors import Failure
-from gguflora.server.fields import Body
+from gguflora.server.events import named_event
+from gguflora.server.fields import ForeignBody
 from gguflora.server.prompts import chat_requests
 from gguflora.server.schemas import ChatBody
 from gguflora.server.service import Service, ServiceDep
-from gguflora.server.translation import Ending, Item, Json, Part, answer, event, validated
+from gguflora.server.translation import Ending, Item, Json, Part, answer, cached_tokens, validated
 
 router = APIRouter()
 
@@ -27,7 +28,7 @@ _HARMLESS: Final = frozenset(
 )
 
 
-class MessagesBody(Body):
+class MessagesBody(ForeignBody):
     """Body of POST /v1/messages; fields that chat completions know may stand beside Anthropic's."""
 
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=1024)
@@ -38,14 +39,11 @@ class MessagesBody(Body):
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
-    others: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
-    def rename(cls, body: dict[str, Any]) -> dict[str, Any]:
-        """Keep the fields that are chat completions' own apart; its body decides about them."""
-        own = cls.model_fields.keys() - {"others"}
-        others = {name: value for name, value in body.items() if name not in own | _HARMLESS}
-        return {**{name: value for name, value in body.items() if name in own}, "others": others}
+    def is_void(cls, name: str, value: Any) -> bool:  # noqa: ANN401  (any JSON value)
+        """Return whether a field of Anthropic's that is not read never changes an answer."""
+        return name in _HARMLESS
 
     def as_chat(self) -> Json:
         """Return the body of the same request for chat completions.
@@ -59,7 +57,7 @@ class MessagesBody(Body):
         fields: Json = {**self.others, "messages": messages, "max_tokens": self.max_tokens, "stop": self.stop_sequences}
         if self.tools:
             fields["tools"] = [_tool(tool) for tool in self.tools]
-        if self.tool_choice and self.tools:
+        if self.tool_choice:
             fields |= _tool_choice(self.tool_choice)
         if self.thinking:
             fields |= _thinking(self.thinking)
@@ -160,14 +158,12 @@ def _tool_choice(choice: Json) -> Json:
 
 
 def _thinking(thinking: Json) -> Json:
-    kind = thinking.get("type")
-    if kind == "enabled":
-        return {"enable_thinking": True}
-    return {"enable_thinking": False} if kind == "disabled" and "enable_thinking" in ChatBody.model_fields else {}
+    wanted = {"enabled": True, "disabled": False}.get(str(thinking.get("type")))
+    return {} if wanted is None else {"enable_thinking": wanted}
 
 
 def _usage(usage: Json) -> Json:
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+    cached = cached_tokens(usage)
     return {
         "input_tokens": usage.get("prompt_tokens", 0) - cached,
         "output_tokens": usage.get("completion_tokens", 0),
@@ -222,22 +218,23 @@ def _delta(part: Part) -> Json:
 
 
 async def _events(head: Json, items: AsyncIterator[Item]) -> AsyncIterator[bytes]:
-    yield event("message_start", {"message": _message(head, [], _usage({}))})
+    # what was cached is known at the end only: the usage of message_delta replaces this one
+    yield named_event("message_start", {"message": _message(head, [], _usage(head.get("usage") or {}))})
     index, current = -1, None
     async for item in items:
         if isinstance(item, Failure):
-            yield event("error", item.to_anthropic())
+            yield named_event("error", item.to_anthropic())
             return
         if isinstance(item, Part):
             if current != (item.kind, item.number):
                 if current is not None:
-                    yield event("content_block_stop", {"index": index})
+                    yield named_event("content_block_stop", {"index": index})
                 index, current = index + 1, (item.kind, item.number)
-                yield event("content_block_start", {"index": index, "content_block": _block(item)})
+                yield named_event("content_block_start", {"index": index, "content_block": _block(item)})
             if item.text:
-                yield event("content_block_delta", {"index": index, "delta": _delta(item)})
+                yield named_event("content_block_delta", {"index": index, "delta": _delta(item)})
             continue
         if current is not None:
-            yield event("content_block_stop", {"index": index})
-        yield event("message_delta", {"delta": _reason(item), "usage": _usage(item.usage)})
-        yield event("message_stop", {})
+            yield named_event("content_block_stop", {"index": index})
+        yield named_event("message_delta", {"delta": _reason(item), "usage": _usage(item.usage)})
+        yield named_event("message_stop", {})

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 
 from gguflora import engine
 from gguflora.server.errors import as_failure, log_fault
+from gguflora.server.events import DONE, data_event
 from gguflora.server.names import BASE_MODEL
 from gguflora.server.openai_format import ChatChoice, ChatForm, Choice, Form, TextForm, timings, usage
 from gguflora.server.prompts import chat_requests, text_requests
@@ -54,6 +54,15 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 @router.post("/v1/completions")
 async def complete(body: CompletionBody, request: Request, service: ServiceDep) -> Response:
     """Continue one or several texts."""
+    return await (await begin_completion(body, service)).respond(request)
+
+
+async def begin_completion(body: CompletionBody, service: Service) -> Completion:
+    """Begin to continue one or several texts.
+
+    Raises:
+        GgufloraError: if the request cannot be answered.
+    """
     adapters = requested_set(service, body)
     model = service.names.of(body.model, adapters)
     answers = Answers(stream=bool(body.stream))
@@ -61,12 +70,21 @@ async def complete(body: CompletionBody, request: Request, service: ServiceDep) 
     await run_in_threadpool(answers.begin, service.engine, requests)
     form = TextForm()
     choices = [Choice(form, index, body.logprobs is not None, echo) for index, echo in enumerate(echoes)]
-    return await _Completion(service, form, body, answers, choices, model).respond(request)
+    return Completion(service, form, body, answers, choices, model)
 
 
 @router.post("/v1/chat/completions")
 async def chat(body: ChatBody, request: Request, service: ServiceDep) -> Response:
     """Answer the last message of a chat."""
+    return await (await begin_chat(body, service)).respond(request)
+
+
+async def begin_chat(body: ChatBody, service: Service) -> Completion:
+    """Begin to answer the last message of a chat.
+
+    Raises:
+        GgufloraError: if the request cannot be answered.
+    """
     adapters = requested_set(service, body)
     model = service.names.of(body.model, adapters)
     answers = Answers(stream=bool(body.stream))
@@ -74,11 +92,11 @@ async def chat(body: ChatBody, request: Request, service: ServiceDep) -> Respons
     await run_in_threadpool(answers.begin, service.engine, requests)
     form = ChatForm()
     choices = [ChatChoice(form, index, bool(body.logprobs), reply=reply) for index, reply in enumerate(replies)]
-    return await _Completion(service, form, body, answers, choices, model).respond(request)
+    return Completion(service, form, body, answers, choices, model)
 
 
 @dataclass(frozen=True, slots=True)
-class _Completion:
+class Completion:
     """One request that is being answered.
 
     Attributes:
@@ -98,9 +116,23 @@ class _Completion:
     model: str
 
     async def respond(self, request: Request) -> Response:
-        if self.body.stream:
-            return EventStream(self.answers, self._events())
-        return JSONResponse(await while_connected(request, self.answers, self._whole()))
+        """Return the answer in OpenAI's format, whole or as a stream."""
+        return self.stream() if self.body.stream else JSONResponse(await self.whole(request))
+
+    def stream(
+        self, translate: Callable[[AsyncIterator[bytes]], AsyncIterator[bytes]] = lambda events: events
+    ) -> EventStream:
+        """Return the answer as a stream of OpenAI's events, or of what another API makes of them."""
+        return EventStream(self.answers, translate(self._events()))
+
+    async def whole(self, request: Request) -> dict[str, Any]:
+        """Return the whole answer in OpenAI's format.
+
+        Raises:
+            EngineError: if a generation failed.
+            Failure: if one was aborted, or the client has gone.
+        """
+        return await while_connected(request, self.answers, self._whole())
 
     async def _whole(self) -> dict[str, Any]:
         choices = self.choices
@@ -138,22 +170,24 @@ class _Completion:
         choices = self.choices
         try:
             yield b"".join(
-                _event({**head, "choices": [opening], **no_usage}) for each in choices if (opening := each.opening())
+                data_event({**head, "choices": [opening], **no_usage})
+                for each in choices
+                if (opening := each.opening())
             )
             while self.answers.running:
                 yield b"".join(
-                    _event({**head, "choices": [choice], **no_usage, **more})
+                    data_event({**head, "choices": [choice], **no_usage, **more})
                     for choice, more in self._chunks(choices, await self.answers.arrived())
                 )
         except Exception as error:
             failure = as_failure(error, self.service.folders())
             log_fault(failure, error, "an answer")
-            yield failure.to_event()
+            yield data_event(failure.to_dict())
             return
         self.service.metrics.finished(self.answers.generations)
         if include_usage:
-            yield _event({**head, "choices": [], "usage": self._usage()})
-        yield b"data: [DONE]\n\n"
+            yield data_event({**head, "choices": [], "usage": self._usage()})
+        yield DONE
 
     def _chunks(
         self, choices: Sequence[Choice], arrived: Sequence[tuple[int, engine.Piece | None]]
@@ -165,7 +199,3 @@ class _Completion:
             else:
                 reason = self.answers.generations[index].finish_reason
                 yield choices[index].closing(reason), timings(self.answers.generations)
-
-
-def _event(chunk: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(chunk)}\n\n".encode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterable
@@ -71,10 +70,6 @@ class Failure(HTTPException):
         kinds = {404: "not_found_error", 413: "request_too_large"}
         kind = "api_error" if self.status >= 500 else kinds.get(self.status, self.kind)
         return {"type": "error", "error": {"type": kind, "message": self.message}}
-
-    def to_event(self) -> bytes:
-        """Return the error as a server-sent event, as OpenAI's clients expect it in the middle of a stream."""
-        return f"data: {json.dumps(self.to_dict())}\n\n".encode()
 
     def to_response(self, path: str = "") -> JSONResponse:
         """Return the error as an HTTP response, in the format of the API that ``path`` belongs to."""

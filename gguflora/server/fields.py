@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Final
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from gguflora.server.bodies import stop_at_first_error
@@ -143,6 +143,28 @@ class RequestBody(Body):
     @classmethod
     def _without_effect(cls, name: str) -> tuple[object, ...] | None:
         return NO_EFFECT.get(name)
+
+
+class ForeignBody(Body):
+    """The body of another API, beside whose fields those of a completion may stand.
+
+    Attributes:
+        others: the fields that are not the API's own; the body of the completion decides about them.
+    """
+
+    others: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def rename(cls, body: dict[str, Any]) -> dict[str, Any]:
+        """Keep the fields that are not this API's own apart."""
+        own = cls.model_fields.keys() - {"others"}
+        others = {name: value for name, value in body.items() if name not in own and not cls.is_void(name, value)}
+        return {**{name: value for name, value in body.items() if name in own}, "others": others}
+
+    @classmethod
+    def is_void(cls, name: str, value: Any) -> bool:  # noqa: ANN401  (any JSON value)
+        """Return whether a field of this API that is not read asks for nothing."""
+        return False
 
 
 def refusal(name: str, message: str) -> PydanticCustomError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -12,33 +11,42 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from gguflora._version import __version__
+from gguflora.engine import Generation
 from gguflora.server.chat_prompt import chat_prompt
-from gguflora.server.completions import complete
+from gguflora.server.completions import begin_completion
 from gguflora.server.errors import Failure
-from gguflora.server.fields import Body
+from gguflora.server.events import chunks_of, data_event
+from gguflora.server.fields import Body, ForeignBody
+from gguflora.server.openai_format import timings
 from gguflora.server.schemas import ChatBody, CompletionBody
+from gguflora.server.selectors import requested_set
 from gguflora.server.service import Service, ServiceDep
-from gguflora.server.streaming import EventStream
-from gguflora.server.translation import Json, chunks_of, validated
+from gguflora.server.translation import Json, validated
 
 router = APIRouter()
 
 
-class NativeBody(Body):
+class NativeBody(ForeignBody):
     """Body of POST /completion: a prompt, and fields that llama-server shares with /v1/completions."""
 
     prompt: str | list[Any]
     n_predict: int | None = Field(None, ge=-1)
     n_probs: int | None = Field(None, ge=0, le=20)
     stream: bool | None = None
-    others: dict[str, Any] = Field(default_factory=dict)
 
-    @classmethod
-    def rename(cls, body: dict[str, Any]) -> dict[str, Any]:
-        """Keep the fields that completions know as well apart."""
-        own = cls.model_fields.keys() - {"others"}
-        others = {name: value for name, value in body.items() if name not in own}
-        return {**{name: value for name, value in body.items() if name in own}, "others": others}
+    def as_completion(self) -> Json:
+        """Return the body of the same request for /v1/completions.
+
+        Raises:
+            Failure: if it asks for no answer.
+        """
+        limit = next((n for n in (self.n_predict, self.others.get("max_tokens")) if n is not None), -1)
+        if limit == 0:
+            message = "n_predict is 0: evaluating a prompt without an answer is not supported"
+            raise Failure(400, message, param="n_predict")
+        logprobs = self.others.get("logprobs") if self.n_probs is None else self.n_probs
+        fields = {"prompt": self.prompt, "max_tokens": limit, "stream": self.stream, "logprobs": logprobs or None}
+        return {**self.others, **fields}
 
 
 class TokenizeBody(Body):
@@ -63,81 +71,65 @@ class DetokenizeBody(Body):
 @router.post("/completion")
 async def native_completion(body: NativeBody, request: Request, service: ServiceDep) -> Response:
     """Continue a text, with llama-server's names of the fields of request and answer."""
-    stream = bool(body.stream)
-    limit = body.n_predict if body.n_predict is not None else body.others.get("max_tokens") or -1
-    if not limit:
-        raise Failure(400, "n_predict is 0: evaluating a prompt without an answer is not supported", param="n_predict")
-    fields = {
-        **body.others,
-        "prompt": body.prompt,
-        "max_tokens": limit,
-        "stream": stream,
-        "stream_options": {"include_usage": True} if stream else None,
-        "logprobs": body.n_probs or None,
-    }
-    response = await complete(validated(CompletionBody, fields), request, service)
-    if isinstance(response, EventStream):
-        return response.translated(_native_events)
-    answer = json.loads(bytes(response.body))
-    results = [_native(answer, choice) for choice in answer["choices"]]
+    completion = await begin_completion(validated(CompletionBody, body.as_completion()), service)
+    generations = completion.answers.generations
+    if body.stream:
+        return completion.stream(lambda events: _native_events(events, generations))
+    answer = await completion.whole(request)
+    results = [
+        {**_native(answer, choice, generation), **_probabilities(choice)}
+        for choice, generation in zip(answer["choices"], generations, strict=True)
+    ]
     return JSONResponse(results if len(results) > 1 else results[0])
 
 
-def _native(answer: Json, choice: Json) -> Json:
-    """Return one of the answers in llama-server's format."""
-    usage, timings = answer["usage"], answer.get("timings") or {}
-    word = answer.get("stopping_word") or ""
+def _native(answer: Json, choice: Json, generation: Generation) -> Json:
+    """Return one of the answers, which has ended, in llama-server's format."""
+    word, usage = generation.stop_text, generation.usage
     kind = "limit" if choice["finish_reason"] == "length" else "word" if word else "eos"
-    probabilities = {"completion_probabilities": _probabilities(choice)} if choice.get("logprobs") else {}
     return {
         "index": choice["index"],
         "content": choice["text"],
         "stop": True,
         "stop_type": kind,
-        "stopping_word": word,
+        "stopping_word": word or "",
         "model": answer["model"],
-        "tokens_predicted": usage["completion_tokens"],
-        "tokens_evaluated": usage["prompt_tokens"],
-        "tokens_cached": (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0),
+        "tokens_predicted": usage.completion_tokens,
+        "tokens_evaluated": usage.prompt_tokens,
+        "tokens_cached": usage.reused_tokens,
         "truncated": False,
-        "timings": timings,
-        **probabilities,
+        "timings": timings([generation])["timings"],
     }
 
 
-def _probabilities(choice: Json) -> list[Json]:
+def _probabilities(choice: Json) -> Json:
     found = choice["logprobs"]
-    return [
-        {
-            "token": text,
-            "logprob": logprob,
-            "top_logprobs": [{"token": other, "logprob": value} for other, value in top.items()],
-        }
-        for text, logprob, top in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True)
-    ]
+    if found is None:
+        return {}
+    tokens = zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True)
+    return {
+        "completion_probabilities": [
+            {
+                "token": text,
+                "logprob": logprob,
+                "top_logprobs": [{"token": other, "logprob": value} for other, value in (top or {}).items()],
+            }
+            for text, logprob, top in tokens
+        ]
+    }
 
 
-async def _native_events(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    last: Json = {}
-    usage: Json = {}
+async def _native_events(events: AsyncIterator[bytes], generations: Sequence[Generation]) -> AsyncIterator[bytes]:
     async for chunk in chunks_of(events):
         if "error" in chunk:
-            yield _event(chunk)
+            yield data_event(chunk)
             return
-        usage = chunk.get("usage") or usage
         for choice in chunk["choices"]:
             if choice["finish_reason"] is not None:
-                last = {**chunk, "choices": [choice]}
+                yield data_event(_native(chunk, choice, generations[choice["index"]]))
             else:
-                probabilities = {"completion_probabilities": _probabilities(choice)} if choice.get("logprobs") else {}
-                yield _event({"index": choice["index"], "content": choice["text"], "stop": False, **probabilities})
-    if last:
-        choice = {**last["choices"][0], "logprobs": None}
-        yield _event(_native({**last, "usage": usage}, choice))
-
-
-def _event(fields: Json) -> bytes:
-    return f"data: {json.dumps(fields)}\n\n".encode()
+                part = {"index": choice["index"], "content": choice["text"], "stop": False}
+                yield data_event({**part, **_probabilities(choice)})
 
 
 @router.post("/tokenize")
@@ -177,7 +169,8 @@ async def detokenize(body: DetokenizeBody, service: ServiceDep) -> dict[str, str
 
 @router.post("/apply-template")
 async def apply_template(body: ChatBody, service: ServiceDep) -> dict[str, str]:
-    """Return the prompt that the chat template makes of messages."""
+    """Return the prompt that a chat of this body gets, and the errors that it would get."""
+    requested_set(service, body)
     prompt = await run_in_threadpool(chat_prompt, service.engine, body)
     return {"prompt": prompt.text}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -15,9 +14,10 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from gguflora.server.errors import Failure
-from gguflora.server.fields import Body
+from gguflora.server.events import named_event
+from gguflora.server.fields import ForeignBody
 from gguflora.server.service import ServiceDep
-from gguflora.server.translation import Ending, Item, Json, Part, answer
+from gguflora.server.translation import Ending, Item, Json, Part, answer, cached_tokens
 
 router = APIRouter()
 
@@ -29,7 +29,7 @@ _NO_EFFECT: Final[dict[str, tuple[object, ...]]] = {
 }
 
 
-class ResponsesBody(Body):
+class ResponsesBody(ForeignBody):
     """Body of POST /v1/responses; fields that chat completions know may stand beside its own."""
 
     input: str | list[dict[str, Any]]
@@ -39,14 +39,11 @@ class ResponsesBody(Body):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     reasoning: dict[str, Any] | None = None
-    others: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
-    def rename(cls, body: dict[str, Any]) -> dict[str, Any]:
-        """Keep the fields that are chat completions' own apart; its body decides about them."""
-        own = cls.model_fields.keys() - {"others"}
-        others = {name: value for name, value in body.items() if name not in own and not _is_empty(name, value)}
-        return {**{name: value for name, value in body.items() if name in own}, "others": others}
+    def is_void(cls, name: str, value: Any) -> bool:  # noqa: ANN401  (any JSON value)
+        """Return whether a field asks for nothing."""
+        return value is None or name == "stream_options" or (name in _NO_EFFECT and value in _NO_EFFECT[name])
 
     def as_chat(self) -> Json:
         """Return the body of the same request for chat completions.
@@ -60,11 +57,11 @@ class ResponsesBody(Body):
         fields: Json = {**self.others, "messages": messages, "max_tokens": self.max_output_tokens}
         if self.tools:
             fields["tools"] = [_tool(tool) for tool in self.tools]
-            fields["tool_choice"] = _tool_choice(self.tool_choice)
-        fields |= {
-            name: value for name, value in (("reasoning_effort", (self.reasoning or {}).get("effort")),) if value
-        }
-        form = (self.text or {}).get("format") or {"type": "text"}
+        fields["tool_choice"] = _tool_choice(self.tool_choice)
+        fields["reasoning_effort"] = (self.reasoning or {}).get("effort") or None
+        wanted = dict(self.text or {})
+        form = wanted.pop("format", None) or {"type": "text"}
+        fields |= wanted  # such as "verbosity": the body of the chat decides about it
         if form.get("type") == "json_schema":
             schema = {name: form[name] for name in ("name", "schema", "strict", "description") if name in form}
             fields["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -78,10 +75,6 @@ async def create_response(body: ResponsesBody, request: Request, service: Servic
     """Answer the last message of a chat, as OpenAI's Responses API does."""
     reply = _Reply(body)
     return await answer(service, request, body.as_chat(), reply.whole, reply.events)
-
-
-def _is_empty(name: str, value: Any) -> bool:  # noqa: ANN401  (any JSON value)
-    return value is None or name == "stream_options" or (name in _NO_EFFECT and value in _NO_EFFECT[name])
 
 
 def _messages(items: Sequence[Json]) -> list[Json]:
@@ -99,7 +92,9 @@ def _messages(items: Sequence[Json]) -> list[Json]:
             if messages and messages[-1]["role"] == "assistant":  # calls of one turn belong to one message
                 messages[-1].setdefault("tool_calls", []).append(call)
             else:
-                messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+                extra = {"reasoning_content": thoughts} if thoughts else {}
+                messages.append({"role": "assistant", "content": "", "tool_calls": [call], **extra})
+                thoughts = ""
         elif kind == "function_call_output":
             output = {"tool_call_id": item.get("call_id"), "content": _text(item.get("output"))}
             messages.append({"role": "tool", **output})
@@ -213,8 +208,7 @@ class _Reply:
             yield self._event(f"response.{response['status']}", response=response)
 
     def _event(self, kind: str, **fields: Any) -> bytes:  # noqa: ANN401  (any JSON value)
-        content = {"type": kind, "sequence_number": next(self.numbers), **fields}
-        return f"event: {kind}\ndata: {json.dumps(content)}\n\n".encode()
+        return named_event(kind, {"sequence_number": next(self.numbers), **fields})
 
     def _place(self, item_id: str, *, in_content: bool = True) -> Json:
         place: Json = {"item_id": item_id, "output_index": len(self.output)}
@@ -277,10 +271,9 @@ def _item(part: Part, text: str, item_id: str | None = None) -> Json:
 
 
 def _usage(usage: Json) -> Json:
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
     return {
         "input_tokens": usage["prompt_tokens"],
-        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": cached_tokens(usage), "cache_write_tokens": 0},
         "output_tokens": usage["completion_tokens"],
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage["total_tokens"],

@@ -118,10 +118,6 @@ class EventStream(Response):
         self._answers = answers
         self._events = events
 
-    def translated(self, translate: Callable[[AsyncIterator[bytes]], AsyncIterator[bytes]]) -> EventStream:
-        """Return a stream of the same generations whose events another API made of these."""
-        return EventStream(self._answers, translate(self._events))
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until the last one or until the client disconnects."""
         del scope

@@ -5,25 +5,21 @@ So the other APIs can do what chat completions can do: tools, grammars, reasonin
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ValidationError
 
-from gguflora.server.completions import chat
+from gguflora.server.completions import begin_chat
 from gguflora.server.errors import Failure
+from gguflora.server.events import chunks_of
 from gguflora.server.schemas import ChatBody
 from gguflora.server.service import Service
-from gguflora.server.streaming import EventStream
 
-_LOG: Final = logging.getLogger(__name__)
-_DATA: Final = b"data: "
 B = TypeVar("B", bound=BaseModel)
 Json: TypeAlias = dict[str, Any]
 
@@ -92,7 +88,8 @@ async def answer(
         request: the HTTP request.
         fields: the body as one of chat completions.
         whole: makes the answer from the head of a chat completion, its parts, and its end.
-        stream: makes server-sent events from the head and the items as they arrive.
+        stream: makes server-sent events from the head and the items as they arrive. The usage in the head is only the
+            number of prompt tokens.
 
     Raises:
         RequestValidationError: if a field is wrong.
@@ -100,31 +97,27 @@ async def answer(
     """
     if fields.get("stream"):
         fields = {**fields, "stream_options": {"include_usage": True}}
-    response = await chat(validated(ChatBody, fields), request, service)
-    if isinstance(response, EventStream):
-        return response.translated(lambda events: _translated(events, stream))
-    assert isinstance(response, JSONResponse)
-    body = json.loads(bytes(response.body))
+    chat = validated(ChatBody, fields)
+    if chat.n not in {None, 1}:
+        raise Failure(400, f"n is {chat.n}, but this API has one answer", "invalid_value", "n")
+    completion = await begin_chat(chat, service)
+    if chat.stream:
+        (generation,) = completion.answers.generations
+        return completion.stream(lambda events: _translated(events, generation.prompt_tokens, stream))
+    body = await completion.whole(request)
     choice = body["choices"][0]
     ending = Ending(choice["finish_reason"], body.get("stopping_word"), body["usage"])
     return JSONResponse(whole(body, list(_parts(choice["message"])), ending))
 
 
 async def _translated(
-    events: AsyncIterator[bytes], stream: Callable[[Json, AsyncIterator[Item]], AsyncIterator[bytes]]
+    events: AsyncIterator[bytes], n_prompt: int, stream: Callable[[Json, AsyncIterator[Item]], AsyncIterator[bytes]]
 ) -> AsyncIterator[bytes]:
     chunks = chunks_of(events)
-    head = await anext(chunks)
-    async for event in stream(head, _items(head, chunks)):
+    first = await anext(chunks)
+    head = {**first, "usage": {"prompt_tokens": n_prompt}}  # what is known of it at the start
+    async for event in stream(head, _items(first, chunks)):
         yield event
-
-
-async def chunks_of(events: AsyncIterator[bytes]) -> AsyncIterator[Json]:
-    """Yield the chunks of OpenAI's server-sent events; an error is one of them."""
-    async for block in events:
-        for line in block.split(b"\n\n"):
-            if line.startswith(_DATA) and line != b"data: [DONE]":
-                yield json.loads(line[len(_DATA) :])
 
 
 async def _items(head: Json, chunks: AsyncIterator[Json]) -> AsyncIterator[Item]:
@@ -134,7 +127,8 @@ async def _items(head: Json, chunks: AsyncIterator[Json]) -> AsyncIterator[Item]
     while chunk is not None:
         if "error" in chunk:
             error = chunk["error"]
-            yield Failure(500, error["message"], error["code"], error["param"])
+            status = 400 if error["type"] == "invalid_request_error" else 500
+            yield Failure(status, error["message"], error["code"], error["param"])
             return
         usage, stop_text = chunk.get("usage") or usage, chunk.get("stopping_word") or stop_text
         for choice in chunk["choices"]:
@@ -159,6 +153,6 @@ def _parts(message: Json) -> Sequence[Part]:
     return parts
 
 
-def event(kind: str, fields: Json) -> bytes:
-    """Return a server-sent event with a name, which its data repeat as ``type``."""
-    return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n".encode()
+def cached_tokens(usage: Json) -> int:
+    """Return how many prompt tokens of OpenAI's ``usage`` an earlier request had evaluated."""
+    return int((usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0))

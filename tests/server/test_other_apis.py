@@ -6,6 +6,7 @@ import anthropic
 import openai
 import pytest
 
+from gguflora.errors import DivergedError
 from gguflora.server.settings import Settings
 from support import serving
 from support.serving import QUESTION, expected_text
@@ -71,6 +72,8 @@ def test_streamed_message(claude, http):
     names = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
     assert names[:2] == ["message_start", "content_block_start"]
     assert names[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+    start = next(json.loads(line[6:]) for line in lines if line.startswith("data: "))
+    assert (start["type"], start["message"]["usage"]["input_tokens"]) == ("message_start", 13)
 
 
 def test_system_and_blocks(claude, http):
@@ -110,6 +113,49 @@ def test_anthropics_errors(claude, http):
         refused = http.post("/v1/messages", json=body)
         assert (refused.status_code, refused.json()["type"]) == (400, "error")
         assert refused.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_what_messages_cannot_do_is_refused(http):
+    for fields in ({"n": 2}, {"n": 2, "stream": True}, {"tool_choice": {"type": "any"}}):
+        refused = http.post("/v1/messages", json={"messages": MESSAGES, "max_tokens": 5, **fields})
+        assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error")
+    free = {"tool_choice": {"type": "auto"}, "n": 1}
+    assert http.post("/v1/messages", json={"messages": MESSAGES, "max_tokens": 5, **free}).status_code == 200
+
+
+@pytest.mark.anyio
+async def test_an_error_in_a_stream_is_whose_fault_it_is():
+    from gguflora.server import anthropic as theirs
+    from gguflora.server.errors import Failure, as_failure
+    from gguflora.server.events import data_event
+    from gguflora.server.translation import _translated
+
+    head = {"id": "chatcmpl-1", "model": "base", "created": 1, "choices": []}
+    for error, kind in ((DivergedError("too large"), "invalid_request_error"), (Failure(504, "late"), "api_error")):
+
+        async def events(fields):
+            yield data_event(head)
+            yield data_event(fields)
+
+        failed = events(as_failure(error).to_dict())
+        sent = [block async for block in _translated(failed, 7, theirs._events)]
+        first, last = (json.loads(block.split(b"data: ")[1]) for block in sent)
+        assert first["message"]["usage"]["input_tokens"] == 7
+        assert (last["type"], last["error"]["type"]) == ("error", kind)
+
+
+def test_reasoning_before_a_call_belongs_to_its_turn():
+    from gguflora.server.responses import ResponsesBody
+
+    items = [
+        {"role": "user", "content": "1 + 1?"},
+        {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "Add."}]},
+        {"type": "function_call", "call_id": "c1", "name": "add", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": "2"},
+        {"role": "assistant", "content": "2."},
+    ]
+    messages = ResponsesBody.model_validate({"input": items}).as_chat()["messages"]
+    assert [message.get("reasoning_content") for message in messages] == [None, "Add.", None, None]
 
 
 def test_response(client):
@@ -161,6 +207,10 @@ def test_streamed_response(client):
         {"input": [{"type": "computer_call"}]},
         {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
         {"conversation": "conv_1"},
+        {"n": 2},
+        {"n": 2, "stream": True},
+        {"text": {"verbosity": "low"}},
+        {"tool_choice": "required"},
         {"input": [3]},
     ],
 )
