@@ -35,8 +35,8 @@ def run_job(request: Mapping[str, Any]) -> dict[str, Any]:
     """Run a job. Remote inputs are fetched into the cache; the output appears at its location only when complete.
 
     Returns:
-        The command's ``report``, or an ``error``. If the report fails a check, also what ``failed``; the output is then
-        where ``aside`` says, and the output location stays as it was.
+        The command's ``report`` and the names of the ``files`` of its output, or an ``error``. If the report fails a
+        check, also what ``failed``; the output is then where ``aside`` says, and the output location stays as it was.
     """
     try:
         return _run(request)
@@ -63,12 +63,14 @@ def _run(request: Mapping[str, Any]) -> dict[str, Any]:
             return {"error": str(error).replace(folder, os.path.dirname(out))}  # noqa: PTH120  (may be a URL)
         failed = failed_checks(report, {path: Bounds(*limits) for path, limits in request.get("checks", {}).items()})
         place = request["aside"] if failed else out
+        files = sorted(file.name for file in (draft if draft.is_dir() else Path(folder)).iterdir())
         if is_remote:
             for file in sorted(Path(folder).iterdir(), reverse=True):  # the first file of a split model last
                 remote.put(file, remote.join(place.rpartition("/")[0], file.name))
         else:
             publish(Path(folder), Path(place).parent)
-        answer = {"report": _placed(report, folder, os.path.dirname(place))}  # noqa: PTH120  (may be a URL)
+        shown = _placed(report, folder, os.path.dirname(place))  # noqa: PTH120  (may be a URL)
+        answer = {"report": shown, "files": files}
         return {**answer, "failed": failed, "aside": place} if failed else answer
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
+from gguflora.errors import OutputError
 from gguflora.files import remote
 from gguflora.pipeline.job import RecipePlan
 from gguflora.pipeline.locations import STATE, Location, in_place
@@ -32,24 +33,25 @@ def remove_orphans(folder: Location, records: Records, names: Iterable[str]) -> 
         OutputError: if one cannot be removed.
     """
     for name in names:
-        out = _location(folder, name)
-        stamp = (records.read(name) or {}).get("stamp") or []
-        files = [str(entry[0]) for entry in stamp]
+        out, files = _location(folder, name), records.files_made(name)
         if isinstance(out, str):
             urls = [out] if files == [""] else [remote.join(out, file) for file in files]
             beside = [remote.join(out.rpartition("/")[0], file) for file in files]
             for url in beside if remote.file_name(out) in files else urls:
                 remote.remove(url)
         elif out is not None:
-            _remove(folder, out, files)
+            try:
+                _remove(folder, out, files)
+            except OSError as error:
+                raise OutputError(f"{out}: cannot be removed: {error.strerror or error}") from error
         records.forget(name)
 
 
 def _remove(folder: Location, out: Path, files: Iterable[str]) -> None:
-    """Remove an output's files, and the folders that are empty then."""
+    """Remove an output's files, and the folders that are empty then; of a link, only the link."""
     parent = out if out.is_dir() and not out.is_symlink() else out.parent
-    for file in files:
-        (parent / Path(file).name).unlink(missing_ok=True)
+    for path in [out] if out.is_symlink() else [parent / file for file in files]:
+        path.unlink(missing_ok=True)
     while parent != folder and parent.name != STATE:
         with suppress(OSError):
             parent.rmdir()

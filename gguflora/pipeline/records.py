@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -42,7 +42,8 @@ class Records:
     """Records in the output folder of what each output was made from.
 
     A record holds the job's ``key`` and ``origin`` (see `Keys`), the ``name`` of its output, the ``recipe``, the
-    ``stamp`` of the output's files, and the command's ``report``.
+    ``stamp`` of the output's files, the names of the ``files`` that the job made (a folder may hold the user's own
+    beside them), and the command's ``report``.
 
     Args:
         folder: location of the output folder.
@@ -114,8 +115,24 @@ class Records:
                 found[name] = record
         return found
 
-    def remember(self, job: PipelineJob, report: Mapping[str, Any], *, is_aside: bool = False) -> None:
-        """Record a finished job."""
+    def files_made(self, name: str) -> list[str]:
+        """Return the names of the files that a job made, by its output's path relative to the output folder."""
+        record = self.read(name) or {}
+        names = [str(entry[0]) for entry in record.get("stamp") or []]
+        made = record.get("files")
+        return [name for name in names if name in made] if isinstance(made, list) else names
+
+    def remember(
+        self, job: PipelineJob, report: Mapping[str, Any], files: Sequence[str], *, is_aside: bool = False
+    ) -> None:
+        """Record a finished job.
+
+        Args:
+            job: the job.
+            report: the report of its command.
+            files: names of the files that it made.
+            is_aside: whether its output failed a check and was put aside.
+        """
         name = aside_name(job.name) if is_aside else job.name
         out = aside_of(self._folder, job.name) if is_aside else job.out
         if isinstance(out, str):
@@ -126,6 +143,7 @@ class Records:
             "name": name,
             "recipe": self._recipe,
             "stamp": self.stamp_of(name, out),
+            "files": list(files),
             "origin": self._keys.origin_of(job),
             "report": report,
         }

@@ -161,8 +161,9 @@ class Runner:
             return self._result(job, "failed", report=report, error=_failure(failed, aside, job))
         if isinstance(aside, str) or isinstance(job.out, str):  # a store cannot rename; the job runs again
             return None
+        files = self._records.files_made(aside_name(job.name))
         publish_alone(aside, job.out)
-        self._records.remember(job, report)
+        self._records.remember(job, report, files)
         self._records.forget(aside_name(job.name))
         return self._result(job, "done", report=report)
 
@@ -189,7 +190,7 @@ class Runner:
         if "report" not in answer:
             return self._result(job, "failed", seconds=seconds, error=answer["error"])
         report, failed = answer["report"], answer.get("failed", [])
-        self._records.remember(job, report, is_aside=bool(failed))
+        self._records.remember(job, report, answer["files"], is_aside=bool(failed))
         self._records.disclaim(job)
         if failed:
             error = _failure(failed, answer["aside"], job)

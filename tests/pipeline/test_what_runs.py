@@ -236,6 +236,25 @@ def test_orphans(folder):
     assert set(statuses(again)) == {"kept"}
 
 
+def test_pruning_leaves_what_the_pipeline_did_not_make(folder):
+    """A README in an output's folder, and files that have the names of an output's beside the link in its place."""
+    pipeline(folder, HEAD + SMALL)
+    (folder / "out/small/one/README.md").write_text("of the user")
+    assert statuses(pipeline(folder, HEAD + SMALL, resume=False)) == ["done"] * 2
+    shutil.move(folder / "out/small/two", folder / "store")
+    (folder / "out/small/two").symlink_to(folder / "store")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / "out/small" / name).write_text("of the user")
+    stored = {path.name: path.read_bytes() for path in (folder / "store").iterdir()}
+    report = pipeline(folder, HEAD + SMALL.replace("small/", "tiny/"), prune=True)
+    assert set(report.pruned) == {"small/one", "small/two"}
+    assert {name for name in outputs(folder / "out") if name.startswith("small/")} == {
+        "small/one/README.md", "small/adapter_config.json", "small/adapter_model.safetensors",
+    }  # fmt: skip
+    assert not (folder / "out/small/two").is_symlink()
+    assert {path.name: path.read_bytes() for path in (folder / "store").iterdir()} == stored
+
+
 def test_orphans_are_of_one_recipe(folder):
     pipeline(folder, HEAD + SMALL)
     (folder / "other.toml").write_text(HEAD + SMALL.replace("small/", "tiny/").replace("rank = 2", "rank = 1"))
