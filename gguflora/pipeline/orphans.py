@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
@@ -10,7 +10,7 @@ from gguflora.errors import OutputError
 from gguflora.files import remote
 from gguflora.pipeline.job import RecipePlan
 from gguflora.pipeline.locations import STATE, Location, in_place
-from gguflora.pipeline.records import Records, aside_name
+from gguflora.pipeline.records import Records, aside_name, aside_of
 from gguflora.pipeline.state import inside
 
 
@@ -35,24 +35,49 @@ def remove_orphans(folder: Location, records: Records, names: Iterable[str]) -> 
     for name in names:
         out, files = _location(folder, name), records.files_made(name)
         if isinstance(out, str):
-            urls = [out] if files == [""] else [remote.join(out, file) for file in files]
-            beside = [remote.join(out.rpartition("/")[0], file) for file in files]
-            for url in beside if remote.file_name(out) in files else urls:
-                remote.remove(url)
+            _remove_remote(out, files)
         elif out is not None:
-            try:
-                _remove(folder, out, files)
-            except OSError as error:
-                raise OutputError(f"{out}: cannot be removed: {error.strerror or error}") from error
+            _remove(out, files, folder)
         records.forget(name)
 
 
-def _remove(folder: Location, out: Path, files: Iterable[str]) -> None:
-    """Remove an output's files, and the folders that are empty then; of a link, only the link."""
+def remove_aside(folder: Location, records: Records, name: str) -> None:
+    """Remove the output that failed its checks before the one of the same name passed them, and its record.
+
+    Raises:
+        OutputError: if it cannot be removed.
+    """
+    aside = aside_of(folder, name)
+    if records.read(aside_name(name)) is None:
+        return
+    files = records.files_made(aside_name(name))
+    if isinstance(aside, str):
+        _remove_remote(aside, files)
+    else:
+        _remove(aside, files, aside.parent)  # which another job may be about to use
+    records.forget(aside_name(name))
+
+
+def _remove_remote(out: str, files: Collection[str]) -> None:
+    """Remove an output's files: the output itself and the other parts of a split model, or those in a folder."""
+    parent = out.rpartition("/")[0] if remote.file_name(out) in files else out
+    for file in files:
+        remote.remove(remote.join(parent, file))
+
+
+def _remove(out: Path, files: Iterable[str], stop: Location) -> None:
+    """Remove an output's files, and the folders below ``stop`` that are empty then; of a link, only the link."""
+    try:
+        _unlink(out, files, stop)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be removed: {error.strerror or error}") from error
+
+
+def _unlink(out: Path, files: Iterable[str], stop: Location) -> None:
     parent = out if out.is_dir() and not out.is_symlink() else out.parent
     for path in [out] if out.is_symlink() else [parent / file for file in files]:
         path.unlink(missing_ok=True)
-    while parent != folder and parent.name != STATE:
+    while parent != stop and parent.name != STATE:
         with suppress(OSError):
             parent.rmdir()
         if parent.exists():

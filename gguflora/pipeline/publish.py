@@ -50,15 +50,21 @@ def _publish_folder(draft: Path, target: Path) -> None:
             entry.replace(folder / entry.name)
 
 
-def publish_alone(aside: Path, out: Path) -> None:
+def publish_alone(aside: Path, out: Path, drafts: Path) -> None:
     """Move one output, with the other files of a split model, from where it was put aside to its place.
+
+    Args:
+        aside: where it was put aside.
+        out: its place.
+        drafts: the folder of drafts, where the next run removes what a killed one left.
 
     Raises:
         OutputError: if something cannot be written.
     """
     names = [aside.name] if aside.is_dir() else part_names(aside.name)
     try:
-        with tempfile.TemporaryDirectory(dir=aside.parent) as folder:
+        drafts.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=drafts) as folder:
             for name in names:
                 (aside.parent / name).replace(Path(folder) / name)
             publish(Path(folder), out.parent)

@@ -150,8 +150,11 @@ class Records:
         self._write(name, content)
 
     def claim(self, job: PipelineJob) -> None:
-        """Note that an output is being made, so that the next run knows it for its own if this one is killed."""
-        if (claim := self._claim_of(job)) is not None:
+        """Note that an output is being made, so that the next run knows it for its own if this one is killed.
+
+        What is at its place already, and is replaced by force, is not claimed: it is the user's until it is replaced.
+        """
+        if (claim := self._claim_of(job)) is not None and self.found_at(job) is None:
             os.close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666))
 
     def disclaim(self, job: PipelineJob) -> None:
@@ -171,18 +174,18 @@ class Records:
             OutputError: if a device, a FIFO or a socket is there; a link, unless the pipeline's output was there; or,
                 without ``force``, a local file that no record names.
         """
-        is_recorded = self.read(job.name) is not None
+        is_recorded = _record_name(job.name) in self._packed  # also if the record is damaged
         if isinstance(job.out, Path) and not (job.out.is_symlink() and is_recorded):
             check_regular(job.out)
         claim = self._claim_of(job)
         is_ours = force or is_recorded or claim is None or claim.is_file()
-        there = None if is_ours else self._found_at(job)
+        there = None if is_ours else self.found_at(job)
         if there is not None:
             raise OutputError(
                 f"{there}: exists, and no record of this pipeline names it; move it away, or let --force replace it"
             )
 
-    def _found_at(self, job: PipelineJob) -> Path | None:
+    def found_at(self, job: PipelineJob) -> Path | None:
         """Return what is at the place of a local output; None if it is free."""
         if isinstance(job.out, str):
             return None

@@ -18,6 +18,7 @@ from gguflora.pipeline.job import PipelineJob, RecipePlan
 from gguflora.pipeline.keys import Keys
 from gguflora.pipeline.local_workers import JobBackend, Request
 from gguflora.pipeline.locations import Location, to_location
+from gguflora.pipeline.orphans import remove_aside
 from gguflora.pipeline.preview import input_problem, judged
 from gguflora.pipeline.publish import publish_alone
 from gguflora.pipeline.records import Records, aside_name, aside_of
@@ -162,8 +163,10 @@ class Runner:
         if isinstance(aside, str) or isinstance(job.out, str):  # a store cannot rename; the job runs again
             return None
         files = self._records.files_made(aside_name(job.name))
-        publish_alone(aside, job.out)
+        self._records.claim(job)
+        publish_alone(aside, job.out, Path(str(inside(self._plan.folder, DRAFTS))))
         self._records.remember(job, report, files)
+        self._records.disclaim(job)
         self._records.forget(aside_name(job.name))
         return self._result(job, "done", report=report)
 
@@ -182,7 +185,8 @@ class Runner:
         request = self._request(job)
         self._records.claim(job)
         answer = self._backend.run(request)
-        if "report" not in answer:
+        is_made = answer.get("died", False) and self._records.found_at(job) is not None  # just before it died
+        if "report" not in answer and not is_made:
             self._records.disclaim(job)  # what comes to its place after this is not the pipeline's
         for part in request.get("parts", ()):
             discard(to_location(part))
@@ -195,7 +199,7 @@ class Runner:
         if failed:
             error = _failure(failed, answer["aside"], job)
             return self._result(job, "failed", seconds=seconds, report=report, error=error)
-        self._records.forget(aside_name(job.name))
+        remove_aside(self._plan.folder, self._records, job.name)
         return self._result(job, "done", seconds=seconds, report=report)
 
     def _request(self, job: PipelineJob) -> Request:

@@ -81,6 +81,17 @@ def test_a_failed_check_keeps_the_last_good_output(folder):
     assert statuses(pipeline(folder, changed.replace("MAX", "1e12"))) == ["kept"]
 
 
+def test_what_was_put_aside_goes_when_a_later_output_passes(folder):
+    for text in (MERGE, RECIPE + 'checks = { "errors.*" = { max = MAX } }\n'):
+        aside = folder / "out/.gguflora/failed"
+        for limit, count in (("0.0001", True), ("1e12", False)):
+            # another option each time, so that what was put aside is of no use
+            changed = text.replace("MAX", limit).replace("0.5", limit).replace("rank = 2", f"rank = {1 + count}")
+            report = pipeline(folder, changed, keep_going=True)
+            assert set(statuses(report)) == {"failed" if count else "done"}
+            assert bool([path for path in aside.rglob("*") if path.is_file()]) == count
+
+
 def test_a_failed_check_of_a_folder(folder):
     check = 'checks = { "errors.*" = { max = LIMIT } }\n'
     pipeline(folder, RECIPE + check.replace("LIMIT", "2"))

@@ -7,6 +7,7 @@ import pytest
 import gguflora
 from gguflora.diagnostics import demo
 from gguflora.errors import OutputError, RecipeError
+from gguflora.pipeline import local_workers, runner
 from gguflora.pipeline.scheduler_address import warn_of_plain_address
 from support.cli import run
 from support.recipes import outputs, statuses
@@ -158,3 +159,79 @@ def test_schedulers_that_others_can_reach():
         5,
     ):
         assert warn_of_plain_address(fine) == ()
+
+
+def claims(folder):
+    return list((folder / "out" / ".gguflora").glob("*.claim"))
+
+
+def killed_after(monkeypatch, target, name):
+    """The function still does its work, and then the process is gone."""
+    real = getattr(target, name)
+
+    def kill(*args, **options):
+        real(*args, **options)
+        raise SystemExit
+
+    monkeypatch.setattr(target, name, kill)
+
+
+@pytest.mark.parametrize("limit", [1, 1e12])
+def test_killed_between_an_output_and_its_record(cloned, limit, monkeypatch):
+    """It is the pipeline's still, whether it was just made or had been put aside and now takes its place."""
+    file = recipe(cloned)
+    text = file.read_text()
+    if limit == 1:
+        file.write_text(f"{text}checks = {{ size = {{ max = 1 }} }}\n")
+        assert statuses(gguflora.run_pipeline(file)) == ["failed"]
+        file.write_text(text)
+        killed_after(monkeypatch, runner, "publish_alone")
+    else:
+        killed_after(monkeypatch, local_workers.Workers, "run")
+    with pytest.raises(SystemExit):
+        gguflora.run_pipeline(file)
+    monkeypatch.undo()
+    assert outputs(cloned / "out") == {"lora.gguf"}
+    assert len(claims(cloned)) == 1
+    assert statuses(gguflora.run_pipeline(file)) == ["done"]
+    assert not claims(cloned)
+    assert statuses(gguflora.run_pipeline(file)) == ["kept"]
+
+
+def test_a_job_that_dies_after_its_output_is_made(cloned, monkeypatch):
+    """As when Ctrl+C ends a job's process before it has answered."""
+    file, real = recipe(cloned), local_workers.Workers.run
+
+    def die(self, request):
+        assert "report" in real(self, request)
+        return {"error": "its process ended", "died": True}
+
+    monkeypatch.setattr(local_workers.Workers, "run", die)
+    assert statuses(gguflora.run_pipeline(file)) == ["failed"]
+    monkeypatch.undo()
+    assert statuses(gguflora.run_pipeline(file)) == ["done"]
+    assert not claims(cloned)
+
+
+def test_force_claims_nothing_before_it_replaces_it(cloned, monkeypatch):
+    file = recipe(cloned)
+    (cloned / "out").mkdir()
+    (cloned / "out" / "lora.gguf").write_text("mine")
+
+    def kill(*_):
+        raise SystemExit
+
+    monkeypatch.setattr(local_workers.Workers, "run", kill)
+    with pytest.raises(SystemExit):
+        gguflora.run_pipeline(file, force=True)
+    monkeypatch.undo()
+    assert statuses(gguflora.run_pipeline(file)) == ["failed"]
+    assert (cloned / "out" / "lora.gguf").read_text() == "mine"
+
+
+def test_a_damaged_record_names_its_output(cloned):
+    file = recipe(cloned)
+    gguflora.run_pipeline(file)
+    for record in (cloned / "out" / ".gguflora").glob("*.json"):
+        record.write_bytes(record.read_bytes()[:20])
+    assert statuses(gguflora.run_pipeline(file)) == ["done"]
