@@ -18,7 +18,7 @@ from typing import Any, Final
 from gguflora.errors import GgufloraError, OutputError
 from gguflora.files import remote
 from gguflora.pipeline.locations import STATE, Location
-from gguflora.pipeline.state import check_own_folder
+from gguflora.pipeline.state import as_object, check_own_folder
 
 _LOG = logging.getLogger("gguflora.pipeline")
 _LOCK: Final = "lock"
@@ -73,8 +73,8 @@ def _locked_url(folder: str) -> Iterator[None]:
     finally:
         ended.set()
         renewer.join()
-        if _read_holder(lock).get("token") == token:
-            with suppress(GgufloraError):  # otherwise it becomes stale
+        with suppress(GgufloraError):  # otherwise it becomes stale
+            if (_read_holder(lock) or {}).get("token") == token:
                 remote.remove(lock)
 
 
@@ -83,11 +83,14 @@ def _lock_content(token: str) -> bytes:
     return json.dumps(owner).encode()
 
 
-def _read_holder(lock: str) -> dict[str, Any]:
-    with suppress(GgufloraError, ValueError):
-        content = json.loads(remote.read_bytes(lock) or b"{}")
-        return content if isinstance(content, dict) else {}
-    return {}
+def _read_holder(lock: str) -> dict[str, Any] | None:
+    """Return what the owner of a lock wrote, empty if it is damaged; None if nobody holds it.
+
+    Raises:
+        RemoteError: if the store cannot be read, so that its owner may be alive.
+    """
+    content = remote.read_bytes(lock)
+    return None if content is None else as_object(content) or {}
 
 
 def _take_over(folder: str, lock: str, token: str) -> None:
@@ -95,9 +98,15 @@ def _take_over(folder: str, lock: str, token: str) -> None:
 
     Raises:
         OutputError: if the owner is alive, or another process is taking over.
+        RemoteError: if the store cannot be read.
     """
     holder = _read_holder(lock)
-    silent = time.time() - float(holder.get("time", 0))
+    if holder is None:  # its owner has ended in the meantime
+        if not remote.create_bytes(lock, _lock_content(token)):
+            raise OutputError(f"{folder}: another pipeline has just begun to write to it")
+        return
+    since = holder.get("time")
+    silent = time.time() - (since if isinstance(since, int | float) else 0.0)
     owner = f"process {holder.get('process')} on {holder.get('host')}"
     if silent < STALE:
         raise OutputError(
@@ -107,6 +116,9 @@ def _take_over(folder: str, lock: str, token: str) -> None:
     heir = f"{lock}-after-{holder.get('token', 'nobody')}"
     if not remote.create_bytes(heir, _lock_content(token)):
         raise OutputError(f"{folder}: another pipeline is taking it over from {owner}; if none is, remove {heir}")
+    if _read_holder(lock) != holder:  # another one took over, and was done with it, since this one looked
+        remote.remove(heir)
+        raise OutputError(f"{folder}: another pipeline has taken it over from {owner}")
     _LOG.warning("%s: taking over from %s, silent for %.0f s", folder, owner, silent)
     remote.write_bytes(lock, _lock_content(token))
     remote.remove(heir)
@@ -114,8 +126,8 @@ def _take_over(folder: str, lock: str, token: str) -> None:
 
 def _renew(lock: str, token: str, ended: threading.Event) -> None:
     while not ended.wait(BEAT):
-        if _read_holder(lock).get("token") not in {token, None}:
-            _LOG.error("%s: another pipeline has taken over; this one was silent for too long", lock)
-            return
         with suppress(GgufloraError):  # the next one may succeed
+            if (_read_holder(lock) or {}).get("token") not in {token, None}:
+                _LOG.error("%s: another pipeline has taken over; this one was silent for too long", lock)
+                return
             remote.write_bytes(lock, _lock_content(token))

@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from moto.server import ThreadedMotoServer
 
 import gguflora
-from gguflora.errors import OutputError, RecipeError
+from gguflora.errors import OutputError, RecipeError, RemoteError
 from gguflora.files import remote
 from gguflora.files.remote.location import split_checksum
 from gguflora.pipeline import lock
@@ -227,6 +227,33 @@ def test_a_dead_run_is_followed_by_one(root):
     assert remote.create_bytes(f"{place}-after-dead", b"{}")  # another is about to take over
     with pytest.raises(OutputError, match="another pipeline is taking it over from process 7 on gone"):
         lock.locked(f"{root}/out").__enter__()
+
+
+@pytest.mark.parametrize("root", ["memory"], indirect=True)
+def test_a_lock_is_taken_over_only_from_who_is_dead(root, monkeypatch):
+    """Not when the store cannot say who holds it, nor when somebody else took over in the meantime."""
+    place, real = f"{root}/out/.gguflora/lock", remote.read_bytes
+    dead = {"host": "gone", "process": 7, "token": "dead", "time": time.time() - lock.STALE - 1}
+    alive = {"host": "here", "process": 8, "token": "alive", "time": time.time()}
+    remote.write_bytes(place, json.dumps(alive).encode())
+
+    def fail(url):
+        raise RemoteError(f"{url}: connection lost")
+
+    monkeypatch.setattr(remote, "read_bytes", fail)
+    with pytest.raises(RemoteError, match="connection lost"):
+        lock.locked(f"{root}/out").__enter__()
+    answers = iter([json.dumps(dead).encode()])  # what it held when this run looked first
+    monkeypatch.setattr(remote, "read_bytes", lambda url: next(answers, None) or real(url))
+    with pytest.raises(OutputError, match="another pipeline has taken it over from process 7 on gone"):
+        lock.locked(f"{root}/out").__enter__()
+    monkeypatch.undo()
+    assert json.loads(real(place)) == alive
+    assert real(f"{place}-after-dead") is None
+    for damaged in (b"[]", b"not JSON", b'{"time": "yesterday"}'):
+        remote.write_bytes(place, damaged)
+        with lock.locked(f"{root}/out"):
+            assert json.loads(real(place))["process"] == os.getpid()
 
 
 @pytest.mark.parametrize("root", ["memory"], indirect=True)
