@@ -126,7 +126,8 @@ def statuses(report):
 def outputs(root):
     """The files of the output folder, by name."""
     store, path = fsspec.core.url_to_fs(f"{root}/out", use_listings_cache=False)
-    names = [name for name in store.find(path) if ".gguflora" not in name]  # whose files come and go
+    # the files of .gguflora come and go; s3fs finds the folder itself if its first file comes just now
+    names = [name for name in store.find(path) if ".gguflora" not in name and name != path]
     return {name.removeprefix(f"{path}/"): store.cat_file(name) for name in names}
 
 
