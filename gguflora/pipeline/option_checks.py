@@ -35,7 +35,7 @@ def _problem(step: Step) -> tuple[str, str]:
     elif isinstance(step, Combine):
         from gguflora.lora.combine import check_options as check  # noqa: PLC0415  (loads numpy)
 
-        check(step.method, step.rank, step.density, step.sign, step.seed)  # type: ignore[arg-type]  # no templates are left
+        check(**step.model_dump(include={"method", "rank", "density", "sign", "seed"}))  # no templates are left
     elif isinstance(step, Quantize):
         _check_preset(step.preset, step)
     return "", ""

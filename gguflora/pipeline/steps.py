@@ -59,7 +59,7 @@ class Step(Strict):
 
     name: Name
     for_each: dict[Name, str | list[Scalar]] = Field(default={}, alias="for")
-    out: str = Field(min_length=1)
+    out: str | None = Field(default=None, min_length=1)
     checks: dict[str, Limits] = {}
     memory: int = Field(default=1024, ge=1)
 
@@ -74,7 +74,13 @@ class Step(Strict):
         return "out"
 
 
-class Convert(Step):
+class OneOutput(Step):
+    """A step that has nothing but ``out`` to name its output."""
+
+    out: str = Field(min_length=1)
+
+
+class Convert(OneOutput):
     """`gguflora.convert`."""
 
     action: Literal["convert"]
@@ -96,7 +102,6 @@ class Merge(Step):
     """
 
     action: Literal["merge"]
-    out: str | None = Field(default=None, min_length=1)  # type: ignore[assignment]  # or patch, see check_options
     patch: str | None = Field(default=None, min_length=1)
     base: str
     adapters: Adapters
@@ -125,7 +130,7 @@ class Merge(Step):
         return "out" if self.patch is None else "patch"
 
 
-class Quantize(Step):
+class Quantize(OneOutput):
     """`gguflora.quantize`."""
 
     action: Literal["quantize"]
@@ -139,7 +144,7 @@ class Quantize(Step):
     threads: int | None = Field(default=None, ge=1)
 
 
-class Imatrix(Step):
+class Imatrix(OneOutput):
     """`gguflora.imatrix`."""
 
     action: Literal["imatrix"]
@@ -151,7 +156,7 @@ class Imatrix(Step):
     threads: int | None = Field(default=None, ge=1)
 
 
-class Combine(Step):
+class Combine(OneOutput):
     """`gguflora.combine`."""
 
     action: Literal["combine"]
@@ -165,7 +170,7 @@ class Combine(Step):
     outtype: OutType = "auto"
 
 
-class Resize(Step):
+class Resize(OneOutput):
     """`gguflora.resize`."""
 
     action: Literal["resize"]
@@ -176,7 +181,7 @@ class Resize(Step):
     outtype: OutType = "auto"
 
 
-class Extract(Step):
+class Extract(OneOutput):
     """`gguflora.extract`."""
 
     action: Literal["extract"]
@@ -190,7 +195,7 @@ class Extract(Step):
     threads: int | None = Field(default=None, ge=1)
 
 
-class Export(Step):
+class Export(OneOutput):
     """`gguflora.export`."""
 
     action: Literal["export"]
@@ -199,7 +204,7 @@ class Export(Step):
     base_model_name: str | None = None
 
 
-class Inspect(Step):
+class Inspect(OneOutput):
     """`gguflora.inspect`; its report is the output, as JSON."""
 
     action: Literal["inspect"]
@@ -210,7 +215,7 @@ class Inspect(Step):
     trust_names: bool = False
 
 
-class Compare(Step):
+class Compare(OneOutput):
     """`gguflora.compare`; its report is the output, as JSON."""
 
     action: Literal["compare"]
@@ -223,7 +228,7 @@ class Compare(Step):
     threads: int | None = Field(default=None, ge=1)
 
 
-class Train(Step):
+class Train(OneOutput):
     """`gguflora.train`; ``out`` names the PEFT directory, and a LoRA's GGUF file lies beside it."""
 
     action: Literal["train"]
