@@ -13,10 +13,8 @@ import pytest
 import gguflora
 from gguflora.errors import OutputError, RecipeError
 from gguflora.pipeline.results import PipelineInterrupted
-from support import builders
-from support.builders import Adapter
 from support.cli import run
-from support.recipes import outputs, statuses
+from support.recipes import add_inputs, outputs, run_recipe, statuses
 
 RECIPE = """
 output = "out"
@@ -46,24 +44,15 @@ checks = { size = { max = MAX } }
 
 @pytest.fixture
 def folder(tmp_path):
-    shutil.copyfile(builders.gguf_model("llama"), tmp_path / "base.gguf")
-    for seed, name in enumerate(("one", "two", "three")):
-        source = builders.adapter("llama", Adapter(targets=("q_proj",), seed=seed))
-        shutil.copytree(source, tmp_path / "adapters" / name)
-    return tmp_path
-
-
-def pipeline(folder, text, **options):
-    (folder / "recipe.toml").write_text(text)
-    return gguflora.run_pipeline(folder / "recipe.toml", **options)
+    return add_inputs(tmp_path, "one", "two", "three")
 
 
 def test_a_failed_check_keeps_the_last_good_output(folder):
-    assert statuses(pipeline(folder, MERGE.replace("MAX", "1e12"))) == ["done"]
+    assert statuses(run_recipe(folder, MERGE.replace("MAX", "1e12"))) == ["done"]
     good = (folder / "out/merged.gguf").read_bytes()
     changed = MERGE.replace("0.5", "0.75")
     for _ in range(2):  # the second time it need not be made
-        report = pipeline(folder, changed.replace("MAX", "1"))
+        report = run_recipe(folder, changed.replace("MAX", "1"))
         assert statuses(report) == ["failed"]
         aside = folder / "out/.gguflora/failed/merged.gguf"
         assert str(aside) in report.results[0].error
@@ -73,12 +62,12 @@ def test_a_failed_check_keeps_the_last_good_output(folder):
     gguflora.merge(folder / "base.gguf", [(folder / "adapters/one", 0.75)], folder / "expected.gguf")
     expected, time = (folder / "expected.gguf").read_bytes(), aside.stat().st_mtime_ns
     assert aside.read_bytes() == expected
-    assert statuses(pipeline(folder, MERGE.replace("MAX", "1e12"))) == ["kept"]  # the last good one is known still
-    assert statuses(pipeline(folder, changed.replace("MAX", "1e12"))) == ["done"]  # the other limit lets it through
+    assert statuses(run_recipe(folder, MERGE.replace("MAX", "1e12"))) == ["kept"]  # the last good one is known still
+    assert statuses(run_recipe(folder, changed.replace("MAX", "1e12"))) == ["done"]  # the other limit lets it through
     assert (folder / "out/merged.gguf").read_bytes() == expected
     assert (folder / "out/merged.gguf").stat().st_mtime_ns == time
     assert not aside.exists()
-    assert statuses(pipeline(folder, changed.replace("MAX", "1e12"))) == ["kept"]
+    assert statuses(run_recipe(folder, changed.replace("MAX", "1e12"))) == ["kept"]
 
 
 def test_what_was_put_aside_goes_when_a_later_output_passes(folder):
@@ -87,37 +76,37 @@ def test_what_was_put_aside_goes_when_a_later_output_passes(folder):
         for limit, count in (("0.0001", True), ("1e12", False)):
             # another option each time, so that what was put aside is of no use
             changed = text.replace("MAX", limit).replace("0.5", limit).replace("rank = 2", f"rank = {1 + count}")
-            report = pipeline(folder, changed, keep_going=True)
+            report = run_recipe(folder, changed, keep_going=True)
             assert set(statuses(report)) == {"failed" if count else "done"}
             assert bool([path for path in aside.rglob("*") if path.is_file()]) == count
 
 
 def test_a_failed_check_of_a_folder(folder):
     check = 'checks = { "errors.*" = { max = LIMIT } }\n'
-    pipeline(folder, RECIPE + check.replace("LIMIT", "2"))
+    run_recipe(folder, RECIPE + check.replace("LIMIT", "2"))
     (folder / "out/one/README.md").write_text("of the user")
     good = (folder / "out/one/adapter_model.safetensors").read_bytes()
     text = (RECIPE + check).replace("rank = 2", "rank = 1")
-    report = pipeline(folder, text.replace("LIMIT", "0.01"), keep_going=True)
+    report = run_recipe(folder, text.replace("LIMIT", "0.01"), keep_going=True)
     assert statuses(report) == ["failed"] * 3
     assert (folder / "out/one/adapter_model.safetensors").read_bytes() == good
-    assert statuses(pipeline(folder, text.replace("LIMIT", "2"))) == ["done"] * 3
+    assert statuses(run_recipe(folder, text.replace("LIMIT", "2"))) == ["done"] * 3
     assert (folder / "out/one/adapter_model.safetensors").read_bytes() != good
     assert (folder / "out/one/README.md").read_text() == "of the user"
 
 
 def test_a_failed_job_keeps_the_last_good_output(folder):
-    pipeline(folder, RECIPE)
+    run_recipe(folder, RECIPE)
     good = (folder / "out/one/adapter_model.safetensors").read_bytes()
     config = folder / "adapters/one/adapter_config.json"
     text = config.read_text()
     config.write_text(text.replace('"r": 4', '"r": 5'))
-    report = pipeline(folder, RECIPE, keep_going=True)
+    report = run_recipe(folder, RECIPE, keep_going=True)
     assert statuses(report) == ["failed", "kept", "kept"]
     assert ".gguflora" not in report.results[0].error
     assert (folder / "out/one/adapter_model.safetensors").read_bytes() == good
     config.write_text(text)
-    assert statuses(pipeline(folder, RECIPE)) == ["kept"] * 3
+    assert statuses(run_recipe(folder, RECIPE)) == ["kept"] * 3
     assert not list((folder / "out/.gguflora").glob("drafts/*"))
 
 
@@ -126,7 +115,7 @@ def test_warnings_of_steps_are_printed(folder):
     config = json.loads(extra.read_text()) | {"a_key_of_tomorrow": 1}
     extra.write_text(json.dumps(config))
     warned = gguflora.merge(folder / "base.gguf", folder / "adapters/one", folder / "x.gguf").warnings
-    report = pipeline(folder, MERGE.replace("MAX", "1e12"))
+    report = run_recipe(folder, MERGE.replace("MAX", "1e12"))
     assert report.warnings == tuple(f"merged: merged.gguf: {text}" for text in warned)
     shutil.rmtree(folder / "out")
     result = run("pipeline", folder / "recipe.toml")
@@ -137,20 +126,20 @@ def test_warnings_of_steps_are_printed(folder):
 def test_empty_sources(given, folder):
     text = RECIPE.replace('"adapters/*"', given)
     if given == "[]":
-        report = pipeline(folder, text)
+        report = run_recipe(folder, text)
         assert "step 'small' has no jobs: sources.adapters is empty" in report.warnings[0]
         assert "--allow-empty" in run("pipeline", folder / "recipe.toml").stderr
     else:
         with pytest.raises(RecipeError, match=rf"nothing in {folder} matches it; --allow-empty"):
-            pipeline(folder, text)
-    assert pipeline(folder, text, allow_empty=True).warnings == ()
+            run_recipe(folder, text)
+    assert run_recipe(folder, text, allow_empty=True).warnings == ()
     result = run("pipeline", folder / "recipe.toml", "--allow-empty")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("no jobs; outputs in")
 
 
 def test_a_matrix_without_items(folder):
-    report = pipeline(folder, RECIPE.replace("for = {", "for = { rank = [],"))
+    report = run_recipe(folder, RECIPE.replace("for = {", "for = { rank = [],"))
     assert "its list 'rank' is empty" in report.warnings[0]
 
 
@@ -158,9 +147,9 @@ def test_keep_going_past_inputs_that_are_not_there(folder):
     (folder / "adapters/broken").symlink_to("nowhere")
     (folder / "adapters/circle").symlink_to("circle")
     with pytest.raises(RecipeError, match="broken: is a link to nowhere, which does not exist"):
-        pipeline(folder, RECIPE)
+        run_recipe(folder, RECIPE)
     named = '[[steps]]\nname = "named"\naction = "resize"\nadapter = "absent"\nrank = 1\nout = "named"\n'
-    report = pipeline(folder, RECIPE + named, keep_going=True)
+    report = run_recipe(folder, RECIPE + named, keep_going=True)
     found = {result.name: (result.status, result.error) for result in report.results}
     assert found["broken"] == ("failed", f"{folder}/adapters/broken: is a link to nowhere, which does not exist")
     assert found["circle"][0] == "failed"
@@ -172,7 +161,7 @@ def test_keep_going_past_inputs_that_are_not_there(folder):
 @pytest.mark.skipif(os.getuid() == 0, reason="root reads everything")
 def test_keep_going_past_an_unreadable_file(folder):
     (folder / "adapters/one/adapter_model.safetensors").chmod(0)
-    report = pipeline(folder, RECIPE, keep_going=True)
+    report = run_recipe(folder, RECIPE, keep_going=True)
     assert statuses(report) == ["failed", "done", "done"]
     assert "adapter_model.safetensors: cannot be read: Permission denied" in report.results[0].error
 
@@ -187,11 +176,11 @@ def test_keep_going_past_a_file_that_cannot_be_hashed(folder, monkeypatch):
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)
 
-    pipeline(folder, RECIPE)
+    run_recipe(folder, RECIPE)
     for path in folder.glob("adapters/*/*"):
         os.utime(path)
     monkeypatch.setattr(keys, "sha256_of", failing)
-    report = pipeline(folder, RECIPE, keep_going=True)
+    report = run_recipe(folder, RECIPE, keep_going=True)
     assert sorted(statuses(report)) == ["failed", "kept", "kept"]
     assert report.failed == 1
     assert "cannot be read: Permission denied" in next(result.error for result in report.results if result.error)
@@ -201,10 +190,10 @@ def test_the_folder_of_a_report_is_checked_first(folder):
     (folder / "file").write_text("")
     for place in (folder / "file", folder / "file/report"):
         with pytest.raises(OutputError, match="cannot be written"):
-            pipeline(folder, RECIPE, report=place)
+            run_recipe(folder, RECIPE, report=place)
     (folder / "report/report.json").mkdir(parents=True)
     with pytest.raises(OutputError, match="is a directory"):
-        pipeline(folder, RECIPE, report=folder / "report")
+        run_recipe(folder, RECIPE, report=folder / "report")
     assert not (folder / "out").exists()
 
 
@@ -257,5 +246,5 @@ def test_an_interruption_in_python(folder):
             raise KeyboardInterrupt
 
     with pytest.raises(PipelineInterrupted) as caught:
-        pipeline(folder, MANY, watch=stop)
+        run_recipe(folder, MANY, watch=stop)
     assert caught.value.report.totals == {"done": 2, "left": 58}

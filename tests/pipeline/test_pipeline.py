@@ -16,11 +16,10 @@ import pytest
 import gguflora
 from gguflora.errors import OutputError, RecipeError
 from gguflora.pipeline import local_workers
-from support import builders, zoo
-from support.builders import Adapter
+from support import zoo
 from support.cli import run
 from support.oracles.gguf_files import read_tensors
-from support.recipes import outputs, statuses
+from support.recipes import add_inputs, outputs, statuses
 from support.shards import split
 
 ACTIONS = ("convert", "merge", "inspect")
@@ -76,13 +75,8 @@ checks = { "changes.*.rank" = { max = 4 }, problems = { max = 0 } }
 
 @pytest.fixture
 def folder(tmp_path):
-    shutil.copyfile(builders.gguf_model("llama"), tmp_path / "base.gguf")
-    for seed, name in enumerate(("one", "two")):
-        shutil.copytree(
-            builders.adapter("llama", Adapter(targets=("q_proj",), seed=seed)), tmp_path / "adapters" / name
-        )
     (tmp_path / "recipe.toml").write_text(RECIPE)
-    return tmp_path
+    return add_inputs(tmp_path, "one", "two")
 
 
 def only(folder, *names):

@@ -9,9 +9,7 @@ import gguflora
 from gguflora.errors import RecipeError
 from gguflora.files.remote.location import local_path
 from gguflora.pipeline.toml_lines import line_of
-from support import builders
-from support.builders import Adapter
-from support.recipes import outputs, statuses
+from support.recipes import add_inputs, outputs, run_recipe, statuses
 
 RECIPE = """
 output = "out"
@@ -40,22 +38,13 @@ SMALL = RECIPE.rpartition("[[steps]]")[0]
 
 @pytest.fixture
 def folder(tmp_path):
-    shutil.copyfile(builders.gguf_model("llama"), tmp_path / "base.gguf")
-    for seed, name in enumerate(("one", "two")):
-        source = builders.adapter("llama", Adapter(targets=("q_proj",), seed=seed))
-        shutil.copytree(source, tmp_path / "adapters" / name)
-    return tmp_path
-
-
-def pipeline(folder, text, **options):
-    (folder / "recipe.toml").write_text(text)
-    return gguflora.run_pipeline(folder / "recipe.toml", **options)
+    return add_inputs(tmp_path, "one", "two")
 
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_links_in_the_place_of_outputs(inside, folder):
     """What DVC does with outputs: each file moves to a store, and a link takes its place."""
-    pipeline(folder, RECIPE)
+    run_recipe(folder, RECIPE)
     store = folder / ("out/.cache" if inside else "cache")
     store.mkdir()
     for number, path in enumerate(sorted((folder / "out").rglob("*"))):
@@ -63,10 +52,10 @@ def test_links_in_the_place_of_outputs(inside, folder):
             path.rename(store / str(number))
             path.symlink_to(store / str(number))
     assert (folder / "out/one.gguf").is_symlink()
-    assert statuses(pipeline(folder, RECIPE)) == ["kept"] * 4
+    assert statuses(run_recipe(folder, RECIPE)) == ["kept"] * 4
     stored = {path: path.read_bytes() for path in store.iterdir()}
     shutil.copy(folder / "adapters/two/adapter_model.safetensors", folder / "adapters/one")
-    assert sorted(statuses(pipeline(folder, RECIPE))) == ["done", "done", "kept", "kept"]
+    assert sorted(statuses(run_recipe(folder, RECIPE))) == ["done", "done", "kept", "kept"]
     assert {path: path.read_bytes() for path in store.iterdir()} == stored  # links are replaced, not followed
     assert not (folder / "out/one.gguf").is_symlink()
     assert (folder / "out/two.gguf").is_symlink()
@@ -77,13 +66,13 @@ def test_links_in_the_place_of_outputs(inside, folder):
 
 
 def test_a_folder_that_became_a_link(folder):
-    pipeline(folder, RECIPE)
+    run_recipe(folder, RECIPE)
     (folder / "cache").mkdir()
     (folder / "out/one").rename(folder / "cache/one")
     (folder / "out/one").symlink_to(folder / "cache/one")
-    assert statuses(pipeline(folder, RECIPE)) == ["kept"] * 4
+    assert statuses(run_recipe(folder, RECIPE)) == ["kept"] * 4
     before = (folder / "cache/one/adapter_model.safetensors").read_bytes()
-    pipeline(folder, RECIPE.replace("rank = 2", "rank = 1"))
+    run_recipe(folder, RECIPE.replace("rank = 2", "rank = 1"))
     assert not (folder / "out/one").is_symlink()
     assert (folder / "cache/one/adapter_model.safetensors").read_bytes() == before
 
@@ -92,7 +81,7 @@ def test_a_link_of_the_user_is_refused(folder):
     (folder / "out").mkdir()
     (folder / "mine").write_text("of the user")
     (folder / "out/one").symlink_to(folder / "mine")
-    report = pipeline(folder, SMALL, keep_going=True)
+    report = run_recipe(folder, SMALL, keep_going=True)
     assert statuses(report) == ["failed", "done"]
     assert "is a link" in report.results[0].error
     assert (folder / "mine").read_text() == "of the user"
@@ -101,7 +90,7 @@ def test_a_link_of_the_user_is_refused(folder):
 def test_an_output_that_is_no_file_is_refused(folder):
     (folder / "out").mkdir()
     os.mkfifo(folder / "out/one.gguf")
-    report = pipeline(folder, RECIPE, keep_going=True)
+    report = run_recipe(folder, RECIPE, keep_going=True)
     assert "is a FIFO" in next(result.error for result in report.results if result.name == "one.gguf")
     assert (folder / "out/one.gguf").is_fifo()
 
@@ -110,7 +99,7 @@ def test_hidden_and_excluded(folder):
     for name in (".hidden", ".ipynb_checkpoints", "old-one"):
         shutil.copytree(folder / "adapters/one", folder / "adapters" / name)
     shutil.copytree(folder / "adapters/one", folder / "adapters/.ipynb_checkpoints/one")
-    names = lambda text: {result.name for result in pipeline(folder, text, dry_run=True).results}  # noqa: E731
+    names = lambda text: {result.name for result in run_recipe(folder, text, dry_run=True).results}  # noqa: E731
     assert names(SMALL) == {"one", "two", "old-one"}
     assert names("include_hidden = true\n" + SMALL) == {"one", "two", "old-one", ".hidden"}
     for pattern in ("old-*", "adapters/old-*", "**/old-one"):
@@ -132,7 +121,7 @@ def test_names_of_255_bytes(folder):
     )
     text = text.replace("{adapter}" + long, "{adapter}" + long + "x" * (255 - 240 - 3 - 5))
     for status in ("done", "kept"):
-        assert statuses(pipeline(folder, text)) == [status] * 4
+        assert statuses(run_recipe(folder, text)) == [status] * 4
     assert max(len(os.fsencode(name.rpartition("/")[2])) for name in outputs(folder / "out")) == 255
     name = "n" * 250 + ".gguf"
     gguflora.convert(folder / "adapters/one", folder / "base.gguf", folder / name)
@@ -152,7 +141,7 @@ def test_urls_of_files(form, folder):
     text = SMALL.replace('"adapters/*"', f'"{form.format(place[:-3])}*"').replace(
         '"out"', f'"{form.format(folder)}/o%20t"'
     )
-    assert statuses(pipeline(folder, text)) == ["done"] * 2
+    assert statuses(run_recipe(folder, text)) == ["done"] * 2
     assert (folder / "o t/one").is_dir()
 
 
@@ -208,7 +197,7 @@ def test_lines_of_keys(keys, line):
 def test_messages(old, new, message, folder):
     assert old in RECIPE
     with pytest.raises(RecipeError, match=message):
-        pipeline(folder, RECIPE.replace(old, new), dry_run=True)
+        run_recipe(folder, RECIPE.replace(old, new), dry_run=True)
 
 
 OPTIONS = {
@@ -225,7 +214,7 @@ def test_impossible_options_before_any_work(action, keys, folder):
     given = inputs.get(action, 'base = "base.gguf"' + ("" if "adapters" in keys else '\nadapters = ["adapters/one"]'))
     step = f'output = "out"\n[[steps]]\nname = "x"\naction = "{action}"\nout = "x"\n{given}\n{keys}\n'
     with pytest.raises(RecipeError, match=r"recipe.toml:\d+: steps.1"):
-        pipeline(folder, step)
+        run_recipe(folder, step)
     assert not (folder / "out").exists()
 
 
@@ -235,7 +224,7 @@ def test_overlapping_sources_are_told(folder):
     with pytest.raises(
         RecipeError, match=r"once made from .*runs/a/one, once from .*runs/b/one; .*\{parent\} or \{parent2\}"
     ):
-        pipeline(folder, SMALL.replace("adapters/*", "runs/*/one"))
+        run_recipe(folder, SMALL.replace("adapters/*", "runs/*/one"))
     text = SMALL.replace("rank = 2", 'rank = "{rank}"').replace("for = {", "for = { rank = [1, 2],")
     with pytest.raises(RecipeError, match=r"put more variables into its name: \{rank\}"):
-        pipeline(folder, text)
+        run_recipe(folder, text)

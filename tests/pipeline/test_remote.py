@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -22,8 +21,8 @@ from gguflora.files import remote
 from gguflora.files.remote.location import split_checksum
 from gguflora.pipeline import lock
 from gguflora.pipeline.recipe import Recipe
-from support import ROOT, builders
-from support.builders import Adapter
+from support import ROOT
+from support.recipes import add_inputs, statuses
 from support.remote_servers import Repository, Site, serving
 
 RECIPE = """
@@ -69,10 +68,7 @@ JOBS = 2 + 2 + 2 + 1
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A local run of the recipe: what the remote ones must equal."""
-    path = tmp_path_factory.mktemp("local")
-    shutil.copyfile(builders.gguf_model("llama"), path / "base.gguf")
-    for seed, name in enumerate(("one", "two")):
-        shutil.copytree(builders.adapter("llama", Adapter(targets=("q_proj",), seed=seed)), path / "adapters" / name)
+    path = add_inputs(tmp_path_factory.mktemp("local"), "one", "two")
     (path / "local.toml").write_text(RECIPE.format(root="."))
     assert gguflora.run_pipeline(path / "local.toml").failed == 0
     return path
@@ -117,10 +113,6 @@ def root(request, folder):
 def written(path, root, text=RECIPE):
     (path / "recipe.toml").write_text(text.format(root=root))
     return path / "recipe.toml"
-
-
-def statuses(report):
-    return [result.status for result in report.results]
 
 
 def outputs(root):

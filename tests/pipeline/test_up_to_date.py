@@ -10,9 +10,7 @@ import pytest
 import gguflora
 from gguflora.errors import OutputError
 from gguflora.files.strict_json import restored, strict
-from support import builders
-from support.builders import Adapter
-from support.recipes import outputs, statuses
+from support.recipes import add_inputs, outputs, statuses
 
 RECIPE = """
 output = "{output}"
@@ -33,11 +31,7 @@ checks = {{ "total.snr_db" = {{ min = -1000 }} }}
 
 @pytest.fixture
 def folder(tmp_path):
-    shutil.copyfile(builders.gguf_model("llama"), tmp_path / "base.gguf")
-    for seed, name in enumerate(("one", "two")):
-        source = builders.adapter("llama", Adapter(targets=("q_proj",), seed=seed))
-        shutil.copytree(source, tmp_path / "adapters" / name)
-    return tmp_path
+    return add_inputs(tmp_path, "one", "two")
 
 
 def pipeline(folder, output="out", bases="*.gguf", **options):

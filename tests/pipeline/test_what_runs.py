@@ -10,11 +10,9 @@ import pytest
 
 import gguflora
 from gguflora.errors import RecipeError
-from support import builders
-from support.builders import Adapter
 from support.cli import run
 from support.oracles.gguf_files import read_tensors
-from support.recipes import outputs, statuses
+from support.recipes import add_inputs, outputs, run_recipe, statuses
 
 HEAD = """
 output = "out"
@@ -45,16 +43,7 @@ out = "{adapter}-x{scale}.gguf"
 
 @pytest.fixture
 def folder(tmp_path):
-    shutil.copyfile(builders.gguf_model("llama"), tmp_path / "base.gguf")
-    for seed, name in enumerate(("one", "two")):
-        source = builders.adapter("llama", Adapter(targets=("q_proj",), seed=seed))
-        shutil.copytree(source, tmp_path / "adapters" / name)
-    return tmp_path
-
-
-def pipeline(folder, text, **options):
-    (folder / "recipe.toml").write_text(text)
-    return gguflora.run_pipeline(folder / "recipe.toml", **options)
+    return add_inputs(tmp_path, "one", "two")
 
 
 def snapshot(folder):
@@ -63,18 +52,18 @@ def snapshot(folder):
 
 def test_a_dry_run_says_what_changed(folder):
     recipe = HEAD + SMALL + MERGED
-    planned = pipeline(folder, recipe, dry_run=True)
+    planned = run_recipe(folder, recipe, dry_run=True)
     assert {result.why for result in planned.results} == {"not made before"}
     assert planned.totals == {"planned": 6}
-    pipeline(folder, recipe)
-    assert pipeline(folder, recipe, dry_run=True).totals == {"kept": 6}
+    run_recipe(folder, recipe)
+    assert run_recipe(folder, recipe, dry_run=True).totals == {"kept": 6}
 
     shutil.copy(folder / "adapters/two/adapter_model.safetensors", folder / "adapters/one")
     (folder / "out/two-x0.5.gguf").unlink()
     with (folder / "out/two-x1.0.gguf").open("ab") as file:
         file.write(b"more")
     before = snapshot(folder)
-    why = {result.name: result.why for result in pipeline(folder, recipe, dry_run=True).results}
+    why = {result.name: result.why for result in run_recipe(folder, recipe, dry_run=True).results}
     assert snapshot(folder / "out") == {path: time for path, time in before.items() if folder / "out" in path.parents}
     assert "input" in why["small/one"]
     assert "adapters/one has changed" in why["small/one"]
@@ -90,12 +79,12 @@ def test_a_dry_run_says_what_changed(folder):
 
 
 def test_a_dry_run_names_options(folder):
-    pipeline(folder, HEAD + SMALL + MERGED)
+    run_recipe(folder, HEAD + SMALL + MERGED)
     text = HEAD + SMALL.replace("rank = 2", "rank = 1") + MERGED.replace("base = ", 'outtype = "F16"\nbase = ')
-    report = pipeline(folder, text, dry_run=True)
+    report = run_recipe(folder, text, dry_run=True)
     assert report.results[0].why == "option rank is 1, was 2"
     assert "option outtype is 'F16', was 'keep'" in report.results[2].why
-    done = pipeline(folder, text)
+    done = run_recipe(folder, text)
     assert [result.why for result in done.results] == [result.why for result in report.results]
 
 
@@ -111,7 +100,7 @@ def test_a_dry_run_names_options(folder):
 )
 def test_targets(targets, made, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    report = pipeline(folder, HEAD + SMALL + MERGED, targets=targets)
+    report = run_recipe(folder, HEAD + SMALL + MERGED, targets=targets)
     assert {result.name for result in report.results if result.status == "done"} == made
     assert {
         name.removesuffix("/adapter_config.json") for name in outputs(folder / "out") if "safetensors" not in name
@@ -119,7 +108,7 @@ def test_targets(targets, made, folder, monkeypatch):
 
 
 def test_targets_on_the_command_line(folder):
-    pipeline(folder, HEAD + SMALL + MERGED, dry_run=True)
+    run_recipe(folder, HEAD + SMALL + MERGED, dry_run=True)
     result = run("pipeline", folder / "recipe.toml", folder / "out/small/one", "--json")
     assert [item["name"] for item in json.loads(result.stdout)["results"]] == ["small/one"]
     wrong = run("pipeline", folder / "recipe.toml", "smal")
@@ -150,7 +139,7 @@ out = "{adapter}-x{scale}.gguf"
 
 
 def test_variables(folder):
-    report = pipeline(folder, VARIABLES, var={"which": "one"})
+    report = run_recipe(folder, VARIABLES, var={"which": "one"})
     assert {result.name for result in report.results} == {"one-r2", "one-r2-x0.5.gguf"}
     options = ["--var", "which=two", "--var", "rank=3", "--var", "where=else", "--var", "scales=[1, 2]", "--json"]
     result = run("pipeline", folder / "recipe.toml", *options)
@@ -170,7 +159,7 @@ def test_variables(folder):
 )
 def test_variables_that_do_not_fit(var, message, folder):
     with pytest.raises(RecipeError, match=message):
-        pipeline(folder, VARIABLES, var=var)
+        run_recipe(folder, VARIABLES, var=var)
 
 
 def test_parents_and_snapshots(folder):
@@ -178,14 +167,14 @@ def test_parents_and_snapshots(folder):
         shutil.copytree(folder / "adapters/one", folder / place)
     text = HEAD.replace('"adapters/*"', '["runs/*/checkpoint-5", "hub/models--*/snapshots/*"]')
     with pytest.raises(RecipeError, match=r"runs/a/checkpoint-5.*runs/b/checkpoint-5.*\{parent\}"):
-        pipeline(folder, text + SMALL)
-    report = pipeline(folder, text + SMALL.replace("small/{adapter}", "{parent2}-{parent}-{adapter}"))
+        run_recipe(folder, text + SMALL)
+    report = run_recipe(folder, text + SMALL.replace("small/{adapter}", "{parent2}-{parent}-{adapter}"))
     names = {result.name for result in report.results}
     assert names == {"runs-a-checkpoint-5", "runs-b-checkpoint-5", "hub-org-legal"}
     two = MERGED.replace("steps.small", "sources.adapters").replace("scale = [", 'base = "sources.base", scale = [')
     with pytest.raises(RecipeError, match=r"\{NAME.parent\}"):
-        pipeline(folder, text + two.replace("{adapter}-x", "{parent}-x"))
-    report = pipeline(folder, text + two.replace("{adapter}-x", "{adapter.parent}-{base}-x"), dry_run=True)
+        run_recipe(folder, text + two.replace("{adapter}-x", "{parent}-x"))
+    report = run_recipe(folder, text + two.replace("{adapter}-x", "{adapter.parent}-{base}-x"), dry_run=True)
     assert "a-base-x0.5.gguf" in {result.name for result in report.results}
 
 
@@ -199,7 +188,7 @@ def test_all_keywords_of_merge(folder):
         "base = ", 'type = { "*attn_q*" = "F16" }\ntrust_names = true\nbase = ', 1
     )
     patch = step.replace('"merged"', '"patch"').replace('out = "{adapter}-x{scale}.gguf"', 'patch = "{adapter}.patch"')
-    report = pipeline(folder, HEAD + typed + patch)
+    report = run_recipe(folder, HEAD + typed + patch)
     assert statuses(report) == ["done"] * 4, [result.error for result in report.results]
     gguflora.apply_patch(folder / "base.gguf", folder / "out/one.patch", folder / "applied.gguf")
     gguflora.merge(folder / "base.gguf", [(folder / "adapters/one", 0.5)], folder / "plain.gguf")
@@ -209,44 +198,44 @@ def test_all_keywords_of_merge(folder):
     assert (folder / "applied.gguf").read_bytes() == (folder / "plain.gguf").read_bytes()
     found, expected = read_tensors(folder / "out/one.gguf"), read_tensors(folder / "typed.gguf")
     assert all((found[name] == values).all() for name, values in expected.items())
-    assert statuses(pipeline(folder, HEAD + typed + patch)) == ["kept"] * 4
+    assert statuses(run_recipe(folder, HEAD + typed + patch)) == ["kept"] * 4
     with pytest.raises(RecipeError, match="give either out, for a model, or patch"):
-        pipeline(folder, HEAD + step.replace('out = "{adapter}-x{scale}.gguf"', ""))
+        run_recipe(folder, HEAD + step.replace('out = "{adapter}-x{scale}.gguf"', ""))
 
 
 def test_orphans(folder):
-    pipeline(folder, HEAD + SMALL + MERGED)
+    run_recipe(folder, HEAD + SMALL + MERGED)
     (folder / "out/mine.gguf").write_text("of the user")
     (folder / "out/two-x0.5.gguf").write_text("changed by the user")
     shutil.rmtree(folder / "adapters/two")
     recipe = HEAD + SMALL + MERGED.replace("1.0", "0.25")
-    report = pipeline(folder, recipe)
+    report = run_recipe(folder, recipe)
     assert set(report.orphans) == {"small/two", "one-x1.0.gguf", "two-x1.0.gguf"}
     assert "orphan  small/two: the recipe no longer makes it" in run("pipeline", folder / "recipe.toml").stdout
-    assert pipeline(folder, recipe, prune=True, dry_run=True).orphans == report.orphans
-    pruned = pipeline(folder, recipe, prune=True)
+    assert run_recipe(folder, recipe, prune=True, dry_run=True).orphans == report.orphans
+    pruned = run_recipe(folder, recipe, prune=True)
     assert set(pruned.pruned) == set(report.orphans)
     assert outputs(folder / "out") == {
         "small/one/adapter_config.json", "small/one/adapter_model.safetensors", "one-x0.5.gguf", "one-x0.25.gguf",
         "mine.gguf", "two-x0.5.gguf",
     }  # fmt: skip
     assert not (folder / "out/small/two").exists()
-    again = pipeline(folder, recipe)
+    again = run_recipe(folder, recipe)
     assert again.orphans == ()
     assert set(statuses(again)) == {"kept"}
 
 
 def test_pruning_leaves_what_the_pipeline_did_not_make(folder):
     """A README in an output's folder, and files that have the names of an output's beside the link in its place."""
-    pipeline(folder, HEAD + SMALL)
+    run_recipe(folder, HEAD + SMALL)
     (folder / "out/small/one/README.md").write_text("of the user")
-    assert statuses(pipeline(folder, HEAD + SMALL, resume=False)) == ["done"] * 2
+    assert statuses(run_recipe(folder, HEAD + SMALL, resume=False)) == ["done"] * 2
     shutil.move(folder / "out/small/two", folder / "store")
     (folder / "out/small/two").symlink_to(folder / "store")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (folder / "out/small" / name).write_text("of the user")
     stored = {path.name: path.read_bytes() for path in (folder / "store").iterdir()}
-    report = pipeline(folder, HEAD + SMALL.replace("small/", "tiny/"), prune=True)
+    report = run_recipe(folder, HEAD + SMALL.replace("small/", "tiny/"), prune=True)
     assert set(report.pruned) == {"small/one", "small/two"}
     assert {name for name in outputs(folder / "out") if name.startswith("small/")} == {
         "small/one/README.md", "small/adapter_config.json", "small/adapter_model.safetensors",
@@ -256,7 +245,7 @@ def test_pruning_leaves_what_the_pipeline_did_not_make(folder):
 
 
 def test_orphans_are_of_one_recipe(folder):
-    pipeline(folder, HEAD + SMALL)
+    run_recipe(folder, HEAD + SMALL)
     (folder / "other.toml").write_text(HEAD + SMALL.replace("small/", "tiny/").replace("rank = 2", "rank = 1"))
     report = gguflora.run_pipeline(folder / "other.toml", prune=True)
     assert report.orphans == report.pruned == ()
@@ -274,10 +263,10 @@ def test_a_recipe_from_stdin(folder):
 
 
 def test_a_run_with_nothing_to_do_writes_nothing(folder):
-    pipeline(folder, HEAD + SMALL + MERGED)
+    run_recipe(folder, HEAD + SMALL + MERGED)
     before = snapshot(folder)
     for _ in range(2):
-        assert set(statuses(pipeline(folder, HEAD + SMALL + MERGED))) == {"kept"}
+        assert set(statuses(run_recipe(folder, HEAD + SMALL + MERGED))) == {"kept"}
         assert {path: time for path, time in snapshot(folder).items() if path.name != "recipe.toml"} == {
             path: time for path, time in before.items() if path.name != "recipe.toml"
         }
@@ -287,15 +276,15 @@ def test_names_of_environment_and_home(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.setenv("WHERE", "adapters")
     text = HEAD.replace('"adapters/*"', '"~/$WHERE/on?"').replace('"out"', '"~/${WHERE}-out"') + SMALL
-    assert statuses(pipeline(folder, text)) == ["done"]
+    assert statuses(run_recipe(folder, text)) == ["done"]
     assert (folder / "adapters-out/small/one").is_dir()
     assert not (folder / "~").exists()
     with pytest.raises(RecipeError, match=r":6: sources.adapters: .*the environment has no NOWHERE"):
-        pipeline(folder, text.replace("$WHERE/on?", "$NOWHERE/*"))
+        run_recipe(folder, text.replace("$WHERE/on?", "$NOWHERE/*"))
     with pytest.raises(RecipeError, match=r"steps.1.out: '~/x' is not in the output folder"):
-        pipeline(folder, HEAD + SMALL.replace("small/{adapter}", "~/x"))
+        run_recipe(folder, HEAD + SMALL.replace("small/{adapter}", "~/x"))
     with pytest.raises(RecipeError, match="no such home folder"):
-        pipeline(folder, text.replace("~/$WHERE", "~nobody-of-this-name/$WHERE"))
+        run_recipe(folder, text.replace("~/$WHERE", "~nobody-of-this-name/$WHERE"))
 
 
 def test_without_a_home(folder):

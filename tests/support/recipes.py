@@ -1,4 +1,24 @@
-"""What recipes leave behind."""
+"""Folders with a base, adapters and a recipe, and what a run leaves behind."""
+
+import shutil
+
+import gguflora
+from support import builders
+from support.builders import Adapter
+
+
+def add_inputs(folder, *names):
+    """Add ``base.gguf`` and ``adapters/NAME``, each with a seed of its own, to a folder, and return it."""
+    shutil.copyfile(builders.gguf_model("llama"), folder / "base.gguf")
+    for seed, name in enumerate(names):
+        source = builders.adapter("llama", Adapter(targets=("q_proj",), seed=seed))
+        shutil.copytree(source, folder / "adapters" / name)
+    return folder
+
+
+def run_recipe(folder, text, **options):
+    (folder / "recipe.toml").write_text(text)
+    return gguflora.run_pipeline(folder / "recipe.toml", **options)
 
 
 def statuses(report):
