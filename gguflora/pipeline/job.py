@@ -9,7 +9,7 @@ from typing import Any
 from gguflora.files import remote
 from gguflora.pipeline.checks import Bounds
 from gguflora.pipeline.locations import Location
-from gguflora.pipeline.steps import META, Step
+from gguflora.pipeline.steps import META, Step, Train
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,14 @@ class PipelineJob:
     def action(self) -> str:
         """Name of the command."""
         return str(getattr(self.step, "action"))  # noqa: B009  (each kind of step has its own)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Paths of all that it writes, relative to the output folder: beside a trained LoRA lies its GGUF file."""
+        if not isinstance(self.step, Train) or self.step.method != "lora":
+            return (self.name,)
+        folder = self.name.removesuffix(".gguf")
+        return folder, f"{folder}.gguf"
 
     @property
     def checks(self) -> dict[str, Bounds]:

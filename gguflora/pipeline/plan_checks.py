@@ -26,11 +26,11 @@ def check_outputs(file: RecipeFile, jobs: Sequence[PipelineJob]) -> None:
     """
     by_name: dict[PurePosixPath, PipelineJob] = {}
     for job in jobs:
-        name = PurePosixPath(job.name)
-        for other in (name, *name.parents):
+        names = [PurePosixPath(name) for name in job.names]
+        for other in (path for name in names for path in (name, *name.parents)):
             if other in by_name:
                 raise file.error(("steps", job.index, job.step.target), _overlap(job, by_name[other]))
-        by_name[name] = job
+        by_name |= dict.fromkeys(names, job)
     for job in jobs:  # an output inside one that comes later
         for other in PurePosixPath(job.name).parents:
             if other in by_name:

@@ -189,10 +189,9 @@ class Records:
         """Return what is at the place of a local output; None if it is free."""
         if isinstance(job.out, str):
             return None
-        if job.out.is_dir() and not job.out.is_symlink():
-            return next(job.out.iterdir(), None)
-        parts = [job.out.with_name(name) for name in part_names(job.out.name)]
-        return next((path for path in parts if os.path.lexists(path)), None)
+        outs = [job.out.with_name(Path(name).name) for name in job.names]
+        paths = [out.with_name(name) for out in outs for name in part_names(out.name)]
+        return next((there for path in paths if (there := _found_in(path)) is not None), None)
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         write_json(inside(self._folder, _record_name(name)), content)
@@ -235,6 +234,13 @@ class Records:
             return [[path.name, path.stat().st_size, self._keys.hash_of(path)] for path in paths] or None
         except FileNotFoundError:
             return None
+
+
+def _found_in(path: Path) -> Path | None:
+    """Return what is at a path; of a folder, one of its files, and None if it has none."""
+    if path.is_dir() and not path.is_symlink():
+        return next(path.iterdir(), None)
+    return path if os.path.lexists(path) else None
 
 
 def _read_all(folder: Location) -> Iterator[tuple[str, bytes]]:

@@ -235,3 +235,31 @@ def test_a_damaged_record_names_its_output(cloned):
     for record in (cloned / "out" / ".gguflora").glob("*.json"):
         record.write_bytes(record.read_bytes()[:20])
     assert statuses(gguflora.run_pipeline(file)) == ["done"]
+
+
+TRAIN = """
+output = "out"
+
+[[steps]]
+name = "tune"
+action = "train"
+base = "base.gguf"
+data = "data.jsonl"
+out = "tuned"
+"""
+
+
+def test_the_file_beside_a_trained_adapter_is_an_output_too(cloned):
+    (cloned / "data.jsonl").write_text('{"text": "one"}\n')
+    (cloned / "recipe.toml").write_text(TRAIN)
+    (cloned / "out").mkdir()
+    (cloned / "out" / "tuned.gguf").write_text("mine")
+    for form, status in ((TRAIN, "failed"), (TRAIN + 'method = "dora"\n', "planned")):  # which makes no such file
+        (cloned / "recipe.toml").write_text(form)
+        assert statuses(gguflora.run_pipeline(cloned / "recipe.toml", dry_run=True)) == [status]
+    convert = RECIPE.partition("[[steps]]")[2].format(out="tuned.gguf")
+    for steps in ([TRAIN, convert], [f'output = "out"\n[[steps]]{convert}', TRAIN.partition("[[steps]]")[2]]):
+        (cloned / "recipe.toml").write_text("[[steps]]".join(steps))
+        with pytest.raises(RecipeError, match="but so does step"):
+            gguflora.run_pipeline(cloned / "recipe.toml")
+    assert (cloned / "out" / "tuned.gguf").read_text() == "mine"
