@@ -51,6 +51,7 @@ class LogitsModel:
         self.path = path
         self._threads = threads
         self._repack = repack
+        self._hooks: list[GraphHook | None] = []
         with ExitStack() as resources:
             resources.enter_context(_without_log())
             self._load_model(resources)
@@ -92,7 +93,7 @@ class LogitsModel:
         Args:
             n_ctx: number of tokens that it can hold.
             loras: the adapters.
-            hook: a hook into its graph, which must live longer than the model.
+            hook: a hook into its graph; the model keeps it, because llama.cpp may call it as long as the context lives.
 
         Raises:
             HotSwapError: if llama.cpp cannot create it, for example because memory is short.
@@ -111,6 +112,7 @@ class LogitsModel:
             pointer = llama_cpp.llama_init_from_model(self.pointer, parameters)
         if not pointer:
             raise HotSwapError(f"{self.path}: llama.cpp could not create a context of {n_ctx} tokens: {_log_text(log)}")
+        self._hooks.append(hook)
         self._resources.callback(llama_cpp.llama_free, pointer)
         set_loras(pointer, applied)
         return LogitsContext(self, pointer)
