@@ -59,7 +59,7 @@ def write_moments(target: Path, moments: AllMoments, *, force: bool) -> None:
         writer = gguf.GGUFWriter(path_of(output), "")
         writer.add_string("general.type", _KIND)
         for name, found in sorted(moments.items()):
-            owner = first.setdefault(id(found.v), name)
+            owner = first.setdefault(id(found), name)
             if owner != name:
                 same += [name, owner]
                 continue
