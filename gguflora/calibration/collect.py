@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from gguflora.architectures.base_model import read_whole_base
 from gguflora.errors import FormatError, HotSwapError, MissingExtraError, UnsupportedAdapterError
 from gguflora.merging.moments import RANK, Moments
 from gguflora.quants.arrays import Float32Array, Float64Array
+
+if TYPE_CHECKING:
+    from gguflora.runtime.input_watch import Inputs
 
 TOKENS: Final = 4096
 _WINDOW: Final = 512
@@ -58,8 +61,9 @@ def collect_moments(
         windows = [*own, *_spread(windows_of(model, None, window), count - len(own))]
         inputs = observe(model, windows, weights, loras=loras, omega=_omega)
     made: dict[int, Moments] = {}
-    for found in inputs.values():
+    for name, found in inputs.items():
         if id(found.squares) not in made:
+            _check_range(base, name, found)
             made[id(found.squares)] = _moments(found.counts, found.squares, found.sketch)
     if not made:
         raise FormatError(f"{base}: no changed weight was multiplied with anything; is it a text generator?")
@@ -96,6 +100,13 @@ def _omega(n_in: int) -> Float32Array:
     omega = np.zeros((n_in, SKETCH), np.float32)
     omega[:, : random.shape[1]] = np.linalg.qr(random)[0]
     return omega
+
+
+def _check_range(base: Path, name: str, found: Inputs) -> None:
+    """Raise ``HotSwapError`` if squares of inputs do not fit in float32, in which moments are kept."""
+    sketch, largest = found.sketch, np.finfo(np.float32).max
+    if found.squares.max(initial=0.0) > largest or (sketch is not None and not np.isfinite(sketch).all()):
+        raise HotSwapError(f"{base}: the inputs of {name!r} are too large to sum up their squares in float32")
 
 
 def _moments(counts: np.ndarray, squares: Float64Array, sketch: Float32Array | None) -> Moments:

@@ -217,9 +217,10 @@ def _print_merge(report: MergeReport, *, in_place: bool) -> None:
         console.print(
             f"calibrated: {report.total.retention_h:.1%} of the change's effect on the outputs kept", markup=False
         )
-    if report.uncalibrated:
-        names = listed(report.uncalibrated, 3)
-        console.print(f"{len(report.uncalibrated)} tensors rounded stochastically: {names}", markup=False)
+    reasons = report.uncalibrated_reasons
+    for reason in dict.fromkeys(reasons.values()):
+        names = [name for name in reasons if reasons[name] == reason]
+        console.print(f"not calibrated, {reason}: {len(names)} tensors, {listed(names, 3)}", markup=False)
     if report.total.retention is not None:
         console.print(
             f"{report.rounding} rounding: {report.total.retention:.1%} of the change kept, "

@@ -28,6 +28,7 @@ from gguflora.merging.prepare import (
     AdapterPath,
     MergeOptions,
     prepared_merge,
+    with_moments,
     with_scales,
 )
 from gguflora.merging.presets import TensorTypes
@@ -140,13 +141,16 @@ def merge(
     )
     if in_place and quantize is not None:
         raise UsageError("a merge in place keeps the types of all tensors; use --out with --quantize")
-    with prepared_merge(base, adapters, options, threads=used_threads, dry_run=dry_run) as merging:
-        file, plan = merging.file, merging.plan
+    with prepared_merge(base, adapters, options) as prepared:
+        file, plan = prepared.file, prepared.plan
         outputs = _output_paths(file, out, patch)
         if in_place:
             plan = _plan_in_place(file, plan)
         else:
-            check_targets(outputs, merging.inputs, force=force or dry_run, size=0 if patch else plan.layout.size)
+            check_targets(outputs, prepared.inputs, force=force or dry_run, size=0 if patch else plan.layout.size)
+        merging = with_moments(
+            replace(prepared, plan=plan), adapters, options, outputs, threads=used_threads, dry_run=dry_run
+        )
         sums: dict[str, Sums] = {}
         written = 0
         if not dry_run:
@@ -171,7 +175,7 @@ def merge(
                     file.check_unchanged()
                 written = plan.layout.size
             sums = {changed.name: rewriter.sums(changed.name) for changed in plan.targets}
-        return replace(merging, plan=plan).report(
+        return merging.report(
             outputs[0],
             sums,
             written=written,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gguflora.errors import QuantizationError
+from gguflora.errors import OutputError, QuantizationError
 from gguflora.files.gguf import GgufFile
 from gguflora.files.output_checks import check_target
 from gguflora.merging.calibrated import can_calibrate
@@ -27,9 +27,19 @@ def find_moments(
     adapters: Sequence[tuple[str | os.PathLike[str], float]],
     targets: Sequence[ChangedTensor],
     options: MergeOptions,
+    *,
     threads: int,
+    taken: Sequence[Path],
 ) -> tuple[AllMoments, list[str]]:
     """Read or collect the moments of the changed tensors.
+
+    Args:
+        file: the base.
+        adapters: paths and scales.
+        targets: the changed tensors.
+        options: say where the moments come from.
+        threads: number of threads.
+        taken: files of the merge, which the moments must not replace.
 
     Raises:
         QuantizationError: if no changed tensor can be calibrated.
@@ -54,10 +64,12 @@ def find_moments(
             )
         return found, []
     saved = None if options.save_moments is None else Path(options.save_moments)
-    if saved is not None:
-        check_target(saved, file.paths, force=True, size=0)
     texts = options.calibration_text or ()
     texts = [texts] if isinstance(texts, str | os.PathLike) else list(texts)
+    if saved is not None:
+        if saved.absolute() in [path.absolute() for path in taken]:
+            raise OutputError(f"{saved}: is to get both the second moments and the merge; give save_moments a file")
+        check_target(saved, [*taken, *map(Path, texts)], force=True, size=0)
     collected, warnings = load_collector()(file.path, adapters, weights, texts, threads)
     if saved is not None:
         write_moments(saved, collected, force=True)

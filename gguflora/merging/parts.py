@@ -40,6 +40,7 @@ from gguflora.merging.prepare import (
     MergeOptions,
     PreparedMerge,
     prepared_merge,
+    with_moments,
 )
 from gguflora.merging.report import MergeReport
 from gguflora.merging.rewriter import Rewriter
@@ -107,10 +108,11 @@ def merge_part(
     started, target = time.perf_counter(), Path(out)
     used_threads = thread_count(threads)
     chosen = MergeOptions(**options)
-    with prepared_merge(base, adapters, chosen, threads=used_threads) as merging:
-        share = shares(merging.plan.targets, count)[number - 1]
+    with prepared_merge(base, adapters, chosen) as prepared:
+        share = shares(prepared.plan.targets, count)[number - 1]
         layout = _part_layout(share)
-        check_target(target, merging.inputs, force=force, size=layout.size)
+        check_target(target, prepared.inputs, force=force, size=layout.size)
+        merging = with_moments(prepared, adapters, chosen, [target], threads=used_threads)
         rewriter = Rewriter(
             merging.weights,
             layout,
@@ -175,11 +177,8 @@ def assemble(
     chosen = MergeOptions(**options)
     with ExitStack() as stack:
         opened = [open_part(os.fspath(path), stack) for path in parts]
-        merging = stack.enter_context(
-            prepared_merge(base, adapters, replace(chosen, base_f16=None), threads=used_threads)
-        )
+        merging = stack.enter_context(prepared_merge(base, adapters, replace(chosen, base_f16=None)))
         layout = merging.plan.layout
-        _check_parts(merging, opened, _hash_plan(merging, chosen))
         outputs = part_paths(Path(out), len(merging.file.paths))
         check_targets(
             outputs,
@@ -187,6 +186,8 @@ def assemble(
             force=force,
             size=layout.size,
         )
+        merging = with_moments(merging, adapters, chosen, outputs, threads=used_threads)
+        _check_parts(merging, opened, _hash_plan(merging, chosen))
         copier = Rewriter(
             merging.weights,
             layout,

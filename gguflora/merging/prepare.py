@@ -85,12 +85,13 @@ class PreparedMerge:
         return [*self.file.paths, *(source.path for source, _ in self.sources)]
 
     @property
-    def uncalibrated(self) -> tuple[str, ...]:
-        """The changed quantized tensors that a calibrated merge rounds stochastically."""
+    def uncalibrated(self) -> dict[str, str]:
+        """The changed quantized tensors that a calibrated merge rounds as any other merge, and why."""
         changed = [t for t in self.plan.targets if t.deltas and t.type.block_weights > 1]
         if not self.rounding.is_calibrated or not self.rounding.moments:
-            return ()
-        return tuple(target.name for target in changed if not self.rounding.may_calibrate(target))
+            return {}
+        reasons = {target.name: self.rounding.why_not_calibrated(target) for target in changed}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
 
     @property
     def merged(self) -> Merged:
@@ -112,7 +113,8 @@ class PreparedMerge:
             seed=self.rounding.seed,
             size=self.plan.layout.size,
             warnings=(*self.plan.warnings, *warnings_of(tensors, total, self.rounding.mode)),
-            uncalibrated=self.uncalibrated,
+            uncalibrated=tuple(self.uncalibrated),
+            uncalibrated_reasons=self.uncalibrated,
             tokenizer=self.plan.tokenizer,
             preset=self.preset,
             **more,
@@ -124,11 +126,8 @@ def prepared_merge(
     base: str | os.PathLike[str],
     adapters: AdapterArgument,
     options: MergeOptions,
-    *,
-    threads: int = 1,
-    dry_run: bool = False,
 ) -> Iterator[PreparedMerge]:
-    """Open, check and plan a merge, and get the moments of a calibrated one; a dry run does not collect them.
+    """Open, check and plan a merge. A calibrated one still needs `with_moments`.
 
     Raises:
         GgufloraError: if something cannot be read or does not fit together.
@@ -158,9 +157,6 @@ def prepared_merge(
         if options.base_f16 is not None:
             unquantized = opened.enter_context(UnquantizedBase.open(options.base_f16, describe(file, mmproj=True)))
             unquantized.check(file, (changed.source.name for changed in plan.targets if changed.deltas))
-        if rounding.is_calibrated and (options.moments is not None or not dry_run):
-            moments, notes = find_moments(file, with_scales(adapters), plan.targets, options, threads)
-            rounding, plan = replace(rounding, moments=moments), replace(plan, warnings=(*plan.warnings, *notes))
         yield PreparedMerge(
             file,
             sources,
@@ -170,6 +166,32 @@ def prepared_merge(
             whole.preset.name if whole else None,
             unquantized is None,
         )
+
+
+def with_moments(
+    merging: PreparedMerge,
+    adapters: AdapterArgument,
+    options: MergeOptions,
+    outputs: Sequence[Path],
+    *,
+    threads: int,
+    dry_run: bool = False,
+) -> PreparedMerge:
+    """Read or collect the second moments of a calibrated merge; a dry run does not collect them.
+
+    Call it once everything else is checked: the base runs for minutes.
+
+    Raises:
+        GgufloraError: if they cannot be read, collected or saved.
+    """
+    if not merging.rounding.is_calibrated or (dry_run and options.moments is None):
+        return merging
+    taken = [*merging.inputs, *outputs]
+    found, notes = find_moments(
+        merging.file, with_scales(adapters), merging.plan.targets, options, threads=threads, taken=taken
+    )
+    plan = replace(merging.plan, warnings=(*merging.plan.warnings, *notes))
+    return replace(merging, rounding=replace(merging.rounding, moments=found), plan=plan)
 
 
 def with_scales(adapters: AdapterArgument) -> list[tuple[AdapterPath, float]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -121,8 +121,9 @@ class MergeReport:
         tokenizer: what the adapters' tokenizers and chat templates change in the metadata, one text for each
             difference.
         preset: the preset that the whole file was quantized in, or None.
-        uncalibrated: the quantized tensors that a calibrated merge rounded stochastically, because their type is not
-            searched or the text did not use them.
+        uncalibrated: the changed quantized tensors that a calibrated merge rounded, at least in part, as any other
+            merge would: their type is not searched or changes, or the text did not use them.
+        uncalibrated_reasons: the reason for each of them.
     """
 
     output: Path
@@ -140,6 +141,7 @@ class MergeReport:
     tokenizer: tuple[str, ...] = ()
     preset: str | None = None
     uncalibrated: tuple[str, ...] = ()
+    uncalibrated_reasons: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def types(self) -> dict[str, int]:

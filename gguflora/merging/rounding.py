@@ -79,18 +79,30 @@ class RoundingOptions:
         Raises:
             MismatchError: if the moments are for a tensor of another size.
         """
-        if not self.may_calibrate(target):
+        if self._obstacle(target) is not None:
             return None
         n_matrices = math.prod(target.source.shape[:-2])
         check_moments(self.moments, target.name, n_matrices, target.source.n_in)
         found, matrix = self.moments[target.name], min(first_row // target.shape[-2], n_matrices - 1)
         return (found.v[matrix], found.d[matrix]) if found.counts[matrix] else None
 
-    def may_calibrate(self, target: ChangedTensor) -> bool:
-        """Whether codes of a tensor are searched, as far as its type and its name tell."""
-        same_type = target.type == target.source.type
-        known = target.name in self.moments and bool(self.moments[target.name].counts.any())
-        return known and same_type and len(target.shape) > 1 and can_calibrate(target.type)
+    def why_not_calibrated(self, target: ChangedTensor) -> str | None:
+        """Return why codes of a tensor, or of some of its experts, are not searched; None if all are."""
+        reason = self._obstacle(target)
+        if reason is not None:
+            return reason
+        counts = self.moments[target.name].counts
+        unseen = int((counts == 0).sum())
+        return f"{unseen} of its {len(counts)} matrices saw no token of the text" if unseen else None
+
+    def _obstacle(self, target: ChangedTensor) -> str | None:
+        if target.type != target.source.type:
+            return f"its type changes from {target.source.type.name} to {target.type.name}"
+        if len(target.shape) < 2 or not can_calibrate(target.type):
+            return f"{target.type.name} is not searched"
+        if target.name not in self.moments or not self.moments[target.name].counts.any():
+            return "the text did not use it"
+        return None
 
     def key(self, name: str) -> int:
         """Return the 64-bit key of a tensor's random numbers."""

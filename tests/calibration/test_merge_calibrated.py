@@ -1,5 +1,7 @@
 """Calibrated merges: moments against torch, the search against its objective in numpy, and ways in and out."""
 
+from dataclasses import replace
+
 import gguf
 import numpy as np
 import pytest
@@ -8,12 +10,20 @@ import transformers
 
 import gguflora
 from gguflora.calibration.collect import _nystroem, _omega
-from gguflora.errors import FormatError, GgufloraError, MismatchError, QuantizationError, UsageError
-from gguflora.merging.calibrated import round_calibrated
-from gguflora.merging.moments import RANK, read_moments
+from gguflora.errors import (
+    FormatError,
+    GgufloraError,
+    HotSwapError,
+    MismatchError,
+    OutputError,
+    QuantizationError,
+    UsageError,
+)
+from gguflora.merging.calibrated import can_calibrate, round_calibrated
+from gguflora.merging.moments import RANK, read_moments, write_moments
 from gguflora.quants import kernels
 from gguflora.quants._lib import isa_names
-from gguflora.quants.types import type_named
+from gguflora.quants.types import TYPES, type_named
 from support import builders, zoo
 from support.cli import run
 
@@ -32,8 +42,12 @@ SEARCHED = (
     "IQ4_XS",
     "MXFP4",
     "NVFP4",
+    "Q1_0",
+    "Q2_0",
+    "TQ1_0",
     "TQ2_0",
 )
+NOT_SEARCHED = {"Q6_K", "Q8_0", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"}
 TEXT = "the cat and the other animals are in the garden under another tree, thinner than ever. " * 12
 
 
@@ -63,6 +77,11 @@ def stochastic(rows, kind, delta):
     return new
 
 
+def test_which_types_are_searched():
+    stochastic = {kind.name for kind in TYPES.values() if kind.supports_stochastic}
+    assert {kind.name for kind in TYPES.values() if can_calibrate(kind)} == set(SEARCHED) == stochastic - NOT_SEARCHED
+
+
 @pytest.mark.parametrize("name", SEARCHED)
 def test_less_output_error_than_stochastic_rounding_and_the_change_is_kept(name):
     kind = type_named(name)
@@ -87,7 +106,7 @@ def test_less_output_error_than_stochastic_rounding_and_the_change_is_kept(name)
 @pytest.mark.parametrize("name", SEARCHED)
 def test_same_bytes_on_every_instruction_set(name):
     kind = type_named(name)
-    rows, delta, v, d = problem(kind, n_in={256: 768, 64: 192}.get(kind.block_weights, 96))
+    rows, delta, v, d = problem(kind, n_in=3 * kind.block_weights)
     wide = np.zeros((kernels.DIRECTIONS, v.shape[1]), np.float32)
     wide[:RANK] = v
     target = np.float32(values(rows, kind) + delta.b @ delta.a)
@@ -248,6 +267,86 @@ def test_types_that_are_not_searched_are_named(tmp_path):
     report = gguflora.merge(base, builders.adapter("llama", ADAPTER, "wide"), tmp_path / "out.gguf", calibrate=True)
     kinds = {tensor.name: tensor.type for tensor in report.tensors}
     assert set(report.uncalibrated) == {name for name, kind in kinds.items() if kind == "Q6_K"}
+    assert report.uncalibrated_reasons == dict.fromkeys(report.uncalibrated, "Q6_K is not searched")
+
+
+def test_every_tensor_that_is_not_calibrated_has_a_reason(files, tmp_path):
+    """Moments with gaps, and a tensor whose type changes."""
+    base, adapter, _, moments, *_ = files
+    found = read_moments(moments)
+    lacking = {name: each for name, each in found.items() if name != "blk.0.ffn_up.weight"}
+    none = np.zeros_like(found["blk.1.ffn_up.weight"].counts)
+    lacking["blk.1.ffn_up.weight"] = replace(found["blk.1.ffn_up.weight"], counts=none)
+    write_moments(tmp_path / "gaps.gguf", lacking, force=False)
+    types = {"blk.1.attn_q.weight": "q8_0"}
+    options = {"moments": tmp_path / "gaps.gguf", "threads": 1}
+    report = gguflora.merge(base, adapter, tmp_path / "out.gguf", type=types, **options)
+    expected = {
+        "blk.0.ffn_up.weight": "the text did not use it",
+        "blk.1.ffn_up.weight": "the text did not use it",
+        "blk.1.attn_q.weight": "its type changes from Q4_0 to Q8_0",
+    }
+    assert report.uncalibrated_reasons == report.to_dict()["uncalibrated_reasons"] == expected
+    assert {tensor.name for tensor in report.tensors if tensor.retention_h is None} == set(expected)
+    done = run("merge", base, "--lora", adapter, "--moments", tmp_path / "gaps.gguf", "-o", tmp_path / "cli.gguf")
+    assert "not calibrated, the text did not use it: 2 tensors, blk.0.ffn_up.weight, blk.1.ffn_up" in done.stdout
+
+
+@pytest.fixture
+def no_collection(monkeypatch):
+    def collect(*_, **__):
+        pytest.fail("the base ran before everything else was checked")
+
+    monkeypatch.setattr("gguflora.calibration.collect.collect_moments", collect)
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_outputs_are_checked_before_the_base_runs(files, tmp_path):
+    base, adapter, *_ = files
+    taken = tmp_path / "taken.gguf"
+    taken.write_bytes(b"kept")
+    for way in ({"out": taken}, {"patch": taken}):
+        with pytest.raises(OutputError, match="exists"):
+            gguflora.merge(base, adapter, calibrate=True, **way)
+    with pytest.raises(OutputError, match="exists"):
+        gguflora.merge_part(base, adapter, taken, number=1, count=2, calibrate=True)
+    assert taken.read_bytes() == b"kept"
+    with pytest.raises(OutputError, match="both the second moments and the merge"):
+        gguflora.merge(base, adapter, tmp_path / "o.gguf", calibrate=True, save_moments=tmp_path / "o.gguf")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    with pytest.raises(OutputError, match=r"text\.txt"):
+        gguflora.merge(base, adapter, tmp_path / "o.gguf", calibrate=True, calibration_text=text, save_moments=text)
+    assert text.read_text() == TEXT
+
+
+def test_an_interrupted_collection_leaves_nothing(files, tmp_path, monkeypatch):
+    base, adapter, *_ = files
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gguflora.calibration.collect._moments", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        gguflora.merge(base, adapter, tmp_path / "o.gguf", calibrate=True, save_moments=tmp_path / "m.gguf")
+    monkeypatch.setattr("gguf.GGUFWriter.write_tensors_to_file", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        gguflora.imatrix(base, tmp_path / "i.gguf", chunks=1, threads=1)
+    with pytest.raises(KeyboardInterrupt):
+        write_moments(tmp_path / "m.gguf", read_moments(files[3]), force=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_inputs_too_large_for_float32(files, tmp_path, monkeypatch):
+    base, adapter, *_ = files
+    broken = tmp_path / "broken.gguf"
+    content = bytearray(base.read_bytes())
+    norm = next(t for t in gguf.GGUFReader(base).tensors if t.name == "blk.0.ffn_norm.weight")
+    content[norm.data_offset : norm.data_offset + 4] = np.float32(1e22).tobytes()
+    broken.write_bytes(content)
+    with pytest.raises(HotSwapError, match=r"blk\.0\.ffn_\w+\.weight.*(too large|NaN or infinite)"):
+        gguflora.merge(broken, adapter, tmp_path / "o.gguf", calibrate=True, threads=1)
+    assert list(tmp_path.iterdir()) == [broken]
 
 
 def test_experts_have_moments_of_their_own(tmp_path):
