@@ -29,7 +29,7 @@ from rich.text import Text
 from gguflora._version import __version__
 from gguflora.cli.stdout import problem_of_stdout, protect_streams
 from gguflora.errors import GgufloraError
-from gguflora.files.strict_json import strict
+from gguflora.files import strict_json
 from gguflora.system.memory import read_bytes
 from gguflora.system.terminal import LogFormatter, printable
 
@@ -146,7 +146,7 @@ def print_warnings(warnings: tuple[str, ...]) -> None:
 
 def to_json(report: Report, *, indent: int | None = 2) -> str:
     """Return a report as JSON. Numbers that are not finite become null, with a text beside them."""
-    return json.dumps(strict(report.to_dict()), indent=indent, allow_nan=False)
+    return strict_json.to_json(report.to_dict(), indent=indent)
 
 
 def span(ranks: tuple[int, int]) -> str:

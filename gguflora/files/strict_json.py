@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any, Final
 
@@ -16,6 +17,11 @@ def strict(value: Any) -> Any:  # noqa: ANN401  (any JSON value)
         texts = {f"{key}{_SUFFIX}": str(item) for key, item in value.items() if _is_not_finite(item)}
         return {key: strict(item) for key, item in value.items()} | texts
     return [strict(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:  # noqa: ANN401  (any JSON value)
+    """Return a JSON value as text, after `strict`."""
+    return json.dumps(strict(value), indent=indent, allow_nan=False)
 
 
 def restored(value: Any) -> Any:  # noqa: ANN401  (any JSON value)

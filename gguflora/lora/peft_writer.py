@@ -15,7 +15,7 @@ from gguflora._version import __version__
 from gguflora.adapters.deltas import LowRank, fold
 from gguflora.adapters.peft.config import FILE_NAME
 from gguflora.adapters.peft.keys import PREFIX
-from gguflora.errors import UnsupportedAdapterError
+from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.safetensors import Array, as_float32
 from gguflora.lora.factored import FactoredAdapter, Pairs, is_embedding
 from gguflora.lora.gguf_writer import exact_type
@@ -172,13 +172,26 @@ def write_peft_directory(folder: Path, tensors: Mapping[str, Array], config: Map
     """Write both files into an existing directory.
 
     Raises:
+        AdapterError: if a field of the configuration, taken over from the adapter that was read, is no finite number.
         OSError: if they cannot be written.
     """
     from safetensors.numpy import save  # noqa: PLC0415  (only where adapters are written)
 
+    text = _config_text(config)
     content = save(dict(tensors), {"format": "pt", "gguflora": __version__})
     (folder / WEIGHTS).write_bytes(_with_ordered_metadata(content))
-    (folder / FILE_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / FILE_NAME).write_text(text, encoding="utf-8")
+
+
+def _config_text(config: Mapping[str, Any]) -> str:
+    for name, value in config.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError as error:
+            raise AdapterError(
+                f"{FILE_NAME}: {name} is {value!r:.80}, which JSON cannot hold; expected finite numbers"
+            ) from error
+    return json.dumps(config, indent=2) + "\n"
 
 
 def _with_ordered_metadata(content: bytes) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from gguflora.errors import OutputError, RemoteError
 from gguflora.files import remote
 from gguflora.files.output_rule import check_regular
 from gguflora.files.shard_names import part_names
-from gguflora.files.strict_json import strict
+from gguflora.files.strict_json import to_json
 from gguflora.pipeline.changes import describe_changes
 from gguflora.pipeline.job import PipelineJob
 from gguflora.pipeline.keys import HASHES, Keys, files_of
@@ -195,7 +194,7 @@ class Records:
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         write_json(inside(self._folder, _record_name(name)), content)
-        self._packed[_record_name(name)] = zlib.compress(json.dumps(strict(content)).encode(), 1)
+        self._packed[_record_name(name)] = zlib.compress(to_json(content).encode(), 1)
 
     def forget(self, name: str) -> None:
         """Remove the record of an output."""

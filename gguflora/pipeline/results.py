@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from gguflora.files.strict_json import strict
+from gguflora.files.strict_json import to_json
 
 Status = Literal["done", "kept", "planned", "failed", "left"]
 
@@ -61,7 +61,7 @@ def compress(report: Mapping[str, Any] | None) -> bytes | None:
     try:
         text = json.dumps(report, allow_nan=False)
     except ValueError:  # a number is not finite
-        text = json.dumps(strict(report), allow_nan=False)
+        text = to_json(report)
     return zlib.compress(text.encode(), level=1)
 
 

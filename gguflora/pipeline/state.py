@@ -13,7 +13,7 @@ from typing import Any, Final
 from gguflora.errors import OutputError
 from gguflora.files import remote
 from gguflora.files.atomic import atomic_output
-from gguflora.files.strict_json import strict
+from gguflora.files.strict_json import to_json
 from gguflora.pipeline.locations import STATE, Location
 
 DRAFTS: Final = "drafts"
@@ -93,7 +93,7 @@ def write_json(location: Location, content: Mapping[str, Any]) -> None:
     Raises:
         OutputError: if it cannot be written.
     """
-    text = json.dumps(strict(content), indent=2, allow_nan=False).encode()
+    text = to_json(content, indent=2).encode()
     if isinstance(location, str):
         remote.write_bytes(location, text)
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from gguflora.architectures.base_model import BaseModel
 from gguflora.files.atomic import atomic_folder, atomic_output, path_of
 from gguflora.files.output_checks import ADAPTER_WEIGHTS, check_folder_target, check_target
 from gguflora.files.safetensors import Array
+from gguflora.files.strict_json import to_json
 from gguflora.lora.factors import factor_adapter
 from gguflora.lora.gguf_writer import LoraHeader, common_alpha, encode_factors, write_lora
 from gguflora.lora.peft_writer import write_peft_directory
@@ -164,7 +164,7 @@ def write_folder(
 ) -> None:
     """Write the PEFT directory into an existing folder, with ``training.json`` beside its two files."""
     write_peft_directory(folder, trained.tensors(values), trained.config())
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / RECORD).write_text(to_json(record, indent=2) + "\n", encoding="utf-8")
 
 
 def write_gguf(path: Path, folder: Path, name: str, base: BaseModel, record: Mapping[str, Any]) -> None:
@@ -187,7 +187,7 @@ def write_gguf(path: Path, folder: Path, name: str, base: BaseModel, record: Map
 
 
 def _text(value: Any) -> str:  # noqa: ANN401  (JSON)
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else to_json(value)
 
 
 def publish(

@@ -1,6 +1,7 @@
 """`gguflora.resize` and ``inspect --ranks`` against numpy's SVD of PEFT's deltas."""
 
 import json
+import shutil
 
 import numpy as np
 import peft
@@ -204,3 +205,15 @@ def test_ranks_of_a_gguf_lora_and_the_picture(tmp_path):
     assert "attn_q " in run("inspect", tmp_path / "lora.gguf", "--ranks").stdout
     missing = run("inspect", tmp_path / "lora.gguf", "--plot", tmp_path / "nowhere/spectra.png")
     assert (missing.returncode, "cannot be written" in missing.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", '{"a": [Infinity]}'])
+def test_no_configuration_is_written_that_is_not_json(value, tmp_path):
+    """Python reads such numbers and would write them again; other readers of JSON refuse them."""
+    shutil.copytree(builders.adapter("llama", Adapter()), tmp_path / "adapter")
+    config = tmp_path / "adapter/adapter_config.json"
+    fields = json.loads(config.read_text()) | {"base_model_name_or_path": json.loads(value)}
+    config.write_text(json.dumps(fields))
+    with pytest.raises(AdapterError, match=r"base_model_name_or_path is .*expected finite numbers"):
+        gguflora.resize(tmp_path / "adapter", tmp_path / "out", rank=1)
+    assert not (tmp_path / "out").exists()

@@ -14,10 +14,12 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 import gguflora
 from gguflora.errors import OutputError, TrainingDataError, TrainingError, UsageError
 from gguflora.training import loop
+from gguflora.training.outputs import write_folder
 from support import builders
 from support.oracles.gguf_files import read_metadata
 from support.oracles.llama_cpp import llama_logits
@@ -106,6 +108,25 @@ def test_the_metadata_says_how_it_was_made(trained, base, data):
     assert found["gguflora.training.data_sha256"] == record["data_sha256"] == sha256_of(data)
     assert float(found["gguflora.training.valid_loss"]) == record["valid_loss"] == report.valid_loss
     assert json.loads(found["gguflora.training.settings"])["rank"] == 4
+
+
+def test_a_record_with_a_loss_that_overflowed_is_strict_json(trained, tmp_path):
+    """The factors may be finite when the loss is not."""
+    out = trained[0]
+    tensors = load_file(out / "adapter_model.safetensors")
+
+    class Trained:
+        def tensors(self, values):
+            return values
+
+        def config(self):
+            return json.loads((out / "adapter_config.json").read_text())
+
+    write_folder(tmp_path, Trained(), tensors, {"valid_loss": math.inf, "settings": {"lr": math.nan}})
+    record = json.loads((tmp_path / "training.json").read_text(), parse_constant=pytest.fail)
+    assert record["valid_loss"] is None
+    assert record["valid_loss_text"] == "inf"
+    assert record["settings"] == {"lr": None, "lr_text": "nan"}
 
 
 def test_the_held_out_loss_is_that_of_torch(trained, base, data):
