@@ -117,8 +117,9 @@ class Records:
     def files_made(self, name: str) -> list[str]:
         """Return the names of the files that a job made, by its output's path relative to the output folder."""
         record = self.read(name) or {}
-        names = [str(entry[0]) for entry in record.get("stamp") or []]
-        made = record.get("files")
+        stamp, made = record.get("stamp"), record.get("files")
+        entries = stamp if isinstance(stamp, list) else []  # a damaged record may hold anything
+        names = [str(entry[0]) for entry in entries if isinstance(entry, list) and entry]
         return [name for name in names if name in made] if isinstance(made, list) else names
 
     def remember(
@@ -173,7 +174,7 @@ class Records:
             OutputError: if a device, a FIFO or a socket is there; a link, unless the pipeline's output was there; or,
                 without ``force``, a local file that no record names.
         """
-        is_recorded = _record_name(job.name) in self._packed  # also if the record is damaged
+        is_recorded = self.read(job.name) is not None
         if isinstance(job.out, Path) and not (job.out.is_symlink() and is_recorded):
             check_regular(job.out)
         claim = self._claim_of(job)

@@ -229,14 +229,6 @@ def test_force_claims_nothing_before_it_replaces_it(cloned, monkeypatch):
     assert (cloned / "out" / "lora.gguf").read_text() == "mine"
 
 
-def test_a_damaged_record_names_its_output(cloned):
-    file = recipe(cloned)
-    gguflora.run_pipeline(file)
-    for record in (cloned / "out" / ".gguflora").glob("*.json"):
-        record.write_bytes(record.read_bytes()[:20])
-    assert statuses(gguflora.run_pipeline(file)) == ["done"]
-
-
 TRAIN = """
 output = "out"
 
