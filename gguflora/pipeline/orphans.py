@@ -16,7 +16,7 @@ from gguflora.pipeline.state import inside
 
 def find_orphans(plan: RecipePlan, records: Records) -> list[str]:
     """Return the names of outputs that this recipe made, that are unchanged since, and that no job makes any more."""
-    names = [job.name for job in plan.jobs]
+    names = [name for job in plan.jobs for name in job.names]
     others = records.others([*names, *map(aside_name, names)])
     found = []
     for name, record in others.items():

@@ -17,7 +17,6 @@ def preview(
     records: Records,
     *,
     stop: bool,
-    keep_going: bool,
     force: bool = False,
 ) -> list[StepResult] | None:
     """Return what would become of each job: ``kept``, ``planned`` (and why) or ``failed``.
@@ -27,7 +26,6 @@ def preview(
         jobs: the jobs to look at.
         records: what was made before.
         stop: return None as soon as a job is not kept.
-        keep_going: whether jobs that do not need a failed one would go on.
         force: whether files that no record names may be replaced.
     """
     results: list[StepResult] = []

@@ -100,15 +100,11 @@ def run_pipeline(
     records = Records(plan.folder, name, keys)
     orphans = find_orphans(plan, records)
     is_interrupted, pruned = False, []
-    results = (
-        preview(plan, chosen, records, stop=not dry_run, keep_going=keep_going, force=force)
-        if dry_run or resume
-        else None
-    )
+    results = preview(plan, chosen, records, stop=not dry_run, force=force) if dry_run or resume else None
     if results is None or (prune and orphans and not dry_run):
         with locked(plan.folder):
             records = Records(plan.folder, name, keys)
-            backend = _open_backend(plan.folder, scheduler, jobs, memory, graph)
+            backend = _open_backend(plan.folder, scheduler, jobs, memory)
             runner = Runner(plan, graph, keys, records, backend, watch, force=force)
             results = runner.run(keep_going=keep_going, resume=resume)
             is_interrupted = runner.is_interrupted
@@ -181,7 +177,6 @@ def _open_backend(
     scheduler: str | Client | Cluster | None,
     jobs: int | None,
     memory: int | None,
-    graph: Mapping[Location, object],
 ) -> JobBackend:
     if scheduler is None:
         return Workers(jobs or 1, memory)
