@@ -5,60 +5,43 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 
-from gguflora.adapters.soft_prompt import is_soft_prompt, read_soft_prompt
 from gguflora.architectures.base_model import read_whole_base
 from gguflora.engine.adapter_folder import AdapterFolder
+from gguflora.engine.adapter_loader import AdapterFiles, AdapterLoader, Order
 from gguflora.engine.adapter_sets import AdapterSet, canonical_set, parse_set
 from gguflora.engine.chat_template import choose_template
-from gguflora.engine.context import KV_TYPES, Context, ContextOptions
+from gguflora.engine.context import Context
 from gguflora.engine.embedding import RANKING_HEAD, Embedder
 from gguflora.engine.job import GenerationJob
+from gguflora.engine.many import submit_all
 from gguflora.engine.model import Model
-from gguflora.engine.registry import (
-    AdapterRegistry,
-    Embeddings,
-    LoadedAdapter,
-    RegisteredAdapter,
-    ResolvedSet,
-)
+from gguflora.engine.options import check_kv_bytes, context_options, expect
+from gguflora.engine.registry import AdapterRegistry, Embeddings, LoadedAdapter, ResolvedSet
 from gguflora.engine.requests import Generation, GenerationSink, Request, Sampling, check_tokens
 from gguflora.engine.scheduler import Scheduler
 from gguflora.engine.stats import EngineStats, collect_stats
-from gguflora.errors import (
-    AdapterNameError,
-    EngineClosedError,
-    EngineError,
-    HotSwapError,
-    PromptTooLongError,
-    QueueFullError,
-    RequestError,
-)
+from gguflora.engine.texts import ModelTexts, check_length
+from gguflora.errors import AdapterNameError, RequestError
 from gguflora.files.remote import remote_inputs
-from gguflora.placement.prefix import Prefix, fit_prefix
 from gguflora.quants.arrays import Float32Array
-from gguflora.runtime.adapter_files import AdapterReading, AdapterSource
-from gguflora.runtime.bindings import Pointer, free_lora, invocation_of, load_lora, put_prefix
+from gguflora.runtime.adapter_files import AdapterReading
 from gguflora.runtime.concatenated_adapters import ConcatenatedAdapters
 from gguflora.runtime.mixed_adapters import MixedAdapters
-from gguflora.system.cpus import usable_cpus
 
 _LOG: Final = logging.getLogger(__name__)
-_LONG_TEXT: Final = 1 << 16
-"""Characters of a text whose tokens are worth a guess before it is split."""
 AdapterPath: TypeAlias = str | os.PathLike[str]
 
 
-class Engine:
+class Engine(ModelTexts):
     """Answers requests on one GGUF model, each with its own set of adapters. Thread-safe.
 
     All requests share the weights and one context. Requests of different adapter sets are decoded in one batch, in
@@ -124,31 +107,24 @@ class Engine:
         verbose: bool = False,
         gpu_layers: int | None = None,
     ) -> None:
-        options = _options(n_ctx, n_parallel, n_batch, threads, kv_type)
-        _expect("max_contexts", max_contexts, 1, 1024)
-        _expect("queue_size", queue_size, 0, 1 << 20)
-        self.n_ctx = n_ctx
+        options = context_options(n_ctx, n_parallel, n_batch, threads, kv_type)
+        expect("max_contexts", max_contexts, 1, 1024)
+        expect("queue_size", queue_size, 0, 1 << 20)
         self._description = read_whole_base(Path(base))
-        self._reading = AdapterReading(text_only, trust_names)
-        self._readings: dict[Path, AdapterReading] = {}
+        files = AdapterFiles(self._description, AdapterReading(text_only, trust_names))
         path = self._description.path  # for a split model, its first file, even if another was given
         self.model_name = path.stem
-        self._lock = threading.Lock()
-        self._unused = threading.Condition(self._lock)
-        self._users = 0  # threads that are in `_open`
-        self._closed = False
         self._registry = AdapterRegistry()
         self._folder: AdapterFolder | None = None
         if adapter_dir is not None:
             self._folder = AdapterFolder(Path(adapter_dir), adapter_memory, self, self._registry.users)
-        self._model = Model(path, verbose=verbose, gpu_layers=gpu_layers)
-        self.n_vocab = self._model.n_vocab
+        super().__init__(Model(path, verbose=verbose, gpu_layers=gpu_layers), n_ctx)
         try:
             architecture = self._description.architecture
-            self._concatenated = ConcatenatedAdapters(self._model.pointer, architecture, self._lora_file)
+            concatenated = ConcatenatedAdapters(self._model.pointer, architecture, files.lora_file)
             self._mixed = MixedAdapters(self._model.pointer, architecture, can_rewind=self._model.rewinds)
-            context = Context(self._model, options, self._concatenated, self._mixed)
-            _check_kv_bytes(context, max_kv_bytes)
+            context = Context(self._model, options, concatenated, self._mixed)
+            check_kv_bytes(context, max_kv_bytes)
         except BaseException:
             self._model.free()
             raise
@@ -156,12 +132,14 @@ class Engine:
         self._embedder = Embedder(
             self._model,
             options,
-            self._concatenated,
+            concatenated,
             is_encoder=context.is_encoder,
             has_head=RANKING_HEAD in self._description.shapes,
         )
-        self._has_first = False  # whether the adapters to load at the start are loaded
-        self._scheduler = Scheduler(context, self._mixed, queue_size, self._finished)
+        self._scheduler = Scheduler(context, self._mixed, queue_size, lambda job: self._loader.release(job.adapters))
+        self._loader = AdapterLoader(
+            self._model, options, files, self._registry, self._scheduler, self._mixed, concatenated, self._embedder
+        )
         atexit.register(self.close)  # Python would crash if it ended while a thread is still in llama.cpp
         try:
             self._load_first(adapters or {}, tasks or {}, chat_template, chat_template_file)
@@ -203,19 +181,16 @@ class Engine:
         location = Path(path)
         name = location.stem if name is None else name
         self._check_open()
-        self._readings[location] = self._reading.changed(text_only, trust_names)
+        reading = self._loader.files.reading.changed(text_only, trust_names)
         number, load_id = self._registry.reserve(name, replace)
         try:
-            if location.is_dir() and is_soft_prompt(location):
-                registered = self._load_soft_prompt(location, (number, name, load_id, scale), task)
-            else:
-                registered = self._load_lora(location, (number, name, load_id, scale), task)
+            registered = self._loader.load(Order(location, number, name, load_id, scale, task, reading))
             replaced = self._registry.add(registered)
         except BaseException:
             self._registry.give_up(name)
             raise
         if replaced is not None:
-            self._forget(replaced)
+            self._loader.forget(replaced)
         return registered.adapter
 
     def _load_first(
@@ -231,61 +206,13 @@ class Engine:
         for name, item in adapters.items():
             location, scale = item if isinstance(item, tuple) else (item, 1.0)
             self.load(location, name, scale=scale or 1.0, task=tasks.get(name))  # 0 is off, not what its name means
-        self._has_first = True
         paths = [adapter.path for adapter in self.adapters()]
         chosen = choose_template(template, template_file, paths, self._model.template)
         if chosen is not None:
             self._model.use_template(chosen)
-        self._scheduler.call(lambda: self._mixed.prepare(self._options.n_parallel))
+        self._loader.prepare()
         if self._mixed.reason is not None and adapters:
             _LOG.warning("requests of different adapters take turns: %s", self._mixed.reason)
-
-    def _load_lora(self, location: Path, entry: tuple[int, str, int, float], task: int | None) -> RegisteredAdapter:
-        """Load a LoRA into llama.cpp; ``entry`` is its id, name, load id and scale."""
-        if task is not None:
-            raise HotSwapError(f"{location}: is not a soft prompt, so it has no task {task}")
-        number, name, load_id, scale = entry
-        source = self._open_adapter(location)
-        pointer = self._scheduler.call(lambda: self._load_pointer(source.file))
-        adapter = LoadedAdapter(
-            number, name, location, source.sha256, source.size, source.method, load_id, scale, source.warnings
-        )
-        return RegisteredAdapter(adapter, pointer, invocation=invocation_of(pointer))
-
-    def _load_pointer(self, file: Path) -> Pointer:
-        """Load a LoRA, and prepare to mix it with those loaded already. In the scheduler's thread."""
-        pointer = load_lora(self._model.pointer, file)
-        if self._mixed.add(pointer, file) and self._has_first:
-            self._mixed.prepare(self._options.n_parallel)
-        return pointer
-
-    def _lora_file(self, location: Path) -> Path:
-        return self._open_adapter(location).file
-
-    def _open_adapter(self, location: Path) -> AdapterSource:
-        return self._readings.get(location, self._reading).open(location, self._description)
-
-    def _load_soft_prompt(
-        self, location: Path, entry: tuple[int, str, int, float], task: int | None
-    ) -> RegisteredAdapter:
-        """Read a soft prompt and check that it fits; ``entry`` is its id, name, load id and scale."""
-        number, name, load_id, scale = entry
-        prompt = read_soft_prompt(location, task)
-        prefix = fit_prefix(prompt, self._description)
-        self._check_length(prefix.n_tokens)
-        if prefix.embeddings is None:
-            self._scheduler.call(lambda: self._try_prefix(prefix))
-        size = prompt.path.stat().st_size
-        adapter = LoadedAdapter(number, name, location, prompt.sha256, size, prompt.method, load_id, scale)
-        return RegisteredAdapter(adapter, None, prefix)
-
-    def _try_prefix(self, prefix: Prefix) -> None:
-        """Raise unless the keys and values of a soft prompt can be written to a context's cache."""
-        context = Context(self._model, self._options, self._concatenated)
-        try:
-            put_prefix(context.pointer, prefix)
-        finally:
-            context.free()
 
     def unload(self, name: str) -> None:
         """Remove an adapter. Requests that use it finish with it; its memory is freed after the last of them.
@@ -294,11 +221,7 @@ class Engine:
             AdapterNameError: if no adapter of this name is loaded.
         """
         self._check_open()
-        self._forget(self._registry.remove(name))
-
-    def _forget(self, registered: RegisteredAdapter) -> None:
-        """Free an adapter that has been removed, unless requests still use it: the last of them will free it."""
-        self._scheduler.call(lambda: None if registered.users else self._free(registered))
+        self._loader.forget(self._registry.remove(name))
 
     def adapters(self) -> tuple[LoadedAdapter, ...]:
         """Return the loaded adapters, sorted by id."""
@@ -346,77 +269,10 @@ class Engine:
             scales |= dict.fromkeys(found if len(found) == len(missing) else self._folder.names(), 1.0)
         return canonical_set(pairs, scales)
 
-    def tokenize(self, text: str, *, add_bos: bool = True, special: bool = True, as_prompt: bool = False) -> list[int]:
-        """Split text into tokens.
-
-        Args:
-            text: the text.
-            add_bos: put the model's begin-of-text token in front, if the model uses one.
-            special: read the spelling of a control token as that token.
-            as_prompt: refuse a text that cannot fit into the context without splitting it, which is costly.
-
-        Raises:
-            PromptTooLongError: if ``as_prompt`` and the text has certainly too many tokens.
-        """
-        with self._open():
-            if as_prompt:
-                self._check_text(text)
-            return self._model.tokenize(text, add_bos=add_bos, special=special)
-
-    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> bytes:
-        """Return the bytes of ``tokens``; control tokens have none, unless ``special`` asks for their spelling.
-
-        Raises:
-            RequestError: if the vocabulary has no such token.
-        """
-        check_tokens(tokens, self.n_vocab)
-        with self._open():
-            return self._model.detokenize(tokens, special=special)
-
-    @property
-    def chat_template(self) -> str:
-        """The chat template, in Jinja."""
-        with self._open():
-            return self._model.template
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether the model brings a chat template; otherwise `chat_template` is one of plain text."""
-        with self._open():
-            return self._model.has_template
-
-    @property
-    def special_texts(self) -> dict[str, str]:
-        """The texts of the tokens that begin and end a text: ``bos_token`` and ``eos_token``."""
-        with self._open():
-            return self._model.special_texts
-
     @property
     def n_parallel(self) -> int:
         """Largest number of requests that are decoded together."""
         return self._options.n_parallel
-
-    def chat_text(self, messages: Sequence[Mapping[str, Any]], **template_kwargs: Any) -> str:  # noqa: ANN401
-        """Return the text that the chat template makes of a chat; `render_chat` returns its tokens.
-
-        Raises:
-            RequestError: if the template refuses the messages.
-        """
-        with self._open():
-            return self._model.chat_text(messages, **template_kwargs)
-
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], **template_kwargs: Any) -> list[int]:  # noqa: ANN401
-        """Turn a chat into tokens with the model's own template, up to where its answer begins.
-
-        Args:
-            messages: messages with a ``role`` and ``content``, as in OpenAI's API.
-            **template_kwargs: further variables of the template.
-
-        Raises:
-            RequestError: if the template refuses the messages.
-        """
-        with self._open():
-            return self._model.render_chat(messages, check=self._check_text, **template_kwargs)
 
     def submit(self, request: Request, notify: Callable[[bool], None] | None = None) -> Generation:
         """Put a request into the queue and return at once.
@@ -443,17 +299,17 @@ class Engine:
         n_prompt = len(request.tokens) + taken.n_before
         generation = Generation(notify, n_prompt)
         try:
-            self._check_length(n_prompt)
+            check_length(n_prompt, self.n_ctx)
             with self._open():
                 job = GenerationJob(request, taken, GenerationSink.from_generation(generation), self._model, self.n_ctx)
                 self._scheduler.submit(job)
         except BaseException:
-            self._give_back(taken)
+            self._loader.give_back(taken)
             raise
         return generation
 
     def _take(self, adapters: AdapterSet, prefix: Embeddings | None = None) -> ResolvedSet:
-        """Resolve an adapter set, loading what is not loaded, and use it until `_give_back`."""
+        """Resolve an adapter set, loading what is not loaded, and use it until `AdapterLoader.give_back`."""
         names = self._canonical(adapters)
         with self._folder.hold([name for name, _ in names]) if self._folder else nullcontext():
             return self._registry.take(names, prefix)
@@ -520,7 +376,7 @@ class Engine:
                 for tokens in texts
             ]
         finally:
-            self._give_back(taken)
+            self._loader.give_back(taken)
         return np.stack(rows)
 
     def generate_many(
@@ -553,20 +409,7 @@ class Engine:
             )
             for prompt, adapters in pairs
         ]
-        ended = threading.Semaphore(0)
-        generations: list[Generation] = []
-        n_ended = 0
-        for request in requests:
-            while True:
-                try:
-                    generations.append(self.submit(request, lambda is_end: ended.release() if is_end else None))
-                    break
-                except QueueFullError:
-                    if n_ended == len(generations):  # others fill the queue
-                        raise
-                    ended.acquire()
-                    n_ended += 1
-        return generations
+        return submit_all(self.submit, requests)
 
     def stats(self) -> EngineStats:
         """Return the engine's statistics."""
@@ -575,20 +418,12 @@ class Engine:
 
     def close(self) -> None:
         """Cancel all requests, then free contexts, adapters and weights. Idempotent."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
+        if not self._begin_closing():
+            return
         atexit.unregister(self.close)
         self._scheduler.close()
-        with self._lock:
-            self._unused.wait_for(lambda: not self._users)
-        self._scheduler.context.free()
-        self._embedder.free()
-        self._mixed.close()
-        self._concatenated.free()
-        for registered in self._registry.all():
-            free_lora(self._registry.remove(registered.adapter.name).pointer)
+        self._wait_until_unused()
+        self._loader.close()
         self._model.free()
 
     def __enter__(self) -> Engine:
@@ -599,37 +434,6 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise EngineClosedError("the engine is closed")
-
-    @contextmanager
-    def _open(self) -> Iterator[None]:
-        """Keep the model from being freed while the block runs; several threads can be inside."""
-        with self._lock:
-            self._check_open()
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                self._unused.notify_all()
-
-    def _check_length(self, n_prompt: int) -> None:
-        if n_prompt >= self.n_ctx:
-            raise PromptTooLongError(
-                f"the prompt has {n_prompt} tokens, but this model's maximum context length is {self.n_ctx} tokens: "
-                "the context holds the prompt and the answer"
-            )
-
-    def _check_text(self, text: str) -> None:
-        if len(text) > _LONG_TEXT and (fewest := self._model.fewest_tokens(text)) >= self.n_ctx:
-            raise PromptTooLongError(
-                f"the prompt has at least {fewest} tokens, but this model's maximum context length is {self.n_ctx} "
-                "tokens: the context holds the prompt and the answer"
-            )
-
     def _checked_prefix(self, request: Request) -> Embeddings | None:
         if request.prefix is None:
             return None
@@ -639,53 +443,3 @@ class Engine:
                 f"prefix has shape {rows.shape}, expected finite embeddings (n, {self._model.n_embd}) of this model"
             )
         return rows
-
-    def _finished(self, job: GenerationJob) -> None:
-        self._release(job.adapters)
-
-    def _give_back(self, taken: ResolvedSet) -> None:
-        """Call `_release` in the scheduler's thread."""
-        with suppress(EngineClosedError):  # closing frees everything anyway
-            self._scheduler.call(lambda: self._release(taken))
-
-    def _release(self, taken: ResolvedSet) -> None:
-        for registered in self._registry.give_back(taken):
-            self._free(registered)
-
-    def _free(self, registered: RegisteredAdapter) -> None:
-        """Free an adapter that no request uses. Must run in the scheduler's thread, as all calls into llama.cpp do."""
-        self._scheduler.context.drop(registered.adapter.load_id)
-        self._embedder.forget_adapters()
-        self._mixed.drop(registered.pointer)
-        self._concatenated.drop(registered.adapter.sha256)
-        free_lora(registered.pointer)
-
-
-def _check_kv_bytes(context: Context, limit: int | None) -> None:
-    if limit is None or context.kv_bytes == 0:
-        return
-    if context.kv_bytes is None:
-        context.free()
-        raise EngineError("this llama.cpp does not report the size of a KV cache, so max_kv_bytes cannot be enforced")
-    if context.kv_bytes > limit:
-        context.free()
-        raise EngineError(
-            f"the context needs {context.kv_bytes} bytes of KV cache, more than the {limit} allowed; lower n_ctx"
-        )
-
-
-def _options(n_ctx: int, n_parallel: int, n_batch: int, threads: int | None, kv_type: str) -> ContextOptions:
-    _expect("n_ctx", n_ctx, 1, 1 << 24)
-    _expect("n_parallel", n_parallel, 1, 256)
-    _expect("n_batch", n_batch, 1, 1 << 16)
-    if threads is not None:
-        _expect("threads", threads, 1, 1024)
-    if kv_type not in KV_TYPES:
-        raise EngineError(f"kv_type is {kv_type!r:.80}, expected one of {', '.join(KV_TYPES)}")
-    spare_one = max(usable_cpus() - 1, 1)
-    return ContextOptions(n_ctx, n_parallel, max(n_batch, n_parallel), threads or spare_one, kv_type)
-
-
-def _expect(name: str, value: int, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise EngineError(f"{name} is {value!r:.80}, expected a whole number from {low} to {high}")
