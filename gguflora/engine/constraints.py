@@ -87,10 +87,10 @@ class GuidanceConstraint:
     """A matcher of llguidance, which begins at once or at a trigger."""
 
     def __init__(self, grammar: Grammar, model: Model) -> None:
-        import llguidance  # noqa: PLC0415  (in the extra ``server``; `Model.guidance` says so)
-
         self._model = model
-        self._tokenizer = model.guidance
+        self._tokenizer = model.guidance  # raises MissingExtraError
+        import llguidance  # noqa: PLC0415  (in the extra ``server``)
+
         self._matcher = llguidance.LLMatcher(self._tokenizer, grammar.text, log_level=0)
         if self._matcher.is_error():
             raise RequestError(f"grammar: {first_line(self._matcher.get_error())}")

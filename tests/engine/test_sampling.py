@@ -1,5 +1,6 @@
 """llama.cpp's samplers: where a parameter has a limit with a known answer, the engine gives that answer."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 import gguflora
 from gguflora.engine import Engine, Grammar, Sampling
-from gguflora.errors import RequestError
+from gguflora.errors import MissingExtraError, RequestError
 from support.engines import GREEDY, OPTIONS, ask, open_engine
 
 DEMO = Path(gguflora.__file__).parent / "diagnostics" / "demo_files"
@@ -92,6 +93,13 @@ def test_a_grammar_holds(demo_engine: Engine, rules: str, texts: set[str]) -> No
         sampling = replace(HOT, seed=seed, grammar=Grammar(rules))
         generation = ask(demo_engine, sampling=sampling, prompt=demo_engine.tokenize("Is it so?"), logprobs=None)
         assert "".join(piece.text for piece in generation) in texts
+
+
+def test_a_grammar_without_its_package_names_it(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("llguidance", "llguidance.llamacpp"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingExtraError, match=r"llguidance: pip install 'gguflora\[server\]'"):
+        tokens(engine, replace(GREEDY, grammar=Grammar('start: "x"', kind="llguidance")))
 
 
 @pytest.mark.parametrize("rules", ["root ::= (", "nothing", "root ::= missing", "\0"])
