@@ -154,7 +154,7 @@ def json_grammar(field: str, schema: dict[str, Any] | bool | str | None, *, stri
             raise Failure(400, f"{field!r} is not a JSON schema: {error}", "invalid_grammar", field) from error
     if not isinstance(schema, dict | bool):
         raise Failure(400, f"{field!r} is not a JSON schema: it must be an object", "invalid_grammar", field)
-    closed = closed_schema(schema) if '"allOf"' not in json.dumps(schema) else schema
+    closed = closed_schema(schema)
     options: Any = {"whitespace_pattern": WHITESPACE, "lenient": not strict}
     text = json.dumps(closed if isinstance(closed, dict) else {"anyOf": [closed]})
     return Grammar(LLMatcher.grammar_from_json_schema(text, overrides=options), kind="llguidance")
@@ -163,19 +163,24 @@ def json_grammar(field: str, schema: dict[str, Any] | bool | str | None, *, stri
 def closed_schema(schema: Any) -> Any:  # noqa: ANN401  (any JSON value)
     """Return a schema whose objects have no other properties than those it names, and whose integers have bounds.
 
-    Where the schema itself says otherwise, it stays. All that fits the result also fits the schema. Small models would
-    add properties and digits for ever.
+    Where the schema itself says otherwise, it stays, and so does one with ``allOf``, whose parts may name different
+    properties of one object. All that fits the result also fits the schema. Small models would add properties and
+    digits for ever.
     """
+    return schema if '"allOf"' in json.dumps(schema) else _closed(schema)
+
+
+def _closed(schema: Any) -> Any:  # noqa: ANN401  (any JSON value)
     if isinstance(schema, list):
-        return [closed_schema(item) for item in schema]
+        return [_closed(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     closed = {
-        key: {name: closed_schema(each) for name, each in value.items()}
+        key: {name: _closed(each) for name, each in value.items()}
         if key in {"properties", "$defs", "definitions"} and isinstance(value, dict)
         else value
         if key in {"const", "enum", "default", "examples"}
-        else closed_schema(value)
+        else _closed(value)
         for key, value in schema.items()
     }
     others = {

@@ -137,7 +137,7 @@ def _call_rules(number: int, tool: Tool, key: str) -> list[str]:
     name = re.escape(tool.function.name).replace("/", r"\/")
     head = rf'[ \n]{{0,2}}\{{{_SPACE}"name"{_SPACE}:{_SPACE}"{name}"{_SPACE},{_SPACE}"{key}"{_SPACE}:{_SPACE}'
     schema = tool.function.parameters or {"type": "object", "properties": {}}
-    closed = closed_schema(schema) if '"allOf"' not in json.dumps(schema) else schema
+    closed = closed_schema(schema)
     options = {"whitespace_pattern": WHITESPACE, "lenient": not tool.function.strict}
     return [
         f"call_{number}: head_{number} args_{number} /{_SPACE}\\}}/",

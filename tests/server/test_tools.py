@@ -99,16 +99,25 @@ def test_streamed_calls_are_whole_ones(client):
     assert not any(chunk.choices[0].delta.content for chunk in chunks)
 
 
-def test_calls_and_results_in_a_history(client):
-    """The demo's template knows neither, and they become text of the chat."""
+def test_calls_and_results_in_a_history(http):
+    """The demo's template knows neither, and they become text of the chat, here by transformers."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     history = [
         USER,
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "tool", "tool_call_id": "call00001", "content": "It is noon."},
     ]
-    short = client.chat.completions.create(model="base", messages=history[:1], max_tokens=1).usage.prompt_tokens
-    longer = client.chat.completions.create(model="base", messages=history, max_tokens=1).usage.prompt_tokens
-    assert longer > short + 20
+    as_text = [
+        USER,
+        {"role": "assistant", "content": '{"name": "get_time", "arguments": {}}'},
+        {"role": "user", "content": "Result of get_time: It is noon."},
+    ]
+    template, special = serving.llama().metadata["tokenizer.chat_template"], http.engine.special_texts
+    texts, _ = render_jinja_template(
+        conversations=[as_text], chat_template=template, add_generation_prompt=True, **special
+    )
+    assert http.post("/apply-template", json={"messages": history}).json()["prompt"] == texts[0]
 
 
 @pytest.mark.parametrize(
