@@ -13,7 +13,8 @@ import safetensors.numpy
 
 import gguflora
 from gguflora.engine import Engine
-from gguflora.errors import ArchitectureError
+from gguflora.engine.adapter_loader import AdapterFiles
+from gguflora.errors import ArchitectureError, HotSwapError
 from support import builders, hotswap, zoo
 from support.cli import run_process
 from support.engines import OPTIONS, ask, tokens_of
@@ -52,6 +53,18 @@ def test_engine_takes_the_language_part(adapter):
     with Engine(builders.gguf_model("llama"), adapters={"a": adapter}, text_only=True, **OPTIONS) as engine:
         assert any(LEFT_OUT in text for text in engine.warnings)
         assert tokens_of(list(ask(engine, "a"))) == expected
+
+
+def test_a_failed_load_leaves_the_way_that_a_loaded_adapter_is_read(adapter):
+    with Engine(builders.gguf_model("llama"), adapters={"a": adapter}, text_only=True, **OPTIONS) as engine:
+        files = engine._loader.files
+        assert isinstance(files, AdapterFiles)
+        known = files.lora_file(adapter)  # as a set that must be concatenated reads it again
+        with pytest.raises(ArchitectureError, match="--text-only"):
+            engine.load(adapter, "a", text_only=False, replace=True)
+        with pytest.raises(HotSwapError, match="no task"):
+            engine.load(adapter, "b", task=1, text_only=False)
+        assert files.lora_file(adapter) == known
 
 
 def test_attach_takes_the_language_part(adapter, caplog):
