@@ -30,6 +30,7 @@ _LAYER: Final = re.compile(r"v\.blk\.(\d+)\.")
 _QKV: Final = re.compile(r"(?P<before>.*\.)(?:(?P<attn>attn\.)qkv|attn_qkv)(?P<kind>\.weight|\.bias)?")
 _ROTATED: Final = re.compile(r".*\.attention\.(?P<side>[qk])_proj(?:\.weight|\.bias)?")
 _DEEPSTACK: Final = re.compile(r"visual\.deepstack_merger_list\.(\d+)\.(?:norm|linear_(fc[12]))(\.weight|\.bias)")
+_DEEPSTACK_LAYER: Final = re.compile(r"v\.deepstack\.(\d{1,9})\.")
 _MERGER: Final = {
     "visual.merger.linear_fc1": "mm.0",
     "visual.merger.linear_fc2": "mm.2",
@@ -101,7 +102,7 @@ def _tensor_names(base: BaseModel, path: str) -> Iterator[str]:
 
 def _deepstack(base: BaseModel, index: int, module: str, kind: str) -> Iterator[str]:
     """Yield the name of a module of Qwen3-VL's ``deepstack_merger_list``: GGUF numbers them by the tower's layers."""
-    layers = sorted({int(name.split(".")[2]) for name in base.shapes if name.startswith("v.deepstack.")})
+    layers = sorted({int(found[1]) for found in map(_DEEPSTACK_LAYER.match, base.shapes) if found})
     if index < len(layers):
         yield f"v.deepstack.{layers[index]}.{module}{kind}"
 
