@@ -10,11 +10,14 @@ import transformers
 from gguf import MODEL_ARCH, get_tensor_name_map
 
 import gguflora
+from gguflora.calibration.collect import TOKENS
 from gguflora.calibration.text import built_in_text
 from gguflora.errors import FormatError, GgufError, GgufloraError, HotSwapError, UsageError
 from gguflora.merging.imatrix import read_origin
+from gguflora.runtime.logits import LogitsModel
 from support import builders, zoo
 from support.llama_quantize import llama_quantize
+from support.real_models import model as real_model
 
 pytestmark = pytest.mark.llama
 CTX = 32
@@ -144,8 +147,12 @@ def test_the_file_is_read_as_llama_imatrix_writes_it(text, tmp_path):
     assert (tmp_path / "ours.gguf").read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
 
 
-def test_the_built_in_text_has_4096_tokens():
-    assert len(built_in_text().encode()) > 4 * 4000
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_the_built_in_text_is_enough_for_a_calibration(name):
+    with LogitsModel(real_model(name), 1) as model:
+        assert TOKENS <= len(model.tokenize(built_in_text().encode())) < 1.2 * TOKENS
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Calibrated merges: moments against torch, the search against its objective in numpy, and ways in and out."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import gguf
@@ -9,7 +11,7 @@ import torch
 import transformers
 
 import gguflora
-from gguflora.calibration.collect import _nystroem, _omega
+from gguflora.calibration.collect import TOKENS, _nystroem, _omega
 from gguflora.errors import (
     FormatError,
     GgufloraError,
@@ -20,7 +22,7 @@ from gguflora.errors import (
     UsageError,
 )
 from gguflora.merging.calibrated import can_calibrate, round_calibrated
-from gguflora.merging.moments import RANK, read_moments, write_moments
+from gguflora.merging.moments import RANK, Moments, read_moments, write_moments
 from gguflora.quants import kernels
 from gguflora.quants._lib import isa_names
 from gguflora.quants.types import TYPES, type_named
@@ -94,13 +96,13 @@ def test_less_output_error_than_stochastic_rounding_and_the_change_is_kept(name)
 
     noise = energy(values(stochastic(rows, kind, delta), kind) - base - wanted)
     error = values(done.blocks, kind) - base - wanted
-    assert energy(error) < 0.5 * noise
+    assert energy(error) < (0.45 if name == "Q1_0" else 0.3) * noise
     effect = np.linalg.svd((wanted * np.sqrt((v**2).sum(0) + d)), full_matrices=False)[0][:, :1]
     moved = effect.T @ (values(done.blocks, kind) - base)
     target = effect.T @ wanted
     kept = ((moved @ v.T) @ (target @ v.T).T).item() / ((target @ v.T) ** 2).sum()
-    assert kept == pytest.approx(1, abs=0.15)
-    assert done.moved / done.wanted == pytest.approx(1, abs=0.1)
+    assert kept == pytest.approx(1, abs=0.08)
+    assert done.moved / done.wanted == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize("name", SEARCHED)
@@ -223,8 +225,8 @@ def test_moments_are_those_of_torch(files):
 def test_the_report_says_what_was_kept(files):
     *_, report = files
     assert (report.rounding, report.uncalibrated) == ("calibrated", ())
-    assert all(0.7 < tensor.retention_h < 1.2 for tensor in report.tensors)
-    assert 0.85 < report.total.retention_h < 1.1
+    assert all(0.96 < tensor.retention_h < 1.04 for tensor in report.tensors)
+    assert report.total.retention_h == pytest.approx(1, abs=0.015)
     assert not [warning for warning in report.warnings if "noise" in warning]
     assert gguf.GGUFReader(files[4]).fields["gguflora.merged.rounding"].contents() == ["calibrated"]
 
@@ -259,7 +261,7 @@ def test_adapters_that_cannot_be_hot_are_calibrated_on_the_base(tmp_path):
     dora = builders.adapter("llama", builders.Adapter(seed=1, alpha=0.25, options=(("use_dora", True),)), "wide")
     report = gguflora.merge(base, dora, tmp_path / "out.gguf", calibrate=True, threads=1)
     assert any("calibrated on the base alone" in warning for warning in report.warnings)
-    assert report.total.retention_h == pytest.approx(1, abs=0.2)
+    assert report.total.retention_h == pytest.approx(1, abs=0.02)
 
 
 def test_types_that_are_not_searched_are_named(tmp_path):
@@ -337,6 +339,29 @@ def test_an_interrupted_collection_leaves_nothing(files, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("call", ["merge(base, adapter, out, calibrate=True)", "imatrix(base, out)"])
+def test_without_llama_cpp(call, files, tmp_path):
+    code = (
+        "import sys; sys.modules['llama_cpp'] = None; import gguflora; base, adapter, out = sys.argv[1:]\n"
+        f"try: gguflora.{call}\nexcept gguflora.errors.MissingExtraError as error: print(error)"
+    )
+    command = [sys.executable, "-P", "-c", code, *files[:2], tmp_path / "out.gguf"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "needs llama-cpp-python" in printed
+    assert "gguflora[runtime]" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_base_that_llama_cpp_cannot_run(files, tmp_path):
+    """gguflora can merge into it, but llama.cpp misses a tensor."""
+    base, adapter, *_ = files
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(base.read_bytes().replace(b"output_norm.weight", b"output_form.weight"))
+    with pytest.raises(HotSwapError, match=r"broken\.gguf.*llama\.cpp could not load this model"):
+        gguflora.merge(broken, adapter, tmp_path / "o.gguf", calibrate=True, threads=1)
+    assert list(tmp_path.iterdir()) == [broken]
+
+
 def test_inputs_too_large_for_float32(files, tmp_path, monkeypatch):
     base, adapter, *_ = files
     broken = tmp_path / "broken.gguf"
@@ -349,15 +374,51 @@ def test_inputs_too_large_for_float32(files, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [broken]
 
 
-def test_experts_have_moments_of_their_own(tmp_path):
-    base = tmp_path / "base.gguf"
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    """A Q4_0 model with experts, an adapter of the experts alone, and the moments and output of a calibrated merge."""
+    folder = tmp_path_factory.mktemp("moe")
+    base, adapter = folder / "base.gguf", (folder / "adapter", 0.1)
     gguflora.quantize(zoo.gguf_model("qwen3moe"), base, "Q4_0")
-    zoo.peft_model("qwen3moe").save_pretrained(tmp_path / "adapter")
-    moments = tmp_path / "moments.gguf"
-    options = {"calibrate": True, "save_moments": moments, "threads": 1}
-    report = gguflora.merge(base, [(tmp_path / "adapter", 0.1)], tmp_path / "out.gguf", **options)
-    assert report.total.retention_h is not None
-    assert all(found.counts.min() > 0 for found in read_moments(moments).values())
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    zoo.peft_model("qwen3moe", target_modules=[], target_parameters=parameters).save_pretrained(folder / "adapter")
+    options = {"calibrate": True, "save_moments": folder / "moments.gguf", "threads": 1}
+    report = gguflora.merge(base, [adapter], folder / "out.gguf", **options)
+    return base, adapter, folder / "moments.gguf", folder / "out.gguf", report
+
+
+def test_stacks_of_experts_are_calibrated(moe):
+    *_, moments, _, report = moe
+    found = read_moments(moments)
+    assert (
+        {tensor.name for tensor in report.tensors}
+        == set(found)
+        == {f"blk.{layer}.ffn_{part}_exps.weight" for layer in (0, 1) for part in ("gate", "up", "down")}
+    )
+    for part in ("gate", "up", "down"):  # two of four experts see each token
+        counts = found[f"blk.0.ffn_{part}_exps.weight"].counts
+        assert (len(counts), counts.sum(), counts.min() > 0) == (4, 2 * TOKENS, True)
+    assert report.uncalibrated == ()
+    assert all(0.9 < tensor.retention_h < 1.1 for tensor in report.tensors)
+
+
+@pytest.mark.parametrize("change", ["other moments", "no tokens"])
+def test_each_expert_is_rounded_by_its_own_moments(change, moe, tmp_path):
+    base, adapter, moments, merged, _ = moe
+    name, expert, found = "blk.1.ffn_down_exps.weight", 2, read_moments(moments)
+    v, d, counts = (values.copy() for values in (found[name].v, found[name].d, found[name].counts))
+    if change == "no tokens":
+        counts[expert] = 0
+    else:
+        v[expert], d[expert] = v[expert, :, ::-1], d[expert, ::-1]
+    write_moments(tmp_path / "moments.gguf", {**found, name: Moments(v, d, counts)}, force=False)
+    report = gguflora.merge(base, [adapter], tmp_path / "out.gguf", moments=tmp_path / "moments.gguf", threads=2)
+    before, after = ({t.name: t for t in gguf.GGUFReader(path).tensors} for path in (merged, tmp_path / "out.gguf"))
+    assert [each for each in before if before[each].data.tobytes() != after[each].data.tobytes()] == [name]
+    differ = [old.tobytes() != new.tobytes() for old, new in zip(before[name].data, after[name].data, strict=True)]
+    assert differ == [number == expert for number in range(4)]
+    reason = {name: "1 of its 4 matrices saw no token of the text"} if change == "no tokens" else {}
+    assert report.uncalibrated_reasons == reason
 
 
 @pytest.mark.parametrize(
