@@ -210,6 +210,20 @@ def test_one_run_at_a_time(root, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("root", ["memory"], indirect=True)
+def test_pruning_in_a_store_leaves_what_the_pipeline_did_not_make(root, tmp_path):
+    recipe = written(tmp_path, root)
+    gguflora.run_pipeline(recipe)
+    remote.write_bytes(f"{root}/out/peft/one/README.md", b"of the user")
+    assert statuses(gguflora.run_pipeline(recipe, resume=False)) == ["done"] * JOBS
+    recipe.write_text(recipe.read_text().replace('out = "peft/', 'out = "small/').replace('"one.json"', '"1.json"'))
+    report = gguflora.run_pipeline(recipe, prune=True)
+    assert set(report.pruned) == {"peft/one", "peft/two", "one.json"}
+    found = outputs(root)
+    assert {name for name in found if name.startswith(("peft/", "one.json"))} == {"peft/one/README.md"}
+    assert {"1.json", "small/one/adapter_config.json", "one-base-merged.gguf"} <= found.keys()
+
+
+@pytest.mark.parametrize("root", ["memory"], indirect=True)
 def test_a_dead_run_is_followed_by_one(root):
     place = f"{root}/out/.gguflora/lock"
     dead = {"host": "gone", "process": 7, "token": "dead", "time": time.time() - lock.STALE - 1}
