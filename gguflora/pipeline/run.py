@@ -67,7 +67,8 @@ def run_pipeline(
             are failures of the jobs that need them.
         allow_empty: let globs match nothing, and steps have no jobs.
         resume: keep outputs that are up to date; False makes all of them again.
-        prune: remove outputs that former runs of this recipe made and that it no longer names.
+        prune: remove outputs that former runs of this recipe made and that it no longer names; not after a run that did
+            not do all its jobs, since an old output may be the last good one.
         force: replace files that no record of the pipeline names; they may be the user's own.
         allow_outside: let the recipe's output folder lie outside of the recipe's own folder.
         report: folder for ``report.json`` and ``report.html``.
@@ -108,7 +109,7 @@ def run_pipeline(
             runner = Runner(plan, graph, keys, records, backend, watch, force=force)
             results = runner.run(keep_going=keep_going, resume=resume)
             is_interrupted = runner.is_interrupted
-            if prune and not is_interrupted:
+            if prune and not any(result.status in {"failed", "left"} for result in results):
                 pruned, orphans = find_orphans(plan, records), []
                 remove_orphans(plan.folder, records, pruned)
     else:

@@ -244,6 +244,18 @@ def test_pruning_leaves_what_the_pipeline_did_not_make(folder):
     assert {path.name: path.read_bytes() for path in (folder / "store").iterdir()} == stored
 
 
+def test_nothing_is_pruned_after_a_failure(folder):
+    """The old output may be the last good one."""
+    run_recipe(folder, HEAD + SMALL)
+    (folder / "adapters/two/adapter_model.safetensors").write_bytes(b"damaged")
+    recipe = HEAD + SMALL.replace("small/", "tiny/")
+    failed = run_recipe(folder, recipe, prune=True, keep_going=True)
+    assert sorted(statuses(failed)) == ["done", "failed"]
+    assert failed.pruned == ()
+    assert set(failed.orphans) == {"small/one", "small/two"}
+    assert (folder / "out/small/two/adapter_model.safetensors").exists()
+
+
 def test_orphans_are_of_one_recipe(folder):
     run_recipe(folder, HEAD + SMALL)
     (folder / "other.toml").write_text(HEAD + SMALL.replace("small/", "tiny/").replace("rank = 2", "rank = 1"))
