@@ -9,13 +9,17 @@ from typing import Final
 
 import numpy as np
 
+from gguflora.errors import NonFiniteError
 from gguflora.placement.base_weights import BaseTensors, WholeTensorDeltas, read_or_zeros
 from gguflora.placement.rows import LowRankRows, split_rows
 from gguflora.placement.target import ChangedTensor
 from gguflora.quants import kernels
+from gguflora.quants.types import type_named
 
-_ROWS: Final = 64
+_ROWS: Final = 32
 """Rows of each tensor that are looked at, evenly spaced."""
+
+_FLOAT: Final = type_named("F32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +69,22 @@ def steps_of(weights: BaseTensors, target: ChangedTensor) -> Steps | None:
         count = min(_ROWS, rows.stop - rows.start)
         chosen = np.arange(count) * (rows.stop - rows.start) // count
         stored = [read_or_zeros(weights.base, target.source, row, row + 1) for row in (rows.start + chosen).tolist()]
-        deltas += [np.abs(rows.b[chosen] @ rows.a).mean()] * count
+        deltas += [_mean_magnitude(kernels.Product(rows.a, rows.b[chosen]))] * count
         steps += [kernels.mean_step(np.concatenate(stored), target.type)] * count
     if not deltas:
         return None
     return Steps(math.prod(target.shape), float(np.mean(deltas)), float(np.mean(steps)))
+
+
+def _mean_magnitude(delta: kernels.Product) -> float:
+    """The mean of |delta|; infinite if it overflows. A product of this size is cheaper here than in BLAS's threads."""
+    values = np.zeros((len(delta.b), delta.a.shape[1]), np.float32)
+    stored = values.view(np.uint8)
+    try:
+        kernels.merge_rows(stored, _FLOAT, stored, _FLOAT, delta)
+    except NonFiniteError:
+        return math.inf
+    return float(np.abs(values).mean())
 
 
 def predictions(steps: Mapping[str, Steps]) -> tuple[float, float] | None:
