@@ -226,9 +226,22 @@ def _decode(cursor: Cursor, kind: int) -> Any:  # noqa: ANN401
         if element in _SCALARS:
             start = cursor.skip(length * _SIZES[element], "an array")
             return np.frombuffer(cursor.header.content, _SCALARS[element], length, start).tolist()
+        if element == _STRING:
+            return _decode_strings(cursor, length)
         return [_decode(cursor, element) for _ in range(length)]
     start = cursor.skip(_SIZES[kind], "a value")
     return np.frombuffer(cursor.header.content, _SCALARS[kind], 1, start)[0].item()
+
+
+def _decode_strings(cursor: Cursor, count: int) -> list[str]:
+    """Strings one after another, whose bytes are there since the entry was skipped: a vocabulary has 262 144."""
+    content, at, length_at, strings = cursor.header.content, cursor.at, struct.Struct("<Q").unpack_from, []
+    for _ in range(count):
+        start = at + 8
+        at = start + length_at(content, at)[0]
+        strings.append(content[start:at].decode("utf-8", errors="replace"))
+    cursor.at = at
+    return strings
 
 
 def encode_entry(key: str, value: str | int | list[str] | list[float] | list[int]) -> bytes:
