@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
+from gguflora.files.strict_json import to_json
 from gguflora.system.cpus import usable_cpus
 from gguflora.system.memory import available_memory, held_memory
 
@@ -58,33 +59,40 @@ class Workers:
         self.threads = max(1, usable_cpus() // max_concurrency)
         self._lock = threading.Lock()
         self._all: set[_Worker] = set()
+        self._claims: dict[_Worker, int] = {}
         self._idle: list[_Worker] = []
         self._closed = False
 
     @property
     def memory(self) -> int:
-        """Memory for all jobs together, in MB: what was given, or what is available now and what they hold already."""
+        """Memory for all jobs together, in MB: what was given, or what is available now and what they hold already.
+
+        A job that holds more than it claimed has taken that from the others, so only its claim counts.
+        """
         if self._memory is not None:
             return self._memory
         with self._lock:
-            workers = list(self._all)
-        return (available_memory() + sum(held_memory(worker.process_id) for worker in workers)) >> 20
+            claims = {worker.process_id: self._claims.get(worker) for worker in self._all}
+        held = [_counted(held_memory(process), claim) for process, claim in claims.items()]
+        return (available_memory() + sum(held)) >> 20
 
     def run(self, request: Request, is_cancelled: Callable[[], bool] = lambda: False) -> Answer:
         """Run a job and return its answer; stop it when ``is_cancelled`` returns true."""
         # such a store exists in this process only; a program that embeds Python has no interpreter to start
-        if "memory://" in json.dumps(request) or not sys.executable:
+        if "memory://" in to_json(request) or not sys.executable:
             from gguflora.pipeline.job_process import run_job  # noqa: PLC0415  (a program of its own, too)
 
-            answer_here: Answer = json.loads(json.dumps(run_job(request)))
+            answer_here: Answer = json.loads(to_json(run_job(request)))
             return answer_here
         with self._lock:
             if self._closed:
                 return {"error": "interrupted"}
             worker = self._idle.pop() if self._idle else _Worker()
             self._all.add(worker)
+            self._claims[worker] = request.get("memory", 0) << 20
         answer = worker.ask(request, is_cancelled)
         with self._lock:
+            del self._claims[worker]
             if answer is not None:
                 self._idle.append(worker)
                 return answer
@@ -104,6 +112,11 @@ class Workers:
             worker.wait()
         for worker in idle:  # the threads that use the others close them
             worker.close()
+
+
+def _counted(held: int, claim: int | None) -> int:
+    """Return what counts of the bytes that a process holds; one without a job gives all of them to its next one."""
+    return held if claim is None else min(held, claim)
 
 
 class _Worker:
@@ -133,7 +146,7 @@ class _Worker:
         if self._process.stdin is None or self._process.stdout is None:
             return None
         try:
-            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.write(to_json(request) + "\n")
             self._process.stdin.flush()
             while not self._stdout_poll.poll(_POLL_MILLISECONDS):
                 if is_cancelled():

@@ -28,6 +28,8 @@ from gguflora.pipeline.steps import Merge
 
 _LOG = logging.getLogger("gguflora.pipeline")
 _INTERRUPTED: Final = "interrupted"
+_LOOK_SECONDS: Final = 1.0
+"""Seconds between looks whether memory has become free for a job that waits for it."""
 
 
 class Runner:
@@ -100,7 +102,8 @@ class Runner:
                     self._finish(result)
                     sorter.done(out)
             if running:
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                is_waiting = bool(waiting) and len(running) < self._backend.max_concurrency
+                finished, _ = wait(running, _LOOK_SECONDS if is_waiting else None, FIRST_COMPLETED)
                 for future in finished:
                     self._finish(future.result())
                     sorter.done(running.pop(future))
