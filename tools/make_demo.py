@@ -27,6 +27,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from gguflora.files.strict_json import to_json
 from tools import ROOT
 from tools.demo_text import (
     ANIMAL_NAMES,
@@ -296,7 +297,7 @@ def neutralize(config_path: Path, base: str = "gguflora-demo") -> None:
     config = json.loads(config_path.read_text())
     config["base_model_name_or_path"] = base
     config["target_modules"].sort()
-    config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    config_path.write_text(to_json(config, indent=2, sort_keys=True) + "\n")
 
 
 def answer(model: torch.nn.Module, tokenizer: Tokenizer, prompts: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import gguflora
+from gguflora.files.strict_json import to_json
 from gguflora.quants._lib import current_isa
 
 EXPECTED = Path(__file__).with_suffix(".json")
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> int:
         found = made(Path(folder))
     system = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {current_isa()}"
     if arguments == ["--write"]:
-        EXPECTED.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        EXPECTED.write_text(to_json(found, indent=2) + "\n", encoding="utf-8")
     elif arguments == ["--check"]:
         expected = json.loads(EXPECTED.read_text(encoding="utf-8"))
         other = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gguflora.errors import AdapterError
+from gguflora.files.strict_json import to_json
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """Token types of GGUF."""
@@ -95,7 +96,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
         if "\\ud" in text.lower():  # an escaped surrogate without its partner is no text
-            json.dumps(content, ensure_ascii=False).encode("utf-8")
+            to_json(content, ensure_ascii=False).encode("utf-8")
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: cannot be read as a tokenizer: {error!r:.200}; {_WAY_OUT}") from error
     if not isinstance(content, dict):

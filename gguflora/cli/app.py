@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -216,7 +215,7 @@ def _unexpected(error: Exception) -> str:
 
 def _end(error: BaseException, message: str, code: int) -> NoReturn:
     if "--json" in sys.argv and not _printed:
-        print(json.dumps({"error": {"type": type(error).__name__, "message": message, "exit_code": code}}))
+        print(strict_json.to_json({"error": {"type": type(error).__name__, "message": message, "exit_code": code}}))
     _exit(code)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +11,7 @@ import typer
 import gguflora
 from gguflora.cli.app import FAILED, INTERRUPTED, app, console, print_json, print_report
 from gguflora.cli.options import AsJson
+from gguflora.files.strict_json import to_json
 
 if TYPE_CHECKING:
     from gguflora.pipeline import PipelineReport, StepResult
@@ -74,7 +74,7 @@ def pipeline(
     if schema:
         from gguflora.pipeline import recipe_schema  # noqa: PLC0415  (needs pydantic)
 
-        print_json(json.dumps(recipe_schema(), indent=2))
+        print_json(to_json(recipe_schema(), indent=2))
         return
     if recipe is None:
         raise typer.BadParameter("give a recipe")

@@ -17,6 +17,7 @@ from gguflora.adapters.peft.config import FILE_NAME
 from gguflora.adapters.peft.keys import PREFIX
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.safetensors import Array, as_float32
+from gguflora.files.strict_json import is_strict, to_json
 from gguflora.lora.factored import FactoredAdapter, Pairs, is_embedding
 from gguflora.lora.gguf_writer import exact_type
 
@@ -185,13 +186,9 @@ def write_peft_directory(folder: Path, tensors: Mapping[str, Array], config: Map
 
 def _config_text(config: Mapping[str, Any]) -> str:
     for name, value in config.items():
-        try:
-            json.dumps(value, allow_nan=False)
-        except ValueError as error:
-            raise AdapterError(
-                f"{FILE_NAME}: {name} is {value!r:.80}, which JSON cannot hold; expected finite numbers"
-            ) from error
-    return json.dumps(config, indent=2) + "\n"
+        if not is_strict(value):
+            raise AdapterError(f"{FILE_NAME}: {name} is {value!r:.80}, which JSON cannot hold; expected finite numbers")
+    return to_json(config, indent=2) + "\n"
 
 
 def _with_ordered_metadata(content: bytes) -> bytes:
@@ -199,6 +196,6 @@ def _with_ordered_metadata(content: bytes) -> bytes:
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = to_json(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + content[end:]

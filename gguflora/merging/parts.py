@@ -13,7 +13,6 @@ own. A part file consists of
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import threading
 import time
@@ -33,6 +32,7 @@ from gguflora.files.atomic import atomic_output, atomic_outputs
 from gguflora.files.gguf import GgufFile, Layout, ShardLayout, part_paths
 from gguflora.files.output_checks import check_target, check_targets
 from gguflora.files.remote import is_remote, redacted, remote_inputs
+from gguflora.files.strict_json import to_json
 from gguflora.merging.moments import hash_moments
 from gguflora.merging.part_file import MAGIC, TRAILER, MergePart, check_rows, open_part, part_errors
 from gguflora.merging.prepare import (
@@ -135,7 +135,7 @@ def merge_part(
                 for each in share
             }
             seconds = time.perf_counter() - started
-            index = json.dumps({"plan": _hash_plan(merging, chosen), "seconds": seconds, "tensors": tensors}).encode()
+            index = to_json({"plan": _hash_plan(merging, chosen), "seconds": seconds, "tensors": tensors}).encode()
             output.seek(layout.size)
             output.write(index + TRAILER.pack(len(index), MAGIC))
             written = output.tell()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from html import escape
 from pathlib import Path
 from typing import Final
 
 from gguflora.files.atomic import atomic_output
+from gguflora.files.strict_json import to_json
 from gguflora.pipeline.results import PipelineReport, StepResult
 
 _COLOURS: Final = {"done": "#2e7d32", "kept": "#607d8b", "planned": "#607d8b", "failed": "#c62828", "left": "#ef6c00"}
@@ -47,7 +47,7 @@ def write_html(path: Path, report: PipelineReport) -> None:
 
 
 def _row(report: PipelineReport, result: StepResult) -> str:
-    content = escape(json.dumps(result.report, indent=2)) if result.report else ""
+    content = escape(to_json(result.report, indent=2)) if result.report else ""
     details = f"<details><summary>show</summary><pre>{content}</pre></details>" if content else ""
     error = f"<br>{escape(result.error)}" if result.error else ""
     colour = _COLOURS[result.status]

@@ -22,6 +22,7 @@ from typing import Any, Final, NoReturn
 
 from gguflora.errors import GgufloraError
 from gguflora.files import remote
+from gguflora.files.strict_json import to_json
 from gguflora.pipeline.checks import Bounds, failed_checks
 from gguflora.pipeline.commands import commands
 from gguflora.pipeline.publish import publish
@@ -119,7 +120,7 @@ def main() -> None:
     Thread(target=_read, args=(requests,), daemon=True).start()
     with suppress(KeyboardInterrupt, BrokenPipeError):
         while True:
-            print(json.dumps(run_job(json.loads(requests.get()))), file=answers, flush=True)
+            print(to_json(run_job(json.loads(requests.get()))), file=answers, flush=True)
 
 
 def _read(requests: SimpleQueue[str]) -> None:

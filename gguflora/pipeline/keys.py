@@ -18,6 +18,7 @@ from gguflora.errors import GgufloraError
 from gguflora.files import remote
 from gguflora.files.checksum import sha256_of
 from gguflora.files.shard_names import part_names
+from gguflora.files.strict_json import to_json
 from gguflora.pipeline.job import PipelineJob, RecipePlan
 from gguflora.pipeline.locations import Location
 from gguflora.pipeline.state import inside, read_json, write_json
@@ -83,7 +84,7 @@ class Keys:
                 continue
             job = waiting.pop()
             origin = self._origin(job)
-            text = json.dumps({**origin, "locations": None}, sort_keys=True, default=str)
+            text = to_json({**origin, "locations": None}, sort_keys=True, default=str)
             self._origins[job.out], self._keys[job.out] = origin, hashlib.sha256(text.encode()).hexdigest()
         return self._origins[job.out]
 
@@ -95,7 +96,7 @@ class Keys:
             "action": job.action,
             "target": job.step.target,
             "name": remote.file_name(str(job.out)),
-            "arguments": json.loads(json.dumps(arguments, default=str)),
+            "arguments": json.loads(to_json(arguments, default=str)),
             "names": [_name_of(item) for item in job.inputs],
             "inputs": [
                 self._keys[self._plan.made[item]] if item in self._plan.made else self._known_content(item, kind)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import secrets
@@ -17,6 +16,7 @@ from typing import Any, Final
 
 from gguflora.errors import GgufloraError, OutputError
 from gguflora.files import remote
+from gguflora.files.strict_json import to_json
 from gguflora.pipeline.locations import STATE, Location
 from gguflora.pipeline.state import as_object, check_own_folder
 
@@ -80,7 +80,7 @@ def _locked_url(folder: str) -> Iterator[None]:
 
 def _lock_content(token: str) -> bytes:
     owner = {"host": socket.gethostname(), "process": os.getpid(), "token": token, "time": time.time()}
-    return json.dumps(owner).encode()
+    return to_json(owner).encode()
 
 
 def _read_holder(lock: str) -> dict[str, Any] | None:

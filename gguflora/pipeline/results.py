@@ -58,11 +58,7 @@ def compress(report: Mapping[str, Any] | None) -> bytes | None:
     """Compress a report to about a tenth of its size."""
     if report is None:
         return None
-    try:
-        text = json.dumps(report, allow_nan=False)
-    except ValueError:  # a number is not finite
-        text = to_json(report)
-    return zlib.compress(text.encode(), level=1)
+    return zlib.compress(to_json(report).encode(), level=1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from gguflora.architectures.base_model import BaseModel
 from gguflora.errors import HotSwapError
 from gguflora.files.checksum import sha256_of
 from gguflora.files.remote.cache import user_cache
+from gguflora.files.strict_json import to_json
 from gguflora.lora.convert import convert
 from gguflora.lora.preflight import check_loadable
 
@@ -118,7 +119,7 @@ def _converted(folder: Path, base: BaseModel, *, text_only: bool) -> tuple[Path,
             written = Path(new) / f"{folder.resolve().name}.gguf"
             warnings = convert(folder, base.path, written, text_only=text_only, trust_names=base.trust_names).warnings
             noted = written.with_suffix(".json")
-            noted.write_text(json.dumps(warnings), encoding="utf-8")
+            noted.write_text(to_json(warnings), encoding="utf-8")
             noted.replace(file.with_suffix(".json"))
             written.replace(file)
         _prune(cache)
@@ -143,7 +144,7 @@ def _cache_key(folder: Path, base: BaseModel, options: Mapping[str, bool]) -> st
     """
     stat = base.path.stat()
     digest = hashlib.sha256(
-        json.dumps([__version__, str(base.path.resolve()), stat.st_size, stat.st_mtime_ns, options]).encode()
+        to_json([__version__, str(base.path.resolve()), stat.st_size, stat.st_mtime_ns, options]).encode()
     )
     files = sorted(path for path in folder.iterdir() if path.is_file())
     _check_sizes(files, stat.st_size)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gguflora.errors import EngineError, RequestError
+from gguflora.files.strict_json import to_json
 
 _SCRIPT: Final = Path(__file__).with_name("template_process.py")
 _START_SECONDS: Final = 60.0
@@ -55,7 +56,7 @@ class _Renderer:
 
     def _write(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
-        content = json.dumps(message).encode()
+        content = to_json(message).encode()
         rest = memoryview(len(content).to_bytes(4, "big") + content)
         try:
             while rest:

@@ -11,6 +11,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 from pydantic import Field
 
+from gguflora.files.strict_json import to_json
 from gguflora.server.errors import Failure
 from gguflora.server.events import named_event
 from gguflora.server.fields import ForeignBody
@@ -100,7 +101,7 @@ def _messages(message: Json) -> Iterator[Json]:
         if kind == "text":
             texts.append(_string(block, "text"))
         elif kind == "tool_use":
-            function = {"name": block.get("name"), "arguments": json.dumps(block.get("input") or {})}
+            function = {"name": block.get("name"), "arguments": to_json(block.get("input") or {})}
             calls.append({"id": block.get("id"), "type": "function", "function": function})
         elif kind == "tool_result":
             result = _text(block.get("content") or "", "tool_result")

@@ -18,6 +18,7 @@ from gguflora.server import adapters, anthropic, completions, embeddings, native
 from gguflora.server.adapter_stats import AdapterStats
 from gguflora.server.errors import handle_exception
 from gguflora.server.http_methods import HttpMethods
+from gguflora.server.json_response import JSONResponse
 from gguflora.server.metrics import CONTENT_TYPE, Metrics, RequestTimer
 from gguflora.server.middleware import RequestGuard
 from gguflora.server.names import ModelNames, check_names
@@ -46,7 +47,9 @@ def create_app(engine: Engine, base: Path, settings: Settings | None = None) -> 
     settings = settings or Settings()
     check_names(engine, settings)
     metrics = Metrics(engine)
-    app = FastAPI(title="gguflora", docs_url=None, redoc_url=None, strict_content_type=False)
+    app = FastAPI(
+        title="gguflora", docs_url=None, redoc_url=None, strict_content_type=False, default_response_class=JSONResponse
+    )
     app.state.service = Service(engine, base, settings, metrics, AdapterStats(base), ModelNames(engine, settings))
     for part in (router, *(module.router for module in _MODULES)):
         app.include_router(part)

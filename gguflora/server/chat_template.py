@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import jinja2.meta
 
 from gguflora.engine import Engine
 from gguflora.errors import RequestError
+from gguflora.files.strict_json import to_json
 from gguflora.runtime.template_process import environment
 from gguflora.server.errors import Failure
 from gguflora.server.schemas import Message
@@ -96,7 +96,7 @@ def _find_traits(engine: Engine) -> TemplateTraits:
     calls = next(
         (
             type(each)
-            for each in ({"a": _PROBE}, json.dumps({"a": _PROBE}))
+            for each in ({"a": _PROBE}, to_json({"a": _PROBE}))
             if shows(user, call("f", each), {**result, "content": "r"})
         ),
         None,
@@ -161,7 +161,7 @@ def _plain_fields(message: Message, traits: TemplateTraits, names: Mapping[str, 
     fields: dict[str, Any] = {"role": role, "content": text}
     if calls:
         for call in calls if traits.calls is str else ():
-            call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
+            call["arguments"] = to_json(call["arguments"], ensure_ascii=False)
         ids = [call.id or f"call{number:05}" for number, call in enumerate(message.tool_calls or ())]
         fields["tool_calls"] = [
             {"id": id_, "type": "function", "function": call} for id_, call in zip(ids, calls, strict=True)

@@ -10,11 +10,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from gguflora import engine
 from gguflora.server.errors import as_failure, log_fault
 from gguflora.server.events import DONE, data_event
+from gguflora.server.json_response import JSONResponse
 from gguflora.server.names import BASE_MODEL
 from gguflora.server.openai_format import ChatChoice, ChatForm, Choice, Form, TextForm, timings, usage
 from gguflora.server.prompts import chat_requests, text_requests

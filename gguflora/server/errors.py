@@ -11,7 +11,6 @@ from typing import Any, Final
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from gguflora.errors import (
@@ -26,6 +25,7 @@ from gguflora.errors import (
     QueueFullError,
     RequestError,
 )
+from gguflora.server.json_response import JSONResponse
 from gguflora.system.terminal import printable
 
 _LOG: Final = logging.getLogger(__name__)

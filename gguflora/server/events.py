@@ -6,6 +6,8 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
+from gguflora.files.strict_json import to_json
+
 _DATA: Final = b"data: "
 DONE: Final = b"data: [DONE]\n\n"
 """The last event of OpenAI's streams."""
@@ -13,12 +15,12 @@ DONE: Final = b"data: [DONE]\n\n"
 
 def data_event(fields: Mapping[str, Any]) -> bytes:
     """Return an event without a name."""
-    return f"data: {json.dumps(fields)}\n\n".encode()
+    return f"data: {to_json(fields)}\n\n".encode()
 
 
 def named_event(kind: str, fields: Mapping[str, Any]) -> bytes:
     """Return an event with a name, which its data repeat as ``type``."""
-    return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n".encode()
+    return f"event: {kind}\ndata: {to_json({'type': kind, **fields})}\n\n".encode()
 
 
 async def chunks_of(events: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import Field
 
 from gguflora._version import __version__
@@ -17,6 +17,7 @@ from gguflora.server.completions import begin_completion
 from gguflora.server.errors import Failure
 from gguflora.server.events import chunks_of, data_event
 from gguflora.server.fields import Body, ForeignBody
+from gguflora.server.json_response import JSONResponse
 from gguflora.server.openai_format import timings
 from gguflora.server.schemas import ChatBody, CompletionBody
 from gguflora.server.selectors import requested_set

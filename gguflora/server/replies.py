@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from gguflora.files.strict_json import to_json
 from gguflora.server.tool_calls import ToolFormat
 
 _BETWEEN: Final = (",", ";", "[", "]")
@@ -163,7 +164,7 @@ class Reply:
         arguments = value.get(format_.key, value.get("arguments", value.get("parameters")))
         if name not in self.tools or not isinstance(arguments, dict | str):
             return False
-        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        text = arguments if isinstance(arguments, str) else to_json(arguments, ensure_ascii=False)
         function = {"name": name, "arguments": text}
         self.calls.append({"id": format_.new_id(), "type": "function", "function": function})
         return True

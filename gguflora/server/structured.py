@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 from pydantic import ConfigDict, Field
 
 from gguflora.engine import Grammar
+from gguflora.files.strict_json import to_json
 from gguflora.server.errors import Failure
 from gguflora.server.fields import Body
 from gguflora.server.sampling import SamplingFields
@@ -156,7 +157,7 @@ def json_grammar(field: str, schema: dict[str, Any] | bool | str | None, *, stri
         raise Failure(400, f"{field!r} is not a JSON schema: it must be an object", "invalid_grammar", field)
     closed = closed_schema(schema)
     options: Any = {"whitespace_pattern": WHITESPACE, "lenient": not strict}
-    text = json.dumps(closed if isinstance(closed, dict) else {"anyOf": [closed]})
+    text = to_json(closed if isinstance(closed, dict) else {"anyOf": [closed]})
     return Grammar(LLMatcher.grammar_from_json_schema(text, overrides=options), kind="llguidance")
 
 
@@ -167,7 +168,7 @@ def closed_schema(schema: Any) -> Any:  # noqa: ANN401  (any JSON value)
     properties of one object. All that fits the result also fits the schema. Small models would add properties and
     digits for ever.
     """
-    return schema if '"allOf"' in json.dumps(schema) else _closed(schema)
+    return schema if '"allOf"' in to_json(schema) else _closed(schema)
 
 
 def _closed(schema: Any) -> Any:  # noqa: ANN401  (any JSON value)
@@ -214,7 +215,7 @@ def choice_grammar(texts: list[str] | None) -> Grammar | None:
     """Return the grammar of answers that are one of some texts."""
     if not texts:
         return None
-    return Grammar("start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts), kind="llguidance")
+    return Grammar("start: " + " | ".join(to_json(text, ensure_ascii=False) for text in texts), kind="llguidance")
 
 
 def text_grammar(text: str | None) -> Grammar | None:

@@ -6,7 +6,6 @@ for templates that know no tools.
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import string
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from gguflora.engine import Grammar
+from gguflora.files.strict_json import to_json
 from gguflora.server.schemas import Tool
 from gguflora.server.structured import WHITESPACE, closed_schema
 
@@ -56,9 +56,7 @@ class ToolFormat:
 
     def text(self, calls: Sequence[Mapping[str, Any]]) -> str:
         """Return calls as the model would have written them."""
-        written = [
-            json.dumps({"name": each["name"], self.key: each["arguments"]}, ensure_ascii=False) for each in calls
-        ]
+        written = [to_json({"name": each["name"], self.key: each["arguments"]}, ensure_ascii=False) for each in calls]
         if self.is_list:
             return f"{self.begin}[{', '.join(written)}]"
         return "\n".join(f"{self.begin}{each}{self.end}" for each in written)
@@ -88,7 +86,7 @@ def format_of(template: str) -> ToolFormat:
 
 def instructions(tools: Sequence[Tool], format_: ToolFormat) -> str:
     """Return what a model is told whose template has no place for tools."""
-    listed = "\n".join(json.dumps(tool.function.for_template(), ensure_ascii=False) for tool in tools)
+    listed = "\n".join(to_json(tool.function.for_template(), ensure_ascii=False) for tool in tools)
     return (
         "You have access to functions. To call a function, answer only with a JSON object "
         f'{{"name": function name, "{format_.key}": object of argument names and their values}}; '
@@ -142,7 +140,7 @@ def _call_rules(number: int, tool: Tool, key: str) -> list[str]:
     return [
         f"call_{number}: head_{number} args_{number} /{_SPACE}\\}}/",
         f"head_{number}: /{head}/",
-        f"args_{number}: %json {json.dumps({**closed, 'x-guidance': options})}",
+        f"args_{number}: %json {to_json({**closed, 'x-guidance': options})}",
     ]
 
 

@@ -11,12 +11,13 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import BaseModel, ValidationError
 
 from gguflora.server.completions import begin_chat
 from gguflora.server.errors import Failure
 from gguflora.server.events import chunks_of
+from gguflora.server.json_response import JSONResponse
 from gguflora.server.schemas import ChatBody
 from gguflora.server.service import Service
 

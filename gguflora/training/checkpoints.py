@@ -16,6 +16,7 @@ import torch
 from gguflora.errors import TrainingError
 from gguflora.files.atomic import atomic_output
 from gguflora.files.output_rule import check_regular
+from gguflora.files.strict_json import restored, to_json
 
 STATE: Final = "state.safetensors"
 _META: Final = "gguflora.training"
@@ -76,7 +77,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     parts = {"factors": checkpoint.factors, "moments": checkpoint.moments, "best": checkpoint.best}
     tensors = {f"{part}/{name}": value.contiguous() for part, group in parts.items() for name, value in group.items()}
     meta = {"settings": checkpoint.settings, "progress": asdict(checkpoint.progress)}
-    content = save(tensors, {_META: json.dumps(meta)})
+    content = save(tensors, {_META: to_json(meta)})
     check_regular(folder)
     folder.mkdir(exist_ok=True)
     with atomic_output(folder / STATE) as file:
@@ -98,10 +99,10 @@ def read_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Checkpoint:
         with safe_open(path, "pt") as file:
             meta = json.loads(file.metadata()[_META])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        progress = Progress(**meta["progress"])
+        progress = Progress(**restored(meta["progress"]))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{path}: cannot be resumed: {error}") from error
-    _check_same(path, meta["settings"], json.loads(json.dumps(dict(settings))))
+    _check_same(path, meta["settings"], json.loads(to_json(dict(settings))))
     groups: dict[str, dict[str, torch.Tensor]] = {"factors": {}, "moments": {}, "best": {}}
     for name, value in tensors.items():
         part, _, own = name.partition("/")

@@ -8,7 +8,6 @@ of the kernels, without fused operations: what 128 more ranks add to the time of
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -22,6 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gguflora.files.strict_json import to_json
 from gguflora.quants import kernels
 from gguflora.quants._lib import isa_names
 from gguflora.quants.kernels import Product
@@ -120,4 +120,4 @@ def dither(
     console.print("product, GFLOP/s: " + ", ".join(f"{name} {rate:.0f}" for name, rate in gflops.items()))
     if json_file:
         about = {"n_in": N_IN, "rank": RANK, "relative": relative, "product_gflops": gflops}
-        json_file.write_text(json.dumps(about | {"results": results}, indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(to_json(about | {"results": results}, indent=1) + "\n", encoding="utf-8")

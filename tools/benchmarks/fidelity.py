@@ -9,7 +9,6 @@ of the loss that the hot adapter gains over the base which the merge keeps.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -27,6 +26,7 @@ from rich.table import Table
 
 import gguflora
 from gguflora import quants
+from gguflora.files.strict_json import to_json
 from tools.benchmarks.models import CACHE
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def fidelity(
                     cells.append(cell)
                     print(cell, file=sys.stderr, flush=True)
             if json_file:
-                json_file.write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n", encoding="utf-8")
+                json_file.write_text(to_json([asdict(cell) for cell in cells], indent=1) + "\n", encoding="utf-8")
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(_table(cells))
     missed = [f"{cell.type} {cell.adapter} x {cell.scale:g}: {what}" for cell in cells for what in cell.misses()]

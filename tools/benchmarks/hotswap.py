@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from rich.table import Table
 
 import gguflora
 from gguflora.engine import Engine, Generation, Request, Sampling
+from gguflora.files.strict_json import to_json
 from tools.benchmarks.models import CACHE, LLAMAS, adapter_files, base_file
 
 OUTTYPES = ("f32", "f16", "q8_0")
@@ -247,7 +247,7 @@ def hotswap(
         "speeds": measure_speeds(files, tokens, repeats, threads),
     }
     if out is not None:
-        out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        out.write_text(to_json(report, indent=2) + "\n", encoding="utf-8")
     console = Console(file=sys.stdout)
     for table in _tables(report):
         console.print(table)

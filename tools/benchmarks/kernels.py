@@ -8,7 +8,6 @@ cache, as a merge has them; larger ones are bound by memory whoever converts the
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -21,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gguflora.files.strict_json import to_json
 from gguflora.quants import kernels
 from gguflora.quants._lib import isa_names
 from gguflora.quants.types import TYPES, GgmlType, type_named
@@ -130,4 +130,4 @@ def measure_kernels(
             results.append({"type": kind.name, "task": task, "weights_per_second": rates})
     Console(width=None if sys.stdout.isatty() else 140).print(_table(results, isas))
     if json_file:
-        json_file.write_text(json.dumps({"n_in": N_IN, "results": results}, indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(to_json({"n_in": N_IN, "results": results}, indent=1) + "\n", encoding="utf-8")

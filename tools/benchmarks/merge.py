@@ -7,7 +7,6 @@ all cores, and ends with the output on the disk. Medians; who runs is a process 
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ from rich.table import Table
 
 import gguflora
 from gguflora.files.gguf import GgufFile
+from gguflora.files.strict_json import to_json
 from tools.benchmarks.models import CACHE, LLAMAS, adapter_files, base_file
 from tools.benchmarks.peers import llama_cpp_tools
 from tools.benchmarks.processes import Usage, run
@@ -159,4 +159,4 @@ def merge(
     Console(width=None if sys.stdout.isatty() else 140).print(_table(results, title))
     if json_file:
         report = {"base": base.name, "adapter_bytes": adapter_bytes, "cores": CORES, "results": results}
-        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(to_json(report, indent=1) + "\n", encoding="utf-8")

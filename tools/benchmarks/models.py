@@ -6,7 +6,6 @@ hundred of its type and width, so that a file of any size is written at the spee
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from safetensors.numpy import save_file
 
 import gguflora
 from gguflora import quants
+from gguflora.files.strict_json import to_json
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gguflora" / "bench"
 """Where models and adapters of benchmarks are kept."""
@@ -197,4 +197,4 @@ def _write_adapter(folder: Path, llama: Llama) -> None:
         "target_modules": sorted(name.split(".")[-1] for name in llama.linears()),
         "bias": "none",
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "adapter_config.json").write_text(to_json(config, indent=2) + "\n", encoding="utf-8")

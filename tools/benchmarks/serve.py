@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 import gguflora
+from gguflora.files.strict_json import to_json
 from tools.benchmarks.batches import Costs, measure_batches
 from tools.benchmarks.models import CACHE, LLAMAS, Llama, adapter_files, base_file
 from tools.benchmarks.peers import llama_cpp_tools
@@ -305,4 +306,4 @@ def serve(
     if json_file:
         rows = [{"server": name, **vars(load), **vars(rates)} for name, load, rates in results]
         report = {"model": model, "type": kind, "threads": threads, "llama.cpp": vars(costs), "results": rows}
-        json_file.write_text(json.dumps(report, indent=1) + "\n")
+        json_file.write_text(to_json(report, indent=1) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from gguflora.files.strict_json import to_json
 from gguflora.training.adapters import add_loras, choose_modules
 from gguflora.training.loss import backward_loss
 from gguflora.training.memory import peak_memory, return_memory_early
@@ -95,7 +95,7 @@ def main() -> None:
         started = time.process_time()
         losses.append(step())
         seconds.append(time.process_time() - started)
-    print(json.dumps({"cpu": min(seconds), "memory": peak_memory(), "losses": losses}))
+    print(to_json({"cpu": min(seconds), "memory": peak_memory(), "losses": losses}))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Final
 from gguflora.errors import OutputError, RemoteError
 from gguflora.files.checksum import sha256_of
 from gguflora.files.remote.location import redacted
+from gguflora.files.strict_json import to_json
 from gguflora.system.memory import read_bytes
 
 MAX_DOWNLOAD: Final = "GGUFLORA_MAX_DOWNLOAD"
@@ -116,7 +117,7 @@ def record_sha256(path: Path, sha256: str) -> None:
     record = _record_path(path)
     make_folder(record.parent)
     draft = record.with_suffix(f".{os.getpid()}.new")
-    draft.write_text(json.dumps({"path": str(path), "stamp": _stamp(path), "sha256": sha256}), encoding="utf-8")
+    draft.write_text(to_json({"path": str(path), "stamp": _stamp(path), "sha256": sha256}), encoding="utf-8")
     draft.replace(record)
 
 

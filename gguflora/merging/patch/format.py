@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from gguflora._version import __version__
 from gguflora.errors import PatchError
+from gguflora.files.strict_json import to_json
 from gguflora.merging.patch.coding import Grain
 from gguflora.quants.arrays import Bytes
 
@@ -166,7 +167,7 @@ def open_patch(path: Path) -> Iterator[Patch]:
 
 def write_patch_file(output: IO[bytes], patch: Patch) -> None:
     """Write a patch file. The payloads are read from the patch's handle, in any order."""
-    text = json.dumps(asdict(patch.facts), sort_keys=True).encode()
+    text = to_json(asdict(patch.facts), sort_keys=True).encode()
     copies = np.array([tuple(copied) for copied in patch.copies], _COPY)
     records = np.array([_to_row(record) for record in patch.records], _RECORD)
     tables = text + copies.tobytes() + records.tobytes()
