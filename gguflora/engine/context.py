@@ -172,7 +172,7 @@ class Context:
         if source in free and common and common * 2 >= len(source.held):  # most of it is reused: continue in place
             target = source
         else:
-            target = min(free, key=lambda slot: (slot is source, len(slot.held) > 0, slot.used))
+            target = min(free, key=lambda slot: (common and slot is source, len(slot.held) > 0, slot.used))
         if target is not source:
             self._copy(source, target, common)
         self.keep(target, common)

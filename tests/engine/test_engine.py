@@ -88,13 +88,15 @@ def test_a_long_prompt_joins_while_others_generate() -> None:
         first.cancel()
 
 
-def test_going_back_costs_no_prefill() -> None:
-    with open_engine() as engine:
-        for name in ("a", "base", "a", "base"):
+@pytest.mark.parametrize("n_sets", [2, 4])
+def test_going_back_costs_no_prefill(n_sets: int) -> None:
+    """There is a slot for each set, and every slot is used."""
+    with open_engine(n_parallel=n_sets) as engine:
+        for name in (*SETS,)[:n_sets] * 2:
             generation = ask(engine, name)
             list(generation)
         assert generation.usage.reused_tokens == len(PROMPT) - 1
-        assert engine.stats().decoded_tokens == 2 * (len(PROMPT) + 11) + 2 * 12
+        assert engine.stats().decoded_tokens == n_sets * (len(PROMPT) + 11) + n_sets * 12
 
 
 def test_a_shared_beginning_is_computed_once() -> None:
