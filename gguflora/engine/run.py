@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from gguflora.engine import Engine, Sampling
 from gguflora.engine.chat import Chat, ChatAnswer
@@ -18,6 +18,10 @@ from gguflora.runtime.templates import RENDERER
 AdapterPath = str | os.PathLike[str]
 Adapters = Mapping[str, AdapterPath | tuple[AdapterPath, float]]
 """Adapters by name: each a GGUF LoRA file or PEFT directory, or a tuple of it and its scale."""
+
+
+_KEPT_SETS: Final = 4
+"""Adapter sets whose tokens are kept, so that a chat goes back to one of them without computing its tokens again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +133,7 @@ def open_chat(
     n_ctx = context_size(base, ctx)
     if not raw:
         RENDERER.warm()
-    options: dict[str, Any] = {"n_ctx": n_ctx, "n_parallel": 1, "threads": threads}
+    options: dict[str, Any] = {"n_ctx": n_ctx, "n_parallel": _KEPT_SETS, "threads": threads}
     options |= {"text_only": text_only, "trust_names": trust_names}
     options |= {"chat_template": chat_template, "chat_template_file": chat_template_file}
     with Engine(base, adapters=paths, tasks=tasks, **options) as engine:

@@ -13,6 +13,7 @@ import pytest
 from gguflora.diagnostics import demo
 from gguflora.engine import Sampling
 from gguflora.engine.chat import HELP, Chat
+from gguflora.engine.run import open_chat
 from support import serving
 from support.serving import PROMPT, QUESTION, expected_text, lora_file, wait_until
 
@@ -35,6 +36,20 @@ def test_one_shot():
     code, out, err = run("-p", QUESTION, *scaled, *GREEDY)
     assert (code, out) == (0, expected_text("shout", 0.4) + "\n")
     assert re.fullmatch(r"\[loud@0\.4: \d+ tokens, [\d.]+ tokens/s, first after \d+ ms\]\n", err)
+
+
+def test_going_back_to_a_set_keeps_its_tokens():
+    adapters = {"shout": (demo.HERE / "shout", 1.0)}
+    with open_chat(
+        demo.BASE, adapters, {}, raw=False, ctx=None, max_tokens=4, temperature=0, seed=None, threads=1,
+        text_only=False, trust_names=False, write=lambda _: None,
+    ) as chat:  # fmt: skip
+        chat.say(QUESTION)
+        for line in ("/new", "/lora shout 0", QUESTION, "/new", "/lora shout 1"):
+            chat.handle(line)
+        before = chat.engine.stats().decoded_tokens
+        chat.say(QUESTION)
+        assert chat.engine.stats().decoded_tokens - before == 4
 
 
 def test_lines_from_a_pipe(tmp_path):
