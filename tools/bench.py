@@ -10,6 +10,7 @@ from tools.benchmarks.fidelity import fidelity
 from tools.benchmarks.hotswap import hotswap
 from tools.benchmarks.kernels import measure_kernels
 from tools.benchmarks.merge import merge
+from tools.benchmarks.quantize import quantize
 from tools.benchmarks.serve import serve
 from tools.benchmarks.train import train
 
@@ -19,6 +20,7 @@ app.command()(dither)
 app.command("kernels")(measure_kernels)
 app.command()(hotswap)
 app.command()(merge)
+app.command()(quantize)
 app.command()(fidelity)
 app.command()(serve)
 app.command()(train)

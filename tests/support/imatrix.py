@@ -1,12 +1,16 @@
 """Importance matrices as llama.cpp's imatrix writes them."""
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import gguf
 import numpy as np
 
 CHUNK = 512
 
 
-def write_imatrix(path, entries, dtype=np.float32):
+def write_imatrix(path: Path, entries: Mapping[str, tuple[Any, Any]], dtype: Any = np.float32) -> Path:
     writer = gguf.GGUFWriter(path, "")
     writer.add_string("general.type", "imatrix")
     writer.add_array("imatrix.datasets", ["words.txt"])

@@ -1,7 +1,11 @@
 """llama.cpp's own quantizer with the options of llama-quantize, and models of many layers to try it on."""
 
 import ctypes
+import os
 import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import gguf
 import llama_cpp
@@ -22,23 +26,32 @@ class TensorType(ctypes.Structure):
     _fields_ = (("pattern", ctypes.c_char_p), ("type", ctypes.c_int))
 
 
-def file_type(preset):
+def file_type(preset: str) -> int:
     if preset == "F32":
         return 0
     if preset == "MXFP4_MOE":
         return 38
-    return getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{preset}", None) or {"Q1_0": 40, "Q2_0": 41}[preset]
+    return int(getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{preset}", None) or {"Q1_0": 40, "Q2_0": 41}[preset])
 
 
-def llama_quantize(source, target, preset, *, imatrix=None, origin=("words.txt", 7), types=(), **options):
+def llama_quantize(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    preset: str,
+    *,
+    imatrix: str | os.PathLike[str] | None = None,
+    origin: tuple[str, int] = ("words.txt", 7),
+    types: Sequence[tuple[str, str]] = (),
+    **options: Any,
+) -> int:
     """Quantize as llama-quantize does, metadata about the imatrix included (tools/quantize/quantize.cpp)."""
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype, parameters.nthread, parameters.allow_requantize = file_type(preset), 2, True
     for name, value in options.items():
         setattr(parameters, name, gguf.GGMLQuantizationType[value] if name.endswith("_type") else value)
     if types:
-        rows = [TensorType(pattern.encode(), gguf.GGMLQuantizationType[kind]) for pattern, kind in types]
-        overrides = (TensorType * (len(rows) + 1))(*rows, TensorType(None, 0))
+        kinds = [TensorType(pattern.encode(), gguf.GGMLQuantizationType[kind]) for pattern, kind in types]
+        overrides = (TensorType * (len(kinds) + 1))(*kinds, TensorType(None, 0))
         parameters.tt_overrides = ctypes.cast(overrides, type(parameters.tt_overrides))
     if imatrix is not None:
         weights = {name: np.ascontiguousarray(values.ravel()) for name, values in read_imatrix(imatrix).items()}
@@ -51,11 +64,17 @@ def llama_quantize(source, target, preset, *, imatrix=None, origin=("words.txt",
         overrides_kv = origin_overrides(str(imatrix), *origin, len(weights))
         parameters.kv_overrides = ctypes.cast(overrides_kv, type(parameters.kv_overrides))
     with quiet_llama_cpp():
-        return llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters))
+        names = str(source).encode(), str(target).encode()
+        return int(llama_cpp.llama_model_quantize(*names, ctypes.byref(parameters)))
 
 
-def origin_overrides(path, dataset, chunks, n_entries):
-    values = {"file": path, "dataset": dataset, "entries_count": n_entries, "chunks_count": chunks}
+def origin_overrides(path: str, dataset: str, chunks: int, n_entries: int) -> Any:
+    values: dict[str, str | int] = {
+        "file": path,
+        "dataset": dataset,
+        "entries_count": n_entries,
+        "chunks_count": chunks,
+    }
     rows = (llama_cpp.llama_model_kv_override * (len(values) + 1))()
     for row, (key, value) in zip(rows, values.items(), strict=False):
         row.key = f"quantize.imatrix.{key}".encode()
@@ -67,7 +86,16 @@ def origin_overrides(path, dataset, chunks, n_entries):
     return rows
 
 
-def layered_model(path, architecture="llama", n_layers=16, n_expert=0, n_head=8, n_head_kv=2, n_in=N_EMBD, tied=False):
+def layered_model(
+    path: Path,
+    architecture: str = "llama",
+    n_layers: int = 16,
+    n_expert: int = 0,
+    n_head: int = 8,
+    n_head_kv: int = 2,
+    n_in: int = N_EMBD,
+    tied: bool = False,
+) -> Path:
     """A model of many layers with random weights: what position, experts and heads decide. It cannot be run."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("layered")
@@ -98,13 +126,15 @@ def layered_model(path, architecture="llama", n_layers=16, n_expert=0, n_head=8,
     return path
 
 
-def layered_tensors(architecture, n_layers, n_expert, n_in, tied):
-    shapes = {"token_embd.weight": (64, n_in), "output_norm.weight": (n_in,)}
+def layered_tensors(
+    architecture: str, n_layers: int, n_expert: int, n_in: int, tied: bool
+) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (64, n_in), "output_norm.weight": (n_in,)}
     if not tied:
         shapes["output.weight"] = (64, n_in)
     fused = architecture in {"falcon", "phi3"}
     for layer in range(n_layers):
-        block = {"attn_norm": (n_in,), "attn_output": (32, n_in), "ffn_norm": (n_in,)}
+        block: dict[str, tuple[int, ...]] = {"attn_norm": (n_in,), "attn_output": (32, n_in), "ffn_norm": (n_in,)}
         block |= {"attn_qkv": (96, n_in)} if fused else {f"attn_{x}": (32, n_in) for x in "qkv"}
         if n_expert:
             block |= {f"ffn_{x}_exps": (n_expert, 32, n_in) for x in ("gate", "up", "down")}
@@ -115,7 +145,7 @@ def layered_tensors(architecture, n_layers, n_expert, n_in, tied):
     return shapes
 
 
-def imatrix_of(model, path):
+def imatrix_of(model: Path, path: Path) -> Path:
     """An importance matrix for every matrix of a model but its embedding."""
     from support.imatrix import CHUNK, write_imatrix
 

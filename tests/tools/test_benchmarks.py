@@ -76,6 +76,22 @@ def test_merge_of_a_tiny_llama(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {base.name, "lora-tiny-r16", "lora-tiny-r16.gguf", out.name}
 
 
+@pytest.mark.llama
+def test_quantizing_a_tiny_llama(tmp_path):
+    out = tmp_path / "out.json"
+    options = ("--presets", "Q4_K_M,IQ4_XS", "--folder", tmp_path, "--json", out)
+    shown = bench("quantize", "--model", "tiny", *options)
+    results = json.loads(out.read_text())["results"]
+    assert [(found["preset"], found["imatrix"]) for found in results] == [
+        (preset, imatrix) for preset in ("Q4_K_M", "IQ4_XS") for imatrix in (False, True)
+    ]
+    for found in results:
+        assert found["cpu_ratio"] == pytest.approx(found["llama.cpp"]["cpu_seconds"] / found["gguflora"]["cpu_seconds"])
+        assert 20e6 < found["gguflora"]["peak_bytes"] < 300e6
+    assert "IQ4_XS, imatrix" in shown
+    assert {path.name for path in tmp_path.iterdir()} == {"llama-tiny-F16.gguf", out.name}
+
+
 def test_the_random_llama_loads_and_has_the_types_of_q4_k_m(tmp_path):
     """llama.cpp's own quantizer, given the same shapes, chooses the same types."""
 

@@ -97,7 +97,8 @@ def llama_logits(model: Path, lora: Path | None = None, scale: float = 1.0) -> n
         )  # fmt: skip
         try:
             llm.eval(list(PROMPT))
-            return llm.scores[: len(PROMPT)].copy()
+            scores: np.ndarray = llm.scores[: len(PROMPT)].copy()
+            return scores
         finally:
             llm.close()
 
