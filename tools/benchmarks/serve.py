@@ -68,13 +68,14 @@ class Answered:
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one load: requests and tokens of answers per second, CPU seconds for each token, seconds to the first."""
+    """What a server did under one load: times in seconds, and bytes of memory that no file backs."""
 
     requests: float
     tokens: float
     cpu: float
     first: float
     first_worst: float
+    memory: float
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ def _llama_server(
 ) -> tuple[list[object], int]:
     port = _free_port()
     adapters = ["--lora", ",".join(map(str, loras)), "--lora-init-without-apply"]
-    limits = ["-c", context, "-np", most_clients, "--kv-unified", "-t", threads, "-tb", threads]
+    # it does not give up what its idle slots hold before a request needs it
+    limits = ["-c", 2 * context, "-np", most_clients, "--kv-unified", "-t", threads, "-tb", threads]
     tool = llama_cpp_tools(LLAMA_SERVER) / LLAMA_SERVER
     return [tool, "-m", base, *adapters, *limits, "--host", "127.0.0.1", "--port", port], port
 
@@ -198,6 +200,12 @@ def _cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def _memory(pid: int) -> float:
+    """What a process holds in memory that no file backs."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("RssAnon:"))
+
+
 def measure(server: Server, load: Load, seed: int) -> Rates:
     """Let the clients of ``load`` ask; every server is asked the same with the same seed."""
 
@@ -216,7 +224,8 @@ def measure(server: Server, load: Load, seed: int) -> Rates:
         seconds, cpu = time.perf_counter() - started, _cpu_seconds(server.pid) - cpu
     firsts = sorted(answer.first for answer in answers)
     rate = len(answers) / seconds
-    return Rates(rate, rate * load.tokens, cpu / (len(answers) * load.tokens), statistics.median(firsts), firsts[-1])
+    times = cpu / (len(answers) * load.tokens), statistics.median(firsts), firsts[-1]
+    return Rates(rate, rate * load.tokens, *times, _memory(server.pid))
 
 
 def _prompt(letters: random.Random) -> str:
@@ -250,6 +259,7 @@ def _table(results: list[tuple[str, Load, Rates]], model: str, threads: int) -> 
         "x 1 client",
         "first token",
         "worst",
+        "memory",
     ):
         table.add_column(heading, justify="left" if heading == "server" else "right")
     alone = {name: rates for name, load, rates in results if load.clients == load.adapters == 1}
@@ -257,7 +267,8 @@ def _table(results: list[tuple[str, Load, Rates]], model: str, threads: int) -> 
         one = alone.get(name, rates)
         cells = (f"{rates.requests:.2f}", f"{rates.tokens:.1f}", f"{rates.tokens / one.tokens:.2f}")
         times = (f"{rates.cpu * 1e3:.2f} ms", f"{rates.cpu / one.cpu:.2f}", f"{rates.first * 1e3:.0f} ms")
-        table.add_row(str(load.adapters), str(load.clients), name, *cells, *times, f"{rates.first_worst * 1e3:.0f} ms")
+        last = (f"{rates.first_worst * 1e3:.0f} ms", f"{rates.memory / 1e6:.0f} MB")
+        table.add_row(str(load.adapters), str(load.clients), name, *cells, *times, *last)
     return table
 
 
@@ -301,7 +312,7 @@ def serve(
     numbers = sorted({load.clients for load in loads})
     costs = measure_batches(base, lora, numbers, PROMPT_LETTERS + 1, threads)
     results = [(name, load, _medians(rates[1:])) for (name, load), rates in turns.items()]
-    Console(width=None if sys.stdout.isatty() else 140).print(_table(results, f"{model} {kind}", threads))
+    Console(width=None if sys.stdout.isatty() else 150).print(_table(results, f"{model} {kind}", threads))
     print(*_limits(costs, numbers, tokens), sep="\n")
     if json_file:
         rows = [{"server": name, **vars(load), **vars(rates)} for name, load, rates in results]
