@@ -18,12 +18,13 @@ import numpy as np
 
 from gguflora.architectures.base_model import describe
 from gguflora.errors import FormatError, MissingExtraError, UsageError, listed
-from gguflora.files.atomic import atomic_output, path_of
+from gguflora.files.atomic import atomic_output
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile
 from gguflora.files.output_checks import check_target
 from gguflora.files.remote import remote_inputs
 from gguflora.merging.sinks import Progress
 from gguflora.system.cpus import thread_count
+from gguflora.system.nameless import path_of
 
 
 @dataclass(frozen=True, slots=True)

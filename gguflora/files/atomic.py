@@ -6,12 +6,13 @@ A reader sees either the complete output or none of it.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import logging
+import math
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -20,19 +21,26 @@ from typing import IO
 
 from gguflora.errors import OutputError
 from gguflora.files.output_rule import check_regular
+from gguflora.system import storage
+from gguflora.system.descriptors import open_file, open_folder
+from gguflora.system.locks import try_lock
+from gguflora.system.nameless import give_name, open_nameless
+from gguflora.system.storage import copy_range, link, replace, set_permissions, sync_file, sync_folder
 
 _LOG = logging.getLogger(__name__)
 _MAX_NAME = 255
 """Longest name of a file in bytes (NAME_MAX of Linux's file systems)."""
-_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
-"""Errors with which file systems without hard links refuse ``link``."""
+_ABANDONED = 86400.0
+"""Seconds after which a draft that nobody has touched is taken for a leftover where files cannot be locked."""
+_CLOSED = 60.0
+"""Seconds for which a draft may be closed, and so not locked, before it is renamed (`RENAMES_OPEN_FILES`)."""
 
 
 @contextmanager
 def atomic_output(target: Path, *, force: bool = True) -> Iterator[IO[bytes]]:
     """Open a file that becomes ``target`` when the block ends, and is discarded if the block raises.
 
-    `path_of` gives a path for opening it a second time.
+    `gguflora.system.nameless.path_of` gives a path for opening it a second time.
 
     Args:
         target: path of the file.
@@ -101,8 +109,10 @@ class _Draft:
 
     def finish(self) -> None:
         self.file.flush()
-        os.fsync(self.file.fileno())
-        os.fchmod(self.file.fileno(), 0o666 & ~_umask())
+        sync_file(self.file.fileno())
+        set_permissions(self.file.fileno(), self.temporary, 0o666 & ~_umask())
+        if self.is_named and not storage.RENAMES_OPEN_FILES:
+            self.file.close()
 
     def link(self, path: Path) -> None:
         """Give the file a name that is not taken.
@@ -111,16 +121,13 @@ class _Draft:
             FileExistsError: if the name is taken.
         """
         if not self.is_named:
-            _link(self.file.fileno(), path)
-            return
-        try:
-            os.link(self.temporary, path)
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
+            if give_name(self.file.fileno(), path):
+                return
+            _copy(self.file.fileno(), self.temporary)
+        if path != self.temporary and not link(self.temporary, path):
             if path.exists():
-                raise FileExistsError(errno.EEXIST, "exists", str(self.temporary), None, str(path)) from error
-            self.temporary.replace(path)
+                raise FileExistsError(errno.EEXIST, "exists", str(self.temporary), None, str(path))
+            replace(self.temporary, path)
 
 
 @contextmanager
@@ -128,9 +135,10 @@ def _draft(target: Path) -> Iterator[_Draft]:
     temporary = _new_draft(target)
     handle, is_named = _open_temporary(temporary)
     try:
-        with os.fdopen(handle, "w+b") as file:
-            with suppress(OSError):  # not all file systems support locks
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        name = temporary if is_named else handle
+        with open(name, "w+b", opener=lambda *_: handle) as file:  # so the file knows its name
+            with suppress(BlockingIOError):  # of one that looks for leftovers
+                try_lock(handle)
             yield _Draft(target, file, temporary, is_named)
     finally:
         temporary.unlink(missing_ok=True)
@@ -160,7 +168,7 @@ def _publish(drafts: Sequence[_Draft], *, force: bool) -> None:
                 drafts[0].target.unlink(missing_ok=True)
         for draft in reversed(drafts):
             if force:
-                draft.temporary.replace(draft.target)
+                replace(draft.temporary, draft.target)
             else:
                 draft.link(draft.target)
             published.append(draft.target)
@@ -173,21 +181,35 @@ def _publish(drafts: Sequence[_Draft], *, force: bool) -> None:
 def _remove_litter(target: Path) -> None:
     """Remove temporary files that killed processes left for this target: those that no process holds a lock on."""
     start = _draft_start(target)
-    with os.scandir(target.parent) as entries:
+    litter: list[Path] = []
+    with suppress(PermissionError), os.scandir(target.parent) as entries:  # one may write to it, but not list it
         litter = [Path(e.path) for e in entries if e.name.startswith(start) and e.name.endswith(".partial")]
     for path in litter:
-        with suppress(OSError):
+        with suppress(OSError):  # others look for leftovers, too
             is_folder = path.is_dir() and not path.is_symlink()
-            mode = os.O_RDONLY | os.O_DIRECTORY if is_folder else os.O_RDWR
-            handle = os.open(path, mode | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if is_folder:
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
-            finally:
-                os.close(handle)
+            if _is_abandoned(path, is_folder=is_folder):
+                shutil.rmtree(path) if is_folder else path.unlink()
+
+
+def _is_abandoned(path: Path, *, is_folder: bool) -> bool:
+    """Whether no process holds the lock of a draft; where there are no locks, whether it is old.
+
+    Raises:
+        OSError: if a process holds its lock.
+    """
+    newest = max(each.lstat().st_mtime for each in ([path, *path.iterdir()] if is_folder else [path]))
+    age = time.time() - newest
+    handle = open_folder(path) if is_folder else open_file(path, write=True, follow=False)
+    if handle is None:
+        return age > _ABANDONED
+    try:
+        return age > (_wait_for_rename() if try_lock(handle) else _ABANDONED)
+    finally:
+        os.close(handle)
+
+
+def _wait_for_rename() -> float:
+    return -math.inf if storage.RENAMES_OPEN_FILES else _CLOSED
 
 
 @contextmanager
@@ -214,22 +236,24 @@ def atomic_folder(target: Path, *, marker: str | None = None, stale: Sequence[st
     try:
         _remove_litter(target)
         temporary.mkdir()
-        handle = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        handle = open_folder(temporary)
         try:
-            with suppress(OSError):  # not all file systems support locks
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if handle is not None:
+                with suppress(BlockingIOError):  # of one that looks for leftovers
+                    try_lock(handle)
             yield temporary
             for path in temporary.iterdir():
                 _sync_file(path)
             sync_folder(temporary)
             try:
-                temporary.replace(target)  # works if the target is missing or an empty directory
+                temporary.replace(target)  # works if the target is missing, or an empty directory except on Windows
             except OSError as error:
-                if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                if error.errno not in {errno.ENOTEMPTY, errno.EEXIST} and not target.is_dir():
                     raise
                 _replace_files(temporary, target, marker, stale)
         finally:
-            os.close(handle)
+            if handle is not None:
+                os.close(handle)
             shutil.rmtree(temporary, ignore_errors=True)
         sync_folder(target.parent)
     except OSError as error:
@@ -247,49 +271,36 @@ def _replace_files(draft: Path, target: Path, marker: str | None, stale: Sequenc
         (target / name).unlink(missing_ok=True)
     sync_folder(target)
     for name in names:
-        (draft / name).replace(target / name)
+        replace(draft / name, target / name)
     sync_folder(target)
 
 
 def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def path_of(file: IO[bytes]) -> Path:
-    """Return a path with which this process can open the file, even if the file has no name."""
-    return Path(f"/proc/self/fd/{file.fileno()}")
+    handle = open_file(path, write=True)  # Windows syncs only what is open for writing
+    try:
+        sync_file(handle)
+    finally:
+        os.close(handle)
 
 
 def _open_temporary(path: Path) -> tuple[int, bool]:
     """Open a new unnamed file in the directory of ``path``, or else one named ``path``; say whether it is named."""
-    flags = os.O_RDWR | os.O_CLOEXEC
+    handle = open_nameless(path.parent)
+    return (handle, False) if handle is not None else (open_file(path, write=True, new=True), True)
+
+
+def _copy(source: int, path: Path) -> None:
+    """Copy a file that cannot be given a name into a new one."""
+    handle = open_file(path, write=True, new=True)
     try:
-        return os.open(path.parent, flags | os.O_TMPFILE, 0o600), False
-    except OSError as error:
-        if error.errno not in {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL}:
-            raise
-    return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), True
-
-
-def _link(handle: int, path: Path) -> None:
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:  # only with src_dir_fd does os.link follow the symbolic link in /proc (linkat, AT_SYMLINK_FOLLOW)
-        os.link(f"/proc/self/fd/{handle}", path, src_dir_fd=folder, follow_symlinks=True)
+        copy_range(source, 0, handle, 0, os.fstat(source).st_size)
+        sync_file(handle)
+        set_permissions(handle, path, 0o666 & ~_umask())
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def _umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
-
-
-def sync_folder(folder: Path) -> None:
-    """Sync a directory, so that its entries survive a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

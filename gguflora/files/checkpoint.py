@@ -1,6 +1,6 @@
 """Read weights of a Hugging Face directory: safetensors in one file, or in shards with an index.
 
-Rows are read when they are requested, with ``preadv`` instead of a mapping, so a pass over a large model uses little
+Rows are read when they are requested, not mapped, so a pass over a large model uses little
 memory.
 """
 
@@ -20,6 +20,7 @@ import numpy as np
 from gguflora.errors import SafetensorsError
 from gguflora.files.safetensors import as_float32, check_gathered, read_header, weight_files
 from gguflora.quants.arrays import Float32Array, Indices
+from gguflora.system.descriptors import open_file, read_some
 
 _FLOATS: Final = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -108,7 +109,7 @@ class Checkpoint:
     def _read(self, weight: StoredWeight, target: memoryview, offset: int) -> None:
         handle = self._open(weight.file)
         while target:
-            count = os.preadv(handle, [target], offset)
+            count = read_some(handle, target, offset)
             if count == 0:
                 raise SafetensorsError(f"{weight.file}: ends within {weight.name!r}; was it changed while being read?")
             target, offset = target[count:], offset + count
@@ -116,7 +117,7 @@ class Checkpoint:
     def _open(self, path: Path) -> int:
         with self._lock:
             if path not in self._files:
-                self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._files[path] = open_file(path)
             return self._files[path]
 
     def close(self) -> None:

@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.errors import GgufError
-from gguflora.files.copying import copy_range
 from gguflora.files.gguf_header import Metadata, encode_entry, encode_int32
 from gguflora.files.gguf_layout import Forms, Layout, ShardLayout, join, part_layout
 from gguflora.files.gguf_shard import MAGIC, GgufShard
 from gguflora.files.gguf_tensors import OUTPUT, TOKEN_EMBEDDING, Shape, TensorEntry, check_readable, layer_of
 from gguflora.files.shard_names import PART_NAME, part_paths
 from gguflora.files.sidecars import check_finished
+from gguflora.system.storage import copy_range
 
 __all__ = [
     "MAGIC",

@@ -7,7 +7,6 @@ for it.
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from gguflora.errors import GgufError
+from gguflora.system.descriptors import read_at
 
 MAX_NESTING: Final = 4
 MAX_BYTES: Final = 1 << 27
@@ -65,7 +65,7 @@ class Header:
         target = min(max(stop, len(self.content) + _CHUNK), self.size)
         while len(self.content) < target:
             try:
-                chunk = os.pread(self._handle, target - len(self.content), len(self.content))
+                chunk = read_at(self._handle, target - len(self.content), len(self.content))
             except OSError as error:
                 raise GgufError(f"{self.path}: cannot be read: {error.strerror}") from error
             if not chunk:

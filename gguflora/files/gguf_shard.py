@@ -10,6 +10,7 @@ from gguflora.errors import GgufError
 from gguflora.files.gguf_header import Cursor, Header, Metadata
 from gguflora.files.gguf_tensors import align, place_tensors, read_listed
 from gguflora.files.lfs import check_fetched
+from gguflora.system.descriptors import open_file, read_some
 
 MAGIC: Final = b"GGUF"
 DEFAULT_ALIGNMENT: Final = 32
@@ -39,7 +40,7 @@ class GgufShard:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe must not block
+            self._handle = open_file(path)
         except (OSError, ValueError) as error:
             raise GgufError(f"{path}: cannot be opened: {getattr(error, 'strerror', error)}") from error
         try:
@@ -96,7 +97,7 @@ class GgufShard:
     def read_into(self, target: memoryview, offset: int, content: str) -> None:
         """Fill ``target`` with the bytes at ``offset``.
 
-        The bytes are read with ``preadv``, not through a mapping, so that merging a large model takes little resident
+        The bytes are read, not mapped, so that merging a large model takes little resident
         memory.
 
         Args:
@@ -109,7 +110,7 @@ class GgufShard:
         """
         while target:
             try:
-                count = os.preadv(self._handle, [target], offset)
+                count = read_some(self._handle, target, offset)
             except OSError as error:
                 raise GgufError(f"{self.path}: {content} cannot be read: {error.strerror}") from error
             if count == 0:

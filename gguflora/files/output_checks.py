@@ -42,9 +42,9 @@ def check_targets(targets: Sequence[Path], inputs: Iterable[Path], *, force: boo
     target, folder = targets[0], targets[0].parent
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"{target}: the directory {folder} is not writable")
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise OutputError(f"{target}: needs {size:,} bytes, but only {free:,} are free on its disk")
+    disk = shutil.disk_usage(folder)
+    if size > disk.free and disk.total:  # some network shares say nothing
+        raise OutputError(f"{target}: needs {size:,} bytes, but only {disk.free:,} are free on its disk")
 
 
 def _check_name(target: Path, inputs: Iterable[Path], *, force: bool) -> None:

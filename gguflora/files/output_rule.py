@@ -7,17 +7,15 @@ that it names. They are refused. Text and pictures (`write_output`) go through d
 from __future__ import annotations
 
 import os
-import re
 import stat
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
 
 from gguflora.errors import OutputError
+from gguflora.system import names
+from gguflora.system.descriptors import own_descriptor
 
-_DESCRIPTOR: Final = re.compile(r"/(?:dev|proc/(?:self|thread-self|\d+))/fd/(\d+)")
-_MAX_LINKS: Final = 40
-"""Links that are followed to find out what a path names, as in Linux."""
 _KINDS: Final = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
@@ -30,10 +28,12 @@ def check_regular(target: Path) -> None:
     """Check that nothing but a regular file or a directory is at ``target``; nothing at all is fine, too.
 
     Raises:
-        OutputError: if it is a device, a FIFO, a socket or a symbolic link.
+        OutputError: if it is a device, a FIFO, a socket or a symbolic link, or Windows takes no file of this name.
     """
     if kind := _special_kind(target):
         raise OutputError(f"{target}: is {kind}, which a complete file cannot replace; give the name of a file")
+    if names.CHECKS_NAMES and (problem := names.problem_of_name(target.name)):
+        raise OutputError(f"{target}: {target.name!r} {problem}; choose another name")
     if target.is_symlink():
         named = target.parent / target.readlink()
         raise OutputError(f"{target}: is a link to {named}; give that name, or remove the link")
@@ -45,20 +45,7 @@ def _special_kind(path: Path) -> str | None:
         mode = path.stat().st_mode
     except OSError:
         return None
-    return _KINDS.get(stat.S_IFMT(mode)) or ("an open file" if _descriptor(path) is not None else None)
-
-
-def _descriptor(path: Path) -> int | None:
-    """Return the open file of this process that a path such as ``/dev/stdout`` names."""
-    text = os.path.abspath(path)  # noqa: PTH100  (resolve would go on to the file behind the descriptor)
-    for _ in range(_MAX_LINKS):
-        if found := _DESCRIPTOR.fullmatch(text):
-            return int(found[1]) if Path(text).parent.resolve() == Path("/proc/self/fd").resolve() else None
-        try:
-            text = os.path.normpath(os.path.join(os.path.dirname(text), os.readlink(text)))  # noqa: PTH115, PTH118, PTH120
-        except OSError:
-            return None
-    return None
+    return _KINDS.get(stat.S_IFMT(mode)) or ("an open file" if own_descriptor(path) is not None else None)
 
 
 def check_text_target(target: Path, *, force: bool) -> None:
@@ -97,7 +84,7 @@ def write_output(target: Path, content: bytes) -> None:
         with atomic_output(target) as file:
             file.write(content)
         return
-    descriptor = _descriptor(target)
+    descriptor = own_descriptor(target)
     try:
         with open(os.dup(descriptor) if descriptor is not None else target, "wb", buffering=0) as stream:  # noqa: PTH123
             view = memoryview(content)
@@ -108,7 +95,7 @@ def write_output(target: Path, content: bytes) -> None:
 
 
 def _is_written_through(target: Path) -> bool:
-    return _special_kind(target) in {"a device", "a FIFO", "an open file"} or _descriptor(target) is not None
+    return _special_kind(target) in {"a device", "a FIFO", "an open file"} or own_descriptor(target) is not None
 
 
 def save_figure(figure: Any, target: Path, **options: Any) -> None:  # noqa: ANN401  (matplotlib)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,13 +55,3 @@ def _dequantize(file: GgufFile, tensor: TensorEntry) -> Float32Array:
 def _encode(name: str, values: Float32Array, *, allow_f16: bool) -> Stored:
     kind = exact_type(values) if allow_f16 else "F32"
     return Stored(name, kind, quants.quantize(values, kind).view(np.uint8))
-
-
-@contextmanager
-def memory_file(name: str) -> Iterator[Path]:
-    """Create a file in memory and yield its path, which is valid in this process until the context ends."""
-    descriptor = os.memfd_create(name)
-    try:
-        yield Path(f"/proc/self/fd/{descriptor}")
-    finally:
-        os.close(descriptor)

@@ -15,7 +15,7 @@ from gguflora.architectures import ignored_at_run_time
 from gguflora.architectures.base_model import BaseModel, read_base
 from gguflora.architectures.unruled import unknown_warning
 from gguflora.errors import AdapterError, listed
-from gguflora.files.atomic import atomic_output, path_of
+from gguflora.files.atomic import atomic_output
 from gguflora.files.gguf import GgufFile
 from gguflora.files.output_checks import check_target
 from gguflora.files.remote import remote_inputs
@@ -30,6 +30,7 @@ from gguflora.lora.gguf_writer import (
 )
 from gguflora.placement.language_part import language_part
 from gguflora.placement.vocabulary import compare_tokenizer, describe_changes
+from gguflora.system.nameless import path_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from gguflora.adapters.deltas import LowRank
 from gguflora.adapters.peft.config import FILE_NAME
 from gguflora.architectures.base_model import BaseModel
 from gguflora.errors import AdapterError
-from gguflora.files.atomic import atomic_folder, atomic_output, path_of
+from gguflora.files.atomic import atomic_folder, atomic_output
 from gguflora.files.output_checks import ADAPTER_WEIGHTS, check_folder_target, check_target
 from gguflora.files.safetensors import as_float32
 from gguflora.lora.convert import architecture_warnings, type_warnings
@@ -30,6 +30,7 @@ from gguflora.lora.gguf_writer import (
 from gguflora.lora.peft_writer import peft_tensors, write_peft_directory
 from gguflora.lora.to_hf import for_model
 from gguflora.lora.uncut import UncutAdapter, on_base, on_model
+from gguflora.system.nameless import path_of
 
 GGUF_SUFFIX: Final = ".gguf"
 

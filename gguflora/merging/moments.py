@@ -18,9 +18,10 @@ from typing import Final
 import numpy as np
 
 from gguflora.errors import FormatError, GgufError, MismatchError
-from gguflora.files.atomic import atomic_output, path_of
+from gguflora.files.atomic import atomic_output
 from gguflora.files.gguf import GgufFile, TensorEntry
 from gguflora.quants.arrays import Float32Array
+from gguflora.system.nameless import path_of
 
 RANK: Final = 48
 _KIND: Final = "gguflora-moments"

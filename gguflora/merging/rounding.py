@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from gguflora.errors import NonFiniteError
 from gguflora.merging.calibrated import can_calibrate, check_finite, check_reached, dequantized, round_calibrated
-from gguflora.merging.file_io import read_into, write_at
+from gguflora.merging.file_io import read_into
 from gguflora.merging.imatrix import importance_of
 from gguflora.merging.moments import AllMoments, check_moments
 from gguflora.placement.base_weights import BaseTensors, read_or_zeros
@@ -41,6 +41,7 @@ from gguflora.placement.target import ChangedTensor
 from gguflora.quants import kernels
 from gguflora.quants.arrays import Bytes, Float32Array, Float64Array
 from gguflora.quants.types import type_named
+from gguflora.system.descriptors import write_at
 
 _CACHED_WEIGHTS: Final = 1 << 16
 

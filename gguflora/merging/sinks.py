@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import IO, Protocol
 
 from gguflora.files.gguf import GgufFile, Layout
-from gguflora.merging.file_io import write_at
 from gguflora.placement.target import ChangedTensor
 from gguflora.quants.arrays import Bytes
+from gguflora.system.descriptors import write_at
 
 Progress = Callable[[int, int], None]
 
@@ -48,7 +48,7 @@ class FileSink:
     def __init__(self, outputs: Sequence[IO[bytes]], base: GgufFile, layout: Layout) -> None:
         self._handles, self._base, self._layout = [output.fileno() for output in outputs], base, layout
         for handle, part in zip(self._handles, layout.parts, strict=True):
-            os.truncate(handle, part.size)
+            os.ftruncate(handle, part.size)
             write_at(handle, part.header, 0)
 
     def put(self, block: Block) -> None:

@@ -27,6 +27,7 @@ from gguflora.pipeline.checks import Bounds, failed_checks
 from gguflora.pipeline.commands import commands
 from gguflora.pipeline.publish import publish
 from gguflora.pipeline.state import write_json
+from gguflora.system.processes import terminate_self
 
 _REPORTING: Final = {"inspect", "compare"}
 """Actions whose only output is their report."""
@@ -126,7 +127,7 @@ def main() -> None:
 def _read(requests: SimpleQueue[str]) -> None:
     for line in sys.stdin:
         requests.put(line)
-    os.kill(os.getpid(), signal.SIGTERM)  # the parent process is gone: stop the running job
+    terminate_self()  # the parent process is gone: stop the running job
 
 
 if __name__ == "__main__":

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
 from gguflora.files.strict_json import to_json
 from gguflora.system.cpus import usable_cpus
 from gguflora.system.memory import available_memory, held_memory
+from gguflora.system.pipes import PipeReader
 
 Request = dict[str, Any]
 """A job, ready for JSON. `gguflora.pipeline.job_process` uses ``action``, ``arguments`` and ``out``.
@@ -26,7 +27,7 @@ peak memory in MB; and, for a merge that may run in parts, ``parts``, the locati
 Answer = dict[str, Any]
 """The ``report`` of a job, or its ``error``; ``died`` is set if the process died."""
 
-_POLL_MILLISECONDS: Final = 200
+_POLL_SECONDS: Final = 0.2
 
 
 class JobBackend(Protocol):
@@ -132,9 +133,8 @@ class _Worker:
             text=True,
             env={**os.environ, "PYTHONPATH": path},
         )
-        self._stdout_poll = select.poll()
-        if self._process.stdout is not None:
-            self._stdout_poll.register(self._process.stdout)
+        assert self._process.stdout is not None
+        self._answers = PipeReader(self._process.stdout)
 
     @property
     def process_id(self) -> int:
@@ -143,18 +143,30 @@ class _Worker:
 
     def ask(self, request: Request, is_cancelled: Callable[[], bool]) -> Answer | None:
         """Send a request and return the answer, or None if the process has died."""
-        if self._process.stdin is None or self._process.stdout is None:
+        if self._process.stdin is None:
             return None
         try:
             self._process.stdin.write(to_json(request) + "\n")
             self._process.stdin.flush()
-            while not self._stdout_poll.poll(_POLL_MILLISECONDS):
-                if is_cancelled():
-                    self._process.terminate()
-            answer: Answer = json.loads(self._process.stdout.readline())
+            answer: Answer = json.loads(self._read_line(is_cancelled))
         except (OSError, ValueError):
             return None
         return answer
+
+    def _read_line(self, is_cancelled: Callable[[], bool]) -> bytes:
+        """Return one line, without its end if the process has died."""
+        line = bytearray()
+        while not line.endswith(b"\n"):
+            try:
+                part = self._answers.read(_POLL_SECONDS)
+            except TimeoutError:
+                if is_cancelled():
+                    self._process.terminate()
+                continue
+            if not part:
+                break
+            line += part
+        return bytes(line)
 
     def describe_end(self) -> str:
         """Describe how the process ended, for an error message."""
@@ -173,7 +185,10 @@ class _Worker:
         self._process.wait()
 
     def close(self) -> None:
-        """Close the streams of the process."""
-        for stream in (self._process.stdin, self._process.stdout, self._stderr):
-            if stream is not None:
-                stream.close()
+        """Close the streams of the process, which ends it."""
+        if self._process.stdin is not None:
+            with suppress(OSError):  # what it did not read
+                self._process.stdin.close()
+        self._process.wait()
+        self._answers.close()
+        self._stderr.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import secrets
@@ -19,6 +18,8 @@ from gguflora.files import remote
 from gguflora.files.strict_json import to_json
 from gguflora.pipeline.locations import STATE, Location
 from gguflora.pipeline.state import as_object, check_own_folder
+from gguflora.system.descriptors import open_file, read_at, write_at
+from gguflora.system.locks import try_lock
 
 _LOG = logging.getLogger("gguflora.pipeline")
 _LOCK: Final = "lock"
@@ -44,17 +45,18 @@ def _locked_path(folder: Path) -> Iterator[None]:
     check_own_folder(folder)
     try:
         (folder / STATE).mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / STATE / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        handle = open_file(folder / STATE / _LOCK, write=True, create=True, follow=False, mode=0o666)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {error.strerror}") from error
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(handle, 32, 0).decode(errors="replace").strip()
+            if not try_lock(handle):
+                _LOG.warning("%s: its file system has no locks; do not run two pipelines on it at once", folder)
+        except BlockingIOError as error:
+            holder = read_at(handle, 32, 0).decode(errors="replace").strip()
             raise OutputError(f"{folder}: another pipeline (process {holder}) is writing to it") from error
         os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        write_at(handle, str(os.getpid()).encode(), 0)
         yield
     finally:
         os.close(handle)

@@ -6,9 +6,10 @@ import tempfile
 from pathlib import Path
 
 from gguflora.errors import OutputError
-from gguflora.files.atomic import atomic_folder, sync_folder
+from gguflora.files.atomic import atomic_folder
 from gguflora.files.output_checks import ADAPTER_WEIGHTS
 from gguflora.files.shard_names import part_names
+from gguflora.system.storage import replace, sync_folder
 
 _MARKER = "adapter_config.json"
 
@@ -33,7 +34,7 @@ def publish(drafts: Path, folder: Path) -> None:
         if len(files) > 1:
             (folder / files[-1].name).unlink(missing_ok=True)
         for entry in files:
-            entry.replace(folder / entry.name)
+            replace(entry, folder / entry.name)
         for entry in entries:
             if entry not in files:
                 _publish_folder(entry, folder / entry.name)
@@ -47,7 +48,7 @@ def _publish_folder(draft: Path, target: Path) -> None:
         target.unlink()
     with atomic_folder(target, marker=_MARKER, stale=ADAPTER_WEIGHTS) as folder:
         for entry in draft.iterdir():
-            entry.replace(folder / entry.name)
+            replace(entry, folder / entry.name)
 
 
 def publish_alone(aside: Path, out: Path, drafts: Path) -> None:
@@ -66,7 +67,7 @@ def publish_alone(aside: Path, out: Path, drafts: Path) -> None:
         drafts.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=drafts) as folder:
             for name in names:
-                (aside.parent / name).replace(Path(folder) / name)
+                replace(aside.parent / name, Path(folder) / name)
             publish(Path(folder), out.parent)
     except OSError as error:
         raise OutputError(f"{out}: cannot be written: {error.strerror or error}") from error

@@ -20,6 +20,7 @@ from gguflora.pipeline.job import PipelineJob
 from gguflora.pipeline.keys import HASHES, Keys, files_of
 from gguflora.pipeline.locations import STATE, Location
 from gguflora.pipeline.state import as_object, discard, inside, write_json
+from gguflora.system.descriptors import open_file
 
 _ASIDE: Final = "failed"
 """Folder of outputs that failed their checks."""
@@ -155,7 +156,7 @@ class Records:
         What is at its place already, and is replaced by force, is not claimed: it is the user's until it is replaced.
         """
         if (claim := self._claim_of(job)) is not None and self.found_at(job) is None:
-            os.close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666))
+            os.close(open_file(claim, write=True, create=True, follow=False, mode=0o666))
 
     def disclaim(self, job: PipelineJob) -> None:
         """Remove the note of `claim`."""

@@ -19,6 +19,7 @@ from gguflora.files.remote.cache import user_cache
 from gguflora.files.strict_json import to_json
 from gguflora.lora.convert import convert
 from gguflora.lora.preflight import check_loadable
+from gguflora.system import storage
 
 _MAX_TIMES_BASE: Final = 32
 """A file larger than this many times the base cannot be one of its adapters."""
@@ -121,7 +122,7 @@ def _converted(folder: Path, base: BaseModel, *, text_only: bool) -> tuple[Path,
             noted = written.with_suffix(".json")
             noted.write_text(to_json(warnings), encoding="utf-8")
             noted.replace(file.with_suffix(".json"))
-            written.replace(file)
+            storage.replace(written, file)
         _prune(cache)
     os.utime(file)
     return file, warnings

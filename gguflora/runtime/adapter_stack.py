@@ -18,12 +18,12 @@ from typing import Final, TypeAlias
 import numpy as np
 
 from gguflora.errors import HotSwapError
-from gguflora.lora.concatenate import memory_file
 from gguflora.lora.gguf_writer import LoraHeader, Stored, write_lora
 from gguflora.quants.arrays import Float32Array
 from gguflora.runtime.bindings import Pointer, free_lora, load_lora
 from gguflora.runtime.factor_finder import FactorFinder, FactorPair
 from gguflora.runtime.graph_hook import Factor, GraphHook, copy_strided
+from gguflora.system.nameless import memory_file
 
 WIDTH: Final = 16
 """Rank rows of a bay: what the vectors of a processor hold, so that an adapter of rank 16 is summed in the same order

@@ -12,8 +12,9 @@ from typing import Final, TypeAlias
 
 from gguflora.errors import GgufloraError, HotSwapError
 from gguflora.files.checksum import sha256_of
-from gguflora.lora.concatenate import concatenate, memory_file
+from gguflora.lora.concatenate import concatenate
 from gguflora.runtime.bindings import Pointer, free_lora, load_lora, set_loras
+from gguflora.system.nameless import memory_file
 
 SEPARATE: Final = 4
 """Largest number of adapters that are applied separately; larger sets are concatenated.

@@ -2,17 +2,17 @@
 
 Templates come from strangers. Jinja's sandbox keeps them from Python's internals, not from endless loops and texts
 that double; so this process has limits of time and memory, opens no files, and is replaced when it dies. It imports
-only the standard library and Jinja. Messages are JSON after their length in 4 bytes: first the paths to import from,
-then requests.
+only the standard library, Jinja, and one module of gguflora that imports no other. Messages are JSON after their
+length in 4 bytes: first the paths to import from, then requests.
 """
 
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 SAFE_JINJA = (3, 1, 6)
@@ -95,27 +95,6 @@ def render(request: dict[str, Any]) -> dict[str, Any]:
         return {"error": str(error)[:1000]}
 
 
-def _alarm(seconds: float) -> None:
-    if hasattr(signal, "setitimer"):  # not on Windows
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-
-
-def _limit(memory: int) -> None:
-    """Take from this process what no template needs: more memory, files, core dumps."""
-    from pathlib import Path  # noqa: PLC0415
-
-    try:
-        import resource  # noqa: PLC0415
-    except ImportError:  # Windows: the other process ends this one by time
-        return
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        used = int(statm.read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
-    for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE):
-        resource.setrlimit(kind, (0, 0))
-
-
 def main() -> None:
     """Answer requests until the end of the input."""
     source, sink = sys.stdin.buffer, sys.stdout.buffer
@@ -125,17 +104,20 @@ def main() -> None:
     sys.path[:] = setup["path"]
     import jinja2.debug  # noqa: PLC0415  (Jinja itself imports it when a template fails)
 
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
+    from gguflora.system.processes import confine, set_alarm  # noqa: PLC0415  (its place was not known before)
+
     version = tuple(int(part) for part in jinja2.__version__.split(".")[:3] if part.isdigit())
     if version < SAFE_JINJA:
         write_message(sink, {"error": f"Jinja {jinja2.__version__} is not safe; pip install 'jinja2>=3.1.6'"})
         return
     render({"template": "{{ strftime_now('%Y') }}{{ x }}", "variables": {"x": 1}, "max_chars": 9})  # loads all there is
-    _limit(setup["memory"])
+    confine(setup["memory"])
     write_message(sink, {"ready": True})
     while (request := read_message(source)) is not None:
-        _alarm(request["seconds"])  # SIGALRM ends this process, even if the other one is gone
+        set_alarm(request["seconds"])  # SIGALRM ends this process, even if the other one is gone
         answer = render(request)
-        _alarm(0)
+        set_alarm(0)
         write_message(sink, answer)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import atexit
 import json
-import os
-import selectors
 import subprocess
 import sys
 import threading
@@ -17,6 +15,8 @@ from typing import Any, Final
 
 from gguflora.errors import EngineError, RequestError
 from gguflora.files.strict_json import to_json
+from gguflora.system.pipes import PipeReader
+from gguflora.system.processes import call_in_forks
 
 _SCRIPT: Final = Path(__file__).with_name("template_process.py")
 _START_SECONDS: Final = 60.0
@@ -35,6 +35,8 @@ class _Renderer:
             stderr=subprocess.DEVNULL,
             bufsize=0,
         )
+        assert self._process.stdout is not None
+        self._answers = PipeReader(self._process.stdout)
         self._is_ready = False
         self._write({"path": sys.path, "memory": memory})
 
@@ -65,28 +67,23 @@ class _Renderer:
             raise EOFError from error
 
     def _read(self, seconds: float) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        end, received, pipe = time.monotonic() + seconds, bytearray(), self._process.stdout.fileno()
-        with selectors.DefaultSelector() as selector:
-            selector.register(pipe, selectors.EVENT_READ)
-            while len(received) < 4 or len(received) < 4 + int.from_bytes(received[:4], "big"):
-                if not selector.select(max(end - time.monotonic(), 0)):
-                    raise TimeoutError
-                part = os.read(pipe, 1 << 20)
-                if not part:
-                    raise EOFError
-                received += part
+        end, received = time.monotonic() + seconds, bytearray()
+        while len(received) < 4 or len(received) < 4 + int.from_bytes(received[:4], "big"):
+            part = self._answers.read(end - time.monotonic())
+            if not part:
+                raise EOFError
+            received += part
         answer: dict[str, Any] = json.loads(received[4:])
         return answer
 
     def kill(self) -> None:
         """End the process."""
         self._process.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with suppress(OSError):
-                    pipe.close()
         self._process.wait()
+        self._answers.close()
+        if self._process.stdin is not None:
+            with suppress(OSError):
+                self._process.stdin.close()
 
 
 class TemplateRenderer:
@@ -166,5 +163,4 @@ RENDERER: Final = TemplateRenderer()
 """The renderer of this process."""
 
 atexit.register(RENDERER.close)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=RENDERER.forget)
+call_in_forks(RENDERER.forget)

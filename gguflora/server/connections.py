@@ -14,6 +14,9 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from gguflora.system.processes import most_open_files
+from gguflora.system.storage import RENAMES_OPEN_FILES
+
 HEAD_BYTES: Final = 32 << 10
 """Largest size of a request's first line and headers."""
 _SLICE: Final = 16 << 10
@@ -44,12 +47,10 @@ def server_config(app: ASGIApp, **options: Any) -> uvicorn.Config:  # noqa: ANN4
 
 def most_connections() -> int:
     """Return how many connections this process can hold at once: up to 1024, fewer if it may open fewer files."""
-    try:
-        import resource  # noqa: PLC0415  (not on Windows)
-    except ImportError:
-        return 512
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 1024 if soft < 0 else max(min(1024, soft - _OTHER_FILES), 16)
+    most = most_open_files()
+    if most is None:
+        return 1024 if RENAMES_OPEN_FILES else 512  # Windows says nothing, and its select() takes 512
+    return max(min(1024, most - _OTHER_FILES), 16)
 
 
 class GuardedProtocol(H11Protocol):

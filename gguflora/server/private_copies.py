@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from gguflora.server.errors import Failure
+from gguflora.system.descriptors import open_file
 
 _READ: Final = re.compile(r".*\.(json|jinja|safetensors|bin|gguf|npz|txt)|tokenizer\.model", re.IGNORECASE)
 """Names of the files of an adapter; a training run leaves larger ones beside them."""
@@ -81,7 +82,7 @@ class PrivateCopies:
 
 def _copy(path: Path, target: Path, inside: Path) -> None:
     """Copy one file, after checking by its descriptor that it is a regular file inside of a directory."""
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block
+    handle = open_file(path)
     with os.fdopen(handle, "rb") as source:
         opened, named = os.fstat(handle), path.resolve()
         found = named.stat()

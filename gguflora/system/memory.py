@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import re
 import sys
@@ -66,6 +67,12 @@ def total_memory(root: Path = Path("/")) -> int:
     """Return the bytes of memory of the machine, or the lowest limit of this process's control groups."""
     limits = [limit for group in control_groups("memory", root) if (limit := _limit(group)) is not None]
     return min([_machine_memory(root, "MemTotal"), *limits])
+
+
+def forget_pages(mapped: mmap.mmap) -> None:
+    """Let the system take a mapped file's pages out of this process's memory; they are mapped again when read."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _limit(group: ControlGroup) -> int | None:

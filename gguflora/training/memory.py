@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import re
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from gguflora.errors import UsageError
@@ -53,19 +51,10 @@ def return_memory_early() -> None:
     By default its threshold grows with what is freed, and freed activations stay in its heap: measured, that doubles
     the peak (SmolLM2, 512 tokens: 1.70 instead of 0.74 GB). Without effect on other C libraries.
     """
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):  # Windows has no library of the process
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)
         libc.mallopt(_M_TRIM_THRESHOLD, _THRESHOLD)
-
-
-def peak_memory() -> int:
-    """The most bytes that this process has had in memory, mapped files included."""
-    with suppress(OSError):
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-        if found:
-            return int(found[1]) * 1024
-    return 0
 
 
 def needed_bytes(model: PackedModel, n_trained: int, positions: int, longest: int, *, recompute: bool) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gguflora.errors import UsageError
+from gguflora.system.processor import processor_flags
 
 METHODS: Final = ("lora", "dora", "prompt")
 INITS: Final = ("default", "olora", "pissa")
@@ -132,20 +133,11 @@ class TrainOptions:
         """Type of the products: bf16 only where the processor multiplies it faster."""
         if self.precision != "auto":
             return self.precision
-        return "bf16" if _BF16_FLAGS & _cpu_flags() else "f32"
+        return "bf16" if _BF16_FLAGS & processor_flags() else "f32"
 
     def settings(self) -> dict[str, Any]:
         """What must be the same for a run to go on."""
         return {name: value for name, value in asdict(self).items() if name not in _NOT_IN_STATE}
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return set()
-    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    return set(line.partition(":")[2].split())
 
 
 def as_paths(given: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:

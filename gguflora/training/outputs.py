@@ -14,13 +14,14 @@ from gguflora.adapters.adapter import read_adapter
 from gguflora.adapters.peft.config import FILE_NAME
 from gguflora.adapters.peft.keys import PREFIX
 from gguflora.architectures.base_model import BaseModel
-from gguflora.files.atomic import atomic_folder, atomic_output, path_of
+from gguflora.files.atomic import atomic_folder, atomic_output
 from gguflora.files.output_checks import ADAPTER_WEIGHTS, check_folder_target, check_target
 from gguflora.files.safetensors import Array
 from gguflora.files.strict_json import to_json
 from gguflora.lora.factors import factor_adapter
 from gguflora.lora.gguf_writer import LoraHeader, common_alpha, encode_factors, write_lora
 from gguflora.lora.peft_writer import write_peft_directory
+from gguflora.system.nameless import path_of
 from gguflora.training.adapters import LoraLinear, SoftPromptRows
 from gguflora.training.model import PackedModel
 from gguflora.training.options import LoraShape

@@ -6,7 +6,6 @@ panels of rows, each dequantized into one buffer of the thread, and puts the res
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from gguflora.quants.arrays import Bytes, Float32Array, Indices
 from gguflora.quants.kernels import dequantize_rows
 from gguflora.quants.threads import run_rows
 from gguflora.quants.types import GgmlType
+from gguflora.system.memory import forget_pages
 
 PANEL_WEIGHTS: Final = 1 << 21
 """Weights dequantized at a time: 8 MB of floats, which stay in the cache that the cores share."""
@@ -132,8 +132,8 @@ class PackedBase:
         """Let the system take the file's pages out of this process's memory; they are mapped again when read."""
         for content in self._mapped.values():
             mapped = getattr(content, "_mmap", None)
-            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED)
+            if mapped is not None:
+                forget_pages(mapped)
 
     def has(self, tensor: str) -> bool:
         """Whether the file has a GGUF tensor of this name."""

@@ -20,6 +20,7 @@ from gguflora.errors import TrainingDataError, TrainingError, UsageError
 from gguflora.files.checksum import sha256_of
 from gguflora.system.cpus import thread_count
 from gguflora.system.memory import read_bytes
+from gguflora.system.processes import peak_memory
 from gguflora.training.adapters import LoraLinear, SoftPromptRows, add_loras, choose_modules
 from gguflora.training.batches import Batches
 from gguflora.training.checkpoints import STATE, Checkpoint, read_checkpoint
@@ -28,7 +29,7 @@ from gguflora.training.evaluation import Evaluator, self_check
 from gguflora.training.initial import put_factors
 from gguflora.training.loop import Limits, Trainer
 from gguflora.training.loss import backward_loss
-from gguflora.training.memory import MemoryPlan, needed_bytes, peak_memory, plan_memory, return_memory_early
+from gguflora.training.memory import MemoryPlan, needed_bytes, plan_memory, return_memory_early
 from gguflora.training.model import PackedModel
 from gguflora.training.options import TrainOptions
 from gguflora.training.outputs import Outputs, Trainables, publish

@@ -1,7 +1,6 @@
 """A merge in place can be undone at any moment: when it is finished, and wherever it was stopped."""
 
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -20,6 +19,7 @@ from gguflora.errors import FormatError, GgufError, OutputError, PatchError
 from gguflora.files.shard_names import part_paths
 from gguflora.files.sidecars import journal_path, undo_path
 from gguflora.merging.in_place import journal
+from gguflora.system import descriptors, locks
 from support import builders
 from support.adapters import resized
 from support.builders import Adapter
@@ -154,12 +154,12 @@ def test_another_layout(base, tmp_path):
 
 def test_while_another_does_it(base):
     with base.open("rb") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+        assert locks.try_lock(other.fileno())
         assert_refused(base, "by another process")
     gguflora.merge(base, lora(), in_place=True)
     after = digest(base)
     with base.open("rb") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+        assert locks.try_lock(other.fileno())
         with pytest.raises(OutputError, match="by another process"):
             gguflora.unmerge(base)
     assert digest(base) == after
@@ -228,8 +228,8 @@ class Disk:
     def __init__(self, monkeypatch, folder, last=None):
         self.last, self.calls, self._folder = last, 0, folder
         self._unsynced = []
-        self._pwrite, self._fsync, self._unlink = os.pwrite, os.fsync, Path.unlink
-        monkeypatch.setattr(os, "pwrite", self.pwrite)
+        self._pwrite, self._fsync, self._unlink = descriptors.write_some, os.fsync, Path.unlink
+        monkeypatch.setattr(descriptors, "write_some", self.pwrite)
         monkeypatch.setattr(os, "fsync", self.fsync)
         monkeypatch.setattr(Path, "unlink", lambda path, **options: self.unlink(path, **options))  # noqa: PLW0108  (a method)
 
@@ -326,7 +326,7 @@ def test_stopped_anywhere(loses, tiny, monkeypatch, tmp_path):
 
 def fail_at(monkeypatch, base, last, error, *, once=False):
     """Writes to the model fail from one on, or just that one."""
-    real, calls = os.pwrite, itertools.count()
+    real, calls = descriptors.write_some, itertools.count()
 
     def pwrite(handle, content, offset):
         if path_of(handle) == base:
@@ -335,7 +335,7 @@ def fail_at(monkeypatch, base, last, error, *, once=False):
                 raise error
         return real(handle, content, offset)
 
-    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(descriptors, "write_some", pwrite)
 
 
 def test_half_merged_models_are_not_used(tiny, monkeypatch, tmp_path):
@@ -377,7 +377,8 @@ from gguflora.files.gguf import part_paths
 from gguflora.merging.in_place import journal
 journal.CHUNK_BYTES = 10_000
 base, adapter, last = sys.argv[1], sys.argv[2], int(sys.argv[3])
-real, calls = os.pwrite, [0]
+from gguflora.system import descriptors
+real, calls = descriptors.write_some, [0]
 def pwrite(handle, content, offset):
     if os.readlink(f"/proc/self/fd/{handle}") == base:
         calls[0] += 1
@@ -385,7 +386,7 @@ def pwrite(handle, content, offset):
             real(handle, content[:1000], offset)
             os.kill(os.getpid(), signal.SIGKILL)
     return real(handle, content, offset)
-os.pwrite = pwrite
+descriptors.write_some = pwrite
 gguflora.merge(base, adapter, in_place=True)
 """
 
@@ -438,7 +439,7 @@ def test_a_full_disk(tiny, monkeypatch, tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "posix_fallocate", full)
+        patched.setattr(os, "posix_fallocate", full, raising=False)
         with pytest.raises(OutputError, match="No space left"):
             gguflora.merge(base, adapter, in_place=True)
     assert base.read_bytes() == before

@@ -1,6 +1,5 @@
 """`gguflora.run_pipeline`: recipes run, resume, fail and report as they say."""
 
-import fcntl
 import json
 import os
 import re
@@ -16,6 +15,7 @@ import pytest
 import gguflora
 from gguflora.errors import OutputError, RecipeError
 from gguflora.pipeline import local_workers
+from gguflora.system.locks import try_lock
 from support import zoo
 from support.cli import run
 from support.oracles.gguf_files import read_tensors
@@ -259,7 +259,7 @@ def test_dry_run_writes_nothing(folder):
 def test_two_runs_on_one_folder_do_not_meet(folder):
     (folder / "out/.gguflora").mkdir(parents=True)
     with (folder / "out/.gguflora/lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert try_lock(lock.fileno())
         with pytest.raises(OutputError, match="another pipeline"):
             gguflora.run_pipeline(only(folder, "small"))
     assert set(statuses(gguflora.run_pipeline(only(folder, "small")))) == {"done"}

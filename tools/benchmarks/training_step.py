@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from gguflora.files.strict_json import to_json
+from gguflora.system.processes import peak_memory
 from gguflora.training.adapters import add_loras, choose_modules
 from gguflora.training.loss import backward_loss
-from gguflora.training.memory import peak_memory, return_memory_early
+from gguflora.training.memory import return_memory_early
 from gguflora.training.model import PackedModel
 from gguflora.training.options import LoraShape
 from gguflora.training.packed import PackedBase

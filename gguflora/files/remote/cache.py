@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +15,11 @@ from gguflora.errors import OutputError, RemoteError
 from gguflora.files.checksum import sha256_of
 from gguflora.files.remote.location import redacted
 from gguflora.files.strict_json import to_json
+from gguflora.system.descriptors import open_file
+from gguflora.system.locks import lock
 from gguflora.system.memory import read_bytes
+from gguflora.system.processes import user_key
+from gguflora.system.storage import replace
 
 MAX_DOWNLOAD: Final = "GGUFLORA_MAX_DOWNLOAD"
 """The environment variable that --max-download sets."""
@@ -35,7 +38,7 @@ def user_cache() -> Path:
         return Path(given)
     with suppress(RuntimeError):  # no HOME, and a user that the system does not know
         return Path.home() / ".cache"
-    return Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+    return Path(tempfile.gettempdir()) / f"cache-{user_key()}"
 
 
 def is_offline(url: str) -> bool:
@@ -88,9 +91,9 @@ def make_folder(folder: Path) -> Path:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file of the cache, across threads and processes."""
-    handle = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    handle = open_file(path.with_name(f".{path.name}.lock"), write=True, create=True, mode=0o666)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        lock(handle)  # not all file systems have locks
         yield
     finally:
         os.close(handle)
@@ -118,7 +121,7 @@ def record_sha256(path: Path, sha256: str) -> None:
     make_folder(record.parent)
     draft = record.with_suffix(f".{os.getpid()}.new")
     draft.write_text(to_json({"path": str(path), "stamp": _stamp(path), "sha256": sha256}), encoding="utf-8")
-    draft.replace(record)
+    replace(draft, record)
 
 
 def has_record(path: Path) -> bool:

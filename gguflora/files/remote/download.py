@@ -14,6 +14,7 @@ from gguflora.files.remote import cache
 from gguflora.files.remote.location import redacted
 from gguflora.files.remote.selection import RemoteFile
 from gguflora.files.remote.stores import reason, store_errors
+from gguflora.system.storage import replace
 
 _LOG = logging.getLogger("gguflora.files.remote")
 _PIECE: Final = 16 << 20
@@ -58,7 +59,7 @@ def download(store: Any, file: RemoteFile, target: Path, sha256: str | None) -> 
         except RemoteError:
             part.unlink()
             raise
-        part.replace(target)
+        replace(part, target)
         cache.record_sha256(target, found)
 
 

@@ -18,6 +18,7 @@ from gguflora.files.remote.location import Kind, redacted
 from gguflora.files.remote.selection import RemoteFile, check_name, files_to_fetch
 from gguflora.files.remote.stores import store_errors
 from gguflora.files.shard_names import part_names
+from gguflora.system.storage import point, replace
 
 _SCHEME: Final = "hf://"
 _LOCATION: Final = re.compile(
@@ -179,8 +180,8 @@ def _link_folder(url: str, place: HubLocation, commit: str, files: Sequence[Path
     for path in files:
         link, draft = folder / path.name, folder / f".{path.name}.{os.getpid()}"
         draft.unlink(missing_ok=True)
-        draft.symlink_to(path)
-        draft.replace(link)
+        point(draft, path)
+        replace(draft, link)
     return folder
 
 

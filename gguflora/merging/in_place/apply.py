@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,6 +22,7 @@ from gguflora.merging.patch.format import Patch, Record, open_patch
 from gguflora.merging.patch.stream import ahead, new_bytes, old_bytes
 from gguflora.merging.sinks import RowSink
 from gguflora.placement.target import ChangedTensor
+from gguflora.system.descriptors import read_at
 
 
 def check_in_place(base: GgufFile, targets: Sequence[ChangedTensor]) -> Layout:
@@ -55,7 +55,7 @@ def check_in_place(base: GgufFile, targets: Sequence[ChangedTensor]) -> Layout:
 
 def _with_header(part: ShardLayout, base: GgufShard) -> ShardLayout:
     """Return the layout of a file with the base's own header, byte for byte."""
-    return replace(part, header=os.pread(base.fileno(), len(part.header), 0))
+    return replace(part, header=read_at(base.fileno(), len(part.header), 0))
 
 
 def merge_in_place(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import struct
@@ -16,12 +15,14 @@ from typing import Final
 import numpy as np
 
 from gguflora.errors import OutputError
-from gguflora.files.atomic import sync_folder
 from gguflora.files.output_rule import check_regular
 from gguflora.files.sidecars import journal_path, undo_path
 from gguflora.merging.patch.chain import Chain, read, write
 from gguflora.merging.patch.format import MAX_LENGTH
 from gguflora.quants.arrays import Bytes
+from gguflora.system.descriptors import open_file
+from gguflora.system.locks import try_lock
+from gguflora.system.storage import reserve, sync_file, sync_folder
 
 CHUNK_BYTES: Final = 16 << 20
 """Bytes that are changed between two syncs, up to one record more."""
@@ -70,18 +71,16 @@ def locked(paths: Sequence[Path]) -> Iterator[JournalModel]:
 
 def _open(path: Path) -> int:
     try:
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        return open_file(path, write=True)
     except OSError as error:
         raise OutputError(f"{path}: cannot be changed in place: {error.strerror}") from error
 
 
 def _lock(path: Path, handle: int) -> None:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try_lock(handle)  # not all file systems have locks
     except BlockingIOError as error:
         raise OutputError(f"{path}: is being merged into or unmerged by another process; wait for it") from error
-    except OSError:  # not all file systems have locks
-        return
 
 
 class Journal:
@@ -103,9 +102,9 @@ class Journal:
         if first is None:
             return
         check_regular(self._path)
-        handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        handle = open_file(self._path, write=True, create=True, follow=False)
         try:
-            os.posix_fallocate(handle, 0, CHUNK_BYTES + 2 * MAX_LENGTH)  # fail now if the disk is full, not midway
+            reserve(handle, CHUNK_BYTES + 2 * MAX_LENGTH)  # fail now if the disk is full, not midway
             sync_folder(self._path.parent)
             for chunk in chain([first], chunks):
                 self._save(handle, chunk)
@@ -121,13 +120,13 @@ class Journal:
         start = _PREAMBLE.pack(_MAGIC, len(chunk), self._digest(content))
         write(handle, np.frombuffer(start, np.uint8), 0)
         write(handle, content, len(start))
-        os.fsync(handle)
+        sync_file(handle)
 
     def read_saved(self) -> dict[int, Bytes]:
         """Return the saved bytes of the chunk that was being changed, by offset; none if no change had begun."""
         check_regular(self._path)
         try:
-            handle = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            handle = open_file(self._path, follow=False)
         except FileNotFoundError:
             return {}
         try:

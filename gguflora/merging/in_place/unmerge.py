@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from gguflora.errors import OutputError, PatchError
-from gguflora.files.atomic import sync_folder
 from gguflora.files.shard_names import part_names, part_paths
 from gguflora.files.sidecars import undo_path
 from gguflora.merging.in_place.journal import (
@@ -38,6 +37,7 @@ from gguflora.merging.patch.stream import (
 from gguflora.merging.sinks import Progress
 from gguflora.quants.arrays import Bytes
 from gguflora.system.cpus import thread_count
+from gguflora.system.storage import sync_folder
 
 
 @dataclass(frozen=True, slots=True)

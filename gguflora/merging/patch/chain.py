@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -10,8 +9,10 @@ from itertools import accumulate
 import numpy as np
 
 from gguflora.files.gguf import GgufFile
-from gguflora.merging.file_io import read_into, write_at
+from gguflora.merging.file_io import read_into
 from gguflora.quants.arrays import Bytes
+from gguflora.system.descriptors import write_at
+from gguflora.system.storage import sync_file
 
 
 class Chain:
@@ -54,7 +55,7 @@ class Chain:
     def sync(self) -> None:
         """Flush all files to disk."""
         for handle in self._handles:
-            os.fsync(handle)
+            sync_file(handle)
 
     def _spans(self, view: memoryview, offset: int) -> Iterator[tuple[int, memoryview, int]]:
         """Split a buffer by file: yield file descriptor, part of the buffer, and offset in the file."""

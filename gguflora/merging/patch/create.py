@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import threading
 import zlib
@@ -31,6 +30,7 @@ from gguflora.merging.patch.format import (
 from gguflora.merging.patch.stream import files_sha256, result, sha256
 from gguflora.merging.sinks import Block, RowSink
 from gguflora.quants.arrays import Bytes
+from gguflora.system.descriptors import read_at
 
 _COUNTS = 24
 """Bytes before the first metadata entry of a GGUF file: magic, version, number of tensors, number of entries."""
@@ -176,7 +176,7 @@ class PatchSink:
 
 def header_copies(base: GgufShard, header: bytes) -> list[Range]:
     """Find the ranges that a header has in common with the base's header: all of it, metadata entries, tensor list."""
-    if header == os.pread(base.fileno(), len(header), 0):
+    if header == read_at(base.fileno(), len(header), 0):
         return [(0, len(header), 0)]
     return join_ranges(_common_ranges(base, header))
 
@@ -190,7 +190,7 @@ def _common_ranges(base: GgufShard, header: bytes) -> Iterator[Range]:
             to += len(entry)
         start += len(entry)
     stop = min((tensor.offset for tensor in base.tensors.values()), default=start)
-    tail = os.pread(base.fileno(), stop - start, start).rstrip(b"\0")
+    tail = read_at(base.fileno(), stop - start, start).rstrip(b"\0")
     at = header.rfind(tail) if tail else -1
     if at >= to:
         yield start, start + len(tail), at

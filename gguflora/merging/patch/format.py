@@ -34,6 +34,7 @@ from gguflora.errors import PatchError
 from gguflora.files.strict_json import to_json
 from gguflora.merging.patch.coding import Grain
 from gguflora.quants.arrays import Bytes
+from gguflora.system.descriptors import open_file, read_at
 
 MAGIC: Final = b"gguflora"
 VERSION: Final = 1
@@ -135,7 +136,7 @@ class Patch:
         Raises:
             PatchError: if the payload is damaged.
         """
-        content = os.pread(self.handle, record.size, record.at)
+        content = read_at(self.handle, record.size, record.at)
         if len(content) != record.size or zlib.crc32(content) != record.crc:
             raise PatchError(f"{self.path}: the {record.size} bytes at {record.at} are damaged; get the file again")
         return content
@@ -154,7 +155,7 @@ def open_patch(path: Path) -> Iterator[Patch]:
         PatchError: if the file is missing or damaged, or is not a patch.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe must not block
+        handle = open_file(path)
     except (OSError, ValueError) as error:
         raise PatchError(f"{path}: cannot be opened: {getattr(error, 'strerror', error)}") from error
     try:
@@ -186,7 +187,7 @@ def _to_row(record: Record) -> tuple[int, ...]:
 
 def _read(path: Path, handle: int) -> Patch:
     size = os.fstat(handle).st_size
-    start = os.pread(handle, _PREAMBLE.size, 0)
+    start = read_at(handle, _PREAMBLE.size, 0)
     if len(start) < _PREAMBLE.size or start[: len(MAGIC)] != MAGIC:
         raise PatchError(f"{path}: is not a patch of gguflora (expected it to begin with {MAGIC!r})")
     _, version, n_text, n_copies, n_records, digest = _PREAMBLE.unpack(start)
@@ -195,7 +196,7 @@ def _read(path: Path, handle: int) -> Patch:
     n_tables = n_text + n_copies * _COPY.itemsize + n_records * _RECORD.itemsize
     if n_text > MAX_JSON or _PREAMBLE.size + n_tables > size:
         raise _damage_error(path, f"claims {n_copies} copies and {n_records} records, which its size cannot hold")
-    tables = os.pread(handle, n_tables, _PREAMBLE.size)
+    tables = read_at(handle, n_tables, _PREAMBLE.size)
     if hashlib.sha256(tables).digest() != digest:
         raise _damage_error(path, "the checksum of its tables is wrong")
     facts = _parse_facts(path, tables[:n_text])
