@@ -74,6 +74,8 @@ class MissingExtraError(GgufloraError):
 
     def __init__(self, feature: str, package: str, extra: str, alternative: str = "") -> None:
         remedy = f"pip install 'gguflora[{extra}]'" + (f", {alternative}" if alternative else "")
+        if package == "llama-cpp-python":
+            remedy += " (pip compiles it, which takes minutes; gguflora doctor says what it needs)"
         super().__init__(f"{feature} needs {package}: {remedy}")
         self.extra = extra
 

@@ -30,8 +30,24 @@ HEADERS = ("gguflora.h", "llama_hook.h")
 """The C interface."""
 
 
+COMPILER = """
+static const char *gfl_compiler(void) {
+#if defined(__clang__)
+    return "clang " __clang_version__;
+#elif defined(__GNUC__)
+    return "gcc " __VERSION__;
+#else
+    return "an unknown compiler";
+#endif
+}
+"""
+"""A function of the wrapper alone: what compiled it."""
+
+
 def check_compiler() -> None:
     """Stop with one sentence if this Python or its compiler cannot build the extension."""
+    if sys.version_info < (3, 11):  # noqa: UP036  (a build from the sources that checks nothing, as conda does)
+        sys.exit(f"gguflora needs Python 3.11 or later: this is {sys.version.split()[0]}")
     if sys.maxsize <= 2**32:
         sys.exit("gguflora needs a 64-bit Python: this one has 32 bits")
     if sys.platform == "win32":  # setuptools finds Microsoft's compiler by itself, but the kernels are GNU C
@@ -50,7 +66,9 @@ def write_wrapper() -> Path:
     for name in HEADERS:
         header = (ROOT / "csrc" / name).read_text(encoding="utf-8")
         ffi.cdef("\n".join("" if line.startswith("#") else line for line in header.splitlines()))
-    ffi.set_source("gguflora._gguflora", "\n".join(f'#include "{name}"' for name in HEADERS), py_limited_api=True)
+    ffi.cdef("const char *gfl_compiler(void);")
+    includes = "\n".join(f'#include "{name}"' for name in HEADERS)
+    ffi.set_source("gguflora._gguflora", f"{includes}\n{COMPILER}", py_limited_api=True)
     target = ROOT / "build" / "_gguflora.c"
     target.parent.mkdir(exist_ok=True)
     ffi.emit_c_code(str(target))

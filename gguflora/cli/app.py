@@ -27,7 +27,7 @@ from rich.text import Text
 
 from gguflora._version import __version__
 from gguflora.cli.stdout import problem_of_stdout, protect_streams
-from gguflora.errors import GgufloraError
+from gguflora.errors import GgufloraError, UsageError
 from gguflora.files import strict_json
 from gguflora.system.memory import read_bytes
 from gguflora.system.terminal import LogFormatter, printable
@@ -36,6 +36,7 @@ _printed: Final[list[str]] = []
 """Holds an item once the JSON of this command is printed."""
 
 ProgressCallback = Callable[[int, int], None]
+_SHELLS: Final = ("bash", "zsh", "fish", "powershell", "pwsh")
 FAILED: Final = 1
 INTERRUPTED: Final = 130
 _AFTER_INTERRUPT: Final = {
@@ -77,9 +78,19 @@ def _root(
     max_download: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Largest remote file to fetch, such as 20G; default: 1T.")
     ] = None,
+    completion: Annotated[
+        str | None,
+        typer.Option(metavar="SHELL", help="Print the completion script of bash, zsh, fish or powershell, and exit."),
+    ] = None,
 ) -> None:
     if version:
+        from gguflora.diagnostics.doctor import build_line  # noqa: PLC0415  (loads the kernels)
+
         print(f"gguflora {__version__}")
+        print(build_line())
+        raise typer.Exit
+    if completion is not None:
+        print(completion_script(completion))
         raise typer.Exit
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("%(relativeCreated)7d ms %(name)s: %(message)s" if verbose else "%(message)s"))
@@ -89,6 +100,19 @@ def _root(
         os.environ["GGUFLORA_MAX_DOWNLOAD"] = max_download  # for processes of jobs, too
     if verbose:
         logging.getLogger("gguflora").setLevel(logging.DEBUG)
+
+
+def completion_script(shell: str) -> str:
+    """Return the script that lets a shell complete commands and options of gguflora.
+
+    Raises:
+        UsageError: if there is none for this shell.
+    """
+    from typer.completion import get_completion_script  # type: ignore[attr-defined]  # noqa: PLC0415
+
+    if shell not in _SHELLS:
+        raise UsageError(f"--completion {shell!r:.40}: expected {', '.join(_SHELLS)}")
+    return get_completion_script(prog_name="gguflora", complete_var="_GGUFLORA_COMPLETE", shell=shell)
 
 
 @contextmanager

@@ -5,23 +5,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.diagnostics.divergence import kl_divergence
-from gguflora.errors import MissingExtraError
 from gguflora.lora.convert import convert
 from gguflora.merging.merge import merge
 from gguflora.merging.report import MergeReport
-from gguflora.runtime.attached import Adapters, attach
+
+if TYPE_CHECKING:
+    from gguflora.runtime.attached import Adapters
 
 HERE: Final = Path(__file__).parent / "demo_files"
 BASE: Final = HERE / "base.gguf"
@@ -56,11 +58,12 @@ class DemoReport:
 
     Attributes:
         prompt: the prompt of all answers.
-        answers: one answer for each set of weights.
+        answers: one answer for each set of weights; none without llama-cpp-python.
         convert_seconds: time to convert each adapter.
         load_seconds: time to load the base model, each adapter, and the merged file.
         merge: the report of the merge.
-        kl: mean KL divergence of the merged file from the hot adapter on the prompt and its answer, in nats per token.
+        kl: mean KL divergence of the merged file from the hot adapter on the prompt and its answer, in nats per token;
+            None without llama-cpp-python.
         kl_base: mean KL divergence of the base from the hot adapter, which shows how much the adapter changes.
     """
 
@@ -69,8 +72,8 @@ class DemoReport:
     convert_seconds: dict[str, float]
     load_seconds: dict[str, float]
     merge: MergeReport
-    kl: float
-    kl_base: float
+    kl: float | None
+    kl_base: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, ready for JSON."""
@@ -78,14 +81,14 @@ class DemoReport:
 
 
 def run_demo(keep: str | os.PathLike[str] | None = None, *, prompt: str = PROMPT) -> DemoReport:
-    """Convert, merge and hot-swap the demo's adapters on its model.
+    """Convert, merge and hot-swap the demo's adapters on its model. Without llama-cpp-python only convert and merge.
 
     Args:
         keep: directory for the files (two GGUF LoRAs, one merged model); by default they are temporary.
         prompt: the prompt for every set of weights.
 
     Raises:
-        MissingExtraError: if llama-cpp-python is not installed.
+        GgufloraError: if the files cannot be written.
     """
     return Demo(BASE, {name: HERE / name for name in ADAPTERS}).run(keep, prompt=prompt)
 
@@ -118,6 +121,9 @@ class Demo:
         first = next(iter(self.adapters))
         merged_file = folder / f"base-{first}.gguf"
         merge_report = merge(self.base, self.adapters[first], merged_file, force=True)
+        if importlib.util.find_spec("llama_cpp") is None:
+            return DemoReport(prompt, (), convert_seconds, {}, merge_report, None, None)
+        from gguflora.runtime.attached import attach  # noqa: PLC0415  (for its parts that need llama.cpp)
 
         llm, load_base = _timed(_open, self.base)
         load_seconds = {"base": load_base}
@@ -179,10 +185,8 @@ def _evaluate(llm: Any, text: str) -> NDArray[np.float32]:  # noqa: ANN401
 
 
 def _open(path: Path) -> Any:  # noqa: ANN401
-    try:
-        import llama_cpp  # noqa: PLC0415  (optional)
-    except ImportError as error:
-        raise MissingExtraError("the demo", "llama-cpp-python", "runtime") from error
+    import llama_cpp  # noqa: PLC0415  (optional)
+
     return llama_cpp.Llama(str(path), n_ctx=256, logits_all=True, seed=0, verbose=False)
 
 

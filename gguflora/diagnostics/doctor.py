@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import sysconfig
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Final
 
 from gguflora._version import __version__
-from gguflora.quants._lib import current_isa, isa_names
+from gguflora.files.remote.cache import cache_folder
+from gguflora.quants._lib import compiler, current_isa, isa_names
 from gguflora.quants.types import TYPES
 from gguflora.system.cpus import usable_cpus
+from gguflora.system.memory import available_memory, total_memory
+from gguflora.system.processor import processor_name
 
 PACKAGES: Final = ("numpy", "gguf", "safetensors", "llama-cpp-python", "torch", "peft")
 
@@ -51,6 +55,13 @@ class DoctorReport:
         isas: instruction sets that the kernels can use on this machine.
         types: the quant types.
         packages: installed version of each package; None if it is not installed.
+        compiler: what compiled the kernels.
+        libc: C library of this Python; empty where it does not say.
+        memory: bytes of memory of the machine, or of the control group that limits this process.
+        available_memory: how many of them this process could take now.
+        cache: directory of fetched files and converted adapters.
+        settings: environment variables of gguflora that are set; a key only as ``set``.
+        runtime: what llama-cpp-python, which the extra ``runtime`` installs, would need here; empty if it is installed.
     """
 
     version: str
@@ -63,6 +74,13 @@ class DoctorReport:
     isas: tuple[str, ...]
     types: tuple[QuantType, ...]
     packages: dict[str, str | None]
+    compiler: str
+    libc: str
+    memory: int
+    available_memory: int
+    cache: str
+    settings: dict[str, str]
+    runtime: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, ready for JSON."""
@@ -75,7 +93,7 @@ def doctor() -> DoctorReport:
         version=__version__,
         python=platform.python_version(),
         platform=platform.platform(),
-        cpu=_cpu_name(),
+        cpu=processor_name(),
         usable_cores=usable_cpus(),
         cores=os.cpu_count(),
         isa=current_isa(),
@@ -84,17 +102,44 @@ def doctor() -> DoctorReport:
             QuantType(kind.name, kind.block_weights, kind.block_bytes, kind.needs_imatrix, kind.supports_stochastic)
             for kind in TYPES.values()
         ),
-        packages={package: _installed_version(package) for package in PACKAGES},
+        packages=(packages := {package: _installed_version(package) for package in PACKAGES}),
+        compiler=compiler(),
+        libc=" ".join(filter(None, platform.libc_ver())),
+        memory=total_memory(),
+        available_memory=available_memory(),
+        cache=str(cache_folder()),
+        settings={
+            name: "set" if "KEY" in name else value
+            for name, value in sorted(os.environ.items())
+            if name.startswith("GGUFLORA_")
+        },
+        runtime=() if packages["llama-cpp-python"] else _needs_of_runtime(),
     )
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+def build_line() -> str:
+    """Return what was built for what, in one line."""
+    tag = "free-threaded " if sysconfig.get_config_var("Py_GIL_DISABLED") else ""
+    libc = " ".join(filter(None, platform.libc_ver()))
+    system = " ".join(filter(None, (platform.system(), platform.machine(), libc)))
+    return (
+        f"{tag}Python {platform.python_version()} on {system}; kernels {current_isa()} of {', '.join(isa_names())}, "
+        f"compiled by {compiler()}"
+    )
+
+
+def _needs_of_runtime() -> tuple[str, ...]:
+    """Return what pip does to install llama-cpp-python, what it needs, and what was found of that here."""
+    found = next((path for name in ("c++", "g++", "clang++", "cl") if (path := shutil.which(name))), None)
+    compiled = f"found {found}" if found else "not found: apt install g++, dnf install gcc-c++, xcode-select --install"
+    return (
+        "PyPI has no wheel: pip install 'gguflora[runtime]' compiles it, about 17 CPU minutes once",
+        f"a C++ compiler: {compiled}; CMake and Ninja come from PyPI while it is built",
+        "its project offers prebuilt wheels for some Python versions: pip install llama-cpp-python --extra-index-url "
+        "https://abetlen.github.io/llama-cpp-python/whl/cpu (not checked by gguflora)",
+        "conda-forge has a package llama-cpp-python (not checked by gguflora)",
+        "convert, merge, quantize, patch, combine and export do without it",
+    )
 
 
 def _installed_version(package: str) -> str | None:

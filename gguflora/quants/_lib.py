@@ -8,7 +8,7 @@ from functools import cache
 from gguflora._gguflora import ffi, lib
 from gguflora.errors import NativeError
 
-__all__ = ["choose_isa", "current_isa", "ffi", "isa_names", "lib"]
+__all__ = ["choose_isa", "compiler", "current_isa", "ffi", "isa_names", "lib"]
 
 
 def isa_names() -> list[str]:
@@ -41,6 +41,13 @@ def _isa_number(name: str) -> int:
         if _isa_name(isa) == name and lib.gfl_isa_available(isa):
             return isa
     raise NativeError(f"instruction set {name!r} is not available here; GGUFLORA_ISA may be {', '.join(isa_names())}")
+
+
+def compiler() -> str:
+    """Name and version of the compiler that made the extension."""
+    made = getattr(lib, "gfl_compiler", None)  # an extension that was compiled in place before has none
+    name: str = ffi.string(made()).decode() if made else "an unknown compiler"
+    return name.strip()
 
 
 def choose_isa(isa: str | None) -> int:
