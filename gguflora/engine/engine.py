@@ -411,6 +411,11 @@ class Engine(ModelTexts):
         ]
         return submit_all(self.submit, requests)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would be taken now: the engine is open and its queue has room."""
+        return self._scheduler.has_room
+
     def stats(self) -> EngineStats:
         """Return the engine's statistics."""
         self._check_open()

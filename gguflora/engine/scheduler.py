@@ -71,6 +71,11 @@ class Scheduler:
         return self._queued
 
     @property
+    def has_room(self) -> bool:
+        """Whether `submit` would take a job now."""
+        return not self._closing and self._queued < self._queue_size
+
+    @property
     def running(self) -> int:
         """Number of jobs that have started and not ended. Only for the scheduler's thread."""
         return sum(job.started for queue in self._queues.values() for job in queue.jobs)

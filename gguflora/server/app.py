@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -85,6 +85,13 @@ def _file(path: Path, kind: str) -> Any:  # noqa: ANN401  (FastAPI reads the end
 def health() -> dict[str, str]:
     """Report that the server is running."""
     return {"status": "ok"}
+
+
+@router.get("/ready")
+def ready(service: ServiceDep) -> JSONResponse:
+    """Report whether a request would be taken now, with status 503 if not."""
+    is_ready = service.engine.is_ready
+    return JSONResponse({"status": "ready" if is_ready else "busy"}, 200 if is_ready else 503)
 
 
 @router.get("/metrics")

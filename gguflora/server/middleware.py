@@ -13,7 +13,7 @@ from gguflora.server.hosts import check_host, check_origin
 from gguflora.server.keys import CACHE_OWNER, check_key, owner_of
 from gguflora.server.settings import Settings
 
-OPEN_PATHS: Final = frozenset({"/", "/page.css", "/page.js", "/icon.svg", "/health"})
+OPEN_PATHS: Final = frozenset({"/", "/page.css", "/page.js", "/icon.svg", "/health", "/ready"})
 """Paths that need no key."""
 
 _MAX_HEADERS: Final = 128

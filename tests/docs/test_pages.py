@@ -38,6 +38,7 @@ IN_TEXT = {
     "docs/architecture.md": "test_architecture_page.py",
     "CONTRIBUTING.md": "test_scripts_and_extras_exist",
     "docs/install.md": "tests/tools/test_release.py",
+    "docs/scaling.md": "tests/server/test_scaling.py",
 }
 """Pages that have no sessions and no programs."""
 NOT_HERE = ("://", "tonight.toml")
