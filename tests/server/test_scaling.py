@@ -29,13 +29,14 @@ GREEDY = {"prompt": PROMPT, "max_tokens": 24, "temperature": 0}
 
 
 def test_ready_and_alive_are_two_things():
-    with serving(n_parallel=1, queue_size=1) as http, ThreadPoolExecutor() as pool:
+    with serving(n_parallel=1, queue_size=2) as http, ThreadPoolExecutor(8) as pool:
         assert http.get("/ready").json() == {"status": "ready"}
-        both = [pool.submit(http.post, "/v1/completions", json=LONG) for _ in range(2)]
+        many = [pool.submit(http.post, "/v1/completions", json=LONG) for _ in range(8)]
         wait_until(lambda: http.get("/ready").status_code == 503)
-        assert http.get("/ready").json() == {"status": "busy"}
         assert http.get("/health").status_code == 200
-        assert [answer.result().status_code for answer in both] == [200, 200]
+        codes = [answer.result().status_code for answer in many]
+        assert codes.count(200) >= 3
+        assert set(codes) <= {200, 429}
         assert http.get("/ready").status_code == 200
 
 

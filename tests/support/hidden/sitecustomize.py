@@ -13,7 +13,7 @@ MODULES = ("fcntl", "resource")
 CALLS = (
     *("O_BINARY", "O_CLOEXEC", "O_DIRECTORY", "O_DSYNC", "O_NOFOLLOW", "O_NONBLOCK", "O_PATH", "O_TMPFILE"),
     *("copy_file_range", "fchmod", "memfd_create", "posix_fadvise", "posix_fallocate", "pread", "preadv", "pwrite"),
-    *("pwritev", "sched_getaffinity", "sendfile"),
+    *("pwritev", "sched_getaffinity"),
 )
 
 
@@ -34,7 +34,9 @@ def _windows_locks() -> types.ModuleType:
 def _hide() -> None:
     import shutil  # noqa: F401  (asks for what there is when it is imported)
     import subprocess  # noqa: F401
-    import tempfile  # noqa: F401
+    import tempfile
+
+    tempfile._O_TMPFILE_WORKS = False
 
     real, locks = builtins.__import__, _windows_locks()
 
