@@ -14,6 +14,7 @@ import numpy as np
 from gguflora.adapters.base_shapes import BaseShapes
 from gguflora.adapters.deltas import Delta, LowRank, Replace, ReplaceRows, ShapeDependentDelta, with_rows
 from gguflora.adapters.gguf_lora import read_gguf_lora
+from gguflora.adapters.mlx import scale_warnings
 from gguflora.adapters.peft.config import MLX, PeftConfig, read_config
 from gguflora.adapters.peft.modules_to_save import split_modules_to_save
 from gguflora.adapters.peft.pooler import pooler_warnings
@@ -156,7 +157,11 @@ def _read_peft(folder: Path) -> Adapter:
         sha256_of(*weight_files(weights)),
         deltas,
         config.peft_type,
-        warnings=(*pooler_warnings(tensors), *_alpha_warnings(ambiguous)),
+        warnings=(
+            *pooler_warnings(tensors),
+            *_alpha_warnings(ambiguous),
+            *(scale_warnings(config) if config.peft_type == MLX else ()),
+        ),
         ensure_weight_tying=config.flag("ensure_weight_tying") or config.peft_type == MLX,
         invocation_tokens=_invocation_tokens(config),
         from_base_shapes=from_base_shapes,

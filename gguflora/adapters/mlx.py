@@ -1,8 +1,9 @@
 """Read adapters of mlx-lm: ``adapters.safetensors``, and an ``adapter_config.json`` with ``lora_parameters``.
 
 Older versions write ``adapters.npz``. unsloth-mlx adds PEFT's fields (``peft_type``, ``r``, ``lora_alpha``). mlx-vlm
-calls the factors ``A`` and ``B``; its configuration has ``rank`` and ``alpha``, which is the scale itself (source:
-``LoRaLayer`` in its mlx_vlm/trainer/lora.py; later versions write ``lora_parameters`` as mlx-lm does).
+calls the factors ``A`` and ``B``; its configuration has ``rank`` and ``alpha``, which is the scale itself until March
+2026, and alpha / rank from then on (source: ``LoRaLayer`` in mlx_vlm/trainer/lora.py, pull request 846; later
+versions write ``lora_parameters`` as mlx-lm does).
 
 A linear layer has ``lora_a`` (n_in, r) and ``lora_b`` (r, n_out): ``W' = W + scale * (lora_a lora_b)^T``, where the
 scale is not divided by the rank. An embedding has ``lora_a`` (rows, r) and ``lora_b`` (r, width): ``W' = W + scale *
@@ -80,6 +81,18 @@ def _parameters(config: PeftConfig) -> object:
         rank = config.number("r", 8)
         return {"scale": config.number("lora_alpha", 8) / (rank or 1)}
     return None
+
+
+def scale_warnings(config: PeftConfig) -> tuple[str, ...]:
+    """Return a warning if the scale depends on the version that trained: mlx-vlm changed what its ``alpha`` means."""
+    fields = config.fields
+    if fields.get("lora_parameters") is not None or not {"rank", "alpha"} <= fields.keys() or fields["rank"] == 1:
+        return ()
+    rank, alpha = fields["rank"], fields["alpha"]
+    return (
+        f"its scale is alpha, {alpha}, as in mlx-vlm until March 2026; later versions multiply by alpha / rank. If one "
+        f'of those trained it, give adapter_config.json "lora_parameters": {{"scale": {alpha} / {rank}}}, computed',
+    )
 
 
 def _read_full(config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, Delta | ShapeDependentDelta]:

@@ -113,3 +113,15 @@ def test_git_lfs_pointers_are_named(tmp_path):
     (tmp_path / "base.gguf").write_bytes(pointer)
     with pytest.raises(FormatError, match="git lfs pull"):
         gguflora.convert(builders.adapter("llama", Adapter(seed=5)), tmp_path / "base.gguf", tmp_path / "out.gguf")
+
+
+def test_what_alpha_of_mlx_vlm_means_depends_on_its_version(tmp_path):
+    tensors, expected = factors("A", "B", "language_model.")
+    folder = write(tmp_path / "adapter", tensors, {"rank": 4, "alpha": 2.5, "dropout": 0.1})
+    report = gguflora.convert(folder, builders.gguf_model("llama"), tmp_path / "old.gguf")
+    assert any("alpha / rank" in text for text in report.warnings)
+    folder = write(tmp_path / "new", tensors, {"rank": 4, "alpha": 2.5, "lora_parameters": {"scale": 2.5 / 4}})
+    report = gguflora.convert(folder, builders.gguf_model("llama"), tmp_path / "new.gguf")
+    assert report.warnings == ()
+    quarters = {tensor: change / 4 for tensor, change in expected.items()}
+    assert_same_changes(lora_changes(tmp_path / "new.gguf"), quarters)
