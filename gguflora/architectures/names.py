@@ -17,7 +17,7 @@ _INNER: Final = re.compile(
 _NESTED: Final = re.compile(r"^(?:model\.){2,}")
 _FOREIGN: Final = re.compile(
     r"(?:^|\.)(?:visual|vision|vision_\w+|visual_\w+|img_\w+|image_\w+|vit|siglip|vpm|resampler|perceiver\w*|aligner|connector|"
-    r"multi_modal_projector|mm_projector|multimodal_projector|embed_vision|embed_audio|audio|audio_\w+|speech_\w+|"
+    r"vqmodel|multi_modal_projector|mm_projector|multimodal_projector|embed_vision|embed_audio|audio|audio_\w+|speech_\w+|"
     r"talker|token2wav|code2wav|mlp1)\."
 )
 _UNKNOWN_OWNER: Final = re.compile(r"^\w+\.(?=(?:\w+\.)*?(?:model|layers|transformer|h|backbone|gpt_neox|lm_head)\.)")

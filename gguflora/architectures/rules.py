@@ -93,12 +93,14 @@ KNOWN: Final[Mapping[str, Rules]] = {
     "granitehybrid": Rules(rows=_ROTARY, splits={**_SHARED_MLP, **_MAMBA_2}),  # Bamba too
     "granitemoe": Rules(rows=_ROTARY, splits={"shared_mlp.input_linear": shared_gate_up}),
     "minicpm": Rules(rows=_ROTARY),
+    "chameleon": Rules(rows=_ROTARY),
     "baichuan": Rules(splits={"self_attn.W_pack": concatenated(ROTARY_QKV)}),
     "internlm2": Rules(splits={"attention.wqkv": grouped_qkv}),
     "qwen2": PLAIN,
     "qwen2moe": PLAIN,
     "qwen3": PLAIN,
     "qwen3moe": PLAIN,
+    "qwen3vlmoe": PLAIN,  # transformers 5 holds the experts as GGUF does; files on the Hub have them transposed
     "qwen3next": Rules(splits={"linear_attn.in_proj_qkvz": grouped_qkvz}, plus_one=_NORMS_EXCEPT_SSM),
     "qwen35": _TILED_VALUES,
     "qwen35moe": _TILED_VALUES,

@@ -40,7 +40,6 @@ _TIME_MIXING: Final = (
 
 CHANGED: Final[Mapping[str, tuple[str, str]]] = {
     **dict.fromkeys(("arctic", "deci", "deepseek", "granite_swa", "llada", "nanbeige", "xverse"), _QK),
-    "chameleon": (_BLOCK + r"attn_[qk](_norm)?\..*", "reorders q, k and their norms"),
     "bailingmoe": (
         _BLOCK + r"attn_(qkv|q|k|v)\..*|output\.weight",
         "splits and reorders q, k and v, and normalizes the output weight",
@@ -51,7 +50,7 @@ CHANGED: Final[Mapping[str, tuple[str, str]]] = {
         _BLOCK + r"attn_((kv|k|v)_b|(q|kv)_a_norm)\..*",
         "splits kv_b and scales the norms of the latent queries and keys",
     ),
-    **dict.fromkeys(("dbrx", "grok", "nomic-bert-moe", "qwen3vlmoe"), _EXPERTS),
+    **dict.fromkeys(("dbrx", "grok", "nomic-bert-moe"), _EXPERTS),
     "falcon-h1": (
         _BLOCK + r"(attn_(q|k|v|output)|ffn_(gate|down)|ssm_(in|out|norm))\..*|output\.weight|token_embd\.weight",
         "scales the weights by multipliers of config.json, which the GGUF file does not hold",
@@ -83,6 +82,12 @@ CHANGED: Final[Mapping[str, tuple[str, str]]] = {
 """Architectures without a complete rule: pattern of the tensors that the converter changes, and what it does."""
 
 
+UNCOVERED: Final[Mapping[str, tuple[str, str]]] = {
+    "chameleon": (_BLOCK + r"attn_[qk]_norm\..*", "gives all heads the norm of the first one"),
+}
+"""Tensors of architectures with a rule that the rule does not cover: their pattern, and what the converter does."""
+
+
 def doubt_about(base: BaseModel, weight: str, tensor: str) -> str | None:
     """Return why the layout of a Hugging Face weight in a tensor is not known, or None if it is.
 
@@ -94,6 +99,8 @@ def doubt_about(base: BaseModel, weight: str, tensor: str) -> str | None:
     architecture = base.architecture
     if architecture == CLIP:
         return doubt_about_vision(base)
+    if architecture in UNCOVERED and re.fullmatch(UNCOVERED[architecture][0], tensor):
+        return f"llama.cpp's converter {UNCOVERED[architecture][1]}"
     if architecture in KNOWN:
         return _doubt_about_naming(base, canonical(weight), tensor)
     if architecture in CHANGED:

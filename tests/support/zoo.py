@@ -55,6 +55,15 @@ NEMOTRON_H = {
 }  # fmt: skip
 INDEXER = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4, "num_nextn_predict_layers": 0}
 M_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
+M_ROPE_3 = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+VISION = {
+    "depth": 2, "num_heads": 4, "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2, "hidden_size": 32,
+    "intermediate_size": 48, "out_hidden_size": 64, "num_position_embeddings": 16, "deepstack_visual_indexes": [1],
+}  # fmt: skip
+VQ = {
+    "num_embeddings": 8, "embed_dim": 8, "latent_channels": 8, "resolution": 16, "base_channels": 32,
+    "channel_multiplier": [1], "num_res_blocks": 1,
+}  # fmt: skip
 LABELS = {"id2label": {0: "good", 1: "bad", 2: "odd"}, "label2id": {"good": 0, "bad": 1, "odd": 2}}
 GPT = {"vocab_size": builders.VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, **TOKENS}
 
@@ -72,6 +81,8 @@ class Made:
             transformers does not know it reads them as they are.
         flags: of the converter.
         without: modules that PEFT will not adapt, or GGUF does not have.
+        only: start of the names of the modules that PEFT adapts.
+        transposes: part of the names of stacks that files on the Hub hold transposed, and transformers 5 does not.
     """
 
     config: Callable[..., hf.PretrainedConfig] | None
@@ -81,6 +92,8 @@ class Made:
     for_converter: tuple[tuple[str, Any], ...] = ()
     flags: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+    only: str = ""
+    transposes: str = ""
 
 
 def _internlm2() -> dict[str, tuple[int, ...]]:
@@ -186,6 +199,15 @@ MODELS = {
     "mistral4": Made(
         hf.Mistral4Config, {**EXPERTS, **LATENT}, auto=hf.Mistral4ForCausalLM,
         for_converter=(("architectures", ["Mistral3ForConditionalGeneration"]),),
+    ),
+    "chameleon": Made(
+        hf.ChameleonConfig, {**DECODER, "num_key_value_heads": 4, "vocabulary_map": {"<image>": 280}, "vq_config": VQ},
+        auto=hf.ChameleonForConditionalGeneration, only="model.layers.",
+    ),
+    "qwen3vlmoe": Made(
+        hf.Qwen3VLMoeConfig,
+        {"text_config": {**EXPERTS, "head_dim": 16, "rope_parameters": M_ROPE_3}, "vision_config": VISION},
+        auto=hf.Qwen3VLMoeForConditionalGeneration, only="model.language_model.", transposes=".mlp.experts.",
     ),
     "smollm3": Made(hf.SmolLM3Config, DECODER),
     "exaone4": Made(hf.Exaone4Config, DECODER),
@@ -297,7 +319,7 @@ OTHERS = {
 HAS_CLASS = [name for name, made in MODELS.items() if made.config]
 UNORDERED = {
     "arcee", "llama_embed", "granitehybrid", "granitehybrid_dense", "bamba", "mamba2", "nemotron_h", "nemotron_h_moe",
-    "gemma_embedding", "glm_dsa", "mistral4",
+    "gemma_embedding", "glm_dsa", "mistral4", "chameleon", "qwen3vlmoe",
 }  # fmt: skip
 """Models whose modules gguflora cannot list: it places weights by their names, but does not know all the names."""
 ORDERED = [name for name in HAS_CLASS if name not in UNORDERED]
@@ -346,6 +368,10 @@ def save(name: str, built: Any, path: Path) -> Path:
     """Save a model for the converter."""
     built.save_pretrained(path)
     builders._tokenizer().save_pretrained(path)
+    if part := _made(name).transposes:
+        weights = safetensors.torch.load_file(path / "model.safetensors")
+        as_on_the_hub = {key: value.mT.contiguous() if part in key else value for key, value in weights.items()}
+        safetensors.torch.save_file(as_on_the_hub, path / "model.safetensors", {"format": "pt"})
     config = path / "config.json"
     fields = json.loads(config.read_text()) | dict(_made(name).for_converter)
     config.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
@@ -368,7 +394,9 @@ def gguf_model(name: str, *flags: str) -> Path:
 def saved_weights(name: str) -> dict[str, np.ndarray]:
     """The weights under the names of the checkpoint."""
     files = sorted(checkpoint(name).glob("*.safetensors"))
-    return {key: value.float().numpy() for file in files for key, value in safetensors.torch.load_file(file).items()}
+    weights = {key: value for file in files for key, value in safetensors.torch.load_file(file).items()}
+    part = _made(name).transposes or " "
+    return {key: (value.mT if part in key else value).float().numpy() for key, value in weights.items()}
 
 
 def weights_in_memory(name: str) -> dict[str, np.ndarray]:
@@ -381,11 +409,15 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
     return {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
 
 
+def _adapts(made: Made, module: str) -> bool:
+    return module.startswith(made.only) and not module.endswith(made.without or ".")
+
+
 def linear_modules(name: str, built: Any) -> str:
     """A pattern of all modules that are matrix products, but the output and those that are left out."""
     kinds = (torch.nn.Linear, hf.pytorch_utils.Conv1D)
     modules = [key for key, module in built.named_modules() if isinstance(module, kinds) and key != "lm_head"]
-    return "|".join(re.escape(key) for key in modules if not key.endswith(_made(name).without or "."))
+    return "|".join(re.escape(key) for key in modules if _adapts(_made(name), key))
 
 
 def peft_model(name: str, **options: Any) -> peft.PeftModel:
