@@ -10,7 +10,7 @@ from rich.table import Table
 
 import gguflora
 from gguflora.cli.app import app, console, print_report, stderr
-from gguflora.cli.options import AsJson, Lora, LoraScaled, Threads, scaled_paths
+from gguflora.cli.options import AsJson, Lora, LoraScaled, TextOnly, Threads, TrustNames, scaled_paths
 from gguflora.diagnostics.compare import CompareReport
 
 
@@ -32,6 +32,8 @@ def compare(
     ] = False,
     n_ctx: Annotated[int, typer.Option(min=16, help="Tokens per window; each window starts without context.")] = 512,
     threads: Threads = None,
+    text_only: TextOnly = False,
+    trust_names: TrustNames = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure how closely a merged file predicts what the base with hot adapters predicts (needs llama-cpp-python).
@@ -47,7 +49,17 @@ def compare(
     """
     adapters = scaled_paths(lora, lora_scaled)
     with stderr.status("comparing"):
-        report = gguflora.compare(base, merged, adapters, text=text, naive=naive, n_ctx=n_ctx, threads=threads)
+        report = gguflora.compare(
+            base,
+            merged,
+            adapters,
+            text=text,
+            naive=naive,
+            n_ctx=n_ctx,
+            threads=threads,
+            text_only=text_only,
+            trust_names=trust_names,
+        )
     print_report(report, _print_comparison, as_json=as_json)
 
 

@@ -33,7 +33,7 @@ from gguflora.errors import (
 from gguflora.files.gguf import GgufFile
 from gguflora.files.remote import remote_inputs
 from gguflora.merging.merge import AdapterArgument, merge, with_scales
-from gguflora.runtime.adapter_files import open_adapter
+from gguflora.runtime.adapter_files import AdapterReading
 from gguflora.system.cpus import thread_count
 
 if TYPE_CHECKING:
@@ -133,6 +133,8 @@ def compare(
     naive: bool = False,
     n_ctx: int = 512,
     threads: int | None = None,
+    text_only: bool = False,
+    trust_names: bool = False,
 ) -> CompareReport:
     """Measure how closely ``merged`` reproduces the answers of ``base`` with ``adapters`` applied at run time.
 
@@ -147,6 +149,8 @@ def compare(
         naive: also measure a merge that rounds to nearest; it is written to a temporary file.
         n_ctx: number of tokens in each window of the text; each window is evaluated on its own.
         threads: number of threads; by default one for each core that this process may use.
+        text_only: take only the part of a multimodal model's adapters that changes the language model.
+        trust_names: apply adapters by name and shape where the order of a tensor's rows is not known.
 
     Raises:
         UsageError: if ``n_ctx`` is too small.
@@ -159,7 +163,8 @@ def compare(
         raise UsageError(f"n_ctx is {n_ctx}, expected at least {MIN_CTX} tokens")
     base_path, merged_path, pairs = Path(base), Path(merged), with_scales(adapters)
     used_threads = thread_count(threads)
-    loras = _open_loras(base_path, pairs)
+    reading = AdapterReading(text_only, trust_names)
+    loras = _open_loras(base_path, pairs, reading)
     with _open(base_path, used_threads) as base_model:
         tokens, window = _tokens(base_model, text), min(n_ctx, base_model.n_ctx_train)
         windows = list(_windows(tokens, base_model.first_tokens, window))
@@ -169,7 +174,10 @@ def compare(
             tallies = _measure(windows, hot, contexts)
             speeds = _speeds({"hot": hot, "merged": contexts["merged"]}, tokens, window)
         if naive:
-            with _naive_merge(base_path, pairs, used_threads) as file, _open(file, used_threads, base_model) as model:
+            with (
+                _naive_merge(base_path, pairs, used_threads, reading) as file,
+                _open(file, used_threads, base_model) as model,
+            ):
                 tallies |= _measure(windows, hot, {"naive": model.context(window)})
     return CompareReport(
         base=base_path,
@@ -184,13 +192,15 @@ def compare(
     )
 
 
-def _open_loras(base: Path, pairs: Sequence[tuple[str | os.PathLike[str], float]]) -> list[tuple[Path, float]]:
+def _open_loras(
+    base: Path, pairs: Sequence[tuple[str | os.PathLike[str], float]], reading: AdapterReading
+) -> list[tuple[Path, float]]:
     """Return the adapters as GGUF LoRA files that llama.cpp can apply to the base."""
     model = read_whole_base(base)
     loras = []
     for path, scale in pairs:
         try:
-            loras.append((open_adapter(Path(path), model).file, scale))
+            loras.append((reading.open(Path(path), model).file, scale))
         except (HotSwapError, UnsupportedAdapterError) as error:
             raise HotSwapError(
                 f"{path}: cannot be applied at run time, which comparing needs: {error}. Compare with the "
@@ -288,11 +298,19 @@ def _add(tallies: Mapping[str, _Tally], logits: Mapping[str, NDArray[np.float32]
 
 
 @contextmanager
-def _naive_merge(base: Path, pairs: AdapterArgument, threads: int) -> Iterator[Path]:
+def _naive_merge(base: Path, pairs: AdapterArgument, threads: int, reading: AdapterReading) -> Iterator[Path]:
     """Merge with nearest rounding into a temporary file."""
     with tempfile.TemporaryDirectory(prefix="gguflora-") as folder:
         file = Path(folder) / "naive.gguf"
-        merge(base, pairs, file, threads=threads, rounding="nearest")
+        merge(
+            base,
+            pairs,
+            file,
+            threads=threads,
+            rounding="nearest",
+            text_only=reading.text_only,
+            trust_names=reading.trust_names,
+        )
         yield file
 
 

@@ -86,7 +86,17 @@ def read_factored(
         UnsupportedAdapterError: if a delta is not of low rank and may not be approximated.
         GgufloraError: if something cannot be read.
     """
-    adapter = read_adapter(path)
+    return factor(read_adapter(path), path, base, rank, energy)
+
+
+def factor(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    base: BaseModel | None,
+    rank: int | None = None,
+    energy: float | None = None,
+) -> FactoredAdapter:
+    """Return an adapter that was read from a path as pairs of factors, see `read_factored`."""
     whole, is_plain = factored_adapter(adapter, path, base)
     if is_plain or base is None:
         return whole

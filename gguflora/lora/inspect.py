@@ -135,7 +135,7 @@ def inspect(
         return _inspect_soft_prompt(Path(adapter), base)
     source = language_part(read_adapter(adapter)) if text_only else read_adapter(adapter)
     model = None if base is None else read_base(base, trust_names=trust_names)
-    spectra, choices = _find_spectra(adapter, model, plot) if ranks or plot is not None else ((), ())
+    spectra, choices = _find_spectra(source, adapter, model, plot) if ranks or plot is not None else ((), ())
     warnings = list(source.warnings)
     if model is None:
         changes = tuple(_describe_without_base(name, parts) for name, parts in source.deltas.items())
@@ -162,13 +162,16 @@ def inspect(
 
 
 def _find_spectra(
-    adapter: str | os.PathLike[str], model: BaseModel | None, plot: str | os.PathLike[str] | None
+    source: Adapter,
+    path: str | os.PathLike[str],
+    model: BaseModel | None,
+    plot: str | os.PathLike[str] | None,
 ) -> tuple[tuple[Spectrum, ...], tuple[RankChoice, ...]]:
-    from gguflora.lora.factored import NEARLY_ALL, read_factored  # noqa: PLC0415  (seldom asked for)
+    from gguflora.lora.factored import NEARLY_ALL, factor  # noqa: PLC0415  (seldom asked for)
     from gguflora.lora.plots import plot_spectra  # noqa: PLC0415
     from gguflora.lora.spectra import rank_choices, spectra_of  # noqa: PLC0415
 
-    factored = read_factored(adapter, model, energy=NEARLY_ALL)
+    factored = factor(source, path, model, energy=NEARLY_ALL)
     spectra = spectra_of(factored.pairs)
     if plot is not None:
         plot_spectra(spectra, factored.name, Path(plot))

@@ -141,6 +141,7 @@ def test_text_only_takes_the_language_part(adapter, tmp_path, module):
     base = builders.gguf_model("llama")
     gguflora.convert(adapter, base, tmp_path / "expected.gguf")
     gguflora.merge(base, adapter, tmp_path / "expected-merged.gguf")
+    plain_spectra = gguflora.inspect(adapter, base, ranks=True).spectra
 
     def edit(tensors):
         inner = {key.replace("model.model.", "model.model.language_model."): value for key, value in tensors.items()}
@@ -152,6 +153,7 @@ def test_text_only_takes_the_language_part(adapter, tmp_path, module):
         ["convert", adapter, "--base", base, "-o", tmp_path / "lora.gguf"],
         ["merge", base, "--lora", adapter, "-o", tmp_path / "merged.gguf"],
         ["inspect", adapter, "--base", base],
+        ["inspect", adapter, "--base", base, "--ranks"],
     ):
         plain, result = run(*words), run(*words, "--text-only")
         assert plain.returncode == 1
@@ -160,5 +162,9 @@ def test_text_only_takes_the_language_part(adapter, tmp_path, module):
         assert result.returncode == 0, result.stderr
         assert "left out 1 of" in " ".join(result.stderr.split())
         assert f"{module}.weight" in result.stderr
+        if "--ranks" in words:
+            report = json.loads(run(*words, "--text-only", "--json").stdout)
+            found = {entry["name"].partition(".layers.")[2] for entry in report["spectra"]}
+            assert found == {spectrum.name.partition(".layers.")[2] for spectrum in plain_spectra}
     assert_same_changes(lora_changes(tmp_path / "lora.gguf"), lora_changes(tmp_path / "expected.gguf"), 0)
     assert_same_changes(*(changes(base, tmp_path / name) for name in ("merged.gguf", "expected-merged.gguf")), 0)

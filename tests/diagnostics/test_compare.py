@@ -1,6 +1,7 @@
 """`gguflora compare` against torch and PEFT: the same divergences and perplexities on float weights."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +9,13 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
 import gguflora
 from gguflora.diagnostics.compare import BUILT_IN_TEXT
 from gguflora.diagnostics.divergence import kl_divergence
-from gguflora.errors import FormatError, HotSwapError, MismatchError, UsageError
+from gguflora.errors import ArchitectureError, FormatError, HotSwapError, MismatchError, UsageError
 from support import builders, hotswap
 
 DEMO = Path(gguflora.__file__).parent / "diagnostics" / "demo_files"
@@ -172,3 +174,22 @@ def test_command_line(merged, text):
     assert report["divergences"]["merged"]["kl"] > 1e-4
     wrong = subprocess.run(list(map(str, command[:7])), capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
+
+
+def test_the_language_part_of_a_multimodal_adapter(text, merged, tmp_path):
+    adapter = shutil.copytree(builders.adapter("llama", WEAK), tmp_path / "adapter")
+    path = adapter / "adapter_model.safetensors"
+    weights = safetensors.numpy.load_file(path)
+    added = {
+        f"base_model.model.model.visual.blocks.0.attn.qkv.lora_{side}.weight": next(
+            value for key, value in weights.items() if f"lora_{side}" in key
+        )
+        for side in "AB"
+    }
+    safetensors.numpy.save_file(weights | added, path)
+    base = builders.gguf_model("llama")
+    with pytest.raises(ArchitectureError, match="--text-only"):
+        compare_on_one_thread(base, merged, adapter, text=text, n_ctx=N_CTX)
+    report = compare_on_one_thread(base, merged, adapter, text=text, n_ctx=N_CTX, text_only=True, naive=True)
+    plain = compare_on_one_thread(base, merged, builders.adapter("llama", WEAK), text=text, n_ctx=N_CTX, naive=True)
+    assert report.perplexities == plain.perplexities
