@@ -15,10 +15,12 @@ from typing import Any, Final
 from gguflora.errors import AdapterError
 from gguflora.files.strict_json import to_json
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 """Token types of GGUF."""
 
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+PIECE_FILES: Final = ("tokenizer.model", "spiece.model")
+"""Names of SentencePiece models."""
 TEMPLATE_FILES: Final = ("chat_template.jinja", "chat_template.json")
 TEMPLATE_FOLDER: Final = "additional_chat_templates"
 _WAY_OUT: Final = "fetch the file again, or remove it to keep the base's tokenizer"
@@ -28,23 +30,55 @@ _SPECIAL_FRAMES: Final = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">")
 
 
 @dataclass(frozen=True, slots=True)
+class AddedToken:
+    """A token beside a model's own: its text, and whether it is special."""
+
+    text: str
+    special: bool = False
+
+    def normalized(self) -> tuple[str, int]:
+        """Return text and GGUF type as the converter writes them for most tokenizers."""
+        looks_special = self.text in _LOOK_SPECIAL or any(
+            self.text.startswith(start) and self.text.endswith(end) for start, end in _SPECIAL_FRAMES
+        )
+        if self.special or looks_special:
+            return self.text, CONTROL
+        return self.text.replace("\u2581", " "), USER_DEFINED
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterTokenizer:
     """A tokenizer in the terms of GGUF.
 
     Attributes:
         has_tokens: whether the directory has a file with tokens.
-        vocabulary: texts of the tokens of a BPE model by number, without added tokens; empty for other models.
-        added: text and GGUF type of the added tokens by number.
+        kind: GGUF's name of the kind of tokenizer in tokenizer.json: "gpt2" (BPE of bytes), "llama" (SentencePiece's
+            BPE), "t5" (unigrams) or "bert" (WordPiece); empty without such a file.
+        vocabulary: texts of the tokens by number, without added tokens; empty for other kinds.
+        scores: scores of unigrams by number; empty for other kinds.
+        piece_file: path of a SentencePiece model; None if the directory has none.
+        listed: the tokens of added_tokens.json by number.
+        decoder: the tokens of tokenizer_config.json by number.
+        added: the added tokens of all files by number; tokenizer.json counts most, because it is complete.
         merges: merges of a BPE model, as GGUF writes them; empty for other models.
+        special_texts: texts of the tokens that tokenizer_config.json names as special.
         special_ids: numbers of special tokens by name (``bos``, ``eos``, ``eot``, ...).
+        adds: whether a special token is put before (``bos``), behind (``eos``) or between (``sep``) texts, where known.
         templates: chat templates by name; the name of the ordinary one is ``default``.
     """
 
     has_tokens: bool = False
+    kind: str = ""
     vocabulary: Mapping[int, str] = field(default_factory=dict)
-    added: Mapping[int, tuple[str, int]] = field(default_factory=dict)
+    scores: Mapping[int, float] = field(default_factory=dict)
+    piece_file: Path | None = None
+    listed: Mapping[int, AddedToken] = field(default_factory=dict)
+    decoder: Mapping[int, AddedToken] = field(default_factory=dict)
+    added: Mapping[int, AddedToken] = field(default_factory=dict)
     merges: Sequence[str] = ()
+    special_texts: frozenset[str] = frozenset()
     special_ids: Mapping[str, int] = field(default_factory=dict)
+    adds: Mapping[str, bool] = field(default_factory=dict)
     templates: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -56,15 +90,27 @@ def read_tokenizer(folder: Path) -> AdapterTokenizer:
     """
     main, config, added = (_read_json(folder / name) for name in TOKENIZER_FILES)
     try:
-        tokens = {_token_number(index): token for index, token in _added_tokens(main, config, added)}
+        listed = {_token_number(index): AddedToken(str(text)) for text, index in added.items()}
+        decoder = {_token_number(index): _added(token) for index, token in _decoder_of(config).items()}
+        tokens = {**listed, **decoder}
+        tokens |= {_token_number(token["id"]): _added(token) for token in main.get("added_tokens") or ()}
         model = main.get("model") or {}
-        is_bpe = model.get("type") == "BPE" and isinstance(model.get("vocab"), dict)
+        kind, is_bpe = _kind_of(model), model.get("type") == "BPE"
+        piece_file = next((folder / name for name in PIECE_FILES if (folder / name).is_file()), None)
+        texts, scores = _texts_and_scores(model) if kind else ({}, {})
         return AdapterTokenizer(
-            has_tokens=bool(main or added or config.get("added_tokens_decoder")),
-            vocabulary={int(index): str(text) for text, index in model["vocab"].items()} if is_bpe else {},
+            has_tokens=bool(main or tokens or piece_file),
+            kind=kind,
+            vocabulary=texts,
+            scores=scores,
+            piece_file=piece_file,
+            listed=listed,
+            decoder=decoder,
             added=tokens,
             merges=[_as_merge(merge) for merge in model.get("merges") or ()] if is_bpe else (),
-            special_ids=_special_ids(main, config, {text: index for index, (text, _) in tokens.items()}),
+            adds=_added_around(main, config),
+            special_texts=frozenset(_special_texts(config)),
+            special_ids=_special_ids(main, config, {token.text: index for index, token in tokens.items()}),
             templates=dict(_templates(folder, config)),
         )
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
@@ -83,10 +129,27 @@ def read_templates(folder: Path) -> dict[str, str]:
         raise AdapterError(f"{folder}: its chat template cannot be read: {error!r:.200}; {_WAY_OUT}") from error
 
 
-def _token_number(index: int) -> int:
-    if index < 0:
-        raise ValueError(f"a token has the number {index}")
-    return index
+def _token_number(index: int | str) -> int:
+    number = int(index)
+    if number < 0:
+        raise ValueError(f"a token has the number {number}")
+    return number
+
+
+def _kind_of(model: Mapping[str, Any]) -> str:
+    """Return GGUF's name of the kind of a model of tokenizer.json that lists its tokens; empty for others."""
+    if not isinstance(model.get("vocab"), dict | list):
+        return ""
+    if model.get("type") == "BPE":
+        return "llama" if model.get("byte_fallback") else "gpt2"
+    return {"Unigram": "t5", "WordPiece": "bert"}.get(str(model.get("type")), "")
+
+
+def _texts_and_scores(model: Mapping[str, Any]) -> tuple[dict[int, str], dict[int, float]]:
+    if isinstance(model["vocab"], dict):
+        return {_token_number(index): str(text) for text, index in model["vocab"].items()}, {}
+    texts = {index: str(text) for index, (text, _) in enumerate(model["vocab"])}
+    return texts, {index: float(score) for index, (_, score) in enumerate(model["vocab"])}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -104,21 +167,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _added_tokens(
-    main: Mapping[str, Any], config: Mapping[str, Any], added: Mapping[str, Any]
-) -> Iterator[tuple[int, tuple[str, int]]]:
-    """Yield number, text and type of added tokens; tokenizer.json comes last, because it is complete."""
-    for text, index in added.items():
-        yield int(index), _with_type(str(text), special=False)
-    for index, token in (config.get("added_tokens_decoder") or {}).items():
-        yield int(index), _with_type(str(token["content"]), special=bool(token.get("special")))
-    for token in main.get("added_tokens") or ():
-        yield int(token["id"]), _with_type(str(token["content"]), special=bool(token.get("special")))
+def _decoder_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config.get("added_tokens_decoder") or {}
 
 
-def _with_type(text: str, *, special: bool) -> tuple[str, int]:
-    looks_special = text in _LOOK_SPECIAL or any(text.startswith(a) and text.endswith(b) for a, b in _SPECIAL_FRAMES)
-    return (text, CONTROL) if special or looks_special else (text.replace("\u2581", " "), USER_DEFINED)
+def _added(token: Mapping[str, Any]) -> AddedToken:
+    return AddedToken(str(token["content"]), bool(token.get("special")))
 
 
 def _as_merge(merge: str | Sequence[str]) -> str:
@@ -140,6 +194,15 @@ def _special_ids(main: Mapping[str, Any], config: Mapping[str, Any], numbers: Ma
     return {name: numbers[text] for name, text in texts.items() if text is not None and text in numbers}
 
 
+def _special_texts(config: Mapping[str, Any]) -> Iterator[str]:
+    lists = ("additional_special_tokens", "extra_special_tokens")
+    more = (entry for name in lists if isinstance(config.get(name), list) for entry in config[name])
+    for entry in (*(config.get(f"{name}_token") for name in _SPECIAL_NAMES), *more):
+        text = _content(entry)
+        if text is not None:
+            yield text
+
+
 def _content(entry: Any) -> str | None:  # noqa: ANN401  (any JSON value)
     content = entry.get("content") if isinstance(entry, dict) else entry
     return content if isinstance(content, str) else None
@@ -154,6 +217,24 @@ def _frame(processor: Mapping[str, Any]) -> tuple[str | None, str | None]:
             first = single[0].get("SpecialToken", {}).get("id") or first
             last = single[-1].get("SpecialToken", {}).get("id") or last
     return first, last
+
+
+def _added_around(main: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, bool]:
+    """Return whether the tokenizer adds BOS and EOS; what the post-processor does counts before the configuration."""
+    processor = main.get("post_processor") or {}
+    adds: dict[str, bool] = {}
+    kinds = {each.get("type") for each in processor.get("processors", [processor])}
+    if "RobertaProcessing" in kinds:
+        adds |= {"bos": True, "eos": True, "sep": True}
+    first, last = _frame(processor)
+    adds |= {"bos": True} if first is not None else {}
+    adds |= {"eos": True} if last is not None else {}
+    if "ByteLevel" in kinds:
+        adds = {"bos": False, "eos": False} | adds
+    for name in ("bos", "eos"):
+        if isinstance(config.get(f"add_{name}_token"), bool):
+            adds.setdefault(name, config[f"add_{name}_token"])
+    return adds
 
 
 def _templates(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

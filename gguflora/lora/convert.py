@@ -155,17 +155,19 @@ def tokenizer_warnings(adapter: Adapter, base: str | os.PathLike[str]) -> list[s
         return []
     with GgufFile(base) as file:
         try:
-            changed, beyond = compare_tokenizer(file, adapter)
+            found = compare_tokenizer(file, adapter)
         except AdapterError as error:  # the LoRA holds no tokenizer, so it can be written
             return [f"the adapter's tokenizer was not compared with the base's: {error}"]
-        differences = describe_changes(file, changed)
-    if beyond:
-        differences.append(f"{len(beyond)} tokens past the rows of the embedding ({listed(beyond, 3)})")
+        differences = describe_changes(file, found.changed)
+    if found.beyond:
+        differences.append(f"{len(found.beyond)} tokens past the rows of the embedding ({listed(found.beyond, 3)})")
+    told = [found.another_kind] if found.another_kind else []
     if not differences:
-        return []
+        return told
     return [
+        *told,
         f"{adapter.path.parent}: its tokenizer differs from the base's, and a GGUF LoRA cannot hold that: "
-        f"{'; '.join(differences)}. The base's is used at run time; merge the adapter to carry the differences over"
+        f"{'; '.join(differences)}. The base's is used at run time; merge the adapter to carry the differences over",
     ]
 
 

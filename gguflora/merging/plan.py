@@ -166,8 +166,8 @@ def _metadata_of_tokenizers(
     for source, scale in sources:
         if not scale:
             continue
-        changed, beyond = compare_tokenizer(file, source, n_tokens)
-        for key, value in changed.items():
+        found = compare_tokenizer(file, source, n_tokens)
+        for key, value in found.changed.items():
             owner = owners.setdefault(key, source)
             if metadata.setdefault(key, value) == value:
                 continue
@@ -177,10 +177,12 @@ def _metadata_of_tokenizers(
                     "model cannot have both. Merge one of the adapters, or remove a tokenizer that does not matter"
                 )
             warnings.append(f"{source.path.parent}: its {key} is dropped: {owner.path.parent} comes first")
-        if beyond:
+        if found.another_kind:
+            warnings.append(found.another_kind)
+        if found.beyond:
             warnings.append(
-                f"{source.path.parent}: its tokenizer has {len(beyond)} tokens past the rows of the embedding, which "
-                f"the merged model does not know: {listed(beyond, 3)}"
+                f"{source.path.parent}: its tokenizer has {len(found.beyond)} tokens past the rows of the embedding, "
+                f"which the merged model does not know: {listed(found.beyond, 3)}"
             )
     return metadata, warnings
 

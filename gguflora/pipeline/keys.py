@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gguflora._version import __version__
-from gguflora.adapters.tokenizer import TEMPLATE_FILES, TEMPLATE_FOLDER, TOKENIZER_FILES
+from gguflora.adapters.tokenizer import PIECE_FILES, TEMPLATE_FILES, TEMPLATE_FOLDER, TOKENIZER_FILES
 from gguflora.errors import GgufloraError
 from gguflora.files import remote
 from gguflora.files.checksum import sha256_of
@@ -31,7 +31,10 @@ _TICK: Final = 20_000_000
 _READ: Final = {
     "adapter": re.compile(
         "|".join(
-            [r"adapter_config\.json|adapter_model.*|adapters\..*", *map(re.escape, TOKENIZER_FILES + TEMPLATE_FILES)]
+            [
+                r"adapter_config\.json|adapter_model.*|adapters\..*",
+                *map(re.escape, TOKENIZER_FILES + PIECE_FILES + TEMPLATE_FILES),
+            ]
         )
     ),
     "config": re.compile(r"config\.json"),

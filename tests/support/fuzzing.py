@@ -52,14 +52,14 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return {**ends, "output_norm.weight": (HIDDEN,), **layers}
 
 
-def write_base(path: Path, parts: int = 0) -> None:
+def write_base(path: Path, parts: int = 0, tokenizer: str = "gpt2") -> None:
     """The llama in F32, F16 and Q8_0, in one file or split."""
     random_ = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama", split_max_tensors=-(-len(shapes()) // parts) if parts else 0)
     writer.add_block_count(LAYERS)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(tokenizer)
     writer.add_token_types([1] * VOCABULARY)
     writer.add_token_merges(["a b"])
     writer.add_array("tokenizer.ggml.tokens", [f"<{n}>" for n in range(VOCABULARY)])
@@ -78,10 +78,10 @@ def write_base(path: Path, parts: int = 0) -> None:
 
 
 @cache
-def base() -> Path:
+def base(tokenizer: str = "gpt2") -> Path:
     """The llama, sound, for adapters to be merged into."""
     path = Path(tempfile.mkdtemp(prefix="gguflora-fuzz-")) / "base.gguf"
-    write_base(path)
+    write_base(path, tokenizer=tokenizer)
     return path
 
 
@@ -179,6 +179,31 @@ def write_tokenizer(folder: Path) -> None:
     }  # fmt: skip
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
+
+
+def write_pieces(folder: Path) -> None:
+    """A LoRA with a SentencePiece model: a byte, control tokens, pieces with scores, and tokens added to them."""
+    write_lora_directory(folder)
+    pieces = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), ("<0x0A>", 0.0, 6)]
+    pieces += [(f"\u2581p{n}", -1.5 * n, 1) for n in range(30)]
+    content = b""
+    for text, score, kind in pieces:
+        name = text.encode()
+        piece = b"\x0a" + bytes([len(name)]) + name + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind])
+        content += b"\x0a" + bytes([len(piece)]) + piece
+    (folder / "tokenizer.model").write_bytes(content + b"\x12\x02\x18\x02")
+    (folder / "added_tokens.json").write_text(json.dumps({"[new]": 35, "<|end|>": 36}))
+    decoder = {"36": {"content": "<|end|>", "special": True}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False, "added_tokens_decoder": decoder}))
+
+
+def merge_pieces(folder: Path) -> None:
+    """An adapter with a SentencePiece tokenizer merged into a sound base of that kind, and converted."""
+    with tempfile.TemporaryDirectory() as other:
+        try:
+            gguflora.merge(base("llama"), folder, Path(other) / "out.gguf", threads=1)
+        finally:
+            gguflora.convert(folder, base("llama"), Path(other) / "lora.gguf")
 
 
 def write_mmproj(folder: Path) -> None:
@@ -290,6 +315,7 @@ SEEDS: dict[str, tuple[Callable[[Path], None], Reader]] = {
     "peft": (write_lora_directory, merge_adapter),
     "npz": (write_npz, merge_adapter),
     "tokenizer": (write_tokenizer, merge_adapter),
+    "pieces": (write_pieces, merge_pieces),
     "mmproj": (write_mmproj, merge_into_mmproj),
 }
 """How a seed is written and read, by the name of the target."""

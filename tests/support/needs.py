@@ -16,6 +16,7 @@ from support import ROOT
 
 PACKAGES = {
     "torch": "torch", "transformers": "torch", "peft": "torch", "tokenizers": "torch", "llama_cpp": "llama",
+    "sentencepiece": "torch",
     **dict.fromkeys(("distributed", "fastapi", "fsspec", "httpx", "hypothesis", "matplotlib", "moto", "openai")),
     **dict.fromkeys(("playwright", "prometheus_client", "pydantic", "scipy", "uvicorn", "yaml")),
 }  # fmt: skip

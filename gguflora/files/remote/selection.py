@@ -15,7 +15,8 @@ ALLOW_PICKLE: Final = "GGUFLORA_ALLOW_PICKLE"
 
 
 _TOKENIZER: Final = (
-    "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "tokenizer.json", "tokenizer.model", "spiece.model", "tokenizer_config.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 NAMES: Final[dict[Kind, tuple[str, ...]]] = {
     "adapter": ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors", *_TOKENIZER),

@@ -4,7 +4,8 @@ Not a test: `llama_cpp.py` starts `python llama_cpp_scripts.py DIRECTORY_OF_LLAM
 (a list of the script's name and arguments in, null or the error's text out). The scripts use the gguf-py beside them.
 
 The vocabulary is patched: the tests' byte-level tokenizers have no known pre-tokenizer hash and no sentencepiece model,
-so every model's vocabulary is written by llama.cpp's own `_set_vocab_gpt2`. Weights, names and hyperparameters are not
+so every model's vocabulary is written by llama.cpp's own `_set_vocab_gpt2`, but for directories with a SentencePiece
+tokenizer, where the class's own way is taken. Weights, names and hyperparameters are not
 touched. BaichuanModel.modify_tensors calls itself without end for all but W_pack; the others are mapped by its parent.
 StableLMModel.modify_tensors, a generator, returns the stacked norms of the heads where it should yield them.
 """
@@ -33,17 +34,24 @@ def main() -> None:
     torch.set_num_threads(1)
     find_model_class = conversion.get_model_class
 
+    own_ways = {}
+
     def set_vocab(self):
+        if _has_sentencepiece(self.dir_model):
+            own_ways[type(self)](self)
+            return
         conversion.TextModel._set_vocab_gpt2(self)
         if "type_vocab_size" in self.hparams:  # BERT's own way would write it, too
             self.gguf_writer.add_token_type_count(self.hparams["type_vocab_size"])
 
     def get_model_class(*args, **kwargs):
         model_class = find_model_class(*args, **kwargs)
+        own_ways.setdefault(model_class, model_class.set_vocab)
         model_class.set_vocab = set_vocab
         return model_class
 
     conversion.get_model_class = get_model_class
+    own_ways[_llama_model()] = _llama_model().set_vocab
     _llama_model().set_vocab = set_vocab  # which Mistral3Model makes one of, unasked
     _mend_baichuan()
     _mend_stablelm()
@@ -62,6 +70,13 @@ def main() -> None:
             if not (isinstance(failure, SystemExit) and not failure.code):
                 error = log.getvalue() + traceback.format_exc()
         print(json.dumps(error), file=replies, flush=True)
+
+
+def _has_sentencepiece(folder):
+    if any((folder / name).is_file() for name in ("tokenizer.model", "spiece.model")):
+        return True
+    file = folder / "tokenizer.json"
+    return file.is_file() and bool(json.loads(file.read_text())["model"].get("byte_fallback"))
 
 
 def _llama_model() -> type:
