@@ -158,8 +158,9 @@ def _write(path: Path, sums: Mapping[str, Any], dataset: str, chunks: int, ctx: 
     writer.add_uint32("imatrix.chunk_count", chunks)
     writer.add_uint32("imatrix.chunk_size", ctx)
     for name, (squares, counts) in sums.items():
-        writer.add_tensor(f"{name}.in_sum2", np.asarray(squares, np.float32).reshape(len(counts), -1))
-        writer.add_tensor(f"{name}.counts", counts.astype(np.float32)[:, None])
+        both = np.asarray(squares, np.float32).reshape(len(counts), -1), counts.astype(np.float32)[:, None]
+        for what, values in zip(("in_sum2", "counts"), both, strict=True):
+            writer.add_tensor(f"{name}.{what}", values[0] if len(values) == 1 else values)  # ggml drops sizes of 1
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,6 +1,7 @@
-"""`imatrix` against torch: llama.cpp's formula in numpy on the inputs that transformers gives its modules."""
+"""`imatrix` against torch (llama.cpp's formula in numpy on the inputs of transformers' modules) and llama-imatrix."""
 
 from collections import defaultdict
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -21,6 +22,8 @@ from support.real_models import model as real_model
 
 pytestmark = pytest.mark.llama
 CTX = 32
+DEMO = Path(gguflora.__file__).parent / "diagnostics" / "demo_files"
+DEMO_LINE = "line {}: the quick brown fox jumps over the lazy dog, said nobody {}.\n"
 TEXT = "the cat and the other animals are in the garden under another tree, thinner than ever. " * 3
 
 
@@ -40,7 +43,7 @@ def measured(path):
     tensors = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
     names = [name.removesuffix(".counts") for name in tensors if name.endswith(".counts")]
     assert len(tensors) == 2 * len(names)
-    return {name: (tensors[f"{name}.in_sum2"], tensors[f"{name}.counts"].ravel()) for name in names}
+    return {name: (np.atleast_2d(tensors[f"{name}.in_sum2"]), tensors[f"{name}.counts"].ravel()) for name in names}
 
 
 def expected(model, modules):
@@ -145,6 +148,26 @@ def test_the_file_is_read_as_llama_imatrix_writes_it(text, tmp_path):
     assert llama_quantize(base, tmp_path / "theirs.gguf", "IQ3_M", imatrix=out, origin=(str(text), len(windows()))) == 0
     gguflora.quantize(base, tmp_path / "ours.gguf", "IQ3_M", imatrix=out)
     assert (tmp_path / "ours.gguf").read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
+
+
+def test_the_file_of_llama_imatrix_itself(tmp_path):
+    """Made by ``llama-imatrix -m base.gguf -f demo.txt -o demo.imatrix.gguf -c 128 -t 1 -ctk f32 -ctv f32 -fa off``.
+
+    The tool is that of llama-cpp-python 0.3.36's sources. With its own cache of halves its sums depend on its batches:
+    ``-b 128`` alone changes them by 1e-3.
+    """
+    base, text, out = (tmp_path / name for name in ("base.gguf", "demo.txt", "out.gguf"))
+    gguflora.quantize(DEMO / "base.gguf", base, "F32")
+    text.write_text("".join(DEMO_LINE.format(number, number**2) for number in range(1, 40))[:2600])
+    gguflora.imatrix(base, out, text=text, ctx=128, threads=1)
+    recorded = Path(__file__).with_name("demo.imatrix.gguf")
+    found, wanted = measured(out), measured(recorded)
+    assert [(t.name, list(t.shape), t.tensor_type) for t in gguf.GGUFReader(out).tensors] == [
+        (t.name, list(t.shape), t.tensor_type) for t in gguf.GGUFReader(recorded).tensors
+    ]
+    for name, (squares, counts) in wanted.items():
+        np.testing.assert_array_equal(found[name][1], counts)
+        np.testing.assert_allclose(found[name][0], squares, rtol=1e-4)
 
 
 @pytest.mark.real
