@@ -3,6 +3,7 @@
 #include <stddef.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <stdatomic.h>
 #endif
 
 #include "block_formats.h"
@@ -51,9 +52,17 @@ int gfl_isa_count(void) { return N_ISAS; }
 const char *gfl_isa_name(int isa) { return isa >= 0 && isa < N_ISAS ? isas[isa].name : NULL; }
 
 #if defined(__x86_64__)
-static int has_f16c(void) { /* clang 14 has no such name for __builtin_cpu_supports */
-    unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+/* clang 14 has no such name for __builtin_cpu_supports. Every kernel asks, and on a virtual machine CPUID takes
+ * microseconds, so the answer is kept; threads that ask at once store the same. */
+static int has_f16c(void) {
+    static atomic_int answer = -1;
+    int known = atomic_load_explicit(&answer, memory_order_relaxed);
+    if (known < 0) {
+        unsigned a, b, c, d;
+        known = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+        atomic_store_explicit(&answer, known, memory_order_relaxed);
+    }
+    return known;
 }
 
 static int has_avx2(void) { return __builtin_cpu_supports("avx2") && has_f16c() && __builtin_cpu_supports("fma"); }

@@ -194,3 +194,20 @@ const int8_t *gfl_codebook_values(int which) {
     gfl_build_once(&built, which, build_values);
     return values[which];
 }
+
+enum { VALUES_IQ1 = 8 * 2048 };
+static int8_t eighths_iq1[2 * VALUES_IQ1];
+
+static void build_eighths(int which) {
+    const int8_t *levels = gfl_codebook_values(which);
+    for (int i = 0; i < VALUES_IQ1; i++) {
+        eighths_iq1[i] = (int8_t)(8 * levels[i] + 1);
+        eighths_iq1[VALUES_IQ1 + i] = (int8_t)(8 * levels[i] - 1);
+    }
+}
+
+const int8_t *gfl_eighths_iq1(void) {
+    static gfl_built built = {.lock = GFL_UNLOCKED};
+    gfl_build_once(&built, CODEBOOK_IQ1, build_eighths);
+    return eighths_iq1;
+}

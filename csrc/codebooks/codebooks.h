@@ -46,4 +46,7 @@ void gfl_build_once(gfl_built *built, int which, void (*build)(int which));
 /* The weights of every point as bytes, eight (four) for each number. */
 const int8_t *gfl_codebook_values(int which);
 
+/* For each point of IQ1's codebook, and after those for each again: its eight levels p as 8 p + 1, then as 8 p - 1. */
+const int8_t *gfl_eighths_iq1(void);
+
 #endif

@@ -335,25 +335,18 @@ static void dequantize_IQ1_S(const uint8_t *src, float *out, int64_t n) {
     }
 }
 
-/* out = 8 p + 1 or 8 p - 1 for the levels p of a point. */
-static inline void eighths_IQ1(int8_t *out, uint64_t levels, int down) {
-    const uint64_t top = 0x8080808080808080ull, up = ((levels << 3) & 0xf8f8f8f8f8f8f8f8ull) | 0x0101010101010101ull;
-    const uint64_t bytes = ((up | top) - (down ? 0x0202020202020202ull : 0)) ^
-                           (~up & top); /* no borrow from byte to byte */
-    memcpy(out, &bytes, 8);
-}
-
 static void dequantize_IQ1_M(const uint8_t *src, float *out, int64_t n) {
     const block_iq1_m *x = (const block_iq1_m *)src;
-    const int8_t *values = gfl_codebook_values(CODEBOOK_IQ1);
+    const int8_t *eighths = gfl_eighths_iq1();
     for (int64_t i = 0; i < n; i += SUPER, x++) {
         unsigned bits = 0;
         int8_t bytes[SUPER];
         for (int j = 0; j < 4; j++) bits |= (unsigned)(x->scales[j] >> 12) << (4 * j);
         const float d = half_to_float((uint16_t)bits) * 0.125f; /* exact, so the products are those with p +- 1/8 */
         for (int j = 0; j < 32; j++) {
-            const unsigned high = (unsigned)x->qh[j / 2] >> (4 * (j % 2));
-            eighths_IQ1(bytes + 8 * j, eight_values(values, x->qs[j] | ((high & 7) << 8)), high & 8);
+            /* the point's highest bits, and the sign of 1/8 */
+            const unsigned high = ((unsigned)x->qh[j / 2] >> (4 * (j % 2))) & 15;
+            memcpy(bytes + 8 * j, eighths + 8 * (x->qs[j] | (high << 8)), 8);
         }
         for (int s = 0; s < 16; s++)
             scaled_bytes(out + i + 16 * s, bytes + 16 * s, 16,

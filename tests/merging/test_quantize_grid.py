@@ -81,7 +81,7 @@ def is_same(source, folder, preset, **options):
 @pytest.mark.parametrize("n_expert", [0, 8], ids=["dense", "experts"])
 @pytest.mark.parametrize("architecture", gguf.MODEL_ARCH, ids=gguf.MODEL_ARCH_NAMES.get)
 def test_every_architecture(architecture, n_expert, tmp_path):
-    """About 50 need more metadata before llama.cpp reads them, and are passed over; `test_converted_models` has those."""
+    """About 50 need more metadata before llama.cpp reads them, and are passed over; `test_converted_models` has many."""
     if gguf.MODEL_ARCH_NAMES[architecture] in UNKNOWN:
         return
     source = model_of(architecture, tmp_path / "source.gguf", 9 if n_expert else 16, n_expert)
@@ -95,7 +95,8 @@ def test_every_architecture(architecture, n_expert, tmp_path):
 def test_converted_models(name, tmp_path):
     """Small columns, so that types fall back; with the metadata of llama.cpp's converter."""
     source = zoo.gguf_model(name)
-    assert all([is_same(source, tmp_path, preset) for preset in ("Q4_K_M", "Q3_K_M", "IQ4_XS", "Q4_0")])
+    for preset in ("Q4_K_M", "Q3_K_M", "IQ4_XS", "Q4_0"):
+        assert is_same(source, tmp_path, preset)
 
 
 @pytest.mark.parametrize("with_imatrix", [False, True], ids=["plain", "imatrix"])
