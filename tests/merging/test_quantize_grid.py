@@ -81,7 +81,7 @@ def is_same(source, folder, preset, **options):
 @pytest.mark.parametrize("n_expert", [0, 8], ids=["dense", "experts"])
 @pytest.mark.parametrize("architecture", gguf.MODEL_ARCH, ids=gguf.MODEL_ARCH_NAMES.get)
 def test_every_architecture(architecture, n_expert, tmp_path):
-    """About 50 need more metadata before llama.cpp reads them, and are passed over; `test_converted_models` has many."""
+    """Some 50 need more metadata before llama.cpp reads them, and are skipped; `test_converted_models` has some."""
     if gguf.MODEL_ARCH_NAMES[architecture] in UNKNOWN:
         return
     source = model_of(architecture, tmp_path / "source.gguf", 9 if n_expert else 16, n_expert)
