@@ -45,6 +45,10 @@ def combine(
         Literal["total", "frequency"] | None, typer.Option(help="How ties chooses a sign; total by default.")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed for the values that dare drops; 0 by default.")] = None,
+    ties: Annotated[
+        Literal["peft", "mergekit"] | None,
+        typer.Option(help="Whose ties and dare: signs elected before (peft, the default) or after weighting."),
+    ] = None,
     base: AdapterBase = None,
     outtype: OutType = "auto",
     force: Force = False,
@@ -59,6 +63,8 @@ def combine(
     gguflora combine legal.gguf tone.gguf:0.5 -o both.gguf --method svd --rank 16
 
     gguflora combine ./legal ./tone:-0.3 -o ./both --method ties_svd --density 0.5 --rank 16
+
+    gguflora combine ./legal ./tone:0.5 -o ./both --method ties_svd --ties mergekit --density 0.5 --rank 16
     """
     report = gguflora.combine(
         [_split_weight(text) for text in adapters],
@@ -68,6 +74,7 @@ def combine(
         density=density,
         sign=sign,
         seed=seed,
+        ties=ties,
         base=base,
         outtype=outtype,
         force=force,

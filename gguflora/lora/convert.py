@@ -22,7 +22,6 @@ from gguflora.files.remote import remote_inputs
 from gguflora.lora.factors import Factors, factor_adapter
 from gguflora.lora.gguf_writer import (
     LoraHeader,
-    Stored,
     check_outtype,
     common_alpha,
     encode_factors,
@@ -138,8 +137,8 @@ def convert(
             *(["the scale is 0: the file changes nothing"] if scale == 0 else []),
             *_collect_cautions(factored),
             *tokenizer_warnings(source, base),
-            *architecture_warnings(model, factored),
-            *type_warnings(outtype, stored),
+            *architecture_warnings(model, [factors.tensor for factors in factored]),
+            *type_warnings(outtype, types),
         ),
         dry_run=dry_run,
     )
@@ -171,26 +170,26 @@ def tokenizer_warnings(adapter: Adapter, base: str | os.PathLike[str]) -> list[s
     ]
 
 
-def architecture_warnings(model: BaseModel, factored: Sequence[Factors]) -> list[str]:
-    """Return warnings about deltas that llama.cpp would not apply."""
+def architecture_warnings(model: BaseModel, tensors: Sequence[str]) -> list[str]:
+    """Return warnings about deltas of tensors that llama.cpp would not apply."""
     unknown = unknown_warning(model)
     ignored: dict[str, list[str]] = {}
-    for factors in factored:
-        reason = ignored_at_run_time(model, factors.tensor)
+    for tensor in tensors:
+        reason = ignored_at_run_time(model, tensor)
         if reason:
-            ignored.setdefault(reason, []).append(factors.tensor)
+            ignored.setdefault(reason, []).append(tensor)
     return [f"{model.path}: {unknown}"] * (unknown is not None) + [
-        f"{len(names)} of {len(factored)} changes will be ignored at run time: {reason} ({listed(names)}); "
+        f"{len(names)} of {len(tensors)} changes will be ignored at run time: {reason} ({listed(names)}); "
         "merge the adapter instead"
         for reason, names in ignored.items()
     ]
 
 
-def type_warnings(outtype: str, stored: Sequence[Stored]) -> tuple[str, ...]:
-    """Return warnings about factors that could not be stored as ``outtype``."""
-    odd = [item.name for item in stored if outtype == "q8_0" and item.type != "Q8_0"]
+def type_warnings(outtype: str, types: Sequence[str]) -> tuple[str, ...]:
+    """Return warnings about factors, given their types, that could not be stored as ``outtype``."""
+    odd = [kind for kind in types if outtype == "q8_0" and kind != "Q8_0"]
     if not odd:
         return ()
     return (
-        f"{len(odd)} of {len(stored)} factors are stored as F16, because Q8_0 needs rows of a multiple of 32 values",
+        f"{len(odd)} of {len(types)} factors are stored as F16, because Q8_0 needs rows of a multiple of 32 values",
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -27,10 +27,9 @@ from gguflora.adapters.peft.config import read_config
 from gguflora.architectures.base_model import BaseModel
 from gguflora.errors import UnsupportedAdapterError, listed
 from gguflora.files.gguf import TOKEN_EMBEDDING
-from gguflora.files.safetensors import as_float32
+from gguflora.files.safetensors import Array, as_float32
 from gguflora.lora.factors import Factors, factor_adapter, unstacked
 from gguflora.placement.place import place
-from gguflora.quants.arrays import Float32Array
 
 _EXPERT: Final = re.compile(r"(?P<tensor>(?:.+\.)?blk\..+)\.(?P<expert>\d+)")
 _EMBEDDING: Final = re.compile(
@@ -67,8 +66,31 @@ class FactoredAdapter:
     architecture: str | None = None
     invocation_tokens: tuple[int, ...] = ()
     fields: Mapping[str, Any] = field(default_factory=dict)
-    saved: Mapping[str, Float32Array] = field(default_factory=dict)
+    saved: Mapping[str, Array] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+
+class ComputedPairs(Mapping[str, LowRank]):
+    """Pairs that are computed when they are read, and not kept. Their scaling is 1.
+
+    Args:
+        names: names of the weights or tensors.
+        compute: returns the factors of one of them.
+    """
+
+    def __init__(self, names: Iterable[str], compute: Callable[[str], LowRank]) -> None:
+        self._names, self._compute = dict.fromkeys(names), compute
+
+    def __getitem__(self, name: str) -> LowRank:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._compute(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def read_factored(
@@ -176,7 +198,8 @@ def for_base(adapter: FactoredAdapter, base: BaseModel) -> FactoredAdapter:
         GgufloraError: if it does not fit the base.
     """
     if adapter.architecture is not None:
-        place(adapter_of(adapter), base)  # raises if it does not fit
+        if not isinstance(adapter.pairs, ComputedPairs):  # what they are computed from was checked
+            place(adapter_of(adapter), base)  # raises if it does not fit
         return adapter
     factored = factor_adapter(adapter_of(adapter), base, None, None)
     return replace(adapter, pairs=unstacked(factored), architecture=base.architecture)
@@ -188,13 +211,20 @@ def adapter_of(adapter: FactoredAdapter) -> Adapter:
     return Adapter(adapter.name, adapter.path, adapter.sha256, deltas, "LORA", adapter.architecture)
 
 
-def stacked(pairs: Pairs) -> list[Factors]:
-    """Undo `unstacked`. Experts of a lower rank are padded with zeros."""
-    groups: dict[str, dict[int, LowRank]] = {}
-    for name, delta in pairs.items():
+def stack_dims(pairs: Pairs) -> dict[str, int]:
+    """Return the number of dimensions of the factors of each tensor that `stacked` yields, in its order."""
+    experts = (split_expert(name) for name in pairs)
+    return {tensor: 2 if expert is None else 3 for tensor, expert in experts}
+
+
+def stacked(pairs: Pairs) -> Iterator[Factors]:
+    """Undo `unstacked`, tensor by tensor. Experts of a lower rank are padded with zeros."""
+    groups: dict[str, dict[int, str]] = {}
+    for name in pairs:
         tensor, expert = split_expert(name)
-        groups.setdefault(tensor, {})[-1 if expert is None else expert] = delta
-    return [_stack(tensor, group) for tensor, group in groups.items()]
+        groups.setdefault(tensor, {})[-1 if expert is None else expert] = name
+    for tensor, group in groups.items():
+        yield _stack(tensor, {expert: pairs[name] for expert, name in group.items()})
 
 
 def split_expert(name: str) -> tuple[str, int | None]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from types import TracebackType
+from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +17,7 @@ from gguflora import quants
 from gguflora._version import __version__
 from gguflora.adapters.deltas import LowRank, as_float64
 from gguflora.adapters.gguf_lora import ALPHA_KEY, INVOCATION_KEY
-from gguflora.errors import QuantizationError
+from gguflora.errors import AdapterError, QuantizationError
 from gguflora.files.gguf import TOKEN_EMBEDDING
 from gguflora.files.gguf_header import valid_text
 from gguflora.files.safetensors import Array, as_float32
@@ -23,6 +25,10 @@ from gguflora.lora.factors import Factors
 from gguflora.quants.types import type_named
 
 _FLOATS: Final[dict[str, type[np.generic]]] = {"F32": np.float32, "F16": np.float16}
+_CHECKED: Final = 1 << 14
+"""Values that are compared at once; most adapters in float32 differ from F16 among the first ones."""
+_ALIGNMENT: Final = 32
+"""GGUF's default; a file that says nothing else has it."""
 OUTTYPES: Final = ("auto", "f32", "f16", "bf16", "q8_0")
 
 
@@ -84,6 +90,14 @@ def encode_factors(factors: Factors, outtype: str, alpha: float) -> list[Stored]
     return [_encode(f"{factors.tensor}.lora_a", a, outtype), _encode(f"{factors.tensor}.lora_b", b, outtype)]
 
 
+def check_finite(name: str, values: Array) -> None:
+    """Raise ``AdapterError`` if a factor holds infinity or NaN."""
+    numbers = as_float32(values)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if not np.isfinite(numbers.sum()) and not np.isfinite(numbers).all():
+            raise AdapterError(f"the factors of {name} are too large for float32; use smaller weights")
+
+
 def as_stored(name: str, delta: LowRank, outtype: str) -> LowRank:
     """Return a delta of a tensor with its factors rounded as a GGUF file of type ``outtype`` holds them."""
     a, b = (
@@ -110,8 +124,10 @@ def _encode(name: str, array: Array, outtype: str) -> Stored:
 def exact_type(values: NDArray[np.float32]) -> str:
     """Return "F16" if it holds the values exactly, else "F32"."""
     # not BF16: with BF16 factors llama.cpp also rounds the activations to eight significant bits
+    flat = values.reshape(-1)
     with np.errstate(over="ignore"):
-        return "F16" if (values.astype(np.float16) == values).all() else "F32"
+        parts = (flat[start : start + _CHECKED] for start in range(0, flat.size, _CHECKED))
+        return "F16" if all((part.astype(np.float16) == part).all() for part in parts) else "F32"
 
 
 def write_lora(path: Path, header: LoraHeader, stored: Sequence[Stored]) -> None:
@@ -120,31 +136,78 @@ def write_lora(path: Path, header: LoraHeader, stored: Sequence[Stored]) -> None
     Raises:
         OSError: if the file cannot be written.
     """
-    import gguf  # noqa: PLC0415  (slow to import)
-
-    writer = gguf.GGUFWriter(path, header.architecture)
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_name(valid_text(header.name))
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(ALPHA_KEY, header.alpha)
-    if header.invocation_tokens:
-        tokens = list(header.invocation_tokens)
-        writer.add_key_value(INVOCATION_KEY, tokens, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32)
-    writer.add_string("gguflora.version", __version__)
-    for key, value in header.source.items():
-        writer.add_string(f"gguflora.{key}", valid_text(value))
-    if any(item.type == "Q8_0" for item in stored):
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for item in stored:
-        kind, content = gguf.GGMLQuantizationType[item.type], item.content
-        writer.add_tensor_info(item.name, content.shape, content.dtype, content.nbytes, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    # GGUFWriter writes data with ndarray.tofile, which does not notice a full disk
-    with path.open("ab") as file:
-        file.write(bytes(-file.tell() % writer.data_alignment))
+    dims = {item.name: item.content.ndim for item in stored}
+    with LoraWriter(path, header, dims, quantized=any(item.type == "Q8_0" for item in stored)) as writer:
         for item in stored:
-            file.write(item.content.data)
-            file.write(bytes(-item.content.nbytes % writer.data_alignment))
+            writer.add(item)
+
+
+class LoraWriter:
+    """Writes a GGUF LoRA file tensor by tensor, so that a large file needs no memory of its size.
+
+    Args:
+        path: the file.
+        header: its metadata; `alpha` may be set until the writer is left.
+        dims: number of dimensions of each tensor, in the order in which they will be added.
+        quantized: whether a tensor may be of a quant type.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+
+    def __init__(self, path: Path, header: LoraHeader, dims: Mapping[str, int], *, quantized: bool) -> None:
+        self._path, self._header, self._dims, self._quantized = path, header, dims, quantized
+        self._infos: list[tuple[str, str, tuple[int, ...], int]] = []
+        self.alpha = header.alpha
+
+    def __enter__(self) -> Self:
+        guessed = [(name, "F32", (4,) * n_dims, 4) for name, n_dims in self._dims.items()]
+        self._room = len(self._render(guessed))
+        self._file = self._path.open("wb")
+        self._file.seek(self._room)
+        return self
+
+    def add(self, item: Stored) -> None:
+        """Write one tensor."""
+        self._infos.append((item.name, item.type, item.content.shape, item.content.nbytes))
+        self._file.write(item.content.data)
+        self._file.write(bytes(-item.content.nbytes % _ALIGNMENT))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            if kind is None:
+                header = self._render(self._infos)
+                assert len(header) == self._room
+                self._file.seek(0)
+                self._file.write(header)
+
+    def _render(self, infos: Sequence[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+        """Return all bytes before the data."""
+        import gguf  # noqa: PLC0415  (slow to import)
+
+        header = self._header
+        with tempfile.TemporaryFile() as file:
+            writer = gguf.GGUFWriter(f"/proc/self/fd/{file.fileno()}", header.architecture)
+            writer.add_type(gguf.GGUFType.ADAPTER)
+            writer.add_name(valid_text(header.name))
+            writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+            writer.add_float32(ALPHA_KEY, self.alpha)
+            if header.invocation_tokens:
+                tokens = list(header.invocation_tokens)
+                writer.add_key_value(INVOCATION_KEY, tokens, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32)
+            writer.add_string("gguflora.version", __version__)
+            for key, value in header.source.items():
+                writer.add_string(f"gguflora.{key}", valid_text(value))
+            if self._quantized:
+                writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            for name, kind, shape, size in infos:
+                writer.add_tensor_info(name, shape, np.dtype(np.uint8), size, raw_dtype=gguf.GGMLQuantizationType[kind])
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            writer.close()
+            file.seek(0)
+            rendered = file.read()
+        return rendered + bytes(-len(rendered) % _ALIGNMENT)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from gguflora.adapters.deltas import LowRank, as_float64
 from gguflora.errors import AdapterError
 from gguflora.quants.arrays import Float64Array
+
+_NOTABLE: Final = 1e-4
+"""Above this relative error the rounding of the factors to float32 does not count."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,15 +104,17 @@ def cut(
         AdapterError: if rank or energy is out of range.
     """
     whole = delta if isinstance(delta, LowRank) else _Computed(delta.values())
-    if isinstance(whole, LowRank):
-        kept = whole if rank is not None and 0 < whole.rank <= rank else shrink(whole, rank, energy)[0]
-        kept = kept if kept.rank < whole.rank else whole
+    squared, error = _squared_norm(whole), 0.0
+    if isinstance(whole, _Computed):
+        kept, error = truncate(whole.matrix, rank, energy)
+    elif rank is not None and 0 < whole.rank <= rank:
+        kept = whole
     else:
-        kept = truncate(whole.matrix, rank, energy)[0]
-    if kept is whole and stored is None:
-        return kept, Fit(_squared_norm(whole), 0.0)
-    written = kept if stored is None else stored(kept)
-    return kept, Fit(_squared_norm(whole), _squared_distance(whole, written))
+        smaller, error = shrink(whole, rank, energy)
+        kept, error = (smaller, error) if smaller.rank < whole.rank else (whole, 0.0)
+    if stored is None and (kept is whole or error > _NOTABLE):
+        return kept, Fit(squared, error**2 * squared)
+    return kept, Fit(squared, _squared_distance(whole, kept if stored is None else stored(kept)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

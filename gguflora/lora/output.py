@@ -15,19 +15,18 @@ from gguflora.architectures.base_model import BaseModel
 from gguflora.errors import AdapterError
 from gguflora.files.atomic import atomic_folder, atomic_output
 from gguflora.files.output_checks import ADAPTER_WEIGHTS, check_folder_target, check_target
-from gguflora.files.safetensors import as_float32
 from gguflora.lora.convert import architecture_warnings, type_warnings
-from gguflora.lora.factored import FactoredAdapter, for_base, split_expert, stacked
-from gguflora.lora.factors import Factors
+from gguflora.lora.factored import ComputedPairs, FactoredAdapter, for_base, split_expert, stack_dims, stacked
 from gguflora.lora.gguf_writer import (
     LoraHeader,
+    LoraWriter,
     as_stored,
+    check_finite,
     check_outtype,
     common_alpha,
     encode_factors,
-    write_lora,
 )
-from gguflora.lora.peft_writer import peft_tensors, write_peft_directory
+from gguflora.lora.peft_writer import write_peft_adapter
 from gguflora.lora.to_hf import for_model
 from gguflora.lora.uncut import UncutAdapter, on_base, on_model
 from gguflora.system.nameless import path_of
@@ -111,40 +110,37 @@ def write_adapter(
     if base is None and is_gguf(out) == (adapter.architecture is None):
         task = "GGUF LoRA from weights of a Hugging Face model" if is_gguf(out) else "PEFT directory from GGUF tensors"
         raise AdapterError(f"{out}: to make a {task}, give the base model with --base")
-    for name, delta in adapter.pairs.items():
-        if not (np.isfinite(as_float32(delta.a)).all() and np.isfinite(as_float32(delta.b)).all()):
-            raise AdapterError(f"{out}: the factors of {name} are too large for float32; use smaller weights")
-    if not is_gguf(out):
-        return _write_peft(adapter if base is None else for_model(adapter, base), out)
-    placed = adapter if base is None else for_base(adapter, base)
-    factored = stacked(placed.pairs)
-    notes = [] if base is None else architecture_warnings(base, factored)
-    return _write_gguf(replace(placed, warnings=(*placed.warnings, *notes)), out, factored, outtype, source)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is an error of the writers
+        if not is_gguf(out):
+            return _write_peft(adapter if base is None else for_model(adapter, base), out)
+        placed = adapter if base is None else for_base(adapter, base)
+        notes = [] if base is None else architecture_warnings(base, list(stack_dims(placed.pairs)))
+        return _write_gguf(replace(placed, warnings=(*placed.warnings, *notes)), out, outtype, source)
 
 
 def _write_peft(adapter: FactoredAdapter, out: Path) -> Written:
-    tensors, config = peft_tensors(adapter)
     with atomic_folder(out, marker=FILE_NAME, stale=ADAPTER_WEIGHTS) as folder:
-        write_peft_directory(folder, tensors, config)
-    ranks = [delta.rank for delta in adapter.pairs.values()]
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    return Written(out, len(ranks), (min(ranks), max(ranks)), size, adapter.warnings)
+        summary = write_peft_adapter(folder, adapter)
+    ranks = summary.ranks
+    return Written(out, len(adapter.pairs), (min(ranks), max(ranks)), summary.size, adapter.warnings)
 
 
-def _write_gguf(
-    adapter: FactoredAdapter,
-    out: Path,
-    factored: Sequence[Factors],
-    outtype: str,
-    source: Mapping[str, str],
-) -> Written:
-    alpha = common_alpha(factored)
-    contents = [item for factors in factored for item in encode_factors(factors, outtype, alpha)]
+def _write_gguf(adapter: FactoredAdapter, out: Path, outtype: str, source: Mapping[str, str]) -> Written:
+    is_computed = isinstance(adapter.pairs, ComputedPairs)
+    alpha = 1.0 if is_computed else common_alpha(list(stacked(adapter.pairs)))
     header = LoraHeader(adapter.name, str(adapter.architecture), alpha, source, adapter.invocation_tokens)
-    with atomic_output(out) as file:
-        write_lora(path_of(file), header, contents)
-    ranks = [factors.rank for factors in factored]
-    size = sum(item.content.nbytes for item in contents)
-    return Written(
-        out, len(ranks), (min(ranks), max(ranks)), size, (*adapter.warnings, *type_warnings(outtype, contents))
-    )
+    dims = {f"{name}.lora_{part}": n for name, n in stack_dims(adapter.pairs).items() for part in "ab"}
+    ranks, types, size = [], [], 0
+    with atomic_output(out) as file, LoraWriter(path_of(file), header, dims, quantized=outtype == "q8_0") as writer:
+        for factors in stacked(adapter.pairs):
+            check_finite(factors.tensor, factors.a)
+            check_finite(factors.tensor, factors.b)
+            for item in encode_factors(factors, outtype, alpha):
+                writer.add(item)
+                types.append(item.type)
+                size += item.content.nbytes
+            ranks.append(factors.rank)
+        if is_computed:  # the scaling is 1
+            writer.alpha = float(ranks[0]) if len(set(ranks)) == 1 else 0.0
+    warnings = (*adapter.warnings, *type_warnings(outtype, types))
+    return Written(out, len(ranks), (min(ranks), max(ranks)), size, warnings)

@@ -13,7 +13,8 @@ from gguflora.architectures.base_model import read_base
 from gguflora.errors import AdapterError
 from gguflora.files.remote import remote_inputs
 from gguflora.lora.low_rank import approximation_warnings, cut, sum_fits
-from gguflora.lora.output import check_output, for_output, rounding, write_adapter
+from gguflora.lora.output import check_output, for_output, is_gguf, rounding, write_adapter
+from gguflora.lora.saved_weights import as_saved
 from gguflora.lora.uncut import read_uncut
 
 
@@ -88,13 +89,15 @@ def resize(
     inputs = [Path(adapter), *([] if base is None else [Path(base)])]
     check_output(target, inputs, outtype=outtype, force=force)
     with ExitStack() as files:
-        whole = for_output(read_uncut(adapter, model, files), model, target)
+        whole = for_output(read_uncut(adapter, model, files, keep_saved=not is_gguf(target)), model, target)
         cuts = {name: cut(delta, rank, energy, rounding(name, target, outtype)) for name, delta in whole.deltas.items()}
         ranks = [delta.rank if isinstance(delta, LowRank) else min(delta.shape) for delta in whole.deltas.values()]
     source = whole.source
     fits = {name: fit for name, (_, fit) in cuts.items()}
     warnings = (*source.warnings, *approximation_warnings(whole.deltas, fits))
-    new = replace(source, pairs={name: delta for name, (delta, _) in cuts.items()}, warnings=warnings)
+    new = replace(
+        source, pairs={name: delta for name, (delta, _) in cuts.items()}, saved=as_saved(whole.saved), warnings=warnings
+    )
     fit = sum_fits(fits.values())
     made_from = {"source": source.path.name, "source.sha256": source.sha256, "resized": _describe_target(rank, energy)}
     written = write_adapter(new, target, model, outtype, made_from)

@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from gguflora.adapters.adapter import read_adapter
-from gguflora.adapters.deltas import LowRank
+from gguflora.adapters.deltas import LowRank, Replace
 from gguflora.architectures.base_model import BaseModel
+from gguflora.errors import UnsupportedAdapterError, listed
 from gguflora.lora.factored import FactoredAdapter, adapter_of, factored_adapter, for_base
 from gguflora.lora.factors import uncut_factors
 from gguflora.lora.low_rank import Dense, Uncut
+from gguflora.lora.saved_weights import split_saved
 from gguflora.lora.to_hf import hf_deltas, hf_fields
 from gguflora.placement.place import place
 
@@ -27,10 +29,12 @@ class UncutAdapter:
     Attributes:
         source: the adapter without its deltas.
         deltas: the deltas, named as in `FactoredAdapter.pairs`.
+        saved: weights that a PEFT directory holds as a whole, by name in the Hugging Face model.
     """
 
     source: FactoredAdapter
     deltas: Mapping[str, Uncut]
+    saved: Mapping[str, Replace] = field(default_factory=dict)
 
     @property
     def dense(self) -> list[str]:
@@ -43,25 +47,35 @@ class UncutAdapter:
         return replace(self.source, pairs=pairs)
 
 
-def read_uncut(path: str | os.PathLike[str], base: BaseModel | None, files: ExitStack) -> UncutAdapter:
+def read_uncut(
+    path: str | os.PathLike[str], base: BaseModel | None, files: ExitStack, *, keep_saved: bool = False
+) -> UncutAdapter:
     """Read an adapter without approximating any delta.
 
     Args:
         path: PEFT directory or GGUF LoRA file.
         base: its base model, for deltas that depend on the base.
         files: keeps the base's file open; dense deltas can be computed until it is closed.
+        keep_saved: whether weights that are replaced as a whole stay so, as a PEFT directory can hold them.
 
     Raises:
         UnsupportedAdapterError: if a delta needs the base's weights and there are none.
         GgufloraError: if something cannot be read.
     """
     adapter = read_adapter(path)
+    saved: dict[str, Replace] = {}
+    if keep_saved:
+        adapter, saved = split_saved(adapter)
+    if saved and not adapter.deltas and adapter.from_base_shapes is None:
+        raise UnsupportedAdapterError(
+            f"{adapter.path}: holds only whole weights ({listed(list(saved))}) and no factors; merge it instead"
+        )
     source, is_plain = factored_adapter(adapter, path, base)
     if is_plain or base is None:
-        return UncutAdapter(replace(source, pairs={}), source.pairs)
+        return UncutAdapter(replace(source, pairs={}), source.pairs, saved)
     deltas, cautions = uncut_factors(adapter, base, files)
     warnings = tuple(dict.fromkeys([*adapter.warnings, *cautions]))
-    return UncutAdapter(replace(source, architecture=base.architecture, warnings=warnings), deltas)
+    return UncutAdapter(replace(source, architecture=base.architecture, warnings=warnings), deltas, saved)
 
 
 def on_base(adapter: UncutAdapter, base: BaseModel) -> UncutAdapter:
@@ -76,7 +90,7 @@ def on_base(adapter: UncutAdapter, base: BaseModel) -> UncutAdapter:
             for_base(known, base)  # raises if it does not fit
         return adapter
     placed = for_base(adapter.low_rank(), base)  # deltas named after Hugging Face weights are of low rank
-    return UncutAdapter(replace(placed, pairs={}), placed.pairs)
+    return replace(adapter, source=replace(placed, pairs={}), deltas=placed.pairs)
 
 
 def on_model(adapter: UncutAdapter, base: BaseModel) -> UncutAdapter:
@@ -91,4 +105,4 @@ def on_model(adapter: UncutAdapter, base: BaseModel) -> UncutAdapter:
         return adapter
     placed = on_base(adapter, base)
     source = hf_fields(placed.source, base)
-    return UncutAdapter(source, hf_deltas(placed.deltas, base, placed.source.path))
+    return replace(placed, source=source, deltas=hf_deltas(placed.deltas, base, placed.source.path))

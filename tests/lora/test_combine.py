@@ -9,6 +9,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
 import gguflora
@@ -107,6 +108,99 @@ def test_methods_with_svd_equal_pefts(method, rank, tmp_path):
     assert_same(deltas_by_peft(tmp_path / "out"), expected, 2e-5)
     assert report.ranks[1] == (rank or 7)
     assert set(report.errors) == {f"{name}.weight" for name in expected}
+
+
+def by_mergekit(deltas, weights, method, density, keep):
+    """mergekit 0.1.5's ties, dare_ties and dare_linear of one weight; ``keep`` has DARE's masks."""
+    pruned = []
+    for delta, drawn in zip(deltas, keep, strict=True):
+        largest = np.abs(delta) >= np.sort(np.abs(delta), axis=None)[-int(density * delta.size)]
+        kept = delta * (largest if method == "ties" else drawn)
+        pruned.append(kept if method == "ties" else kept * np.abs(delta).sum() / np.abs(kept).sum())
+    weighted = [weight * delta for weight, delta in zip(weights, pruned, strict=True)]
+    if method == "dare_linear":
+        return sum(weighted)
+    elected = np.where(sum(weighted) >= 0, 1, -1)
+    agree = [np.sign(delta) == elected for delta in weighted]
+    total = sum(delta * mask for delta, mask in zip(weighted, agree, strict=True))
+    if method == "dare_ties":
+        return total
+    divisor = sum(weight * mask for weight, mask in zip(weights, agree, strict=True))
+    return total / np.where(divisor == 0, 1, divisor)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "dare_linear"])
+@pytest.mark.parametrize("weights", [WEIGHTS[:2], NEGATIVE[:2]], ids=["positive", "negative"])
+def test_the_convention_of_mergekit(method, weights, tmp_path):
+    adapters = paths(OTHER_RANKS)
+    masks = {"masks": mask} if method.startswith("dare") else {}
+    options = {"ties": "mergekit", "density": 0.6, "rank": 288} | masks
+    report = gguflora.combine(list(zip(adapters, weights, strict=True)), tmp_path / "out", method=method, **options)
+    assert report.method == f"{method}_svd"
+    parts = [deltas_by_peft(adapter) for adapter in adapters]
+    for name, found in deltas_by_peft(tmp_path / "out").items():
+        having = [number for number in (0, 1) if name in parts[number]]
+        deltas = [parts[number][name] for number in having]
+        keep = [mask(number, f"{name}.weight", "delta", deltas[0].shape) for number in having]
+        wanted = by_mergekit(deltas, [weights[number] for number in having], method, 0.6, keep)
+        np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max(), err_msg=name)
+
+
+SAVED = {
+    "output and norm": ("llama", {"modules_to_save": ["lm_head", "norm"]}, ("lm_head", "model.norm")),
+    "embedding": ("llama", {"modules_to_save": ["embed_tokens"]}, ("model.embed_tokens",)),
+    "biases": ("qwen2", {"bias": "all"}, ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj")),
+}
+
+
+def saved_by_peft(arch, folder, modules):
+    """Weight and bias of modules as PEFT runs them with an adapter."""
+    model = peft.PeftModel.from_pretrained(peft_base(arch), folder).merge_and_unload()
+    layers = dict(model.named_modules())
+    return {
+        f"{name}.{kind}": values.detach().double().numpy()
+        for name in modules
+        for kind, values in layers[name].named_parameters()
+    }
+
+
+def peft_base(arch):
+    return transformers.AutoModelForCausalLM.from_pretrained(builders.hf_model(arch))
+
+
+@pytest.mark.parametrize("kind", SAVED)
+@pytest.mark.parametrize("base", [None, "gguf", "directory"])
+def test_whole_weights_are_combined_as_their_weighted_sum(kind, base, tmp_path):
+    arch, options, modules = SAVED[kind]
+    weights = (0.75, 0.25) if base is None else (1.5, -0.4)
+    adapters = [
+        builders.trained_adapter(arch, Trained(peft.LoraConfig, ("q_proj", "v_proj"), options, seed=seed))
+        for seed in (1, 2)
+    ]
+    given = {None: None, "gguf": builders.gguf_model(arch), "directory": builders.hf_model(arch)}[base]
+    report = gguflora.combine(list(zip(adapters, weights, strict=True)), tmp_path / "out", base=given)
+    assert any("combined as their weighted sum" in warning for warning in report.warnings)
+    before = {
+        f"{n}.{k}": v.detach().double().numpy()
+        for n, m in peft_base(arch).named_modules()
+        if n in modules
+        for k, v in m.named_parameters()
+    }
+    one, two, found = (saved_by_peft(arch, folder, modules) for folder in (*adapters, tmp_path / "out"))
+    for name, values in found.items():
+        wanted = before[name] + weights[0] * (one[name] - before[name]) + weights[1] * (two[name] - before[name])
+        np.testing.assert_allclose(values, wanted, atol=2e-5 * np.abs(wanted).max(), err_msg=name)
+        if "norm" in name or "bias" in name or "lm_head" in name or "embed" in name:
+            assert not np.allclose(one[name], before[name])
+
+
+def test_whole_weights_need_the_base_unless_the_weights_add_up_to_1(tmp_path):
+    arch, options, _ = SAVED["output and norm"]
+    saved = builders.trained_adapter(arch, Trained(peft.LoraConfig, ("q_proj", "v_proj"), options, seed=1))
+    with pytest.raises(AdapterError, match="give it with --base"):
+        gguflora.combine([saved, saved], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    gguflora.combine([saved, paths(SPECS)[0]], tmp_path / "out")
 
 
 def test_cat_of_different_ranks_is_the_exact_sum(tmp_path):
@@ -328,6 +422,10 @@ def test_dares_own_masks_have_the_density_and_the_seed(tmp_path):
         (SPECS, {"method": "linear", "sign": "frequency"}, AdapterError, "elects no signs"),
         (SPECS, {"method": "ties", "density": 0.5, "seed": 3}, AdapterError, "draws nothing at random"),
         (SPECS, {"method": "ties", "density": 0.5, "sign": "odd"}, AdapterError, "sign is 'odd'"),
+        (SPECS, {"method": "svd", "sign": "total"}, AdapterError, "elects no signs"),
+        (SPECS, {"method": "cat", "seed": 0}, AdapterError, "draws nothing at random"),
+        (SPECS, {"method": "svd", "ties": "mergekit"}, AdapterError, "the same in every convention"),
+        (SPECS, {"method": "ties", "density": 0.5, "ties": "paper"}, AdapterError, "ties is 'paper'"),
         ((), {}, AdapterError, "no adapter"),
     ],
 )

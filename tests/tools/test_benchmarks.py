@@ -133,3 +133,14 @@ def test_training_beside_peft_and_ggml(tmp_path):
     assert [float(loss) for loss in ours] == pytest.approx([float(loss) for loss in theirs], abs=0.01)
     assert ours[0] == theirs[0]
     assert float(lines[3].split("differ by ")[1].rstrip(")")) < 1e-5
+
+
+def test_algebra_beside_peft(tmp_path):
+    out = tmp_path / "out.json"
+    arguments = ("--model", "tiny", "--ranks", 4, "--methods", "cat,ties_svd", "--quick", "--folder", tmp_path)
+    shown = bench("algebra", *arguments, "--json", out)
+    results = json.loads(out.read_text())["results"]
+    assert [(result["method"], result["layers"]) for result in results] == [("cat", 8), ("ties_svd", 2)]
+    assert all(result[f"{who}_peak_bytes"] > 20e6 for result in results for who in ("our", "peft"))
+    assert "of PEFT's time" in shown
+    assert list(tmp_path.iterdir()) == [out]
