@@ -1,6 +1,6 @@
 """Whole weights that a PEFT directory holds beside its factors (``modules_to_save`` and trained biases), and their sum.
 
-They are combined by one rule, whatever the method: the result's weight is the base's plus the weighted sum of all
+Every method combines them by one rule: the result's weight is the base's plus the weighted sum of all
 changes of it, low-rank ones included.
 """
 
