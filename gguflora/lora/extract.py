@@ -38,6 +38,8 @@ _CLOSE_ENOUGH: Final = 1e-3
 """The passes end when the squared error is expected to fall by no more than this share of it."""
 _SLOWEST: Final = 0.9
 """Highest ratio of one pass's gain to that of the pass before that the expectation allows for."""
+_TOO_LARGE: Final = 0.5
+"""Above this relative error a PEFT directory holds an embedding or output weight as a whole."""
 _NEGLIGIBLE: Final = 1e-9
 """A remainder below this share of a difference's squared norm is ignored."""
 
@@ -55,7 +57,8 @@ class ExtractReport:
         errors: relative distance (Frobenius norm) of each delta from the models' difference, by name. It includes what
             the rank cuts off and the rounding of the models' weights.
         left_out: why a weight that differs is not in the LoRA, by name.
-        saved: weights that a PEFT directory holds as they are in the tuned model (``modules_to_save``): norms.
+        saved: weights that a PEFT directory holds as they are in the tuned model (``modules_to_save``): norms, and
+            embeddings and output weights that have grown or that the rank would cut to less than three quarters.
         seconds: wall time.
         warnings: messages for the user.
     """
@@ -180,6 +183,7 @@ class _Extraction:
         self._total = sum(item.n_rows * item.n_columns for item in self._weights)
         self._changed_modules: set[str] = set()
         self._saves = differences.architecture is None and as_peft
+        self._is_tied = "ensure_weight_tying" in differences.fields
         self.pairs: dict[str, LowRank] = {}
         self.errors: dict[str, float] = {}
         self.left_out = dict(differences.left_out)
@@ -192,8 +196,11 @@ class _Extraction:
                 _approximate(item, self._rank, self._energy, self._iterations, self._seed) if not item.problem else None
             )
             norm = item.relative_norm() if item.problem else 0.0
+            is_lost = result is not None and result[1] > _TOO_LARGE and item.saved_by is not None and self._saves
             with self._lock:
-                if result is not None:
+                if is_lost and item.saved_by:
+                    self._changed_modules.add(item.saved_by)
+                elif result is not None:
                     self.pairs[item.name], self.errors[item.name] = result
                 elif norm and item.saved_by and self._saves:
                     self._changed_modules.add(item.saved_by)
@@ -206,9 +213,17 @@ class _Extraction:
                     self._progress(self._done, self._total)
 
     def saved_modules(self) -> dict[str, Float32Array]:
-        """Return all weights of the norms that differ, as the tuned model has them; call it before the files close."""
+        """Return the norms and embeddings that it cannot hold otherwise, as the tuned model has them.
+
+        Call it before the files close. If the output weight is tied to the embedding, both are returned, since PEFT
+        copies a module that it saves.
+        """
         items = [item for item in self._weights if item.saved_by in self._changed_modules]
-        return {item.name: item.rows(0, item.n_rows)[0][:, 0] for item in items}
+        saved = {item.name: item.rows(0, item.n_rows)[0] for item in items}
+        inputs = [name for name in saved if is_embedding(name) and not name.endswith("wpe.weight")]
+        if inputs and self._is_tied:
+            saved["lm_head.weight"] = saved[inputs[0]]
+        return {name: values[:, 0] if values.shape[1] == 1 else values for name, values in saved.items()}
 
     def ordered_pairs(self) -> dict[str, LowRank]:
         """Return the deltas in the models' order, with zeros for the unchanged experts of a changed stack."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -193,7 +193,9 @@ def _open_directories(tuned_path: Path, base_path: Path, as_peft: bool) -> Itera
             {name: (weight.n_rows, weight.n_columns) for name, weight in base.weights.items()},
         )
         is_tied = _is_tied(base, config)
-        names = [name for name in base.weights if name not in left_out]
+        grown = _grown(tuned, base, left_out) if as_peft and not config.get("is_encoder_decoder") else []
+        names = [name for name in base.weights if name not in left_out or name in grown]
+        left_out = {name: reason for name, reason in left_out.items() if name not in grown}
         if is_tied:  # the output weight may be stored a second time
             names = [name for name in names if name not in _OUTPUTS or not any(map(is_embedding, names))]
         found = [_weight_difference(tuned, base, name, config, is_tied and not as_peft) for name in names]
@@ -203,6 +205,22 @@ def _open_directories(tuned_path: Path, base_path: Path, as_peft: bool) -> Itera
         if is_tied and as_peft and not config.get("is_encoder_decoder"):
             fields[_TYING] = True
         yield Differences(None, tuple(found), left_out, fields)
+
+
+def _grown(tuned: Checkpoint, base: Checkpoint, left_out: Mapping[str, str]) -> list[str]:
+    """Return the embeddings and output weights that have more rows in the tuned model, for its new tokens."""
+    both = [name for name in left_out if name in tuned.weights and name in base.weights]
+    sizes = {name: (tuned.weights[name], base.weights[name]) for name in both if is_vocabulary(name)}
+    return [
+        name
+        for name, (ours, theirs) in sizes.items()
+        if ours.n_columns == theirs.n_columns and ours.n_rows > theirs.n_rows
+    ]
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a weight of a Hugging Face model has a row for each token."""
+    return is_embedding(name) or name in _OUTPUTS
 
 
 def _is_tied(base: Checkpoint, config: dict[str, Any]) -> bool:
@@ -264,16 +282,22 @@ def _weight_difference(
         problem = _SHARED_EMBEDDING
     elif is_embedding(name) and refuse_embedding:
         problem = "the token embedding, to which the output weight is tied"
+    elif ours.n_rows > theirs.n_rows:
+        problem = "it has more rows than the base's, for new tokens"
     kind = str(config.get("model_type"))
     conv1d = KNOWN["gpt2"].conv1d if kind == "gpt2" else None
     transposed = bool(conv1d and conv1d.search(name)) or (kind in _TRANSPOSED_EXPERTS and bool(_STACKED.search(name)))
 
     def rows(start: int, stop: int) -> tuple[Float32Array, Float32Array]:
         numbers = np.arange(start, stop)
-        return tuned.read_rows(ours, numbers), base.read_rows(theirs, numbers)
+        values = tuned.read_rows(ours, numbers)
+        before = np.zeros_like(values)
+        before[: max(theirs.n_rows - start, 0)] = base.read_rows(theirs, numbers[numbers < theirs.n_rows])
+        return values, before
 
-    saved_by = module if problem == _VECTOR and _NORM.search(module.rpartition(".")[2]) else None
     known_as = _NEW_NAMES.get(name, name)
+    is_norm = problem == _VECTOR and _NORM.search(module.rpartition(".")[2])
+    saved_by = known_as.rpartition(".")[0] if is_norm or is_vocabulary(name) else None
     half = _half_type(ours.dtype)
     return Difference(known_as, ours.n_rows, ours.n_columns, transposed, problem, saved_by, half, rows)
 

@@ -272,6 +272,35 @@ def test_norms_of_directories_are_saved(tmp_path):
     assert report.left_out.keys() == {names[0]}
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("new_tokens", [0, 3])
+def test_embeddings_of_full_rank_and_new_tokens_are_saved(name, new_tokens, tmp_path):
+    """PEFT loads the result on a base with as many tokens, and has the tuned model's logits."""
+    tuned, base = zoo.model(name).eval(), zoo.model(name).eval()
+    n_tokens, width = tuned.get_input_embeddings().weight.shape
+    n_tokens += new_tokens
+    torch.manual_seed(3)
+    for model in (tuned, base) if new_tokens else ():
+        model.resize_token_embeddings(n_tokens)
+    with torch.no_grad():
+        tuned.get_input_embeddings().weight.add_(0.01 * torch.randn(n_tokens, width))
+        layer = next(
+            values for key, values in tuned.named_parameters() if key.endswith(("q_proj.weight", "c_attn.weight"))
+        )
+        layer += 0.01 * torch.randn(layer.shape[0], 1) @ torch.randn(1, layer.shape[1])
+    tuned.save_pretrained(tmp_path / "tuned")
+    report = gguflora.extract(tmp_path / "tuned", zoo.checkpoint(name), tmp_path / "lora", rank=2)
+    assert report.left_out == {}
+    is_tied = tuned.get_output_embeddings().weight is tuned.get_input_embeddings().weight
+    assert len(report.saved) == (2 if is_tied or new_tokens else 1)
+    ids = torch.tensor([[5, 9, 17, n_tokens - 1, 4, 8]])
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+        wanted, found = (model(input_ids=ids).logits for model in (tuned, loaded))
+    assert (found - wanted).norm() < 1e-3 * (before - wanted).norm()
+
+
 def test_energy_threads_and_seed(tmp_path):
     base = builders.gguf_model("llama")
     tuned = merged("llama", base, Adapter(rank=8), tmp_path / "tuned.gguf")
