@@ -12,9 +12,9 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from gguflora.files.copying import copy_range
 from gguflora.files.safetensors import Array
 from gguflora.files.strict_json import to_json
+from gguflora.system.storage import copy_range
 
 _KINDS: Final = {"<f4": "F32", "<f2": "F16", "<u2": "BF16"}
 _ENTRY: Final = 160

@@ -188,8 +188,9 @@ class LoraWriter:
         import gguf  # noqa: PLC0415  (slow to import)
 
         header = self._header
-        with tempfile.TemporaryFile() as file:
-            writer = gguf.GGUFWriter(f"/proc/self/fd/{file.fileno()}", header.architecture)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "header"
+            writer = gguf.GGUFWriter(path, header.architecture)
             writer.add_type(gguf.GGUFType.ADAPTER)
             writer.add_name(valid_text(header.name))
             writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -208,6 +209,5 @@ class LoraWriter:
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             writer.close()
-            file.seek(0)
-            rendered = file.read()
+            rendered = path.read_bytes()
         return rendered + bytes(-len(rendered) % _ALIGNMENT)
