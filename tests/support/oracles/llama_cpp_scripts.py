@@ -46,7 +46,7 @@ def main() -> None:
 
     def get_model_class(*args, **kwargs):
         model_class = find_model_class(*args, **kwargs)
-        own_ways.setdefault(model_class, model_class.set_vocab)
+        own_ways.setdefault(model_class, getattr(model_class, "set_vocab", None))  # those of mmproj files have none
         model_class.set_vocab = set_vocab
         return model_class
 
