@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -12,7 +13,8 @@ from gguflora.server.errors import Failure
 from gguflora.server.replies import Reply
 from gguflora.server.schemas import ChatBody, NamedTool, Tool
 from gguflora.server.structured import checked
-from gguflora.server.tool_calls import ToolFormat, call_grammar, instructions
+from gguflora.server.tool_calls import ToolFormat, instructions
+from gguflora.server.tool_grammar import call_grammar
 
 _RESERVED: Final = frozenset(
     {"add_generation_prompt", "continue_final_message", "messages", "template", "to_answer", "tokenize", "tools"}
@@ -33,7 +35,8 @@ class ChatPrompt:
         grammar: what the answer must look like.
         spelled: control tokens that are part of the answer's text.
         format: how the model writes tool calls; None if it has no tools.
-        tools: names of the tools.
+        tools: schemas of the tools' arguments, by name.
+        is_legacy: whether a call is OpenAI's older ``function_call``.
         thinking: the tags around reasoning; None if it is not split off.
         in_thought: whether the prompt has opened the first tag already.
         begun: what of the answer stands in the prompt.
@@ -45,7 +48,8 @@ class ChatPrompt:
     grammar: Grammar | None
     spelled: frozenset[int]
     format: ToolFormat | None
-    tools: frozenset[str]
+    tools: Mapping[str, Mapping[str, Any]]
+    is_legacy: bool
     thinking: tuple[str, str] | None
     in_thought: bool
     begun: str
@@ -53,7 +57,7 @@ class ChatPrompt:
 
     def reply(self) -> Reply:
         """Return a new reader of one answer."""
-        reply = Reply(self.thinking, self.in_thought, self.format, self.tools, self.shows_reasoning)
+        reply = Reply(self.thinking, self.in_thought, self.format, self.tools, self.shows_reasoning, self.is_legacy)
         reply.push(self.begun)
         return reply
 
@@ -77,22 +81,22 @@ def chat_prompt(engine: Engine, body: ChatBody) -> ChatPrompt:
     text = _text(engine, body, messages, variables)
     splits = body.reasoning_format != "none"
     in_thought = splits and traits.thinking is not None and text.rstrip().endswith(traits.thinking[0])
-    begun = format_.begin if format_ and forced else ""
-    structure = body.structure()
-    if format_ and structure is not None:
-        raise Failure(400, "'tools' and a form of the answer cannot be asked for together; set 'tool_choice' to 'none'")
-    grammar = _tool_grammar(engine, body, tools, format_, forced=forced) if format_ else structure
-    if grammar is not None and in_thought and not begun and traits.thinking:
-        grammar = Grammar(grammar.text, (traits.thinking[1] + "()",), grammar.kind)  # thoughts are free
+    begun = format_.begin if format_ and forced and not in_thought else ""
+    grammar = body.structure()
+    if format_:
+        grammar = _tool_grammar(engine, body, tools, format_, grammar, forced=forced, tagged=in_thought)
+    if grammar is not None and in_thought and traits.thinking:
+        grammar = _after_thoughts(grammar, traits.thinking[1])
     return ChatPrompt(
         text=text + begun,
         tokens=engine.tokenize(text + begun, add_bos=not engine.has_chat_template, special=True, as_prompt=True),
         grammar=grammar,
         spelled=_spelled(engine, format_),
         format=format_,
-        tools=frozenset(tool.function.name for tool in tools),
+        tools={tool.function.name: tool.function.parameters or {} for tool in tools},
+        is_legacy=body.is_legacy,
         thinking=traits.thinking if splits and not begun else None,
-        in_thought=in_thought and not begun,
+        in_thought=in_thought,
         begun=begun,
         shows_reasoning=body.include_reasoning is not False,
     )
@@ -100,14 +104,15 @@ def chat_prompt(engine: Engine, body: ChatBody) -> ChatPrompt:
 
 def _chosen_tools(body: ChatBody) -> tuple[Sequence[Tool], bool]:
     """Return the tools that the model may call, and whether it must call one."""
-    tools, choice = body.tools or [], body.tool_choice
+    tools, choice = body.offered_tools(), body.chosen_tool()
+    field = "function_call" if body.is_legacy else "tool_choice"
     names = [tool.function.name for tool in tools]
     if len(set(names)) < len(names):
-        raise Failure(400, "two tools have the same name", param="tools")
+        raise Failure(400, "two tools have the same name", param="functions" if body.is_legacy else "tools")
     if isinstance(choice, NamedTool):
         if choice.function.name not in names:
-            message = f"'tool_choice' names {choice.function.name!r:.80}, which is not among the tools"
-            raise Failure(400, message, param="tool_choice")
+            message = f"{field!r} names {choice.function.name!r:.80}, which is not among the tools"
+            raise Failure(400, message, param=field)
         return [tool for tool in tools if tool.function.name == choice.function.name], True
     if choice == "required" and not tools:
         raise Failure(400, "'tool_choice' is 'required', but there are no tools", param="tool_choice")
@@ -161,21 +166,58 @@ def _marked(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**message, "content": [*parts, {**end, "text": end["text"] + _MARK}]}
 
 
+def _after_thoughts(grammar: Grammar, closing: str) -> Grammar:
+    """Return a grammar that holds behind the model's thoughts, which are free."""
+    end = re.escape(closing)
+    anywhere = r"[\s\S]*?"
+    behind = [end + (each.removeprefix("^") if each.startswith("^") else anywhere + each) for each in grammar.triggers]
+    return Grammar(grammar.text, tuple(behind) or (end + "()",), grammar.kind)
+
+
 def _tool_grammar(
-    engine: Engine, body: ChatBody, tools: Sequence[Tool], format_: ToolFormat, *, forced: bool
+    engine: Engine,
+    body: ChatBody,
+    tools: Sequence[Tool],
+    format_: ToolFormat,
+    answer: Grammar | None,
+    *,
+    forced: bool,
+    tagged: bool,
 ) -> Grammar:
+    """Return the grammar of calls; or, where the model may also answer, of calls and of the form of that answer.
+
+    Raises:
+        Failure: if that form is in GBNF, or a schema cannot be enforced.
+    """
+    if answer is not None and not forced and answer.kind == "gbnf":
+        raise Failure(
+            400,
+            "'tools' and a grammar in GBNF cannot be asked for together; give the form of the answer as a schema, an "
+            "expression or a grammar in Lark's syntax, or set 'tool_choice' to 'none' or 'required'",
+            param="grammar",
+        )
+
     def literal(text: str) -> str:
         tokens = engine.tokenize(text, add_bos=False, special=True)
         quoted = '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
         return f"<[{tokens[0]}]>" if len(tokens) == 1 else quoted
 
-    several = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool)
-    grammar = call_grammar(format_, tools, several=several, forced=forced, literal=literal)
-    return checked("tools", grammar)
+    is_named = isinstance(body.chosen_tool(), NamedTool)
+    several = body.parallel_tool_calls is not False and not is_named and not body.is_legacy
+    grammar = call_grammar(
+        format_,
+        tools,
+        several=several,
+        literal=literal,
+        forced=forced,
+        tagged=forced and tagged,
+        answer=None if forced else answer,
+    )
+    return checked("functions" if body.is_legacy else "tools", grammar)
 
 
 def _spelled(engine: Engine, format_: ToolFormat | None) -> frozenset[int]:
     """Return the tokens that calls begin and end with; they may be control tokens, which have no text otherwise."""
-    marks = [format_.tag, format_.end.strip()] if format_ else []
-    tokens = [engine.tokenize(mark, add_bos=False, special=True) for mark in marks if mark]
+    marks = format_.marks if format_ else ()
+    tokens = [engine.tokenize(mark, add_bos=False, special=True) for mark in marks]
     return frozenset(each[0] for each in tokens if len(each) == 1)

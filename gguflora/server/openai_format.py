@@ -254,7 +254,8 @@ class ChatChoice(Choice):
         return {"index": self.index, **fields, "finish_reason": self._reason(reason)}
 
     def _reason(self, reason: str | None) -> str | None:
-        return "tool_calls" if self.reply.calls and reason == "stop" else reason
+        called = "function_call" if self.reply.is_legacy else "tool_calls"
+        return called if self.reply.calls and reason == "stop" else reason
 
 
 def usage(generations: Sequence[Generation], n: int) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from gguflora.files.strict_json import to_json
 from gguflora.server.tool_calls import ToolFormat
+from gguflora.server.tool_reading import NoCallError, begins_call, read_call
 
 _BETWEEN: Final = (",", ";", "[", "]")
 """What may stand between calls, beside white space."""
@@ -22,8 +21,9 @@ class Reply:
         thinking: the tags around reasoning; None if it is not split off.
         in_thought: whether the prompt has opened the first tag already.
         format: how the model writes tool calls; None if it has no tools.
-        tools: names of the tools.
+        tools: schemas of the tools' arguments, by name.
         shows_reasoning: whether the client gets the reasoning.
+        is_legacy: whether a call is OpenAI's older ``function_call``.
         content: the text so far.
         reasoning: the reasoning so far.
         calls: the tool calls so far.
@@ -32,8 +32,9 @@ class Reply:
     thinking: tuple[str, str] | None = None
     in_thought: bool = False
     format: ToolFormat | None = None
-    tools: Collection[str] = ()
+    tools: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     shows_reasoning: bool = True
+    is_legacy: bool = False
     content: str = ""
     reasoning: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -53,7 +54,9 @@ class Reply:
             delta["reasoning_content"] = self.reasoning[before[1] :]
         if len(self.content) > before[0]:
             delta["content"] = self.content[before[0] :]
-        if len(self.calls) > before[2]:
+        if len(self.calls) > before[2] and self.is_legacy:
+            delta["function_call"] = self.calls[0]["function"]
+        elif len(self.calls) > before[2]:
             new = enumerate(self.calls[before[2] :], before[2])
             delta["tool_calls"] = [{"index": index, **call} for index, call in new]
         return delta
@@ -64,7 +67,9 @@ class Reply:
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if self.reasoning and self.shows_reasoning:
             message["reasoning_content"] = self.reasoning
-        if self.calls:
+        if self.calls and self.is_legacy:
+            message["function_call"] = self.calls[0]["function"]
+        elif self.calls:
             message["tool_calls"] = self.calls
         return message
 
@@ -106,12 +111,13 @@ class Reply:
                 return True
             if not start and not last:
                 return False
-        at = self._held.find(tag) if tag else -1
+        openings = self.format.openings if self.format else ()
+        at = min((found for each in openings if (found := self._held.find(each)) >= 0), default=-1)
         if at >= 0:
             text, self._held = _split(self._held, at)
             self._in_calls = True
         else:
-            keep = _overlap(self._held, tag) if tag and not last else 0
+            keep = max((_overlap(self._held, each) for each in openings), default=0) if not last else 0
             text, self._held = _split(self._held, len(self._held) - keep)
         if self.calls and not text.strip():
             text = ""
@@ -129,7 +135,7 @@ class Reply:
             return True
         if not last and any(mark.startswith(rest) for mark in marks):
             return False
-        if rest.startswith("{"):
+        if rest and begins_call(rest, format_):
             return self._read_call(rest, format_, last=last)
         if rest.startswith(_BETWEEN):
             self._held = rest[1:]
@@ -140,33 +146,26 @@ class Reply:
         return False
 
     def _read_call(self, text: str, format_: ToolFormat, *, last: bool) -> bool:
+        """Read a call of a known tool; whatever else stands there is plain text."""
         try:
-            value, length = json.JSONDecoder().raw_decode(text)
-        except ValueError:
-            return self._give_up() if last else False
-        if not self._add(value, format_):
+            call = read_call(text, format_, self.tools)
+        except NoCallError:
             return self._give_up()
-        self._held = text[length:]
+        if call is None:
+            return self._give_up() if last else False
+        function = {"name": call.name, "arguments": call.arguments}
+        if not (self.is_legacy and self.calls):
+            self.calls.append({"id": call.id or format_.new_id(), "type": "function", "function": function})
+        self._held = text[call.length :]
         return True
 
     def _give_up(self) -> bool:
         """Take the held text for plain text: it is no call."""
-        self._in_calls = False
-        tag = self.format.tag if self.format else ""
-        text = self._held[len(tag) :] if tag and self._held.startswith(tag) else self._held
-        self.content += self._held[: len(self._held) - len(text)]
-        self._held = text
-        return True
-
-    def _add(self, value: Any, format_: ToolFormat) -> bool:  # noqa: ANN401  (any JSON value)
-        """Add a call if it is one of a known tool."""
-        name = value.get("name")
-        arguments = value.get(format_.key, value.get("arguments", value.get("parameters")))
-        if name not in self.tools or not isinstance(arguments, dict | str):
-            return False
-        text = arguments if isinstance(arguments, str) else to_json(arguments, ensure_ascii=False)
-        function = {"name": name, "arguments": text}
-        self.calls.append({"id": format_.new_id(), "type": "function", "function": function})
+        self._in_calls, self._held = False, self._held.lstrip()
+        openings = self.format.openings if self.format else ()
+        opening = next((each for each in openings if self._held.startswith(each)), "")
+        self.content += opening
+        self._held = self._held[len(opening) :]
         return True
 
 

@@ -6,7 +6,7 @@ A field that is neither read nor harmless is refused by name; see `gguflora.serv
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, FailFast, Field, model_validator
 
@@ -125,6 +125,10 @@ class ToolCall(Body):
     harmless = frozenset({"index"})
 
 
+_ONLY_CALL: Final = "call00000"
+"""Id of a call in OpenAI's older form, which has none."""
+
+
 class Message(Body):
     """One message of a chat."""
 
@@ -138,8 +142,16 @@ class Message(Body):
 
     @classmethod
     def rename(cls, body: dict[str, Any]) -> dict[str, Any]:
-        """Read vLLM's name of the reasoning, too."""
-        return take_alias(body, "reasoning", "reasoning_content")
+        """Read vLLM's name of the reasoning, and OpenAI's older form of calls, too."""
+        body = take_alias(body, "reasoning", "reasoning_content")
+        if body.get("role") == "function":
+            body = {**body, "role": "tool", "tool_call_id": _ONLY_CALL}
+        if body.get("function_call") is not None:
+            if body.get("tool_calls"):
+                raise refusal("function_call", "{name} and 'tool_calls' cannot both be given")
+            calls = [{"id": _ONLY_CALL, "function": body["function_call"]}]
+            body = {name: value for name, value in body.items() if name != "function_call"} | {"tool_calls": calls}
+        return body
 
     def text(self) -> str:
         """Return the content as one text."""
@@ -192,6 +204,8 @@ class ChatBody(GenerationBody):
     tools: list[Tool] | None = Field(None, max_length=256)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    functions: list[FunctionSpec] | None = Field(None, max_length=256)
+    function_call: Literal["none", "auto"] | NamedFunction | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     enable_thinking: bool | None = None
     reasoning_effort: str | None = Field(None, max_length=64)
@@ -207,7 +221,27 @@ class ChatBody(GenerationBody):
         for name in ("max_tokens", "max_completion_tokens"):
             if getattr(self, name) == 0:
                 raise refusal(name, "{name} is 0; an answer needs at least one token")
+        for name, other in (("functions", "tools"), ("function_call", "tool_choice")):
+            if getattr(self, name) and getattr(self, other):
+                raise refusal(name, f"{{name}} is the older form of {other!r}; they cannot both be given")
         return self
+
+    @property
+    def is_legacy(self) -> bool:
+        """Whether functions are offered in OpenAI's older form, in which an answer calls at most one."""
+        return bool(self.functions)
+
+    def offered_tools(self) -> list[Tool]:
+        """Return the tools, given in either of OpenAI's forms."""
+        return self.tools or [Tool(function=function) for function in self.functions or ()]
+
+    def chosen_tool(self) -> Literal["none", "auto", "required"] | NamedTool | None:
+        """Return which tools may be called, given in either of OpenAI's forms."""
+        if self.function_call is None:
+            return self.tool_choice
+        if isinstance(self.function_call, NamedFunction):
+            return NamedTool(function=self.function_call)
+        return self.function_call
 
 
 class LoadBody(Body):

@@ -1,26 +1,23 @@
-"""Tool calls as models write them: which format a chat template stands for, its grammar, and its text.
+"""Tool calls as models write them: which format a chat template stands for, and the text of calls.
 
-The formats are those that llama.cpp and vLLM read: Hermes and Qwen, Llama 3, Mistral, Gemma 3's JSON, and plain JSON
-for templates that know no tools.
+The formats are those that llama.cpp and vLLM read: Hermes and Qwen, Qwen3-Coder's XML, Llama 3, Mistral's two, Gemma
+3's JSON, and plain JSON for templates that know no tools.
 """
 
 from __future__ import annotations
 
-import re
 import secrets
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-from gguflora.engine import Grammar
 from gguflora.files.strict_json import to_json
 from gguflora.server.schemas import Tool
-from gguflora.server.structured import WHITESPACE, closed_schema
 
-_MAX_CALLS: Final = 16
-_SPACE: Final = rf"({WHITESPACE})"
 _ALPHANUMERIC: Final = string.ascii_letters + string.digits
+FUNCTION: Final = "<function="
+"""What a call of Qwen3-Coder begins with; the model sometimes leaves the tag before it out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +31,8 @@ class ToolFormat:
         key: field of the call that has the arguments.
         is_list: whether calls are items of one JSON list.
         n_id: number of letters and digits of a call's id; 0 for OpenAI's ids.
+        syntax: ``json``, an object with the name and the arguments; ``args``, the name, ``[ARGS]`` and the arguments in
+            JSON; ``xml``, an element for the function and one for each argument, whose texts stand as they are.
     """
 
     name: str
@@ -42,11 +41,25 @@ class ToolFormat:
     key: str = "arguments"
     is_list: bool = False
     n_id: int = 0
+    syntax: Literal["json", "args", "xml"] = "json"
 
     @property
     def tag(self) -> str:
         """The text that a call begins with, without white space."""
         return self.begin.strip()
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """The texts that can be tokens of their own."""
+        inner = ("[ARGS]", "[CALL_ID]") if self.syntax == "args" else ()
+        return tuple(mark for mark in (self.tag, self.end.strip(), *inner) if mark)
+
+    @property
+    def openings(self) -> tuple[str, ...]:
+        """The texts that show that a call begins; none if a call can only be the whole answer."""
+        if not self.tag:
+            return ()
+        return (self.tag, FUNCTION) if self.syntax == "xml" else (self.tag,)
 
     def new_id(self) -> str:
         """Return an id for a call."""
@@ -56,20 +69,43 @@ class ToolFormat:
 
     def text(self, calls: Sequence[Mapping[str, Any]]) -> str:
         """Return calls as the model would have written them."""
-        written = [to_json({"name": each["name"], self.key: each["arguments"]}, ensure_ascii=False) for each in calls]
+        if self.syntax == "args":
+            return "".join(f"{self.begin}{each['name']}[ARGS]{_json(each['arguments'])}" for each in calls)
+        if self.syntax == "xml":
+            return "\n".join(f"{self.begin}{_element(each)}{self.end}" for each in calls)
+        written = [_json({"name": each["name"], self.key: each["arguments"]}) for each in calls]
         if self.is_list:
             return f"{self.begin}[{', '.join(written)}]"
         return "\n".join(f"{self.begin}{each}{self.end}" for each in written)
 
 
+def _json(value: Any) -> str:  # noqa: ANN401  (any JSON value)
+    return to_json(value, ensure_ascii=False)
+
+
+def _element(call: Mapping[str, Any]) -> str:
+    """Return a call in Qwen3-Coder's form; arguments that are no object are its text."""
+    arguments = call["arguments"]
+    if isinstance(arguments, dict):
+        texts = {name: value if isinstance(value, str) else _json(value) for name, value in arguments.items()}
+        inside = "".join(f"<parameter={name}>\n{text}\n</parameter>\n" for name, text in texts.items())
+    else:
+        inside = f"{arguments}\n"
+    return f"{FUNCTION}{call['name']}>\n{inside}</function>"
+
+
 HERMES: Final = ToolFormat("Hermes", "<tool_call>\n", "\n</tool_call>")
+QWEN_CODER: Final = ToolFormat("Qwen3-Coder", "<tool_call>\n", "\n</tool_call>", syntax="xml")
 LLAMA3: Final = ToolFormat("Llama 3", key="parameters")
 MISTRAL: Final = ToolFormat("Mistral", "[TOOL_CALLS]", is_list=True, n_id=9)
+MISTRAL_ARGS: Final = ToolFormat("Mistral with [ARGS]", "[TOOL_CALLS]", n_id=9, syntax="args")
 GEMMA: Final = ToolFormat("Gemma", key="parameters")
 PLAIN: Final = ToolFormat("JSON")
 
 _MARKS: Final = (
+    ("<parameter=", QWEN_CODER),
     ("<tool_call>", HERMES),
+    ("[ARGS]", MISTRAL_ARGS),
     ("[TOOL_CALLS]", MISTRAL),
     ("<|python_tag|>", LLAMA3),
     ("Environment: ipython", LLAMA3),
@@ -93,58 +129,3 @@ def instructions(tools: Sequence[Tool], format_: ToolFormat) -> str:
         "to call several, write one such object on each line. "
         f"The functions are:\n{listed}"
     )
-
-
-def call_grammar(
-    format_: ToolFormat,
-    tools: Sequence[Tool],
-    *,
-    several: bool,
-    forced: bool,
-    literal: Callable[[str], str],
-) -> Grammar:
-    """Return the grammar of one or several calls.
-
-    Args:
-        format_: how the model writes calls.
-        tools: the tools that may be called.
-        several: whether more than one call is allowed.
-        forced: whether the answer must be a call: then ``begin`` stands before the answer already. Otherwise the
-            grammar holds from where the model itself begins a call.
-        literal: returns a text as Lark writes it, or the token that it is.
-    """
-    calls = [_call_rules(number, tool, format_.key) for number, tool in enumerate(tools)]
-    rules = [rule for each in calls for rule in each]
-    end = literal(format_.end.strip()) if format_.end else ""
-    gap = r" /[ \n]{0,2}/ " if end else ""
-    rules.append(f"call: one{gap}{end}")
-    rules.append("one: " + " | ".join(f"call_{number}" for number in range(len(tools))))
-    limit = f"{{0,{_MAX_CALLS - 1}}}"
-    if format_.is_list:
-        more = f"(/ ?, ?/ call){limit}" if several else ""
-        start = rf"/[ \n]{{0,2}}\[ ?/ call {more} /[ \n]{{0,2}}\]/"
-    else:
-        tag = literal(format_.tag) if format_.tag else ""
-        start = "call " + (rf"(/\n{{1,2}}/ {tag} call){limit}" if several else "")
-    triggers = () if forced else _triggers(format_)
-    return Grammar("\n".join([f"start: {start}", *rules]), triggers, "llguidance")
-
-
-def _call_rules(number: int, tool: Tool, key: str) -> list[str]:
-    """Return the rules of one tool's call; its schema is a root of its own, so that references in it work."""
-    name = re.escape(tool.function.name).replace("/", r"\/")
-    head = rf'[ \n]{{0,2}}\{{{_SPACE}"name"{_SPACE}:{_SPACE}"{name}"{_SPACE},{_SPACE}"{key}"{_SPACE}:{_SPACE}'
-    schema = tool.function.parameters or {"type": "object", "properties": {}}
-    closed = closed_schema(schema)
-    options = {"whitespace_pattern": WHITESPACE, "lenient": not tool.function.strict}
-    return [
-        f"call_{number}: head_{number} args_{number} /{_SPACE}\\}}/",
-        f"head_{number}: /{head}/",
-        f"args_{number}: %json {to_json({**closed, 'x-guidance': options})}",
-    ]
-
-
-def _triggers(format_: ToolFormat) -> tuple[str, ...]:
-    if format_.tag:
-        return (re.escape(format_.tag) + "()",)
-    return (r'^\s*(\{\s*"name"\s*:\s*")',)

@@ -99,6 +99,9 @@ async def answer(
     if fields.get("stream"):
         fields = {**fields, "stream_options": {"include_usage": True}}
     chat = validated(ChatBody, fields)
+    for name in ("functions", "function_call"):
+        if getattr(chat, name):
+            raise Failure(400, f"{name!r} is a field of chat completions only; give 'tools'", "unsupported", name)
     if chat.n not in {None, 1}:
         raise Failure(400, f"n is {chat.n}, but this API has one answer", "invalid_value", "n")
     completion = await begin_chat(chat, service)

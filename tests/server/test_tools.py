@@ -1,6 +1,7 @@
 """Tool calls by OpenAI's client: every choice, several at once, in a stream, and back in a history."""
 
 import json
+import re
 
 import openai
 import pytest
@@ -9,7 +10,17 @@ from gguflora.engine.requests import Grammar
 from gguflora.server.replies import Reply
 from gguflora.server.schemas import Tool
 from gguflora.server.settings import Settings
-from gguflora.server.tool_calls import GEMMA, HERMES, LLAMA3, MISTRAL, PLAIN, call_grammar, format_of
+from gguflora.server.tool_calls import (
+    GEMMA,
+    HERMES,
+    LLAMA3,
+    MISTRAL,
+    MISTRAL_ARGS,
+    PLAIN,
+    QWEN_CODER,
+    format_of,
+)
+from gguflora.server.tool_grammar import call_grammar
 from support import serving
 from support.real_models import model as real_model
 from support.serving import QUESTION
@@ -132,7 +143,7 @@ def test_calls_and_results_in_a_history(http):
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "x"}}}]},
             "cannot be enforced",
         ),
-        ({"extra_body": {"guided_regex": "a"}}, "cannot be asked for together"),
+        ({"extra_body": {"grammar": 'root ::= "a"'}}, "cannot be asked for together"),
         ({"messages": [{**USER, "name": "Eve"}]}, "no place for it"),
         ({"messages": [USER, {"role": "assistant", "content": "", "reasoning_content": "x"}, USER]}, "no place for it"),
     ],
@@ -143,6 +154,14 @@ def test_bad_tools(client, fields, message):
         ask(client, **fields)
 
 
+XML = """<function=get_weather>
+<parameter=city>
+a { " }
+</parameter>
+<parameter=unit>
+C
+</parameter>
+</function>"""
 ANSWERS = [
     (HERMES, "Let me see.\n<tool_call>\n{CALL}\n</tool_call>", "Let me see.\n", 1),
     (HERMES, "<tool_call>\n{CALL}\n</tool_call>\n<tool_call>\n{CALL}\n</tool_call>", "", 2),
@@ -156,6 +175,18 @@ ANSWERS = [
     (MISTRAL, "Yes [or no]", "Yes [or no]", 0),
     (GEMMA, "{CALL}\n{CALL}", "", 2),
     (PLAIN, " {CALL}", "", 1),
+    (MISTRAL, "[TOOL_CALLS]get_weather[ARGS]{ARGS}[TOOL_CALLS]get_weather[ARGS]{ARGS}", "", 2),
+    (MISTRAL_ARGS, "Yes.[TOOL_CALLS]get_weather[ARGS]{ARGS}", "Yes.", 1),
+    (MISTRAL_ARGS, "[TOOL_CALLS]get_weather[CALL_ID]abcDEF123[ARGS]{ARGS}", "", 1),
+    (MISTRAL_ARGS, "[TOOL_CALLS][{CALL}]", "", 1),
+    (MISTRAL_ARGS, "[TOOL_CALLS]unknown[ARGS]{}", "unknown[ARGS]{}", 0),
+    (MISTRAL_ARGS, "[TOOL_CALLS]get_weather[ARGS]{", "get_weather[ARGS]{", 0),
+    (QWEN_CODER, "Let me see.\n<tool_call>\n{XML}\n</tool_call>", "Let me see.\n", 1),
+    (QWEN_CODER, "<tool_call>\n{XML}\n</tool_call>\n<tool_call>\n{XML}\n</tool_call>", "", 2),
+    (QWEN_CODER, "It is:\n\n{XML}\n</tool_call>", "It is:\n\n", 1),
+    (QWEN_CODER, "<tool_call>\n{CALL}\n</tool_call>", "", 1),
+    (QWEN_CODER, "a < b, <function=f>", "a < b, <function=f>", 0),
+    (QWEN_CODER, "<tool_call>\n<function=get_weather>\nnone", "<function=get_weather>\nnone", 0),
     (PLAIN, '{"name": "unknown", "arguments": {}}', '{"name": "unknown", "arguments": {}}', 0),
 ]
 
@@ -164,14 +195,195 @@ ANSWERS = [
 def test_answers_are_read_however_they_are_cut(format_, text, content, n_calls):
     arguments = {"city": 'a { " }', "unit": "C"}
     text = text.replace("{CALL}", json.dumps({"name": "get_weather", format_.key: arguments}))
+    text = text.replace("{ARGS}", json.dumps(arguments)).replace("{XML}", XML)
     for size in (1, 3, 7, 1000):
-        reply = Reply(format=format_, tools={"get_weather"})
+        reply = Reply(format=format_, tools={"get_weather": WEATHER})
         deltas = [reply.push(text[at : at + size]) for at in range(0, len(text), size)] + [reply.push("", last=True)]
         assert "".join(delta.get("content", "") for delta in deltas) == reply.content == content
         streamed = [call for delta in deltas for call in delta.get("tool_calls", [])]
         assert [call["index"] for call in streamed] == list(range(n_calls))
         assert [json.loads(call["function"]["arguments"]) for call in streamed] == [arguments] * n_calls
         assert len(reply.message().get("tool_calls", [])) == n_calls
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "text": {"type": "string"},
+        "n": {"type": "integer"},
+        "x": {"type": "number"},
+        "on": {"type": "boolean"},
+        "list": {"type": "array", "items": {"type": "integer"}},
+        "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "either": {"type": ["string", "integer"]},
+        "choice": {"enum": ["1", "2"]},
+        "unit": {"$ref": "#/$defs/Unit"},
+        "free": {},
+    },
+    "$defs": {"Unit": {"enum": ["C", "F"]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("argument", "text", "value"),
+    [
+        ("text", "3", "3"),
+        ("text", " two\nlines\n", " two\nlines\n"),
+        ("text", "a <b> </c>", "a <b> </c>"),
+        ("n", "-3", -3),
+        ("x", "3", 3),
+        ("x", "2.5", 2.5),
+        ("on", "true", True),
+        ("list", "[1, 2]", [1, 2]),
+        ("maybe", "null", None),
+        ("maybe", "Null", "Null"),
+        ("either", "7", 7),
+        ("either", "seven", "seven"),
+        ("choice", "1", "1"),
+        ("unit", "F", "F"),
+        ("free", '{"a": 1}', {"a": 1}),
+        ("unknown", "x", "x"),
+    ],
+)
+def test_types_of_bare_arguments(argument, text, value):
+    """Qwen3-Coder writes arguments without quotes: the schema tells a number from a text, as the grammar does."""
+    import llguidance
+
+    written = f"<function=f>\n<parameter={argument}>\n{text}\n</parameter>\n</function>\n</tool_call>"
+    reply = Reply(format=QWEN_CODER, tools={"f": SCHEMA})
+    reply.push("<tool_call>\n" + written, last=True)
+    (call,) = reply.calls
+    assert json.loads(call["function"]["arguments"]) == {argument: value}
+    assert QWEN_CODER.text([{"name": "f", "arguments": {argument: value}}]).endswith(written) or argument == "x"
+    if argument == "unknown":
+        return
+    tools = [Tool.model_validate({"type": "function", "function": {"name": "f", "parameters": SCHEMA}})]
+    grammar = call_grammar(QWEN_CODER, tools, several=False, forced=True, literal=json.dumps)
+    tokens = llguidance.LLTokenizer("byte")
+    matcher = llguidance.LLMatcher(tokens, grammar.text, log_level=0)
+    assert not matcher.is_error(), matcher.get_error()
+    assert matcher.consume_tokens(tokens.tokenize_str(written))
+    assert matcher.is_accepting()
+
+
+@pytest.mark.parametrize(("format_", "mark"), [(MISTRAL_ARGS, "[TOOL_CALLS]f[ARGS]{}"), (QWEN_CODER, "<parameter=")])
+def test_models_with_these_formats_call(format_, mark):
+    """The demo's model does not know them, so it is held to them: what it writes are calls, whole and streamed."""
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{# " + mark.replace("{}", "") + " #}"
+        "{% for t in tools or [] %}{{ t.function.name }}\n{% endfor %}"
+    )
+    with serving.serving(Settings(max_tokens=4096), n_ctx=2048, chat_template=template) as http:
+        client = serving.openai_client(http)
+        choice = ask(client, tool_choice="required", parallel_tool_calls=False).choices[0]
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+        check_call(choice.message.tool_calls[0])
+        chunks = list(ask(client, tool_choice="required", parallel_tool_calls=False, stream=True))
+        (streamed,) = [each for chunk in chunks for each in chunk.choices[0].delta.tool_calls or ()]
+        assert streamed.function.arguments == choice.message.tool_calls[0].function.arguments
+        prompt = http.post("/apply-template", json={"messages": [USER], "tools": TOOLS, "tool_choice": "required"})
+        assert prompt.json()["prompt"] == f"user: {QUESTION}\nget_weather\nget_time\n{format_.begin}"
+        prefill = [USER, {"role": "assistant", "content": "The fox"}]
+        prompt = http.post("/apply-template", json={"messages": prefill, "tools": TOOLS}).json()["prompt"]
+        assert prompt == f"user: {QUESTION}\nassistant: The fox"  # the tools stood behind it
+
+
+def test_tools_beside_a_form_of_the_answer(client):
+    """The answer is a call or has the form, and a call that is asked for needs no form."""
+    schema = {"type": "object", "properties": {"legs": {"type": "integer"}}, "required": ["legs"]}
+    form = {"type": "json_schema", "json_schema": {"name": "legs", "schema": schema, "strict": True}}
+    kinds = set()
+    for seed in range(3):
+        options = {"seed": seed, "temperature": 1.5, "parallel_tool_calls": False}
+        choice = ask(client, response_format=form, **options).choices[0]
+        kinds.add(choice.finish_reason)
+        if choice.message.tool_calls:
+            for call in choice.message.tool_calls:
+                check_call(call)
+        else:
+            assert list(json.loads(choice.message.content)) == ["legs"]
+    assert kinds <= {"tool_calls", "stop"}
+    forced = ask(client, response_format=form, tool_choice="required", parallel_tool_calls=False).choices[0]
+    assert forced.finish_reason == "tool_calls"
+    none = ask(client, response_format=form, tool_choice="none").choices[0]
+    assert list(json.loads(none.message.content)) == ["legs"]
+    expression = ask(client, extra_body={"guided_regex": "[a-c]{3}"}, seed=3).choices[0].message
+    assert expression.tool_calls or len(expression.content) == 3
+
+
+def test_older_form_of_functions(client, http):
+    """``functions``, ``function_call`` and messages of the role ``function``, as OpenAI had them before tools."""
+    functions = [tool["function"] for tool in TOOLS]
+    common = {"tools": openai.omit, "functions": functions}
+    choice = ask(client, **common, function_call={"name": "get_weather"}).choices[0]
+    assert (choice.finish_reason, choice.message.content) == ("function_call", None)
+    assert (choice.message.tool_calls, choice.message.function_call.name) == (None, "get_weather")
+    assert sorted(json.loads(choice.message.function_call.arguments)) == ["city", "unit"]
+    chunks = list(ask(client, **common, function_call={"name": "get_weather"}, stream=True))
+    (called,) = [chunk.choices[0].delta.function_call for chunk in chunks if chunk.choices[0].delta.function_call]
+    assert called.arguments == choice.message.function_call.arguments
+    assert chunks[-1].choices[0].finish_reason == "function_call"
+    plain = ask(client, tools=openai.omit, max_tokens=40, temperature=0).choices[0].message.content
+    assert ask(client, **common, function_call="none", max_tokens=40, temperature=0).choices[0].message.content == plain
+    older = [
+        USER,
+        {"role": "assistant", "content": None, "function_call": CALL["function"]},
+        {"role": "function", "name": "get_time", "content": "It is noon."},
+    ]
+    newer = [
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": CALL["id"], "content": "It is noon."},
+    ]
+    prompts = [http.post("/apply-template", json={"messages": each}).json()["prompt"] for each in (older, newer)]
+    assert prompts[0] == prompts[1]
+    as_tools = {"messages": [USER], "tools": TOOLS}
+    as_functions = {"messages": [USER], "functions": functions}
+    prompts = [http.post("/apply-template", json=each).json()["prompt"] for each in (as_tools, as_functions)]
+    assert prompts[0] == prompts[1]
+    for path in ("/v1/messages", "/v1/responses"):
+        body = {"messages": [USER], "input": "x", "max_tokens": 5, "functions": functions}
+        body.pop("input" if path == "/v1/messages" else "messages")
+        reply = http.post(path, json=body)
+        assert reply.status_code == 400
+        assert "functions" in reply.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"functions": [{"name": "f"}], "tools": TOOLS}, "functions"),
+        ({"functions": [{"name": "f"}], "function_call": {"name": "g"}}, "function_call"),
+        ({"functions": [{"name": "f"}, {"name": "f"}]}, "functions"),
+        ({"functions": [{"name": "f"}], "function_call": "required"}, "function_call"),
+        ({"functions": [{"name": "f", "parameters": {"type": "x"}}]}, "functions"),
+        ({"functions": [{"parameters": {}}]}, "functions.0.name"),
+    ],
+    ids=str,
+)
+def test_bad_functions(http, fields, param):
+    reply = http.post("/v1/chat/completions", json={"messages": [USER], "max_tokens": 5, **fields})
+    assert (reply.status_code, reply.json()["error"]["param"].split(".literal")[0].split(".Named")[0]) == (400, param)
+
+
+def test_calls_after_thoughts():
+    """A grammar of calls begins behind the model's thoughts; a forced call does not cut them off."""
+    from gguflora.server.chat_prompt import _after_thoughts
+
+    thought = "Maybe <tool_call> would do.</think>\n\n"
+    tools = [Tool.model_validate(tool) for tool in TOOLS]
+    for format_, call in ((HERMES, "<tool_call>"), (LLAMA3, '{"name": "'), (QWEN_CODER, "<function=")):
+        made = _after_thoughts(call_grammar(format_, tools, several=True, literal=json.dumps), "</think>")
+        assert not any(re.search(each, thought) for each in made.triggers)
+        assert any(re.search(each, thought + call) for each in made.triggers)
+    forced = call_grammar(HERMES, tools, several=True, literal=json.dumps, forced=True, tagged=True)
+    made = _after_thoughts(forced, "</think>")
+    assert made.triggers == ("</think>()",)
+    import llguidance
+
+    tokens = llguidance.LLTokenizer("byte")
+    matcher = llguidance.LLMatcher(tokens, made.text, log_level=0)
+    assert matcher.consume_tokens(tokens.tokenize_str('\n\n<tool_call>\n{"name": "get_time", "arguments": {}}'))
 
 
 def test_reasoning_is_split_off():
@@ -187,7 +399,11 @@ def test_reasoning_is_split_off():
     assert plain.push("Noon <think>") == {"content": "Noon <think>"}
 
 
-@pytest.mark.parametrize("format_", [HERMES, LLAMA3, MISTRAL, GEMMA, PLAIN], ids=lambda format_: format_.name)
+@pytest.mark.parametrize(
+    "format_",
+    [HERMES, QWEN_CODER, LLAMA3, MISTRAL, MISTRAL_ARGS, GEMMA, PLAIN],
+    ids=lambda format_: format_.name,
+)
 @pytest.mark.parametrize("several", [False, True])
 def test_grammars_take_what_models_write(format_, several):
     """By llguidance's own matcher; and not what is no call."""
@@ -213,7 +429,9 @@ def test_grammars_take_what_models_write(format_, several):
 
 def test_formats_of_templates():
     assert format_of("... <tool_call></tool_call> ...") is HERMES
+    assert format_of("<tool_call>\\n<function=example>\\n<parameter=p>") is QWEN_CODER
     assert format_of("{{ '[TOOL_CALLS] [' }}") is MISTRAL
+    assert format_of("{{ '[TOOL_CALLS]' + name + '[ARGS]' }}") is MISTRAL_ARGS
     assert format_of("Environment: ipython\\n <|python_tag|>") is LLAMA3
     assert format_of("<start_of_turn>model") is GEMMA
     assert format_of("{{ messages }}") is PLAIN
