@@ -18,15 +18,39 @@ from gguflora.server.fields import ForeignBody
 from gguflora.server.prompts import chat_requests
 from gguflora.server.schemas import ChatBody
 from gguflora.server.service import Service, ServiceDep
-from gguflora.server.translation import Ending, Item, Json, Part, answer, cached_tokens, validated
+from gguflora.server.translation import (
+    Ending,
+    Item,
+    Json,
+    Part,
+    answer,
+    cached_tokens,
+    check_fields,
+    naming,
+    validated,
+)
 
 router = APIRouter()
 
 _REASONS: Final = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 _CHOICES: Final[dict[str, Any]] = {"auto": "auto", "any": "required", "none": "none"}
-_HARMLESS: Final = frozenset(
-    {"cache_control", "context_management", "diagnostics", "inference_geo", "speed", "user_profile_id", "workspace_id"}
-)
+HARMLESS: Final[dict[str, str]] = {
+    "billing_policy": "says who pays",
+    "cache_control": "says what to cache; prompts are cached anyway",
+    "diagnostics": "asks why a cache was missed",
+    "fallback_credit_token": "says who pays",
+    "inference_geo": "says where to compute",
+    "speed": "says how fast to answer",
+    "user_profile_id": "says who asks",
+    "workspace_id": "says who asks",
+}
+"""Anthropic's fields that never change an answer, with the reasons."""
+
+_CACHED: Final = frozenset({"cache_control"})
+_KEPT_THOUGHTS: Final = {"type": "clear_thinking_20251015", "keep": "all"}
+_NAMES: Final = {"reasoning_effort": "output_config.effort", "enable_thinking": "thinking"}
+_DEFAULT_EFFORT: Final = "high"
+"""What Anthropic's API takes without ``effort``, so that it asks for nothing."""
 
 
 class MessagesBody(ForeignBody):
@@ -44,7 +68,9 @@ class MessagesBody(ForeignBody):
     @classmethod
     def is_void(cls, name: str, value: Any) -> bool:  # noqa: ANN401  (any JSON value)
         """Return whether a field of Anthropic's that is not read never changes an answer."""
-        return name in _HARMLESS
+        edits = value.get("edits") if name == "context_management" and isinstance(value, dict) else None
+        keeps_all = edits is not None and all(each == _KEPT_THOUGHTS for each in edits)
+        return value is None or name in HARMLESS or keeps_all or (name == "fallbacks" and value == [])
 
     def as_chat(self) -> Json:
         """Return the body of the same request for chat completions.
@@ -62,10 +88,8 @@ class MessagesBody(ForeignBody):
             fields |= _tool_choice(self.tool_choice)
         if self.thinking:
             fields |= _thinking(self.thinking)
-        schema = (self.output_config or {}).get("format")
-        if schema:
-            named = {"name": "answer", "schema": schema.get("schema"), "strict": True}
-            fields["response_format"] = {"type": "json_schema", "json_schema": named}
+        if self.output_config:
+            fields |= _output(self.output_config)
         return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -74,14 +98,16 @@ async def create_message(body: MessagesBody, request: Request, service: ServiceD
     """Answer the last message of a chat, as Anthropic's API does."""
     if body.max_tokens is None:
         raise Failure(400, "max_tokens: Field required", "invalid_value", "max_tokens")
-    return await answer(service, request, body.as_chat(), _whole, _events)
+    with naming(_NAMES):
+        return await answer(service, request, body.as_chat(), _whole, _events)
 
 
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(body: MessagesBody, service: ServiceDep) -> dict[str, int]:
     """Return the number of tokens of a prompt."""
     chat = validated(ChatBody, body.as_chat())
-    return {"input_tokens": await run_in_threadpool(_count, service, chat)}
+    with naming(_NAMES):
+        return {"input_tokens": await run_in_threadpool(_count, service, chat)}
 
 
 def _count(service: Service, chat: ChatBody) -> int:
@@ -89,8 +115,19 @@ def _count(service: Service, chat: ChatBody) -> int:
     return len(requests[0].tokens)
 
 
+_BLOCKS: Final[dict[str, tuple[tuple[str, ...], frozenset[str]]]] = {
+    "text": (("text",), _CACHED | {"citations"}),
+    "tool_use": (("id", "name", "input"), _CACHED | {"caller"}),
+    "tool_result": (("tool_use_id", "content", "is_error"), _CACHED),
+    "thinking": (("thinking",), frozenset({"signature"})),
+    "redacted_thinking": ((), frozenset({"data"})),
+}
+"""Fields of the kinds of blocks: those that are read, and those that change nothing."""
+
+
 def _messages(message: Json) -> Iterator[Json]:
     """Yield the messages of chat completions that one of Anthropic's stands for."""
+    check_fields(message, "messages", "role", "content")
     role, content = message.get("role"), message.get("content")
     if isinstance(content, str) or content is None:
         yield {"role": role, "content": content}
@@ -98,6 +135,8 @@ def _messages(message: Json) -> Iterator[Json]:
     texts, calls, thoughts = [], [], []
     for block in _blocks(content, "messages"):
         kind = block.get("type")
+        read, harmless = _BLOCKS.get(str(kind), ((), frozenset(block)))
+        check_fields(block, "messages.content", "type", *read, harmless=harmless)
         if kind == "text":
             texts.append(_string(block, "text"))
         elif kind == "tool_use":
@@ -105,6 +144,8 @@ def _messages(message: Json) -> Iterator[Json]:
             calls.append({"id": block.get("id"), "type": "function", "function": function})
         elif kind == "tool_result":
             result = _text(block.get("content") or "", "tool_result")
+            if block.get("is_error") and not result.lower().startswith("error"):
+                result = f"Error: {result}"  # no template has another place for it
             yield {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": result}
         elif kind == "thinking":
             thoughts.append(_string(block, "thinking"))
@@ -126,7 +167,9 @@ def _text(content: Any, where: str) -> str:  # noqa: ANN401  (any JSON value)
     if isinstance(content, str):
         return content
     for block in _blocks(content, where):
-        if block.get("type") != "text":
+        if block.get("type") == "text":
+            check_fields(block, where, "type", "text", harmless=_CACHED | {"citations"})
+        else:
             raise Failure(400, f"{where}: content of type {block.get('type')!r:.40} is not supported", "unsupported")
     return "".join(_string(block, "text") for block in content)
 
@@ -138,16 +181,24 @@ def _string(block: Json, name: str) -> str:
     return text
 
 
+_NO_EFFECT_OF_TOOLS: Final[Json] = {"allowed_callers": ["direct"], "defer_loading": False, "input_examples": []}
+
+
 def _tool(tool: Json) -> Json:
     if tool.get("type", "custom") != "custom":
         raise Failure(
             400, f"tools: the tool {tool.get('type')!r:.40} is Anthropic's own and is not here", "unsupported"
         )
+    no_effect = {name for name, value in _NO_EFFECT_OF_TOOLS.items() if tool.get(name) == value}
+    names = ("type", "name", "description", "input_schema", "strict")
+    check_fields(tool, "tools", *names, harmless=_CACHED | {"eager_input_streaming"} | no_effect)
     parts = {"name": tool.get("name"), "description": tool.get("description"), "parameters": tool.get("input_schema")}
+    parts["strict"] = tool.get("strict")
     return {"type": "function", "function": {name: value for name, value in parts.items() if value is not None}}
 
 
 def _tool_choice(choice: Json) -> Json:
+    check_fields(choice, "tool_choice", "type", "name", "disable_parallel_tool_use")
     kind = choice.get("type")
     if kind == "tool":
         fields: Json = {"tool_choice": {"type": "function", "function": {"name": choice.get("name")}}}
@@ -159,8 +210,39 @@ def _tool_choice(choice: Json) -> Json:
 
 
 def _thinking(thinking: Json) -> Json:
-    wanted = {"enabled": True, "disabled": False}.get(str(thinking.get("type")))
-    return {} if wanted is None else {"enable_thinking": wanted}
+    """Return the fields for Anthropic's ``thinking``.
+
+    ``budget_tokens``, which the API requires with ``enabled``, is only checked: ``max_tokens`` bounds the whole answer.
+    """
+    check_fields(thinking, "thinking", "type", "budget_tokens", "display")
+    kind, budget, display = (thinking.get(name) for name in ("type", "budget_tokens", "display"))
+    if kind not in {"enabled", "disabled", "adaptive"}:
+        message = f"thinking.type is {kind!r:.40}, expected enabled, disabled or adaptive"
+        raise Failure(400, message, "invalid_value", "thinking.type")
+    if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
+        message = f"thinking.budget_tokens is {budget!r:.40}, expected a number of tokens"
+        raise Failure(400, message, "invalid_value", "thinking.budget_tokens")
+    if display not in {None, "summarized", "omitted"}:
+        message = f"thinking.display is {display!r:.40}, expected summarized or omitted"
+        raise Failure(400, message, "invalid_value", "thinking.display")
+    hidden = {"include_reasoning": False} if display == "omitted" else {}
+    return hidden if kind == "adaptive" else {**hidden, "enable_thinking": kind == "enabled"}
+
+
+def _output(config: Json) -> Json:
+    """Return the fields for Anthropic's ``output_config``."""
+    check_fields(config, "output_config", "effort", "format")
+    fields: Json = {}
+    effort, form = config.get("effort"), config.get("format")
+    if effort not in {None, _DEFAULT_EFFORT}:
+        fields["reasoning_effort"] = effort
+    if form is not None:
+        if not isinstance(form, dict) or form.get("type") != "json_schema":
+            raise Failure(400, "output_config.format must be of type json_schema", "invalid_value", "output_config")
+        check_fields(form, "output_config.format", "type", "schema")
+        named = {"name": "answer", "schema": form.get("schema"), "strict": True}
+        fields["response_format"] = {"type": "json_schema", "json_schema": named}
+    return fields
 
 
 def _usage(usage: Json) -> Json:

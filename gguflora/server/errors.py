@@ -120,9 +120,13 @@ def as_failure(error: Exception, folders: Iterable[Path] = ()) -> Failure:
     return Failure(500, "internal error; the server's log has the details", "internal_error")
 
 
+_KIND: Final = re.compile(r".*\[.*|[A-Z]\w*|str|int|float|bool|dict")
+"""What pydantic puts into the place of an error beside names of fields: which kind of a union it has tried."""
+
+
 def _as_validation_failure(error: RequestValidationError) -> Failure:
     first = error.errors()[0]
-    field = [str(part) for part in first["loc"] if part != "body"]
+    field = [str(part) for part in first["loc"] if part != "body" and not _KIND.fullmatch(str(part))]
     reason = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         return Failure(400, f"the body is not JSON: {first.get('ctx', {}).get('error', reason)}", "invalid_json")

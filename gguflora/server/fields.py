@@ -9,73 +9,102 @@ from pydantic_core import CoreSchema, PydanticCustomError
 
 from gguflora.server.bodies import stop_at_first_error
 
-HARMLESS: Final = frozenset(
-    {
-        # OpenAI: who asks, how the request is billed and stored, hints that only change the speed
-        "metadata",
-        "prediction",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "user",
-        # llama-server: which slot computes the request and what is cached there
-        "cache_prompt",
-        "id_slot",
-        "n_cache_reuse",
-        "return_progress",
-        "slot_id",
-        "speculative.n_max",
-        "speculative.n_min",
-        "speculative.p_min",
-        "timings_per_token",
-        # vLLM: the order of work, and which program builds a grammar
-        "cache_salt",
-        "guided_decoding_backend",
-        "priority",
-        "request_id",
-    }
-)
-"""Fields of other servers that never change an answer. They are accepted and not read."""
+_WHO: Final = "says who asks, and how the request is routed, billed or stored"
+_SPEED: Final = "changes how fast an answer comes, or in what pieces, and not what it says"
+
+HARMLESS: Final[dict[str, str]] = {
+    # OpenAI
+    "metadata": _WHO,
+    "prediction": _SPEED,
+    "prompt_cache_key": _SPEED,
+    "prompt_cache_options": _SPEED,
+    "prompt_cache_retention": _SPEED,
+    "safety_identifier": _WHO,
+    "service_tier": _WHO,
+    "store": _WHO,
+    "user": _WHO,
+    # llama-server
+    "backend_sampling": _SPEED,
+    "cache_prompt": _SPEED,
+    "id_slot": _SPEED,
+    "n_cache_reuse": _SPEED,
+    "return_progress": "adds events to a stream that clients must be able to do without",
+    "slot_id": _SPEED,
+    "speculative.n_max": _SPEED,
+    "speculative.n_min": _SPEED,
+    "speculative.ngram_m_hits": _SPEED,
+    "speculative.ngram_size_m": _SPEED,
+    "speculative.ngram_size_n": _SPEED,
+    "speculative.p_min": _SPEED,
+    "speculative.type": _SPEED,
+    "sse_ping_interval": _SPEED,
+    "timings_per_token": "adds timings to the events of a stream; the last one has them",
+    # vLLM
+    "cache_salt": "keeps prompts of others out of the cache; --private-cache does so for each key",
+    "guided_decoding_backend": "says which program builds a grammar",
+    "priority": _SPEED,
+    "request_id": _WHO,
+    "session_id": _WHO,
+    "stream_interval": _SPEED,
+}
+"""Fields of other servers that never change an answer, with the reasons. They are accepted and not read."""
 
 NO_EFFECT: Final[dict[str, tuple[object, ...]]] = {
     "adapter_parameters": ({},),
     "adapter_source": ("local",),
+    "adaptive_decay": (),
+    "adaptive_target": (-1,),
     "add_special_tokens": (),
     "allowed_token_ids": ([],),
     "audio": (),
     "bad_words": ([],),
     "best_of": (1,),
+    "chat_format": (),
     "chat_template": ("",),
     "decoder_input_details": (False,),
     "detokenize": (True,),
+    "do_sample": (),
     "documents": ([],),
     "early_stopping": (False,),
+    "ec_transfer_params": ({},),
     "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
+    "grammar_lazy": (False,),
+    "grammar_triggers": ([],),
     "image_data": ([],),
     "include_stop_str_in_output": (False,),
+    "kv_transfer_params": ({},),
     "length_penalty": (1,),
     "logit_bias_type": ("input_ids",),
     "logits_processors": ([],),
+    "logprob_token_ids": (),
+    "media_io_kwargs": ({},),
     "min_keep": (0,),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
+    "moderation": (),
     "n_discard": (0,),
     "n_indent": (0,),
     "n_keep": (0,),
     "n_probs": (0,),
+    "parallel_tool_calls": (True, False),
     "parse_tool_calls": (True,),
     "penalize_nl": (False,),
     "post_sampling_probs": (False,),
+    "preserved_tokens": ([],),
+    "prompt_embeds": (),
+    "reasoning_in_content": (False,),
+    "repetition_detection": (),
     "response_fields": ([],),
     "return_full_text": (False,),
+    "return_mm_kwargs": (True,),
+    "return_prompt_text": (False,),
     "return_token_ids": (False,),
+    "return_token_offsets": (False,),
     "return_tokens": (False,),
     "return_tokens_as_token_ids": (False,),
+    "routed_experts_prompt_start": (0,),
     "samplers": ([], ""),
     "skip_special_tokens": (True,),
     "smoothing_factor": (0,),
@@ -83,13 +112,21 @@ NO_EFFECT: Final[dict[str, tuple[object, ...]]] = {
     "suffix": ("",),
     "t_max_predict_ms": (0,),
     "tfs_z": (1,),
-    "tools": ([],),
+    "thinking_budget_tokens": (-1,),
+    "thinking_forced_open": (False,),
+    "thinking_token_budget": (),
     "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
+    "tools": ([],),
     "top_a": (0,),
+    "truncate_prompt_tokens": (),
+    "truncation_side": (),
     "use_beam_search": (False,),
+    "verbose": (False,),
     "verbosity": ("medium",),
+    "vllm_xargs": ({},),
     "watermark": (False,),
+    "watermarking": (False,),
+    "web_search_options": (),
 }
 """Known fields that are not supported, and the values that ask for nothing. Null asks for nothing everywhere."""
 
@@ -138,7 +175,7 @@ class Body(BaseModel):
 class RequestBody(Body):
     """The body of a request for an answer: fields of other servers that change nothing are accepted."""
 
-    harmless = HARMLESS
+    harmless = frozenset(HARMLESS)
 
     @classmethod
     def _without_effect(cls, name: str) -> tuple[object, ...] | None:

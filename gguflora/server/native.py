@@ -16,7 +16,7 @@ from gguflora.server.chat_prompt import chat_prompt
 from gguflora.server.completions import begin_completion
 from gguflora.server.errors import Failure
 from gguflora.server.events import chunks_of, data_event
-from gguflora.server.fields import Body, ForeignBody
+from gguflora.server.fields import Body, ForeignBody, take_alias
 from gguflora.server.json_response import JSONResponse
 from gguflora.server.openai_format import timings
 from gguflora.server.schemas import ChatBody, CompletionBody
@@ -35,18 +35,22 @@ class NativeBody(ForeignBody):
     n_probs: int | None = Field(None, ge=0, le=20)
     stream: bool | None = None
 
+    @classmethod
+    def rename(cls, body: dict[str, Any]) -> dict[str, Any]:
+        """Read OpenAI's names of these fields, too."""
+        return super().rename(take_alias(take_alias(body, "max_tokens", "n_predict"), "logprobs", "n_probs"))
+
     def as_completion(self) -> Json:
         """Return the body of the same request for /v1/completions.
 
         Raises:
             Failure: if it asks for no answer.
         """
-        limit = next((n for n in (self.n_predict, self.others.get("max_tokens")) if n is not None), -1)
+        limit = -1 if self.n_predict is None else self.n_predict
         if limit == 0:
             message = "n_predict is 0: evaluating a prompt without an answer is not supported"
             raise Failure(400, message, param="n_predict")
-        logprobs = self.others.get("logprobs") if self.n_probs is None else self.n_probs
-        fields = {"prompt": self.prompt, "max_tokens": limit, "stream": self.stream, "logprobs": logprobs or None}
+        fields = {"prompt": self.prompt, "max_tokens": limit, "stream": self.stream, "logprobs": self.n_probs or None}
         return {**self.others, **fields}
 
 
@@ -171,15 +175,20 @@ async def detokenize(body: DetokenizeBody, service: ServiceDep) -> dict[str, str
 @router.post("/apply-template")
 async def apply_template(body: ChatBody, service: ServiceDep) -> dict[str, str]:
     """Return the prompt that a chat of this body gets, and the errors that it would get."""
-    requested_set(service, body)
-    prompt = await run_in_threadpool(chat_prompt, service.engine, body)
-    return {"prompt": prompt.text}
+
+    def make() -> str:
+        requested_set(service, body)
+        return chat_prompt(service.engine, body).text
+
+    return {"prompt": await run_in_threadpool(make)}
 
 
 @router.get("/props")
 def props(service: ServiceDep) -> dict[str, Any]:
     """Describe the server as llama-server does; paths are reduced to names."""
     engine = service.engine
+    adapters = engine.adapters()
+    loaded = {adapter.name for adapter in adapters}
     return {
         "default_generation_settings": {"n_ctx": engine.n_ctx, "params": {"n_predict": -1, "stream": True}},
         "total_slots": engine.n_parallel,
@@ -190,6 +199,13 @@ def props(service: ServiceDep) -> dict[str, Any]:
         "modalities": {"vision": False, "audio": False},
         "build_info": f"gguflora {__version__}",
         "is_sleeping": False,
+        "memory": {
+            "model": service.base.stat().st_size,
+            "kv": engine.stats().kv_bytes,
+            "adapters": sum(adapter.size for adapter in adapters),
+        },
+        "can_load_adapters": service.settings.allow_load is not None,
+        "adapters_on_disk": [name for name in engine.adapter_names() if name not in loaded],
     }
 
 

@@ -17,16 +17,31 @@ from gguflora.server.errors import Failure
 from gguflora.server.events import named_event
 from gguflora.server.fields import ForeignBody
 from gguflora.server.service import ServiceDep
-from gguflora.server.translation import Ending, Item, Json, Part, answer, cached_tokens
+from gguflora.server.translation import Ending, Item, Json, Part, answer, cached_tokens, check_fields, naming
 
 router = APIRouter()
 
-_TEXTS: Final = frozenset({"input_text", "output_text", "text"})
+_TEXTS: Final = frozenset({"input_text", "output_text", "text", "reasoning_text", "summary_text"})
 _NO_EFFECT: Final[dict[str, tuple[object, ...]]] = {
     "truncation": ("disabled", None),
     "background": (False, None),
+    "context_management": ([],),
     "include": ([], None, ["reasoning.encrypted_content"]),
 }
+HARMLESS: Final[dict[str, str]] = {
+    "max_tool_calls": "bounds the calls of OpenAI's own tools, and there are none here",
+    "stream_options": "pads events against eavesdroppers",
+}
+"""Fields that never change an answer, with the reasons."""
+
+_NAMES: Final = {"reasoning_effort": "reasoning.effort", "response_format": "text.format"}
+_REASONING: Final[dict[str, tuple[object, ...]]] = {
+    "context": ("auto",),
+    "generate_summary": ("auto",),  # thoughts are returned whole
+    "mode": ("standard",),
+    "summary": ("auto",),
+}
+_ITEM: Final = frozenset({"id", "status", "type", "phase"})
 
 
 class ResponsesBody(ForeignBody):
@@ -43,7 +58,7 @@ class ResponsesBody(ForeignBody):
     @classmethod
     def is_void(cls, name: str, value: Any) -> bool:  # noqa: ANN401  (any JSON value)
         """Return whether a field asks for nothing."""
-        return value is None or name == "stream_options" or (name in _NO_EFFECT and value in _NO_EFFECT[name])
+        return value is None or name in HARMLESS or (name in _NO_EFFECT and value in _NO_EFFECT[name])
 
     def as_chat(self) -> Json:
         """Return the body of the same request for chat completions.
@@ -58,10 +73,14 @@ class ResponsesBody(ForeignBody):
         if self.tools:
             fields["tools"] = [_tool(tool) for tool in self.tools]
         fields["tool_choice"] = _tool_choice(self.tool_choice)
-        fields["reasoning_effort"] = (self.reasoning or {}).get("effort") or None
-        wanted = dict(self.text or {})
-        form = wanted.pop("format", None) or {"type": "text"}
-        fields |= wanted  # such as "verbosity": the body of the chat decides about it
+        fields["reasoning_effort"] = _effort(self.reasoning or {})
+        wanted = self.text or {}
+        check_fields(wanted, "text", "format", "verbosity")
+        form = wanted.get("format") or {"type": "text"}
+        fields["verbosity"] = wanted.get("verbosity")  # the body of the chat decides about it
+        if not isinstance(form, dict):
+            raise Failure(400, "text.format must be an object with a type", "invalid_value", "text.format")
+        check_fields(form, "text.format", "type", "name", "schema", "strict", "description")
         if form.get("type") == "json_schema":
             schema = {name: form[name] for name in ("name", "schema", "strict", "description") if name in form}
             fields["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -74,7 +93,23 @@ class ResponsesBody(ForeignBody):
 async def create_response(body: ResponsesBody, request: Request, service: ServiceDep) -> Response:
     """Answer the last message of a chat, as OpenAI's Responses API does."""
     reply = _Reply(body)
-    return await answer(service, request, body.as_chat(), reply.whole, reply.events)
+    with naming(_NAMES):
+        return await answer(service, request, body.as_chat(), reply.whole, reply.events)
+
+
+def _effort(reasoning: Json) -> Any:  # noqa: ANN401  (any JSON value)
+    no_effect = {name for name, values in _REASONING.items() if reasoning.get(name) in values}
+    check_fields(reasoning, "reasoning", "effort", harmless=no_effect)
+    return reasoning.get("effort") or None
+
+
+_ITEMS: Final[dict[str, tuple[str, ...]]] = {
+    "message": ("role", "content"),
+    "function_call": ("call_id", "name", "arguments"),
+    "function_call_output": ("call_id", "output"),
+    "reasoning": ("content", "summary"),
+}
+"""The fields of the kinds of items."""
 
 
 def _messages(items: Sequence[Json]) -> list[Json]:
@@ -82,6 +117,7 @@ def _messages(items: Sequence[Json]) -> list[Json]:
     thoughts = ""
     for item in items:
         kind = item.get("type", "message")
+        check_fields(item, "input", *_ITEMS.get(str(kind), item), harmless=_ITEM)
         if kind == "message":
             extra = {"reasoning_content": thoughts} if thoughts and item.get("role") == "assistant" else {}
             messages.append({"role": item.get("role"), "content": _text(item.get("content")), **extra})
@@ -99,7 +135,7 @@ def _messages(items: Sequence[Json]) -> list[Json]:
             output = {"tool_call_id": item.get("call_id"), "content": _text(item.get("output"))}
             messages.append({"role": "tool", **output})
         elif kind == "reasoning":
-            thoughts = "".join(str(part.get("text", "")) for part in item.get("content") or ())
+            thoughts = _text(item.get("content") or item.get("summary"))
         else:
             raise Failure(400, f"input: an item of type {kind!r:.40} is not supported", "unsupported", "input")
     return messages
@@ -115,6 +151,7 @@ def _text(content: Any) -> str:  # noqa: ANN401  (any JSON value)
             raise Failure(
                 400, f"input: content of type {part.get('type')!r:.40} is not supported", "unsupported", "input"
             )
+        check_fields(part, "input", "type", "text", harmless={"annotations", "logprobs", "prompt_cache_breakpoint"})
     return "".join(part["text"] for part in content)
 
 
@@ -122,12 +159,18 @@ def _tool(tool: Json) -> Json:
     if tool.get("type") != "function":
         raise Failure(400, f"tools: a tool of type {tool.get('type')!r:.40} is not supported", "unsupported", "tools")
     names = ("name", "description", "parameters", "strict")
+    no_effect = {"defer_loading"} if tool.get("defer_loading") is False else set()
+    check_fields(tool, "tools", "type", *names, harmless=no_effect)
     return {"type": "function", "function": {name: tool[name] for name in names if tool.get(name) is not None}}
 
 
 def _tool_choice(choice: str | Json | None) -> Any:  # noqa: ANN401  (any JSON value)
     if choice is None or isinstance(choice, str):
         return choice
+    if choice.get("type") != "function":
+        message = f"tool_choice: the type {choice.get('type')!r:.40} is not supported, expected function"
+        raise Failure(400, message, "unsupported", "tool_choice")
+    check_fields(choice, "tool_choice", "type", "name")
     return {"type": "function", "function": {"name": choice.get("name")}}
 
 

@@ -39,7 +39,7 @@ class StreamOptions(Body):
     """OpenAI's ``stream_options``."""
 
     include_usage: bool | None = None
-    harmless = frozenset({"include_obfuscation"})
+    harmless = frozenset({"continuous_usage_stats", "include_obfuscation"})
 
 
 def _as_list(value: Any) -> Any:  # noqa: ANN401  (any JSON value)
@@ -68,8 +68,8 @@ class GenerationBody(StructureFields):
 
     @classmethod
     def rename(cls, body: dict[str, Any]) -> dict[str, Any]:
-        """Read llama-server's name of ``max_tokens``, too."""
-        return super().rename(take_alias(body, "n_predict", "max_tokens"))
+        """Read llama-server's names of ``max_tokens`` and ``n``, too."""
+        return super().rename(take_alias(take_alias(body, "n_predict", "max_tokens"), "n_cmpl", "n"))
 
 
 class CompletionBody(GenerationBody):
@@ -222,7 +222,7 @@ class ChatBody(GenerationBody):
             if getattr(self, name) == 0:
                 raise refusal(name, "{name} is 0; an answer needs at least one token")
         for name, other in (("functions", "tools"), ("function_call", "tool_choice")):
-            if getattr(self, name) and getattr(self, other):
+            if getattr(self, name) and getattr(self, other) and getattr(self, name) != getattr(self, other):
                 raise refusal(name, f"{{name}} is the older form of {other!r}; they cannot both be given")
         return self
 

@@ -5,7 +5,8 @@ So the other APIs can do what chat completions can do: tools, grammars, reasonin
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -73,6 +74,30 @@ def validated(kind: type[B], fields: Mapping[str, Any]) -> B:
         return kind.model_validate(dict(fields))
     except ValidationError as error:
         raise RequestValidationError(error.errors(include_url=False)) from error
+
+
+def check_fields(item: Json, where: str, *read: str, harmless: Collection[str] = ()) -> None:
+    """Check that an object of a request has only fields that are read or harmless; null stands for no field.
+
+    Raises:
+        Failure: if it has another one, which is named.
+    """
+    for name, value in item.items():
+        if value is not None and name not in read and name not in harmless:
+            message = f"{where}.{name}: {name!r:.80} is not supported by this server"
+            raise Failure(400, message, "refused_field", f"{where}.{name}"[:120])
+
+
+@contextmanager
+def naming(names: Mapping[str, str]) -> Iterator[None]:
+    """Let errors about a field of chat completions name the field of another API that stands for it."""
+    try:
+        yield
+    except Failure as failure:
+        name = names.get(failure.param or "")
+        if name is None:
+            raise
+        raise Failure(failure.status, f"{name}: {failure.message}", failure.code, name) from failure
 
 
 async def answer(

@@ -14,7 +14,7 @@ GREEDY = {"prompt": PROMPT, "max_tokens": 60, "temperature": 0}
 CHAT = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 60, "temperature": 0}
 
 
-READ = {"echo", "parallel_tool_calls", "tool_choice", "tools"}
+READ = {"echo", "function_call", "functions", "parallel_tool_calls", "tool_choice", "tools"}
 """Fields that one of the two endpoints reads."""
 
 
