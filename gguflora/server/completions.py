@@ -6,13 +6,14 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 
 from gguflora import engine
+from gguflora.engine import AdapterSet
 from gguflora.server.errors import as_failure, log_fault
 from gguflora.server.events import DONE, data_event
 from gguflora.server.json_response import JSONResponse
@@ -25,6 +26,8 @@ from gguflora.server.service import Service, ServiceDep
 from gguflora.server.streaming import Answers, EventStream, while_connected
 
 router = APIRouter()
+G = TypeVar("G", bound=GenerationBody)
+T = TypeVar("T")
 
 
 @router.get("/v1/models")
@@ -64,11 +67,8 @@ async def begin_completion(body: CompletionBody, service: Service) -> Completion
     Raises:
         GgufloraError: if the request cannot be answered.
     """
-    adapters = requested_set(service, body)
-    model = service.names.of(body.model, adapters)
     answers = Answers(stream=bool(body.stream))
-    requests, echoes = await run_in_threadpool(text_requests, service, body, adapters)
-    await run_in_threadpool(answers.begin, service.engine, requests)
+    model, echoes = await run_in_threadpool(_submit, service, body, answers, text_requests)
     form = TextForm()
     choices = [Choice(form, index, body.logprobs is not None, echo) for index, echo in enumerate(echoes)]
     return Completion(service, form, body, answers, choices, model)
@@ -86,14 +86,29 @@ async def begin_chat(body: ChatBody, service: Service) -> Completion:
     Raises:
         GgufloraError: if the request cannot be answered.
     """
-    adapters = requested_set(service, body)
-    model = service.names.of(body.model, adapters)
     answers = Answers(stream=bool(body.stream))
-    requests, replies = await run_in_threadpool(chat_requests, service, body, adapters)
-    await run_in_threadpool(answers.begin, service.engine, requests)
+    model, replies = await run_in_threadpool(_submit, service, body, answers, chat_requests)
     form = ChatForm()
     choices = [ChatChoice(form, index, bool(body.logprobs), reply=reply) for index, reply in enumerate(replies)]
     return Completion(service, form, body, answers, choices, model)
+
+
+def _submit(
+    service: Service,
+    body: G,
+    answers: Answers,
+    make_requests: Callable[[Service, G, AdapterSet], tuple[list[engine.Request], list[T]]],
+) -> tuple[str, list[T]]:
+    """Find a request's adapters, which may need a look at files, and begin its answers; not for the event loop.
+
+    Returns:
+        The name of the set that answers, and what ``make_requests`` returns beside each request.
+    """
+    adapters = requested_set(service, body)
+    requests, others = make_requests(service, body, adapters)
+    model = service.names.of(body.model, adapters)
+    answers.begin(service.engine, requests)
+    return model, others
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
-from gguflora.engine import AdapterSet
 from gguflora.quants.arrays import Float32Array
 from gguflora.server.errors import Failure
 from gguflora.server.fields import Body, take_alias
@@ -62,20 +61,21 @@ class RerankBody(_ModelBody):
 @router.post("/v1/embeddings")
 async def embed(body: EmbeddingsBody, service: ServiceDep) -> dict[str, Any]:
     """Embed texts, with the pooling that the model's file names or else the mean of the last hidden states."""
-    adapters = service.adapter_set(body.model, body.lora)
-    vectors, n_tokens = await run_in_threadpool(_embed, service, body, adapters)
+    model, vectors, n_tokens = await run_in_threadpool(_embed, service, body)
     encode = _as_base64 if body.encoding_format == "base64" else _as_list
     return {
         "object": "list",
         "data": [
             {"object": "embedding", "index": index, "embedding": encode(vector)} for index, vector in enumerate(vectors)
         ],
-        "model": service.names.of(body.model, adapters),
+        "model": model,
         "usage": {"prompt_tokens": n_tokens, "total_tokens": n_tokens},
     }
 
 
-def _embed(service: Service, body: EmbeddingsBody, adapters: AdapterSet) -> tuple[Float32Array, int]:
+def _embed(service: Service, body: EmbeddingsBody) -> tuple[str, Float32Array, int]:
+    """Return the name of the adapter set, a vector for each text, and the number of tokens."""
+    adapters = service.adapter_set(body.model, body.lora)
     given = body.texts()
     if not 0 < len(given) <= _MAX_TEXTS:
         raise Failure(400, f"input has {len(given)} texts, expected 1 to {_MAX_TEXTS}", "invalid_value", "input")
@@ -90,7 +90,8 @@ def _embed(service: Service, body: EmbeddingsBody, adapters: AdapterSet) -> tupl
                 "dimensions",
             )
         vectors = vectors[:, : body.dimensions]
-    return _normalized(vectors, 2 if body.embd_normalize is None else body.embd_normalize), sum(map(len, texts))
+    vectors = _normalized(vectors, 2 if body.embd_normalize is None else body.embd_normalize)
+    return service.names.of(body.model, adapters), vectors, sum(map(len, texts))
 
 
 def _normalized(vectors: Float32Array, order: int) -> Float32Array:
@@ -115,18 +116,24 @@ def _as_base64(vector: Float32Array) -> str:
 
 async def rerank(body: RerankBody, service: ServiceDep) -> dict[str, Any]:
     """Rank documents for a query with a model that has a head for it; the best comes first."""
-    adapters = service.adapter_set(body.model, body.lora)
-    scores, n_tokens = await run_in_threadpool(service.engine.rank, body.query, body.documents, adapters)
+    model, scores, n_tokens = await run_in_threadpool(_rank, service, body)
     best = np.argsort(-scores, kind="stable")[: body.top_n or len(scores)]
     results: list[dict[str, Any]] = [{"index": int(index), "relevance_score": float(scores[index])} for index in best]
     if body.return_documents:
         results = [{**each, "document": {"text": body.documents[int(each["index"])]}} for each in results]
     return {
         "object": "list",
-        "model": service.names.of(body.model, adapters),
+        "model": model,
         "results": results,
         "usage": {"prompt_tokens": n_tokens, "total_tokens": n_tokens},
     }
+
+
+def _rank(service: Service, body: RerankBody) -> tuple[str, Float32Array, int]:
+    """Return the name of the adapter set, a score for each document, and the number of tokens."""
+    adapters = service.adapter_set(body.model, body.lora)
+    scores, n_tokens = service.engine.rank(body.query, body.documents, adapters)
+    return service.names.of(body.model, adapters), scores, n_tokens
 
 
 for _path in ("/v1/rerank", "/v1/reranking"):

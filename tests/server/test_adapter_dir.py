@@ -1,5 +1,6 @@
 """A directory of adapters: every one is a model, loaded at first use, gone when memory is full, new when it changes."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import pytest
 
 from gguflora.diagnostics import demo
 from gguflora.engine import Engine, Request, Sampling
+from gguflora.engine.adapter_folder import AdapterFolder
 from gguflora.errors import EngineError, QueueFullError, RequestError, ServerError
 from gguflora.server.app import create_app
 from support import serving
@@ -186,3 +188,40 @@ def test_directories_that_cannot_be_served(tmp_path):
         assert engine.adapter_names() == ["default"]
         with pytest.raises(ServerError, match="no adapter can be named 'default'"):
             create_app(engine, demo.BASE)
+
+
+def test_no_file_is_looked_at_on_the_event_loop(http, monkeypatch):
+    """A slow file system holds the request that names an adapter, and no other one."""
+    on_loop, elsewhere = [], []
+
+    def watched(method):
+        def look(self, *args):
+            try:
+                asyncio.get_running_loop()
+                on_loop.append((method.__name__, *args))
+            except RuntimeError:
+                elsewhere.append((method.__name__, *args))
+            return method(self, *args)
+
+        return look
+
+    for method in (AdapterFolder.find, AdapterFolder.names):
+        monkeypatch.setattr(AdapterFolder, method.__name__, watched(method))
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "model": "shout"}
+    for path, body in (
+        ("/v1/completions", {**GREEDY, "max_tokens": 2, "model": "shout"}),
+        ("/v1/completions", {**GREEDY, "max_tokens": 2, "adapter_id": "verse"}),
+        ("/completion", {"prompt": "x", "n_predict": 2, "model": "shout"}),
+        ("/v1/chat/completions", chat),
+        ("/v1/messages", chat),
+        ("/v1/responses", {"input": "x", "max_output_tokens": 2, "model": "shout"}),
+        ("/v1/embeddings", {"input": "x", "model": "shout"}),
+        ("/apply-template", chat),
+    ):
+        assert http.post(path, json=body).status_code == 200, path
+        missing = http.post(path, json={**body, "model": "nobody"})
+        assert missing.status_code == 404, path
+    for path in ("/v1/models", "/v1/models/shout", "/lora-adapters", "/props", "/slots", "/metrics"):
+        assert http.get(path).status_code == 200, path
+    assert elsewhere
+    assert on_loop == []
