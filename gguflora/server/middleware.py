@@ -13,7 +13,9 @@ from gguflora.server.hosts import check_host, check_origin
 from gguflora.server.keys import CACHE_OWNER, check_key, owner_of
 from gguflora.server.settings import Settings
 
-OPEN_PATHS: Final = frozenset({"/", "/page.css", "/page.js", "/icon.svg", "/health", "/ready"})
+OPEN_PATHS: Final = frozenset(
+    {"/", "/client.js", "/health", "/icon.svg", "/maps.js", "/page.css", "/page.js", "/ready"}
+)
 """Paths that need no key."""
 
 _MAX_HEADERS: Final = 128

@@ -113,7 +113,7 @@ def test_key(locked):
     assert locked.get("/v1/models", headers=BEARER).status_code == 200
     assert locked.post("/v1/completions", json=GREEDY).status_code == 401
     assert locked.post("/v1/completions", json=GREEDY, headers=BEARER).status_code == 200
-    for path in ("/", "/page.js", "/page.css", "/icon.svg", "/health"):
+    for path in ("/", "/page.js", "/client.js", "/maps.js", "/page.css", "/icon.svg", "/health"):
         assert locked.get(path).status_code == 200
     with pytest.raises(openai.AuthenticationError, match="GGUFLORA_API_KEY"):
         serving.openai_client(locked, key="wrong").models.list()

@@ -60,7 +60,7 @@ def text_of(page, column):
 
 
 def ask(page, prompt=serving.QUESTION):
-    page.get_by_label("Prompt").fill(prompt)
+    page.get_by_label("Prompt", exact=True).fill(prompt)
     page.get_by_role("button", name="Ask both").click()
 
 
@@ -145,6 +145,9 @@ def test_stop(page):
     page.get_by_label("Chat template").uncheck()
     ask(page, "The")
     playwright.expect(page.locator("#base .numbers")).to_contain_text("tokens")
+    page.keyboard.press("Escape")
+    until_answered(page)
+    ask(page, "The")
     page.get_by_role("button", name="Stop").click()
     until_answered(page)
     playwright.expect(page.get_by_role("alert")).to_be_hidden()
@@ -161,6 +164,104 @@ def test_keyboard_only(page):
     page.keyboard.press("Control+Enter")
     wait_until(lambda: text_of(page, "adapted").strip() == expected_text("shout").strip())
     until_answered(page)
+
+
+def test_each_adapter_apart(page, http):
+    """Every adapter gets a column of its own, and all columns are decoded in the same batches."""
+    move(page, "verse", 0.5)
+    page.get_by_label("Each adapter apart").check()
+    playwright.expect(page.locator("article h2")).to_have_text(["Base", "shout", "verse"])
+    playwright.expect(page.locator("article .set")).to_have_text(["no adapter", "shout at 1", "verse at 0.5"])
+    mixed = http.engine.stats().mixed_steps
+    page.get_by_label("Prompt", exact=True).fill(serving.QUESTION)
+    page.get_by_role("button", name="Ask all").click()
+    until_answered(page)
+    texts = [text.strip() for text in page.locator("article .text").all_inner_texts()]
+    wanted = [expected_text(), expected_text("shout"), expected_text("verse", 0.5)]
+    assert texts == [text.strip() for text in wanted]
+    assert http.engine.stats().mixed_steps > mixed
+    move(page, "shout", 0)
+    playwright.expect(page.locator("article h2")).to_have_text(["Base", "verse"])
+    page.get_by_label("Each adapter apart").uncheck()
+    playwright.expect(page.locator("article h2")).to_have_text(["Base", "Adapted"])
+
+
+def test_what_a_set_costs(page, http):
+    playwright.expect(page.locator("#about")).to_contain_text("tokens of context")
+    ask(page)
+    until_answered(page)
+    size = sum(each.size for each in http.engine.adapters() if each.name == "shout")
+    playwright.expect(page.locator("#adapted .cost")).to_contain_text(f"adapters {round(size / 1000)} kB")
+    playwright.expect(page.locator("#adapted .cost")).to_contain_text("% of the base's speed")
+    playwright.expect(page.locator("#base .cost")).to_contain_text("model ")
+
+
+def test_the_rendered_prompt(page, http):
+    page.get_by_label("Prompt", exact=True).fill(serving.QUESTION)
+    page.get_by_text("Prompt as the model reads it").click()
+    chat = {"messages": [{"role": "user", "content": serving.QUESTION}]}
+    rendered = page.get_by_label("Rendered prompt")
+    playwright.expect(rendered).to_have_text(http.post("/apply-template", json=chat).json()["prompt"])
+    page.get_by_label("Chat template").uncheck()
+    playwright.expect(rendered).to_have_text(serving.QUESTION)
+
+
+def test_the_address_holds_what_is_set(page, browser, http):
+    page.get_by_label("Tokens").fill("33")
+    page.get_by_label("Prompt", exact=True).fill("What & why = 50%?")
+    page.get_by_label("Chat template").uncheck()
+    move(page, "shout", 0)
+    move(page, "verse", 0.5)
+    for other in opened(browser, http):
+        other.goto(page.url)
+        other.reload()
+        playwright.expect(other.get_by_role("slider")).to_have_count(2)
+        assert other.get_by_label("Prompt", exact=True).input_value() == "What & why = 50%?"
+        assert other.get_by_label("Tokens").input_value() == "33"
+        assert not other.get_by_label("Chat template").is_checked()
+        assert other.locator("output").all_inner_texts() == ["0.00", "0.50"]
+        playwright.expect(other.locator("#adapted .set")).to_have_text("verse at 0.5")
+    playwright.expect(page.get_by_role("button", name="Copy link")).to_be_visible()
+
+
+def test_adapters_are_loaded_and_unloaded(browser, tmp_path):
+    shutil.copy(serving.lora_file("verse"), tmp_path / "poem.gguf")
+    with serving.serving(Settings(allow_load=tmp_path), n_ctx=2048) as http:
+        for page in opened(browser, http):
+            page.get_by_label("Load", exact=True).fill("nowhere.gguf")
+            page.get_by_role("button", name="Load", exact=True).click()
+            playwright.expect(page.get_by_role("alert")).to_contain_text("does not exist")
+            page.get_by_label("Load", exact=True).fill("poem.gguf")
+            page.get_by_role("button", name="Load", exact=True).click()
+            slider = page.get_by_role("slider", name="poem")
+            playwright.expect(slider).to_have_value("1")
+            playwright.expect(page.get_by_role("alert")).to_be_hidden()
+            move(page, "shout", 0)
+            ask(page)
+            until_answered(page)
+            assert text_of(page, "adapted").strip() == expected_text("verse").strip()
+            page.get_by_role("button", name="Unload poem").click()
+            playwright.expect(slider).to_have_count(0)
+            assert [each.name for each in http.engine.adapters()] == ["shout", "verse"]
+            playwright.expect(page.locator("figure")).to_have_count(2)
+
+
+def test_adapters_of_a_directory_are_added(browser, tmp_path):
+    shutil.copy(serving.lora_file("shout"), tmp_path / "loud.gguf")
+    with serving.serving(adapters={}, adapter_dir=tmp_path, n_ctx=2048) as http:
+        for page in opened(browser, http):
+            playwright.expect(page.get_by_text("No adapter is loaded.").first).to_be_visible()
+            page.get_by_label("From the directory").fill("quiet")
+            page.get_by_role("button", name="Add").click()
+            playwright.expect(page.get_by_role("alert")).to_contain_text("no quiet")
+            page.get_by_label("From the directory").fill("loud")
+            page.get_by_role("button", name="Add").click()
+            playwright.expect(page.locator("#adapted .set")).to_have_text("loud at 1")
+            ask(page)
+            until_answered(page)
+            assert text_of(page, "adapted").strip() == expected_text("shout").strip()
+            playwright.expect(page.locator("figure")).to_have_count(1)  # it is loaded by now
+            playwright.expect(page.get_by_role("button", name="Unload")).to_have_count(0)  # nothing allows it
 
 
 def test_a_full_queue_is_shown(browser):

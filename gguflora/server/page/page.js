@@ -1,73 +1,49 @@
-// The page: asks the base and the adapted model the same question and shows both answers as they come.
+// The page: asks the base and the adapted model, or each adapter, the same question and shows the answers as they come.
+
+import { bytes, events, make, post, read } from "./client.js";
+import { drawMaps } from "./maps.js";
 
 const LIVE_DELAY = 250; // milliseconds after the last movement of a slider
+const FIELDS = { prompt: "prompt", tokens: "max-tokens", temperature: "temperature", seed: "seed" };
 const $ = (id) => document.getElementById(id);
-const running = { base: null, adapted: null }; // an AbortController for each column that is answering
+const running = new Map(); // an AbortController for each column that is answering
+const rates = new Map(); // tokens per second of the last answer of each column
 let adapters = [];
+let memory = {};
 let asked = false;
-let liveTimer;
-
-function make(tag, properties = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  return element;
-}
-
-// ---- talking to the server
-
-async function call(path, options = {}) {
-  const key = sessionStorage.getItem("key");
-  const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
-  let response;
-  try {
-    response = await fetch(path, { ...options, headers });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Error("The server cannot be reached.");
-  }
-  if (response.ok) return response;
-  const body = await response.json().catch(() => ({}));
-  if (response.status === 401) $("key-form").hidden = false;
-  throw new Error(`${response.status}: ${body.error?.message ?? response.statusText}`);
-}
-
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let pending = "";
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) throw new Error("The answer broke off.");
-    const blocks = (pending + value).split("\n\n");
-    pending = blocks.pop();
-    for (const block of blocks) {
-      const data = block.replace(/^data: /, "");
-      if (data === "[DONE]") return;
-      const event = JSON.parse(data);
-      if (event.error) throw new Error(event.error.message);
-      yield event;
-    }
-  }
-}
+let timer;
 
 function showError(error) {
+  if (error?.status === 401) $("key-form").hidden = false;
   $("error").textContent = error?.message ?? "";
   $("error").hidden = !error;
 }
 
-// ---- asking
+// ---- what is asked
 
-function scales() {
-  return adapters.map(({ id, slider }) => ({ id, scale: Number(slider.value) })).filter(({ scale }) => scale !== 0);
+const scaleOf = ({ slider }) => Number(slider.value);
+const active = () => adapters.filter((adapter) => scaleOf(adapter) !== 0);
+const nameOf = (list) => list.map((adapter) => `${adapter.name}@${scaleOf(adapter)}`).join("+") || "base";
+const describe = (list) => list.map((adapter) => `${adapter.name} at ${scaleOf(adapter)}`).join(" + ") || "no adapter";
+
+function wanted() {
+  const both = [
+    { id: "base", title: "Base", list: [] },
+    { id: "adapted", title: "Adapted", list: active() },
+  ];
+  if (!$("apart").checked) return both;
+  const alone = active().map((adapter) => ({ id: `only-${adapter.name}`, title: adapter.name, list: [adapter] }));
+  return [both[0], ...alone];
 }
 
-function question(lora) {
+function question(list) {
   const text = $("prompt").value;
   const chat = $("chat").checked;
   return {
     path: chat ? "v1/chat/completions" : "v1/completions",
     body: {
       ...(chat ? { messages: [{ role: "user", content: text }] } : { prompt: text }),
-      lora,
+      model: nameOf(list),
       stream: true,
       stream_options: { include_usage: true },
       max_tokens: Number($("max-tokens").value) || 128,
@@ -75,6 +51,27 @@ function question(lora) {
       seed: Number($("seed").value) || 0,
     },
   };
+}
+
+// ---- columns
+
+function drawColumns() {
+  const columns = wanted();
+  for (const id of running.keys()) if (!columns.some((column) => column.id === id)) running.get(id).abort();
+  const shown = columns.map((column) => document.getElementById(column.id) ?? makeColumn(column));
+  $("answers").replaceChildren(...shown);
+  for (const { id, list } of columns) document.getElementById(id).querySelector(".set").textContent = describe(list);
+  $("go").textContent = $("apart").checked ? "Ask all" : "Ask both";
+  return columns;
+}
+
+function makeColumn({ id, title }) {
+  const text = make("pre", { className: "text", tabIndex: 0 });
+  text.setAttribute("aria-live", "polite");
+  text.setAttribute("aria-busy", "false");
+  text.setAttribute("aria-label", id === "base" ? "Answer of the base" : id === "adapted" ? "Answer with adapters" : `Answer of ${title}`);
+  const line = (className) => make("p", { className: `${className} quiet` });
+  return make("article", { id }, make("h2", {}, title), line("set"), text, line("numbers"), line("cost"));
 }
 
 function numbers({ tokens, first, seconds, final }) {
@@ -85,11 +82,25 @@ function numbers({ tokens, first, seconds, final }) {
   return parts.join(" · ");
 }
 
-async function answer(column, lora) {
-  running[column]?.abort();
-  const controller = (running[column] = new AbortController());
-  const text = document.querySelector(`#${column} .text`);
-  const line = document.querySelector(`#${column} .numbers`);
+function showCosts() {
+  for (const { id, list } of wanted()) {
+    const line = document.getElementById(id)?.querySelector(".cost");
+    if (!line) continue;
+    const size = list.reduce((sum, adapter) => sum + (adapter.size ?? 0), 0);
+    const parts = [list.length ? `adapters ${bytes(size)}` : memory.model ? `model ${bytes(memory.model)}` : ""];
+    const share = rates.get(id) / rates.get("base");
+    if (list.length && Number.isFinite(share)) parts.push(`${Math.round(share * 100)} % of the base's speed`);
+    line.textContent = parts.filter(Boolean).join(" · ");
+  }
+}
+
+async function answer({ id, list }) {
+  running.get(id)?.abort();
+  const controller = new AbortController();
+  running.set(id, controller);
+  const column = document.getElementById(id);
+  const text = column.querySelector(".text");
+  const line = column.querySelector(".numbers");
   const node = text.firstChild ?? text.appendChild(document.createTextNode(""));
   const started = performance.now();
   const state = { tokens: 0, seconds: 0 };
@@ -97,7 +108,7 @@ async function answer(column, lora) {
   let frame = 0;
   const draw = () => {
     frame = 0;
-    if (running[column] !== controller) return;
+    if (running.get(id) !== controller) return;
     const follow = text.scrollTop + text.clientHeight >= text.scrollHeight - 4;
     node.data = buffer.trimStart();
     line.textContent = numbers(state);
@@ -108,11 +119,10 @@ async function answer(column, lora) {
   text.setAttribute("aria-busy", "true");
   updateButtons();
   try {
-    const { path, body } = question(lora);
-    const response = await call(path, { method: "POST", body: JSON.stringify(body), signal: controller.signal });
-    for await (const event of events(response)) {
+    const { path, body } = question(list);
+    for await (const event of events(await post(path, body, controller.signal))) {
       const choice = event.choices[0];
-      const piece = choice?.delta?.content ?? choice?.text ?? "";
+      const piece = choice?.delta?.content ?? choice?.delta?.reasoning_content ?? choice?.text ?? "";
       if (piece) {
         state.first ??= performance.now() - started;
         state.tokens += 1;
@@ -122,6 +132,7 @@ async function answer(column, lora) {
       state.final = event.timings ?? state.final;
       frame ||= requestAnimationFrame(draw);
     }
+    rates.set(id, state.final?.predicted_per_second);
   } catch (error) {
     if (error.name !== "AbortError") {
       text.classList.add("failed");
@@ -129,166 +140,237 @@ async function answer(column, lora) {
       showError(error);
     }
   }
-  if (running[column] !== controller) return; // another question has taken the column
+  if (running.get(id) !== controller) return; // another question has taken the column
   draw();
-  running[column] = null;
+  running.delete(id);
   text.setAttribute("aria-busy", "false");
   updateButtons();
+  showCosts();
 }
 
 function updateButtons() {
-  $("stop").disabled = !running.base && !running.adapted;
+  $("stop").disabled = running.size === 0;
 }
 
-function ask() {
+async function ask(columns = drawColumns()) {
   asked = true;
   showError(null);
-  answer("base", []);
-  answer("adapted", scales());
+  await Promise.all(columns.map(answer)); // all are asked at once, so that the server decodes them in one batch
+  if (adapters.some(({ id }) => id === undefined)) await refresh(); // those of the folder are loaded now
 }
 
 function stop() {
-  clearTimeout(liveTimer);
-  running.base?.abort();
-  running.adapted?.abort();
+  clearTimeout(timer);
+  for (const controller of running.values()) controller.abort();
+}
+
+// ---- the prompt as the model reads it, and the address that holds what is set
+
+async function showRendered() {
+  if (!$("rendered").open) return;
+  const text = $("prompt").value;
+  if (!$("chat").checked) {
+    $("rendered-text").textContent = text;
+    return;
+  }
+  try {
+    const response = await post("apply-template", { messages: [{ role: "user", content: text }] });
+    $("rendered-text").textContent = (await response.json()).prompt;
+  } catch (error) {
+    $("rendered-text").textContent = error.message;
+  }
+}
+
+function state() {
+  const values = Object.entries(FIELDS).map(([name, id]) => [name, $(id).value]);
+  const on = active();
+  return new URLSearchParams([
+    ...values,
+    ["chat", Number($("chat").checked)],
+    ["apart", Number($("apart").checked)],
+    ["set", nameOf(on)],
+  ]);
+}
+
+function keepState() {
+  history.replaceState(null, "", `#${state()}`);
+}
+
+function readState() {
+  const given = new URLSearchParams(location.hash.slice(1));
+  for (const [name, id] of Object.entries(FIELDS)) if (given.has(name)) $(id).value = given.get(name);
+  for (const id of ["chat", "apart"]) if (given.has(id)) $(id).checked = given.get(id) === "1";
+  return given.get("set");
+}
+
+function scalesIn(set) {
+  const parts = set && set !== "base" ? set.split("+") : [];
+  return new Map(parts.map((part) => part.split("@")).map(([name, scale]) => [name, Number(scale ?? 1) || 0]));
+}
+
+async function copyLink() {
+  keepState();
+  try {
+    await navigator.clipboard.writeText(location.href);
+    $("copy").textContent = "Copied";
+  } catch {
+    $("copy").textContent = "Copy the address above";
+  }
+  setTimeout(() => ($("copy").textContent = "Copy link"), 2000);
 }
 
 // ---- adapters
 
-function describeSet() {
-  const on = adapters.filter(({ slider }) => Number(slider.value) !== 0);
-  const names = on.map(({ name, slider }) => `${name} at ${Number(slider.value)}`);
-  document.querySelector("#adapted .set").textContent = names.join(" + ") || "no adapter";
-}
-
 function moved(adapter) {
-  const scale = Number(adapter.slider.value);
+  const scale = scaleOf(adapter);
   adapter.output.value = scale.toFixed(2);
   adapter.map?.style.setProperty("--scale", scale);
-  describeSet();
-  clearTimeout(liveTimer);
-  if (asked) {
-    liveTimer = setTimeout(() => {
-      showError(null);
-      answer("adapted", scales());
-    }, LIVE_DELAY);
-  }
+  const columns = drawColumns();
+  keepState();
+  clearTimeout(timer);
+  if (!asked) return;
+  timer = setTimeout(() => ask(columns.filter(({ id }) => id !== "base")), LIVE_DELAY);
 }
 
-function addSlider(adapter) {
-  const id = `scale-${adapter.id}`;
+function addRow(adapter, scale) {
+  const id = `scale-${adapter.name}`;
   const slider = make("input", { id, type: "range", min: "0", max: "2", step: "0.05" });
-  slider.value = String(adapter.start);
-  slider.addEventListener("input", () => moved(adapter));
-  const size = `${adapter.method}, ${(adapter.size / 1e6).toFixed(1)} MB`;
-  const label = make("label", { htmlFor: id }, adapter.name, make("small", {}, size));
+  slider.value = String(scale);
   adapter.slider = slider;
-  adapter.output = make("output", { htmlFor: id, value: "" });
-  $("sliders").append(make("div", { className: "slider" }, label, slider, adapter.output));
-}
-
-async function loadAdapters() {
-  const list = await (await call("lora-adapters")).json();
-  const any = list.some(({ scale }) => scale !== 0);
-  adapters = list.map((adapter, index) => ({ ...adapter, start: any ? adapter.scale : Number(index === 0) }));
-  if (adapters.length) $("sliders").replaceChildren();
-  adapters.forEach(addSlider);
-  adapters.forEach(moved);
-}
-
-// ---- heat maps
-
-const percent = (value) => `${(value * 100).toPrecision(2)} %`;
-
-function describe(adapter, change) {
-  const scale = Number(adapter.slider.value);
-  const amount = change.relative === null ? "changed" : `${percent(change.relative * scale)} at scale ${scale}`;
-  return `${change.name}: ${amount}${change.problem ? ` (${change.problem})` : ""}`;
-}
-
-function cell(adapter, change, largest, readout) {
-  if (!change) return make("td");
-  const td = make("td", { className: change.problem ? "cell problem" : "cell", tabIndex: -1 });
-  td.style.setProperty("--change", (change.relative ?? 0) / largest);
-  const tell = () => {
-    readout.textContent = describe(adapter, change);
-    td.setAttribute("aria-label", readout.textContent);
-  };
-  td.addEventListener("pointerenter", tell);
-  td.addEventListener("focus", tell);
-  return td;
-}
-
-function walk(event, table) {
-  const [dx, dy] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key] ?? [0, 0];
-  if (!dx && !dy) return;
-  event.preventDefault();
-  const here = document.activeElement.closest("td");
-  if (!here) return table.querySelector("td.cell")?.focus();
-  let [x, y] = [here.cellIndex + dx, here.parentElement.rowIndex + dy];
-  for (let next; (next = table.rows[y]?.cells[x]); x += dx, y += dy) {
-    if (next.matches("td.cell")) return next.focus();
+  adapter.output = make("output", { value: "" });
+  adapter.output.setAttribute("for", id);
+  adapter.output.value = scaleOf(adapter).toFixed(2);
+  slider.addEventListener("input", () => moved(adapter));
+  const size = adapter.size ? `${adapter.method}, ${bytes(adapter.size)}` : "loads when it is asked";
+  const label = make("label", { htmlFor: id }, adapter.name);
+  const about = make("small", {}, size);
+  const row = make("div", { className: "slider" }, make("div", { className: "who" }, label, about), slider, adapter.output);
+  if ($("load-form").dataset.allowed && adapter.id !== undefined) {
+    const button = make("button", { type: "button", className: "unload", title: `Unload ${adapter.name}` }, "Unload");
+    button.setAttribute("aria-label", `Unload ${adapter.name}`);
+    button.addEventListener("click", () => unload(adapter.name));
+    row.append(button);
   }
+  $("sliders").append(row);
 }
 
-function drawMap(adapter, largest) {
-  const layerOf = ({ layer }) => layer ?? "–";
-  const layers = [...new Set(adapter.changes.map(layerOf))].sort((a, b) => (a === "–") - (b === "–") || a - b);
-  const modules = [...new Set(adapter.changes.map(({ module }) => module))];
-  const readout = make("span", {}, "point at a cell, or use the arrow keys");
-  const table = make("table", { tabIndex: 0 });
-  table.setAttribute("aria-label", `Changes of ${adapter.name}: layers from left to right`);
-  const head = layers.map((layer) => make("th", { scope: "col" }, String(layer)));
-  table.append(make("thead", {}, make("tr", {}, make("th", {}, "layer"), ...head)));
-  const rows = modules.map((module) => {
-    const inRow = new Map(adapter.changes.filter((change) => change.module === module).map((c) => [layerOf(c), c]));
-    const cells = layers.map((layer) => cell(adapter, inRow.get(layer), largest, readout));
-    return make("tr", {}, make("th", { scope: "row" }, module), ...cells);
+/** Read which adapters there are; scales that are set stay, and `scales` sets others. */
+async function refresh(scales = new Map()) {
+  const [loaded, models, props] = await Promise.all([read("lora-adapters"), read("v1/models"), read("props")]);
+  memory = props.memory;
+  $("model").textContent = models.data[0].root;
+  $("about").textContent = `${bytes(memory.model)} · cache ${bytes(memory.kv)} · ${props.default_generation_settings.n_ctx} tokens of context`;
+  if (props.can_load_adapters) $("load-form").dataset.allowed = "yes";
+  $("load-form").hidden = !props.can_load_adapters;
+  const before = new Map(adapters.map((adapter) => [adapter.name, adapter]));
+  const names = new Set(loaded.map(({ name }) => name));
+  const dormant = props.adapters_on_disk.filter((name) => !names.has(name));
+  const rows = dormant.filter((name) => before.has(name) || scales.has(name)).map((name) => ({ name }));
+  const any = loaded.some(({ scale }) => scale !== 0);
+  const start = ({ name, scale }, index) => {
+    if (scales.has(name)) return scales.get(name);
+    if (before.has(name)) return scaleOf(before.get(name));
+    if (before.size || scales.size) return 0;
+    return any ? scale : Number(index === 0);
+  };
+  adapters = [...loaded, ...rows].map((adapter) => ({ ...adapter, changes: sameChanges(before.get(adapter.name), adapter) }));
+  const starts = adapters.map(start);
+  $("sliders").replaceChildren(...(adapters.length ? [] : [make("p", { className: "quiet" }, "No adapter is loaded.")]));
+  adapters.forEach((adapter, index) => addRow(adapter, starts[index]));
+  $("add-form").hidden = dormant.length === 0;
+  $("dormant").replaceChildren(...dormant.map((name) => make("option", { value: name })));
+  drawColumns();
+  showCosts();
+  drawMaps($("maps"), adapters).catch(showError);
+}
+
+const sameChanges = (former, adapter) => (former?.sha256 === adapter.sha256 ? former?.changes : undefined);
+
+async function load(event) {
+  event.preventDefault();
+  const path = $("load-path").value.trim();
+  const name = $("load-name").value.trim() || path.split("/").filter(Boolean).pop()?.replace(/\.gguf$/, "");
+  await attempt($("load-button"), "Loading …", async () => {
+    await post("v1/load_lora_adapter", { lora_name: name, lora_path: path });
+    await refresh(new Map([[name, 1]]));
+    $("load-form").reset();
   });
-  table.append(make("tbody", {}, ...rows));
-  table.addEventListener("keydown", (event) => walk(event, table));
-  adapter.map = table;
-  table.style.setProperty("--scale", adapter.slider.value);
-  return make("figure", {}, make("figcaption", {}, adapter.name, readout), make("div", { className: "scroll" }, table));
 }
 
-async function loadMaps() {
-  const changes = (adapter) => call(`lora-adapters/${adapter.id}/changes`).then((response) => response.json());
-  if (!adapters.length) return;
-  $("maps").replaceChildren(make("p", { className: "quiet" }, "measuring …"));
-  for (const adapter of adapters) adapter.changes = (await changes(adapter)).changes;
-  const largest = Math.max(...adapters.flatMap((adapter) => adapter.changes.map(({ relative }) => relative ?? 0))) || 1;
-  const legend = make("p", { className: "quiet" }, "0 ", make("span", { className: "legend" }), ` ${percent(largest)} or more`);
-  $("maps").replaceChildren(legend, ...adapters.map((adapter) => drawMap(adapter, largest)));
+const unload = (name) =>
+  attempt(null, "", async () => {
+    await post("v1/unload_lora_adapter", { lora_name: name });
+    await refresh();
+    keepState();
+  });
+
+async function attempt(button, label, work) {
+  const text = button?.textContent;
+  if (button) Object.assign(button, { disabled: true, textContent: label });
+  try {
+    showError(null);
+    await work();
+  } catch (error) {
+    showError(error);
+  }
+  if (button) Object.assign(button, { disabled: false, textContent: text });
+}
+
+function add(event) {
+  event.preventDefault();
+  const name = $("add-name").value.trim();
+  if (![...$("dormant").children].some(({ value }) => value === name)) {
+    return showError(new Error(`The directory of adapters has no ${name} that is not shown yet.`));
+  }
+  $("add-form").reset();
+  attempt(null, "", () => refresh(new Map([[name, 1]])));
 }
 
 // ---- start
 
 async function start() {
   try {
-    const models = (await (await call("v1/models")).json()).data;
-    $("model").textContent = models[0].root;
-    await loadAdapters();
+    await refresh(scalesIn(readState()));
     $("key-form").hidden = true;
     showError(null);
-    await loadMaps();
+    showRendered();
   } catch (error) {
     showError(error);
     $("model").textContent = "";
   }
 }
 
+function changed() {
+  keepState();
+  clearTimeout(changed.timer);
+  changed.timer = setTimeout(showRendered, LIVE_DELAY);
+}
+
 $("ask").addEventListener("submit", (event) => {
   event.preventDefault();
+  keepState();
   ask();
 });
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
 });
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") stop();
+});
+$("ask").addEventListener("input", changed);
+$("apart").addEventListener("change", () => {
+  drawColumns();
+  showCosts();
+});
+$("rendered").addEventListener("toggle", showRendered);
 $("stop").addEventListener("click", stop);
+$("copy").addEventListener("click", copyLink);
+$("load-form").addEventListener("submit", load);
+$("add-form").addEventListener("submit", add);
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem("key", $("key").value);
   start();
 });
+window.addEventListener("hashchange", start);
 start();
