@@ -18,7 +18,6 @@ from gguflora.architectures.base_model import read_whole_base
 from gguflora.engine.adapter_folder import AdapterFolder
 from gguflora.engine.adapter_loader import AdapterFiles, AdapterLoader, Order
 from gguflora.engine.adapter_sets import AdapterSet, canonical_set, parse_set
-from gguflora.engine.chat_template import choose_template
 from gguflora.engine.context import Context
 from gguflora.engine.embedding import RANKING_HEAD, Embedder
 from gguflora.engine.job import GenerationJob
@@ -34,6 +33,7 @@ from gguflora.errors import AdapterNameError, RequestError
 from gguflora.files.remote import remote_inputs
 from gguflora.quants.arrays import Float32Array
 from gguflora.runtime.adapter_files import AdapterReading
+from gguflora.runtime.chat_template import choose_template
 from gguflora.runtime.concatenated_adapters import ConcatenatedAdapters
 from gguflora.runtime.mixed_adapters import MixedAdapters
 

@@ -12,9 +12,9 @@ from typing import Any, Final
 
 import llama_cpp
 
-from gguflora.engine.chat_template import ChosenTemplate
 from gguflora.errors import EngineError, MissingExtraError, RequestError
 from gguflora.runtime.bindings import captured_log, is_stateful, reason_of
+from gguflora.runtime.chat_template import ChosenTemplate
 from gguflora.runtime.llama_internals import silence
 from gguflora.runtime.templates import RENDERER
 from gguflora.runtime.tokenizing import metadata_of, pre_tokenizer, tokenize

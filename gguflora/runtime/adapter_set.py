@@ -44,6 +44,8 @@ class AttachedSet:
         closed: whether all adapters are unset and freed.
         starts: position of the first token that each activated LoRA computes, in the tokens evaluated so far.
         planned: whether `starts` is already right for the tokens evaluated next; true while tokens are generated.
+        template: which chat template the user wants: ``adapter``, ``base``, one in Jinja, or None.
+        chat_handler: what answers chats under the applied adapters; None if the Llama itself does.
     """
 
     def __init__(self, context: Untyped, model: Untyped, concatenated: ConcatenatedAdapters) -> None:
@@ -59,6 +61,8 @@ class AttachedSet:
         self.closed = False
         self.starts: Starts = {}
         self.planned = False
+        self.template: str | None = None
+        self.chat_handler: Untyped = None
 
     @property
     def invocations(self) -> dict[str, tuple[int, ...]]:

@@ -44,7 +44,13 @@ if TYPE_CHECKING:
 _LOG: Final = logging.getLogger(__name__)
 
 
-def attach(llm: Any, *, text_only: bool = False, trust_names: bool = False) -> Adapters:  # noqa: ANN401  (llama_cpp is imported only where it is used, and has no types)
+def attach(
+    llm: Any,  # noqa: ANN401  (llama_cpp is imported only where it is used, and has no types)
+    *,
+    text_only: bool = False,
+    trust_names: bool = False,
+    chat_template: str | None = None,
+) -> Adapters:
     """Make the adapters of a ``llama_cpp.Llama`` swappable; a second call returns the same set of adapters.
 
     An adapter given as ``Llama(lora_path=...)`` becomes a loaded adapter named after its file's stem, active at its
@@ -55,6 +61,9 @@ def attach(llm: Any, *, text_only: bool = False, trust_names: bool = False) -> A
         text_only: take only the part of a multimodal model's adapters that changes the language model; what is left
             out is logged.
         trust_names: apply adapters by name and shape where the order of a tensor's rows is not known.
+        chat_template: what ``create_chat_completion`` renders chats with: ``base``, ``adapter`` (the template in the
+            directory of the applied adapters) or a template in Jinja. None takes the template of a directory while it
+            is the only applied adapter, if it differs from the base's, and logs it.
 
     Raises:
         HotSwapError: if ``llm`` is not an open Llama, or its version of llama-cpp-python lacks what is needed.
@@ -75,18 +84,24 @@ def attach(llm: Any, *, text_only: bool = False, trust_names: bool = False) -> A
         raise HotSwapError("attach needs an open Llama; this one is closed")
     before, reading = guarded_llama.attached_set(llm), AdapterReading(text_only, trust_names)
     if before is not None and not before.closed:
+        if chat_template is not None:
+            before.template = chat_template
+            Adapters(llm, before, reading)._follow_template()
         return Adapters(llm, before, reading)
     base = cache(partial(read_whole_base, Path(llm.model_path)))
     concatenated = ConcatenatedAdapters(
         llm.model, llm.metadata.get("general.architecture", ""), lambda path: reading.open(path, base()).file
     )
     adapters = AttachedSet(*llama_internals.wrappers_of(llm), concatenated)
+    adapters.template = chat_template
     try:
         _adopt(llm, adapters, active=before is None)
         guarded_llama.guard(llm, adapters)
     except AttributeError as error:
         raise _without_llama_cpp(error) from error
-    return Adapters(llm, adapters, reading)
+    attached = Adapters(llm, adapters, reading)
+    attached._follow_template()
+    return attached
 
 
 def _without_llama_cpp(error: Exception) -> GgufloraError:
@@ -287,8 +302,10 @@ class Adapters:
     def _change(self, active: Mapping[str, float]) -> None:
         from gguflora.runtime import bindings  # noqa: PLC0415
 
-        before = self._set.active
-        if not self._set.set_active(active):
+        before, handler = self._set.active, self._handler_for(active)
+        changed = self._set.set_active(active)
+        self._set.chat_handler = handler
+        if not changed:
             return
         self._forget()
         prefix = self._set.prefix
@@ -299,8 +316,19 @@ class Adapters:
             bindings.put_prefix(self._llm.ctx, prefix)
         except GgufloraError:
             self._set.set_active(before)
+            self._set.chat_handler = self._handler_for(before)
             self._forget()
             raise
+
+    def _follow_template(self) -> None:
+        self._set.chat_handler = self._handler_for(self._set.active)
+
+    def _handler_for(self, active: Mapping[str, float]) -> Any:  # noqa: ANN401
+        """Return what answers chats under these adapters; None if the Llama itself does."""
+        from gguflora.runtime.attached_template import handler_of  # noqa: PLC0415
+
+        paths = [self._set.loaded[name].path for name in active]
+        return handler_of(self._llm, self._set.template, [path for path in paths if path is not None])
 
     def _forget(self) -> None:
         """Discard the tokens evaluated so far."""

@@ -235,6 +235,18 @@ class GuardedLlama(Guarded, llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp
     def _create_completion(self, *args: Untyped, **kwargs: Untyped) -> Iterator[Untyped]:
         return _set_of(self).llama_lock.generate(super()._create_completion(*args, **kwargs))
 
+    def create_chat_completion(self, *args: Untyped, **kwargs: Untyped) -> Untyped:
+        """Answer a chat, in the template of the applied adapter if it has one of its own."""
+        adapters = _set_of(self)
+        own: Untyped = vars(self)["chat_handler"]
+        if adapters.chat_handler is None or (own is not None and adapters.template is None):
+            return super().create_chat_completion(*args, **kwargs)
+        self.chat_handler = adapters.chat_handler
+        try:  # the prompt is made before this returns, also of a stream
+            return super().create_chat_completion(*args, **kwargs)
+        finally:
+            self.chat_handler = own
+
     def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., Any], tuple[type], Any]:
         # Llama pickles the arguments of its constructor, so the copy has no adapters: make it a plain Llama
         return _new, (_class_before(self),), self.__getstate__()

@@ -8,8 +8,8 @@ import time
 import pytest
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from gguflora.engine.chat_template import ChosenTemplate
 from gguflora.errors import RequestError
+from gguflora.runtime.chat_template import ChosenTemplate
 from gguflora.runtime.templates import RENDERER, TemplateRenderer
 from support import serving
 

@@ -1,4 +1,4 @@
-"""Choose the chat template of an engine: the base's, that of its adapter's directory, or a given one."""
+"""Choose a chat template: the base's, that of an adapter's directory, or a given one."""
 
 from __future__ import annotations
 
