@@ -146,7 +146,7 @@ class Reply:
         return False
 
     def _read_call(self, text: str, format_: ToolFormat, *, last: bool) -> bool:
-        """Read a call of a known tool; whatever else stands there is plain text."""
+        """Read a call of a known tool; anything else is plain text."""
         try:
             call = read_call(text, format_, self.tools)
         except NoCallError:
