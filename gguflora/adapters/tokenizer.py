@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gguflora.errors import AdapterError
+from gguflora.files.small_files import read_small_text
 from gguflora.files.strict_json import to_json
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
@@ -156,7 +157,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_small_text(path)
         content = json.loads(text)
         if "\\ud" in text.lower():  # an escaped surrogate without its partner is no text
             to_json(content, ensure_ascii=False).encode("utf-8")
@@ -261,6 +262,6 @@ def _plain(name: str) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_small_text(path)
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path}: cannot be read as a chat template: {error!r:.200}; {_WAY_OUT}") from error

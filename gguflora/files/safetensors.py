@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from gguflora.errors import MissingExtraError, SafetensorsError, listed
 from gguflora.files.lfs import check_fetched
 from gguflora.files.npz import read_npz
+from gguflora.files.small_files import read_small_text
 
 Array = NDArray[Any]
 
@@ -262,7 +263,7 @@ def weight_files(path: Path) -> list[Path]:
     if not path.name.endswith(_INDEX):
         return [path]
     try:
-        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(json.loads(read_small_text(path))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SafetensorsError(f"{path}: cannot be read as an index of shards: {error!r:.200}") from error
     if not all(_is_file_name(name) for name in names):

@@ -6,7 +6,7 @@ import difflib
 import os
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -101,8 +101,10 @@ def read_recipe(path: Path, var: Mapping[str, str | int | float] | None = None) 
         raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: cannot be read: it is not UTF-8: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits, and deep lists
         raise RecipeError(f"{_shown(path)}: is not TOML: {error}") from error
+    for keys in _with_nul(table):
+        raise _error(path, text, keys, "has the character U+0000, which no path and no name can have")
     table = fill_variables(table, var or {}, lambda keys, message: _error(path, text, keys, message))
     try:
         recipe = Recipe.model_validate(table)
@@ -114,6 +116,15 @@ def read_recipe(path: Path, var: Mapping[str, str | int | float] | None = None) 
         if name in names[:index]:
             raise file.error(("steps", index, "name"), f"another step is named {name!r}, too")
     return file
+
+
+def _with_nul(item: Any, keys: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:  # noqa: ANN401  (TOML)
+    """Yield the keys that lead to texts with a NUL character."""
+    for key, entry in item.items() if isinstance(item, dict) else enumerate(item):
+        if isinstance(entry, dict | list):
+            yield from _with_nul(entry, (*keys, key))
+        if "\0" in f"{key}{entry if isinstance(entry, str) else ''}":
+            yield (*keys, key)
 
 
 def validate_step(file: RecipeFile, index: int, fields: dict[str, Any]) -> Step:

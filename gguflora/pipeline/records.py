@@ -8,22 +8,20 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 from gguflora.errors import OutputError, RemoteError
 from gguflora.files import remote
 from gguflora.files.output_rule import check_regular
 from gguflora.files.shard_names import part_names
+from gguflora.files.small_files import read_small
 from gguflora.files.strict_json import to_json
 from gguflora.pipeline.changes import describe_changes
 from gguflora.pipeline.job import PipelineJob
 from gguflora.pipeline.keys import HASHES, Keys, files_of
 from gguflora.pipeline.locations import STATE, Location
-from gguflora.pipeline.state import as_object, discard, inside, write_json
+from gguflora.pipeline.state import ASIDE, as_object, discard, inside, write_json
 from gguflora.system.descriptors import open_file
-
-_ASIDE: Final = "failed"
-"""Folder of outputs that failed their checks."""
 
 
 class State(NamedTuple):
@@ -252,7 +250,7 @@ def _read_all(folder: Location) -> Iterator[tuple[str, bytes]]:
         for path in (folder / STATE).glob("*.json"):
             if path.name != HASHES:
                 with suppress(OSError):
-                    yield path.name, path.read_bytes()
+                    yield path.name, read_small(path)
 
 
 def _record_name(name: str) -> str:
@@ -261,9 +259,9 @@ def _record_name(name: str) -> str:
 
 def aside_name(name: str) -> str:
     """Return the name of an output that failed its checks, relative to the output folder."""
-    return f"{STATE}/{_ASIDE}/{name}"
+    return f"{STATE}/{ASIDE}/{name}"
 
 
 def aside_of(folder: Location, name: str) -> Location:
     """Return where an output is put that failed its checks."""
-    return inside(folder, f"{_ASIDE}/{name}")
+    return inside(folder, f"{ASIDE}/{name}")

@@ -13,11 +13,14 @@ from typing import Any, Final
 from gguflora.errors import OutputError
 from gguflora.files import remote
 from gguflora.files.atomic import atomic_output
+from gguflora.files.small_files import read_small
 from gguflora.files.strict_json import to_json
 from gguflora.pipeline.locations import STATE, Location
 
 DRAFTS: Final = "drafts"
 """Folder of outputs that are being made."""
+ASIDE: Final = "failed"
+"""Folder of outputs that failed their checks."""
 
 
 def inside(folder: Location, name: str) -> Location:
@@ -26,24 +29,30 @@ def inside(folder: Location, name: str) -> Location:
 
 
 def check_own_folder(folder: Location) -> None:
-    """Check that a pipeline's own folder, which may have come with a copied or cloned output folder, has no links.
+    """Check that a pipeline's own folder, which may have come with a copied or cloned output folder, has only files.
 
-    Writing through one would replace, and removing drafts would remove, files of the user.
+    Writing through a link would replace, and removing drafts would remove, files of the user; a FIFO would block.
 
     Raises:
-        OutputError: if it is a link, or holds one.
+        OutputError: if it is a link or a file, or holds a link, a device, a FIFO or a socket.
     """
     if isinstance(folder, str):
         return
     own = folder / STATE
-    found = own if own.is_symlink() else None
+    if os.path.lexists(own) and (own.is_symlink() or not own.is_dir()):
+        raise _foreign(own)
     for root, folders, files in os.walk(own):
-        links = [Path(root, name) for name in (*folders, *files) if Path(root, name).is_symlink()]
-        found = found or next(iter(links), None)
-        if Path(root) == own and DRAFTS in folders and not (own / DRAFTS).is_symlink():
+        for path in (Path(root, name) for name in (*folders, *files)):
+            may_be_folder = Path(root) != own or path.name in {DRAFTS, ASIDE}
+            if path.is_symlink() or not (path.is_file() or (may_be_folder and path.is_dir())):
+                raise _foreign(path)
+        if Path(root) == own and DRAFTS in folders:
             folders.remove(DRAFTS)  # removed without following links
-    if found is not None:
-        raise OutputError(f"{found}: is a link; a pipeline writes only to a folder of its own, so remove it")
+
+
+def _foreign(path: Path) -> OutputError:
+    what = "a link" if path.is_symlink() else "no regular file" if not path.is_file() else "a file, expected a folder"
+    return OutputError(f"{path}: is {what}; a pipeline writes only to a folder of its own, so remove it")
 
 
 def discard(location: Location) -> None:
@@ -75,7 +84,7 @@ def read_json(location: Location) -> dict[str, Any] | None:
     if isinstance(location, str):
         return as_object(remote.read_bytes(location) or b"")
     with suppress(OSError):
-        return as_object(location.read_bytes())
+        return as_object(read_small(location))
     return None
 
 

@@ -16,6 +16,7 @@ from gguflora.architectures.base_model import BaseModel
 from gguflora.errors import HotSwapError
 from gguflora.files.checksum import sha256_of
 from gguflora.files.remote.cache import user_cache
+from gguflora.files.small_files import read_small_text
 from gguflora.files.strict_json import to_json
 from gguflora.lora.convert import convert
 from gguflora.lora.preflight import check_loadable
@@ -131,7 +132,7 @@ def _converted(folder: Path, base: BaseModel, *, text_only: bool) -> tuple[Path,
 def _cached_warnings(file: Path) -> tuple[str, ...] | None:
     """Return the warnings of an earlier conversion to this file of the cache, or None if it must be converted."""
     try:
-        noted = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+        noted = json.loads(read_small_text(file.with_suffix(".json")))
     except (OSError, ValueError):
         return None
     is_whole = file.exists() and isinstance(noted, list) and all(isinstance(text, str) for text in noted)
@@ -174,7 +175,7 @@ def _prune(cache: Path) -> None:
 
 def _method(folder: Path) -> str:
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_small_text(folder / "adapter_config.json"))
     except (OSError, ValueError):  # for example a directory of mlx-lm, which has no such file
         return "LORA"
     method = config.get("peft_type") if isinstance(config, dict) else None

@@ -1,6 +1,9 @@
 """Recipes and output folders that came from elsewhere replace no file of the user, and follow no link."""
 
+import os
+import re
 import shutil
+import socket
 
 import pytest
 
@@ -43,6 +46,16 @@ def recipe(folder, output="out", out="lora.gguf"):
     text = RECIPE.format(output=output, out=out).replace('[sources]\nadapter = "adapter"\n', "")
     (folder / "recipe.toml").write_text(text)
     return folder / "recipe.toml"
+
+
+def bound(path):
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+def sparse(path):
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
 
 
 def own_files(folder):
@@ -144,6 +157,40 @@ def test_options_of_the_command(cloned):
     assert own_files(cloned) == ["the user's own"] * 2
     assert run("pipeline", file, "--allow-outside", "--force").returncode == 0
     assert (cloned.parent / "notes.gguf").read_bytes()[:4] == b"GGUF"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("lora.gguf", "a\\u0000b"),
+        ('"out"', '"o\\u0000"'),
+        ('base = "base.gguf"', 'base = "\\u0000"'),
+        ('base = "base.gguf"', "rank = " + "9" * 5000),
+        ('base = "base.gguf"', "base = " + "[" * 5000 + "]" * 5000),
+        ('base = "base.gguf"', "base = " + "{a=" * 5000 + "1" + "}" * 5000),
+    ],
+)
+def test_values_that_python_refuses(cloned, old, new):
+    file = recipe(cloned)
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(RecipeError, match=r"U\+0000|is not TOML"):
+        gguflora.run_pipeline(file, dry_run=True)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.mkdir(), bound, sparse])
+@pytest.mark.parametrize("name", ["lock", "hashes.json", "0123.json", "x.part", ""])
+def test_other_things_in_a_cloned_output_folder(cloned, make, name):
+    """FIFOs would block, and a sparse file of a terabyte would fill the memory."""
+    file = recipe(cloned)
+    path = cloned / "out" / ".gguflora" / name
+    path.parent.mkdir(parents=True)
+    make(path)
+    try:
+        report = gguflora.run_pipeline(file)
+    except OutputError as error:
+        assert re.search(r"is no regular file|is a file, expected|cannot be written", str(error))
+    else:
+        assert statuses(report) in (["done"], ["failed"])
 
 
 def test_schedulers_that_others_can_reach():

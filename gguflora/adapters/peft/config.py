@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from gguflora.adapters.wrong_folder import describe_wrong_folder
 from gguflora.errors import AdapterError
+from gguflora.files.small_files import read_small_text
 
 FILE_NAME: Final = "adapter_config.json"
 MLX: Final = "MLX"
@@ -111,7 +112,7 @@ def read_config(folder: Path) -> PeftConfig:
     """
     path = folder / FILE_NAME
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(read_small_text(path))
     except FileNotFoundError as error:
         found = describe_wrong_folder(folder) or "expected a directory written by PEFT's save_pretrained"
         raise AdapterError(f"{folder}: holds no {FILE_NAME}; {found}") from error

@@ -1,0 +1,39 @@
+"""Read a small file of a stranger whole: a FIFO would block the reader, and a sparse file would fill its memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Final
+
+MAX_BYTES: Final = 128 << 20
+"""Largest size of a file that is read whole; the largest tokenizer.json known has 35 MB."""
+
+
+def read_small(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """Return the content of a regular file of up to ``limit`` bytes.
+
+    Raises:
+        OSError: if it cannot be read, is no regular file, or is larger; the message says which.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(handle, "rb") as file:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        content = b"" if found.st_size > limit else file.read(limit + 1)
+    if found.st_size > limit or len(content) > limit:
+        raise OSError(errno.EFBIG, f"has more than the {limit} bytes that such a file may have", str(path))
+    return content
+
+
+def read_small_text(path: Path, limit: int = MAX_BYTES) -> str:
+    """Return the text of a regular file in UTF-8.
+
+    Raises:
+        OSError: as `read_small`.
+        ValueError: if it is not UTF-8.
+    """
+    return read_small(path, limit).decode("utf-8")
