@@ -79,7 +79,10 @@ def _compiled(template: str) -> Any:  # noqa: ANN401  (a jinja2.Template)
 
 
 def render(request: dict[str, Any]) -> dict[str, Any]:
-    """Return ``{"text"}``, or ``{"error"}`` if the template refuses the variables or is too long."""
+    """Return ``{"text"}``, or ``{"error"}`` if the template refuses the variables or is too long.
+
+    ``is_spent`` says that this process has grown to its limit, and should be replaced.
+    """
     functions = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     try:
         parts, left = [], request["max_chars"]
@@ -90,7 +93,7 @@ def render(request: dict[str, Any]) -> dict[str, Any]:
             parts.append(part)
         return {"text": "".join(parts)}
     except MemoryError:
-        return {"error": "it needs too much memory"}
+        return {"error": "it needs too much memory", "is_spent": True}
     except Exception as error:  # a foreign template can raise anything
         return {"error": str(error)[:1000]}
 

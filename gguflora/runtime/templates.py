@@ -138,7 +138,7 @@ class TemplateRenderer:
         """Return the answer, and the process if it can be used again."""
         begun = time.monotonic()
         try:
-            return renderer.ask(request, self.seconds), renderer
+            answer = renderer.ask(request, self.seconds)
         except (TypeError, ValueError, RecursionError) as error:
             renderer.kill()
             return {"error": f"a value cannot be told to it: {error}"}, None
@@ -150,6 +150,10 @@ class TemplateRenderer:
         except BaseException:
             renderer.kill()
             raise
+        if "is_spent" in answer:
+            renderer.kill()
+            return answer, None
+        return answer, renderer
 
     def close(self) -> None:
         """End all idle processes."""

@@ -104,6 +104,16 @@ def test_processes_are_used_again_and_bounded(renderer):
     assert renderer.render("{{ x }}", {"x": 1}) == "1"
 
 
+def test_a_process_that_has_grown_is_replaced(renderer):
+    renderer.render("{{ x }}", {"x": 1})
+    before = {one._process.pid for one in renderer._idle}
+    used = [one._process.pid for one in renderer._idle][-1]
+    with pytest.raises(RequestError, match="memory"):
+        renderer.render(HOSTILE["doubling"][0], VARIABLES)
+    assert renderer.render("{{ x }}", {"x": 2}) == "2"
+    assert {one._process.pid for one in renderer._idle} & before == before - {used}
+
+
 def test_what_is_no_json_is_refused(renderer):
     with pytest.raises(RequestError, match="cannot be told"):
         renderer.render("{{ x }}", {"x": object()})
