@@ -89,10 +89,13 @@ def read_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Checkpoint:
 
     Raises:
         TrainingError: if there is none, it cannot be read, or it was made with other settings.
+        OutputError: if it is a link, a device or a FIFO.
     """
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415
 
     path = folder / STATE
+    for each in (folder, path):
+        check_regular(each)
     if not path.exists():
         raise TrainingError(f"{path}: does not exist; there is no run to resume, start it without --resume")
     try:

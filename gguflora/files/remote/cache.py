@@ -91,7 +91,7 @@ def make_folder(folder: Path) -> Path:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file of the cache, across threads and processes."""
-    handle = open_file(path.with_name(f".{path.name}.lock"), write=True, create=True, mode=0o666)
+    handle = open_file(path.with_name(f".{path.name}.lock"), write=True, create=True, follow=False, mode=0o666)
     try:
         lock(handle)  # not all file systems have locks
         yield

@@ -58,8 +58,13 @@ def locked(paths: Sequence[Path]) -> Iterator[JournalModel]:
     """Open a model for writing and lock it against other merges and unmerges.
 
     Raises:
-        OutputError: if another process has locked it, or a file cannot be written.
+        OutputError: if another process has locked it, a file cannot be written, or one of several files is a link to
+            another folder: a cloned model must not lead to files of the user.
     """
+    folder = paths[0].resolve().parent
+    for path in paths:
+        if path.resolve().parent != folder:
+            raise OutputError(f"{path}: is a link out of {folder}, where the model's first file is; copy it there")
     with ExitStack() as stack:
         handles = []
         for path in paths:
