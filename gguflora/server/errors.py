@@ -117,6 +117,8 @@ def as_failure(error: Exception, folders: Iterable[Path] = ()) -> Failure:
     for kind, status, code, param in _FAILURES:
         if isinstance(error, kind):
             return Failure(status, without_directories(str(error), folders), code, param)
+    if isinstance(error, UnicodeEncodeError):  # pydantic cannot tell an error about a field of such a name
+        return Failure(400, "the body has half of a surrogate pair where text is needed", "invalid_value")
     return Failure(500, "internal error; the server's log has the details", "internal_error")
 
 

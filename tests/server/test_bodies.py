@@ -142,3 +142,33 @@ def test_the_bound_of_tokens_holds():
             assert least <= len(engine.tokenize(text, add_bos=False)), text
         assert least > 5
     assert bodies.MAX_VALUES > 1 << 17  # a prompt that fills a context of 131072 tokens
+
+
+SURROGATES = [
+    {"\ud800": 1},
+    {"model": "\ud800"},
+    {"prompt": "\ud800", "stop": ["\ud800"]},
+    {"prompt": {"\ud800": "\ud800"}},
+    {"prompt": "a", "logit_bias": {"\ud800": 1}},
+    {"prompt": "a", "lora": [{"\ud800": 1}]},
+    {"prompt": "a", "response_format": {"type": "\ud800"}},
+    {"messages": [{"role": "\ud800", "content": "\ud800", "\udfff": 1}]},
+    {"messages": [{"role": "user", "content": [{"type": "\ud800", "text": "\ud800"}]}]},
+    {"input": "\ud800", "tools": [{"type": "\ud800"}]},
+    {"input": [{"\ud800": "\ud800"}]},
+    {"query": "\ud800", "documents": [{"\ud800": 1}]},
+    {"content": "\ud800", "\ud800": 0},
+    {"lora_name": "\ud800", "lora_path": "\ud800"},
+    {"tokens": ["\ud800"]},
+    ["\ud800", {"\ud800": 1}],
+]
+
+
+def test_halves_of_surrogate_pairs():
+    """No body is an error of the server's."""
+    with serving.serving() as http:
+        described = http.get("/openapi.json").json()["paths"]
+        for path in [path for path, methods in described.items() if "post" in methods]:
+            for body in SURROGATES:
+                answer = http.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+                assert answer.status_code < 500, (path, body, answer.text)
