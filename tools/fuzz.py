@@ -16,12 +16,12 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from support import fuzzing
-from tools import ROOT, fuzz_http
+from tools import ROOT, fuzz_folders, fuzz_http, fuzz_openapi, fuzz_templates, fuzz_tokens
 
 BATCH = 200
 """Trials of one process."""
@@ -39,7 +39,7 @@ def main(
     methods: Annotated[bool, typer.Option(help="Adapters of all PEFT methods, too (needs torch and peft).")] = True,
     corpus: Annotated[Path, typer.Option(help="Where findings go.")] = ROOT / "tests/corpus",
 ) -> None:
-    """Fuzz the readers of GGUF, safetensors, imatrix, GGUF LoRA and PEFT files; `http` fuzzes the server."""
+    """Fuzz the readers of GGUF, safetensors, imatrix, GGUF LoRA and PEFT files; the commands fuzz other things."""
     if context.invoked_subcommand is not None:
         return
     names = target or list(fuzzing.SEEDS)
@@ -140,11 +140,20 @@ def keep(corpus: Path, target: str, what: str, folder: Path) -> bool:
     return True
 
 
+Seconds = Annotated[float, typer.Option(help="How long to go on.")]
+Seed = Annotated[int, typer.Option(help="Of the random numbers; the same seed tries the same.")]
+
+
+def _tell(trials: int, found: list[str], what: str) -> NoReturn:
+    """Print findings and a summary, and end with status 1 if there are findings."""
+    for text in found:
+        typer.echo(text.encode("unicode_escape").decode())
+    typer.echo(f"{trials} {what}, {len(found)} findings")
+    raise typer.Exit(bool(found))
+
+
 @app.command()
-def http(
-    seconds: Annotated[float, typer.Option(help="How long to go on.")] = 60,
-    seed: Annotated[int, typer.Option(help="Of the random numbers; the same seed sends the same requests.")] = 0,
-) -> None:
+def http(seconds: Seconds = 60, seed: Seed = 0) -> None:
     """Fuzz a server of the demo's model: raw bytes, and JSON by its OpenAPI description.
 
     A status of 500, an answer that is no HTTP, and a server that is silent for a second, ends, or keeps 200 MB are
@@ -152,10 +161,54 @@ def http(
     """
     with fuzz_http.command() as server:
         trials, found = fuzz_http.fuzz(server, seconds, seed)
-    for what in found:
-        typer.echo(what)
-    typer.echo(f"{trials} requests, {len(found)} findings")
-    raise typer.Exit(bool(found))
+    _tell(trials, [*found, *filter(None, [server.said])], "requests")
+
+
+@app.command()
+def openapi(seconds: Seconds = 60, seed: Seed = 0) -> None:
+    """Let schemathesis fuzz a server of the demo's model by its OpenAPI description.
+
+    A status of 500, an answer that does not come, and a traceback in the server's log are findings.
+    """
+    with fuzz_http.command() as server:
+        trials, found = fuzz_openapi.fuzz(server, seconds, seed)
+    _tell(trials, [*found, *filter(None, [server.said])], "requests")
+
+
+@app.command()
+def templates(seconds: Seconds = 60, seed: Seed = 0) -> None:
+    """Fuzz chat templates.
+
+    An exception, a text or a time beyond the limits, and a look at the environment are findings.
+    """
+    _tell(*fuzz_templates.fuzz(seconds, seed), "templates")
+
+
+@app.command()
+def tokens(seconds: Seconds = 60, seed: Seed = 0) -> None:
+    """Fuzz the splitting of texts into tokens with every pre-tokenizer.
+
+    A process that dies or hangs, and tokens other than llama.cpp's are findings.
+    """
+    _tell(*fuzz_tokens.fuzz(seconds, seed), "texts")
+
+
+@app.command()
+def recipes(seconds: Seconds = 60, seed: Seed = 0) -> None:
+    """Fuzz recipes of pipelines.
+
+    A file outside of the recipe's folder that has changed, an exception and a job that hangs are findings.
+    """
+    _tell(*fuzz_folders.fuzz("recipes", seconds, seed), "recipes")
+
+
+@app.command()
+def folders(seconds: Seconds = 60, seed: Seed = 0) -> None:
+    """Fuzz cloned folders: links, FIFOs, sockets and odd files wherever a command reads or writes.
+
+    A file outside of the folder that has changed, an exception and a command that hangs are findings.
+    """
+    _tell(*fuzz_folders.fuzz("folders", seconds, seed), "folders")
 
 
 if __name__ == "__main__":

@@ -10,19 +10,38 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from tools import watch_health
 
 SILENT = 1.0
 """Seconds in which /health must be answered, whatever is sent. (A machine under load is slow itself.)"""
 KEPT = 200 << 20
 """Bytes by which the server may have grown at the end."""
 _PATIENCE = 0.3
+_START_SECONDS = 120.0
 _EVERY = 20
 _EXPECTED = {503, 504, 501}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a server holds.
+
+    Attributes:
+        memory: bytes in memory, those of its processes for templates included.
+        files: open files, sockets included.
+        threads: threads.
+    """
+
+    memory: int = 0
+    files: int = 0
+    threads: int = 0
 
 
 @dataclass
@@ -32,27 +51,35 @@ class Server:
     Attributes:
         port: its port on 127.0.0.1.
         pid: its process; None if it runs in this one, whose memory is not the server's.
+        said: the end of its log if it has a traceback; known when it has ended.
     """
 
     port: int
     pid: int | None = None
+    said: str = ""
 
-    def send(self, raw: bytes) -> bytes:
-        """Send bytes and return what comes back until the server is silent or closes the connection."""
+    def send(self, raw: bytes, patience: float = _PATIENCE) -> bytes:
+        """Send bytes and return what comes back until the server is silent or closes the connection.
+
+        Args:
+            raw: the bytes.
+            patience: seconds without a byte after which the server counts as silent.
+        """
         received = bytearray()
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=10) as stream:
             stream.sendall(raw)
-            stream.settimeout(_PATIENCE)
+            stream.settimeout(patience)
             while part := stream.recv(1 << 16):
                 received += part
         return bytes(received)
 
     def health(self) -> float:
-        """Return the seconds that /health took.
+        """Return the seconds that /health took; of a server in a process of its own, without waiting for a core.
 
         Raises:
             OSError: if it is not answered at all.
         """
+        before = ({} if self.pid is None else watch_health.waits(self.pid), watch_health.my_wait())
         started = time.monotonic()
         client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         client.request("GET", "/health")
@@ -60,7 +87,8 @@ class Server:
         client.close()
         if status != 200:
             raise OSError(f"/health has the status {status}")
-        return time.monotonic() - started
+        took = time.monotonic() - started
+        return took if self.pid is None else watch_health.own_part(took, self.pid, before)
 
     def description(self) -> dict[str, Any]:
         """Return the server's OpenAPI description."""
@@ -72,28 +100,65 @@ class Server:
 
     def memory(self) -> int:
         """Return the bytes that the server has in memory; 0 in this process."""
-        if self.pid is None:
-            return 0
-        return int(re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.pid}/status").read_text())[0]) << 10
+        return 0 if self.pid is None else self.usage().memory
+
+    def usage(self) -> Usage:
+        """Return what the server holds, with the processes that it has started; nothing if it has ended."""
+        assert self.pid is not None
+        try:
+            folder = Path(f"/proc/{self.pid}")
+            children = [pid for path in folder.glob("task/*/children") for pid in path.read_text().split()]
+            memory = sum(_resident(Path(f"/proc/{pid}")) for pid in (self.pid, *children))
+            return Usage(memory, len(list((folder / "fd").iterdir())), len(list((folder / "task").iterdir())))
+        except OSError:
+            return Usage()
+
+
+def _resident(folder: Path) -> int:
+    """Return the bytes that a process has in memory."""
+    try:
+        return int(re.findall(r"VmRSS:\s+(\d+)", (folder / "status").read_text())[0]) << 10
+    except (OSError, IndexError):  # it has ended
+        return 0
 
 
 @contextlib.contextmanager
-def command() -> Iterator[Server]:
-    """``gguflora serve`` with the demo's model in a process of its own."""
+def command(*options: str) -> Iterator[Server]:
+    """``gguflora serve`` with the demo's model in a process of its own.
+
+    Args:
+        *options: further options of the command.
+
+    Yields:
+        The server; at the end, `Server.said` is what it has logged with a traceback.
+    """
     from gguflora.diagnostics import demo  # noqa: PLC0415  (loads numpy)
 
-    arguments = ["serve", str(demo.BASE), "--lora", f"shout={demo.HERE / 'shout'}", "--port", "0", "--timeout", "5"]
-    process = subprocess.Popen([sys.executable, "-m", "gguflora", *arguments], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        said = process.stderr.readline()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)", said)
-        if found is None:
-            raise SystemExit(f"the server did not start: {said}{process.stderr.read()}")
-        yield Server(int(found[1]), process.pid)
-    finally:
-        process.terminate()
-        process.wait(30)
+    adapters = [f"--lora={name}={demo.HERE / name}" for name in demo.ADAPTERS]
+    arguments = ["serve", str(demo.BASE), *adapters, "--port=0", *(options or ("--timeout=5",))]
+    with tempfile.TemporaryFile("w+") as log:  # a pipe that nobody reads would stop the server
+        process = subprocess.Popen([sys.executable, "-P", "-m", "gguflora", *arguments], stderr=log)
+        server = Server(_port(process, log), process.pid)
+        try:
+            yield server
+        finally:
+            process.terminate()
+            process.wait(30)
+            log.seek(0)
+            said = log.read()
+            server.said = said[-4000:] if "Traceback" in said else ""
+
+
+def _port(process: subprocess.Popen[bytes], log: IO[str]) -> int:
+    end = time.monotonic() + _START_SECONDS
+    while time.monotonic() < end and process.poll() is None:
+        log.seek(0)
+        if found := re.search(r"http://127\.0\.0\.1:(\d+)", log.read()):
+            return int(found[1])
+        time.sleep(0.05)
+    process.kill()
+    log.seek(0)
+    raise SystemExit(f"the server did not start: {log.read()}")
 
 
 def fuzz(server: Server, seconds: float, seed: int) -> tuple[int, list[str]]:
@@ -104,11 +169,11 @@ def fuzz(server: Server, seconds: float, seed: int) -> tuple[int, list[str]]:
     """
     dice, found = random.Random(seed), dict[str, None]()
     described = server.description()
-    for raw in [_any(described, dice, kind) for kind in range(20)]:  # loads what is loaded late
+    for raw in [strange_request(described, dice, kind) for kind in range(20)]:  # loads what is loaded late
         server.send(raw)
     before, end, trials = server.memory(), time.monotonic() + seconds, 0
     while time.monotonic() < end:
-        raw = _any(described, dice, trials)
+        raw = strange_request(described, dice, trials)
         trials += 1
         if what := judge(server.send(raw)):
             found[f"{what} after {raw[:300]!r}"] = None
@@ -139,13 +204,15 @@ def judge(answer: bytes) -> str | None:
     return None
 
 
-def _any(described: dict[str, Any], dice: random.Random, number: int) -> bytes:
+def strange_request(described: dict[str, Any], dice: random.Random, number: int) -> bytes:
+    """Return a request that follows the description more or less; every second one is damaged."""
     path, method, body = _described(described, dice)
-    raw = _request(method.encode(), path.encode(), json.dumps(body).encode() if method == "POST" else b"")
+    raw = request_of(method.encode(), path.encode(), json.dumps(body).encode() if method == "POST" else b"")
     return raw if number % 2 else _damaged(raw, dice)
 
 
-def _request(method: bytes, path: bytes, body: bytes) -> bytes:
+def request_of(method: bytes, path: bytes, body: bytes) -> bytes:
+    """Return a sound request in HTTP."""
     head = b"%s %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n" % (
         method,
         path,
