@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 from typing import Final
 
+from gguflora.system.descriptors import open_file
+
 MAX_BYTES: Final = 128 << 20
 """Largest size of a file that is read whole; the largest tokenizer.json known has 35 MB."""
 
@@ -18,7 +20,7 @@ def read_small(path: Path, limit: int = MAX_BYTES) -> bytes:
     Raises:
         OSError: if it cannot be read, is no regular file, or is larger; the message says which.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    handle = open_file(path)
     with os.fdopen(handle, "rb") as file:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
