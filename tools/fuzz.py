@@ -34,7 +34,7 @@ app = typer.Typer(add_completion=False)
 def main(
     context: typer.Context,
     seconds: Annotated[float, typer.Option(help="How long to go on.")] = 60,
-    seed: Annotated[int, typer.Option(help="Of the random numbers; the same seed tries the same files.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random numbers; the same seed tries the same files.")] = 0,
     target: Annotated[list[str] | None, typer.Option(help="Only these: " + ", ".join(fuzzing.SEEDS))] = None,
     methods: Annotated[bool, typer.Option(help="Adapters of all PEFT methods, too (needs torch and peft).")] = True,
     corpus: Annotated[Path, typer.Option(help="Where findings go.")] = ROOT / "tests/corpus",
@@ -141,7 +141,7 @@ def keep(corpus: Path, target: str, what: str, folder: Path) -> bool:
 
 
 Seconds = Annotated[float, typer.Option(help="How long to go on.")]
-Seed = Annotated[int, typer.Option(help="Of the random numbers; the same seed tries the same.")]
+Seed = Annotated[int, typer.Option(help="Seed of the random numbers; the same seed tries the same.")]
 
 
 def _tell(trials: int, found: list[str], what: str) -> NoReturn:

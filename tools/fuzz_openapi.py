@@ -24,7 +24,7 @@ def fuzz(server: Server, seconds: float, seed: int, examples: int | None = None)
     Args:
         server: the server.
         seconds: how long to go on.
-        seed: of the random numbers.
+        seed: seed of the random numbers.
         examples: requests of each operation, in place of ``seconds``.
 
     Returns:

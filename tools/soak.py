@@ -79,7 +79,7 @@ class Soak:
     Args:
         server: the server.
         clients: number of clients.
-        seed: of the random numbers.
+        seed: seed of the random numbers.
     """
 
     def __init__(self, server: fuzz_http.Server, clients: int, seed: int) -> None:
@@ -147,7 +147,7 @@ def soak(server: fuzz_http.Server, seconds: float, warm: float, clients: int, se
         seconds: time of the clients.
         warm: time of the clients before, until the server has grown to what it needs.
         clients: number of clients.
-        seed: of the random numbers.
+        seed: seed of the random numbers.
     """
     work = Soak(server, clients, seed)
     work.report.warm = work.run(warm)
@@ -179,7 +179,7 @@ def _faults(report: Report) -> list[str]:
 def main(
     minutes: Annotated[float, typer.Option(help="How long the clients work.")] = 30,
     warm: Annotated[float, typer.Option(help="Minutes before, in which the server grows to what it needs.")] = 3,
-    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
     clients: Annotated[int, typer.Option(help="Clients at once.")] = 16,
     threads: Annotated[int, typer.Option(help="Threads of the server's model.")] = 1,
 ) -> None:

@@ -38,7 +38,7 @@ class Answer:
     Attributes:
         status: HTTP status.
         text: what the model said; of an error, the body.
-        logprobs: of the tokens, where they were asked for.
+        logprobs: log probabilities of the tokens, where they were asked for.
     """
 
     status: int
@@ -235,7 +235,7 @@ class Hostile:
         server: the server.
         described: its OpenAPI description, without loading and unloading.
         loadable: names of the adapters that it may load.
-        number: of the client; it loads adapters under names of its own.
+        number: number of the client; it loads adapters under names of its own.
         dice: random numbers.
     """
 
