@@ -127,29 +127,6 @@ def test_new_checkpoints(folder):
     assert (folder / "out/legal-checkpoint-30.gguf").read_bytes() == merged.read_bytes()
 
 
-def test_dvc(folder):
-    """The command of the stage, as DVC runs it, makes what the stage promises from what it names."""
-    [stage] = yaml.safe_load((EXAMPLES / "dvc.yaml").read_text())["stages"].values()
-    shutil.copytree(folder / "verse", folder / "adapters/verse")
-    (folder / "out").mkdir()
-    assert all((folder / name).exists() for name in stage["deps"])
-    for _ in range(2):  # DVC removes outputs before it runs a stage again
-        shell(stage["cmd"])
-        outputs = [*stage["outs"], *(name for metric in stage["metrics"] for name in metric)]
-        assert all((folder / name).is_file() for name in outputs)
-    assert json.loads((folder / "out/verse.json").read_text())["total"]["retention"] > 0.9
-
-
-def test_process_pool(folder):
-    for name in demo.ADAPTERS:
-        shutil.copytree(folder / name, folder / "adapters" / name)
-    program = shlex.quote(str(EXAMPLES / "process_pool.py"))
-    said = shell(f"python {program} base.gguf adapters out")
-    assert len(said.splitlines()) == 2 * len(demo.ADAPTERS)
-    merged = gguflora.merge("base.gguf", [("verse", 0.5)], "verse.gguf").output
-    assert (folder / "out/verse-x0.5.gguf").read_bytes() == merged.read_bytes()
-
-
 def test_train_and_serve(folder, monkeypatch, capsys):
     """In this process, which has torch loaded; the server is one of its own."""
     (folder / "examples.txt").write_text(
