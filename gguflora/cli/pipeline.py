@@ -51,6 +51,10 @@ def pipeline(
         bool,
         typer.Option("--force", help="Replace files that are in the way and that no record of the pipeline names."),
     ] = False,
+    adopt: Annotated[
+        bool,
+        typer.Option("--adopt", help="Keep such files if they are, byte for byte, what the recipe makes."),
+    ] = False,
     allow_outside: Annotated[
         bool, typer.Option("--allow-outside", help="Let the recipe write outside of its own folder.")
     ] = False,
@@ -92,6 +96,7 @@ def pipeline(
             resume=resume,
             prune=prune,
             force=force,
+            adopt=adopt,
             allow_outside=allow_outside,
             report=report,
             memory=memory,

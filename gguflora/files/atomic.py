@@ -213,7 +213,9 @@ def _wait_for_rename() -> float:
 
 
 @contextmanager
-def atomic_folder(target: Path, *, marker: str | None = None, stale: Sequence[str] = ()) -> Iterator[Path]:
+def atomic_folder(
+    target: Path, *, marker: str | None = None, stale: Sequence[str] = (), force: bool = True
+) -> Iterator[Path]:
     """Make a directory whose files become those of ``target`` when the block ends, and vanish if the block raises.
 
     A new or empty ``target`` appears at once, as a whole. In one that holds files, only the files that the block wrote
@@ -226,6 +228,7 @@ def atomic_folder(target: Path, *, marker: str | None = None, stale: Sequence[st
         target: path of the directory.
         marker: name of the file that makes the directory readable; it is removed first and written last.
         stale: patterns of file names that belong to the former output.
+        force: whether to replace files of a directory that holds some when the block ends; otherwise it is an error.
 
     Raises:
         OutputError: if the directory cannot be written.
@@ -250,6 +253,8 @@ def atomic_folder(target: Path, *, marker: str | None = None, stale: Sequence[st
             except OSError as error:
                 if error.errno not in {errno.ENOTEMPTY, errno.EEXIST} and not target.is_dir():
                     raise
+                if not force and any(target.iterdir()):
+                    raise OutputError(f"{target}: another process created it in the meantime") from error
                 _replace_files(temporary, target, marker, stale)
         finally:
             if handle is not None:

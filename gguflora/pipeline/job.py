@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gguflora.files import remote
+from gguflora.files.shard_names import part_names
 from gguflora.pipeline.checks import Bounds
 from gguflora.pipeline.locations import Location
 from gguflora.pipeline.steps import META, Step, Train
@@ -59,6 +61,13 @@ class PipelineJob:
         if "adapters" in fields:
             fields["adapters"] = [_path_and_scale(item) for item in fields["adapters"]]
         return {name: value for name, value in fields.items() if value is not None}
+
+
+def places_of(folder: Location, job: PipelineJob) -> list[Location]:
+    """Return the locations of all that a job writes, in an output folder: each part of a split model has its own."""
+    paths = [PurePosixPath(name) for name in job.names]
+    names = [str(path.with_name(part)) for path in paths for part in part_names(path.name)]
+    return [folder / name if isinstance(folder, Path) else remote.join(folder, name) for name in names]
 
 
 def _path_and_scale(item: Any) -> tuple[str, float]:  # noqa: ANN401  (a path, or a table of path and scale)

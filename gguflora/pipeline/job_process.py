@@ -3,7 +3,9 @@
 Separate processes keep a crash of one job from ending others. A request is a JSON object: ``action`` (a command),
 ``arguments`` (its keyword arguments) and ``out`` (the location of its output). An output of the recipe also has
 ``target`` (the keyword that names it), ``drafts`` (a folder to make it in), ``checks`` (limits of numbers in the
-report) and ``aside`` (where to put it if it fails them). Locations are paths or URLs. The answer is that of `run_job`.
+report), ``aside`` (where to put it if it fails them), ``permit`` (location and token of the run's lock, which the run
+must still hold when the output takes its place), ``replace`` (whether it may replace what is there) and ``claim`` (see
+`publish`). Locations are paths or URLs. The answer is that of `run_job`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from gguflora.files import remote
 from gguflora.files.strict_json import to_json
 from gguflora.pipeline.checks import Bounds, failed_checks
 from gguflora.pipeline.commands import commands
+from gguflora.pipeline.locations import to_location
+from gguflora.pipeline.lock import is_held
 from gguflora.pipeline.publish import publish
 from gguflora.pipeline.state import write_json
 from gguflora.system.processes import terminate_self
@@ -66,11 +70,15 @@ def _run(request: Mapping[str, Any]) -> dict[str, Any]:
         failed = failed_checks(report, {path: Bounds(*limits) for path, limits in request.get("checks", {}).items()})
         place = request["aside"] if failed else out
         files = sorted(file.name for file in (draft if draft.is_dir() else Path(folder)).iterdir())
+        if "permit" in request and not is_held(to_location(request["permit"][0]), request["permit"][1]):
+            return {"error": "interrupted: the run that wanted this output has ended, or has lost its output folder"}
         if is_remote:
             for file in sorted(Path(folder).iterdir(), reverse=True):  # the first file of a split model last
                 remote.put(file, remote.join(place.rpartition("/")[0], file.name))
         else:
-            publish(Path(folder), Path(place).parent)
+            is_ours = bool(failed) or request.get("replace", True)
+            claim = None if failed or "claim" not in request else Path(request["claim"])
+            publish(Path(folder), Path(place).parent, force=is_ours, claim=claim)
         shown = _placed(report, folder, os.path.dirname(place))  # noqa: PTH120  (may be a URL)
         answer = {"report": shown, "files": files}
         return {**answer, "failed": failed, "aside": place} if failed else answer

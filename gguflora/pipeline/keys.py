@@ -100,7 +100,7 @@ class Keys:
             "target": job.step.target,
             "name": remote.file_name(str(job.out)),
             "arguments": json.loads(to_json(arguments, default=str)),
-            "names": [_name_of(item) for item in job.inputs],
+            "names": [_name_of(item, self._plan.made.get(item)) for item in job.inputs],
             "inputs": [
                 self._keys[self._plan.made[item]] if item in self._plan.made else self._known_content(item, kind)
                 for item, kind in job.inputs.items()
@@ -152,8 +152,10 @@ def _stamp_of(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
 
 
-def _name_of(location: Location) -> str:
-    """Return the name of an input, which commands write into their outputs."""
+def _name_of(location: Location, made: Location | None) -> str:
+    """Return the name of an input, which commands write into their outputs; of a file in an output, its way there."""
+    if made is not None and str(location).startswith(f"{made}/"):
+        return str(location).removeprefix(f"{str(made).rpartition('/')[0]}/")
     return remote.file_name(location) if isinstance(location, str) else Path(os.path.abspath(location)).name  # noqa: PTH100
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -28,19 +28,22 @@ def to_location(text: str) -> Location:
     return text if remote.is_remote(text) else Path(text)
 
 
-def made_by(location: Location, outs: Collection[Location]) -> Location | None:
-    """Return the output that a location names, if it is one of ``outs``.
+def made_by(location: Location, places: Mapping[Location, Location]) -> Location | None:
+    """Return the output that a location names or lies in.
 
     A link in an output's place stands for the output, wherever it leads: tools such as DVC put links to their own
     stores there. A link elsewhere stands for the file that it names.
+
+    Args:
+        location: the location.
+        places: the locations of all that jobs write, and the output of each one's job.
     """
     if isinstance(location, str):
-        return location if location in outs else None
+        parts = location.split("/")
+        return next((places[way] for end in range(len(parts), 2, -1) if (way := "/".join(parts[:end])) in places), None)
     place = in_place(location)
-    if place in outs:
-        return place
     target = Path(os.path.realpath(place))  # which takes links that go in circles, unlike Path.resolve
-    return target if target in outs else None
+    return next((places[path] for path in (place, target, *place.parents, *target.parents) if path in places), None)
 
 
 def in_place(path: Path) -> Path:

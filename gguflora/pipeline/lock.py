@@ -8,8 +8,9 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from gguflora.pipeline.locations import STATE, Location
 from gguflora.pipeline.state import as_object, check_own_folder
 from gguflora.system.descriptors import open_file, read_at, write_at
 from gguflora.system.locks import try_lock
+from gguflora.system.storage import sync_file
 
 _LOG = logging.getLogger("gguflora.pipeline")
 _LOCK: Final = "lock"
@@ -29,23 +31,62 @@ STALE: Final = 180.0
 """Seconds without a renewal after which the owner of a lock counts as dead."""
 
 
+class LockLostError(OutputError):
+    """Another run may have taken over the output folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class FolderLock:
+    """A lock that this process holds.
+
+    Attributes:
+        location: its file, which names the holder as long as it holds the lock.
+        token: a text that no other holder has.
+        problem: returns why the lock is lost, or None.
+    """
+
+    location: Location
+    token: str
+    problem: Callable[[], str | None] = lambda: None
+
+    def check(self) -> None:
+        """Raise ``LockLostError`` if another run may have taken over."""
+        if (problem := self.problem()) is not None:
+            raise LockLostError(problem)
+
+
+def is_held(location: Location, token: str) -> bool:
+    """Return whether a lock is still held by who has the token; a job asks before its output takes its place.
+
+    Raises:
+        RemoteError: if the store cannot be read.
+        OSError: if the file cannot.
+    """
+    if isinstance(location, str):
+        return (_read_holder(location) or {}).get("token") == token
+    with suppress(FileNotFoundError):
+        return token in location.read_text("utf-8", "replace").split()
+    return False
+
+
 @contextmanager
-def locked(folder: Location) -> Iterator[None]:
+def locked(folder: Location) -> Iterator[FolderLock]:
     """Lock an output folder; create it if it is missing.
 
     Raises:
         OutputError: if another run has locked it, or it cannot be written.
     """
-    with _locked_path(folder) if isinstance(folder, Path) else _locked_url(folder):
-        yield
+    with _locked_path(folder) if isinstance(folder, Path) else _locked_url(folder) as lock:
+        yield lock
 
 
 @contextmanager
-def _locked_path(folder: Path) -> Iterator[None]:
+def _locked_path(folder: Path) -> Iterator[FolderLock]:
     check_own_folder(folder)
+    location, token = folder / STATE / _LOCK, secrets.token_hex(8)
     try:
         (folder / STATE).mkdir(parents=True, exist_ok=True)
-        handle = open_file(folder / STATE / _LOCK, write=True, create=True, follow=False, mode=0o666)
+        handle = open_file(location, write=True, create=True, follow=False, mode=0o666)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {error.strerror}") from error
     try:
@@ -53,25 +94,36 @@ def _locked_path(folder: Path) -> Iterator[None]:
             if not try_lock(handle):
                 _LOG.warning("%s: its file system has no locks; do not run two pipelines on it at once", folder)
         except BlockingIOError as error:
-            holder = read_at(handle, 32, 0).decode(errors="replace").strip()
+            holder = read_at(handle, 32, 0).decode(errors="replace").partition(" ")[0]
             raise OutputError(f"{folder}: another pipeline (process {holder}) is writing to it") from error
-        os.ftruncate(handle, 0)
-        write_at(handle, str(os.getpid()).encode(), 0)
-        yield
+        _write_holder(handle, f"{os.getpid()} {token}")
+        try:
+            yield FolderLock(location, token)
+        finally:
+            _write_holder(handle, "")
     finally:
         os.close(handle)
 
 
+def _write_holder(handle: int, text: str) -> None:
+    """Write who holds a local lock, so that other machines that share the folder see it."""
+    with suppress(OSError):  # a full disk; the lock itself holds
+        os.ftruncate(handle, 0)
+        write_at(handle, text.encode(), 0)
+        sync_file(handle)
+
+
 @contextmanager
-def _locked_url(folder: str) -> Iterator[None]:
+def _locked_url(folder: str) -> Iterator[FolderLock]:
     """Lock with a file that only one process can create and that its owner renews, because stores have no locks."""
     lock, token, ended = remote.join(folder, f"{STATE}/{_LOCK}"), secrets.token_hex(8), threading.Event()
     if not remote.create_bytes(lock, _lock_content(token)):
         _take_over(folder, lock, token)
-    renewer = threading.Thread(target=_renew, args=(lock, token, ended), daemon=True)
+    problems: list[str] = []
+    renewer = threading.Thread(target=_renew, args=(lock, token, ended, problems), daemon=True)
     renewer.start()
     try:
-        yield
+        yield FolderLock(lock, token, lambda: problems[0] if problems else None)
     finally:
         ended.set()
         renewer.join()
@@ -126,10 +178,19 @@ def _take_over(folder: str, lock: str, token: str) -> None:
     remote.remove(heir)
 
 
-def _renew(lock: str, token: str, ended: threading.Event) -> None:
-    while not ended.wait(BEAT):
+def _renew(lock: str, token: str, ended: threading.Event, problems: list[str]) -> None:
+    """Renew a lock until the run has ended; add to ``problems`` if another run has, or may have, taken it over."""
+    folder, renewed = lock.removesuffix(f"/{STATE}/{_LOCK}"), time.monotonic()
+    while not problems and not ended.wait(BEAT):
         with suppress(GgufloraError):  # the next one may succeed
-            if (_read_holder(lock) or {}).get("token") not in {token, None}:
-                _LOG.error("%s: another pipeline has taken over; this one was silent for too long", lock)
-                return
-            remote.write_bytes(lock, _lock_content(token))
+            if (_read_holder(lock) or {}).get("token") in {token, None}:
+                remote.write_bytes(lock, _lock_content(token))
+                renewed = time.monotonic()
+            else:
+                problems.append(f"{folder}: another pipeline has taken over; this one was silent for too long")
+        if not problems and time.monotonic() - renewed > STALE:
+            problems.append(
+                f"{folder}: the store took no sign of life for {STALE:.0f} s, so another pipeline may take over"
+            )
+    for problem in problems:
+        _LOG.error("%s", problem)

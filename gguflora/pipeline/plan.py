@@ -13,7 +13,7 @@ from typing import Any, Final
 from gguflora.errors import RemoteError
 from gguflora.files import remote
 from gguflora.files.shard_names import part_names, part_paths
-from gguflora.pipeline.job import PipelineJob, RecipePlan
+from gguflora.pipeline.job import PipelineJob, RecipePlan, places_of
 from gguflora.pipeline.locations import STATE, Location, folder_label, label_of, made_by, to_location
 from gguflora.pipeline.option_checks import check_options
 from gguflora.pipeline.plan_checks import check_inputs, check_outputs
@@ -58,13 +58,13 @@ def plan_jobs(file: RecipeFile, *, keep_going: bool = False, allow_empty: bool =
         for index in range(len(file.recipe.steps)):
             planner.plan(index, ())
         jobs = [job for step in planner.order for job in planner.jobs[step]]
-        outs = {job.out for job in jobs}
-        taken = {path for path in sources.globbed if outs & {path, *path.parents}}
+        places = {place: job.out for job in jobs for place in places_of(folder, job)}
+        taken = {path for path in sources.globbed if not places.keys().isdisjoint((path, *path.parents))}
         if not taken:
             break
         own |= taken
     check_outputs(file, jobs)
-    made = {location: made_by(location, outs) for location in {item for job in jobs for item in job.inputs}}
+    made = {location: made_by(location, places) for location in {item for job in jobs for item in job.inputs}}
     known = {location: out for location, out in made.items() if out is not None}
     found, missing = check_inputs(file, jobs, known, keep_going=keep_going)
     warnings = () if allow_empty else tuple(planner.warnings)

@@ -18,6 +18,7 @@ def preview(
     *,
     stop: bool,
     force: bool = False,
+    adopt: bool = False,
 ) -> list[StepResult] | None:
     """Return what would become of each job: ``kept``, ``planned`` (and why) or ``failed``.
 
@@ -27,24 +28,25 @@ def preview(
         records: what was made before.
         stop: return None as soon as a job is not kept.
         force: whether files that no record names may be replaced.
+        adopt: whether they may be kept, if they are what the job makes.
     """
     results: list[StepResult] = []
     for job in jobs:
-        result = _preview(plan, job, records, force=force)
+        result = _preview(plan, job, records, force=force, adopt=adopt)
         if stop and result.status != "kept":
             return None
         results.append(result)
     return results
 
 
-def _preview(plan: RecipePlan, job: PipelineJob, records: Records, *, force: bool) -> StepResult:
+def _preview(plan: RecipePlan, job: PipelineJob, records: Records, *, force: bool, adopt: bool) -> StepResult:
     missing = [plan.missing[location] for location in job.inputs if location in plan.missing]
     if missing:
         return StepResult(job.step.name, job.out, "failed", 0.0, "", missing[0], name=job.name)
     try:
         state = records.state_of(job)
         if state.report is None:
-            records.check_place(job, force=force)
+            records.check_place(job, force=force, adopt=adopt)
     except (GgufloraError, OSError) as error:
         return StepResult(job.step.name, job.out, "failed", 0.0, "", input_problem(error), name=job.name)
     if state.report is None:

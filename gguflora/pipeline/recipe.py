@@ -31,6 +31,7 @@ class Recipe(Strict):
     """A recipe.
 
     Attributes:
+        name: name of the recipe in the records of its output folder; by default its path.
         output: folder of all outputs; it may be remote (``s3://bucket/folder``).
         vars: values to insert where the recipe has ``{name}``; ``--var`` replaces them.
         sources: locations and globs by name: paths relative to the recipe's folder, fsspec URLs, ``hf://org/name``.
@@ -39,6 +40,9 @@ class Recipe(Strict):
         steps: the steps to run.
     """
 
+    name: Name | None = Field(
+        default=None, description="Name in the records of the output folder, for --prune; by default the recipe's path."
+    )
     output: str = Field(
         min_length=1, description="Folder of all outputs: a path relative to the recipe's folder, or a writable URL."
     )

@@ -17,10 +17,11 @@ from gguflora.files.shard_names import part_names
 from gguflora.files.small_files import read_small
 from gguflora.files.strict_json import to_json
 from gguflora.pipeline.changes import describe_changes
-from gguflora.pipeline.job import PipelineJob
+from gguflora.pipeline.job import PipelineJob, places_of
 from gguflora.pipeline.keys import HASHES, Keys, files_of
 from gguflora.pipeline.locations import STATE, Location
-from gguflora.pipeline.state import ASIDE, as_object, discard, inside, write_json
+from gguflora.pipeline.publish import stamps_in
+from gguflora.pipeline.state import ASIDE, as_object, discard, inside, read_json, write_json
 from gguflora.system.descriptors import open_file
 
 
@@ -45,14 +46,14 @@ class Records:
 
     Args:
         folder: location of the output folder.
-        recipe: name of the recipe.
+        recipe: name of the recipe; None if it has none, so that it cannot be known again.
         keys: computes keys, and hashes of files.
 
     Raises:
         OutputError: if a store cannot be read.
     """
 
-    def __init__(self, folder: Location, recipe: str, keys: Keys) -> None:
+    def __init__(self, folder: Location, recipe: str | None, keys: Keys) -> None:
         self._folder, self._recipe, self._keys = folder, recipe, keys
         self._stamps: dict[str, dict[str, str]] = {}
         try:
@@ -105,7 +106,9 @@ class Records:
     def others(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Return the records that runs of this recipe made of outputs with other names, by name."""
         known = {_record_name(name) for name in names}
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
+        if self._recipe is None:
+            return found
         for file in sorted(set(self._packed) - known):
             record = as_object(zlib.decompress(self._packed[file])) or {}
             name = record.get("name")
@@ -149,48 +152,60 @@ class Records:
         self._write(name, content)
 
     def claim(self, job: PipelineJob) -> None:
-        """Note that an output is being made, so that the next run knows it for its own if this one is killed.
+        """Note that an output is being made. `publish` adds what it moves to its place.
 
-        What is at its place already, and is replaced by force, is not claimed: it is the user's until it is replaced.
+        So the next run knows an output for its own if this one is killed. What else is there is the user's.
         """
-        if (claim := self._claim_of(job)) is not None and self.found_at(job) is None:
+        if (claim := self.claim_of(job)) is not None:
             os.close(open_file(claim, write=True, create=True, follow=False, mode=0o666))
 
     def disclaim(self, job: PipelineJob) -> None:
         """Remove the note of `claim`."""
-        if (claim := self._claim_of(job)) is not None:
+        if (claim := self.claim_of(job)) is not None:
             claim.unlink(missing_ok=True)
 
-    def _claim_of(self, job: PipelineJob) -> Path | None:
+    def claim_of(self, job: PipelineJob) -> Path | None:
         """Return the file of a claim; None in a store, whose outputs are replaced by name."""
         claim = inside(self._folder, _record_name(job.name).replace(".json", ".claim"))
         return claim if isinstance(claim, Path) else None
 
-    def check_place(self, job: PipelineJob, *, force: bool) -> None:
+    def check_place(self, job: PipelineJob, *, force: bool, adopt: bool = False) -> bool:
         """Check that an output may take its place: nothing is there, or what a record names.
+
+        Args:
+            job: the job.
+            force: whether it may replace files that no record names.
+            adopt: whether such files may be there; they are kept if they are the same as the output.
+
+        Returns:
+            Whether the output may replace what is, or will be, there when it is done.
 
         Raises:
             OutputError: if a device, a FIFO or a socket is there; a link, unless the pipeline's output was there; or,
-                without ``force``, a local file that no record names.
+                without ``force`` and ``adopt``, a local file that no record names.
         """
         is_recorded = self.read(job.name) is not None
         if isinstance(job.out, Path) and not (job.out.is_symlink() and is_recorded):
             check_regular(job.out)
-        claim = self._claim_of(job)
-        is_ours = force or is_recorded or claim is None or claim.is_file()
-        there = None if is_ours else self.found_at(job)
-        if there is not None:
+        if force or is_recorded or isinstance(job.out, str) or self.is_claimed(job):
+            return True
+        there = next(iter(self._stamps_at(job)), None)
+        if there is not None and not adopt:
             raise OutputError(
-                f"{there}: exists, and no record of this pipeline names it; move it away, or let --force replace it"
+                f"{job.out.parent / there}: exists, and no record of this pipeline names it; --adopt keeps it "
+                "if it is what the recipe makes, byte for byte; else move it away, or let --force replace it"
             )
+        return False
 
-    def found_at(self, job: PipelineJob) -> Path | None:
-        """Return what is at the place of a local output; None if it is free."""
-        if isinstance(job.out, str):
-            return None
-        outs = [job.out.with_name(Path(name).name) for name in job.names]
-        paths = [out.with_name(name) for out in outs for name in part_names(out.name)]
-        return next((there for path in paths if (there := _found_in(path)) is not None), None)
+    def is_claimed(self, job: PipelineJob) -> bool:
+        """Return whether a local output is at its place, and is what a run that was killed was about to put there."""
+        claim, there = self.claim_of(job), self._stamps_at(job)
+        claimed = None if claim is None else read_json(claim)
+        return bool(there) and claimed is not None and all(claimed.get(name) == stamp for name, stamp in there.items())
+
+    def _stamps_at(self, job: PipelineJob) -> dict[str, list[int]]:
+        """Return sizes and times of the files at the place of a local output, by name."""
+        return stamps_in([path for path in places_of(self._folder, job) if isinstance(path, Path)])
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         write_json(inside(self._folder, _record_name(name)), content)
@@ -233,13 +248,6 @@ class Records:
             return [[path.name, path.stat().st_size, self._keys.hash_of(path)] for path in paths] or None
         except FileNotFoundError:
             return None
-
-
-def _found_in(path: Path) -> Path | None:
-    """Return what is at a path; of a folder, one of its files, and None if it has none."""
-    if path.is_dir() and not path.is_symlink():
-        return next(path.iterdir(), None)
-    return path if os.path.lexists(path) else None
 
 
 def _read_all(folder: Location) -> Iterator[tuple[str, bytes]]:

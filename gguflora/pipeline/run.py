@@ -20,7 +20,7 @@ from gguflora.pipeline.lock import locked
 from gguflora.pipeline.orphans import find_orphans, remove_orphans
 from gguflora.pipeline.plan import plan_jobs
 from gguflora.pipeline.preview import preview
-from gguflora.pipeline.recipe import RecipeFile, read_recipe
+from gguflora.pipeline.recipe import STDIN, RecipeFile, read_recipe
 from gguflora.pipeline.records import Records
 from gguflora.pipeline.results import PipelineInterrupted, PipelineReport, StepResult, warnings_of
 from gguflora.pipeline.runner import Runner
@@ -46,6 +46,7 @@ def run_pipeline(
     resume: bool = True,
     prune: bool = False,
     force: bool = False,
+    adopt: bool = False,
     allow_outside: bool = False,
     report: str | os.PathLike[str] | None = None,
     memory: int | None = None,
@@ -70,6 +71,8 @@ def run_pipeline(
         prune: remove outputs that former runs of this recipe made and that it no longer names; not after a run that did
             not do all its jobs, since an old output may be the last good one.
         force: replace files that no record of the pipeline names; they may be the user's own.
+        adopt: where such a file is in an output's place, make the output, and keep the file for it if it is the same,
+            byte for byte. So a pipeline goes on after its records were lost.
         allow_outside: let the recipe's output folder lie outside of the recipe's own folder.
         report: folder for ``report.json`` and ``report.html``.
         memory: memory in MB that running jobs may claim together (the ``memory`` of their steps); by default what is
@@ -98,15 +101,19 @@ def run_pipeline(
     chosen = select_jobs(plan, targets, needs, file.root)
     graph = {job.out: needs[job.out] for job in chosen}
     keys, name = Keys(plan), _recipe_name(file, plan.folder)
+    if prune and name is None:
+        raise file.error((), 'a recipe from stdin needs a name for --prune, as in name = "nightly"')
     records = Records(plan.folder, name, keys)
     orphans = find_orphans(plan, records)
     is_interrupted, pruned = False, []
-    results = preview(plan, chosen, records, stop=not dry_run, force=force) if dry_run or resume else None
+    results = None
+    if dry_run or resume:
+        results = preview(plan, chosen, records, stop=not dry_run, force=force, adopt=adopt)
     if results is None or (prune and orphans and not dry_run):
-        with locked(plan.folder):
+        with locked(plan.folder) as lock:
             records = Records(plan.folder, name, keys)
             backend = _open_backend(plan.folder, scheduler, jobs, memory)
-            runner = Runner(plan, graph, keys, records, backend, watch, force=force)
+            runner = Runner(plan, graph, keys, records, backend, lock, watch, force=force, adopt=adopt)
             results = runner.run(keep_going=keep_going, resume=resume)
             is_interrupted = runner.is_interrupted
             if prune and not any(result.status in {"failed", "left"} for result in results):
@@ -151,9 +158,16 @@ def _check_inside(file: RecipeFile, folder: Location) -> None:
         )
 
 
-def _recipe_name(file: RecipeFile, folder: Location) -> str:
-    """Return the name of a recipe in records, which stays the same when recipe and outputs are moved together."""
-    return os.path.relpath(file.path.absolute(), folder) if isinstance(folder, Path) else file.path.name
+def _recipe_name(file: RecipeFile, folder: Location) -> str | None:
+    """Return what tells a recipe from others in records: its own name, or else where it lies; None for one from stdin.
+
+    The way from the outputs to the recipe stays the same when both are moved together.
+    """
+    if file.recipe.name is not None:
+        return f"name {file.recipe.name}"
+    if os.fspath(file.path) == STDIN:
+        return None
+    return os.path.relpath(file.path.absolute(), folder) if isinstance(folder, Path) else str(file.path.absolute())
 
 
 def _dependencies(file: RecipeFile, plan: RecipePlan) -> dict[Location, set[Location]]:

@@ -18,6 +18,7 @@ from gguflora.pipeline.job import PipelineJob, RecipePlan
 from gguflora.pipeline.keys import Keys
 from gguflora.pipeline.local_workers import JobBackend, Request
 from gguflora.pipeline.locations import Location, to_location
+from gguflora.pipeline.lock import FolderLock, LockLostError
 from gguflora.pipeline.orphans import remove_aside
 from gguflora.pipeline.preview import input_problem, judged
 from gguflora.pipeline.publish import publish_alone
@@ -29,7 +30,7 @@ from gguflora.pipeline.steps import Merge
 _LOG = logging.getLogger("gguflora.pipeline")
 _INTERRUPTED: Final = "interrupted"
 _LOOK_SECONDS: Final = 1.0
-"""Seconds between looks whether memory has become free for a job that waits for it."""
+"""Seconds between looks whether memory has become free for a job that waits, and whether a store's lock is held."""
 
 
 class Runner:
@@ -41,8 +42,10 @@ class Runner:
         keys: computes keys of jobs.
         records: what was made before.
         backend: runs single jobs.
+        lock: the lock of the output folder.
         watch: called with each result.
         force: replace outputs that no record names.
+        adopt: keep them if they are the same as what the jobs make.
 
     Attributes:
         is_interrupted: whether Ctrl+C or SIGTERM stopped it.
@@ -55,34 +58,41 @@ class Runner:
         keys: Keys,
         records: Records,
         backend: JobBackend,
+        lock: FolderLock,
         watch: Callable[[StepResult], None],
         *,
         force: bool = False,
+        adopt: bool = False,
     ) -> None:
         self._plan, self._dependencies = plan, graph
         self._jobs = {job.out: job for job in plan.jobs if job.out in graph}
         self._keys, self._records, self._backend, self._watch = keys, records, backend, watch
-        self._force = force
+        self._lock, self._force, self._adopt = lock, force, adopt
         self._why: dict[Location, str] = {}
+        self._replaces: dict[Location, bool] = {}
         self._results: dict[Location, StepResult] = {}
         self._has_failed = self.is_interrupted = False
 
     def run(self, *, keep_going: bool, resume: bool) -> list[StepResult]:
         """Run all jobs and return their results in the order of the jobs."""
         running: dict[Future[StepResult], Location] = {}
+        stopped = ""
         with ThreadPoolExecutor(min(self._backend.max_concurrency, len(self._jobs) or 1)) as pool:
             try:
                 discard_drafts(self._plan.folder)
                 self._check_space()
                 self._run_all(pool, running, keep_going=keep_going, resume=resume)
             except KeyboardInterrupt:
-                self.is_interrupted = True
+                self.is_interrupted, stopped = True, _INTERRUPTED
+            except LockLostError as error:
+                stopped = str(error)
             finally:
                 self._backend.close()
-                self._keys.save()
-        discard_drafts(self._plan.folder)
-        if self.is_interrupted:
-            self._finish_interrupted(running)
+        if self._lock.problem() is None:  # else the folder is another run's
+            self._keys.save()
+            discard_drafts(self._plan.folder)
+        if stopped:
+            self._finish_stopped(running, stopped)
         return [self._results[out] for out in self._jobs]
 
     def _run_all(
@@ -93,6 +103,7 @@ class Runner:
         waiting: list[Location] = []
         while sorter.is_active():
             waiting += sorter.get_ready()
+            self._lock.check()
             for out in self._to_start(waiting, list(running.values())):
                 waiting.remove(out)
                 result = self._result_without_running(self._jobs[out], keep_going=keep_going, resume=resume)
@@ -103,22 +114,23 @@ class Runner:
                     sorter.done(out)
             if running:
                 is_waiting = bool(waiting) and len(running) < self._backend.max_concurrency
-                finished, _ = wait(running, _LOOK_SECONDS if is_waiting else None, FIRST_COMPLETED)
+                is_watched = is_waiting or isinstance(self._lock.location, str)
+                finished, _ = wait(running, _LOOK_SECONDS if is_watched else None, FIRST_COMPLETED)
                 for future in finished:
                     self._finish(future.result())
                     sorter.done(running.pop(future))
 
-    def _finish_interrupted(self, running: Mapping[Future[StepResult], Location]) -> None:
-        """Collect what was done before an interruption; all else is left."""
+    def _finish_stopped(self, running: Mapping[Future[StepResult], Location], why: str) -> None:
+        """Collect what was done before a run was stopped; all else is left."""
         for future, out in running.items():
             done = future.result() if future.done() and not future.cancelled() else None
             if done is not None and done.status == "done":
                 self._finish(done)
             else:
-                self._finish(self._result(self._jobs[out], "left", error=_INTERRUPTED))
+                self._finish(self._result(self._jobs[out], "left", error=why))
         for out, job in self._jobs.items():
             if out not in self._results:
-                self._finish(self._result(job, "left", error=_INTERRUPTED))
+                self._finish(self._result(job, "left", error=why))
 
     def _to_start(self, waiting: list[Location], running: list[Location]) -> list[Location]:
         """Choose jobs that fit into memory. A job that needs more memory than there is runs alone."""
@@ -150,7 +162,7 @@ class Runner:
             if state.report is not None and resume:
                 return judged(job, state.report, self._records)
             self._why[job.out] = state.why or "all outputs are made again"
-            self._records.check_place(job, force=self._force)
+            self._replaces[job.out] = self._records.check_place(job, force=self._force, adopt=self._adopt)
             return self._settle_put_aside(job) if resume else None
         except (GgufloraError, OSError) as error:
             return self._result(job, "failed", error=input_problem(error))
@@ -167,7 +179,8 @@ class Runner:
             return None
         files = self._records.files_made(aside_name(job.name))
         self._records.claim(job)
-        publish_alone(aside, job.out, Path(str(inside(self._plan.folder, DRAFTS))))
+        drafts, claim = Path(str(inside(self._plan.folder, DRAFTS))), self._records.claim_of(job)
+        publish_alone(aside, job.out, drafts, force=self._replaces[job.out], claim=claim)
         self._records.remember(job, report, files)
         self._records.disclaim(job)
         self._records.forget(aside_name(job.name))
@@ -188,9 +201,9 @@ class Runner:
         request = self._request(job)
         self._records.claim(job)
         answer = self._backend.run(request)
-        is_made = answer.get("died", False) and self._records.found_at(job) is not None  # just before it died
-        if "report" not in answer and not is_made:
+        if "report" not in answer and not self._records.is_claimed(job):  # it is if it was made just before it died
             self._records.disclaim(job)  # what comes to its place after this is not the pipeline's
+        self._lock.check()
         for part in request.get("parts", ()):
             discard(to_location(part))
         seconds = time.perf_counter() - started
@@ -221,7 +234,11 @@ class Runner:
             "checks": job.checks,
             "key": key,
             "memory": step.memory,
+            "permit": [str(self._lock.location), self._lock.token],
+            "replace": self._replaces[job.out],
         }
+        if (claim := self._records.claim_of(job)) is not None:
+            request["claim"] = str(claim)
         if isinstance(step, Merge) and step.split:
             request["parts"] = [str(part) for part in part_locations(self._plan.folder, key, step.split)]
         return request

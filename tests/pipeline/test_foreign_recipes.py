@@ -11,6 +11,7 @@ import gguflora
 from gguflora.diagnostics import demo
 from gguflora.errors import OutputError, RecipeError
 from gguflora.pipeline import local_workers, runner
+from gguflora.pipeline.job_process import run_job
 from gguflora.pipeline.scheduler_address import warn_of_plain_address
 from support.cli import run
 from support.recipes import outputs, statuses
@@ -302,3 +303,153 @@ def test_the_file_beside_a_trained_adapter_is_an_output_too(cloned):
         with pytest.raises(RecipeError, match="but so does step"):
             gguflora.run_pipeline(cloned / "recipe.toml")
     assert (cloned / "out" / "tuned.gguf").read_text() == "mine"
+
+
+def test_a_trained_file_is_waited_for(cloned):
+    """A step that reads what lies beside, or in, the folder that another step makes."""
+    (cloned / "data.jsonl").write_text('{"text": "one"}\n')
+    for read in ("out/tuned.gguf", "out/tuned/adapter_model.safetensors"):
+        merge = f'[[steps]]\nname = "m"\naction = "merge"\nbase = "base.gguf"\nadapters = ["{read}"]\nout = "m.gguf"\n'
+        (cloned / "recipe.toml").write_text(TRAIN.replace("[[steps]]", merge + "\n[[steps]]"))
+        report = gguflora.run_pipeline(cloned / "recipe.toml", targets=["m"], dry_run=True)
+        assert [(result.step, result.status) for result in report.results] == [("m", "planned"), ("tune", "planned")]
+
+
+def appearing(monkeypatch, path, content, *, then=lambda: None):
+    """Somebody writes a file to an output's place while its job runs."""
+    real = local_workers.Workers.run
+
+    def run(self, request):
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes(content)
+        then()
+        return real(self, request)
+
+    monkeypatch.setattr(local_workers.Workers, "run", run)
+
+
+@pytest.mark.parametrize(
+    ("out", "name"), [("lora.gguf", "lora.gguf"), ("lora", "lora/notes"), ("a/b.gguf", "a/b.gguf")]
+)
+def test_a_file_that_appears_during_a_job_stays(cloned, out, name, monkeypatch):
+    file = recipe(cloned, out=out)
+    if out == "lora":
+        file.write_text(file.read_text().replace("convert", "resize").replace('base = "base.gguf"', "rank = 2"))
+    appearing(monkeypatch, cloned / "out" / name, b"mine")
+    for _ in range(2):
+        report = gguflora.run_pipeline(file)
+        assert statuses(report) == ["failed"]
+        assert "no record of this pipeline names it" in report.results[0].error
+        assert (cloned / "out" / name).read_bytes() == b"mine"
+        assert outputs(cloned / "out") == {name}
+        assert not claims(cloned)
+    assert statuses(gguflora.run_pipeline(file, force=True)) == ["done"]
+    monkeypatch.undo()
+    assert statuses(gguflora.run_pipeline(file)) == ["kept"]
+
+
+def test_a_file_that_appears_before_a_kill_stays(cloned, monkeypatch):
+    def kill():
+        raise SystemExit
+
+    file = recipe(cloned)
+    appearing(monkeypatch, cloned / "out" / "lora.gguf", b"mine", then=kill)
+    with pytest.raises(SystemExit):
+        gguflora.run_pipeline(file)
+    monkeypatch.undo()
+    assert len(claims(cloned)) == 1
+    assert statuses(gguflora.run_pipeline(file)) == ["failed"]
+    assert (cloned / "out" / "lora.gguf").read_bytes() == b"mine"
+
+
+def test_what_was_put_aside_replaces_no_file_of_the_user(cloned):
+    file = recipe(cloned)
+    text = file.read_text()
+    file.write_text(f"{text}checks = {{ size = {{ max = 1 }} }}\n")
+    assert statuses(gguflora.run_pipeline(file)) == ["failed"]
+    aside = cloned / "out/.gguflora/failed/lora.gguf"
+    made = aside.read_bytes()
+    (cloned / "out" / "lora.gguf").write_bytes(b"mine")
+    file.write_text(text)
+    for options in ({}, {"adopt": True}):
+        assert statuses(gguflora.run_pipeline(file, **options)) == ["failed"]
+        assert (cloned / "out" / "lora.gguf").read_bytes() == b"mine"
+        assert aside.read_bytes() == made
+    (cloned / "out" / "lora.gguf").unlink()
+    assert statuses(gguflora.run_pipeline(file)) == ["done"]
+    assert (cloned / "out" / "lora.gguf").read_bytes() == made
+
+
+def test_a_job_that_goes_on_after_its_run_makes_nothing(cloned, monkeypatch):
+    """As a worker of a cluster does that hears of Ctrl+C too late."""
+    file, requests, real = recipe(cloned), [], local_workers.Workers.run
+
+    def interrupt(self, request):
+        requests.append(request)
+        return {"error": "interrupted"}
+
+    monkeypatch.setattr(local_workers.Workers, "run", interrupt)
+    assert statuses(gguflora.run_pipeline(file)) == ["failed"]
+    assert run_job(requests[0])["error"].startswith("interrupted: the run that wanted this output has ended")
+    assert not outputs(cloned / "out")
+
+    def late(self, request):  # while another run holds the folder
+        assert "interrupted" in run_job(requests[0])["error"]
+        return real(self, request)
+
+    monkeypatch.setattr(local_workers.Workers, "run", late)
+    assert statuses(gguflora.run_pipeline(file)) == ["done"]
+
+
+ADOPTED = """
+output = "out"
+
+[sources]
+adapters = "adapter*"
+
+[[steps]]
+name = "small"
+action = "resize"
+for = { adapter = "sources.adapters" }
+adapter = "{adapter}"
+rank = 2
+out = "{adapter}"
+
+[[steps]]
+name = "lora"
+action = "convert"
+for = { adapter = "steps.small" }
+adapter = "{adapter}"
+base = "base.gguf"
+out = "{adapter}.gguf"
+"""
+
+
+@pytest.mark.parametrize("lost", ["deleted", "damaged"])
+def test_outputs_are_adopted_after_their_records_were_lost(cloned, lost):
+    file = cloned / "recipe.toml"
+    file.write_text(ADOPTED)
+    shutil.copytree(cloned / "adapter", cloned / "adapter2")
+    assert statuses(gguflora.run_pipeline(file)) == ["done"] * 4
+    shutil.copytree(cloned, cloned.parent / "copy")
+    copied = gguflora.run_pipeline(cloned.parent / "copy" / "recipe.toml")
+    assert statuses(copied) == ["kept"] * 4
+    if lost == "deleted":
+        shutil.rmtree(cloned / "out/.gguflora")
+    else:
+        for record in (cloned / "out/.gguflora").glob("*.json"):
+            record.write_bytes(record.read_bytes()[:20])
+    (cloned / "out/adapter/README.md").write_text("of the user")
+    (cloned / "out/adapter2.gguf").write_bytes(b"changed")
+    before = {path: path.stat().st_mtime_ns for path in (cloned / "out").rglob("*") if ".gguflora" not in path.parts}
+    refused = gguflora.run_pipeline(file, keep_going=True)
+    assert set(statuses(refused)) == {"failed", "left"}
+    assert "--adopt keeps it if it is what the recipe makes, byte for byte" in refused.results[0].error
+    assert "planned" in statuses(gguflora.run_pipeline(file, adopt=True, dry_run=True))
+    adopted = gguflora.run_pipeline(file, adopt=True, keep_going=True)
+    assert statuses(adopted) == ["done", "done", "done", "failed"]
+    assert "is not what this job makes" in adopted.results[3].error
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (cloned / "out/adapter2.gguf").read_bytes() == b"changed"
+    assert statuses(gguflora.run_pipeline(file, force=True)) == ["kept", "kept", "kept", "done"]
+    assert "--adopt" in run("pipeline", "--help").stdout

@@ -324,7 +324,7 @@ def test_command_line_and_schema(folder):
     assert len(json.loads(result.stdout)["results"]) == 5
     assert "5 kept; outputs in" in run("pipeline", recipe).stdout
     schema = json.loads(run("pipeline", "--schema").stdout)
-    assert schema["properties"].keys() == {"output", "vars", "sources", "exclude", "include_hidden", "steps"}
+    assert schema["properties"].keys() == {"name", "output", "vars", "sources", "exclude", "include_hidden", "steps"}
     assert "Merge" in schema["$defs"]
 
 

@@ -19,7 +19,7 @@ import gguflora
 from gguflora.errors import OutputError, RecipeError, RemoteError
 from gguflora.files import remote
 from gguflora.files.remote.location import split_checksum
-from gguflora.pipeline import lock
+from gguflora.pipeline import job_process, lock
 from gguflora.pipeline.recipe import Recipe
 from support import ROOT
 from support.recipes import add_inputs, statuses
@@ -261,6 +261,57 @@ def test_a_lock_is_taken_over_only_from_who_is_dead(root, monkeypatch):
         remote.write_bytes(place, damaged)
         with lock.locked(f"{root}/out"):
             assert json.loads(real(place))["process"] == os.getpid()
+
+
+@pytest.mark.parametrize("root", ["memory"], indirect=True)
+@pytest.mark.parametrize("how", ["taken over", "silent"])
+def test_a_run_that_loses_its_lock_stops(root, how, tmp_path, monkeypatch):
+    """It writes nothing more, neither outputs nor records, and leaves the folder to the other one."""
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    place, real, calls = f"{root}/out/.gguflora/lock", job_process.run_command, []
+    other = json.dumps({"host": "there", "process": 8, "token": "other", "time": time.time()}).encode()
+
+    def slow(*arguments):
+        calls.append(arguments)
+        if how == "taken over":
+            remote.write_bytes(place, other)
+        else:
+            monkeypatch.setattr(lock, "STALE", -1.0)
+        time.sleep(0.5)
+        return real(*arguments)
+
+    monkeypatch.setattr(job_process, "run_command", slow)
+    report = gguflora.run_pipeline(written(tmp_path, root), keep_going=True)
+    assert len(calls) == 1
+    assert set(statuses(report)) <= {"failed", "left"}
+    said = "another pipeline has taken over" if how == "taken over" else "another pipeline may take over"
+    assert said in report.results[-1].error
+    if how == "taken over":
+        assert not outputs(root)
+        assert remote.read_bytes(place) == other
+    assert not [name for name in remote.stamps_of(f"{root}/out/.gguflora") if name.endswith(".json")]
+
+
+@pytest.mark.parametrize("root", ["memory"], indirect=True)
+def test_recipes_of_one_name_prune_nothing_of_each_other(root, tmp_path):
+    """In one store, from different folders; a recipe that has moved is known by the name that it gives itself."""
+    recipes = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        recipes.append(written(tmp_path / name, root))
+        text = recipes[-1].read_text()
+        recipes[-1].write_text(text.replace('out = "', f'out = "{name}/'))
+        assert gguflora.run_pipeline(recipes[-1], prune=True).pruned == ()
+    assert {name.partition("/")[0] for name in outputs(root)} == {"a", "b"}
+    text = recipes[0].read_text()
+    for name, place in (("a", "a"), ("moved", "c")):
+        recipes[0].write_text('name = "nightly"\n' + text.replace('out = "a/', f'out = "{place}/'))
+        (tmp_path / name).mkdir(exist_ok=True)
+        moved = recipes[0].rename(tmp_path / name / "other.toml")
+        report = gguflora.run_pipeline(moved, resume=False, prune=True)
+        recipes[0] = moved
+    assert len(report.pruned) == JOBS
+    assert {name.partition("/")[0] for name in outputs(root)} == {"b", "c"}
 
 
 @pytest.mark.parametrize("root", ["memory"], indirect=True)

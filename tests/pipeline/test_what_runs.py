@@ -274,6 +274,21 @@ def test_a_recipe_from_stdin(folder):
     assert "<stdin>:13: steps.1.rang: unknown key; did you mean 'rank'?" in wrong.stderr
 
 
+def test_pruning_by_a_recipe_from_stdin_needs_its_name(folder):
+    """All such recipes have one path, so only a name tells them from each other."""
+    command = [sys.executable, "-P", "-m", "gguflora", "pipeline", "-", "--prune"]
+
+    def piped(text):
+        return subprocess.run(command, check=False, input=text, capture_output=True, text=True, cwd=folder)
+
+    assert "a recipe from stdin needs a name for --prune" in piped(HEAD + SMALL).stderr
+    assert piped(f'name = "small"\n{HEAD}{SMALL}').returncode == 0
+    other = SMALL.replace("small/", "tiny/")
+    assert "pruned" not in piped(f'name = "tiny"\n{HEAD}{other}').stdout
+    assert "pruned  small/one" in piped(f'name = "small"\n{HEAD}{SMALL.replace("small/", "new/")}').stdout
+    assert (folder / "out/tiny/one").is_dir()
+
+
 def test_a_run_with_nothing_to_do_writes_nothing(folder):
     run_recipe(folder, HEAD + SMALL + MERGED)
     before = snapshot(folder)
