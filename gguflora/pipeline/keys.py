@@ -19,6 +19,7 @@ from gguflora.files import remote
 from gguflora.files.checksum import sha256_of
 from gguflora.files.shard_names import part_names
 from gguflora.files.strict_json import to_json
+from gguflora.files.visible import visible_files
 from gguflora.pipeline.job import PipelineJob, RecipePlan
 from gguflora.pipeline.locations import Location
 from gguflora.pipeline.state import inside, read_json, write_json
@@ -166,7 +167,7 @@ def _files_read(path: Path, kind: remote.Kind) -> list[Path]:
     if not path.is_dir():
         return [file for file in files_of(path) if file.exists()]
     if kind == "file":  # training data, in folders of folders
-        return sorted(entry for entry in path.rglob("*") if entry.is_file())
+        return visible_files(path)
     files = files_of(path)
     if pattern := _READ.get(kind):
         files = [file for file in files if pattern.fullmatch(file.name)] or files

@@ -232,8 +232,5 @@ def _first_part(step: Step) -> str:
 def _inputs(step: Step) -> dict[Location, remote.Kind]:
     inputs: dict[Location, remote.Kind] = {}
     for name, kind in step.inputs.items():
-        item = getattr(step, name)
-        items = item if isinstance(item, list) else [item]
-        paths = [entry if isinstance(entry, str) else entry.path for entry in items if entry is not None]
-        inputs |= {to_location(path): kind for path in paths}
+        inputs |= {to_location(path): kind for path in step.texts_of(name)}
     return inputs

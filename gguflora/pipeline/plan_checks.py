@@ -10,7 +10,7 @@ from typing import Final
 from gguflora.errors import RecipeError, RemoteError
 from gguflora.files import remote
 from gguflora.pipeline.job import PipelineJob
-from gguflora.pipeline.locations import Location
+from gguflora.pipeline.locations import Location, in_place, to_location
 from gguflora.pipeline.recipe import RecipeFile
 from gguflora.pipeline.sources import problem_with
 
@@ -62,14 +62,19 @@ def check_inputs(
         Metadata of the remote inputs, and what is wrong with missing inputs, which only ``keep_going`` allows.
 
     Raises:
-        RecipeError: if an input is missing, or is the output of its own job.
+        RecipeError: if an input is missing, is the output of its own job, or is a folder that holds outputs and is read
+            whole.
     """
     missing: dict[Location, str] = {}
     seen: set[Location] = set()
+    holders = {folder: job.out for job in jobs if isinstance(job.out, Path) for folder in job.out.parents}
     for job in jobs:
-        for location in job.inputs:
+        for location, kind in job.inputs.items():
             if made.get(location) == job.out:
                 raise file.error(("steps", job.index, job.step.target), f"{job.out} is also an input of the step")
+            if kind == "file" and isinstance(location, Path) and in_place(location) in holders:
+                problem = f"{location}: all files in it are inputs, but it holds {holders[in_place(location)]}"
+                raise _input_error(file, job, location, problem)
             if not isinstance(location, Path) or location in seen:
                 continue
             seen.add(location)
@@ -109,6 +114,6 @@ def _input_error(file: RecipeFile, job: PipelineJob, location: Location, message
         if str(location) in ([given] if isinstance(given, str) else given):
             return file.error(("sources", source), message)
     for name in job.step.inputs:
-        if str(location) in str(getattr(job.step, name)):
+        if location in map(to_location, job.step.texts_of(name)):
             return file.error(("steps", job.index, name), message)
     return file.error(("steps", job.index), message)

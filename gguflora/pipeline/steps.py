@@ -68,6 +68,12 @@ class Step(Strict):
         """The keys that name inputs, and the kind of each, which says what to fetch of a remote folder."""
         return input_kinds(commands()[self.model_dump(include={"action"})["action"]])
 
+    def texts_of(self, name: str) -> list[str]:
+        """Return the locations that a key of inputs names."""
+        item = getattr(self, name)
+        items = item if isinstance(item, list) else [item]
+        return [entry if isinstance(entry, str) else entry.path for entry in items if entry is not None]
+
     @property
     def target(self) -> str:
         """The key that names the output."""

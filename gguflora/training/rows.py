@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gguflora.errors import TrainingDataError
+from gguflora.files.visible import visible_files
 
 TEXTS: Final = (".txt", ".md")
 _JSON: Final = (".jsonl", ".ndjson", ".json")
@@ -82,7 +83,7 @@ def _files(path: Path) -> Iterator[Path]:
     if not path.exists():
         raise TrainingDataError(f"{path}: no such file or folder")
     if path.is_dir():
-        found = sorted(each for each in path.rglob("*") if each.suffix.lower() in (*TEXTS, *_JSON) and each.is_file())
+        found = [each for each in visible_files(path) if each.suffix.lower() in (*TEXTS, *_JSON)]
         if not found:
             raise TrainingDataError(f"{path}: holds no {', '.join((*TEXTS, *_JSON))} file")
         yield from found

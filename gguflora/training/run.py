@@ -18,6 +18,7 @@ import torch
 from gguflora.engine.model import Model
 from gguflora.errors import TrainingDataError, TrainingError, UsageError
 from gguflora.files.checksum import sha256_of
+from gguflora.files.visible import visible_files
 from gguflora.system.cpus import thread_count
 from gguflora.system.memory import read_bytes
 from gguflora.system.processes import peak_memory
@@ -136,8 +137,7 @@ def _check_outputs(
 
 
 def _hash_of(paths: Sequence[Path]) -> str:
-    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    return sha256_of(*[file for file in files if file.is_file()])
+    return sha256_of(*[file for path in paths for file in (visible_files(path) if path.is_dir() else [path])])
 
 
 def _prepare(

@@ -453,3 +453,12 @@ def test_outputs_are_adopted_after_their_records_were_lost(cloned, lost):
     assert (cloned / "out/adapter2.gguf").read_bytes() == b"changed"
     assert statuses(gguflora.run_pipeline(file, force=True)) == ["kept", "kept", "kept", "done"]
     assert "--adopt" in run("pipeline", "--help").stdout
+
+
+@pytest.mark.parametrize("data", [".", "out", "../cloned"])
+def test_training_data_do_not_hold_outputs(cloned, data):
+    """They would be read as data in the next run."""
+    (cloned / "out").mkdir()
+    (cloned / "recipe.toml").write_text(TRAIN.replace("data.jsonl", data))
+    with pytest.raises(RecipeError, match=r":8: steps.1.data: .*all files in it are inputs, but it holds .*tuned"):
+        gguflora.run_pipeline(cloned / "recipe.toml")

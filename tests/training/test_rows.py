@@ -43,6 +43,9 @@ def test_folders_and_lists(tmp_path):
     (tmp_path / "notes/a.txt").write_text("first")
     (tmp_path / "notes/empty.txt").write_text(" \n")
     (tmp_path / "notes/picture.png").write_bytes(b"\xff")
+    for hidden in (".ipynb_checkpoints/a.txt", "deep/.gguflora/record.json", ".hidden.txt"):
+        (tmp_path / "notes" / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / "notes" / hidden).write_text("hidden")
     listed = tmp_path / "list.json"
     listed.write_text(json.dumps([{"text": "one"}, {"text": "two"}]))
     assert [row.text for row in read_rows([tmp_path / "notes", listed])] == ["first", "second", "third", "one", "two"]
