@@ -73,8 +73,8 @@ def check_inputs(
             if made.get(location) == job.out:
                 raise file.error(("steps", job.index, job.step.target), f"{job.out} is also an input of the step")
             if kind == "file" and isinstance(location, Path) and in_place(location) in holders:
-                problem = f"{location}: all files in it are inputs, but it holds {holders[in_place(location)]}"
-                raise _input_error(file, job, location, problem)
+                message = f"{location}: all files in it are inputs, but it holds {holders[in_place(location)]}"
+                raise _input_error(file, job, location, message)
             if not isinstance(location, Path) or location in seen:
                 continue
             seen.add(location)
