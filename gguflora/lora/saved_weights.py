@@ -94,10 +94,9 @@ def _base_weight(name: str, shape: tuple[int, int], base: BaseModel | None) -> F
         )
     found = _from_directory(name, base) if base.path.is_dir() else _from_gguf(name, shape, base)
     if found is None or found.shape != shape:
-        present = "no such weight" if found is None else f"the shape {found.shape}"
         raise MismatchError(
-            f"{base.path}: {name} has {present}, but the adapters hold {shape}; if it has grown, give weights that add "
-            "up to 1"
+            f"{base.path}: has no {name} of shape {shape}, as the adapters hold it; if it has grown by new tokens, "
+            "give weights that add up to 1"
         )
     return found
 

@@ -147,7 +147,11 @@ def test_the_convention_of_mergekit(method, weights, tmp_path):
 
 
 SAVED = {
-    "output and norm": ("llama", {"modules_to_save": ["lm_head", "norm"]}, ("lm_head", "model.norm")),
+    "output and norm": (
+        "llama",
+        {"modules_to_save": ["lm_head", "norm"]},
+        ("lm_head", "model.norm", "model.layers.0.input_layernorm"),
+    ),
     "embedding": ("llama", {"modules_to_save": ["embed_tokens"]}, ("model.embed_tokens",)),
     "biases": ("qwen2", {"bias": "all"}, ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj")),
 }
@@ -199,6 +203,14 @@ def test_whole_weights_need_the_base_unless_the_weights_add_up_to_1(tmp_path):
     saved = builders.trained_adapter(arch, Trained(peft.LoraConfig, ("q_proj", "v_proj"), options, seed=1))
     with pytest.raises(AdapterError, match="give it with --base"):
         gguflora.combine([saved, saved], tmp_path / "out")
+    grown = builders.trained_adapter(arch, Trained(peft.LoraConfig, ("q_proj",), {"modules_to_save": ["lm_head"]}))
+    grown = shutil.copytree(grown, tmp_path / "grown")
+    tensors = load_file(grown / "adapter_model.safetensors")
+    tensors |= {name: np.vstack([rows, rows[:2]]) for name, rows in tensors.items() if "lm_head" in name}
+    save_file(tensors, grown / "adapter_model.safetensors")
+    with pytest.raises(MismatchError, match="if it has grown by new tokens"):
+        gguflora.combine([(grown, 0.5)], tmp_path / "out", base=builders.gguf_model(arch))
+    shutil.rmtree(grown)
     assert not list(tmp_path.iterdir())
     gguflora.combine([saved, paths(SPECS)[0]], tmp_path / "out")
 

@@ -92,9 +92,13 @@ def _check_collisions(config: PeftConfig, tensors: Mapping[str, Array]) -> None:
 
 
 def _is_trained(config: PeftConfig, path: str) -> bool:
-    """Whether a weight was saved because it was trained, not only because of ``save_embedding_layers``."""
+    """Whether a weight was saved because it was trained, not only because of ``save_embedding_layers``.
+
+    PEFT saves every module whose path ends with a name (``peft.utils.other._set_trainable``): ``norm`` stands for
+    ``input_layernorm``, too.
+    """
     names = config.fields.get("modules_to_save") or []
-    return isinstance(names, list) and any(f".{name}." in f".{path}." for name in names)
+    return isinstance(names, list) and any(f"{name}." in f"{path}." for name in names)
 
 
 def _whole(config: PeftConfig, name: str, tensor: Array, *, is_base_copy: bool) -> dict[str, Delta]:
