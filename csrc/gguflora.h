@@ -120,12 +120,14 @@ typedef struct {
     const float *d;       /* (n_in) */
     const float *u;       /* (n_rows, GFL_KEPT) */
     const int32_t *order; /* of the rows; each sees the moves of those before it */
-    const float *limits;  /* of each pass: only moves that are this many steps or more from their optimum */
+    const float *limits;  /* of each pass: only moves that are this many steps or more from their optimum; in a pass
+                             of 0 no code moves, but the half-precision numbers of the blocks do */
     int64_t n_limits;
 } gfl_search;
 
-/* dst has its scales and gets its codes. They start from those of src, rounded to nearest where scales are new or delta
- * is 0.35 steps or more; without src from those of dst. Types with uniform or uneven levels only. */
+/* dst has its scales, which only a pass of 0 changes, and gets its codes. They start from those of src, rounded to
+ * nearest where scales are new or delta is 0.35 steps or more; without src from those of dst. Types with uniform or
+ * uneven levels only. */
 gfl_result gfl_search_codes(int isa, int type_id, const uint8_t *src, uint8_t *dst, const gfl_search *search,
                             int64_t *n_moves);
 

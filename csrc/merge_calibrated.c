@@ -17,7 +17,7 @@ typedef struct {
     int8_t *codes;      /* (n_rows, n_in) */
     float *s, *o;       /* (n_rows, n_groups) */
     float *ev;          /* (n_rows, DIRECTIONS) */
-    float *columns, *inverse, *errors;
+    float *columns, *inverse, *errors, *group_sums;
 } search_call;
 
 static void free_call(search_call *call) {
@@ -28,11 +28,32 @@ static void free_call(search_call *call) {
     free(call->columns);
     free(call->inverse);
     free(call->errors);
+    free(call->group_sums);
+    free(call->state.fit_y);
+    free(call->state.fit_shift);
+    free(call->state.fit_scales);
+    free(call->state.fit_inverse);
+    free(call->state.fit_right);
+    free(call->state.fit_blocks);
     free(call->state.p);
     free(call->state.q);
 }
 
 static float *floats(int64_t n) { return calloc((size_t)n, sizeof(float)); }
+
+/* Scratch of the fit of a row's scales. */
+static int allocate_fit(search_call *call) {
+    gfl_search_state *state = &call->state;
+    const int64_t n_units = call->n_in / call->weights;
+    call->group_sums = floats(call->n_groups * DIRECTIONS);
+    state->fit_y = floats(n_units * 2 * DIRECTIONS), state->fit_shift = floats(call->n_in);
+    state->fit_scales = floats(2 * call->n_groups);
+    state->fit_inverse = calloc((size_t)n_units, 3 * sizeof(double));
+    state->fit_right = calloc((size_t)n_units, 2 * sizeof(double));
+    state->fit_blocks = malloc((size_t)call->row_bytes);
+    return call->group_sums && state->fit_y && state->fit_shift && state->fit_scales && state->fit_inverse &&
+           state->fit_right && state->fit_blocks;
+}
 
 static int allocate(search_call *call) {
     const int64_t n = call->n_rows * call->n_groups;
@@ -42,6 +63,7 @@ static int allocate(search_call *call) {
     call->columns = floats(call->n_in * DIRECTIONS), call->inverse = floats(call->n_in);
     call->errors = floats(ROWS_TOGETHER * call->n_in);
     call->state.p = floats(KEPT * DIRECTIONS), call->state.q = floats(KEPT * call->n_in);
+    if (!allocate_fit(call)) return 0;
     return call->codes && call->s && call->o && call->ev && call->columns && call->inverse && call->errors &&
            call->state.p && call->state.q;
 }
@@ -56,6 +78,8 @@ static void prepare_moments(search_call *call, const gfl_search *search) {
             sum += v * v;
         }
         call->inverse[j] = sum > 0.0f ? 1.0f / sum : 0.0f;
+        float *sums = call->group_sums + j / call->state.codec->group * DIRECTIONS;
+        for (int k = 0; k < DIRECTIONS; k++) sums[k] += call->columns[j * DIRECTIONS + k];
     }
 }
 
@@ -164,7 +188,15 @@ gfl_result gfl_search_codes(int isa, int type_id, const uint8_t *src, uint8_t *d
     const gfl_block_codec *codec = &table->block_codecs[type];
     search_call call = {
         .state =
-            {.codec = codec, .v = search->v, .d = search->d, .n_in = search->n_in, .least_step = least_step(codec)},
+            {
+                .codec = codec,
+                .v = search->v,
+                .d = search->d,
+                .n_in = search->n_in,
+                .least_step = least_step(codec),
+                .weights = t.block_weights,
+                .bytes = t.block_bytes,
+            },
         .n_rows = search->n_rows,
         .n_in = search->n_in,
         .n_groups = search->n_in / codec->group,
@@ -180,7 +212,7 @@ gfl_result gfl_search_codes(int isa, int type_id, const uint8_t *src, uint8_t *d
         return no_memory;
     }
     prepare_moments(&call, search);
-    call.state.columns = call.columns, call.state.inverse = call.inverse;
+    call.state.columns = call.columns, call.state.inverse = call.inverse, call.state.group_sums = call.group_sums;
     for (int64_t row = 0; row < call.n_rows; row++) start_row(&call, src, dst, search->target, row);
     sum_errors(&call, table, search);
     for (int64_t pass = 0; pass < search->n_limits; pass++)
@@ -194,7 +226,9 @@ gfl_result gfl_search_codes(int isa, int type_id, const uint8_t *src, uint8_t *d
                 .u = search->u + row * KEPT,
                 .ev = call.ev + row * DIRECTIONS,
             };
-            *n_moves += table->search_row(&call.state, &here, search->limits[pass]);
+            const float limit = search->limits[pass];
+            *n_moves += limit > 0.0f ? table->search_row(&call.state, &here, limit)
+                                     : table->search_scales(&call.state, &here, dst + row * call.row_bytes);
         }
     for (int64_t row = 0; row < call.n_rows; row++) pack_row(&call, dst, row);
     free_call(&call);

@@ -20,6 +20,7 @@
 #include "codebook_codecs.h"
 #include "dither_codebook.h"
 #include "search_codes.h"
+#include "search_scales.h"
 #include "sketch.h"
 #include "table.h"
 
@@ -42,6 +43,7 @@ const gfl_table GFL_TABLE = {
     .measure_codebook = measure_codebook,
     .dither_codebook = dither_codebook,
     .search_row = search_row,
+    .search_scales = search_scales,
     .block_codecs = block_codecs,
     .codebook_codecs = codebook_codecs,
     /* clang-format off */

@@ -342,33 +342,35 @@ static void repack_NVFP4(uint8_t *dst, int n, const int8_t *q) {
     for (int j = 0; j < n / 16; j++) pack_nvfp4(((block_nvfp4 *)dst)[j / 4].qs + 8 * (j % 4), codes + 16 * j);
 }
 
-/* functions | weights per group | lowest and highest level, levels | where the scales lie: two runs of bytes */
-#define BLOCK_CODEC(NAME, pack, group, low, high, ...) \
-    [GFL_##NAME] = {scales_##NAME, codes_##NAME, pack, group, low, high, 1, NULL, 0, {__VA_ARGS__}}
-#define LEVELS_CODEC(NAME, group, low, high, levels, n_levels, bytes)                                               \
-    [GFL_##NAME] = {scales_##NAME, codes_##NAME, repack_##NAME, group, low, high, (high - low) / (n_levels - 1.0f), \
-                    levels,        n_levels,     {{0, bytes}}}
+/* functions | weights per group | lowest and highest level, levels | where the scales lie: two runs of bytes | halves
+ * among them, and where they lie */
+#define BLOCK_CODEC(NAME, pack, group, low, high, header, halves, ...) \
+    [GFL_##NAME] = {scales_##NAME, codes_##NAME, pack, group, low, high, 1, NULL, 0, header, halves, {__VA_ARGS__}}
+#define RUNS(...) {__VA_ARGS__}
+#define LEVELS_CODEC(NAME, group, low, high, levels, n_levels, bytes, halves)                                        \
+    [GFL_##NAME] = {scales_##NAME, codes_##NAME, repack_##NAME, group,  low, high, (high - low) / (n_levels - 1.0f), \
+                    levels,        n_levels,     {{0, bytes}},  halves, {0}}
 
 /* clang-format off */
 static const gfl_block_codec block_codecs[GFL_N_TYPES] = {
-    BLOCK_CODEC(Q4_0, pack_Q4_0, 32, -8, 7, {0, 2}),
-    BLOCK_CODEC(Q4_1, pack_Q4_1, 32, 0, 15, {0, 4}),
-    BLOCK_CODEC(Q5_0, pack_Q5_0, 32, -16, 15, {0, 2}),
-    BLOCK_CODEC(Q5_1, pack_Q5_1, 32, 0, 31, {0, 4}),
-    BLOCK_CODEC(Q8_0, pack_Q8_0, 32, -127, 127, {0, 2}),
-    BLOCK_CODEC(Q2_K, repack_Q2_K, 16, 0, 3, {0, 16}, {80, 4}),
-    BLOCK_CODEC(Q3_K, repack_Q3_K, 16, -4, 3, {96, 14}),
-    BLOCK_CODEC(Q4_K, repack_Q4_K, 32, 0, 15, {0, 16}),
-    BLOCK_CODEC(Q5_K, repack_Q5_K, 32, 0, 31, {0, 16}),
-    BLOCK_CODEC(Q6_K, repack_Q6_K, 16, -32, 31, {192, 18}),
-    BLOCK_CODEC(TQ1_0, repack_TQ1_0, 32, -1, 1, {52, 2}),
-    BLOCK_CODEC(TQ2_0, repack_TQ2_0, 32, -1, 1, {64, 2}),
-    BLOCK_CODEC(Q2_0, repack_Q2_0, 32, -1, 2, {0, 2}),
-    BLOCK_CODEC(Q1_0, repack_Q1_0, 32, 0, 1, {0, 2}),
-    LEVELS_CODEC(IQ4_NL, 32, -127, 113, iq4_levels, 16, 2),
-    LEVELS_CODEC(IQ4_XS, 32, -127, 113, iq4_levels, 16, 8),
-    LEVELS_CODEC(MXFP4, 32, -12, 12, fp4_ascending, 15, 1),
-    LEVELS_CODEC(NVFP4, 16, -12, 12, fp4_ascending, 15, 4),
+    BLOCK_CODEC(Q4_0, pack_Q4_0, 32, -8, 7, RUNS({0, 2}), 1, 0),
+    BLOCK_CODEC(Q4_1, pack_Q4_1, 32, 0, 15, RUNS({0, 4}), 2, 0, 2),
+    BLOCK_CODEC(Q5_0, pack_Q5_0, 32, -16, 15, RUNS({0, 2}), 1, 0),
+    BLOCK_CODEC(Q5_1, pack_Q5_1, 32, 0, 31, RUNS({0, 4}), 2, 0, 2),
+    BLOCK_CODEC(Q8_0, pack_Q8_0, 32, -127, 127, RUNS({0, 2}), 1, 0),
+    BLOCK_CODEC(Q2_K, repack_Q2_K, 16, 0, 3, RUNS({0, 16}, {80, 4}), 2, 80, 82),
+    BLOCK_CODEC(Q3_K, repack_Q3_K, 16, -4, 3, RUNS({96, 14}), 1, 108),
+    BLOCK_CODEC(Q4_K, repack_Q4_K, 32, 0, 15, RUNS({0, 16}), 2, 0, 2),
+    BLOCK_CODEC(Q5_K, repack_Q5_K, 32, 0, 31, RUNS({0, 16}), 2, 0, 2),
+    BLOCK_CODEC(Q6_K, repack_Q6_K, 16, -32, 31, RUNS({192, 18}), 1, 208),
+    BLOCK_CODEC(TQ1_0, repack_TQ1_0, 32, -1, 1, RUNS({52, 2}), 1, 52),
+    BLOCK_CODEC(TQ2_0, repack_TQ2_0, 32, -1, 1, RUNS({64, 2}), 1, 64),
+    BLOCK_CODEC(Q2_0, repack_Q2_0, 32, -1, 2, RUNS({0, 2}), 1, 0),
+    BLOCK_CODEC(Q1_0, repack_Q1_0, 32, 0, 1, RUNS({0, 2}), 1, 0),
+    LEVELS_CODEC(IQ4_NL, 32, -127, 113, iq4_levels, 16, 2, 1),
+    LEVELS_CODEC(IQ4_XS, 32, -127, 113, iq4_levels, 16, 8, 1),
+    LEVELS_CODEC(MXFP4, 32, -12, 12, fp4_ascending, 15, 1, 0),
+    LEVELS_CODEC(NVFP4, 16, -12, 12, fp4_ascending, 15, 4, 0),
 };
 /* clang-format on */
 

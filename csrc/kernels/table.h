@@ -33,7 +33,9 @@ typedef struct {
     int n_levels;
     struct {
         uint8_t at, bytes;
-    } header[2]; /* where a block's scales lie: up to two runs of bytes */
+    } header[2];        /* where a block's scales lie: up to two runs of bytes */
+    int halves;         /* of them are in half precision, factors of all s, and of all o if there are two */
+    uint8_t half_at[2]; /* where these lie */
 } gfl_block_codec;
 
 /* How the blocks of a codebook type hold points and signs, see codebook_codecs.h. Other types have no functions. */
@@ -85,12 +87,18 @@ typedef struct {
     const float *d, *inverse; /* (n_in): d, and 1 / (sum of v^2 + d) */
     float *p, *q;             /* U^T E V (KEPT, DIRECTIONS), U^T E (KEPT, n_in) */
     int64_t n_in;
-    float least_step; /* distance of the nearest levels */
+    float least_step;        /* distance of the nearest levels */
+    int weights, bytes;      /* of a block */
+    const float *group_sums; /* (n_groups, DIRECTIONS): sums of columns */
+    /* scratch of search_scales.h for a row: see scale_fit; s and o by group; its blocks */
+    float *fit_y, *fit_shift, *fit_scales;
+    double *fit_inverse, *fit_right;
+    uint8_t *fit_blocks;
 } gfl_search_state;
 
 typedef struct {
     int8_t *codes;       /* (n_in) */
-    const float *s, *o;  /* by group */
+    float *s, *o;        /* by group */
     const float *target; /* (n_in) */
     const float *u;      /* (KEPT) */
     float *ev;           /* (DIRECTIONS): e V */
@@ -125,6 +133,8 @@ typedef struct {
                             int64_t column);
     /* One pass of search_codes.h over a row; returns the moves made. */
     int64_t (*search_row)(const gfl_search_state *state, const gfl_search_row *row, float limit);
+    /* Fits the halves of its blocks, search_scales.h; returns how many moved. */
+    int64_t (*search_scales)(const gfl_search_state *state, const gfl_search_row *row, uint8_t *blocks);
     gfl_pair types[GFL_N_TYPES];
     const gfl_block_codec *block_codecs;
     const gfl_codebook_codec *codebook_codecs;

@@ -1,13 +1,17 @@
 """Calibrated rounding: keep the few directions in which a delta matters, and change as little as possible otherwise.
 
 Stochastic rounding keeps a small delta on average and adds noise that at four bits and fewer shows in the answers. With
-the second moments H of the inputs of a weight, single codes move instead, starting from the base's: those first whose
-move lowers
+the second moments H of the inputs of a weight, two things move instead, starting from the base's blocks:
 
-    tr(E H E^T) + |U^T E|_H^2,    E = W' - (W + delta)
+- The half-precision scales. A change of their last bits moves the weights of a block by far less than a step, so no
+  noise is added. For each row those changes are found at once that lower ``e H e^T`` most, ``e`` being the error of the
+  row.
+- Single codes, by one level: those first whose move lowers
 
-most, with U the four output directions that hold most of delta's effect, times the square root of `MU`. The first term
-alone would shrink the delta itself, because to change nothing costs little; the second keeps it.
+      tr(E H E^T) + |U^T E|_H^2,    E = W' - (W + delta)
+
+  most, with U the four output directions that hold most of delta's effect, times the square root of `MU`. The first
+  term alone would shrink the delta itself, because to change nothing costs little; the second term keeps it.
 
 H gets the adapter's own input directions, since the text may not be of the adapter's domain, and a small multiple of
 the identity. If the first search does not reach the delta in the directions of U, the target is moved further and the
@@ -16,6 +20,7 @@ search goes on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -37,6 +42,13 @@ _LIMITS: Final = (16, 8, 4, 2, 1.4, 1, 0.75, 0.6, 0.55, 0.5)
 _OWN: Final = 0.5
 _IDENTITY: Final = 0.01
 """Shares of the adapter's input directions and of the identity in H, in units of H's mean diagonal."""
+
+_FIT: Final = (0.0,)
+"""A search that fits the scales, each row by itself."""
+
+_FINE: Final = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL")
+"""Types with a half-precision scale for every 32 weights. Their scales alone reach most of a weak delta, so they are
+fitted first; a super-block has one for 256 weights, which is fitted to what the codes leave."""
 
 LEAST_REACHED: Final = 0.01
 """Share of a delta that the chosen scales must reach. They are float16: where they overflow, they reach almost none."""
@@ -68,6 +80,13 @@ class Calibrated:
 def can_calibrate(type: GgmlType) -> bool:
     """Whether codes of a type are searched; those of six bits and more and codebooks are rounded stochastically."""
     return type.supports_stochastic and not type.name.startswith(_LEFT_TO_ADAPTIVE)
+
+
+def _plan(type: GgmlType) -> tuple[Sequence[float] | None, ...]:
+    """Return the limits of each search, in order; None moves the target by what the delta is short of."""
+    if type.name in _FINE:
+        return _FIT, _LIMITS, None, _FIT, _LIMITS
+    return _LIMITS, None, _LIMITS, _FIT
 
 
 def round_calibrated(
@@ -104,17 +123,23 @@ def round_calibrated(
     v, d = _own_moments(v, d, factors)
     u = _kept_directions(v, d, factors)
     order = np.random.default_rng(key).permutation(len(rows)).astype(np.int32)
-    base, gain = dequantized(rows, type), 1.0
-    kernels.search_codes(rows, type, blocks, _target(rows, type, delta, gain), v, d, u, order, _LIMITS)
+    base, gain, source = dequantized(rows, type), 1.0, rows
+    for passes in _plan(type):
+        if passes is None:
+            new = dequantized(blocks, type)
+            check_finite(name, type, new)
+            moved, wanted = _reached(u, new - base, delta, v, d)
+            if wanted > 0 and _REACHED[0] < moved / wanted < _REACHED[1]:
+                # in steps of 1/256, so that the last bits of a sum change nothing
+                gain = min(round(256 * wanted / moved) / 256, _MOST_GAIN)
+            continue
+        kept = np.zeros_like(u) if passes == _FIT else u
+        target = _target(rows, type, delta, gain)
+        kernels.search_codes(source, type, blocks, target, v, d, kept, order, passes)
+        source = None
     new = dequantized(blocks, type)
     check_finite(name, type, new)
     moved, wanted = _reached(u, new - base, delta, v, d)
-    if wanted > 0 and _REACHED[0] < moved / wanted < _REACHED[1]:
-        # in steps of 1/256, so that the last bits of a sum change nothing
-        gain = min(round(256 * wanted / moved) / 256, _MOST_GAIN)
-        kernels.search_codes(None, type, blocks, _target(rows, type, delta, gain), v, d, u, order, _LIMITS)
-        new = dequantized(blocks, type)
-        moved, wanted = _reached(u, new - base, delta, v, d)
     return Calibrated(blocks, _sums(base, new, _target(rows, type, delta, 1.0)), moved, wanted)
 
 

@@ -264,7 +264,7 @@ def search_codes(
     *,
     isa: str | None = None,
 ) -> int:
-    """Calibrated rounding of a whole matrix: move codes to lower ``tr(E H E^T) + |U^T E|_H^2``.
+    """Calibrated rounding of a whole matrix: move codes and scales to lower ``tr(E H E^T) + |U^T E|_H^2``.
 
     E is ``W' - target`` and H ``v.T @ v + diag(d)``. The bytes depend neither on the instruction set nor on threads.
 
@@ -277,7 +277,8 @@ def search_codes(
         d: (n_in,), not negative.
         u: (n_rows, KEPT).
         order: order of the rows; each sees the moves of those before it.
-        limits: for each pass, how many steps the best move of a code must exceed.
+        limits: for each pass, how many steps the best move of a code must exceed. In a pass of 0 no code moves, but the
+            half-precision numbers in the blocks of each row are fitted, all at once, if the type has any.
         isa: instruction set; default is `current_isa`.
 
     Returns:

@@ -117,7 +117,7 @@ def test_same_bytes_on_every_instruction_set(name):
     found = {}
     for isa in isa_names():
         out = rows.copy()
-        moves = kernels.search_codes(rows, kind, out, target, wide, d, u, order, [4, 2, 1, 0.5], isa=isa)
+        moves = kernels.search_codes(rows, kind, out, target, wide, d, u, order, [0, 4, 2, 1, 0.5, 0], isa=isa)
         found[isa] = out.tobytes()
         assert moves > 0
     assert len(set(found.values())) == 1
@@ -132,13 +132,40 @@ def test_every_move_lowers_the_objective():
     target = np.float32(values(rows, kind) + delta.b @ delta.a)
     u = np.random.default_rng(2).standard_normal((len(rows), kernels.KEPT)).astype(np.float32)
     order, out, objectives = np.arange(len(rows), dtype=np.int32), rows.copy(), []
-    for limit in (4, 2, 1, 0.5):
+    for limit in (4, 0, 2, 1, 0, 0.5):
         error = values(out, kind) - target
         both = np.vstack([error, u.T.astype(np.float64) @ error])
         objectives.append(((both @ v.T) ** 2).sum() + (both**2 * d).sum())
         kernels.search_codes(None, kind, out, target, wide, d, u, order, [limit])
     assert objectives == sorted(objectives, reverse=True)
     assert objectives[-1] < 0.5 * objectives[0]
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q5_0", "IQ4_NL", "Q3_K", "Q4_K", "Q5_K"])
+def test_scales_are_fitted_as_by_least_squares(name):
+    """One pass comes as near to each row's target as numpy's least squares over the halves of its blocks allow."""
+    kind = type_named(name)
+    rows, delta, v, d = problem(kind, n_rows=6, n_in=1024)
+    wide = np.zeros((kernels.DIRECTIONS, v.shape[1]), np.float32)
+    wide[:RANK] = v
+    base, change = values(rows, kind), delta.b.astype(np.float64) @ delta.a
+    out, order = rows.copy(), np.arange(len(rows), dtype=np.int32)
+    u = np.zeros((len(rows), kernels.KEPT), np.float32)
+    kernels.search_codes(None, kind, out, np.float32(base + change), wide, d, u, order, [0])
+    root = np.vstack([v.astype(np.float64), np.diag(np.sqrt(d.astype(np.float64)))])
+    halves = [0, 2] if name in {"Q4_1", "Q4_K", "Q5_K"} else [108 if name == "Q3_K" else 0]
+    for row in range(len(rows)):
+        found = np.linalg.norm(root @ (values(out, kind) - base - change)[row])
+        directions = []
+        for at in halves:  # what one half contributes: without it, and with it
+            without = rows[row : row + 1].copy().reshape(-1, kind.block_bytes)
+            without[:, at : at + 2] = 0
+            part = base[row] - values(without.reshape(1, -1), kind)[0]
+            directions += list(np.eye(len(without)).repeat(kind.block_weights, axis=1) * part)
+        free = root @ np.transpose(directions)
+        best = free @ np.linalg.lstsq(free, root @ change[row], rcond=None)[0] - root @ change[row]
+        assert np.linalg.norm(best) < 0.999 * np.linalg.norm(root @ change[row])
+        assert found == pytest.approx(np.linalg.norm(best), rel=0.02)
 
 
 def test_a_delta_of_zero_changes_nothing():

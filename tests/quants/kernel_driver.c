@@ -1,13 +1,15 @@
 /* Runs kernels on requests from stdin, for builds that Python cannot load: other processors, sanitizers. A request is
  * eight int64 (operation, isa, type id, rows, n_in, bytes of the input, bytes of the output, rank), then the input and
- * for operation 1 an imatrix row (n_in floats), for operations 3 and 4 a (rank, n_in) and b (rows, rank). The answer is
- * the status as int64, then the output. Every buffer has its exact size, so that a sanitizer sees any step outside. */
+ * for operation 1 an imatrix row (n_in floats), for operations 3 and 4 a (rank, n_in) and b (rows, rank), and for
+ * operation 5 the arrays of gfl_search with `rank` limits. The answer is the status as int64, then the output. Every
+ * buffer has its exact size, so that a sanitizer sees any step outside. */
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "gguflora.h"
 
-enum { QUANTIZE, QUANTIZE_MEASURED, DEQUANTIZE, MERGE, DITHER };
+enum { QUANTIZE, QUANTIZE_MEASURED, DEQUANTIZE, MERGE, DITHER, SEARCH };
 
 static void *read_array(size_t bytes) {
     void *p = malloc(bytes ? bytes : 1);
@@ -32,6 +34,27 @@ static gfl_result change(int64_t operation, int isa, int type, const uint8_t *in
     return result;
 }
 
+static float *read_floats(int64_t n) { return read_array((size_t)n * sizeof(float)); }
+
+/* Calibrated rounding under the scales of `in`. */
+static gfl_result search(int isa, int type, const uint8_t *in, uint8_t *out, int64_t n_rows, int64_t n_in,
+                         int64_t n_limits) {
+    float *target = read_floats(n_rows * n_in), *v = read_floats(GFL_DIRECTIONS * n_in), *d = read_floats(n_in),
+          *u = read_floats(n_rows * GFL_KEPT);
+    int32_t *order = read_array((size_t)n_rows * sizeof *order);
+    float *limits = read_floats(n_limits);
+    const gfl_search given = {n_rows, n_in, target, v, d, u, order, limits, n_limits};
+    int64_t n_moves;
+    const gfl_result result = gfl_search_codes(isa, type, in, out, &given, &n_moves);
+    free(target);
+    free(v);
+    free(d);
+    free(u);
+    free(order);
+    free(limits);
+    return result;
+}
+
 int main(void) {
     int64_t r[8];
     while (fread(r, sizeof r, 1, stdin) == 1) {
@@ -48,6 +71,9 @@ int main(void) {
             result = change(r[0], isa, type, in, out, &(gfl_delta){n_rows, n_in, a, b, rank, NULL});
             free(a);
             free(b);
+        } else if (r[0] == SEARCH) {
+            memcpy(out, in, (size_t)r[6]);
+            result = search(isa, type, in, out, n_rows, n_in, rank);
         } else {
             float *imatrix = r[0] == QUANTIZE_MEASURED ? read_array((size_t)n_in * sizeof *imatrix) : NULL;
             result = gfl_quantize_rows(isa, type, in, n_rows, n_in, imatrix, out);

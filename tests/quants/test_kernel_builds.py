@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gguflora.merging.calibrated import can_calibrate
 from gguflora.quants import kernels
 from gguflora.quants._lib import isa_names
 from gguflora.quants.types import TYPES, GgmlType
@@ -22,7 +23,7 @@ from support.oracles import libggml
 EXTENSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"][0]
 SOURCES = [ROOT / source for source in EXTENSION["sources"] if source.startswith("csrc/")]
 ISA_NUMBERS = {"scalar": 0, "avx2": 1, "avx512": 2, "neon": 3}
-QUANTIZE, QUANTIZE_MEASURED, DEQUANTIZE, MERGE, DITHER = range(5)
+QUANTIZE, QUANTIZE_MEASURED, DEQUANTIZE, MERGE, DITHER, SEARCH = range(6)
 CROSS_COMPILER, EMULATORS = "aarch64-linux-gnu-gcc", ("qemu-aarch64-static", "qemu-aarch64")
 
 Request = tuple[bytes, bytes]
@@ -54,7 +55,7 @@ def build(folder: Path, compiler: str, flags: list[str]) -> Path:
 def request(
     operation: int, isa: str, kind: GgmlType, data: np.ndarray, expected: np.ndarray, n_in: int, *extra
 ) -> Request:
-    rank = len(extra[0]) if operation in {MERGE, DITHER} else 0
+    rank = len(extra[-1 if operation == SEARCH else 0]) if operation in {MERGE, DITHER, SEARCH} else 0
     head = struct.pack("8q", operation, ISA_NUMBERS[isa], kind.id, len(data), n_in, data.nbytes, expected.nbytes, rank)
     return head + data.tobytes() + b"".join(array.tobytes() for array in extra), expected.tobytes()
 
@@ -89,6 +90,27 @@ def requests(kind: GgmlType, isa: str) -> Iterator[Request]:
                 kernels.choose_scales(packed, kind, written, delta, isa="scalar")
                 kernels.round_stochastic(packed, kind, written, delta, gain=1.25, key=99, first_row=7, isa="scalar")
             yield request(DITHER, isa, kind, packed, written, n_in, a, scaled)
+    if can_calibrate(kind):
+        yield from searches(kind, isa, packed, np.float32(0.02) * delta)
+
+
+def searches(kind: GgmlType, isa: str, packed: np.ndarray, delta: np.ndarray) -> Iterator[Request]:
+    """Calibrated rounding, also with an odd number of stripes and with infinite moments; scalar code is the reference.
+
+    tests/calibration compares that with its objective in numpy.
+    """
+    rng = np.random.default_rng(8)
+    n_rows, n_in = delta.shape
+    target = (libggml.dequantize(packed, kind.id, n_in) + delta).astype(np.float32)
+    v = (rng.standard_normal((kernels.DIRECTIONS, n_in)) * 0.1).astype(np.float32)
+    u = rng.standard_normal((n_rows, kernels.KEPT)).astype(np.float32)
+    order, limits = rng.permutation(n_rows).astype(np.int32), np.float32([0, 4, 1, 0.5, 0])
+    for diagonal in (0.5, np.inf):
+        d = np.full(n_in, diagonal, np.float32)
+        found = packed.copy()
+        moves = kernels.search_codes(packed, kind, found, target, v, d, u, order, limits.tolist(), isa="scalar")
+        assert bool(moves) == np.isfinite(diagonal)
+        yield request(SEARCH, isa, kind, packed, found, n_in, target, v, d, u, order, limits)
 
 
 def assert_answers(command: list[str], made: list[Request]) -> None:
