@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from gguflora.adapters.adapter import read_adapter as read_adapter
     from gguflora.calibration.imatrix import ImatrixReport as ImatrixReport
     from gguflora.calibration.imatrix import imatrix as imatrix
-    from gguflora.diagnostics.compare import CompareReport as CompareReport
     from gguflora.diagnostics.compare import compare as compare
+    from gguflora.diagnostics.comparison import CompareReport as CompareReport
     from gguflora.diagnostics.demo import DemoReport as DemoReport
     from gguflora.diagnostics.demo import run_demo as run_demo
     from gguflora.diagnostics.doctor import DoctorReport as DoctorReport
@@ -66,7 +66,7 @@ _HOMES = {
     "Adapters": "gguflora.runtime.attached",
     "ApplyReport": "gguflora.merging.patch.apply",
     "CombineReport": "gguflora.lora.combine",
-    "CompareReport": "gguflora.diagnostics.compare",
+    "CompareReport": "gguflora.diagnostics.comparison",
     "ConvertReport": "gguflora.lora.convert",
     "DemoReport": "gguflora.diagnostics.demo",
     "DiffReport": "gguflora.lora.diff",

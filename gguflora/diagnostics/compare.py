@@ -1,159 +1,83 @@
-"""``compare``: measure how far a merged file's answers are from those of its adapters.
+"""``compare``: measure how far merged files' answers are from those of their adapters.
 
 The reference is the base with the adapters applied at run time ("hot"), because this does not round any weights.
-llama.cpp evaluates a text with the base, the hot adapters and the merged file side by side, a few positions at a time.
+llama.cpp evaluates texts with the base, the hot adapters and the merged files side by side, a few positions at a time.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Final, Literal
 
 from gguflora.architectures.base_model import read_whole_base
-from gguflora.diagnostics.divergence import kl_divergences, log_softmax
+from gguflora.diagnostics.comparison import CompareReport, Speed, TextComparison
+from gguflora.diagnostics.general_text import BUILT_IN_TEXT
+from gguflora.diagnostics.side_by_side import Tally, measure, speeds_of, summed_up, windows_of_text
 from gguflora.errors import (
     FormatError,
     HotSwapError,
     MismatchError,
     MissingExtraError,
+    QuantizationError,
     UnsupportedAdapterError,
     UsageError,
 )
 from gguflora.files.gguf import GgufFile
 from gguflora.files.remote import remote_inputs
 from gguflora.merging.merge import AdapterArgument, merge, with_scales
+from gguflora.merging.moment_sources import Texts
 from gguflora.runtime.adapter_files import AdapterReading
 from gguflora.system.cpus import thread_count
 
 if TYPE_CHECKING:
-    from gguflora.runtime.logits import LogitsContext, LogitsModel
+    from gguflora.runtime.logits import LogitsModel
 
-BUILT_IN_TEXT: Final = """\
-The ferry leaves the harbour at seven in the morning and comes back before dark. On the way it stops at two islands:
-the larger one has a school, a bakery and a lighthouse, the smaller one nothing but sheep. Last winter the engine failed
-half way across, and the captain let the wind carry the boat to the beach, where everybody climbed out laughing.
-
-To cook rice, wash it twice in cold water, cover it with one and a half times its volume of water, and bring it to the
-boil. Then turn the heat down, put the lid on, and wait for twelve minutes. Do not stir. Why not? Because the grains
-break and the pot sticks.
-
-def mean(values):
-    total = 0.0
-    for value in values:
-        total += value
-    return total / len(values)
-
-Water boils at 100 degrees Celsius at sea level, but at only 90 degrees on a mountain 3,000 metres high. The reason is
-the pressure of the air: the less of it there is, the sooner the bubbles can grow. That is why tea tastes weak up there,
-and why beans take hours.
-
-"Have you seen my glasses?" asked the old man. "They are on your nose," said the girl, and she was right. He thanked
-her, sat down by the window, and read the letter from his brother for the third time.
-"""
-"""The default text: a story, a recipe, a program, an explanation, a conversation."""
-
-POSITIONS_AT_ONCE: Final = 16
-"""Positions that are compared at once; each has a float64 row as long as the vocabulary."""
 MIN_CTX: Final = 16
-SPEED_PROMPT, SPEED_ANSWER, SPEED_TURNS = 128, 16, 3
+_OPEN_TOGETHER: Final = 1 << 30
+"""Merged files that have no more bytes are open at the same time, so that the hot adapters are evaluated once."""
+
+_OWN: Final = ("base", "hot", "naive", "nearest", "adaptive", "calibrated")
 
 
-@dataclass(frozen=True, slots=True)
-class Divergence:
-    """The distance of a model's predictions from those of the hot adapters.
-
-    Attributes:
-        kl: mean Kullback-Leibler divergence in nats per token.
-        error: standard error of the mean.
-        top_agreement: share of the positions where both models have the same most likely token.
-    """
-
-    kl: float
-    error: float
-    top_agreement: float
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Tokens per second while reading a prompt and while generating an answer."""
-
-    prompt: float
-    generation: float
-
-
-@dataclass(frozen=True, slots=True)
-class CompareReport:
-    """What `compare` found. The models are called "base", "hot", "merged" and "naive".
-
-    Attributes:
-        base: path of the base file.
-        merged: path of the merged file.
-        adapters: path and scale of each adapter.
-        text: the file that was evaluated, or "built-in text".
-        positions: number of predicted tokens.
-        n_ctx: number of tokens in each window of the text.
-        divergences: divergence from the hot adapters, by model.
-        perplexities: perplexity on the text, by model.
-        speeds: speed of the hot adapters and of the merged file.
-    """
-
-    base: Path
-    merged: Path
-    adapters: tuple[tuple[str, float], ...]
-    text: str
-    positions: int
-    n_ctx: int
-    divergences: dict[str, Divergence]
-    perplexities: dict[str, float]
-    speeds: dict[str, Speed]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields, ready for JSON."""
-        return {**asdict(self), "base": str(self.base), "merged": str(self.merged)}
-
-
-@remote_inputs(base="file", merged="file", adapters="adapter", text="file")
+@remote_inputs(base="file", merged="file", adapters="adapter", text="file", calibration_text="file")
 def compare(
     base: str | os.PathLike[str],
-    merged: str | os.PathLike[str],
+    merged: Texts,
     adapters: AdapterArgument,
     *,
-    text: str | os.PathLike[str] | None = None,
+    text: Texts | None = None,
     naive: bool = False,
+    all: bool = False,
+    calibration_text: Texts | None = None,
     n_ctx: int = 512,
     threads: int | None = None,
     text_only: bool = False,
     trust_names: bool = False,
 ) -> CompareReport:
-    """Measure how closely ``merged`` reproduces the answers of ``base`` with ``adapters`` applied at run time.
+    """Measure how closely merged files reproduce the answers of ``base`` with ``adapters`` applied at run time.
 
     Needs llama-cpp-python, and memory for two models at once.
 
     Args:
         base: the GGUF file that was merged into.
-        merged: the merged GGUF file.
+        merged: the merged GGUF file, or several, or none.
         adapters: the merged adapters, as for `gguflora.merge`.
-        text: a UTF-8 file to evaluate, ideally similar to the adapters' training data; by default a short English
-            text.
+        text: UTF-8 files to evaluate, ideally similar to the adapters' training data. A built-in English text follows
+            them, so that it shows what a merge does to other text.
         naive: also measure a merge that rounds to nearest; it is written to a temporary file.
-        n_ctx: number of tokens in each window of the text; each window is evaluated on its own.
+        all: also measure three merges: nearest, adaptive, and calibrated; they are written to temporary files.
+        calibration_text: text for the calibrated merge, see `gguflora.merge`; not the text to evaluate.
+        n_ctx: number of tokens in each window of a text; each window is evaluated on its own.
         threads: number of threads; by default one for each core that this process may use.
         text_only: take only the part of a multimodal model's adapters that changes the language model.
         trust_names: apply adapters by name and shape where the order of a tensor's rows is not known.
 
     Raises:
-        UsageError: if ``n_ctx`` is too small.
+        UsageError: if ``n_ctx`` is too small, or ``calibration_text`` has no use.
         MissingExtraError: if llama-cpp-python is not installed.
         HotSwapError: if an adapter cannot be applied at run time, or llama.cpp refuses a file.
         MismatchError: if the models have different vocabularies.
@@ -161,35 +85,103 @@ def compare(
     """
     if n_ctx < MIN_CTX:
         raise UsageError(f"n_ctx is {n_ctx}, expected at least {MIN_CTX} tokens")
-    base_path, merged_path, pairs = Path(base), Path(merged), with_scales(adapters)
-    used_threads = thread_count(threads)
+    texts, given = [] if text is None else _paths(text), _named(_paths(merged))
+    own = [] if calibration_text is None else _paths(calibration_text)
+    _check_calibration_text(own, texts, used=all)
+    base_path, pairs, used_threads = Path(base), with_scales(adapters), thread_count(threads)
     reading = AdapterReading(text_only, trust_names)
     loras = _open_loras(base_path, pairs, reading)
-    with _open(base_path, used_threads) as base_model:
-        tokens, window = _tokens(base_model, text), min(n_ctx, base_model.n_ctx_train)
-        windows = list(_windows(tokens, base_model.first_tokens, window))
-        hot = base_model.context(window, loras)
-        with _open(merged_path, used_threads, base_model) as model:
-            contexts = {"base": base_model.context(window), "merged": model.context(window)}
-            tallies = _measure(windows, hot, contexts)
-            speeds = _speeds({"hot": hot, "merged": contexts["merged"]}, tokens, window)
-        if naive:
-            with (
-                _naive_merge(base_path, pairs, used_threads, reading) as file,
-                _open(file, used_threads, base_model) as model,
-            ):
-                tallies |= _measure(windows, hot, {"naive": model.context(window)})
+    with _open(base_path, used_threads) as model:
+        side_by_side = _Comparison(model, [*texts, None], loras, min(n_ctx, model.n_ctx_train), used_threads)
+        roundings = (*(["naive"] if naive else []), *(["nearest", "adaptive", "calibrated"] if all else []))
+        with _own_merges(base_path, pairs, used_threads, reading, roundings, own) as (made, warnings):
+            for group in _groups({**given, **made}):
+                side_by_side.add(group, timed=given.keys())
+    found = side_by_side.summed_up()
     return CompareReport(
         base=base_path,
-        merged=merged_path,
+        merged=next(iter(given.values()), None),
+        files=given,
         adapters=tuple((str(path), scale) for path, scale in pairs),
-        text="built-in text" if text is None else str(text),
-        positions=tallies["hot"].count,
-        n_ctx=window,
-        divergences={name: tally.divergence() for name, tally in tallies.items() if name != "hot"},
-        perplexities={name: tally.perplexity() for name, tally in tallies.items()},
-        speeds=speeds,
+        text=found[0].text,
+        positions=found[0].positions,
+        n_ctx=side_by_side.n_ctx,
+        divergences=found[0].divergences,
+        perplexities=found[0].perplexities,
+        texts=found,
+        speeds=side_by_side.speeds,
+        warnings=tuple(warnings),
     )
+
+
+class _Comparison:
+    """A base and its hot adapters on some texts, beside which merged files are evaluated."""
+
+    def __init__(
+        self,
+        model: LogitsModel,
+        texts: Sequence[Path | None],
+        loras: Sequence[tuple[Path, float]],
+        n_ctx: int,
+        threads: int,
+    ) -> None:
+        self.n_ctx = n_ctx
+        self.speeds: dict[str, Speed] = {}
+        self._model, self._threads = model, threads
+        self._names = ["built-in text" if text is None else str(text) for text in texts]
+        self._tokens = [_tokens(model, text) for text in texts]
+        self._tallies: list[dict[str, Tally]] = [{} for _ in texts]
+        self._hot, self._base = model.context(n_ctx, loras), model.context(n_ctx)
+
+    def add(self, files: Mapping[str, Path], timed: Container[str]) -> None:
+        """Evaluate files, and measure the speeds of those of them that are to be timed."""
+        with ExitStack() as models:
+            contexts = {"hot": self._hot} | ({} if "base" in self._tallies[0] else {"base": self._base})
+            for name, path in files.items():
+                model = models.enter_context(_open(path, self._threads, self._model))
+                contexts[name] = model.context(self.n_ctx)
+            for tokens, tallies in zip(self._tokens, self._tallies, strict=True):
+                tallies.update(measure(list(windows_of_text(tokens, self._model.first_tokens, self.n_ctx)), contexts))
+            fast = {name: contexts[name] for name in files if name in timed}
+            if fast:
+                self.speeds = speeds_of({"hot": self._hot, **fast}, self._tokens[0], self.n_ctx) | self.speeds
+
+    def summed_up(self) -> tuple[TextComparison, ...]:
+        """Return what was found on each text."""
+        return tuple(map(summed_up, self._names, self._tallies))
+
+
+def _paths(given: Texts) -> list[Path]:
+    return [Path(given)] if isinstance(given, str | os.PathLike) else [Path(path) for path in given]
+
+
+def _named(merged: Sequence[Path]) -> dict[str, Path]:
+    """Return the merged files under their names in the report."""
+    if len(merged) == 1:
+        return {"merged": merged[0]}
+    names = [path.name for path in merged]
+    short = len({*names, *_OWN}) == len(names) + len(_OWN)
+    return dict(zip(names if short else map(str, merged), merged, strict=True))
+
+
+def _check_calibration_text(own: Sequence[Path], texts: Sequence[Path], *, used: bool) -> None:
+    if own and not used:
+        raise UsageError("a text for the calibration needs --all: no other merge is calibrated here")
+    for path in own:
+        if path in texts:
+            raise UsageError(f"{path}: is to be both calibrated and evaluated on, which flatters the merge; split it")
+
+
+def _groups(files: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
+    """Divide files into those that are open at the same time; without files there is one empty group."""
+    sizes = {name: path.stat().st_size if path.exists() else 0 for name, path in files.items()}
+    group: dict[str, Path] = {}
+    for name, path in files.items():
+        if group and sum(sizes[each] for each in group) + sizes[name] > _OPEN_TOGETHER:
+            yield group
+            group = {}
+        group[name] = path
+    yield group
 
 
 def _open_loras(
@@ -227,115 +219,49 @@ def _open(path: Path, threads: int, like: LogitsModel | None = None) -> Iterator
         yield model
 
 
-def _tokens(model: LogitsModel, text: str | os.PathLike[str] | None) -> list[int]:
-    content = BUILT_IN_TEXT.encode() if text is None else Path(text).read_bytes()
+def _tokens(model: LogitsModel, text: Path | None) -> list[int]:
+    try:
+        content = BUILT_IN_TEXT.encode() if text is None else text.read_bytes()
+    except OSError as error:
+        raise FormatError(f"{text}: cannot be read: {error.strerror}") from error
     tokens = model.tokenize(content)
     if len(tokens) < 2:
         raise FormatError(f"{text}: has {len(tokens)} tokens, expected at least 2")
     return tokens
 
 
-def _windows(tokens: Sequence[int], first: list[int], n_ctx: int) -> Iterator[list[int]]:
-    """Split the text into windows of up to ``n_ctx`` tokens, each starting with the tokens that start a text."""
-    step = n_ctx - len(first)
-    for start in range(0, len(tokens), step):
-        window = [*first, *tokens[start : start + step]]
-        if len(window) > 1:
-            yield window
-
-
-class _Tally:
-    """Sums of a model's measures over all positions."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._kl = self._kl_squared = self._agreements = self._loss = 0.0
-
-    def add(self, log_p: NDArray[np.float64], log_q: NDArray[np.float64], targets: Sequence[int]) -> None:
-        """Add positions: log-probabilities of the hot adapters and of this model, and the tokens that follow."""
-        divergences = kl_divergences(log_p, log_q)
-        self.count += len(targets)
-        self._kl += float(divergences.sum())
-        self._kl_squared += float((divergences**2).sum())
-        self._agreements += float((log_p.argmax(axis=-1) == log_q.argmax(axis=-1)).sum())
-        self._loss -= float(log_q[np.arange(len(targets)), targets].sum())
-
-    def divergence(self) -> Divergence:
-        mean = self._kl / self.count
-        variance = max(0.0, self._kl_squared / self.count - mean**2)
-        return Divergence(mean, math.sqrt(variance / self.count), self._agreements / self.count)
-
-    def perplexity(self) -> float:
-        return math.exp(self._loss / self.count)
-
-
-def _measure(
-    windows: Sequence[list[int]], hot: LogitsContext, contexts: Mapping[str, LogitsContext]
-) -> dict[str, _Tally]:
-    """Evaluate the text with all models side by side."""
-    from gguflora.runtime.logits import POSITIONS  # noqa: PLC0415
-
-    all_contexts = {"hot": hot, **contexts}
-    tallies = {name: _Tally() for name in all_contexts}
-    for window in windows:
-        for context in all_contexts.values():
-            context.clear()
-        for start in range(0, len(window) - 1, POSITIONS):
-            targets = window[start + 1 : start + 1 + POSITIONS]
-            inputs = window[start : start + len(targets)]
-            logits = {name: context.decode(inputs) for name, context in all_contexts.items()}
-            _add(tallies, logits, targets)
-    return tallies
-
-
-def _add(tallies: Mapping[str, _Tally], logits: Mapping[str, NDArray[np.float32]], targets: Sequence[int]) -> None:
-    for start in range(0, len(targets), POSITIONS_AT_ONCE):
-        block = slice(start, start + POSITIONS_AT_ONCE)
-        log_p = log_softmax(logits["hot"][block])
-        for name, tally in tallies.items():
-            log_q = log_p if name == "hot" else log_softmax(logits[name][block])
-            tally.add(log_p, log_q, targets[block])
-
-
 @contextmanager
-def _naive_merge(base: Path, pairs: AdapterArgument, threads: int, reading: AdapterReading) -> Iterator[Path]:
-    """Merge with nearest rounding into a temporary file."""
+def _own_merges(
+    base: Path,
+    pairs: AdapterArgument,
+    threads: int,
+    reading: AdapterReading,
+    names: Sequence[str],
+    calibration_text: Sequence[Path],
+) -> Iterator[tuple[dict[str, Path], list[str]]]:
+    """Merge into temporary files; yield them by name, and warnings on merges that are not possible."""
+    made: dict[str, Path] = {}
+    warnings = []
     with tempfile.TemporaryDirectory(prefix="gguflora-") as folder:
-        file = Path(folder) / "naive.gguf"
-        merge(
-            base,
-            pairs,
-            file,
-            threads=threads,
-            rounding="nearest",
-            text_only=reading.text_only,
-            trust_names=reading.trust_names,
-        )
-        yield file
-
-
-def _speeds(contexts: Mapping[str, LogitsContext], tokens: Sequence[int], n_ctx: int) -> dict[str, Speed]:
-    """Measure median speeds: read a prompt, then decode token by token. All models decode the same text."""
-    answer = min(SPEED_ANSWER, n_ctx // 2)
-    prompt = min(SPEED_PROMPT, n_ctx - answer)
-    needed = prompt + answer
-    run = (list(tokens) * (needed // len(tokens) + 1))[:needed]
-    timings: dict[str, list[tuple[float, float]]] = {name: [] for name in contexts}
-    for _ in range(SPEED_TURNS):
-        for name, context in contexts.items():
-            timings[name].append(_time(context, run, prompt))
-    medians = {name: np.median(turns, axis=0).tolist() for name, turns in timings.items()}
-    return {name: Speed(prompt / seconds[0], answer / seconds[1]) for name, seconds in medians.items()}
-
-
-def _time(context: LogitsContext, tokens: Sequence[int], prompt: int) -> tuple[float, float]:
-    """Return the seconds for the prompt and for the tokens after it."""
-    context.clear()
-    moments = [time.perf_counter()]
-    context.decode(tokens[:prompt], only_last=True)
-    moments.append(time.perf_counter())
-    for token in tokens[prompt:]:
-        context.decode([token])
-    moments.append(time.perf_counter())
-    first, second = (after - before for before, after in pairwise(moments))
-    return first, second
+        for name in names:
+            file = Path(folder) / f"{name}.gguf"
+            rounding: Literal["nearest", "adaptive"] = "nearest" if name in {"naive", "nearest"} else "adaptive"
+            try:
+                merge(
+                    base,
+                    pairs,
+                    file,
+                    threads=threads,
+                    rounding=rounding,
+                    text_only=reading.text_only,
+                    trust_names=reading.trust_names,
+                    calibrate=name == "calibrated",
+                    calibration_text=list(calibration_text) if name == "calibrated" else None,
+                )
+            except QuantizationError as error:
+                if name != "calibrated":
+                    raise
+                warnings.append(f"there is no calibrated merge to compare: {error}")
+                continue
+            made[name] = file
+        yield made, warnings

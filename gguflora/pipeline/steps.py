@@ -226,10 +226,12 @@ class Compare(OneOutput):
 
     action: Literal["compare"]
     base: str
-    merged: str
+    merged: str | list[str] = Field(default_factory=list)
     adapters: Adapters
-    text: str | None = None
+    text: str | list[str] | None = None
     naive: bool = False
+    all: bool = False
+    calibration_text: str | list[str] | None = None
     n_ctx: Count = 512
     threads: int | None = Field(default=None, ge=1)
 

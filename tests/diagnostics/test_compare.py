@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import llama_cpp
@@ -13,8 +14,9 @@ import safetensors.numpy
 import torch
 
 import gguflora
-from gguflora.diagnostics.compare import BUILT_IN_TEXT
 from gguflora.diagnostics.divergence import kl_divergence
+from gguflora.diagnostics.general_text import BUILT_IN_TEXT
+from gguflora.diagnostics.side_by_side import Tally, summed_up
 from gguflora.errors import ArchitectureError, FormatError, HotSwapError, MismatchError, UsageError
 from support import builders, hotswap
 
@@ -151,6 +153,74 @@ def test_no_text_no_model_no_context(merged, tmp_path):
         compare_on_one_thread(base, merged, adapter, n_ctx=2)
 
 
+def test_shares_and_ratios_on_two_texts_are_those_of_peft(tmp_path, text):
+    """Merges into floats of the adapter at three scales, on a text where it helps and on others."""
+    adapter, base = builders.adapter("llama", hotswap.A), builders.gguf_model("llama")
+    files = [tmp_path / "half.gguf", tmp_path / "most.gguf"]
+    for file, scale in zip(files, (0.5, 0.8), strict=True):
+        gguflora.merge(base, [(adapter, scale)], file)
+    other = tmp_path / "other.txt"
+    other.write_text("under the cat there are other animals, thinner than a tree")
+    report = compare_on_one_thread(base, files, adapter, text=[text, other], n_ctx=N_CTX)
+    assert [each.text for each in report.texts] == [str(text), str(other), "built-in text"]
+    assert report.files == {"half.gguf": files[0], "most.gguf": files[1]}
+    first = report.texts[0]
+    assert (report.divergences, report.perplexities) == (first.divergences, first.perplexities)
+    (hot, hot_loss), (_, base_loss), (_, half_loss) = expected(1.0), expected(0), expected(0.5)
+    assert first.perplexity_ratios["half.gguf"].value == pytest.approx(np.exp(half_loss - hot_loss), rel=2e-3)
+    assert first.perplexity_ratios["base"].value == pytest.approx(np.exp(base_loss - hot_loss), rel=2e-3)
+    assert len(hot) == first.positions
+    assert first.divergences["most.gguf"].kl < first.divergences["half.gguf"].kl < first.divergences["base"].kl
+    assert bool(first.kept) == (base_loss - hot_loss > 0.2)
+
+
+def test_what_is_kept_of_a_gain():
+    """A model that halves every token's gain keeps half; where the adapter hurts there is nothing to keep."""
+    random = np.random.default_rng(0)
+    targets, tallies = random.integers(0, 8, 400).tolist(), {name: Tally() for name in ("base", "hot", "merged")}
+    gains = random.uniform(0.1, 0.5, 400)
+
+    def log_p(gain):
+        rows = np.log(np.full((400, 8), 0.5 / 7))
+        rows[np.arange(400), targets] = np.log(0.5) + gain
+        return rows
+
+    for name, share in {"base": 0.0, "hot": 1.0, "merged": 0.5}.items():
+        tallies[name].add(log_p(gains), log_p(share * gains), targets)
+    found = summed_up("text", tallies)
+    assert found.kept.keys() == {"merged"}
+    assert found.kept["merged"].value == pytest.approx(0.5)
+    assert found.kept["merged"].error == pytest.approx(0, abs=1e-9)
+    assert found.perplexity_ratios["merged"].value == pytest.approx(np.exp(0.5 * gains.mean()))
+    assert found.perplexity_ratios["merged"].error == pytest.approx(np.exp(0.5 * gains.mean()) * 0.5 * gains.std() / 20)
+    assert summed_up("text", tallies | {"base": tallies["hot"], "hot": tallies["base"]}).kept == {}
+
+
+def test_all_makes_its_own_merges(tmp_path, text, monkeypatch):
+    base, adapter = builders.gguf_model("llama", "wide", "Q4_0"), builders.adapter("llama", WEAK, "wide")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    own = tmp_path / "own.txt"
+    own.write_text(TEXT * 60)
+    report = compare_on_one_thread(base, [], adapter, text=text, all=True, calibration_text=own, n_ctx=N_CTX)
+    assert (report.merged, report.files, report.speeds, report.warnings) == (None, {}, {}, ())
+    assert [*report.texts[-1].perplexities] == ["base", "hot", "nearest", "adaptive", "calibrated"]
+    kl = {name: found.kl for name, found in report.texts[-1].divergences.items()}
+    assert kl["calibrated"] < kl["adaptive"] < kl["base"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["own.txt", "text.txt"]
+    assert json.dumps(report.to_dict())
+    floats = compare_on_one_thread(builders.gguf_model("llama"), [], builders.adapter("llama", WEAK), all=True)
+    assert [*floats.divergences] == ["base", "nearest", "adaptive"]
+    assert "no calibrated merge to compare" in floats.warnings[0]
+
+
+def test_a_text_is_not_calibrated_and_evaluated_on(merged, text):
+    base, adapter = builders.gguf_model("llama"), builders.adapter("llama", WEAK)
+    with pytest.raises(UsageError, match="both calibrated and evaluated on"):
+        compare_on_one_thread(base, merged, adapter, text=text, calibration_text=text, all=True)
+    with pytest.raises(UsageError, match="needs --all"):
+        compare_on_one_thread(base, merged, adapter, calibration_text=text)
+
+
 def test_kl_divergence_of_known_distributions():
     p, q = np.array([[0.5, 0.5], [0.9, 0.1]]), np.array([[0.25, 0.75], [0.9, 0.1]])
     by_hand = (0.5 * np.log(2) + 0.5 * np.log(2 / 3)) / 2
@@ -163,12 +233,10 @@ def test_command_line(merged, text):
     command += ["--lora-scaled", f"{adapter}:0.5", "--text", text, "--n-ctx", str(N_CTX), "--threads", "1"]
     shown = subprocess.run([*map(str, command), "--naive"], capture_output=True, text=True, check=True)
     assert shown.stderr == ""
-    assert [line.split()[0] for line in shown.stdout.splitlines()[4:] if line.strip()] == [
-        "base",
-        "hot",
-        "merged",
-        "naive",
-    ]
+    rows = ["base", "hot", "merged", "naive"]
+    first = [line.split()[0] for line in shown.stdout.splitlines()[5:] if line.strip()]
+    assert [name for name in first if name in rows] == [*rows, *rows]
+    assert shown.stdout.splitlines()[1].endswith("tokens of built-in text, in windows of up to 24")
     report = json.loads(subprocess.run([*map(str, command), "--json"], capture_output=True, check=True).stdout)
     assert report["adapters"] == [[str(adapter), 0.5]]
     assert report["divergences"]["merged"]["kl"] > 1e-4
