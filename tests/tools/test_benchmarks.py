@@ -5,17 +5,19 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import gguf.quants
 import llama_cpp
+import numpy as np
 import pytest
 from typer.main import get_command
 
 import gguflora
 from support import ROOT, builders
 from tools.bench import app
-from tools.benchmarks import models
+from tools.benchmarks import fidelity_real, models, real_adapters
 
 DEMO = Path(gguflora.__file__).parent / "diagnostics" / "demo_files"
 
@@ -42,6 +44,43 @@ def demo_model(tmp_path_factory):
     for name in ("shout", "verse"):
         (home / name).symlink_to(DEMO / name)
     return home
+
+
+def test_fidelity_of_real_models_on_the_demo(demo_model, tmp_path):
+    """Its parts, on the demo in place of a model that has to be fetched and an adapter that has to be trained."""
+    base, texts = tmp_path / "base.gguf", [tmp_path / "one.txt", tmp_path / "two.txt"]
+    precise = fidelity_real.with_noise(DEMO / "base.gguf", tmp_path / "precise.gguf")
+    exact, moved = (
+        {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+        for path in (demo_model / "F32.gguf", precise)
+    )
+    for name, values in exact.items():
+        assert (np.abs(moved[name] - values).max() > 0) == (values.ndim == 2)
+        assert np.abs(moved[name] - values).mean() < 0.01 * max(np.abs(values).max(), 1e-9)
+    gguflora.quantize(precise, base, "Q4_0")
+    for text in texts:
+        text.write_text("THE FOX EATS MICE. ITS HOME IS IN THE FOREST. " * 12)
+    cells = list(fidelity_real.cells_of(base, DEMO / "shout", texts, ("demo", "Q4_0", "shout"), 0.1))
+    assert [(cell.text, cell.rounding) for cell in cells] == [
+        (text, rounding) for text in ("domain", "other") for rounding in fidelity_real.ROUNDINGS
+    ]
+    nearest, adaptive, calibrated = cells[:3]
+    assert calibrated.kl < adaptive.kl < nearest.kl
+    assert 0 < calibrated.kl_half < calibrated.kl
+    assert fidelity_real.table_of(cells).row_count == 6
+    assert fidelity_real.rank_correlation([1, 5, 2], [10, 90, 20]) == pytest.approx(1)
+
+
+def test_texts_of_real_adapters():
+    for adapter in real_adapters.ADAPTERS:
+        held_out = real_adapters.held_out_text(adapter, SimpleNamespace(chat_template=None), 4000)
+        assert 3000 < len(held_out) <= 4000
+    assert not set(real_adapters.answers(held_out=True)) & set(real_adapters.answers(held_out=False))
+    assert not set(real_adapters.code(held_out=True)) & set(real_adapters.code(held_out=False))
+    telegram = real_adapters.telegrams(held_out=True)[0]
+    assert telegram.isupper()
+    assert " STOP " in telegram
+    assert len(real_adapters.general_text(5000)) > 3000
 
 
 def test_fidelity_on_the_demo(demo_model, tmp_path):

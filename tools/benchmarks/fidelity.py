@@ -27,6 +27,7 @@ from rich.table import Table
 import gguflora
 from gguflora import quants
 from gguflora.files.strict_json import to_json
+from tools.benchmarks.fidelity_real import AS_IT_IS, STEPS, measure_real
 from tools.benchmarks.models import CACHE
 
 if TYPE_CHECKING:
@@ -176,13 +177,24 @@ def _table(cells: list[Cell]) -> Table:
 
 
 def fidelity(
-    types: Annotated[str, typer.Option(help="Quant types, separated by commas.")] = ",".join(TYPES),
-    scales: Annotated[str, typer.Option(help="Scales of the adapters, separated by commas.")] = "1,0.5,0.25,0.1",
+    types: Annotated[
+        str | None,
+        typer.Option(help="Quant types, or presets of a real model ('file': as it is), separated by commas."),
+    ] = None,
+    scales: Annotated[
+        str | None, typer.Option(help="Scales of the adapters, separated by commas; one for a real model.")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of the adaptive merge.")] = 3,
     samples: Annotated[int, typer.Option(min=1, help="Held-out answers of each adapter.")] = 120,
     model: Annotated[
-        Path | None, typer.Option(help="Directory with F32.gguf and the adapters, instead of a model trained here.")
+        str | None,
+        typer.Option(
+            help="smollm2, gemma3 or trained: judge merges in llama.cpp. Or a directory with F32.gguf and the "
+            "adapters, instead of a model trained here."
+        ),
     ] = None,
+    adapters: Annotated[str, typer.Option(help="Adapters of a real model, separated by commas.")] = "code,chat,style",
+    characters: Annotated[int, typer.Option(min=500, help="Length of each text for a real model.")] = 8000,
     folder: Annotated[Path, typer.Option(help="Where the trained model is kept.")] = CACHE,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here too.")] = None,
 ) -> None:
@@ -190,14 +202,20 @@ def fidelity(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads would starve each other on a busy machine
     from tools.benchmarks.small_llama import ADAPTERS, trained
 
-    home = model or trained(folder)
+    if model in {*STEPS, "trained"}:
+        wanted = types or ("Q4_K_M,Q3_K_M,IQ4_XS" if model == "trained" else AS_IT_IS)
+        scale = float(scales or (0.05 if model == "trained" else 1))
+        measure_real(str(model), wanted.split(","), adapters.split(","), scale, characters, folder, json_file)
+        return
+    home = trained(folder) if model is None else Path(model)
     cells: list[Cell] = []
+    wanted_scales = [float(scale) for scale in (scales or "1,0.5,0.25,0.1").split(",")]
     with tempfile.TemporaryDirectory(prefix="gguflora-") as scratch:
         experiments = [Experiment(home, adapter, samples, seeds, Path(scratch)) for adapter in ADAPTERS]
-        for kind in (Kind[name] for name in types.split(",")):
+        for kind in (Kind[name] for name in (types or ",".join(TYPES)).split(",")):
             base = quantize_model(home / "F32.gguf", Path(scratch) / f"{kind.name}.gguf", kind)
             for experiment in experiments:
-                for cell in experiment.cells(kind, base, [float(scale) for scale in scales.split(",")]):
+                for cell in experiment.cells(kind, base, wanted_scales):
                     cells.append(cell)
                     print(cell, file=sys.stderr, flush=True)
             if json_file:

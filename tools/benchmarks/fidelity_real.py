@@ -1,0 +1,216 @@
+"""What merges keep of real adapters: the models' answers in llama.cpp, with 95 % intervals.
+
+A real model (or the small llama of ``small_llama.py``), adapters that PEFT trained on it (``real_adapters.py``), and
+for each type of the base the merges that `gguflora.compare` makes with ``--all``: nearest, adaptive, calibrated on the
+built-in text. They are judged on held-out text of the adapter's domain and on other text. ``predicted`` is what the
+adaptive merge's report predicts of its noise; below the table stands how well that ranks the measured divergences.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import gguflora
+from gguflora import quants
+from gguflora.files.gguf import GgufFile, TensorEntry
+from gguflora.quants import kernels
+from tools.benchmarks import real_adapters
+from tools.real_models import real_model
+
+AS_IT_IS = "file"
+NORMAL = 1.96
+STEPS = {"smollm2": 100, "gemma3": 60}
+ROUNDINGS = ("nearest", "adaptive", "calibrated")
+
+
+@dataclass(frozen=True)
+class RealCell:
+    """One model, type, adapter, text and rounding; half widths of 95 % intervals beside the numbers.
+
+    ``kept`` and its half width are None where the hot adapter gains nothing on this text.
+    """
+
+    model: str
+    type: str
+    adapter: str
+    text: str
+    rounding: str
+    positions: int
+    strength: float
+    predicted_noise: float | None
+    kl: float
+    kl_half: float
+    kept: float | None
+    kept_half: float | None
+    ratio: float
+    ratio_half: float
+
+
+def with_noise(source: Path, target: Path) -> Path:
+    """The model in F32, its quantized weights moved by up to half a step: a model that lies on no grid.
+
+    A model that was quantized and dequantized comes back unchanged from its own type, and nearly so from others.
+    """
+    import gguf
+
+    reader, random = gguf.GGUFReader(source), np.random.default_rng(0)
+    with GgufFile(source) as file:
+        writer = gguf.GGUFWriter(target, str(file.metadata["general.architecture"]))
+        for name, entry in reader.fields.items():
+            if not name.startswith(("GGUF.", "general.architecture", "general.file_type")):
+                writer.add_key_value(name, entry.contents(), entry.types[0], entry.types[-1])
+        for tensor in reader.tensors:
+            writer.add_tensor(tensor.name, _off_the_grid(file, file.tensors[tensor.name], random))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def _off_the_grid(file: GgufFile, tensor: TensorEntry, random: np.random.Generator) -> np.ndarray:
+    rows = file.read_rows(tensor, 0, tensor.n_rows)
+    values = quants.dequantize(rows, tensor.type)
+    if kernels.has_steps(tensor.type):
+        steps = np.array([kernels.mean_step(rows[row : row + 1], tensor.type) for row in range(len(rows))])
+        values = values + random.uniform(-0.5, 0.5, values.shape).astype(np.float32) * steps[:, None].astype(np.float32)
+    return np.ascontiguousarray(values.reshape(tensor.shape), dtype=np.float32)
+
+
+def cells_of(
+    base: Path, adapter: Path, texts: Sequence[Path], names: tuple[str, str, str], scale: float = 1.0
+) -> Iterator[RealCell]:
+    """Judge the three merges of one adapter; names are those of the model, the type and the adapter."""
+    plan = gguflora.plan_merge(base, [(adapter, scale)])
+    report = gguflora.compare(base, [], [(adapter, scale)], text=list(texts), all=True, n_ctx=256)
+    for label, text in zip((*("domain" for _ in texts[:1]), *("other" for _ in texts[1:])), report.texts, strict=False):
+        for rounding in (name for name in ROUNDINGS if name in text.divergences):
+            divergence, ratio = text.divergences[rounding], text.perplexity_ratios[rounding]
+            kept = text.kept.get(rounding)
+            yield RealCell(
+                *names,
+                label,
+                rounding,
+                text.positions,
+                plan.total.relative_change,
+                plan.predicted_noise,
+                divergence.kl,
+                NORMAL * divergence.error,
+                None if kept is None else kept.value,
+                None if kept is None else NORMAL * kept.error,
+                ratio.value,
+                NORMAL * ratio.error,
+            )
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's: 1 where both rank alike."""
+    ranks = [np.argsort(np.argsort(values)).astype(float) for values in (x, y)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def table_of(cells: Sequence[RealCell]) -> Table:
+    """The README's table."""
+    table = Table(title="KL divergence from the hot adapter, nats x 1e3; gain kept; perplexity over the hot adapter's")
+    for heading in ("type", "adapter", "|change|/|W|", "text", "merge", "KL", "kept", "perplexity", "predicted"):
+        table.add_column(heading, justify="left" if heading in {"type", "adapter", "text", "merge"} else "right")
+    for cell in cells:
+        kept = "-" if cell.kept is None else f"{cell.kept:.0%} ± {cell.kept_half:.0%}"
+        table.add_row(
+            cell.type,
+            cell.adapter,
+            f"{cell.strength:.2%}",
+            cell.text,
+            cell.rounding,
+            f"{cell.kl * 1e3:.3g} ± {cell.kl_half * 1e3:.1g}",
+            kept,
+            f"{cell.ratio:.3f} ± {cell.ratio_half:.3f}",
+            "" if cell.predicted_noise is None else f"{cell.predicted_noise:.2f}",
+        )
+    return table
+
+
+def _texts(adapter: str, base: Path, characters: int, folder: Path) -> list[Path]:
+    import transformers
+
+    tokenizer = None
+    if adapter == "chat":
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base.parent, gguf_file=base.name)
+    contents = real_adapters.held_out_text(adapter, tokenizer, characters), real_adapters.general_text(characters)
+    paths = [folder / f"{adapter}-domain.txt", folder / f"{adapter}-other.txt"]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_text(content, encoding="utf-8")
+    return paths
+
+
+def _small_llama(folder: Path, scratch: Path, characters: int) -> tuple[Path, dict[str, tuple[Path, list[Path]]]]:
+    """The small llama, whose rows are multiples of 256; its adapters with their texts."""
+    from random import Random
+
+    from tools import demo_text, make_demo
+    from tools.benchmarks.small_llama import ADAPTERS, trained
+
+    home = trained(folder)
+    found = {}
+    for adapter in ADAPTERS:
+        mixes = (make_demo.SHOUT_MIX if adapter == "shout" else make_demo.VERSE_MIX), make_demo.BASE_MIX
+        paths = [scratch / f"{adapter}-{number}.txt" for number in range(2)]
+        for path, mix in zip(paths, mixes, strict=True):
+            samples = demo_text.samples(mix, Random(make_demo.SEED + 1))
+            path.write_text("\n".join(f"{prompt}{answer}" for prompt, answer in samples)[:characters], encoding="utf-8")
+        found[adapter] = (home / adapter, paths)
+    return home / "F32.gguf", found
+
+
+def measure_real(
+    model: str,
+    types: Sequence[str],
+    adapters: Sequence[str],
+    scale: float,
+    characters: int,
+    folder: Path,
+    json_file: Path | None,
+) -> None:
+    """Print the table of a model: ``smollm2``, ``gemma3`` or ``trained``."""
+    cells: list[RealCell] = []
+    with tempfile.TemporaryDirectory(prefix="gguflora-") as scratch:
+        if model == "trained":
+            precise, found = _small_llama(folder, Path(scratch), characters)
+            file = None
+        else:
+            file, precise = real_model(model), Path(scratch) / "precise.gguf"
+            home = folder / "real-adapters"
+            found = {
+                name: (
+                    real_adapters.trained(file, name, home, STEPS[model]),
+                    _texts(name, file, characters, Path(scratch)),
+                )
+                for name in adapters
+            }
+            if set(types) != {AS_IT_IS}:
+                with_noise(file, precise)
+        for type_name in types:
+            base = file
+            if base is None or type_name != AS_IT_IS:
+                base = Path(scratch) / f"{type_name}.gguf"
+                gguflora.quantize(precise, base, type_name, force=True)
+            for name, (adapter, texts) in found.items():
+                cells += cells_of(base, adapter, texts, (model, type_name, name), scale)
+                if json_file:
+                    json_file.write_text(
+                        json.dumps([asdict(cell) for cell in cells], indent=1) + "\n", encoding="utf-8"
+                    )
+    console = Console(width=150)
+    console.print(table_of(cells))
+    noises = [cell for cell in cells if cell.rounding == "adaptive" and cell.predicted_noise is not None]
+    if len(noises) > 2:
+        agreement = rank_correlation([cell.predicted_noise or 0 for cell in noises], [cell.kl for cell in noises])
+        console.print(f"predicted noise and the adaptive merges' KL, rank correlation: {agreement:.2f}")
