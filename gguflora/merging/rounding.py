@@ -42,6 +42,7 @@ from gguflora.quants import kernels
 from gguflora.quants.arrays import Bytes, Float32Array, Float64Array
 from gguflora.quants.types import type_named
 from gguflora.system.descriptors import write_at
+from gguflora.system.shared_budget import SharedBudget
 
 _CACHED_WEIGHTS: Final = 1 << 16
 
@@ -284,7 +285,8 @@ def calibrated_rows(
     key, importance = rounding.key(target.name), rounding.importance(target, rows.start)
     delta = _to_kernel_delta(rows.delta(rows.start, rows.stop))
     name = _place(weights, target)
-    done = round_calibrated(old, target.type, delta, *moments, key=key + rows.start, imatrix=importance, name=name)
+    with _CALIBRATED_TOGETHER.take((rows.stop - rows.start) * target.source.n_in):
+        done = round_calibrated(old, target.type, delta, *moments, key=key + rows.start, imatrix=importance, name=name)
     total[:] = [*done.sums, done.moved, done.wanted]
     return old, done.blocks
 
@@ -293,6 +295,8 @@ TOTALS: Final = (*kernels.SUMS, "moved_h", "wanted_h")
 """Sums of a tensor: those of the kernels, and what calibration kept in the directions that matter."""
 
 _FLOAT = type_named("F32")
+_CALIBRATED_TOGETHER = SharedBudget(1 << 27)
+"""Weights of the matrices that threads calibrate at the same time; each takes about 16 bytes."""
 
 
 def _place(weights: BaseTensors, target: ChangedTensor) -> str:
