@@ -46,9 +46,12 @@ _IDENTITY: Final = 0.01
 _FIT: Final = (0.0,)
 """A search that fits the scales, each row by itself."""
 
-_FINE: Final = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL")
-"""Types with a half-precision scale for every 32 weights. Their scales alone reach most of a weak delta, so they are
-fitted first; a super-block has one for 256 weights, which is fitted to what the codes leave."""
+_LATE: Final = _LIMITS[3:]
+"""Of the codes' search after such a fit, which leaves little to do."""
+
+_ENOUGH: Final = 0.8
+"""If the scales alone reach this share of a delta in the kept directions, the search begins with them. They do where a
+block has 32 weights and the inputs have few strong directions; a super-block has a scale or two for 256 weights."""
 
 LEAST_REACHED: Final = 0.01
 """Share of a delta that the chosen scales must reach. They are float16: where they overflow, they reach almost none."""
@@ -80,13 +83,6 @@ class Calibrated:
 def can_calibrate(type: GgmlType) -> bool:
     """Whether codes of a type are searched; those of six bits and more and codebooks are rounded stochastically."""
     return type.supports_stochastic and not type.name.startswith(_LEFT_TO_ADAPTIVE)
-
-
-def _plan(type: GgmlType) -> tuple[Sequence[float] | None, ...]:
-    """Return the limits of each search, in order; None moves the target by what the delta is short of."""
-    if type.name in _FINE:
-        return _FIT, _LIMITS, None, _FIT, _LIMITS
-    return _LIMITS, None, _LIMITS, _FIT
 
 
 def round_calibrated(
@@ -123,24 +119,44 @@ def round_calibrated(
     v, d = _own_moments(v, d, factors)
     u = _kept_directions(v, d, factors)
     order = np.random.default_rng(key).permutation(len(rows)).astype(np.int32)
-    base, gain, source = dequantized(rows, type), 1.0, rows
-    for passes in _plan(type):
-        if passes is None:
-            new = dequantized(blocks, type)
-            check_finite(name, type, new)
-            moved, wanted = _reached(u, new - base, delta, v, d)
-            if wanted > 0 and _REACHED[0] < moved / wanted < _REACHED[1]:
-                # in steps of 1/256, so that the last bits of a sum change nothing
-                gain = min(round(256 * wanted / moved) / 256, _MOST_GAIN)
-            continue
-        kept = np.zeros_like(u) if passes == _FIT else u
+    base = dequantized(rows, type)
+
+    def search(start: Bytes | None, gain: float, limits: Sequence[float]) -> tuple[float, float]:
+        """Search from codes of ``start`` or the blocks' own; return what was reached and what is wanted."""
+        kept = np.zeros_like(u) if limits is _FIT else u
         target = _target(rows, type, delta, gain)
-        kernels.search_codes(source, type, blocks, target, v, d, kept, order, passes)
-        source = None
+        kernels.search_codes(start, type, blocks, target, v, d, kept, order, limits)
+        del target  # it is as large as the matrix in F32
+        new = dequantized(blocks, type)
+        check_finite(name, type, new)
+        return _reached(u, new - base, delta, v, d)
+
+    scales = blocks.copy()
+    share = _share(*search(rows, 1.0, _FIT))
+    if share is not None and share >= _ENOUGH:
+        gain = _gain(_share(*search(None, 1.0, _LATE)))
+        search(None, gain, _FIT)
+        search(None, gain, _LATE)
+    else:
+        blocks[:] = scales
+        gain = _gain(_share(*search(rows, 1.0, _LIMITS)))
+        if gain > 1:
+            search(None, gain, _LIMITS)
+        search(None, 1.0, _FIT)
     new = dequantized(blocks, type)
-    check_finite(name, type, new)
     moved, wanted = _reached(u, new - base, delta, v, d)
     return Calibrated(blocks, _sums(base, new, _target(rows, type, delta, 1.0)), moved, wanted)
+
+
+def _share(moved: float, wanted: float) -> float | None:
+    return moved / wanted if wanted > 0 else None
+
+
+def _gain(share: float | None) -> float:
+    """Return how far the target moves if a search reached a share; in 1/256, so that a sum's last bits do not count."""
+    if share is None or not _REACHED[0] < share < _REACHED[1]:
+        return 1.0
+    return min(round(256 / share) / 256, _MOST_GAIN)
 
 
 def check_reached(name: str, type: GgmlType, reached: float, wanted: float) -> None:

@@ -197,7 +197,8 @@ def test_what_is_kept_of_a_gain():
 
 
 def test_all_makes_its_own_merges(tmp_path, text, monkeypatch):
-    base, adapter = builders.gguf_model("llama", "wide", "Q4_0"), builders.adapter("llama", WEAK, "wide")
+    weak = builders.Adapter(seed=1, alpha=0.05)
+    base, adapter = builders.gguf_model("llama", "wide", "Q4_0"), builders.adapter("llama", weak, "wide")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     own = tmp_path / "own.txt"
     own.write_text(TEXT * 60)
@@ -205,7 +206,7 @@ def test_all_makes_its_own_merges(tmp_path, text, monkeypatch):
     assert (report.merged, report.files, report.speeds, report.warnings) == (None, {}, {}, ())
     assert [*report.texts[-1].perplexities] == ["base", "hot", "nearest", "adaptive", "calibrated"]
     kl = {name: found.kl for name, found in report.texts[-1].divergences.items()}
-    assert kl["calibrated"] < kl["adaptive"] < kl["base"]
+    assert 0 < kl["calibrated"] < 0.5 * kl["adaptive"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own.txt", "text.txt"]
     assert json.dumps(report.to_dict())
     floats = compare_on_one_thread(builders.gguf_model("llama"), [], builders.adapter("llama", WEAK), all=True)
