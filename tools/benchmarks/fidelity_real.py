@@ -89,7 +89,8 @@ def cells_of(
     base: Path, adapter: Path, texts: Sequence[Path], names: tuple[str, str, str], scale: float = 1.0
 ) -> Iterator[RealCell]:
     """Judge the three merges of one adapter; names are those of the model, the type and the adapter."""
-    plan = gguflora.plan_merge(base, [(adapter, scale)])
+    with tempfile.TemporaryDirectory(prefix="gguflora-") as folder:
+        total = gguflora.merge(base, [(adapter, scale)], Path(folder) / "merged.gguf").total
     report = gguflora.compare(base, [], [(adapter, scale)], text=list(texts), all=True, n_ctx=256)
     for label, text in zip((*("domain" for _ in texts[:1]), *("other" for _ in texts[1:])), report.texts, strict=False):
         for rounding in (name for name in ROUNDINGS if name in text.divergences):
@@ -100,8 +101,8 @@ def cells_of(
                 label,
                 rounding,
                 text.positions,
-                plan.total.relative_change,
-                plan.predicted_noise,
+                total.relative_change or 0.0,
+                total.predicted_noise,
                 divergence.kl,
                 NORMAL * divergence.error,
                 None if kept is None else kept.value,
@@ -113,8 +114,8 @@ def cells_of(
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     """Spearman's: 1 where both rank alike."""
-    ranks = [np.argsort(np.argsort(values)).astype(float) for values in (x, y)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    ranks = np.array([np.argsort(np.argsort(values)) for values in (x, y)], np.float64)
+    return float(np.asarray(np.corrcoef(ranks))[0, 1])
 
 
 def table_of(cells: Sequence[RealCell]) -> Table:
@@ -155,7 +156,8 @@ def _small_llama(folder: Path, scratch: Path, characters: int) -> tuple[Path, di
     """The small llama, whose rows are multiples of 256; its adapters with their texts."""
     from random import Random
 
-    from tools import demo_text, make_demo
+    from tools import make_demo
+    from tools.benchmarks.held_out import held_out_samples
     from tools.benchmarks.small_llama import ADAPTERS, trained
 
     home = trained(folder)
@@ -164,8 +166,9 @@ def _small_llama(folder: Path, scratch: Path, characters: int) -> tuple[Path, di
         mixes = (make_demo.SHOUT_MIX if adapter == "shout" else make_demo.VERSE_MIX), make_demo.BASE_MIX
         paths = [scratch / f"{adapter}-{number}.txt" for number in range(2)]
         for path, mix in zip(paths, mixes, strict=True):
-            samples = demo_text.samples(mix, Random(make_demo.SEED + 1))
-            path.write_text("\n".join(f"{prompt}{answer}" for prompt, answer in samples)[:characters], encoding="utf-8")
+            samples = ["".join(sample) for sample in held_out_samples(mix)]
+            Random(make_demo.SEED).shuffle(samples)
+            path.write_text("\n".join(samples)[:characters], encoding="utf-8")
         found[adapter] = (home / adapter, paths)
     return home / "F32.gguf", found
 

@@ -48,7 +48,7 @@ class HeldOut:
         self._model.eval()
         self._names = _gguf_names(self._model.config)
         mix = {"shout": make_demo.SHOUT_MIX, "verse": make_demo.VERSE_MIX}[adapter]
-        chosen = Random(make_demo.SEED).sample(list(_held_out(mix)), samples)
+        chosen = Random(make_demo.SEED).sample(list(held_out_samples(mix)), samples)
         self._rows = _encode(chosen)
 
     def weights_of(self, path: Path) -> dict[str, torch.Tensor]:
@@ -112,7 +112,8 @@ def _halves(weight: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(n_out, n_in))
 
 
-def _held_out(mix: Mapping[Any, float]) -> Iterator[tuple[str, str]]:
+def held_out_samples(mix: Mapping[Any, float]) -> Iterator[tuple[str, str]]:
+    """Prompts and answers that no training saw."""
     rng = Random(make_demo.SEED)
     for asked, told in mix:
         for question in demo_text.QUESTIONS:

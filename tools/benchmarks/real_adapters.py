@@ -158,5 +158,5 @@ def trained(model: Path, adapter: str, home: Path, steps: int) -> Path:
         optimizer.zero_grad()
         if step % 20 == 0 or step == steps - 1:
             print(f"{adapter}, step {step}: loss {loss:.3f}", flush=True)
-    tuned.save_pretrained(folder)
+    tuned.save_pretrained(str(folder))
     return folder
