@@ -90,7 +90,7 @@ def health() -> dict[str, str]:
 
 
 @router.get("/ready")
-def ready(service: ServiceDep) -> JSONResponse:
+async def ready(service: ServiceDep) -> JSONResponse:
     """Report whether a request would be taken now, with status 503 if not."""
     is_ready = service.engine.is_ready
     return JSONResponse({"status": "ready" if is_ready else "busy"}, 200 if is_ready else 503)

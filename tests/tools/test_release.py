@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,15 @@ def test_a_release_dates_the_changelog_and_finds_its_notes():
 def test_a_bad_version_changes_nothing():
     with pytest.raises(SystemExit, match="is no version"):
         release.main(["v2"])
+
+
+def test_the_conda_recipe_asks_for_what_the_package_asks_for():
+    """conda-build is not installed here: the recipe is read as text, its requirements are compared."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    needed = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
+    recipe = (ROOT / "tools/conda/meta.yaml").read_text()
+    assert {line.replace(">=", " >=") for line in needed} <= set(re.findall(r"^    - (.+)$", recipe, re.MULTILINE))
+    assert f"python {project['project']['requires-python']}" in recipe
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
