@@ -127,14 +127,18 @@ def is_mmproj(file: GgufFile) -> bool:
     return file.metadata.get("general.type") == "mmproj" or file.metadata.get("general.architecture") == "clip"
 
 
+_CLIP_SIZES: Final = ("block_count", "attention.head_count")
+
+
 def _describe_vision(file: GgufFile) -> BaseModel:
-    names = ("clip.vision.block_count", "clip.vision.attention.head_count")
-    layers, heads = (file.metadata.get(name) for name in names)
-    for name, value in zip(names, (layers, heads), strict=True):
+    names = [f"clip.{part}.{key}" for key in _CLIP_SIZES for part in ("vision", "audio")]
+    values = [file.metadata.get(name) for name in names]
+    for name, value in zip(names, values, strict=True):
         if value is not None and (not isinstance(value, int) or not 0 <= value < _SIZES["num_attention_heads"]):
             raise ArchitectureError(f"{file.path}: {name} is {value!r:.80}, expected a small whole number")
-    projector = file.metadata.get("clip.projector_type") or file.metadata.get("clip.vision.projector_type")
-    n_layers, n_head = layers or 0, heads or 0
+    keys = ("clip.projector_type", "clip.vision.projector_type", "clip.audio.projector_type")
+    projector = next((found for key in keys if (found := file.metadata.get(key))), None)
+    n_layers, n_head = (max(value or 0 for value in pair) for pair in (values[:2], values[2:]))
     return BaseModel(
         file.path,
         "clip",

@@ -1,4 +1,4 @@
-"""The weights of a vision tower and its projector in an ``mmproj`` file (``general.architecture`` is clip).
+"""The weights of a vision or audio tower and its projector in an ``mmproj`` file (``general.architecture`` is clip).
 
 Source: gguf's ``TensorNameMap`` of MMPROJ, and the classes below ``MmprojModel`` in llama.cpp's ``conversion/*.py``;
 tests/merging/test_mmproj.py runs the converter on a model of each projector in `CHECKED`.
@@ -21,7 +21,10 @@ from gguflora.errors import UnsupportedAdapterError
 CLIP: Final = "clip"
 
 CHECKED: Final = frozenset(
-    {"gemma3", "idefics3", "llama4", "pixtral", "qwen2.5vl_merger", "qwen2vl_merger", "qwen3vl_merger"}
+    {
+        *("gemma3", "idefics3", "internvl", "llama4", "pixtral", "qwen2.5vl_merger", "qwen2a", "qwen2vl_merger"),
+        *("qwen3vl_merger", "voxtral"),
+    }
 )
 """Projector types whose converter is known to do no more to linear layers and norms than this module does."""
 
@@ -37,6 +40,12 @@ _MERGER: Final = {
     "visual.merger.norm": "v.post_ln",
 }
 """Modules of Qwen3-VL's merger."""
+_INTERNVL: Final = {
+    "multi_modal_projector.layer_norm": "mlp1.0",
+    "multi_modal_projector.linear_1": "mlp1.1",
+    "multi_modal_projector.linear_2": "mlp1.3",
+}
+"""InternVL's projector in transformers, and under the name of the Hub."""
 
 
 def vision_slices(base: BaseModel, weight: str, part: str) -> list[TensorSlice]:
@@ -89,6 +98,8 @@ def _tensor_names(base: BaseModel, path: str) -> Iterator[str]:
     module = path.removesuffix(kind)
     if base.projector == "llama4" and module == "multi_modal_projector.linear_1":
         yield f"mm.model.fc{kind}"
+    if base.projector == "internvl" and module in _INTERNVL:
+        path = f"{_INTERNVL[module]}{kind}"
     if base.projector == "qwen3vl_merger":
         if module in _MERGER:
             yield f"{_MERGER[module]}{kind}"
@@ -114,6 +125,8 @@ def _spellings(path: str) -> Iterator[str]:
     owner, _, rest = path.partition(".")
     if owner == "vision_tower" and not rest.startswith("vision_model."):
         yield f"vision_tower.vision_model.{rest}"
+    if owner == "multi_modal_projector":
+        yield f"audio.{path}"
     if owner == "vision_model":
         yield f"vision_tower.{path}"
 

@@ -27,6 +27,10 @@ TOWER = {
 }  # fmt: skip
 QWEN_TOWER = {"depth": 3, "num_heads": 4, "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2}
 M_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+HEARING = {
+    "d_model": 32, "hidden_size": 32, "encoder_layers": 3, "num_hidden_layers": 3, "encoder_attention_heads": 4,
+    "num_attention_heads": 4, "encoder_ffn_dim": 48, "num_mel_bins": 16, "max_source_positions": 20,
+}  # fmt: skip
 LANGUAGE = ("language_model", "text_model", "lm_head")
 IMAGE = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
@@ -75,6 +79,21 @@ MODELS = {
     "idefics3": Made(
         hf.Idefics3Config, {**TEXT, "model_type": "llama"}, TOWER, more={"scale_factor": 2, "image_token_id": 258}
     ),
+    "internvl": Made(
+        hf.InternVLConfig, {**TEXT, "model_type": "qwen2"},
+        {**TOWER, "num_hidden_layers": 4, "image_size": [32, 32], "patch_size": [8, 8],
+         "model_type": "internvl_vision"},
+        more={"downsample_ratio": 0.5, "image_token_id": 258},
+    ),
+    "qwen2audio": Made(
+        hf.Qwen2AudioConfig, {**TEXT, "model_type": "qwen2"}, {}, model=hf.Qwen2AudioForConditionalGeneration,
+        more={"audio_config": {**HEARING, "model_type": "qwen2_audio_encoder"}, "audio_token_index": 258},
+    ),
+    "voxtral": Made(
+        hf.VoxtralConfig, {**TEXT, "model_type": "llama"}, {}, model=hf.VoxtralForConditionalGeneration,
+        more={"audio_config": {**HEARING, "intermediate_size": 128, "model_type": "voxtral_encoder"},
+              "audio_token_id": 258},
+    ),
     "llama4": Made(
         hf.Llama4Config,
         {**TEXT, "num_local_experts": 2, "intermediate_size_mlp": 96, "num_experts_per_tok": 1},
@@ -88,8 +107,10 @@ def model(name: str) -> Any:
     """The model in memory, the same at every call, in float32."""
     made = MODELS[name]
     torch.manual_seed(0)
-    config = made.config(text_config=made.text, vision_config=made.vision, **made.more)
-    built = made.model.from_config(config, attn_implementation="eager").float().eval()
+    parts = {"text_config": made.text, **({"vision_config": made.vision} if made.vision else {})}
+    config = made.config(**parts, **made.more)
+    create = getattr(made.model, "from_config", None) or made.model._from_config
+    built = create(config, attn_implementation="eager").float().eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in built.parameters():
@@ -100,6 +121,13 @@ def model(name: str) -> Any:
 def mmproj(name: str, built: Any, path: Path) -> Path:
     """Save the model, and convert its vision part to F32 by convert_hf_to_gguf.py --mmproj."""
     built.save_pretrained(path)
+    if name == "internvl":  # the converter knows the tower by the name of its class on the Hub
+        config = json.loads((path / "config.json").read_text())
+        config["vision_config"]["architectures"] = ["InternVisionModel"]
+        (path / "config.json").write_text(json.dumps(config))
+        weights = safetensors.torch.load_file(path / "model.safetensors")
+        named = {f"model.{key.removeprefix('model.')}": value for key, value in weights.items()}
+        safetensors.torch.save_file(named, path / "model.safetensors", {"format": "pt"})
     if name == "gemma3":
         _name_as_on_the_hub(path / "model.safetensors")
     tokenizer = copy.deepcopy(builders._tokenizer())
