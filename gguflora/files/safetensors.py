@@ -233,8 +233,10 @@ def _read_weights(folder: Path, stem: str) -> tuple[Path, dict[str, Array]]:
     if (npz := folder / f"{stem}.npz").is_file():
         check_fetched(npz)
         return npz, read_npz(npz)
-    found = ", ".join(sorted(entry.name for entry in os.scandir(folder))) or "nothing"
-    raise SafetensorsError(f"{folder}: holds neither {single.name} nor {torch_bin.name}; found: {found:.300}")
+    names = sorted(entry.name for entry in os.scandir(folder))
+    found, others = ", ".join(names) or "nothing", [name for name in names if name.endswith(".safetensors")]
+    hint = f"; if {others[0]} holds its weights, rename it to {single.name}" if len(others) == 1 else ""
+    raise SafetensorsError(f"{folder}: holds neither {single.name} nor {torch_bin.name}; found: {found:.300}{hint}")
 
 
 def check_gathered(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:

@@ -125,3 +125,20 @@ def test_what_alpha_of_mlx_vlm_means_depends_on_its_version(tmp_path):
     assert report.warnings == ()
     quarters = {tensor: change / 4 for tensor, change in expected.items()}
     assert_same_changes(lora_changes(tmp_path / "new.gguf"), quarters)
+
+
+def test_the_names_of_megatron_are_told_with_the_way_out(tmp_path):
+    at = "decoder.layers.0.self_attention.linear_qkv.adapter"
+    weights = {
+        f"{at}.linear_in.weight": np.ones((4, 96), np.float32),
+        f"{at}.linear_out.weight": np.ones((256, 4), "f4"),
+    }
+    folder = write(tmp_path / "adapter", weights, {"peft_type": "LORA", "r": 4, "lora_alpha": 8})
+    (folder / "adapters.safetensors").rename(folder / "adapter_model.safetensors")
+    refused(folder, "Megatron", "export_adapter_ckpt")
+
+
+def test_weights_under_another_name_are_told_with_the_way_out(tmp_path):
+    folder = write(tmp_path / "adapter", factors()[0], {"peft_type": "LORA", "r": 4, "lora_alpha": 8})
+    next(folder.glob("*.safetensors")).rename(folder / "frame.safetensors")
+    refused(folder, "if frame.safetensors holds its weights, rename it to adapter_model.safetensors", error=FormatError)

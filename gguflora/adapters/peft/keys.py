@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Final
 
 from gguflora.adapters.peft.config import PeftConfig
@@ -12,6 +12,10 @@ from gguflora.files.safetensors import Array, is_float
 
 PREFIX: Final = "base_model.model."
 SHARED_PREFIX: Final = "base_model."
+_MEGATRON: Final = re.compile(
+    r"\.linear_(?:qkv|proj|fc[12]|q|kv\w*)\.(?:adapter|lora)\b|\.adapter\.linear_(?:in|out)\b"
+)
+"""Names of the adapters of Megatron-Bridge and NeMo."""
 
 Parts = dict[str, Array]
 
@@ -49,9 +53,19 @@ def by_module(config: PeftConfig, tensors: Mapping[str, Array], parts: Collectio
     if unknown_keys:
         raise UnsupportedAdapterError(
             f"{config.path.parent}: cannot place {len(unknown_keys)} of {len(tensors)} tensors of a {config.peft_type} "
-            f"adapter: {listed(unknown_keys)}"
+            f"adapter: {listed(unknown_keys)}{_foreign_names(unknown_keys)}"
         )
     return modules
+
+
+def _foreign_names(keys: Iterable[str]) -> str:
+    """Return what to do about names of another trainer; an empty string if they are unknown."""
+    if any(_MEGATRON.search(key) for key in keys):
+        return (
+            ". These are Megatron's names, whose fused weights lie in another order: export the adapter to PEFT's "
+            "format first, for example with Megatron-Bridge's AutoBridge.export_adapter_ckpt"
+        )
+    return ""
 
 
 def split_shared(
