@@ -27,7 +27,7 @@ from gguflora.cli.options import (
     tensor_types,
 )
 from gguflora.errors import listed
-from gguflora.files.output_rule import check_text_target, write_output
+from gguflora.files.output_rule import check_text_targets, write_output
 from gguflora.merging.merge import MAX_SEED
 from gguflora.merging.plots import plot_report
 from gguflora.merging.report import MergeReport
@@ -150,8 +150,8 @@ def merge(
     adapters = scaled_paths(lora, lora_scaled)
     if (out is not None) + (patch is not None) + in_place != 1:
         raise typer.BadParameter("give exactly one of --out, --patch and --in-place")
-    for path in filter(None, (report, plot)):
-        check_text_target(path, force=force)
+    others = [base, *(path for path, _ in adapters), out, patch, base_f16, imatrix, save_moments, moments]
+    check_text_targets((report, plot), [*others, *(calibration_text or [])], force=force)
     with progress_bar("merging") as progress:
         result = gguflora.merge(
             base,

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 import gguflora
 from gguflora.cli.app import app, console, print_report, stderr, to_json
 from gguflora.cli.options import AsJson, DryRun, Force, Threads
-from gguflora.files.output_rule import check_text_target, write_output
+from gguflora.files.output_rule import check_text_targets, write_output
 from gguflora.training.report import StepDone, TrainPlan, TrainReport
 
 
@@ -89,8 +89,8 @@ def train(
 
     gguflora train model.gguf --data notes/ -o my-notes --hours 2 --sample "What is on the list?"
     """
-    for path in filter(None, (report, plot)):
-        check_text_target(path, force=force or resume)
+    others = [base, *data, *(valid or []), from_adapter, out, out.with_name(f"{out.name}.gguf")]
+    check_text_targets((report, plot), others, force=force or resume)
     try:
         with _watcher(quiet=as_json) as watch:
             done = gguflora.train(

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
 
 from gguflora.errors import OutputError
+from gguflora.files.shard_names import same_split
 from gguflora.system import names
 from gguflora.system.descriptors import own_descriptor
 
+_WEIGHTS: Final = {".safetensors", ".bin", ".gguf", ".npz", ".jsonl"}
+_CONFIGS: Final = {
+    "adapter_config.json", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "model.safetensors.index.json",
+}  # fmt: skip
+"""Files of the folder of a model or an adapter that no report replaces."""
 _KINDS: Final = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
@@ -70,6 +78,37 @@ def check_text_target(target: Path, *, force: bool) -> None:
         raise OutputError(f"{target}: the directory {target.parent} is not writable")
     if target.exists() and not force:
         raise OutputError(f"{target}: already exists; choose another name, or overwrite it with --force")
+
+
+def check_text_targets(
+    targets: Iterable[Path | None], others: Iterable[str | os.PathLike[str] | None], *, force: bool
+) -> None:
+    """Check, before the work, that reports and pictures can be written, and replace no file of the command.
+
+    Args:
+        targets: their paths; None is left out.
+        others: the inputs and outputs of the command: files, and folders of models and adapters; None is left out.
+        force: whether to replace files that exist.
+
+    Raises:
+        OutputError: as `check_text_target`; or if a target is one of the others, or is given twice.
+    """
+    named = [Path(other) for other in others if other is not None]
+    for target in filter(None, targets):
+        check_text_target(target, force=force)
+        if _is_written_through(target):
+            continue
+        clash = next((other for other in named if _is_of(target, other)), None)
+        if clash is not None:
+            raise OutputError(f"{target}: would replace {clash}, which the command uses; choose another name")
+        named.append(target)
+
+
+def _is_of(target: Path, other: Path) -> bool:
+    """Whether a path is another one, a part of the same split model, or a file of the other's model or adapter."""
+    place, known = (Path(os.path.realpath(path)) for path in (target, other))
+    is_inside = place.parent == known and (place.suffix in _WEIGHTS or place.name in _CONFIGS)
+    return place == known or is_inside or same_split(place, known)
 
 
 def write_output(target: Path, content: bytes) -> None:

@@ -201,8 +201,9 @@ def _describe(problem: Any, model: type[BaseModel] | None) -> str:  # noqa: ANN4
         return f"unknown key{_suggestion(str(problem['loc'][-1]), model)}"
     if problem["type"].startswith("union_tag"):
         return f"is {problem.get('ctx', {}).get('tag', 'missing')!r}, expected one of {', '.join(sorted(ACTIONS))}"
-    given = "" if problem["type"] == "missing" else f", found {problem['input']!r:.80}"
-    return f"{problem['msg'][:1].lower()}{problem['msg'][1:]}{given}"
+    given = "" if problem["type"] in {"missing", "value_error"} else f", found {problem['input']!r:.80}"
+    said = problem["msg"].removeprefix("Value error, ")
+    return f"{said[:1].lower()}{said[1:]}{given}"
 
 
 def _suggestion(key: str, model: type[BaseModel] | None) -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gguflora.errors import OutputError, RecipeError
-from gguflora.files.output_rule import check_text_target
+from gguflora.files.output_rule import check_text_targets
 from gguflora.pipeline.html import write_html
-from gguflora.pipeline.job import RecipePlan
+from gguflora.pipeline.job import RecipePlan, places_of
 from gguflora.pipeline.keys import Keys
 from gguflora.pipeline.local_workers import JobBackend, Workers
 from gguflora.pipeline.locations import Location
@@ -26,7 +26,7 @@ from gguflora.pipeline.results import PipelineInterrupted, PipelineReport, StepR
 from gguflora.pipeline.runner import Runner
 from gguflora.pipeline.scheduler_address import warn_of_plain_address
 from gguflora.pipeline.selection import select_jobs
-from gguflora.pipeline.state import check_own_folder, inside, write_json
+from gguflora.pipeline.state import check_own_folder, inside, read_json, write_json
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -91,9 +91,10 @@ def run_pipeline(
     if jobs is not None and jobs < 1:
         raise RecipeError(f"jobs is {jobs}, expected a positive whole number")
     if report is not None:
-        _check_report(Path(report))
+        _check_report(Path(report), recipe, force=force)
     file = read_recipe(Path(recipe), var)
     plan = plan_jobs(file, keep_going=keep_going, allow_empty=allow_empty)
+    _check_apart(plan, report)
     check_own_folder(plan.folder)
     if not allow_outside:
         _check_inside(file, plan.folder)
@@ -200,8 +201,12 @@ def _open_backend(
     return DaskBackend(scheduler, max_concurrency=jobs, memory=memory, store=inside(folder, ""))
 
 
-def _check_report(folder: Path) -> None:
-    """Check, before the work, that a report can be written.
+def _report_files(folder: Path) -> tuple[Path, Path]:
+    return folder / "report.json", folder / "report.html"
+
+
+def _check_report(folder: Path, recipe: str | os.PathLike[str], *, force: bool) -> None:
+    """Check, before the work, that a report can be written. It replaces the report of another run, and nothing else.
 
     Raises:
         OutputError: if it cannot.
@@ -210,10 +215,24 @@ def _check_report(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {error.strerror}") from error
-    for name in ("report.json", "report.html"):
-        check_text_target(folder / name, force=True)
+    old = read_json(folder / "report.json") or {}
+    is_report = {"recipe", "output", "results", "totals"} <= old.keys()
+    check_text_targets(_report_files(folder), [recipe], force=force or is_report)
+
+
+def _check_apart(plan: RecipePlan, report: str | os.PathLike[str] | None) -> None:
+    """Check that the report replaces no input and no output of the recipe.
+
+    Raises:
+        OutputError: if it does.
+    """
+    if report is not None:
+        places = [place for job in plan.jobs for place in (*places_of(plan.folder, job), *job.inputs)]
+        paths = {place for place in places if isinstance(place, Path)}
+        check_text_targets(_report_files(Path(report)), paths, force=True)
 
 
 def _write_report(folder: Path, report: PipelineReport) -> None:
-    write_json(folder / "report.json", report.to_dict())
-    write_html(folder / "report.html", report)
+    as_json, as_html = _report_files(folder)
+    write_json(as_json, report.to_dict())
+    write_html(as_html, report)

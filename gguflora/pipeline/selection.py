@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from gguflora.errors import RecipeError
@@ -49,14 +49,18 @@ def _named(plan: RecipePlan, target: str, root: Path) -> list[PipelineJob]:
     elif not remote.is_remote(target):
         paths = [in_place(Path(target)), in_place(root / target)]
         patterns |= {str(path.relative_to(plan.folder)) for path in paths if path.is_relative_to(plan.folder)}
-    found = [job for job in plan.jobs if job.name in patterns]
-    found = found or [job for job in plan.jobs if any(fnmatch.fnmatchcase(job.name, form) for form in patterns)]
+    found = [job for job in plan.jobs if not patterns.isdisjoint(job.names)]
+    found = found or [job for job in plan.jobs if _matches(job, patterns)]
     if found:
         return found
     steps = ", ".join(dict.fromkeys(job.step.name for job in plan.jobs)) or "none"
     raise RecipeError(
         f"{target!r} names no output; give a step ({steps}), an output such as {_example(plan)}, or a glob"
     )
+
+
+def _matches(job: PipelineJob, patterns: Collection[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, form) for name in job.names for form in patterns)
 
 
 def _example(plan: RecipePlan) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gguflora.files.remote import Kind, input_kinds
 from gguflora.pipeline.commands import commands
@@ -34,6 +34,14 @@ class Limits(Strict):
 
     min: Annotated[float, Field(allow_inf_nan=False)] | None = None
     max: Annotated[float, Field(allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Limits:
+        if self.min is None and self.max is None:
+            raise ValueError("give min, max or both")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min is {self.min:g} and max {self.max:g}, so no number passes")
+        return self
 
 
 class AdapterUse(Strict):
@@ -252,7 +260,7 @@ class Train(OneOutput):
     layers: Whole | None = None
     epochs: Number = 3.0
     steps: Whole | None = None
-    hours: float | None = None
+    hours: Number | None = None
     batch: Whole = 8
     accumulate: Whole | Literal["auto"] = "auto"
     length: Whole | Literal["auto"] = "auto"

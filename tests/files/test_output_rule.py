@@ -15,6 +15,7 @@ from gguflora.files.output_rule import check_regular, check_text_target, write_o
 from support import builders
 from support.builders import Adapter
 from support.cli import run, run_process
+from support.pages import put_demo_files
 
 
 @pytest.fixture
@@ -102,3 +103,22 @@ def test_reports_to_stdout_and_over_others(special):
     assert "already exists" in refused.stderr
     assert not (special / "n.gguf").exists()
     assert (special / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("option", ["--report", "--plot"])
+@pytest.mark.parametrize(
+    "name", ["base.gguf", "merged.gguf", "shout/adapter_config.json", "shout/adapter_model.safetensors", "link.json"]
+)
+def test_a_report_replaces_nothing_that_the_command_reads_or_writes(option, name, tmp_path):
+    put_demo_files(tmp_path)
+    (tmp_path / "sub").symlink_to(tmp_path)
+    (tmp_path / "link.json").symlink_to("base.gguf")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    merge = ["merge", tmp_path / "base.gguf", "--lora", tmp_path / "shout", "-o", tmp_path / "merged.gguf", "--force"]
+    for path in (tmp_path / name, tmp_path / "sub" / name):
+        result = run(*merge, option, path)
+        assert result.returncode == 1
+        assert "would replace" in result.stderr or "is a link" in result.stderr
+    assert run(*merge, "--report", tmp_path / "r", "--plot", tmp_path / "r").returncode == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert run(*merge, "--report", tmp_path / "shout/report.json").returncode == 0

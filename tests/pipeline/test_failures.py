@@ -248,3 +248,26 @@ def test_an_interruption_in_python(folder):
     with pytest.raises(PipelineInterrupted) as caught:
         run_recipe(folder, MANY, watch=stop)
     assert caught.value.report.totals == {"done": 2, "left": 58}
+
+
+def test_a_report_replaces_only_a_report(folder):
+    (folder / "report").mkdir()
+    (folder / "report/report.json").write_text('{"mine": 1}')
+    with pytest.raises(OutputError, match="already exists"):
+        run_recipe(folder, RECIPE, report=folder / "report")
+    assert not (folder / "out").exists()
+    assert (folder / "report/report.json").read_text() == '{"mine": 1}'
+    run_recipe(folder, RECIPE, report=folder / "report", force=True)
+    assert run_recipe(folder, RECIPE, report=folder / "report").totals == {"kept": 3}
+    named = MERGE.replace("MAX", "1e12").replace('"merged.gguf"', '"report.json"')
+    with pytest.raises(OutputError, match="would replace"):
+        run_recipe(folder, named, report=folder / "out")
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [("", "give min, max or both"), ("min = 2, max = 1", "min is 2 and max 1, so no number passes")],
+)
+def test_limits_that_make_no_sense(limits, message, folder):
+    with pytest.raises(RecipeError, match=message):
+        run_recipe(folder, MERGE.replace("max = MAX", limits))

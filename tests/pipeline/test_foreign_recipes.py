@@ -313,6 +313,9 @@ def test_a_trained_file_is_waited_for(cloned):
         (cloned / "recipe.toml").write_text(TRAIN.replace("[[steps]]", merge + "\n[[steps]]"))
         report = gguflora.run_pipeline(cloned / "recipe.toml", targets=["m"], dry_run=True)
         assert [(result.step, result.status) for result in report.results] == [("m", "planned"), ("tune", "planned")]
+    for target in ("tuned.gguf", "tuned.g*"):
+        report = gguflora.run_pipeline(cloned / "recipe.toml", targets=[target], dry_run=True)
+        assert [result.step for result in report.results] == ["tune"]
 
 
 def appearing(monkeypatch, path, content, *, then=lambda: None):
