@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from gguflora.files.strict_json import to_json
 from tools.fuzz_http import Server
 
 _CONFIG = """
@@ -49,5 +50,5 @@ def fuzz(server: Server, seconds: float, seed: int, examples: int | None = None)
         if not report.exists():
             raise RuntimeError(f"schemathesis did not begin: {ran.stdout[-2000:]}{ran.stderr[-2000:]}")
         said = json.loads(report.read_text(encoding="utf-8"))
-    found = [json.dumps(item)[:2000] for key in ("failures", "errors") for item in said[key]]
+    found = [to_json(item)[:2000] for key in ("failures", "errors") for item in said[key]]
     return said["test_cases"]["generated"], found

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from gguflora.files.strict_json import to_json
 from tools import fuzz_http
 
 SETS: Final = ("base", "shout", "verse", "shout@0.5", "shout+verse@0.5")
@@ -81,7 +82,7 @@ def ask(port: int, path: str, body: Json) -> Answer:
     """Send a request and read its answer, streamed or not."""
     client = http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT)
     try:
-        client.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        client.request("POST", path, to_json(body), {"Content-Type": "application/json"})
         response = client.getresponse()
         content = response.read().decode()
     finally:
@@ -157,7 +158,7 @@ def _margin(port: int, path: str, body: Json) -> float:
     """Return the smallest distance of the two likeliest tokens in an answer."""
     more = {"logprobs": 2} if "prompt" in body else {"logprobs": True, "top_logprobs": 2}
     client = http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT)
-    client.request("POST", path, json.dumps({**body, **more}), {"Content-Type": "application/json"})
+    client.request("POST", path, to_json({**body, **more}), {"Content-Type": "application/json"})
     found = json.loads(client.getresponse().read())["choices"][0]["logprobs"]
     client.close()
     if "prompt" in body:
@@ -315,7 +316,7 @@ class Hostile:
 
     def _cancelled(self) -> None:
         body = {"model": self.dice.choice(SETS), "prompt": _prompt(QUESTIONS[0]), "max_tokens": 500}
-        content = json.dumps({**body, "stream": True, "logit_bias": {"1": -100}}).encode()
+        content = to_json({**body, "stream": True, "logit_bias": {"1": -100}}).encode()
         raw = fuzz_http.request_of(b"POST", b"/v1/completions", content)
         with suppress(OSError), socket.create_connection(("127.0.0.1", self.server.port), timeout=10) as stream:
             stream.sendall(raw)

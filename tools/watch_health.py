@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gguflora.files.strict_json import to_json
+
 _EVERY = 0.1
 _TIMEOUT = 60.0
 
@@ -103,4 +105,4 @@ def watching(port: int, pid: int) -> Iterator[Silences]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(vars(watch(int(sys.argv[1]), int(sys.argv[2])))))
+    print(to_json(vars(watch(int(sys.argv[1]), int(sys.argv[2])))))

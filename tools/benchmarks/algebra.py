@@ -6,7 +6,6 @@ takes no memory. A goal is a share of PEFT's time, and memory below twice the ad
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import typer
 from safetensors.numpy import save_file
 
 import gguflora
+from gguflora.files.strict_json import to_json
 from tools.benchmarks.models import CACHE, LLAMAS, Llama
 from tools.benchmarks.processes import Usage, run
 
@@ -50,7 +50,7 @@ def algebra(
                 results.append(_compare(shape, rank, method, Path(work)))
             print(_line(results[-1]), flush=True)
     if json_file:
-        json_file.write_text(json.dumps({"results": results}, indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(to_json({"results": results}, indent=1) + "\n", encoding="utf-8")
 
 
 def _existing(folder: Path) -> Path:
@@ -95,7 +95,7 @@ def _theirs(llama: Llama, adapters: list[Path], method: str, rank: int, work: Pa
     density = DENSITY if method.startswith("ties") else None
     job = {"config": config, "adapters": [*map(str, adapters)], "method": method, "rank": rank, "density": density}
     script = Path(__file__).with_name("algebra_peft.py")
-    return run([sys.executable, "-P", script, json.dumps(job | {"out": str(work / "theirs")})])
+    return run([sys.executable, "-P", script, to_json(job | {"out": str(work / "theirs")})])
 
 
 def _adapter(folder: Path, llama: Llama, rank: int, seed: int) -> Path:
@@ -110,7 +110,7 @@ def _adapter(folder: Path, llama: Llama, rank: int, seed: int) -> Path:
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     modules = sorted(name.rpartition(".")[2] for name in llama.linears())
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": modules}
-    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "adapter_config.json").write_text(to_json(config), encoding="utf-8")
     return folder
 
 

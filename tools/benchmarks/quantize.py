@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import gguflora
+from gguflora.files.strict_json import to_json
 from support.llama_quantize import imatrix_of
 from tools.benchmarks.models import CACHE, LLAMAS, base_file
 from tools.benchmarks.processes import Usage, run
@@ -77,7 +78,7 @@ def _measure(source: Path, preset: str, imatrix: Path | None, repeats: int, fold
             "peak_bytes": max(usage.memory for usage in taken),
         }
     result["cpu_ratio"] = result[THEIRS]["cpu_seconds"] / result[OURS]["cpu_seconds"]
-    print(json.dumps(result), file=sys.stderr, flush=True)
+    print(to_json(result), file=sys.stderr, flush=True)
     return result
 
 
@@ -120,4 +121,4 @@ def quantize(
     Console(width=None if sys.stdout.isatty() else 140).print(_table(results, f"{source.name} on {CORES} cores"))
     if json_file:
         report = {"source": source.name, "cores": CORES, "results": results}
-        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(to_json(report, indent=1) + "\n", encoding="utf-8")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 from pathlib import Path
+
+from gguflora.files.strict_json import to_json
 
 OURS, THEIRS = "gguflora", "llama.cpp"
 
@@ -24,7 +25,7 @@ def main(who: str, source: str, out: str, preset: str, imatrix: str, figures: st
     elif llama_quantize(source, out, preset, imatrix=importance, nthread=len(os.sched_getaffinity(0))):
         raise SystemExit(f"llama.cpp cannot write {preset}")
     taken = {"wall": time.perf_counter() - started, "cpu": time.process_time() - cpu}
-    Path(figures).write_text(json.dumps(taken), encoding="utf-8")
+    Path(figures).write_text(to_json(taken), encoding="utf-8")
 
 
 if __name__ == "__main__":
