@@ -156,16 +156,20 @@ class Records:
 
         So the next run knows an output for its own if this one is killed. What else is there is the user's.
         """
+        if (url := self._store_claim_of(job)) is not None and not self._is_in_store(job):
+            remote.write_bytes(url, b"{}")
         if (claim := self.claim_of(job)) is not None:
             os.close(open_file(claim, write=True, create=True, follow=False, mode=0o666))
 
     def disclaim(self, job: PipelineJob) -> None:
         """Remove the note of `claim`."""
+        if (url := self._store_claim_of(job)) is not None:
+            remote.remove(url)
         if (claim := self.claim_of(job)) is not None:
             claim.unlink(missing_ok=True)
 
     def claim_of(self, job: PipelineJob) -> Path | None:
-        """Return the file of a claim; None in a store, whose outputs are replaced by name."""
+        """Return the file of a claim; None in a store."""
         claim = inside(self._folder, _record_name(job.name).replace(".json", ".claim"))
         return claim if isinstance(claim, Path) else None
 
@@ -182,13 +186,21 @@ class Records:
 
         Raises:
             OutputError: if a device, a FIFO or a socket is there; a link, unless the pipeline's output was there; or,
-                without ``force`` and ``adopt``, a local file that no record names.
+                without ``force`` and ``adopt``, a file that no record names; in a store, an object without ``force``.
         """
         is_recorded = self.read(job.name) is not None
         if isinstance(job.out, Path) and not (job.out.is_symlink() and is_recorded):
             check_regular(job.out)
-        if force or is_recorded or isinstance(job.out, str) or self.is_claimed(job):
+        if force or is_recorded or self.is_claimed(job):
             return True
+        if (url := self._store_claim_of(job)) is not None:
+            if self._is_in_store(job) and remote.read_bytes(url) is None:
+                raise OutputError(
+                    f"{job.out}: exists, and no record of this pipeline names it; move it away, or let --force "
+                    "replace it"
+                )
+            return True
+        assert isinstance(job.out, Path)
         there = next(iter(self._stamps_at(job)), None)
         if there is not None and not adopt:
             raise OutputError(
@@ -206,6 +218,19 @@ class Records:
     def _stamps_at(self, job: PipelineJob) -> dict[str, list[int]]:
         """Return sizes and times of the files at the place of a local output, by name."""
         return stamps_in([path for path in places_of(self._folder, job) if isinstance(path, Path)])
+
+    def _store_claim_of(self, job: PipelineJob) -> str | None:
+        """Return the object of a claim in a store; None on disk."""
+        claim = inside(self._folder, _record_name(job.name).replace(".json", ".claim"))
+        return claim if isinstance(claim, str) else None
+
+    def _is_in_store(self, job: PipelineJob) -> bool:
+        """Return whether the store held something at the place of an output when it was listed."""
+        for name in job.names:
+            folder, _, file = name.rpartition("/")
+            if self._stamps.get(name) or any(part in self._stamps.get(folder, {}) for part in part_names(file)):
+                return True
+        return False
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         write_json(inside(self._folder, _record_name(name)), content)

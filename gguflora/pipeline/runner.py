@@ -197,11 +197,12 @@ class Runner:
     def _make(self, job: PipelineJob) -> StepResult:
         started = time.perf_counter()
         _LOG.info("%s: making %s", job.step.name, job.out)
+        self._records.claim(job)
         self._records.forget_stamps(job.name)
         request = self._request(job)
-        self._records.claim(job)
         answer = self._backend.run(request)
-        if "report" not in answer and not self._records.is_claimed(job):  # it is if it was made just before it died
+        may_be_stored = isinstance(job.out, str) and answer.get("died", False)
+        if not ("report" in answer or may_be_stored or self._records.is_claimed(job)):  # made just before it died
             self._records.disclaim(job)  # what comes to its place after this is not the pipeline's
         self._lock.check()
         for part in request.get("parts", ()):

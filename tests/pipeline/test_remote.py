@@ -224,6 +224,24 @@ def test_pruning_in_a_store_leaves_what_the_pipeline_did_not_make(root, tmp_path
 
 
 @pytest.mark.parametrize("root", ["memory"], indirect=True)
+def test_only_objects_of_its_own_are_replaced(root, tmp_path):
+    """As on disk: an object that no record names stays, unless --force says otherwise."""
+    recipe = written(tmp_path, root)
+    for name in ("one-base.gguf", "peft/two/notes"):
+        remote.write_bytes(f"{root}/out/{name}", b"of the user")
+    report = gguflora.run_pipeline(recipe, keep_going=True)
+    refused = [result.error for result in report.results if "no record of this pipeline" in (result.error or "")]
+    assert [error.partition(":  ")[0].split(": exists")[0] for error in refused] == [
+        f"{root}/out/one-base.gguf",
+        f"{root}/out/peft/two",
+    ]
+    assert remote.read_bytes(f"{root}/out/one-base.gguf") == b"of the user"
+    assert statuses(gguflora.run_pipeline(recipe, force=True)).count("done") > 0
+    assert remote.read_bytes(f"{root}/out/one-base.gguf")[:4] == b"GGUF"
+    assert set(statuses(gguflora.run_pipeline(recipe))) == {"kept"}
+
+
+@pytest.mark.parametrize("root", ["memory"], indirect=True)
 def test_a_dead_run_is_followed_by_one(root):
     place = f"{root}/out/.gguflora/lock"
     dead = {"host": "gone", "process": 7, "token": "dead", "time": time.time() - lock.STALE - 1}
