@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from gguflora.errors import GgufError
@@ -27,5 +28,5 @@ def check_finished(path: Path) -> None:
 
 
 def _sidecar(path: Path, suffix: str) -> Path:
-    path = path.resolve()
+    path = Path(os.path.realpath(path))  # Path.resolve raises RuntimeError for a link to itself
     return path.with_name(path.name + suffix)

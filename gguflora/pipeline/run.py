@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from gguflora.errors import OutputError, RecipeError
 from gguflora.files.output_rule import check_text_targets
@@ -33,6 +34,28 @@ if TYPE_CHECKING:
     from distributed.deploy import Cluster
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _telling_of_paths(run: Callable[P, T]) -> Callable[P, T]:
+    """Let what the system says of a recipe's paths, such as names that are too long, be an error of the recipe's."""
+
+    @wraps(run)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return run(*args, **kwargs)
+        except OSError as error:
+            raise RecipeError(f"{error.filename or 'the recipe'}: {error.strerror or error}") from error
+        except RuntimeError as error:  # of Path.resolve, before Python 3.13
+            if "Symlink loop" not in str(error):
+                raise
+            raise RecipeError(f"{error}; remove the link") from error
+
+    return wrapped
+
+
+@_telling_of_paths
 def run_pipeline(
     recipe: str | os.PathLike[str],
     *,

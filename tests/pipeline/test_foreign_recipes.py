@@ -194,6 +194,26 @@ def test_other_things_in_a_cloned_output_folder(cloned, make, name):
         assert statuses(report) in (["done"], ["failed"])
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"out"', f'"{"x" * 300}"', "too long"),
+        ('base = "base.gguf"', 'base = "/dev/zero"', "not a regular file|no regular file|is not a file"),
+        ('base = "base.gguf"', 'base = "loop"', "loop|[Tt]oo many"),
+    ],
+)
+def test_paths_that_the_system_refuses(cloned, old, new, message):
+    file = recipe(cloned)
+    (cloned / "loop").symlink_to("loop")
+    file.write_text(file.read_text().replace(old, new))
+    try:
+        report = gguflora.run_pipeline(file)
+    except (RecipeError, OutputError) as error:
+        assert re.search(message, str(error))
+    else:
+        assert re.search(message, report.results[0].error)
+
+
 def test_schedulers_that_others_can_reach():
     for address in ("tcp://head:8786", "head:8786", "ws://10.0.0.1:1", "tcp://[fe80::1]:8786"):
         assert "without TLS" in warn_of_plain_address(address)[0]
