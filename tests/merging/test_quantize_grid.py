@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import gguflora
-from support import shards, zoo
-from support.llama_quantize import imatrix_of, layered_model, llama_quantize
+from support import shards
+from support.llama_quantize import imatrix_of, is_same, layered_model, llama_quantize
 
 pytestmark = pytest.mark.llama
 N_IN, N_OUT = 256, 32
@@ -60,43 +60,17 @@ def shapes_of(architecture, n_layers, n_expert):
     return shapes
 
 
-def is_same(source, folder, preset, **options):
-    """Whether llama.cpp writes the preset; then gguflora has written the same bytes."""
-    theirs, ours = folder / "theirs.gguf", folder / "ours.gguf"
-    if llama_quantize(source, theirs, preset, **options):
-        return False
-    types = options.pop("types", ())
-    gguflora.quantize(source, ours, preset, tensor_types=types, force=True, **options)
-    if ours.read_bytes() != theirs.read_bytes():
-        wanted, found = (
-            {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
-            for path in (theirs, ours)
-        )
-        assert found == wanted
-        pytest.fail(f"{preset}: the types are equal, the bytes are not")
-    return True
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("n_expert", [0, 8], ids=["dense", "experts"])
 @pytest.mark.parametrize("architecture", gguf.MODEL_ARCH, ids=gguf.MODEL_ARCH_NAMES.get)
 def test_every_architecture(architecture, n_expert, tmp_path):
-    """Some 50 need more metadata before llama.cpp reads them, and are skipped; `test_converted_models` has some."""
+    """Some 50 need more metadata before llama.cpp reads them: see test_quantize_converted.py."""
     if gguf.MODEL_ARCH_NAMES[architecture] in UNKNOWN:
         return
     source = model_of(architecture, tmp_path / "source.gguf", 9 if n_expert else 16, n_expert)
     for preset in PRESETS:
         if not is_same(source, tmp_path, preset) and preset == PRESETS[0]:
             return
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("name", zoo.MODELS)
-def test_converted_models(name, tmp_path):
-    """Small columns, so that types fall back; with the metadata of llama.cpp's converter."""
-    source = zoo.gguf_model(name)
-    for preset in ("Q4_K_M", "Q3_K_M", "IQ4_XS", "Q4_0"):
-        assert is_same(source, tmp_path, preset)
 
 
 @pytest.mark.parametrize("with_imatrix", [False, True], ids=["plain", "imatrix"])

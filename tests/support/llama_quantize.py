@@ -11,6 +11,7 @@ import gguf
 import llama_cpp
 import numpy as np
 
+import gguflora
 from gguflora.merging.imatrix import read_imatrix
 from support.oracles.llama_cpp import quiet_llama_cpp
 
@@ -66,6 +67,23 @@ def llama_quantize(
     with quiet_llama_cpp():
         names = str(source).encode(), str(target).encode()
         return int(llama_cpp.llama_model_quantize(*names, ctypes.byref(parameters)))
+
+
+def is_same(source: Path, folder: Path, preset: str, **options: Any) -> bool:
+    """Whether llama.cpp writes the preset; then gguflora has written the same bytes."""
+    theirs, ours = folder / "theirs.gguf", folder / "ours.gguf"
+    if llama_quantize(source, theirs, preset, **options):
+        return False
+    types = options.pop("types", ())
+    gguflora.quantize(source, ours, preset, tensor_types=types, force=True, **options)
+    if ours.read_bytes() != theirs.read_bytes():
+        wanted, found = (
+            {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+            for path in (theirs, ours)
+        )
+        assert found == wanted
+        raise AssertionError(f"{preset}: the types are equal, the bytes are not")
+    return True
 
 
 def origin_overrides(path: str, dataset: str, chunks: int, n_entries: int) -> Any:
