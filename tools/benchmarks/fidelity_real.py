@@ -8,7 +8,6 @@ adaptive merge's report predicts of its noise; below the table stands how well t
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from rich.table import Table
 import gguflora
 from gguflora import quants
 from gguflora.files.gguf import GgufFile, TensorEntry
+from gguflora.files.strict_json import to_json
 from gguflora.quants import kernels
 from tools.benchmarks import real_adapters
 from tools.real_models import real_model
@@ -86,12 +86,17 @@ def _off_the_grid(file: GgufFile, tensor: TensorEntry, random: np.random.Generat
 
 
 def cells_of(
-    base: Path, adapter: Path, texts: Sequence[Path], names: tuple[str, str, str], scale: float = 1.0
+    base: Path,
+    adapter: Path,
+    texts: Sequence[Path],
+    names: tuple[str, str, str],
+    scale: float = 1.0,
+    threads: int | None = None,
 ) -> Iterator[RealCell]:
     """Judge the three merges of one adapter; names are those of the model, the type and the adapter."""
     with tempfile.TemporaryDirectory(prefix="gguflora-") as folder:
         total = gguflora.merge(base, [(adapter, scale)], Path(folder) / "merged.gguf").total
-    report = gguflora.compare(base, [], [(adapter, scale)], text=list(texts), all=True, n_ctx=256)
+    report = gguflora.compare(base, [], [(adapter, scale)], text=list(texts), all=True, n_ctx=256, threads=threads)
     for label, text in zip((*("domain" for _ in texts[:1]), *("other" for _ in texts[1:])), report.texts, strict=False):
         for rounding in (name for name in ROUNDINGS if name in text.divergences):
             divergence, ratio = text.divergences[rounding], text.perplexity_ratios[rounding]
@@ -208,9 +213,7 @@ def measure_real(
             for name, (adapter, texts) in found.items():
                 cells += cells_of(base, adapter, texts, (model, type_name, name), scale)
                 if json_file:
-                    json_file.write_text(
-                        json.dumps([asdict(cell) for cell in cells], indent=1) + "\n", encoding="utf-8"
-                    )
+                    json_file.write_text(to_json([asdict(cell) for cell in cells], indent=1) + "\n", encoding="utf-8")
     console = Console(width=150)
     console.print(table_of(cells))
     noises = [cell for cell in cells if cell.rounding == "adaptive" and cell.predicted_noise is not None]
