@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from gguflora.errors import GgufloraError
 from gguflora.pipeline.recipe import RecipeFile
-from gguflora.pipeline.steps import Combine, Convert, Merge, Quantize, Resize, Step
+from gguflora.pipeline.steps import Combine, Convert, Merge, Quantize, Resize, Step, Train
 
 
 def check_options(file: RecipeFile, index: int, step: Step) -> None:
@@ -38,7 +40,17 @@ def _problem(step: Step) -> tuple[str, str]:
         check(**step.model_dump(include={"method", "rank", "density", "sign", "seed"}))  # no templates are left
     elif isinstance(step, Quantize):
         _check_preset(step.preset, step)
+    elif isinstance(step, Train):
+        _check_training(step)
     return "", ""
+
+
+def _check_training(step: Train) -> None:
+    from gguflora.training.options import TrainOptions  # noqa: PLC0415  (with the actions' other checks)
+
+    known = {field.name for field in fields(TrainOptions)} - {"targets", "memory"}  # templates, and a key of all steps
+    given = step.model_dump(exclude_unset=True, include=known)
+    TrainOptions(**{name: value for name, value in given.items() if value != "auto" or name == "precision"}).check()
 
 
 def _check_preset(preset: str, step: Quantize | Merge) -> None:

@@ -485,3 +485,17 @@ def test_training_data_do_not_hold_outputs(cloned, data):
     (cloned / "recipe.toml").write_text(TRAIN.replace("data.jsonl", data))
     with pytest.raises(RecipeError, match=r":8: steps.1.data: .*all files in it are inputs, but it holds .*tuned"):
         gguflora.run_pipeline(cloned / "recipe.toml")
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [("rank = 0", "rank"), ("lr = -1.0", "lr"), ("dropout = 1.5", "dropout"), ("epochs = 0", "epochs"),
+     ("hours = inf", "hours"), ("steps = 0", "steps"), ("method = 'prompt'\nrslora = true", "method")],
+)  # fmt: skip
+def test_impossible_options_of_training_before_any_work(cloned, line, name):
+    (cloned / "data.jsonl").write_text('{"text": "one"}\n')
+    (cloned / "recipe.toml").write_text(f"{TRAIN}{line}\n")
+    with pytest.raises(RecipeError, match=rf"steps.1.{name}: "):
+        gguflora.run_pipeline(cloned / "recipe.toml")
+    (cloned / "recipe.toml").write_text(f"{TRAIN}accumulate = 'auto'\nlength = 'auto'\nprecision = 'auto'\nlr = 0.1\n")
+    assert statuses(gguflora.run_pipeline(cloned / "recipe.toml", dry_run=True)) == ["planned"]
