@@ -1,7 +1,8 @@
-"""Clients that people have: litellm, instructor and langchain, each in a process of its own.
+"""Clients that people have: litellm, instructor, langchain and lm-eval, each in a process of its own.
 
 They are no part of the extra ``dev``, because litellm alone takes 200 MB: ``pip install litellm instructor
-langchain-openai`` makes these tests run. GGUFLORA_CLIENTS_PYTHON may name another Python that has them.
+langchain-openai "lm-eval[api]" transformers`` makes these tests run. GGUFLORA_CLIENTS_PYTHON may
+name another Python that has them, and GGUFLORA_LM_EVAL_PYTHON one that has lm-eval.
 """
 
 import importlib.util
@@ -11,6 +12,7 @@ import sys
 
 import pytest
 
+from gguflora.diagnostics import demo
 from gguflora.server.settings import Settings
 from support import serving
 
@@ -92,6 +94,36 @@ except litellm.ContextWindowExceededError:
 else:
     raise AssertionError("no error")
 """
+LM_EVAL = """
+import json, os, pathlib, subprocess, tempfile
+folder = pathlib.Path(tempfile.mkdtemp())
+rows = [
+    {"question": "What does the fox eat?", "choices": ["The fox likes to eat mice.", "zxq wvu"], "answer": 0},
+    {"question": "What does the fox eat?", "choices": ["qqq zz", "The fox likes to eat mice."], "answer": 1},
+]
+data = folder / "data.jsonl"
+data.write_text("".join(json.dumps(row) + chr(10) for row in rows))
+task = {
+    "task": "fox",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": str(data)}},
+    "test_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "Q: {{question}}" + chr(10) + "A:",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "answer",
+    "metric_list": [{"metric": "acc"}],
+}
+(folder / "fox.yaml").write_text(json.dumps(task))
+model = f"model=base,base_url={URL}/completions,tokenizer={sys.argv[2]},tokenizer_backend=huggingface,num_concurrent=1"
+command = [sys.executable, "-P", "-m", "lm_eval", "--model", "local-completions", "--model_args", model,
+           "--tasks", "fox", "--include_path", str(folder), "--output_path", str(folder / "out")]
+os.environ.update(OPENAI_API_KEY="none", HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(folder / "cache"))
+done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+assert done.returncode == 0, done.stderr[-3000:]
+(result,) = (folder / "out").rglob("results_*.json")
+assert json.loads(result.read_text())["results"]["fox"]["acc,none"] == 1.0
+"""
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +132,36 @@ def url():
         yield str(client.base_url.join("/v1"))
 
 
-@pytest.mark.parametrize(
-    ("package", "script"),
-    [("instructor", INSTRUCTOR), ("langchain_openai", LANGCHAIN), ("litellm", LITELLM)],
-    ids=["instructor", "langchain", "litellm"],
-)
-def test_client(url, package, script):
-    if sys.executable == PYTHON and importlib.util.find_spec(package) is None:
+SCRIPTS = {
+    "instructor": ("instructor", INSTRUCTOR),
+    "langchain": ("langchain_openai", LANGCHAIN),
+    "litellm": ("litellm", LITELLM),
+}
+
+
+def need(python, package):
+    if python == sys.executable and importlib.util.find_spec(package) is None:
         pytest.skip(f"needs {package}")
-    command = [PYTHON, "-P", "-c", START + script, url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+def run(python, script, *arguments):
+    command = [python, "-P", "-c", START + script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("client", SCRIPTS)
+def test_client(url, client):
+    package, script = SCRIPTS[client]
+    need(PYTHON, package)
+    run(PYTHON, script, url)
+
+
+def test_lm_eval(url, tmp_path):
+    """Its own command, with a task and data of this test and a tokenizer made from the model's file."""
+    python = os.environ.get("GGUFLORA_LM_EVAL_PYTHON", sys.executable)
+    need(python, "lm_eval")
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(demo.BASE.parent, gguf_file=demo.BASE.name).save_pretrained(tmp_path)
+    run(python, LM_EVAL, url, str(tmp_path))
