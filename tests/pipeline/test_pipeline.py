@@ -14,7 +14,7 @@ import pytest
 
 import gguflora
 from gguflora.errors import OutputError, RecipeError
-from gguflora.pipeline import local_workers
+from gguflora.pipeline import local_workers, runner
 from gguflora.system.locks import try_lock
 from support import zoo
 from support.cli import run
@@ -301,6 +301,7 @@ def test_memory_is_asked_for_when_jobs_end(folder, monkeypatch):
     """Room for one job when it begins, for many when the first ends: the others run at once then."""
     answers = iter([1 << 30])
     monkeypatch.setattr(local_workers, "available_memory", lambda: next(answers, 64 << 30))
+    monkeypatch.setattr(runner, "_LOOK_SECONDS", 600.0)  # on a busy machine the first job takes longer than a look
     most, real = [], local_workers.Workers.run
 
     def counted(self, request, *more):

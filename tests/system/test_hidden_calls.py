@@ -105,7 +105,7 @@ def test_only_the_room_of_the_system_names_them():
 
 def run_hidden(folder, *arguments):
     environment = os.environ | {"GGUFLORA_TEST_HIDE": "1"}
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={folder / 'hidden'}"]
+    command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={folder / 'hidden'}"]
     done = subprocess.run(
         [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
@@ -121,6 +121,7 @@ def test_they_are_hidden():
     subprocess.run([sys.executable, "-P", "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.slow
 def test_outputs_patches_and_merges_in_place_without_them(tmp_path):
     said = run_hidden(tmp_path, *SHORT, "-m", "not slow and not full", "-k", "not stopped_anywhere")
     assert int(said.split(" passed")[0].split()[-1]) > 50
