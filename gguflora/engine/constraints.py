@@ -11,13 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.engine.requests import Grammar
-from gguflora.errors import GenerationError, RequestError
+from gguflora.errors import RequestError
 
 if TYPE_CHECKING:
     from gguflora.engine.model import Model
 
 CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 """``llama_token_data``."""
+
+
+_MAX_DEPTH: Final = 200
+_QUOTED: Final = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*', re.DOTALL)
+"""Texts, classes and comments of GBNF."""
 
 
 class Constraint(Protocol):
@@ -49,10 +54,12 @@ def constraint(grammar: Grammar, model: Model) -> Constraint:
 
 
 class GbnfConstraint:
-    """llama.cpp's grammar sampler."""
+    """llama.cpp's grammar sampler. It has no bound on its time: grammars of strangers are for llguidance."""
 
     def __init__(self, grammar: Grammar, model: Model) -> None:
         self._sampler: Any = None
+        if _depth(grammar.text) > _MAX_DEPTH:
+            raise RequestError(f"grammar: its parentheses are nested more than {_MAX_DEPTH} deep")
         text, root = grammar.text.encode(), b"root"
         if grammar.triggers:
             patterns = (ctypes.c_char_p * len(grammar.triggers))(*(pattern.encode() for pattern in grammar.triggers))
@@ -125,10 +132,19 @@ class GuidanceConstraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise GenerationError(f"the grammar failed: {first_line(self._matcher.get_error())}")
+            raise RequestError(f"grammar: {first_line(self._matcher.get_error())}")
 
     def close(self) -> None:
         """Do nothing: Python frees the matcher."""
+
+
+def _depth(gbnf: str) -> int:
+    """Return how deep parentheses are nested; llama.cpp reads them by recursion."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[()]", _QUOTED.sub("", gbnf)):
+        depth += 1 if bracket == "(" else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def first_line(message: str) -> str:

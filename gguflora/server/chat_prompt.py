@@ -187,15 +187,8 @@ def _tool_grammar(
     """Return the grammar of calls; or, where the model may also answer, of calls and of the form of that answer.
 
     Raises:
-        Failure: if that form is in GBNF, or a schema cannot be enforced.
+        Failure: if a schema cannot be enforced.
     """
-    if answer is not None and not forced and answer.kind == "gbnf":
-        raise Failure(
-            400,
-            "'tools' and a grammar in GBNF cannot be asked for together; give the form of the answer as a schema, an "
-            "expression or a grammar in Lark's syntax, or set 'tool_choice' to 'none' or 'required'",
-            param="grammar",
-        )
 
     def literal(text: str) -> str:
         tokens = engine.tokenize(text, add_bos=False, special=True)

@@ -1,11 +1,13 @@
 """What an answer must look like: OpenAI's, llama-server's, vLLM's and TGI's fields, turned into one grammar.
 
-JSON schemas, regular expressions, choices and Lark grammars are matched by llguidance, GBNF by llama.cpp.
+All are matched by llguidance, which bounds its own time and memory. llama.cpp's own matcher of GBNF is not asked: a
+grammar with many parentheses overflows its stack, and one with many optional parts keeps it busy for minutes.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Final, Literal
 
 from pydantic import ConfigDict, Field
@@ -25,6 +27,12 @@ _MAX_INTEGER: Final = 2**53 - 1
 _BOUNDS: Final = frozenset(
     {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "enum", "const", "not", "$ref"}
 )
+
+_MAX_GRAMMAR: Final = 1 << 16
+"""Largest number of characters of a grammar in GBNF."""
+
+_LAST_CHARACTER: Final = 0x10FFFF
+_ESCAPE: Final = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 
 _ANY_OBJECT: Final[dict[str, Any]] = {"type": "object"}
 
@@ -91,7 +99,7 @@ class StructureFields(SamplingFields):
             "guided_json": json_grammar("guided_json", self.guided_json),
             "guided_regex": regex_grammar(self.guided_regex),
             "guided_choice": choice_grammar(self.guided_choice),
-            "guided_grammar": text_grammar(self.guided_grammar),
+            "guided_grammar": text_grammar("guided_grammar", self.guided_grammar),
         }
         outputs = self.structured_outputs
         if outputs is None:
@@ -100,7 +108,7 @@ class StructureFields(SamplingFields):
             "structured_outputs.json": json_grammar("structured_outputs.json", outputs.json_),
             "structured_outputs.regex": regex_grammar(outputs.regex),
             "structured_outputs.choice": choice_grammar(outputs.choice),
-            "structured_outputs.grammar": text_grammar(outputs.grammar),
+            "structured_outputs.grammar": text_grammar("structured_outputs.grammar", outputs.grammar),
             "structured_outputs.json_object": json_grammar("", _ANY_OBJECT) if outputs.json_object else None,
         }
         return found
@@ -122,7 +130,7 @@ class StructureFields(SamplingFields):
     def _grammar(self) -> Grammar | None:
         """Read llama-server's ``grammar``, GBNF; or TGI's, an object."""
         if not isinstance(self.grammar, dict):
-            return text_grammar(self.grammar)
+            return text_grammar("grammar", self.grammar)
         kind, value = self.grammar.get("type"), self.grammar.get("value")
         if kind in {"json", "json_object"} and isinstance(value, dict | str):
             return json_grammar("grammar", value)
@@ -218,15 +226,42 @@ def choice_grammar(texts: list[str] | None) -> Grammar | None:
     return Grammar("start: " + " | ".join(to_json(text, ensure_ascii=False) for text in texts), kind="llguidance")
 
 
-def text_grammar(text: str | None) -> Grammar | None:
-    """Return a grammar in GBNF, or in Lark's syntax if it has none of GBNF's ``::=``."""
+def text_grammar(field: str, text: str | None) -> Grammar | None:
+    """Return a grammar in GBNF, or in Lark's syntax if it has none of GBNF's ``::=``.
+
+    Raises:
+        Failure: if GBNF cannot be read.
+    """
     if not text:
         return None
-    return Grammar(text) if "::=" in text else Grammar(text, kind="llguidance")
+    return Grammar(_lark_of(field, text) if "::=" in text else text, kind="llguidance")
+
+
+def _lark_of(field: str, gbnf: str) -> str:
+    """Return a grammar in GBNF in Lark's syntax."""
+    from llguidance.gbnf_to_lark import gbnf_to_lark  # noqa: PLC0415
+
+    if len(gbnf) > _MAX_GRAMMAR:
+        raise Failure(400, f"{field!r} has {len(gbnf)} characters, more than {_MAX_GRAMMAR}", "invalid_grammar", field)
+    try:
+        lark: str = gbnf_to_lark(_ESCAPE.sub(_plain, gbnf))
+    except Exception as error:  # the converter raises bare exceptions, and RecursionError
+        reason = "its parentheses are nested too deeply" if isinstance(error, RecursionError) else str(error)[:300]
+        raise Failure(400, f"{field!r} cannot be enforced: {reason}", "invalid_grammar", field) from error
+    return lark
+
+
+def _plain(escape: re.Match[str]) -> str:
+    """Return a character that is escaped by its number as itself, or by two digits if it has a meaning of its own."""
+    digits = escape[1] or escape[2]
+    number = int(digits, 16) if digits else -1
+    if not 0 <= number <= _LAST_CHARACTER or 0xD800 <= number < 0xE000:
+        return escape[0]
+    return f"\\x{number:02x}" if number < 0x80 else chr(number)
 
 
 def checked(field: str, grammar: Grammar) -> Grammar:
-    """Return a grammar that llguidance can read; llama.cpp reads its own when the request begins.
+    """Return a grammar that llguidance can read.
 
     Raises:
         Failure: if it cannot.

@@ -102,7 +102,7 @@ def test_a_grammar_without_its_package_names_it(engine: Engine, monkeypatch: pyt
         tokens(engine, replace(GREEDY, grammar=Grammar('start: "x"', kind="llguidance")))
 
 
-@pytest.mark.parametrize("rules", ["root ::= (", "nothing", "root ::= missing", "\0"])
+@pytest.mark.parametrize("rules", ["root ::= (", "nothing", "root ::= missing", "\0", "root ::= " + "(" * 100_000])
 def test_an_unreadable_grammar_is_refused(engine: Engine, rules: str) -> None:
     with pytest.raises(RequestError, match="grammar"):
         tokens(engine, replace(GREEDY, grammar=Grammar(rules)))

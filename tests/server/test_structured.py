@@ -122,6 +122,10 @@ def test_json_object(http):
         ({"guided_grammar": 'root ::= ("ab")+ "c"'}, "(ab)+c"),
         ({"guided_grammar": 'start: WORD ("," WORD)?\nWORD: /[x-z]{2}/'}, "[x-z]{2}(,[x-z]{2})?"),
         ({"structured_outputs": {"grammar": 'root ::= "z"'}}, "z"),
+        (
+            {"grammar": 'root ::= a-b [\\u0030-\\u0032]+ "\\U0000002d\\u65e5"\na-b ::= ("x" # one\n | "y")?'},
+            "[xy]?[0-2]+-日",
+        ),
     ],
     ids=lambda fields: json.dumps(fields)[:60],
 )
@@ -129,6 +133,16 @@ def test_expressions_choices_and_grammars(http, fields, pattern):
     for seed in range(3):
         text = answer(http, seed=seed, temperature=1.5, **fields)
         assert re.fullmatch(pattern, text), text
+
+
+def test_grammars_that_keep_llama_cpp_busy(http):
+    """llama.cpp's own matcher takes minutes for the first token of each."""
+    ambiguous = "root ::= " + " | ".join(['"a" root'] * 500) + ' | "b"'
+    assert re.fullmatch("a*b?", answer(http, grammar=ambiguous, max_tokens=5))
+    optional = 'root ::= "a"? ' + '"a"? ' * 3000 + '"b"'
+    response = http.post("/v1/chat/completions", json={**CHAT, "grammar": optional})
+    assert response.status_code == 400
+    assert "grammar: Parser Error: Current row has" in response.json()["error"]["message"]
 
 
 def test_streams_and_several_answers(http):
@@ -154,7 +168,11 @@ def test_other_requests_are_free(http):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"grammar": "root ::= missing"}, "cannot read this grammar"),
+        ({"grammar": "root ::= missing"}, "'grammar' cannot be enforced: Rule 'missing' not found"),
+        ({"grammar": "root ::= " + "(" * 2000 + '"a"' + ")" * 2000}, "nested too deeply"),
+        ({"guided_grammar": 'root ::= "a"' + " " * (1 << 16)}, "'guided_grammar' has 65548 characters"),
+        ({"grammar": 'root ::= "\\'}, "'grammar' cannot be enforced"),
+        ({"grammar": 'root ::= "\\ud800"'}, "'grammar' cannot be enforced"),
         ({"guided_grammar": "start: missing"}, "'guided_grammar' cannot be enforced"),
         ({"guided_regex": "(a"}, "'guided_regex' cannot be enforced"),
         ({"guided_json": "{"}, "'guided_json' is not a JSON schema"),

@@ -143,7 +143,6 @@ def test_calls_and_results_in_a_history(http):
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "x"}}}]},
             "cannot be enforced",
         ),
-        ({"extra_body": {"grammar": 'root ::= "a"'}}, "cannot be asked for together"),
         ({"messages": [{**USER, "name": "Eve"}]}, "no place for it"),
         ({"messages": [USER, {"role": "assistant", "content": "", "reasoning_content": "x"}, USER]}, "no place for it"),
     ],
