@@ -20,7 +20,7 @@
 #include "codebook_codecs.h"
 #include "dither_codebook.h"
 #include "search_codes.h"
-#include "search_scales.h"
+#include "calibrated_scales.h"
 #include "sketch.h"
 #include "table.h"
 

@@ -90,7 +90,7 @@ typedef struct {
     float least_step;        /* distance of the nearest levels */
     int weights, bytes;      /* of a block */
     const float *group_sums; /* (n_groups, DIRECTIONS): sums of columns */
-    /* scratch of search_scales.h for a row: see scale_fit; s and o by group; its blocks */
+    /* scratch of calibrated_scales.h for a row: see scale_fit; s and o by group; its blocks */
     float *fit_y, *fit_shift, *fit_scales;
     double *fit_inverse, *fit_right;
     uint8_t *fit_blocks;
@@ -133,7 +133,7 @@ typedef struct {
                             int64_t column);
     /* One pass of search_codes.h over a row; returns the moves made. */
     int64_t (*search_row)(const gfl_search_state *state, const gfl_search_row *row, float limit);
-    /* Fits the halves of its blocks, search_scales.h; returns how many moved. */
+    /* Fits the halves of its blocks, calibrated_scales.h; returns how many moved. */
     int64_t (*search_scales)(const gfl_search_state *state, const gfl_search_row *row, uint8_t *blocks);
     gfl_pair types[GFL_N_TYPES];
     const gfl_block_codec *block_codecs;

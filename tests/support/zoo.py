@@ -322,6 +322,8 @@ UNORDERED = {
     "gemma_embedding", "glm_dsa", "mistral4", "chameleon", "qwen3vlmoe",
 }  # fmt: skip
 """Models whose modules gguflora cannot list: it places weights by their names, but does not know all the names."""
+REFUSED = {"chameleon": r"attn_[qk]_norm\."}
+"""Tensors that llama.cpp's converter fills in a way that gguflora refuses to follow, by model."""
 ORDERED = [name for name in HAS_CLASS if name not in UNORDERED]
 
 

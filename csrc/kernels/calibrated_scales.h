@@ -1,7 +1,8 @@
-#ifndef GFL_SEARCH_SCALES_H
-#define GFL_SEARCH_SCALES_H
+#ifndef GFL_CALIBRATED_SCALES_H
+#define GFL_CALIBRATED_SCALES_H
 #include <math.h>
 
+#include "../block_formats.h"
 #include "../half.h"
 #include "base.h"
 #include "lanes.h"
