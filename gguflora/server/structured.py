@@ -16,6 +16,7 @@ from gguflora.engine import Grammar
 from gguflora.files.strict_json import to_json
 from gguflora.server.errors import Failure
 from gguflora.server.fields import Body
+from gguflora.server.grammar_depth import MAX_LEVELS, MAX_RULES, is_too_deep
 from gguflora.server.sampling import SamplingFields
 
 WHITESPACE: Final = r"[ ]?|\n[ \t]{0,20}"
@@ -269,6 +270,9 @@ def checked(field: str, grammar: Grammar) -> Grammar:
     if grammar.kind == "llguidance":
         from llguidance import LLMatcher  # noqa: PLC0415
 
+        if is_too_deep(grammar.text):
+            reason = f"its rules or references go deeper than {MAX_RULES} rules or {MAX_LEVELS} levels of a schema"
+            raise Failure(400, f"{field!r} cannot be enforced: {reason}", "invalid_grammar", field)
         error = LLMatcher.validate_grammar(grammar.text)
         if error and not error.startswith("WARNING"):
             reason = error.strip().split("\n", 1)[0][:300]

@@ -33,6 +33,13 @@ class Animal(pydantic.BaseModel):
     tags: list[Literal["wild", "tame"]] = pydantic.Field(max_length=2)
 
 
+CHAIN = {
+    "$ref": "#/$defs/a0",
+    "$defs": {f"a{i}": {"properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}} for i in range(3000)} | {"a3000": {}},
+}
+"""A schema whose references overflow the stack of llguidance."""
+
+
 @pytest.fixture(scope="module")
 def http():
     with serving.serving(Settings(max_tokens=4096), n_ctx=2048) as client:
@@ -172,6 +179,12 @@ def test_other_requests_are_free(http):
         ({"grammar": "root ::= " + "(" * 2000 + '"a"' + ")" * 2000}, "nested too deeply"),
         ({"guided_grammar": 'root ::= "a"' + " " * (1 << 16)}, "'guided_grammar' has 65548 characters"),
         ({"grammar": 'root ::= "\\'}, "'grammar' cannot be enforced"),
+        ({"guided_json": CHAIN}, "'guided_json' cannot be enforced: its rules or references go deeper"),
+        ({"guided_grammar": f"start: %json {json.dumps(CHAIN)}"}, "go deeper"),
+        (
+            {"guided_grammar": "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(4000)) + 'r4000: "a"'},
+            "deeper",
+        ),
         ({"grammar": 'root ::= "\\ud800"'}, "'grammar' cannot be enforced"),
         ({"guided_grammar": "start: missing"}, "'guided_grammar' cannot be enforced"),
         ({"guided_regex": "(a"}, "'guided_regex' cannot be enforced"),
