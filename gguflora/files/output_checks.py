@@ -56,7 +56,11 @@ def _check_name(target: Path, inputs: Iterable[Path], *, force: bool) -> None:
     if not target.exists():
         return
     for source in inputs:
-        if _is_part(source, target):
+        try:
+            is_input = _is_part(source, target)
+        except FileNotFoundError:  # another process has just removed it
+            return
+        if is_input:
             raise OutputError(f"{target}: is also an input; choose another name for the output")
     if not force:
         raise OutputError(f"{target}: already exists; choose another name, or overwrite it with --force")
