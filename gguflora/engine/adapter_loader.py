@@ -183,7 +183,13 @@ class AdapterLoader:
             self._free(registered)
 
     def _free(self, registered: RegisteredAdapter) -> None:
-        """Free an adapter that no request uses, in the scheduler's thread."""
+        """Free an adapter that no request uses, in the scheduler's thread; do nothing the second time.
+
+        The last request may end between the removal and `forget`, and then both free it.
+        """
+        if registered.freed:
+            return
+        registered.freed = True
         self.scheduler.context.drop(registered.adapter.load_id)
         self.embedder.forget_adapters()
         self.mixed.drop(registered.pointer)

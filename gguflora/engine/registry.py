@@ -66,6 +66,7 @@ class RegisteredAdapter:
         invocation: the tokens at which an activated LoRA begins; empty for other adapters.
         users: number of requests that use it.
         removed: whether it has been unloaded or replaced.
+        freed: whether its memory has been given back; only for the scheduler's thread.
     """
 
     adapter: LoadedAdapter
@@ -74,6 +75,7 @@ class RegisteredAdapter:
     invocation: tuple[int, ...] = ()
     users: int = 0
     removed: bool = False
+    freed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

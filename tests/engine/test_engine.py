@@ -9,7 +9,7 @@ import gguf
 import llama_cpp
 import pytest
 
-from gguflora.engine import Engine
+from gguflora.engine import Engine, adapter_loader
 from gguflora.engine import scheduler as scheduler_module
 from support import builders, hotswap, zoo
 from support.alora import ONCE, TWICE
@@ -97,6 +97,19 @@ def test_going_back_costs_no_prefill(n_sets: int) -> None:
             list(generation)
         assert generation.usage.reused_tokens == len(PROMPT) - 1
         assert engine.stats().decoded_tokens == n_sets * (len(PROMPT) + 11) + n_sets * 12
+
+
+def test_an_adapter_is_freed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last request that uses it ends between its removal and the call that frees it."""
+    freed: list[Any] = []
+    monkeypatch.setattr(adapter_loader, "free_lora", freed.append)
+    with open_engine() as engine:
+        loader, registry = engine._loader, engine._registry
+        taken = registry.take(engine.adapter_set("a"))
+        registered = registry.remove("a")
+        loader.give_back(taken)
+        loader.forget(registered)
+        assert freed == [registered.pointer]
 
 
 def test_a_shared_beginning_is_computed_once() -> None:
