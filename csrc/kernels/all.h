@@ -3,6 +3,7 @@
 #include "floats.h"
 #include "rows_f32.h"
 #include "search_scale.h"
+#include "search_descent.h"
 #include "batch.h"
 #include "legacy.h"
 #include "k_quants.h"

@@ -5,6 +5,7 @@
 #include "batch.h"
 #include "k_quants.h"
 #include "lanes.h"
+#include "search_descent.h"
 #include "search_scale.h"
 
 /* Q3_K, Q6_K: sixteen sub-blocks of 16 with a signed scale and no minimum. */

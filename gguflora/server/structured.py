@@ -267,14 +267,13 @@ def checked(field: str, grammar: Grammar) -> Grammar:
     Raises:
         Failure: if it cannot.
     """
-    if grammar.kind == "llguidance":
-        from llguidance import LLMatcher  # noqa: PLC0415
+    from llguidance import LLMatcher  # noqa: PLC0415
 
-        if is_too_deep(grammar.text):
-            reason = f"its rules or references go deeper than {MAX_RULES} rules or {MAX_LEVELS} levels of a schema"
-            raise Failure(400, f"{field!r} cannot be enforced: {reason}", "invalid_grammar", field)
-        error = LLMatcher.validate_grammar(grammar.text)
-        if error and not error.startswith("WARNING"):
-            reason = error.strip().split("\n", 1)[0][:300]
-            raise Failure(400, f"{field!r} cannot be enforced: {reason}", "invalid_grammar", field)
+    if is_too_deep(grammar.text):
+        reason = f"its rules or references go deeper than {MAX_RULES} rules or {MAX_LEVELS} levels of a schema"
+        raise Failure(400, f"{field!r} cannot be enforced: {reason}", "invalid_grammar", field)
+    error = LLMatcher.validate_grammar(grammar.text)
+    if error and not error.startswith("WARNING"):
+        reason = error.strip().split("\n", 1)[0][:300]
+        raise Failure(400, f"{field!r} cannot be enforced: {reason}", "invalid_grammar", field)
     return grammar

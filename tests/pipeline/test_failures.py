@@ -14,22 +14,8 @@ import gguflora
 from gguflora.errors import OutputError, RecipeError
 from gguflora.pipeline.results import PipelineInterrupted
 from support.cli import run
-from support.recipes import add_inputs, outputs, run_recipe, statuses
+from support.recipes import SMALL, add_inputs, outputs, run_recipe, statuses
 
-RECIPE = """
-output = "out"
-
-[sources]
-adapters = "adapters/*"
-
-[[steps]]
-name = "small"
-action = "resize"
-for = { adapter = "sources.adapters" }
-adapter = "{adapter}"
-rank = 2
-out = "{adapter}"
-"""
 MERGE = """
 output = "out"
 [[steps]]
@@ -71,7 +57,7 @@ def test_a_failed_check_keeps_the_last_good_output(folder):
 
 
 def test_what_was_put_aside_goes_when_a_later_output_passes(folder):
-    for text in (MERGE, RECIPE + 'checks = { "errors.*" = { max = MAX } }\n'):
+    for text in (MERGE, SMALL + 'checks = { "errors.*" = { max = MAX } }\n'):
         aside = folder / "out/.gguflora/failed"
         for limit, count in (("0.0001", True), ("1e12", False)):
             # another option each time, so that what was put aside is of no use
@@ -83,10 +69,10 @@ def test_what_was_put_aside_goes_when_a_later_output_passes(folder):
 
 def test_a_failed_check_of_a_folder(folder):
     check = 'checks = { "errors.*" = { max = LIMIT } }\n'
-    run_recipe(folder, RECIPE + check.replace("LIMIT", "2"))
+    run_recipe(folder, SMALL + check.replace("LIMIT", "2"))
     (folder / "out/one/README.md").write_text("of the user")
     good = (folder / "out/one/adapter_model.safetensors").read_bytes()
-    text = (RECIPE + check).replace("rank = 2", "rank = 1")
+    text = (SMALL + check).replace("rank = 2", "rank = 1")
     report = run_recipe(folder, text.replace("LIMIT", "0.01"), keep_going=True)
     assert statuses(report) == ["failed"] * 3
     assert (folder / "out/one/adapter_model.safetensors").read_bytes() == good
@@ -96,17 +82,17 @@ def test_a_failed_check_of_a_folder(folder):
 
 
 def test_a_failed_job_keeps_the_last_good_output(folder):
-    run_recipe(folder, RECIPE)
+    run_recipe(folder, SMALL)
     good = (folder / "out/one/adapter_model.safetensors").read_bytes()
     config = folder / "adapters/one/adapter_config.json"
     text = config.read_text()
     config.write_text(text.replace('"r": 4', '"r": 5'))
-    report = run_recipe(folder, RECIPE, keep_going=True)
+    report = run_recipe(folder, SMALL, keep_going=True)
     assert statuses(report) == ["failed", "kept", "kept"]
     assert ".gguflora" not in report.results[0].error
     assert (folder / "out/one/adapter_model.safetensors").read_bytes() == good
     config.write_text(text)
-    assert statuses(run_recipe(folder, RECIPE)) == ["kept"] * 3
+    assert statuses(run_recipe(folder, SMALL)) == ["kept"] * 3
     assert not list((folder / "out/.gguflora").glob("drafts/*"))
 
 
@@ -124,7 +110,7 @@ def test_warnings_of_steps_are_printed(folder):
 
 @pytest.mark.parametrize("given", ["[]", '"nothing/*"'])
 def test_empty_sources(given, folder):
-    text = RECIPE.replace('"adapters/*"', given)
+    text = SMALL.replace('"adapters/*"', given)
     if given == "[]":
         report = run_recipe(folder, text)
         assert "step 'small' has no jobs: sources.adapters is empty" in report.warnings[0]
@@ -139,7 +125,7 @@ def test_empty_sources(given, folder):
 
 
 def test_a_matrix_without_items(folder):
-    report = run_recipe(folder, RECIPE.replace("for = {", "for = { rank = [],"))
+    report = run_recipe(folder, SMALL.replace("for = {", "for = { rank = [],"))
     assert "its list 'rank' is empty" in report.warnings[0]
 
 
@@ -147,9 +133,9 @@ def test_keep_going_past_inputs_that_are_not_there(folder):
     (folder / "adapters/broken").symlink_to("nowhere")
     (folder / "adapters/circle").symlink_to("circle")
     with pytest.raises(RecipeError, match="broken: is a link to nowhere, which does not exist"):
-        run_recipe(folder, RECIPE)
+        run_recipe(folder, SMALL)
     named = '[[steps]]\nname = "named"\naction = "resize"\nadapter = "absent"\nrank = 1\nout = "named"\n'
-    report = run_recipe(folder, RECIPE + named, keep_going=True)
+    report = run_recipe(folder, SMALL + named, keep_going=True)
     found = {result.name: (result.status, result.error) for result in report.results}
     assert found["broken"] == ("failed", f"{folder}/adapters/broken: is a link to nowhere, which does not exist")
     assert found["circle"][0] == "failed"
@@ -161,7 +147,7 @@ def test_keep_going_past_inputs_that_are_not_there(folder):
 @pytest.mark.skipif(os.getuid() == 0, reason="root reads everything")
 def test_keep_going_past_an_unreadable_file(folder):
     (folder / "adapters/one/adapter_model.safetensors").chmod(0)
-    report = run_recipe(folder, RECIPE, keep_going=True)
+    report = run_recipe(folder, SMALL, keep_going=True)
     assert statuses(report) == ["failed", "done", "done"]
     assert "adapter_model.safetensors: cannot be read: Permission denied" in report.results[0].error
 
@@ -176,11 +162,11 @@ def test_keep_going_past_a_file_that_cannot_be_hashed(folder, monkeypatch):
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)
 
-    run_recipe(folder, RECIPE)
+    run_recipe(folder, SMALL)
     for path in folder.glob("adapters/*/*"):
         os.utime(path)
     monkeypatch.setattr(keys, "sha256_of", failing)
-    report = run_recipe(folder, RECIPE, keep_going=True)
+    report = run_recipe(folder, SMALL, keep_going=True)
     assert sorted(statuses(report)) == ["failed", "kept", "kept"]
     assert report.failed == 1
     assert "cannot be read: Permission denied" in next(result.error for result in report.results if result.error)
@@ -190,10 +176,10 @@ def test_the_folder_of_a_report_is_checked_first(folder):
     (folder / "file").write_text("")
     for place in (folder / "file", folder / "file/report"):
         with pytest.raises(OutputError, match="cannot be written"):
-            run_recipe(folder, RECIPE, report=place)
+            run_recipe(folder, SMALL, report=place)
     (folder / "report/report.json").mkdir(parents=True)
     with pytest.raises(OutputError, match="is a directory"):
-        run_recipe(folder, RECIPE, report=folder / "report")
+        run_recipe(folder, SMALL, report=folder / "report")
     assert not (folder / "out").exists()
 
 
@@ -254,11 +240,11 @@ def test_a_report_replaces_only_a_report(folder):
     (folder / "report").mkdir()
     (folder / "report/report.json").write_text('{"mine": 1}')
     with pytest.raises(OutputError, match="already exists"):
-        run_recipe(folder, RECIPE, report=folder / "report")
+        run_recipe(folder, SMALL, report=folder / "report")
     assert not (folder / "out").exists()
     assert (folder / "report/report.json").read_text() == '{"mine": 1}'
-    run_recipe(folder, RECIPE, report=folder / "report", force=True)
-    assert run_recipe(folder, RECIPE, report=folder / "report").totals == {"kept": 3}
+    run_recipe(folder, SMALL, report=folder / "report", force=True)
+    assert run_recipe(folder, SMALL, report=folder / "report").totals == {"kept": 3}
     named = MERGE.replace("MAX", "1e12").replace('"merged.gguf"', '"report.json"')
     with pytest.raises(OutputError, match="would replace"):
         run_recipe(folder, named, report=folder / "out")

@@ -14,7 +14,7 @@ from gguflora.pipeline import local_workers, runner
 from gguflora.pipeline.job_process import run_job
 from gguflora.pipeline.scheduler_address import warn_of_plain_address
 from support.cli import run
-from support.recipes import outputs, statuses
+from support.recipes import CONVERTED, outputs, statuses
 
 RECIPE = """
 output = "{output}"
@@ -424,28 +424,7 @@ def test_a_job_that_goes_on_after_its_run_makes_nothing(cloned, monkeypatch):
     assert statuses(gguflora.run_pipeline(file)) == ["done"]
 
 
-ADOPTED = """
-output = "out"
-
-[sources]
-adapters = "adapter*"
-
-[[steps]]
-name = "small"
-action = "resize"
-for = { adapter = "sources.adapters" }
-adapter = "{adapter}"
-rank = 2
-out = "{adapter}"
-
-[[steps]]
-name = "lora"
-action = "convert"
-for = { adapter = "steps.small" }
-adapter = "{adapter}"
-base = "base.gguf"
-out = "{adapter}.gguf"
-"""
+ADOPTED = CONVERTED.replace("adapters/*", "adapter*")
 
 
 @pytest.mark.parametrize("lost", ["deleted", "damaged"])

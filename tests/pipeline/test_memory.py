@@ -7,24 +7,10 @@ import pytest
 from gguflora.pipeline import local_workers, runner
 from gguflora.pipeline.local_workers import Workers
 from gguflora.system.memory import available_memory
-from support.recipes import add_inputs, run_recipe, statuses
+from support.recipes import SMALL, add_inputs, run_recipe, statuses
 
 GB = 1 << 30
-RECIPE = """
-output = "out"
-
-[sources]
-adapters = "adapters/*"
-
-[[steps]]
-name = "small"
-action = "resize"
-for = { adapter = "sources.adapters" }
-adapter = "{adapter}"
-rank = 2
-out = "{adapter}"
-memory = 1000
-"""
+RECIPE = f"{SMALL}memory = 1000\n"
 
 
 @pytest.fixture

@@ -9,31 +9,7 @@ import gguflora
 from gguflora.errors import RecipeError
 from gguflora.files.remote.location import local_path
 from gguflora.pipeline.toml_lines import line_of
-from support.recipes import add_inputs, outputs, run_recipe, statuses
-
-RECIPE = """
-output = "out"
-
-[sources]
-adapters = "adapters/*"
-
-[[steps]]
-name = "small"
-action = "resize"
-for = { adapter = "sources.adapters" }
-adapter = "{adapter}"
-rank = 2
-out = "{adapter}"
-
-[[steps]]
-name = "lora"
-action = "convert"
-for = { adapter = "steps.small" }
-adapter = "{adapter}"
-base = "base.gguf"
-out = "{adapter}.gguf"
-"""
-SMALL = RECIPE.rpartition("[[steps]]")[0]
+from support.recipes import CONVERTED, SMALL, add_inputs, outputs, run_recipe, statuses
 
 
 @pytest.fixture
@@ -44,7 +20,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("inside", [True, False])
 def test_links_in_the_place_of_outputs(inside, folder):
     """What DVC does with outputs: each file moves to a store, and a link takes its place."""
-    run_recipe(folder, RECIPE)
+    run_recipe(folder, CONVERTED)
     store = folder / ("out/.cache" if inside else "cache")
     store.mkdir()
     for number, path in enumerate(sorted((folder / "out").rglob("*"))):
@@ -52,10 +28,10 @@ def test_links_in_the_place_of_outputs(inside, folder):
             path.rename(store / str(number))
             path.symlink_to(store / str(number))
     assert (folder / "out/one.gguf").is_symlink()
-    assert statuses(run_recipe(folder, RECIPE)) == ["kept"] * 4
+    assert statuses(run_recipe(folder, CONVERTED)) == ["kept"] * 4
     stored = {path: path.read_bytes() for path in store.iterdir()}
     shutil.copy(folder / "adapters/two/adapter_model.safetensors", folder / "adapters/one")
-    assert sorted(statuses(run_recipe(folder, RECIPE))) == ["done", "done", "kept", "kept"]
+    assert sorted(statuses(run_recipe(folder, CONVERTED))) == ["done", "done", "kept", "kept"]
     assert {path: path.read_bytes() for path in store.iterdir()} == stored  # links are replaced, not followed
     assert not (folder / "out/one.gguf").is_symlink()
     assert (folder / "out/two.gguf").is_symlink()
@@ -66,13 +42,13 @@ def test_links_in_the_place_of_outputs(inside, folder):
 
 
 def test_a_folder_that_became_a_link(folder):
-    run_recipe(folder, RECIPE)
+    run_recipe(folder, CONVERTED)
     (folder / "cache").mkdir()
     (folder / "out/one").rename(folder / "cache/one")
     (folder / "out/one").symlink_to(folder / "cache/one")
-    assert statuses(run_recipe(folder, RECIPE)) == ["kept"] * 4
+    assert statuses(run_recipe(folder, CONVERTED)) == ["kept"] * 4
     before = (folder / "cache/one/adapter_model.safetensors").read_bytes()
-    run_recipe(folder, RECIPE.replace("rank = 2", "rank = 1"))
+    run_recipe(folder, CONVERTED.replace("rank = 2", "rank = 1"))
     assert not (folder / "out/one").is_symlink()
     assert (folder / "cache/one/adapter_model.safetensors").read_bytes() == before
 
@@ -90,7 +66,7 @@ def test_a_link_of_the_user_is_refused(folder):
 def test_an_output_that_is_no_file_is_refused(folder):
     (folder / "out").mkdir()
     os.mkfifo(folder / "out/one.gguf")
-    report = run_recipe(folder, RECIPE, keep_going=True)
+    report = run_recipe(folder, CONVERTED, keep_going=True)
     assert "is a FIFO" in next(result.error for result in report.results if result.name == "one.gguf")
     assert (folder / "out/one.gguf").is_fifo()
 
@@ -116,7 +92,7 @@ def test_a_byte_order_mark(folder):
 
 def test_names_of_255_bytes(folder):
     long = "ü" * 120
-    text = RECIPE.replace('out = "{adapter}"', f'out = "{{adapter}}{long}"').replace(
+    text = CONVERTED.replace('out = "{adapter}"', f'out = "{{adapter}}{long}"').replace(
         '"{adapter}.gguf"', '"{adapter}.gguf"'
     )
     text = text.replace("{adapter}" + long, "{adapter}" + long + "x" * (255 - 240 - 3 - 5))
@@ -195,9 +171,9 @@ def test_lines_of_keys(keys, line):
     ],
 )  # fmt: skip
 def test_messages(old, new, message, folder):
-    assert old in RECIPE
+    assert old in CONVERTED
     with pytest.raises(RecipeError, match=message):
-        run_recipe(folder, RECIPE.replace(old, new), dry_run=True)
+        run_recipe(folder, CONVERTED.replace(old, new), dry_run=True)
 
 
 OPTIONS = {

@@ -17,8 +17,8 @@ from support import ROOT
 PACKAGES = {
     "torch": "torch", "transformers": "torch", "peft": "torch", "tokenizers": "torch", "llama_cpp": "llama",
     "sentencepiece": "torch",
-    **dict.fromkeys(("distributed", "fastapi", "fsspec", "httpx", "hypothesis", "matplotlib", "moto", "openai")),
-    **dict.fromkeys(("playwright", "prometheus_client", "pydantic", "scipy", "uvicorn", "yaml")),
+    **dict.fromkeys(("distributed", "fastapi", "fsspec", "httpx", "hypothesis", "llguidance", "matplotlib")),
+    **dict.fromkeys(("moto", "openai", "playwright", "prometheus_client", "pydantic", "scipy", "uvicorn", "yaml")),
 }  # fmt: skip
 """Packages that not everybody has, and the marker of tests that need them."""
 

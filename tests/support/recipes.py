@@ -6,6 +6,32 @@ import gguflora
 from support import builders
 from support.builders import Adapter
 
+SMALL = """
+output = "out"
+
+[sources]
+adapters = "adapters/*"
+
+[[steps]]
+name = "small"
+action = "resize"
+for = { adapter = "sources.adapters" }
+adapter = "{adapter}"
+rank = 2
+out = "{adapter}"
+"""
+"""A recipe that resizes each adapter."""
+CONVERTED = f"""{SMALL}
+[[steps]]
+name = "lora"
+action = "convert"
+for = {{ adapter = "steps.small" }}
+adapter = "{{adapter}}"
+base = "base.gguf"
+out = "{{adapter}}.gguf"
+"""
+"""A recipe that converts what `SMALL` makes."""
+
 
 def add_inputs(folder, *names):
     """Add ``base.gguf`` and ``adapters/NAME``, each with a seed of its own, to a folder, and return it."""
