@@ -42,9 +42,11 @@ def check_regular(target: Path) -> None:
         raise OutputError(f"{target}: is {kind}, which a complete file cannot replace; give the name of a file")
     if names.CHECKS_NAMES and (problem := names.problem_of_name(target.name)):
         raise OutputError(f"{target}: {target.name!r} {problem}; choose another name")
-    if target.is_symlink():
+    try:
         named = target.parent / target.readlink()
-        raise OutputError(f"{target}: is a link to {named}; give that name, or remove the link")
+    except OSError:  # nothing is there, or no link
+        return
+    raise OutputError(f"{target}: is a link to {named}; give that name, or remove the link")
 
 
 def _special_kind(path: Path) -> str | None:

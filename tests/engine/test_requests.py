@@ -418,9 +418,12 @@ def test_opening_and_closing_leaves_nothing() -> None:
         return resident_bytes(), open_files(), threading.active_count()
 
     memory, *others = cycle(5)
-    after, *left = cycle(20)
-    assert left == others
-    assert after - memory < 5e6
+    grown = []
+    for _ in range(3):  # what other tests left behind may grow once; a leak grows in every round
+        before, (memory, *left) = memory, cycle(20)
+        assert left == others
+        grown.append(memory - before)
+    assert min(grown) < 1e6, grown
 
 
 def test_closing_ends_everything() -> None:
