@@ -190,7 +190,10 @@ MODELS = {
     ),
     "nemotron_h": Made(
         hf.NemotronHConfig, {**DECODER, **NEMOTRON_H}, without=("out_proj",),
-        for_converter=(("num_experts_per_tok", None), ("model_type", "read as it is")),
+        for_converter=(
+            ("num_experts_per_tok", None), ("n_routed_experts", None), ("n_group", None), ("topk_group", None),
+            ("model_type", "read as it is"),
+        ),
     ),
     "nemotron_h_moe": Made(hf.NemotronHConfig, {**DECODER, **NEMOTRON_H}, without=("out_proj",)),
     "gemma_embedding": Made(hf.Gemma3TextConfig, {**TIED, "head_dim": 16}, auto=hf.Gemma3TextModel),
