@@ -194,10 +194,16 @@ def _print_plan(plan: TrainPlan) -> None:
         f"{plan.steps} steps ({plan.steps_per_epoch} an epoch), evaluated every {plan.eval_every}; "
         f"{plan.seconds_per_step:.2f} s a step, {_duration(plan.seconds)} in all",
         f"about {plan.memory / 1e9:.2f} GB of memory, at most {plan.micro_positions} positions at once, "
-        f"{'blocks recomputed' if plan.recompute else 'nothing recomputed'}",
+        f"{'blocks recomputed' if plan.recompute else 'nothing recomputed'}; {plan.padding:.0%} padding",
         f"torch and llama.cpp predict the same within {plan.self_check:.2g} nats",
         f"a sample, with what is learned in [[..]]:\n  {example}",
     ]
+    if plan.kept_blocks:
+        lines.insert(
+            4,
+            f"the output of the first {plan.kept_blocks} blocks is computed once, in {_duration(plan.kept_seconds)}, "
+            f"and kept on disk: {plan.kept_bytes / 1e9:.2f} GB",
+        )
     if plan.ranks:
         lines.append("what a rank costs:")
         lines.append(f"  {'rank':>4} {'numbers':>13} {'memory':>10} {'time':>9}")

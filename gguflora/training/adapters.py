@@ -132,12 +132,10 @@ def choose_modules(model: PackedModel, targets: Sequence[str], layers: int | Non
             raise UsageError(f"no linear layer matches the target {target!r}; the base has {listed(kinds, 16)}")
         chosen |= found
     if layers is not None:
-        prefix = {name for name, module in model.module.named_modules() if module is model.layers}.pop()
         first = len(model.layers) - layers
         if not 0 < layers <= len(model.layers):
             raise UsageError(f"layers is {layers}, expected 1 to {len(model.layers)}")
-        within = {name: name.removeprefix(f"{prefix}.").partition(".")[0] for name in chosen}
-        chosen = {name: chosen[name] for name, number in within.items() if number.isdecimal() and int(number) >= first}
+        chosen = {name: module for name, module in chosen.items() if model.block_of(name) >= first}
     if not chosen:
         raise UsageError(f"the targets {', '.join(targets)} leave no layer to train")
     return {name: module for name, module in known.items() if name in chosen}

@@ -29,7 +29,8 @@ class Progress:
     Attributes:
         step: steps done.
         trained_tokens: learned tokens so far.
-        seconds: of computing so far.
+        seconds: of steps so far.
+        prepared: seconds that hidden states below the lowest adapted block took.
         base_valid_loss: held-out loss of the base.
         best_step: step with the best evaluation; -1 before the first.
         best_loss: its held-out loss.
@@ -40,6 +41,7 @@ class Progress:
     step: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0
+    prepared: float = 0.0
     base_valid_loss: float | None = None
     best_step: int = -1
     best_loss: float | None = None

@@ -363,11 +363,15 @@ class Kind:
         config: name of transformers' configuration class.
         fields: its fields, from the metadata.
         attention: transformers' implementation of attention: ``sdpa``, or ``eager`` where only that is right.
+        tuples: whether its blocks return their state as the first of a tuple.
+        packs: whether its mask and positions follow ``position_ids``, so that samples can share a row.
     """
 
     config: str
     fields: Callable[[Header], Fields]
     attention: str = "sdpa"
+    tuples: bool = False
+    packs: bool = True
 
 
 KINDS: Final[Mapping[str, Kind]] = {
@@ -383,8 +387,8 @@ KINDS: Final[Mapping[str, Kind]] = {
     "phi3": Kind("Phi3Config", _phi3),
     "gpt2": Kind("GPT2Config", _gpt2),
     "gptneox": Kind("GPTNeoXConfig", _gptneox),
-    "bloom": Kind("BloomConfig", _bloom, "eager"),
-    "falcon": Kind("FalconConfig", _falcon),
+    "bloom": Kind("BloomConfig", _bloom, "eager", tuples=True, packs=False),
+    "falcon": Kind("FalconConfig", _falcon, tuples=True),
     "starcoder2": Kind("Starcoder2Config", _starcoder2),
     "stablelm": Kind("StableLmConfig", _stablelm),
     "olmo": Kind("OlmoConfig", _olmo),

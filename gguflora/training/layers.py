@@ -24,15 +24,14 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, matrix: PackedMatrix, dtype: torch.dtype) -> torch.Tensor:  # noqa: ANN401
         ctx.matrix, ctx.dtype = matrix, dtype
         flat = x.reshape(-1, matrix.n_in).to(dtype)
-        out = torch.empty(len(flat), matrix.n_out)
+        shaped = torch.empty(*x.shape[:-1], matrix.n_out)  # no view is returned: Falcon adds to it in place
+        out = shaped.view(-1, matrix.n_out)
         for start, stop, panel in matrix.panels():
             if dtype == torch.float32:
                 torch.mm(flat, panel.t(), out=out[:, start:stop])
             else:
                 out[:, start:stop] = flat @ panel.to(dtype).t()
-        if matrix.place is not None:
-            out = out.index_select(1, matrix.place)
-        return out.view(*x.shape[:-1], matrix.n_out)
+        return shaped if matrix.place is None else shaped.index_select(-1, matrix.place)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:  # noqa: ANN401

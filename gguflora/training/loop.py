@@ -17,6 +17,7 @@ import torch
 from gguflora.errors import TrainingError
 from gguflora.training.batches import Batches, MicroBatch
 from gguflora.training.checkpoints import Checkpoint, Progress, save_checkpoint
+from gguflora.training.kept import KeptStates
 from gguflora.training.loss import backward_loss
 from gguflora.training.options import TrainOptions
 from gguflora.training.outputs import Trainables
@@ -56,6 +57,7 @@ class Trainer:
         folder: where checkpoints are written; None to keep none.
         evaluate: the held-out loss; None without held-out samples.
         watch: told of each step.
+        kept: hidden states that no step changes.
     """
 
     def __init__(
@@ -68,9 +70,11 @@ class Trainer:
         folder: Path | None,
         evaluate: Evaluate | None,
         watch: Callable[[StepDone], None] = lambda _: None,
+        kept: KeptStates | None = None,
     ) -> None:
         self._trained, self._batches, self._options, self._limits = trained, batches, options, limits
         self._settings, self._folder, self._evaluate, self._watch = settings, folder, evaluate, watch
+        self._kept = kept
         self._named = trained.named()
         self._optimizer = torch.optim.AdamW(self._groups(), lr=options.rate, weight_decay=options.weight_decay)
         self.progress = Progress()
@@ -130,7 +134,7 @@ class Trainer:
             while self.progress.step < self._limits.steps:
                 if self._has_missed_enough():
                     return "early stop"
-                if self.progress.seconds >= self._limits.deadline:
+                if self.progress.seconds + self.progress.prepared >= self._limits.deadline:
                     return "time"
                 if not self._one_step():
                     self.save()
@@ -179,7 +183,16 @@ class Trainer:
             for micro in micros:
                 if self._stop.is_set():
                     return None
-                part = backward_loss(self._trained.model, micro.tokens, micro.trained, total, prompt=prompt)
+                below = None if self._kept is None else self._kept.of(micro)
+                part = backward_loss(
+                    self._trained.model,
+                    micro.tokens,
+                    micro.trained,
+                    total,
+                    prompt=prompt,
+                    positions=micro.positions,
+                    below=below,
+                )
                 if not math.isfinite(part):
                     raise self._diverged("loss", micro.sources)
                 loss += part
@@ -220,7 +233,7 @@ class Trainer:
     def _tell(self, loss: float, valid_loss: float | None, rate: float, speed: float) -> None:
         progress, steps = self.progress, self._limits.steps
         left = (steps - progress.step) * progress.seconds / progress.step
-        left = min(left, max(0.0, self._limits.deadline - progress.seconds))
+        left = min(left, max(0.0, self._limits.deadline - progress.prepared - progress.seconds))
         self._watch(StepDone(progress.step, steps, loss, valid_loss, rate, speed, left))
 
     @contextmanager

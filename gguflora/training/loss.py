@@ -11,18 +11,23 @@ from typing import Final
 import torch
 from torch import nn
 
-from gguflora.training.model import PackedModel
+from gguflora.training.model import Below, PackedModel
 
 SLICE: Final = 128
 """Positions that go through the output layer together."""
 
 
 def _chosen(
-    model: PackedModel, tokens: torch.Tensor, trained: torch.Tensor, prompt: torch.Tensor | None
+    model: PackedModel,
+    tokens: torch.Tensor,
+    trained: torch.Tensor,
+    prompt: torch.Tensor | None,
+    positions: torch.Tensor | None = None,
+    below: Below | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states (n, width) that predict trained tokens, and those tokens (n,)."""
     if prompt is None:
-        hidden = model.hidden(tokens)
+        hidden = model.hidden(tokens, positions=positions, below=below)
     else:
         rows = prompt.expand(len(tokens), *prompt.shape)
         embeddings = torch.cat([rows, model.backbone.get_input_embeddings()(tokens)], dim=1)
@@ -38,6 +43,8 @@ def backward_loss(
     total: int,
     *,
     prompt: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    below: Below | None = None,
     slice_size: int = SLICE,
 ) -> float:
     """Add the gradients of a micro-batch's loss, divided by ``total``, to those of the factors.
@@ -48,12 +55,14 @@ def backward_loss(
         trained: which of them count; the first of a sample never does.
         total: trained tokens of the whole step.
         prompt: embeddings (n_virtual, width) before the tokens.
+        positions: (n_samples, n_positions) numbers of the tokens in their samples, where several share a row.
+        below: states in place of blocks below the lowest adapted one.
         slice_size: positions that go through the output layer together.
 
     Returns:
         sum of the losses of the trained tokens, in nats.
     """
-    hidden, targets = _chosen(model, tokens, trained, prompt)
+    hidden, targets = _chosen(model, tokens, trained, prompt, positions, below)
     cut, loss = hidden.detach().requires_grad_(), 0.0
     for start in range(0, len(targets), slice_size):
         some = slice(start, start + slice_size)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -21,6 +22,19 @@ _OLDEST: Final = (5, 0)
 """The first version of transformers whose modules have the names that gguflora knows."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Below:
+    """Hidden states in place of the lowest blocks.
+
+    Attributes:
+        first: the block that takes them as its input.
+        states: (n_samples, n_positions, width).
+    """
+
+    first: int
+    states: torch.Tensor
+
+
 class PackedModel:
     """A causal language model of transformers on the packed weights of a file.
 
@@ -28,6 +42,7 @@ class PackedModel:
         packed: the file.
         module: transformers' model.
         n_ctx: positions that it was trained with.
+        can_pack: whether samples can share a row without attending to each other.
 
     Raises:
         ArchitectureError: if the architecture cannot be trained, or a weight is missing.
@@ -38,6 +53,7 @@ class PackedModel:
         transformers = _transformers()
         kind, header = kind_of(packed), Header(packed)
         self.packed, self.n_ctx, self._dtype = packed, header.context, DTYPES[precision]
+        self._blocks_return_tuples, self.can_pack = kind.tuples, kind.packs
         config = getattr(transformers, kind.config)(**kind.fields(header))
         with _without_weights():
             self.module: Any = transformers.AutoModelForCausalLM.from_config(
@@ -81,11 +97,73 @@ class PackedModel:
             if isinstance(module, PackedLinear) and module is not self.head
         }
 
-    def hidden(self, tokens: torch.Tensor | None = None, embeddings: torch.Tensor | None = None) -> torch.Tensor:
-        """What the output layer is given: (n_samples, n_positions, width)."""
+    @property
+    def width(self) -> int:
+        """Numbers of a hidden state."""
+        return int(self.config.hidden_size)
+
+    def block_of(self, name: str) -> int:
+        """The block that a module lies in; 0 also for a module outside of all."""
+        prefix = next(own for own, module in self.module.named_modules() if module is self.layers)
+        number = name.removeprefix(f"{prefix}.").partition(".")[0]
+        return int(number) if number.isdecimal() else 0
+
+    def hidden(
+        self,
+        tokens: torch.Tensor | None = None,
+        embeddings: torch.Tensor | None = None,
+        *,
+        positions: torch.Tensor | None = None,
+        below: Below | None = None,
+    ) -> torch.Tensor:
+        """What the output layer is given: (n_samples, n_positions, width).
+
+        Args:
+            tokens: (n_samples, n_positions).
+            embeddings: (n_samples, n_positions, width), in place of tokens.
+            positions: (n_samples, n_positions) numbers of the tokens in their samples, where several share a row.
+            below: states in place of the lowest blocks, which are not computed then.
+        """
         given = {"input_ids": tokens} if embeddings is None else {"inputs_embeds": embeddings}
-        state: torch.Tensor = self.backbone(**given, use_cache=False).last_hidden_state
+        if positions is not None:
+            given["position_ids"] = positions
+        stand_ins: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
+        if below is not None:
+            stand_ins = dict.fromkeys(range(below.first - 1), _unchanged)
+            stand_ins[below.first - 1] = lambda _: below.states
+        with self._standing_in(stand_ins):
+            state: torch.Tensor = self.backbone(**given, use_cache=False).last_hidden_state
         return state
+
+    @torch.no_grad()
+    def states_below(self, first: int, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """The input of a block: (n_samples, n_positions, width)."""
+        seen: list[torch.Tensor] = []
+
+        def see(state: torch.Tensor) -> torch.Tensor:
+            seen.append(state)
+            return state
+
+        with self._standing_in({first: see, **dict.fromkeys(range(first + 1, len(self.layers)), _unchanged)}):
+            self.backbone(input_ids=tokens, position_ids=positions, use_cache=False)
+        return seen[0]
+
+    @contextmanager
+    def _standing_in(self, stand_ins: Mapping[int, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
+        """Let blocks compute something else while the block runs."""
+
+        def forward(compute: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+            if self._blocks_return_tuples:
+                return lambda state, *_, **__: (compute(state),)
+            return lambda state, *_, **__: compute(state)
+
+        for number, compute in stand_ins.items():
+            vars(self.layers[number])["forward"] = forward(compute)
+        try:
+            yield
+        finally:
+            for number in stand_ins:
+                del vars(self.layers[number])["forward"]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of hidden states."""
@@ -146,6 +224,10 @@ class PackedModel:
                 for buffer in ("inv_freq", "original_inv_freq"):
                     setattr(module, buffer, getattr(module, buffer) / factors)
                 module.attention_scaling = scale
+
+
+def _unchanged(state: torch.Tensor) -> torch.Tensor:
+    return state
 
 
 def embedding_width(packed: PackedBase) -> int:

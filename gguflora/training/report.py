@@ -61,6 +61,10 @@ class TrainPlan:
         example: one sample as text, learned parts in ``[[..]]``.
         ranks: what other ranks would cost.
         notes: what the user should know.
+        padding: share of the computed positions that hold no token, in one epoch.
+        kept_blocks: lowest blocks whose output is computed once and kept; 0 if none is.
+        kept_bytes: size of the file that it is kept in.
+        kept_seconds: estimated, to compute it.
     """
 
     method: str
@@ -85,11 +89,15 @@ class TrainPlan:
     example: str
     ranks: tuple[RankRow, ...]
     notes: tuple[str, ...] = ()
+    padding: float = 0.0
+    kept_blocks: int = 0
+    kept_bytes: int = 0
+    kept_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """Estimated, of all steps."""
-        return self.steps * self.seconds_per_step
+        """Estimated, of all steps and what they need."""
+        return self.steps * self.seconds_per_step + self.kept_seconds
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,15 +23,16 @@ from gguflora.system.cpus import thread_count
 from gguflora.system.memory import read_bytes
 from gguflora.system.processes import peak_memory
 from gguflora.training.adapters import LoraLinear, SoftPromptRows, add_loras, choose_modules
-from gguflora.training.batches import Batches
+from gguflora.training.batches import Batches, MicroBatch
 from gguflora.training.checkpoints import STATE, Checkpoint, read_checkpoint
 from gguflora.training.configs import Header, kind_of
 from gguflora.training.evaluation import Evaluator, self_check
 from gguflora.training.initial import put_factors
+from gguflora.training.kept import FILE, KeptStates
 from gguflora.training.loop import Limits, Trainer
 from gguflora.training.loss import backward_loss
 from gguflora.training.memory import MemoryPlan, needed_bytes, plan_memory, return_memory_early
-from gguflora.training.model import PackedModel
+from gguflora.training.model import Below, PackedModel
 from gguflora.training.options import TrainOptions
 from gguflora.training.outputs import Outputs, Trainables, publish
 from gguflora.training.packed import PackedBase
@@ -119,6 +120,8 @@ def run_training(
         "micro_positions": plan.micro_positions,
         "threads": torch.get_num_threads(),
         "seconds_per_step": plan.seconds_per_step,
+        "kept_blocks": plan.kept_blocks,
+        "kept_seconds": plan.kept_seconds,
     }
     trainer, stopped = run.train(plan, settings, checkpoint, watch)
     return run.finish(plan, trainer, stopped, settings, force=force, plot=plot)
@@ -227,6 +230,8 @@ class _Run:
     def __init__(self, trained: Trainables, data: _Data, options: TrainOptions, outputs: Outputs) -> None:
         self._trained, self._data, self._options, self._outputs = trained, data, options, outputs
         self._evaluator = Evaluator(trained, data.held, data.prompts, data.longest, torch.get_num_threads())
+        self._kept: KeptStates | None = None
+        self._more_notes: list[str] = []
         self._n_parameters = sum(parameter.numel() for parameter in trained.named().values())
 
     def plan(self, planned: dict[str, Any]) -> TrainPlan:
@@ -239,9 +244,9 @@ class _Run:
         if planned:
             memory = replace(memory, recompute=planned["recompute"], positions=planned["micro_positions"])
         model.recompute(memory.recompute)
-        self._batches = Batches(samples, options.batch, options.seed, memory.positions, options.accumulate)
-        seconds = planned.get("seconds_per_step") or self._measure(sum(len(sample.tokens) for sample in samples))
-        steps = planned.get("steps") or self._steps(seconds)
+        packs = model.can_pack and self._trained.prompt is None
+        self._batches = Batches(samples, options.batch, options.seed, memory.positions, options.accumulate, packs=packs)
+        seconds, steps, kept_seconds = self._times(planned)
         every = planned.get("eval_every") or options.eval_every or -(-steps // _EVALUATIONS)
         return TrainPlan(
             method=self._trained.method,
@@ -264,28 +269,80 @@ class _Run:
             precision=options.dtype,
             self_check=divergence,
             example=self._data.example,
-            ranks=self._ranks(memory, seconds * steps),
+            ranks=self._ranks(memory, seconds * steps + kept_seconds),
             notes=self._notes(),
+            padding=self._padding(),
+            kept_blocks=0 if self._kept is None else self._kept.first,
+            kept_bytes=0 if self._kept is None else self._kept.n_bytes,
+            kept_seconds=kept_seconds,
         )
 
-    def _steps(self, seconds: float) -> int:
+    def _times(self, planned: dict[str, Any]) -> tuple[float, int, float]:
+        """Seconds of a step, number of steps, and seconds to compute the states that are kept, if they are worth it."""
+        if planned:
+            if planned["kept_blocks"]:
+                self._kept = self._states(planned["kept_blocks"])
+            return planned["seconds_per_step"], planned["steps"], planned["kept_seconds"]
+        micro = self._batches.step(0)[-1]
+        per_step = self._positions() / self._batches.steps_per_epoch / micro.tokens.numel()
+        seconds = self._measure(micro) * per_step
+        steps = self._steps(seconds)
+        states = self._states(min(map(self._trained.model.block_of, self._trained.layers), default=0))
+        if steps <= self._batches.steps_per_epoch or not states.first or not self._has_room(states.n_bytes):
+            return seconds, steps, 0.0
+        self._kept, started = states, time.monotonic()
+        below = self._trained.model.states_below(states.first, micro.tokens, micro.positions)
+        kept_seconds = (time.monotonic() - started) * per_step * self._batches.steps_per_epoch
+        seconds = self._measure(micro, Below(states.first, below)) * per_step
+        return seconds, self._steps(seconds, kept_seconds), kept_seconds
+
+    def _states(self, first: int) -> KeptStates:
+        return KeptStates(self._trained.model, self._data.learned.samples, first, self._outputs.state / FILE)
+
+    def _has_room(self, n_bytes: int) -> bool:
+        """Whether the disk holds a file and as much again for outputs; else the plan says so."""
+        folder = next(each for each in self._outputs.state.absolute().parents if each.exists())
+        free = shutil.disk_usage(folder).free
+        if free < 2 * n_bytes:
+            self._more_notes.append(
+                f"{folder}: has {free / 1e9:.1f} GB free; with {2 * n_bytes / 1e9:.1f} GB the output of the blocks "
+                "that are not adapted would be kept, and steps would be faster"
+            )
+        return free >= 2 * n_bytes
+
+    def _steps(self, seconds: float, before: float = 0.0) -> int:
         options = self._options
         if options.steps is not None:
             return options.steps
         if options.hours is not None:
-            return max(1, int(options.hours * 3600 / seconds))
+            return max(1, int((options.hours * 3600 - before) / seconds))
         return max(1, math.ceil(options.epochs * self._batches.steps_per_epoch))
 
-    def _measure(self, tokens: int) -> float:
-        """Seconds of a mean step, from one real micro-batch forwards and backwards."""
-        micro = self._batches.step(0)[-1]
+    def _measure(self, micro: MicroBatch, below: Below | None = None) -> float:
+        """Seconds of one real micro-batch forwards and backwards."""
         prompt = None if self._trained.prompt is None else self._trained.prompt.rows
         started = time.monotonic()
-        backward_loss(self._trained.model, micro.tokens, micro.trained, 1, prompt=prompt)
+        backward_loss(
+            self._trained.model,
+            micro.tokens,
+            micro.trained,
+            1,
+            prompt=prompt,
+            positions=micro.positions,
+            below=below,
+        )
         seconds = time.monotonic() - started
         for parameter in self._trained.named().values():
             parameter.grad = None
-        return float(seconds * tokens / self._batches.steps_per_epoch / micro.tokens.numel())
+        return seconds
+
+    def _positions(self) -> int:
+        """Positions that the first epoch computes, padding included."""
+        steps = range(self._batches.steps_per_epoch)
+        return sum(micro.tokens.numel() for step in steps for micro in self._batches.step(step))
+
+    def _padding(self) -> float:
+        return 1 - sum(len(sample.tokens) for sample in self._data.learned.samples) / self._positions()
 
     def _ranks(self, memory: MemoryPlan, seconds: float) -> tuple[RankRow, ...]:
         """What other ranks would cost: products with factors beside those with the weights."""
@@ -304,7 +361,7 @@ class _Run:
         return tuple(found)
 
     def _notes(self) -> tuple[str, ...]:
-        notes = []
+        notes = list(self._more_notes)
         learned = self._data.learned
         if learned.dropped:
             notes.append(
@@ -331,14 +388,32 @@ class _Run:
         limits = Limits(plan.steps, plan.eval_every, math.inf if hours is None else hours * 3600)
         evaluate = (lambda values, _: self._evaluator.loss(values)) if self._data.held else None
         trainer = Trainer(
-            self._trained, self._batches, self._options, limits, settings, self._outputs.state, evaluate, watch
+            self._trained,
+            self._batches,
+            self._options,
+            limits,
+            settings,
+            self._outputs.state,
+            evaluate,
+            watch,
+            self._kept,
         )
         if checkpoint is not None:
             trainer.resume(checkpoint)
         if trainer.progress.base_valid_loss is None:
             trainer.progress.base_valid_loss = self._evaluator.base_loss()
             trainer.save()
+        self._keep(trainer, goes_on=checkpoint is not None)
         return trainer, trainer.run()
+
+    def _keep(self, trainer: Trainer, *, goes_on: bool) -> None:
+        """Compute the states to keep, unless the run goes on and they are there."""
+        if self._kept is None or (goes_on and self._kept.is_there):
+            return
+        started = time.monotonic()
+        self._kept.fill(self._batches)
+        trainer.progress.prepared += time.monotonic() - started
+        trainer.save()
 
     def finish(
         self,
@@ -406,7 +481,7 @@ class _Run:
             best_step=0 if progress is None else progress.best_step if progress.best_step > 0 else progress.step,
             stopped=stopped,
             trained_tokens=0 if progress is None else progress.trained_tokens,
-            seconds=0.0 if progress is None else progress.seconds,
+            seconds=0.0 if progress is None else progress.seconds + progress.prepared,
             peak_memory=peak_memory(),
             curve=() if progress is None else tuple(progress.curve),  # type: ignore[arg-type]
             scales=scales if loss is None or not scales else dict(sorted({**scales, "1": loss}.items())),

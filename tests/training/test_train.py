@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 
 import gguflora
 from gguflora.errors import OutputError, TrainingDataError, TrainingError, UsageError
-from gguflora.training import loop
+from gguflora.training import loop, run
+from gguflora.training.layers import PackedLinear
 from gguflora.training.outputs import write_folder
 from support import builders
 from support.oracles.gguf_files import read_metadata
@@ -325,6 +326,54 @@ def test_only_the_last_layers(base, data, tmp_path):
     report = gguflora.train(base, data, tmp_path / "tuned", **OPTIONS | {"steps": 1}, targets="attention", layers=1)
     assert {name.split(".")[4] for name in weights(report.output)} == {"1"}
     assert all("self_attn" in name for name in weights(report.output))
+
+
+LAST = OPTIONS | {"layers": 1, "steps": 9}
+"""More than one epoch of the last block only, so that the output of the first is worth keeping."""
+
+
+def test_states_below_the_adapted_layers_are_computed_once(base, data, tmp_path, monkeypatch):
+    plans = []
+    with monkeypatch.context() as patch:
+        patch.setattr(run.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+        gguflora.train(base, data, tmp_path / "each", **LAST, show_plan=plans.append)
+    assert plans[0].kept_blocks == 0 and "0.0 GB free" in plans[0].notes[0]
+
+    real, ran, by_step = PackedLinear.product, [], []
+    monkeypatch.setattr(PackedLinear, "product", lambda self, x: ran.append(id(self)) or real(self, x))
+
+    def watch(_):
+        by_step.append(set(ran))
+        ran.clear()
+
+    gguflora.train(base, data, tmp_path / "once", **LAST, show_plan=plans.append, watch=watch)
+    assert plans[1].kept_blocks == 1 and plans[1].kept_bytes > 0 and plans[1].kept_seconds > 0
+    assert len(by_step[0]) > 14 and len(by_step[1]) == 7 + 1, "after that the last block and the output only"
+    for name, values in weights(tmp_path / "once").items():
+        np.testing.assert_allclose(values, weights(tmp_path / "each")[name], atol=2e-3, err_msg=name)
+    assert not (tmp_path / "once.training").exists()
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_run_with_kept_states_goes_on_with_the_same_bits(base, data, tmp_path, is_lost):
+    gguflora.train(base, data, tmp_path / "whole", **LAST)
+
+    def interrupt(done):
+        if done.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        gguflora.train(base, data, tmp_path / "tuned", **LAST, watch=interrupt)
+    kept = tmp_path / "tuned.training/hidden.f32"
+    before = kept.stat().st_mtime_ns
+    if is_lost:
+        kept.unlink()
+    seen = []
+    gguflora.train(
+        base, data, tmp_path / "tuned", **LAST, resume=True, watch=lambda _: seen.append(kept.stat().st_mtime_ns)
+    )
+    assert (seen[0] == before) != is_lost
+    assert_same_weights(tmp_path / "whole", tmp_path / "tuned")
 
 
 def test_a_pipeline_trains(base, data, tmp_path):
