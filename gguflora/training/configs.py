@@ -6,6 +6,7 @@ with the architecture. tests/training/test_architectures.py holds each against P
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -84,14 +85,37 @@ def _rope(header: Header, default_theta: float = 10000.0, key: str = "rope.freq_
     """
     fields: Fields = {"rope_type": "default", "rope_theta": float(header.get(key, default_theta))}
     kind, factor = header.get("rope.scaling.type", "none"), float(header.get("rope.scaling.factor", 0) or 0)
-    if kind not in {"none", "linear", "longrope"} or (kind == "none" and factor not in {0, 1}):
+    others = {"yarn_ext_factor": 1.0, "yarn_log_multiplier": 0.0}
+    is_odd_yarn = kind == "yarn" and (
+        factor <= 1 or any(header.get(f"rope.scaling.{key}", usual) != usual for key, usual in others.items())
+    )
+    if kind not in {"none", "linear", "longrope", "yarn"} or (kind == "none" and factor not in {0, 1}) or is_odd_yarn:
         raise ArchitectureError(
-            f"{header.packed.path}: its rotary embedding is scaled by {kind!r}, which training does not know; train "
-            "with PEFT, and convert what it saves with 'gguflora convert'"
+            f"{header.packed.path}: its rotary embedding is scaled by {kind!r} with the factor {factor:g}, which "
+            "training does not know; train with PEFT, and convert what it saves with 'gguflora convert'"
         )
     if kind == "linear" and factor not in {0, 1}:
         fields |= {"rope_type": "linear", "factor": factor}
+    if kind == "yarn":
+        fields |= _yarn(header, factor)
     return fields
+
+
+def _yarn(header: Header, factor: float) -> Fields:
+    """YaRN (https://arxiv.org/abs/2309.00071) as llama.cpp serves it: with its own ``beta_fast`` and ``beta_slow``.
+
+    Measured: llama.cpp reads no ``yarn_beta_fast`` and no ``yarn_beta_slow`` of these architectures; it multiplies the
+    paper's growth by ``rope.scaling.attn_factor`` (src/llama-context.cpp, ``yarn_attn_factor``).
+    """
+    original = header.get("rope.scaling.original_context_length") or header.number("context_length")
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": int(original),
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "attention_factor": (1 + 0.1 * math.log(factor)) * float(header.get("rope.scaling.attn_factor", 1.0)),
+    }
 
 
 def _decoder(header: Header) -> Fields:
@@ -292,12 +316,18 @@ def _olmo(header: Header) -> Fields:
     return {**_decoder(header), "clip_qkv": clip or None}
 
 
-def _olmo2(header: Header) -> Fields:
-    if header.get("attention.sliding_window"):
-        raise ArchitectureError(
-            f"{header.packed.path}: an olmo2 whose layers attend to windows (OLMo 3) cannot be trained yet"
-        )
-    return _rms(header)
+def _olmo3(header: Header) -> Fields:
+    """An ``olmo2`` whose layers attend to windows; llama.cpp scales no rotary embedding within a window."""
+    full = _rope(header)
+    return {
+        **_rms(header),
+        "sliding_window": int(header.number("attention.sliding_window")),
+        "layer_types": _windows(header, 4),
+        "rope_parameters": {
+            "full_attention": full,
+            "sliding_attention": {"rope_type": "default", "rope_theta": full["rope_theta"]},
+        },
+    }
 
 
 def _olmoe(header: Header) -> Fields:
@@ -328,6 +358,18 @@ def _granite(header: Header) -> Fields:
         "attention_multiplier": float(header.get("attention.scale", header.head_dim**-0.5)),
         "logits_scaling": float(header.get("logit_scale", 1.0)),
     }
+
+
+def _granitemoe(header: Header) -> Fields:
+    fields = {
+        **_granite(header),
+        "num_local_experts": int(header.number("expert_count")),
+        "num_experts_per_tok": int(header.number("expert_used_count")),
+        "intermediate_size": header.packed.shape("blk.0.ffn_gate_exps.weight")[-2],
+    }
+    if header.has("ffn_gate_shexp.weight"):
+        fields["shared_intermediate_size"] = header.packed.shape("blk.0.ffn_gate_shexp.weight")[-2]
+    return fields
 
 
 def _nemotron(header: Header) -> Fields:
@@ -392,11 +434,13 @@ KINDS: Final[Mapping[str, Kind]] = {
     "starcoder2": Kind("Starcoder2Config", _starcoder2),
     "stablelm": Kind("StableLmConfig", _stablelm),
     "olmo": Kind("OlmoConfig", _olmo),
-    "olmo2": Kind("Olmo2Config", _olmo2),
+    "olmo2": Kind("Olmo2Config", _rms),
     "olmoe": Kind("OlmoeConfig", _olmoe),
     "command-r": Kind("CohereConfig", _cohere),
     "cohere2": Kind("Cohere2Config", _cohere2),
     "granite": Kind("GraniteConfig", _granite),
+    "granitemoe": Kind("GraniteMoeConfig", _granitemoe),
+    "arcee": Kind("ArceeConfig", _llama),
     "nemotron": Kind("NemotronConfig", _nemotron),
     "glm4": Kind("Glm4Config", _glm4),
     "smollm3": Kind("SmolLM3Config", _smollm3),
@@ -405,6 +449,8 @@ KINDS: Final[Mapping[str, Kind]] = {
 """The architectures that can be trained."""
 
 _MIXTRAL: Final = Kind("MixtralConfig", _mixtral)
+_OLMO_3: Final = Kind("Olmo3Config", _olmo3)
+_SHARED_GRANITE: Final = Kind("GraniteMoeSharedConfig", _granitemoe)
 
 
 def kind_of(packed: PackedBase) -> Kind:
@@ -419,4 +465,10 @@ def kind_of(packed: PackedBase) -> Kind:
             f"{packed.path}: architecture {architecture!r} cannot be trained; these can: {listed(KINDS, len(KINDS))}"
         )
     header = Header(packed)
-    return _MIXTRAL if architecture == "llama" and header.get("expert_count") else KINDS[architecture]
+    if architecture == "llama" and header.get("expert_count"):
+        return _MIXTRAL
+    if architecture == "olmo2" and header.get("attention.sliding_window"):
+        return _OLMO_3
+    if architecture == "granitemoe" and header.has("ffn_gate_shexp.weight"):
+        return _SHARED_GRANITE
+    return KINDS[architecture]

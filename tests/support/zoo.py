@@ -56,6 +56,7 @@ NEMOTRON_H = {
 INDEXER = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4, "num_nextn_predict_layers": 0}
 M_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
 M_ROPE_3 = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 VISION = {
     "depth": 2, "num_heads": 4, "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2, "hidden_size": 32,
     "intermediate_size": 48, "out_hidden_size": 64, "num_position_embeddings": 16, "deepstack_visual_indexes": [1],
@@ -301,6 +302,20 @@ OTHERS = {
     ),
     "llama_linear": Made(
         hf.LlamaConfig, {**DECODER, "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}
+    ),
+    "llama_yarn": Made(hf.LlamaConfig, {**DECODER, "rope_parameters": YARN}),
+    "qwen3_yarn": Made(hf.Qwen3Config, {**DECODER, "head_dim": 16, "rope_parameters": {**YARN, "factor": 2.5}}),
+    "olmo3": Made(
+        hf.Olmo3Config,
+        {**DECODER, "num_hidden_layers": 4, "sliding_window": 8,
+         "rope_parameters": {
+            "full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+        for_converter=(("rope_parameters", YARN), ("model_type", "read as it is")),
+    ),
+    "granitemoe_scaled": Made(
+        hf.GraniteMoeConfig,
+        {**EXPERTS, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1,
+         "logits_scaling": 4.0},
     ),
     "granite_scaled": Made(
         hf.GraniteConfig,

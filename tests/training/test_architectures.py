@@ -22,7 +22,8 @@ NAMES = (
     "llama", "llama_biases", "llama3", "llama_linear", "mistral", "qwen2", "qwen3", "gemma", "gemma2_served",
     "gemma3_served", "phi2", "p3", "p3_long", "gpt2", "gptneox", "bloom", "falcon", "falcon_7b", "starcoder2",
     "stablelm", "stablelm_norms", "olmo", "olmo2", "command_r", "cohere2_deep", "granite_scaled", "nemotron", "glm4",
-    "smollm3_deep", "exaone4_deep", "mixtral", "qwen2moe", "qwen3moe_served", "olmoe",
+    "smollm3_deep", "exaone4_deep", "mixtral", "qwen2moe", "qwen3moe_served", "olmoe", "llama_yarn", "qwen3_yarn",
+    "olmo3", "granitemoe_scaled", "granitemoe_shared", "arcee",
 )  # fmt: skip
 
 
