@@ -38,7 +38,7 @@ def train(
     dropout: Annotated[float, typer.Option(help="Share of a LoRA's inputs that a step leaves out.")] = 0.0,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = False,
     targets: Annotated[
-        list[str] | None, typer.Option(metavar="all|attention|GLOB", help="Layers to adapt. Repeatable.")
+        list[str] | None, typer.Option(metavar="all|attention|experts|GLOB", help="Layers to adapt. Repeatable.")
     ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Adapt only so many of the last blocks.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3,

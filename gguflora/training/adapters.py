@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 
 from gguflora.architectures import aborts_at_run_time, ignored_at_run_time
 from gguflora.errors import UsageError, listed
-from gguflora.training.layers import PackedLinear
+from gguflora.training.layers import PackedExperts, PackedLinear
 from gguflora.training.model import PackedModel, embedding_width
 from gguflora.training.options import LoraShape
 
@@ -52,6 +52,17 @@ class LoraLinear(nn.Module):
         named = {"lora_A.weight": self.lora_a, "lora_B.weight": self.lora_b, "lora_magnitude_vector": self.magnitude}
         return {name: parameter for name, parameter in named.items() if parameter is not None}
 
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """n_out and n_in of each adapted matrix."""
+        return [(self.base.out_features, self.base.in_features)]
+
+    def put(self, weight: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Begin with factors of a rank that is not higher; ``weight`` is ``weight``."""
+        del weight
+        with torch.no_grad():
+            self.lora_a[: len(a)], self.lora_b[:, : len(a)] = a, b
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output with the LoRA's added."""
         product = self.base.product(x)
@@ -85,6 +96,73 @@ class LoraLinear(nn.Module):
         return lengths if matrix.place is None else lengths.index_select(0, matrix.place)
 
 
+class LoraExperts(nn.Module):
+    """A layer's experts with a LoRA beside each matrix of each, as PEFT's ``target_parameters`` have it.
+
+    Of E experts, A is (rank E, n_in) with the rows of each expert together, and B is (n_out, rank E) with the columns
+    of each rank-one term together (``peft.tuners.lora.layer.ParamWrapper``).
+
+    Attributes:
+        base: the experts.
+        start: None; their factors begin as PEFT's only.
+        drops: without effect, because experts have no dropout.
+    """
+
+    def __init__(self, base: PackedExperts, shape: LoraShape, generator: torch.Generator) -> None:
+        super().__init__()
+        if shape.dropout or shape.dora or shape.init != "default":
+            odd = "dropout" if shape.dropout else "DoRA" if shape.dora else f"init {shape.init!r}"
+            raise UsageError(f"experts have no {odd}: PEFT cannot apply it to stacked experts; leave it or them out")
+        self.base, self.shape, self.drops = base, shape, False
+        self.start: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.factors = nn.ParameterDict()
+        for name, stack in base.stacks().items():
+            n_out, n_in, count = stack[0].n_out, stack[0].n_in, len(stack)
+            bound = 1 / math.sqrt(n_in)
+            a = torch.empty(shape.rank * count, n_in).uniform_(-bound, bound, generator=generator)
+            self.factors[f"{name}_a"] = nn.Parameter(a)
+            self.factors[f"{name}_b"] = nn.Parameter(torch.zeros(n_out, shape.rank * count))
+
+    def parameters_by_name(self) -> dict[str, nn.Parameter]:
+        """What is trained, by PEFT's names: the wrapper of the last parameter is the outermost."""
+        return {
+            "base_layer.lora_A.weight": self.factors["gate_up_proj_a"],
+            "base_layer.lora_B.weight": self.factors["gate_up_proj_b"],
+            "lora_A.weight": self.factors["down_proj_a"],
+            "lora_B.weight": self.factors["down_proj_b"],
+        }
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """n_out and n_in of each adapted matrix."""
+        return [(matrix.n_out, matrix.n_in) for stack in self.base.stacks().values() for matrix in stack]
+
+    def put(self, weight: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Begin with factors of a rank that is not higher; ``weight`` is ``gate_up_proj.3``, say."""
+        name, _, expert = weight.rpartition(".")
+        own_a, own_b = self._of(name, int(expert))
+        with torch.no_grad():
+            own_a[: len(a)], own_b[:, : len(a)] = a, b
+
+    def _of(self, name: str, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (rank, n_in) and B (n_out, rank) of one matrix of an expert."""
+        a, b, rank = self.factors[f"{name}_a"], self.factors[f"{name}_b"], self.shape.rank
+        return a[expert * rank : (expert + 1) * rank], b.view(len(b), rank, -1)[:, :, expert]
+
+    def forward(self, x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """The experts' sum with the LoRA's added; see `PackedExperts.forward`."""
+
+        def change(name: str, expert: int, given: torch.Tensor) -> torch.Tensor:
+            a, b = self._of(name, expert)
+            return nn.functional.linear(nn.functional.linear(given, a), b) * self.shape.scaling
+
+        out: torch.Tensor = self.base(x, chosen, shares, change)
+        return out
+
+
+LoraLayer = LoraLinear | LoraExperts
+
+
 def _factors_of_weight(base: PackedLinear, shape: LoraShape) -> tuple[torch.Tensor, torch.Tensor]:
     """First A and B, as PEFT's, of PiSSA (https://arxiv.org/abs/2404.02948) or OLoRA (2406.01775)."""
     weight = base.matrix.rows(np.arange(base.out_features))
@@ -112,21 +190,24 @@ class SoftPromptRows(nn.Module):
             raise UsageError(f"{model.packed.path}: its embeddings are projected; prompt tuning is not possible")
 
 
-def choose_modules(model: PackedModel, targets: Sequence[str], layers: int | None) -> dict[str, PackedLinear]:
-    """The linear layers to adapt.
+def choose_modules(
+    model: PackedModel, targets: Sequence[str], layers: int | None
+) -> dict[str, PackedLinear | PackedExperts]:
+    """The layers to adapt.
 
     Args:
         model: the model.
-        targets: ``all``, ``attention``, or globs of module names or of their ends.
+        targets: ``all`` linear layers, ``attention``, ``experts``, or globs of module names or of their ends.
         layers: only so many of the last blocks; None for all.
 
     Raises:
         UsageError: if a target matches nothing, or nothing is left.
     """
-    known = {name: module for name, module in model.linears().items() if _can_be_served(model, name)}
-    chosen: dict[str, PackedLinear] = {}
+    everything: Mapping[str, PackedLinear | PackedExperts] = {**model.linears(), **model.experts()}
+    known = {name: module for name, module in everything.items() if _can_be_served(model, name, module)}
+    chosen: dict[str, PackedLinear | PackedExperts] = {}
     for target in targets:
-        found = {name: module for name, module in known.items() if _matches(name, target)}
+        found = {name: module for name, module in known.items() if _matches(name, module, target)}
         if not found:
             kinds = {name.rpartition(".")[2] for name in known}
             raise UsageError(f"no linear layer matches the target {target!r}; the base has {listed(kinds, 16)}")
@@ -141,7 +222,9 @@ def choose_modules(model: PackedModel, targets: Sequence[str], layers: int | Non
     return {name: module for name, module in known.items() if name in chosen}
 
 
-def _matches(name: str, target: str) -> bool:
+def _matches(name: str, module: PackedLinear | PackedExperts, target: str) -> bool:
+    if target in {"all", "attention"} and isinstance(module, PackedExperts):
+        return False  # many times the numbers of all other layers
     if target == "all":
         return True
     if target == "attention":
@@ -149,19 +232,22 @@ def _matches(name: str, target: str) -> bool:
     return fnmatch.fnmatchcase(name, target) or fnmatch.fnmatchcase(name, f"*.{target}")
 
 
-def _can_be_served(model: PackedModel, name: str) -> bool:
+def _can_be_served(model: PackedModel, name: str, module: PackedLinear | PackedExperts) -> bool:
     """Whether llama.cpp would multiply with a LoRA of this layer."""
     base = model.packed.base
-    tensors = [each.tensor for each in model.packed.slices(f"{name}.weight")]
+    weights = ["weight"] if isinstance(module, PackedLinear) else [f"{stack}.0" for stack in module.stacks()]
+    tensors = [each.tensor for weight in weights for each in model.packed.slices(f"{name}.{weight}")]
     return not any(ignored_at_run_time(base, tensor) or aborts_at_run_time(base, tensor) for tensor in tensors)
 
 
-def add_loras(model: PackedModel, names: Sequence[str], shape: LoraShape, seed: int) -> dict[str, LoraLinear]:
+def add_loras(model: PackedModel, names: Sequence[str], shape: LoraShape, seed: int) -> dict[str, LoraLayer]:
     """Put a LoRA beside each of these layers."""
     generator = torch.Generator().manual_seed(seed)
-    added = {}
+    added: dict[str, LoraLayer] = {}
     for name in names:
-        layer = LoraLinear(model.module.get_submodule(name), shape, generator)
+        module = model.module.get_submodule(name)
+        kind = LoraExperts if isinstance(module, PackedExperts) else LoraLinear
+        layer = kind(module, shape, generator)
         model.module.set_submodule(name, layer)
         added[name] = layer
     return added

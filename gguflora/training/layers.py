@@ -6,6 +6,7 @@ gradient of its input; the weights themselves have no gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from gguflora.training.packed import PackedMatrix
+
+Change = Callable[[str, int, torch.Tensor], torch.Tensor]
 
 DTYPES: Final = {"f32": torch.float32, "bf16": torch.bfloat16}
 
@@ -111,18 +114,32 @@ class PackedExperts(nn.Module):
         super().__init__()
         self.gate_up, self.down, self.activation, self.dtype = gate_up, down, activation, dtype
 
-    def forward(self, x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    def stacks(self) -> dict[str, list[PackedMatrix]]:
+        """The matrices of all experts by the name of transformers' parameter."""
+        return {"gate_up_proj": self.gate_up, "down_proj": self.down}
+
+    def forward(
+        self, x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, change: Change | None = None
+    ) -> torch.Tensor:
         """The experts' sum.
 
         Args:
             x: (n_tokens, width).
             chosen: (n_tokens, k) numbers of experts.
             shares: (n_tokens, k) of each.
+            change: what a LoRA adds to a product: given the name of the stack, the expert, and its inputs.
         """
         out = torch.zeros_like(x)
         for expert in chosen.unique().tolist():
             tokens, place = torch.where(chosen == expert)
-            gate, up = _Product.apply(x[tokens], self.gate_up[expert], self.dtype).chunk(2, dim=-1)
-            result = _Product.apply(self.activation(gate) * up, self.down[expert], self.dtype)
+            given = x[tokens]
+            gate_up = _Product.apply(given, self.gate_up[expert], self.dtype)
+            if change is not None:
+                gate_up = gate_up + change("gate_up_proj", expert, given)
+            gate, up = gate_up.chunk(2, dim=-1)
+            inner = self.activation(gate) * up
+            result = _Product.apply(inner, self.down[expert], self.dtype)
+            if change is not None:
+                result = result + change("down_proj", expert, inner)
             out = out.index_add(0, tokens, result * shares[tokens, place, None])
         return out

@@ -97,6 +97,10 @@ class PackedModel:
             if isinstance(module, PackedLinear) and module is not self.head
         }
 
+    def experts(self) -> dict[str, PackedExperts]:
+        """The experts of each layer that has some, by name."""
+        return {name: module for name, module in self.module.named_modules() if isinstance(module, PackedExperts)}
+
     @property
     def width(self) -> int:
         """Numbers of a hidden state."""

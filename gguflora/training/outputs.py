@@ -22,7 +22,7 @@ from gguflora.lora.factors import factor_adapter
 from gguflora.lora.gguf_writer import LoraHeader, common_alpha, encode_factors, write_lora
 from gguflora.lora.peft_writer import write_peft_directory
 from gguflora.system.nameless import path_of
-from gguflora.training.adapters import LoraLinear, SoftPromptRows
+from gguflora.training.adapters import LoraExperts, LoraLayer, SoftPromptRows
 from gguflora.training.model import PackedModel
 from gguflora.training.options import LoraShape
 
@@ -72,7 +72,7 @@ class Trainables:
     """
 
     model: PackedModel
-    layers: Mapping[str, LoraLinear]
+    layers: Mapping[str, LoraLayer]
     shape: LoraShape | None
     prompt: SoftPromptRows | None = None
 
@@ -127,6 +127,8 @@ class Trainables:
         shape, doubled = self.shape, any(layer.start is not None for layer in self.layers.values())
         rank = 2 * shape.rank if doubled else shape.rank
         alpha = shape.scaling * rank if doubled else shape.alpha
+        experts = [name for name, layer in self.layers.items() if isinstance(layer, LoraExperts)]
+        parameters = [f"{name}.{stack}" for name in experts for stack in ("gate_up_proj", "down_proj")]
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -135,7 +137,8 @@ class Trainables:
             "r": rank,
             "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
             "lora_dropout": shape.dropout,
-            "target_modules": list(self.layers),
+            "target_modules": [name for name in self.layers if name not in experts],
+            **({"target_parameters": parameters} if parameters else {}),
             "bias": "none",
             "fan_in_fan_out": base.architecture == "gpt2",  # whose layers hold their weights transposed
             "use_rslora": shape.rslora and not doubled,

@@ -22,7 +22,7 @@ from gguflora.files.visible import visible_files
 from gguflora.system.cpus import thread_count
 from gguflora.system.memory import read_bytes
 from gguflora.system.processes import peak_memory
-from gguflora.training.adapters import LoraLinear, SoftPromptRows, add_loras, choose_modules
+from gguflora.training.adapters import LoraLayer, SoftPromptRows, add_loras, choose_modules
 from gguflora.training.batches import Batches, MicroBatch
 from gguflora.training.checkpoints import STATE, Checkpoint, read_checkpoint
 from gguflora.training.configs import Header, kind_of
@@ -218,7 +218,7 @@ def _trainables(packed: PackedBase, options: TrainOptions, from_adapter: Path | 
         rows = SoftPromptRows(model, options.rank, torch.Generator().manual_seed(options.seed))
         return Trainables(model, {}, None, rows)
     names = list(choose_modules(model, options.targets, options.layers))
-    layers: dict[str, LoraLinear] = add_loras(model, names, options.shape, options.seed)
+    layers: dict[str, LoraLayer] = add_loras(model, names, options.shape, options.seed)
     if from_adapter is not None:
         put_factors(from_adapter, packed.base, layers)
     return Trainables(model, layers, options.shape)
@@ -349,8 +349,8 @@ class _Run:
         model, longest = self._trained.model, self._data.longest
         if self._trained.shape is None:
             return ()
-        widths = sum(layer.base.in_features + layer.base.out_features for layer in self._trained.layers.values())
-        weights = sum(layer.base.in_features * layer.base.out_features for layer in self._trained.layers.values())
+        sizes = [size for layer in self._trained.layers.values() for size in layer.sizes]
+        widths, weights = sum(n_out + n_in for n_out, n_in in sizes), sum(n_out * n_in for n_out, n_in in sizes)
         own = weights * 2 + 3 * widths * self._trained.shape.rank
         found = []
         for rank in sorted({*_RANKS, self._trained.shape.rank}):

@@ -76,7 +76,7 @@ def train(
         alpha: scaling times rank; by default twice the rank.
         dropout: share of a LoRA's inputs that a step leaves out.
         rslora: scale by alpha / sqrt(rank).
-        targets: ``all`` linear layers (the default), ``attention``, or globs of their names.
+        targets: ``all`` linear layers (the default), ``attention``, ``experts``, or globs of their names.
         layers: adapt only so many of the last blocks.
         epochs: passes over the data.
         steps: number of steps, in place of ``epochs``.
