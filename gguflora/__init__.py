@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gguflora._version import __version__ as __version__
 from gguflora.errors import GgufloraError as GgufloraError
+from gguflora.lora.loss_meter import LossMeter, provide_loss_meter
 from gguflora.merging.collector import Collector, provide_collector
 
 if TYPE_CHECKING:
@@ -157,6 +158,12 @@ def _collector() -> Collector:
     return collect_moments
 
 
+def _loss_meter() -> LossMeter:
+    from gguflora.calibration.loss import open_loss_meter  # noqa: PLC0415  (slow to import)
+
+    return open_loss_meter
+
+
 class _Package(ModuleType):
     """The class of this module: pickled by its name, so that functions of notebooks that use it can be sent away."""
 
@@ -166,4 +173,5 @@ class _Package(ModuleType):
 
 sys.modules[__name__].__class__ = _Package
 provide_collector(_collector)
+provide_loss_meter(_loss_meter)
 logging.getLogger(__name__).addHandler(logging.NullHandler())

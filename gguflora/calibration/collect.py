@@ -57,8 +57,8 @@ def collect_moments(
         window = min(_WINDOW, model.n_ctx_train)
         count = max(1, TOKENS // window)
         own = [part for text in texts for part in windows_of(model, Path(text), window)]
-        own = _spread(own, count // 2)
-        windows = [*own, *_spread(windows_of(model, None, window), count - len(own))]
+        own = spread(own, count // 2)
+        windows = [*own, *spread(windows_of(model, None, window), count - len(own))]
         inputs = observe(model, windows, weights, loras=loras, omega=_omega)
     made: dict[int, Moments] = {}
     for name, found in inputs.items():
@@ -85,8 +85,8 @@ def _hot(
     return loras, []
 
 
-def _spread(windows: Sequence[list[int]], count: int) -> list[list[int]]:
-    """Choose windows that lie evenly in a text."""
+def spread(windows: Sequence[list[int]], count: int) -> list[list[int]]:
+    """Choose up to ``count`` windows that lie evenly in a text."""
     if len(windows) <= count:
         return list(windows)
     return [windows[number * len(windows) // count] for number in range(count)]

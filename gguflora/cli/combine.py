@@ -11,6 +11,7 @@ import gguflora
 from gguflora.cli.app import app, console, print_report, span
 from gguflora.cli.options import AdapterBase, AdapterOut, AsJson, Force, OutType
 from gguflora.lora.combine import CombineReport
+from gguflora.lora.layer_weights import Weight, describe_weight, parse_weight
 
 Method = Literal[
     "cat",
@@ -56,6 +57,8 @@ def combine(
 ) -> None:
     """Combine adapters into one, by default into their exact weighted sum. Weights may be negative.
 
+    A weight is a number, a gradient over the layers (0,0.5,1), or either by pattern of names ('*mlp*=0.5;*=0,1').
+
     **Examples**
 
     gguflora combine legal.gguf tone.gguf:0.5 -o both.gguf
@@ -65,6 +68,8 @@ def combine(
     gguflora combine ./legal ./tone:-0.3 -o ./both --method ties_svd --density 0.5 --rank 16
 
     gguflora combine ./legal ./tone:0.5 -o ./both --method ties_svd --ties mergekit --density 0.5 --rank 16
+
+    gguflora combine ./legal:1,0.5,0 './tone:*self_attn*=0;*=0,1' -o ./both
     """
     report = gguflora.combine(
         [_split_weight(text) for text in adapters],
@@ -83,7 +88,7 @@ def combine(
 
 
 def _print_combination(report: CombineReport) -> None:
-    combined = " + ".join(f"{name} x {weight:g}" for name, _, weight in report.adapters)
+    combined = " + ".join(f"{name} x {describe_weight(weight)}" for name, _, weight in report.adapters)
     console.print(
         f"wrote {report.output}: {report.method} of {combined}; {report.tensors} changes, {span(report.ranks)}, "
         f"{report.size / 1e6:.2f} MB",
@@ -97,12 +102,12 @@ def _print_combination(report: CombineReport) -> None:
         )
 
 
-def _split_weight(text: str) -> tuple[str, float]:
+def _split_weight(text: str) -> tuple[str, Weight]:
     """Split ADAPTER:WEIGHT; the weight is 1 by default, and the path may contain colons."""
     path, _, weight = text.rpartition(":")
     if not path or Path(text).exists():
         return text, 1.0
     try:
-        return path, float(weight)
+        return path, parse_weight(weight)
     except ValueError:
         return text, 1.0

@@ -8,7 +8,7 @@ import typer
 
 import gguflora
 from gguflora.cli.app import app, console, print_errors, print_report
-from gguflora.cli.options import AdapterBase, AdapterOut, AsJson, Force, OutType
+from gguflora.cli.options import AdapterBase, AdapterOut, AsJson, Force, OutType, Threads
 from gguflora.lora.resize import ResizeReport
 
 
@@ -20,6 +20,22 @@ def resize(
     energy: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Keep this share of each delta's squared norm, say 0.99.")
     ] = None,
+    sv_ratio: Annotated[
+        float | None, typer.Option(min=1.0, help="Keep the singular values above the largest one divided by this.")
+    ] = None,
+    sv_fro: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Keep this share of each delta's Frobenius norm.")
+    ] = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="Take the lowest rank that raises the loss on --text by at most so many nats a token."
+        ),
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="Text to measure the loss on, for --max-loss. Repeatable.")
+    ] = None,
+    threads: Threads = None,
     base: AdapterBase = None,
     outtype: OutType = "auto",
     force: Force = False,
@@ -32,10 +48,26 @@ def resize(
     gguflora resize my-adapter.gguf --rank 8 -o small.gguf
 
     gguflora resize ./my-adapter --energy 0.99 -o ./my-smaller-adapter
+
+    gguflora resize ./my-adapter --max-loss 0.01 --text held-out.txt --base model.gguf -o small.gguf
     """
-    if (rank is None) == (energy is None):
-        raise typer.BadParameter("give either --rank or --energy")
-    report = gguflora.resize(adapter, out, rank=rank, energy=energy, base=base, outtype=outtype, force=force)
+    chosen = {"rank": rank, "energy": energy, "sv_ratio": sv_ratio, "sv_fro": sv_fro, "max_loss": max_loss}
+    if len([name for name, value in chosen.items() if value is not None]) != 1:
+        raise typer.BadParameter("give one of --rank, --energy, --sv-ratio, --sv-fro and --max-loss")
+    report = gguflora.resize(
+        adapter,
+        out,
+        rank=rank,
+        energy=energy,
+        sv_ratio=sv_ratio,
+        sv_fro=sv_fro,
+        max_loss=max_loss,
+        text=text,
+        threads=threads,
+        base=base,
+        outtype=outtype,
+        force=force,
+    )
     print_report(report, _print_resized, as_json=as_json)
 
 
@@ -46,4 +78,8 @@ def _print_resized(report: ResizeReport) -> None:
         f"before, {low} to {high} now, {report.old_size / 1e6:.2f} MB before, {report.size / 1e6:.2f} MB now",
         markup=False,
     )
+    for name, loss in report.losses.items():
+        label = {"base": "the base alone", "whole": "the adapter as it was"}.get(name, f"rank {name}")
+        more = "" if label != f"rank {name}" else f" ({loss - report.losses['whole']:+.4f})"
+        console.print(f"loss with {label}: {loss:.4f} nats a token{more}", markup=False)
     print_errors(report.errors)

@@ -16,7 +16,7 @@ from gguflora.adapters.deltas import LowRank, as_float64, fold
 from gguflora.errors import MismatchError, UnsupportedAdapterError, listed
 from gguflora.files.safetensors import Array, as_float32
 from gguflora.lora.factored import ComputedPairs, FactoredAdapter, is_embedding
-from gguflora.lora.low_rank import Dense, Fit, Uncut, cut, values_of
+from gguflora.lora.low_rank import Dense, Fit, RankRule, Uncut, cut, values_of
 from gguflora.lora.output import rounding
 from gguflora.lora.task_arithmetic import METHODS, combine_arrays
 from gguflora.lora.uncut import UncutAdapter
@@ -27,6 +27,9 @@ Masks = Callable[[int, str, str, tuple[int, ...]], NDArray[np.bool_]]
 
 Arguments: index of the adapter, name of the weight, array ("a", "b" or "delta"), shape of the array.
 """
+
+WeightsOf = Callable[[str], Sequence[float]]
+"""Returns the weight of each adapter for the model's weight of a name."""
 
 
 def random_mask(
@@ -50,12 +53,12 @@ class Combination:
     out: Path
     outtype: str
 
-    def prepare(self, wholes: Sequence[UncutAdapter], weights: Sequence[float], fits: dict[str, Fit]) -> ComputedPairs:
+    def prepare(self, wholes: Sequence[UncutAdapter], weights_of: WeightsOf, fits: dict[str, Fit]) -> ComputedPairs:
         """Return the combined deltas, which are computed when they are read.
 
         Args:
             wholes: the adapters, whose weights have the names of the output.
-            weights: weight of each adapter.
+            weights_of: the weights of the adapters.
             fits: receives how well each delta fits, for methods that end with an SVD.
 
         Raises:
@@ -64,7 +67,8 @@ class Combination:
         """
         rank = self._rank_of(wholes)
         terms = {
-            name: _terms(name, wholes, weights) for name in dict.fromkeys(n for whole in wholes for n in whole.deltas)
+            name: _terms(name, wholes, weights_of(name))
+            for name in dict.fromkeys(n for whole in wholes for n in whole.deltas)
         }
         for name, parts in terms.items():
             _check_shapes(name, parts, [whole.source for whole in wholes])
@@ -78,7 +82,7 @@ class Combination:
             if not self.method.endswith("svd"):
                 return self._by_factors(name, parts)
             total = _sum(parts) if self.method == "svd" else self._dense_sum(name, parts)
-            pair, fits[name] = cut(total, rank, None, rounding(name, self.out, self.outtype))
+            pair, fits[name] = cut(total, RankRule(rank), rounding(name, self.out, self.outtype))
             return pair if pair.scaling == 1 else LowRank(pair.a, fold(pair), 1.0)
 
         return ComputedPairs(terms, compute)

@@ -10,13 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
 from gguflora.architectures.base_model import BaseModel, read_base
 from gguflora.errors import AdapterError, MismatchError, listed
 from gguflora.files.remote import remote_inputs
-from gguflora.lora.combination import Combination, Masks, random_mask
+from gguflora.lora.combination import Combination, Masks, WeightsOf, random_mask
 from gguflora.lora.factored import FactoredAdapter
+from gguflora.lora.layer_weights import LayerWeights, Weight, count_layers, describe_weight
 from gguflora.lora.low_rank import Dense, Fit, Uncut, approximation_warnings, sum_fits
 from gguflora.lora.output import check_output, for_output, is_gguf, write_adapter
 from gguflora.lora.same_model import check_same_model
@@ -36,7 +35,7 @@ class CombineReport:
 
     Attributes:
         output: path of the GGUF LoRA file or PEFT directory.
-        adapters: name, SHA-256 and weight of each adapter.
+        adapters: name, SHA-256 and weight of each adapter; a weight is a number, a gradient, or a mapping of patterns.
         method: the method that combined them.
         tensors: number of weights that the result changes.
         ranks: smallest and largest rank of the factors.
@@ -48,7 +47,7 @@ class CombineReport:
     """
 
     output: Path
-    adapters: tuple[tuple[str, str, float], ...]
+    adapters: tuple[tuple[str, str, Weight], ...]
     method: str
     tensors: int
     ranks: tuple[int, int]
@@ -65,7 +64,7 @@ class CombineReport:
 
 @remote_inputs(adapters="adapter", base="config")
 def combine(
-    adapters: Sequence[AdapterPath | tuple[AdapterPath, float]],
+    adapters: Sequence[AdapterPath | tuple[AdapterPath, Weight]],
     out: str | os.PathLike[str],
     *,
     method: str = "cat",
@@ -94,7 +93,9 @@ def combine(
 
     Args:
         adapters: PEFT directories and GGUF LoRA files, each alone (weight 1) or as ``(path, weight)``; a weight may be
-            negative.
+            negative. A list of numbers is a gradient: they are spread evenly over the layers and interpolated. A
+            mapping from patterns to either gives each weight that of the first pattern that matches its name in the
+            output, and 1 if none does.
         out: path to write: a GGUF LoRA file if the name ends with ``.gguf``, else a PEFT directory.
         method: ``cat``, ``svd``, ``linear``, ``ties``, ``dare_linear``, ``dare_ties``, ``magnitude_prune``, or one of
             the last four followed by ``_svd``.
@@ -118,7 +119,7 @@ def combine(
     check_options(method, rank, density, sign, seed, ties)
     target, model = Path(out), None if base is None else read_base(base)
     weighted = [item if isinstance(item, tuple) else (item, 1.0) for item in adapters]
-    weights = _checked_weights(weighted)
+    given = _checked_weights(weighted)
     inputs = [Path(path) for path, _ in weighted] + ([] if base is None else [Path(base)])
     check_output(target, inputs, outtype=outtype, force=force)
     kept = 1.0 if density is None else density
@@ -130,25 +131,26 @@ def combine(
             [read_uncut(path, model, files, keep_saved=not is_gguf(target)) for path, _ in weighted], model, target
         )
         sources = [whole.source for whole in wholes]
+        weights_of = _weights_of(given, wholes, model)
         warnings = (*_collect_warnings(sources), *check_same_model(wholes))
-        saved = sum_saved([whole.saved for whole in wholes], [whole.deltas for whole in wholes], weights, model)
+        saved = sum_saved([whole.saved for whole in wholes], [whole.deltas for whole in wholes], weights_of, model)
         if saved:
             warnings = (*warnings, f"{listed(list(saved))}: whole weights, combined as their weighted sum")
             wholes = [replace(whole, deltas=_without(whole.deltas, saved)) for whole in wholes]
         combined = replace(
             sources[0],
             name=target.stem,
-            pairs=job.prepare(wholes, weights, fits),
+            pairs=job.prepare(wholes, weights_of, fits),
             saved=saved,
             warnings=tuple(dict.fromkeys(warnings)),
             invocation_tokens=_common_invocation_tokens(sources),
         )
-        written = write_adapter(combined, target, model, outtype, _describe_sources(sources, weights, method))
+        written = write_adapter(combined, target, model, outtype, _describe_sources(sources, given, method))
     dense = {name: delta for whole in wholes for name, delta in whole.deltas.items() if isinstance(delta, Dense)}
     fit = sum_fits(fits.values()) if fits else None
     return CombineReport(
         output=target,
-        adapters=tuple((item.name, item.sha256, weight) for item, weight in zip(sources, weights, strict=True)),
+        adapters=tuple((item.name, item.sha256, weight.given) for item, weight in zip(sources, given, strict=True)),
         method=method,
         tensors=written.tensors,
         ranks=written.ranks,
@@ -194,13 +196,18 @@ def check_options(
         raise AdapterError(f"density is {density}, but {method} does not prune: leave it out")
 
 
-def _checked_weights(weighted: Sequence[tuple[AdapterPath, float]]) -> list[float]:
+def _checked_weights(weighted: Sequence[tuple[AdapterPath, Weight]]) -> list[LayerWeights]:
     if not weighted:
         raise AdapterError("no adapters to combine: give at least one")
-    for path, weight in weighted:
-        if not abs(float(weight)) <= float(np.finfo(np.float32).max):
-            raise AdapterError(f"{os.fspath(path)}: its weight is {weight}, expected a finite number")
-    return [float(weight) for _, weight in weighted]
+    return [LayerWeights.from_weight(weight, os.fspath(path)) for path, weight in weighted]
+
+
+def _weights_of(given: Sequence[LayerWeights], wholes: Sequence[UncutAdapter], base: BaseModel | None) -> WeightsOf:
+    names = [[*whole.deltas, *whole.saved] for whole in wholes]
+    for weights, known, whole in zip(given, names, wholes, strict=True):
+        weights.check_names(known, str(whole.source.path))
+    n_layers = count_layers(name for known in names for name in known) if base is None else base.n_layers
+    return lambda name: [weights.of(name, n_layers) for weights in given]
 
 
 def _unify_names(wholes: list[UncutAdapter], base: BaseModel | None, out: Path) -> list[UncutAdapter]:
@@ -232,6 +239,9 @@ def _collect_warnings(sources: Sequence[FactoredAdapter]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(warning for source in sources for warning in source.warnings))
 
 
-def _describe_sources(sources: Sequence[FactoredAdapter], weights: Sequence[float], method: str) -> dict[str, str]:
-    names = ", ".join(f"{source.name} x {weight:g}" for source, weight in zip(sources, weights, strict=True))
+def _describe_sources(
+    sources: Sequence[FactoredAdapter], weights: Sequence[LayerWeights], method: str
+) -> dict[str, str]:
+    pairs = zip(sources, weights, strict=True)
+    names = ", ".join(f"{source.name} x {describe_weight(weight.given)}" for source, weight in pairs)
     return {"source": names, "source.sha256": ", ".join(source.sha256 for source in sources), "combined": method}

@@ -16,7 +16,7 @@ from gguflora.architectures.mapping import can_untie
 from gguflora.errors import AdapterError, UnsupportedAdapterError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
 from gguflora.files.safetensors import Array
-from gguflora.lora.low_rank import Dense, Uncut, shrink, truncate
+from gguflora.lora.low_rank import Dense, RankRule, Uncut, shrink, truncate
 from gguflora.placement.base_weights import BaseTensors, WholeTensorDeltas, read_values
 from gguflora.placement.copies import describe_copies, without_copies, without_copy
 from gguflora.placement.place import PlacedDelta, cautions, place
@@ -202,8 +202,8 @@ class _Factorization:
     def __init__(
         self, file: GgufFile | None, placed: dict[str, list[PlacedDelta]], rank: int | None, energy: float | None
     ) -> None:
-        self._file, self._rank, self._energy = file, rank, energy
-        self._approximate = rank is not None or energy is not None
+        self._file = file
+        self._rule = None if rank is None and energy is None else RankRule(rank, energy)
         known = {} if file is None else {name: items for name, items in placed.items() if name in file.tensors}
         self._targets = (
             {} if file is None else {name: changed_tensor(file, name, items) for name, items in known.items()}
@@ -219,8 +219,9 @@ class _Factorization:
         if len(known) < len(parts):
             return self._approximate_tensor(name, shape)
         stack = _stack(name, items, known, shape)
-        too_high = self._energy is not None or (self._rank is not None and stack.rank > self._rank)
-        return self._shrink(stack) if too_high else stack
+        rule = self._rule
+        fits = rule is None or (rule.rank is not None and stack.rank <= rule.rank)
+        return stack if rule is None or fits else _shrink(stack, rule)
 
     def _low_rank(self, item: PlacedDelta) -> LowRank | None:
         """Return a slice's factors or None. For replaced rows, A is the difference from the base, B selects rows."""
@@ -236,9 +237,10 @@ class _Factorization:
         return item.low_rank()
 
     def _approximate_tensor(self, name: str, shape: Shape) -> Factors | None:
-        if not self._approximate or self._file is None:
+        if self._rule is None or self._file is None:
             return None
-        pairs = [truncate(delta.values(), self._rank, self._energy) for delta in self.dense(name, shape).values()]
+        self._rule.check()
+        pairs = [truncate(delta.values(), self._rule) for delta in self.dense(name, shape).values()]
         placed = {name: [item for item, _ in self._targets[name].deltas]}
         return replace(_join_approximations(name, pairs, shape), cautions=cautions(self._file, placed))
 
@@ -254,11 +256,13 @@ class _Factorization:
         names = [f"{name}.{number}" if len(shape) > 2 else name for number in range(len(starts))]
         return {part: Dense((n_out, n_in), partial(values, start)) for part, start in zip(names, starts, strict=True)}
 
-    def _shrink(self, factors: Factors) -> Factors:
-        stacked = factors.a.ndim == 3
-        a, b = (factors.a, factors.b) if stacked else (factors.a[None], factors.b[None])
-        pairs = [shrink(LowRank(x, y, factors.scaling), self._rank, self._energy) for x, y in zip(a, b, strict=True)]
-        return _join_approximations(factors.tensor, pairs, (0,) * (3 if stacked else 2))
+
+def _shrink(factors: Factors, rule: RankRule) -> Factors:
+    rule.check()
+    stacked = factors.a.ndim == 3
+    a, b = (factors.a, factors.b) if stacked else (factors.a[None], factors.b[None])
+    pairs = [shrink(LowRank(x, y, factors.scaling), rule) for x, y in zip(a, b, strict=True)]
+    return _join_approximations(factors.tensor, pairs, (0,) * (3 if stacked else 2))
 
 
 def _join_approximations(name: str, pairs: Sequence[tuple[LowRank, float]], shape: Shape) -> Factors:

@@ -44,7 +44,7 @@ def split_saved(adapter: Adapter) -> tuple[Adapter, dict[str, Replace]]:
 def sum_saved(
     saved: Sequence[Mapping[str, Replace]],
     deltas: Sequence[Mapping[str, Uncut]],
-    weights: Sequence[float],
+    weights_of: Callable[[str], Sequence[float]],
     base: BaseModel | None,
 ) -> dict[str, Float32Array]:
     """Return the whole weights of the weighted sum of adapters, by name.
@@ -52,7 +52,7 @@ def sum_saved(
     Args:
         saved: whole weights of each adapter.
         deltas: other deltas of each adapter.
-        weights: weight of each adapter.
+        weights_of: returns the weight of each adapter for the model's weight of a name.
         base: the base model; needed unless the weights of the adapters that hold a weight add up to 1.
 
     Raises:
@@ -60,7 +60,7 @@ def sum_saved(
         AdapterError: if the base is needed and not given.
     """
     names = dict.fromkeys(name for item in saved for name in item)
-    return {name: _sum_one(name, saved, deltas, weights, base) for name in names}
+    return {name: _sum_one(name, saved, deltas, weights_of(name), base) for name in names}
 
 
 def _sum_one(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 from gguflora.errors import GgufloraError
 from gguflora.pipeline.recipe import RecipeFile
@@ -30,19 +31,28 @@ def _problem(step: Step) -> tuple[str, str]:
     if isinstance(step, Convert | Resize):
         if step.rank is not None and step.energy is not None:
             return "energy", f"rank is {step.rank} and energy {step.energy}, expected only one of them"
-        if isinstance(step, Resize) and step.rank is None and step.energy is None:
-            return "", "resize needs either a rank or an energy, for example rank = 8 or energy = 0.99"
+        if isinstance(step, Resize):
+            _check_resize(step)
     elif isinstance(step, Merge):
         return _merge_problem(step)
     elif isinstance(step, Combine):
         from gguflora.lora.combine import check_options as check  # noqa: PLC0415  (loads numpy)
 
-        check(**step.model_dump(include={"method", "rank", "density", "sign", "seed"}))  # no templates are left
+        check(**step.model_dump(include={"method", "rank", "density", "sign", "seed", "ties"}))  # no templates are left
     elif isinstance(step, Quantize):
         _check_preset(step.preset, step)
     elif isinstance(step, Train):
         _check_training(step)
     return "", ""
+
+
+def _check_resize(step: Resize) -> None:
+    from gguflora.lora.low_rank import RankRule  # noqa: PLC0415  (loads numpy)
+    from gguflora.lora.resize import check_options as check  # noqa: PLC0415
+
+    rule = RankRule(**step.model_dump(include={"rank", "energy", "sv_ratio", "sv_fro"}))  # no templates are left
+    texts = [step.text] if isinstance(step.text, str) else step.text or []
+    check(rule, step.model_dump()["max_loss"], [Path(text) for text in texts])
 
 
 def _check_training(step: Train) -> None:

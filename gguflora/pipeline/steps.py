@@ -180,6 +180,7 @@ class Combine(OneOutput):
     density: Share | None = None
     sign: Literal["total", "frequency"] | Template | None = None
     seed: Whole | None = None
+    ties: Literal["peft", "mergekit"] | Template | None = None
     base: str | None = None
     outtype: OutType = "auto"
 
@@ -191,6 +192,11 @@ class Resize(OneOutput):
     adapter: str
     rank: Count | None = None
     energy: Share | None = None
+    sv_ratio: Number | None = None
+    sv_fro: Share | None = None
+    max_loss: Number | None = None
+    text: str | list[str] | None = None
+    threads: int | None = Field(default=None, ge=1)
     base: str | None = None
     outtype: OutType = "auto"
 

@@ -98,7 +98,7 @@ class LogitsModel:
         Raises:
             HotSwapError: if llama.cpp cannot create it, for example because memory is short.
         """
-        applied = [(self._load(path), scale) for path, scale in loras]
+        applied = self.load_all(loras)
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx = n_ctx
         parameters.n_batch = parameters.n_ubatch = min(n_ctx, POSITIONS)
@@ -117,10 +117,14 @@ class LogitsModel:
         set_loras(pointer, applied)
         return LogitsContext(self, pointer)
 
-    def _load(self, path: Path) -> Pointer:
-        lora = load_lora(self.pointer, path)
-        self._resources.callback(free_lora, lora)
-        return lora
+    def load_all(self, loras: Sequence[tuple[Path, float]]) -> list[tuple[Pointer, float]]:
+        """Load adapters (GGUF file, scale) for contexts of this model; it frees them when it is closed."""
+        loaded = []
+        for path, scale in loras:
+            lora = load_lora(self.pointer, path)
+            self._resources.callback(free_lora, lora)
+            loaded.append((lora, scale))
+        return loaded
 
     def __enter__(self) -> Self:
         return self
@@ -138,6 +142,14 @@ class LogitsContext:
         self._model = model
         self._pointer = pointer
         self._count = 0
+
+    def put_loras(self, loras: Sequence[tuple[Path, float]]) -> None:
+        """Apply adapters (GGUF file, scale) in place of those before; call `clear` before the next text.
+
+        Raises:
+            HotSwapError: if llama.cpp cannot load one.
+        """
+        set_loras(self._pointer, self._model.load_all(loras))
 
     def clear(self) -> None:
         """Start a new text."""
