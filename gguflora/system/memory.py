@@ -69,10 +69,17 @@ def total_memory(root: Path = Path("/")) -> int:
     return min([_machine_memory(root, "MemTotal"), *limits])
 
 
-def forget_pages(mapped: mmap.mmap) -> None:
-    """Let the system take a mapped file's pages out of this process's memory; they are mapped again when read."""
+def forget_pages(mapped: mmap.mmap, start: int = 0, stop: int | None = None) -> None:
+    """Let the system take a mapped file's pages out of this process's memory; they are mapped again when read.
+
+    Args:
+        mapped: a file mapped read-only.
+        start: first byte.
+        stop: byte after the last; by default the end.
+    """
     if hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED)
+        first = start - start % mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_DONTNEED, first, (len(mapped) if stop is None else stop) - first)
 
 
 def _limit(group: ControlGroup) -> int | None:

@@ -16,6 +16,11 @@ def processor_flags() -> set[str]:
     return set(next((value for key, value in _rows() if key == "flags"), "").split())
 
 
+def processor_vendor() -> str:
+    """Return Linux's name of an x86 processor's vendor, such as ``AuthenticAMD``; empty elsewhere."""
+    return next((value for key, value in _rows() if key == "vendor_id"), "")
+
+
 def _rows() -> list[tuple[str, str]]:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

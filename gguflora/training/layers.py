@@ -13,11 +13,28 @@ import numpy as np
 import torch
 from torch import nn
 
+from gguflora.system.processor import processor_flags, processor_vendor
 from gguflora.training.packed import PackedMatrix
 
 Change = Callable[[str, int, torch.Tensor], torch.Tensor]
 
 DTYPES: Final = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+_HAS_FASTER_PRODUCT: Final = (
+    processor_vendor() == "AuthenticAMD"
+    and "avx512f" in processor_flags()
+    and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
+"""Whether oneDNN multiplies 32-bit matrices faster than MKL, which torch asks and which has its best code for Intel's
+processors only. Measured on Zen 5, one core, 5632 x 2048 and 512 tokens: 0.051 s by oneDNN, 0.113 s by MKL."""
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x weight^T`` by oneDNN, in 32 bits; the operator that torch.compile calls for linear layers on processors."""
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return product
 
 
 class _Product(torch.autograd.Function):
@@ -30,10 +47,12 @@ class _Product(torch.autograd.Function):
         shaped = torch.empty(*x.shape[:-1], matrix.n_out)  # no view is returned: Falcon adds to it in place
         out = shaped.view(-1, matrix.n_out)
         for start, stop, panel in matrix.panels():
-            if dtype == torch.float32:
-                torch.mm(flat, panel.t(), out=out[:, start:stop])
-            else:
+            if dtype != torch.float32:
                 out[:, start:stop] = flat @ panel.to(dtype).t()
+            elif _HAS_FASTER_PRODUCT:
+                out[:, start:stop] = _linear(flat, panel)
+            else:
+                torch.mm(flat, panel.t(), out=out[:, start:stop])
         return shaped if matrix.place is None else shaped.index_select(-1, matrix.place)
 
     @staticmethod
@@ -45,10 +64,12 @@ class _Product(torch.autograd.Function):
         flat = flat.to(dtype)
         out = torch.zeros(len(flat), matrix.n_in)
         for start, stop, panel in matrix.panels():
-            if dtype == torch.float32:
-                out.addmm_(flat[:, start:stop], panel)
-            else:
+            if dtype != torch.float32:
                 out += flat[:, start:stop] @ panel.to(dtype)
+            elif _HAS_FASTER_PRODUCT:
+                out += _linear(flat[:, start:stop], panel.t())
+            else:
+                out.addmm_(flat[:, start:stop], panel)
         return out.view(*gradient.shape[:-1], matrix.n_in), None, None
 
 

@@ -6,6 +6,7 @@ panels of rows, each dequantized into one buffer of the thread, and puts the res
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,10 +43,24 @@ class PackedRows:
     Attributes:
         packed: uint8 (n_rows, row_bytes), in the mapped file.
         type: their quant type.
+        mapped: the mapped file, if they lie in one.
+        offset: where the first row begins in the file.
     """
 
     packed: Bytes
     type: GgmlType
+    mapped: mmap.mmap | None = None
+    offset: int = 0
+
+    def part(self, start: int, count: int) -> PackedRows:
+        """Some of the rows."""
+        offset = self.offset + start * self.packed.shape[1]
+        return PackedRows(self.packed[start : start + count], self.type, self.mapped, offset)
+
+    def forget(self) -> None:
+        """Give the rows' pages back to the system, whose cache keeps them while there is room."""
+        if self.mapped is not None:
+            forget_pages(self.mapped, self.offset, self.offset + self.packed.nbytes)
 
     def dequantize(self, out: Float32Array, start: int = 0) -> None:
         """Write the rows from ``start`` on into ``out`` (n, n_in), on as many threads as torch computes with."""
@@ -74,7 +89,11 @@ class PackedMatrix:
     place: torch.Tensor | None = None
 
     def panels(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Ranges of stored rows, and their weights (stop - start, n_in): a buffer that the next panel overwrites."""
+        """Ranges of stored rows, and their weights (stop - start, n_in): a buffer that the next panel overwrites.
+
+        What was read of the file is given back at the end. So the process never holds more of the file than a matrix;
+        to map pages again that the system's cache has costs a thousandth of a step.
+        """
         step, first = max(1, PANEL_WEIGHTS // self.n_in), 0
         for part in self.parts:
             n_rows = len(part.packed)
@@ -82,6 +101,7 @@ class PackedMatrix:
                 panel = _buffer(min(step, n_rows - start), self.n_in)
                 part.dequantize(panel.numpy(), start)
                 yield first + start, first + start + len(panel), panel
+            part.forget()
             first += n_rows
 
     def rows(self, numbers: Indices) -> torch.Tensor:
@@ -148,7 +168,8 @@ class PackedBase:
         path, entry = self._tensors[name]
         n_bytes = entry.type.row_bytes(entry.n_in)
         content = self._mapped[path][entry.offset : entry.offset + entry.n_rows * n_bytes]
-        return PackedRows(content.reshape(entry.n_rows, n_bytes), entry.type)
+        mapped = getattr(self._mapped[path], "_mmap", None)
+        return PackedRows(content.reshape(entry.n_rows, n_bytes), entry.type, mapped, entry.offset)
 
     def vector(self, name: str) -> Float32Array:
         """The values of a GGUF tensor of one dimension."""
@@ -198,7 +219,7 @@ class PackedBase:
         count = own if tensor_slice.rows is None else len(tensor_slice.rows)
         if start + count > len(rows.packed):
             raise ArchitectureError(f"{self.path}: tensor {tensor_slice.tensor!r} of shape {shape} has no {weight!r}")
-        return PackedRows(rows.packed[start : start + count], rows.type)
+        return rows.part(start, count)
 
     def dense(self, weight: str, shape: Shape) -> torch.Tensor:
         """A small Hugging Face weight as floats: a norm, a bias, a router.

@@ -170,6 +170,7 @@ def train(
 def _runner() -> Callable[..., TrainReport]:
     # threads of torch that wait for each other must sleep: spinning on shared processors made steps 35 times longer
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # see memory.return_memory_early
     try:
         from gguflora.training.run import run_training  # noqa: PLC0415  (import gguflora does not load torch)
     except ModuleNotFoundError as error:

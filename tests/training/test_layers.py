@@ -7,6 +7,7 @@ import torch
 
 from gguflora import quants
 from gguflora.quants.types import TYPES
+from gguflora.training import layers as layers_module
 from gguflora.training import packed as packed_module
 from gguflora.training.adapters import add_loras, choose_modules
 from gguflora.training.batches import Batches
@@ -49,6 +50,36 @@ def matrix_of(name, order=None):
 @pytest.mark.parametrize("name", [kind.name for kind in TYPES.values()])
 @pytest.mark.parametrize("is_permuted", [False, True])
 def test_products_and_their_gradients(name, is_permuted, monkeypatch):
+    check_products(name, is_permuted, monkeypatch)
+
+
+@pytest.mark.parametrize("by_onednn", [False, True])
+def test_either_library_multiplies(by_onednn, monkeypatch):
+    if by_onednn and not torch.backends.mkldnn.is_available():
+        pytest.skip("torch has no oneDNN here")
+    monkeypatch.setattr(layers_module, "_HAS_FASTER_PRODUCT", by_onednn)
+    check_products("Q4_K", True, monkeypatch)
+
+
+def test_pages_of_the_file_are_given_back():
+    model = packed(zoo.gguf_model("llama"))
+    ranges = []
+    real = packed_module.forget_pages
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_module, "forget_pages", lambda *given: ranges.append(given[1:]) or real(*given))
+        before = model.hidden(torch.tensor([TOKENS[0]]))
+    matrices = [module.matrix for module in model.linears().values()]
+    parts = [(part.offset, part.offset + part.packed.nbytes) for matrix in matrices for part in matrix.parts]
+    assert sorted(ranges) == sorted(parts)
+    content = model.packed.path.read_bytes()
+    for matrix in matrices:
+        for part in matrix.parts:
+            assert part.packed.tobytes() == content[part.offset : part.offset + part.packed.nbytes]
+    torch.testing.assert_close(model.hidden(torch.tensor([TOKENS[0]])), before, rtol=0, atol=0)
+
+
+def check_products(name, is_permuted, monkeypatch):
+    """A product with a packed matrix, and the gradient of its input, against torch's with floats."""
     monkeypatch.setattr(packed_module, "PANEL_WEIGHTS", 64 * N_IN)  # several panels
     matrix, floats = matrix_of(name, np.random.default_rng(2).permutation(N_OUT) if is_permuted else None)
     layer = PackedLinear(matrix, torch.arange(N_OUT) / 10, torch.float32)

@@ -1,12 +1,14 @@
 """Training on packed weights against a PEFT loop on the dequantized model, and against ggml's operators.
 
-``python -m tools.bench train [--model smollm2|0.1b|1.1b]``.
+``python -m tools.bench train [--model smollm2|0.1b|1.1b] [--contestants ours,peft,bnb]``; bnb is bitsandbytes' NF4 with
+PEFT.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import os
 import subprocess
 import sys
 import time
@@ -22,7 +24,7 @@ import typer
 
 from gguflora import quants
 from gguflora.quants.types import type_named
-from gguflora.training.layers import PackedLinear
+from gguflora.training.layers import DTYPES, PackedLinear
 from gguflora.training.packed import PackedMatrix, PackedRows
 from tools.benchmarks.models import CACHE, LLAMAS, base_file
 from tools.real_models import real_model
@@ -36,15 +38,19 @@ def train(
     tokens: Annotated[int, typer.Option(help="Of a step.")] = 512,
     steps: Annotated[int, typer.Option(help="Of each contestant; the quickest counts.")] = 3,
     types: Annotated[str, typer.Option(help="Quant types of the products, with commas.")] = "Q4_K,Q6_K,Q8_0,Q4_1",
-    contestants: Annotated[str, typer.Option(help="ours, peft; with commas.")] = "ours,peft",
+    contestants: Annotated[str, typer.Option(help="ours, peft, bnb; with commas.")] = "ours,peft",
+    precision: Annotated[str, typer.Option(help="f32 or bf16, of our products.")] = "f32",
     folder: Annotated[Path, typer.Option(help="Where models are kept.")] = CACHE,
 ) -> None:
     """CPU seconds and memory of a step, each in a process of its own; then of one product and its gradient."""
     path = real_model(model) if model == "smollm2" else base_file(folder, LLAMAS[model], "Q4_K_M")
     print(f"{model}, {tokens} tokens a step, rank 16 on all linear layers, blocks recomputed, one thread")
-    for name in contestants.split(","):
+    for name in filter(None, contestants.split(",")):
         command = [sys.executable, "-m", "tools.benchmarks.training_step", name, str(path), str(tokens), str(steps)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}
+        if name == "bnb":
+            environment["PYTHONPATH"] = os.pathsep.join([str(bitsandbytes(folder)), *sys.path])
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise SystemExit(done.stderr[-3000:])
         found = json.loads(done.stdout.splitlines()[-1])
@@ -53,10 +59,29 @@ def train(
             f"  {name:5} {found['cpu']:7.2f} CPU s a step, {found['memory'] / 1e6:6.0f} MB, losses {losses}", flush=True
         )
     for kind in filter(None, types.split(",")):
-        products(kind, tokens)
+        products(kind, tokens, precision)
 
 
-def products(kind: str, tokens: int) -> None:
+def bitsandbytes(folder: Path) -> Path:
+    """A directory with bitsandbytes, which pip fills the first time."""
+    home = folder / "bitsandbytes"
+    if not (home / "bitsandbytes").is_dir():
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(home),
+            "bitsandbytes",
+        ]
+        subprocess.run(command, check=True)
+    return home
+
+
+def products(kind: str, tokens: int, precision: str) -> None:
     """One matrix: the product and the gradient of its input, beside ggml's operators for both."""
     rng = np.random.default_rng(0)
     rows = quants.quantize(rng.standard_normal((N_OUT, N_IN)).astype(np.float32), kind).view(np.uint8)
@@ -64,7 +89,7 @@ def products(kind: str, tokens: int) -> None:
     gradient = torch.from_numpy(rng.standard_normal((tokens, N_OUT)).astype(np.float32))
     matrix = PackedMatrix((PackedRows(rows, type_named(kind)),), N_OUT, N_IN)
     torch.set_num_threads(1)
-    layer = PackedLinear(matrix, None, torch.float32)
+    layer = PackedLinear(matrix, None, DTYPES[precision])
     own = x.clone().requires_grad_()
 
     def both() -> None:
@@ -76,7 +101,7 @@ def products(kind: str, tokens: int) -> None:
     assert own.grad is not None
     error = float(np.linalg.norm(result - own.grad.numpy()) / np.linalg.norm(own.grad.numpy()))
     print(
-        f"  {kind:5} {N_OUT} x {N_IN}, product and gradient: {mine:.3f} CPU s, ggml {theirs:.3f} "
+        f"  {kind:5} {N_OUT} x {N_IN}, product in {precision} and gradient: {mine:.3f} CPU s, ggml {theirs:.3f} "
         f"({theirs / mine:.1f} times; gradients differ by {error:.1e})",
         flush=True,
     )

@@ -43,10 +43,29 @@ def ours(path: Path, tokens: torch.Tensor) -> Callable[[], float]:
 
 def peft(path: Path, tokens: torch.Tensor) -> Callable[[], float]:
     """A step of a loop as one writes it by hand: PEFT on the dequantized weights in 32 bits, blocks recomputed, too."""
+    return _peft_step(_dequantized(path), tokens)
+
+
+def bnb(path: Path, tokens: torch.Tensor) -> Callable[[], float]:
+    """The same with bitsandbytes' NF4 in place of the floats, computed in 32 bits: what QLoRA is on a processor."""
+    import bitsandbytes  # type: ignore[import-not-found]
+
+    model = _dequantized(path)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            layer = bitsandbytes.nn.Linear4bit(
+                module.in_features, module.out_features, module.bias is not None, torch.float32, quant_type="nf4"
+            )
+            layer.weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+            layer.bias = module.bias
+            model.set_submodule(name, layer.to("cpu"))
+    return _peft_step(model, tokens)
+
+
+def _peft_step(model: Any, tokens: torch.Tensor) -> Callable[[], float]:
     from peft import LoraConfig, get_peft_model
 
     return_memory_early()
-    model = _dequantized(path)
     adapted: Any = get_peft_model(
         model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     )
@@ -60,7 +79,7 @@ def peft(path: Path, tokens: torch.Tensor) -> Callable[[], float]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
@@ -90,7 +109,7 @@ def main() -> None:
     name, path, count, steps = sys.argv[1:]
     torch.set_num_threads(1)
     tokens = torch.randint(300, 2000, (1, int(count)), generator=torch.Generator().manual_seed(0))
-    step = {"ours": ours, "peft": peft}[name](Path(path), tokens)
+    step = {"ours": ours, "peft": peft, "bnb": bnb}[name](Path(path), tokens)
     seconds, losses = [], []
     for _ in range(int(steps)):
         started = time.process_time()
