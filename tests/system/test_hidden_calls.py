@@ -118,6 +118,8 @@ def test_they_are_hidden():
     code += "assert not hasattr(os, 'pread') and not hasattr(os, 'O_TMPFILE')\n"
     code += "import gguflora.system.storage as s, gguflora.system.locks as l\n"
     code += "assert s.fcntl is None and l.fcntl is None and l.msvcrt is not None\n"
+    code += "import gguflora.system.descriptors as d\n"
+    code += "assert not hasattr(d.os, 'O_NONBLOCK') and not hasattr(s.os, 'fchmod')\n"
     subprocess.run([sys.executable, "-P", "-c", code], cwd=ROOT, check=True)
 
 
