@@ -2,14 +2,17 @@
 
     python -m tools.cross                            # all targets
     python -m tools.cross aarch64-macos              # some
+    python -m tools.cross --wheel x86_64-linux-musl dist
 
 Nothing is linked with Python or run: this shows that a compiler for that system takes the sources without a warning.
+``--wheel`` builds a wheel for another Linux; it needs to be tried there.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +31,12 @@ TARGETS = (
     "x86_64-macos",
     "x86_64-windows-gnu",
 )
+WHEELS = {
+    f"{machine}-linux-{libc}": (f"{machine}-linux-{libc}{version}", f"{tag}_{machine}")
+    for machine in ("x86_64", "aarch64")
+    for libc, version, tag in (("gnu", ".2.17", "manylinux_2_17"), ("musl", "", "musllinux_1_2"))
+}
+"""What zig calls each target of a wheel, with the oldest version of glibc, and the platform in the wheel's name."""
 
 
 def has_zig() -> bool:
@@ -62,17 +71,66 @@ def compile_for(target: str, folder: Path, flags: Iterable[str] = ()) -> dict[st
         return {source: answer for source, answer in answers if answer}
 
 
-def main(targets: list[str]) -> int:
-    """Compile for each target and return the exit status."""
-    unknown = sorted(set(targets) - set(TARGETS))
-    if unknown:
-        print(f"unknown target {', '.join(unknown)}; expected {', '.join(TARGETS)}", file=sys.stderr)
-        return 2
+def build_wheel(target: str, folder: Path) -> Path:
+    """Build a wheel for a target and return its path.
+
+    Args:
+        target: one of ``WHEELS``.
+        folder: where the wheel goes.
+
+    Raises:
+        subprocess.CalledProcessError: if pip cannot build it.
+    """
+    package = importlib.util.find_spec("ziglang")
+    assert package and package.origin, "has_zig() is true"
+    zig_target, platform = WHEELS[target]
+    compiler = f"{Path(package.origin).with_name('zig')} cc -target {zig_target}"
+    environment = os.environ | {"CC": compiler, "LDSHARED": f"{compiler} -shared", "CFLAGS": "", "LDFLAGS": ""}
+    with tempfile.TemporaryDirectory() as fresh:
+        source = Path(fresh) / "source"  # setuptools keeps object files of other targets in the checkout
+        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info", "__pycache__"))
+        option = f"--config-settings=--build-option=--plat-name={platform}"
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            option,
+            "--wheel-dir",
+            fresh,
+            str(source),
+        ]
+        subprocess.run(command, env=environment, check=True)
+        built = next(Path(fresh).glob("*.whl"))
+        folder.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.move(built, folder / built.name))
+
+
+def main(arguments: list[str]) -> int:
+    """Compile for each target, or build a wheel for one, and return the exit status."""
+    match arguments:
+        case ["--wheel", target, _] if target in WHEELS:
+            pass
+        case ["--wheel", *_]:
+            print(f"usage: python -m tools.cross --wheel {{{','.join(WHEELS)}}} FOLDER", file=sys.stderr)
+            return 2
+        case _ if unknown := sorted(set(arguments) - set(TARGETS)):
+            print(f"unknown target {', '.join(unknown)}; expected {', '.join(TARGETS)}", file=sys.stderr)
+            return 2
     if not has_zig():
         print("tools.cross needs the package ziglang: pip install ziglang", file=sys.stderr)
         return 2
+    if arguments[:1] == ["--wheel"]:
+        print(build_wheel(arguments[1], Path(arguments[2])))
+        return 0
+    return _compile_all(arguments or TARGETS)
+
+
+def _compile_all(targets: Iterable[str]) -> int:
     bad = 0
-    for target in targets or TARGETS:
+    for target in targets:
         with tempfile.TemporaryDirectory() as folder:
             said = compile_for(target, Path(folder))
         print(f"{target}: {f'{len(said)} sources with warnings or errors' if said else 'clean'}", flush=True)
