@@ -50,6 +50,11 @@ def check_compiler() -> None:
         sys.exit(f"gguflora needs Python 3.11 or later: this is {sys.version.split()[0]}")
     if sys.maxsize <= 2**32:
         sys.exit("gguflora needs a 64-bit Python: this one has 32 bits")
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        sys.exit(
+            "gguflora cannot be built for a free-threaded Python: its extension uses the limited API, which this one "
+            "does not have; take the ordinary build of the same version"
+        )
     if sys.platform == "win32":  # setuptools finds Microsoft's compiler by itself, but the kernels are GNU C
         return
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]

@@ -86,6 +86,15 @@ def test_missing_compiler_is_one_sentence():
     assert "there is no compiler 'no-such-cc': install gcc or clang" in done.stderr
 
 
+def test_build_without_the_limited_api_is_refused():
+    code = "import sysconfig, build_backend; sysconfig.get_config_var = lambda name: name == 'Py_GIL_DISABLED'\n"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tools")}
+    command = [sys.executable, "-c", f"{code}build_backend.build_wheel('.')"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "cannot be built for a free-threaded Python" in done.stderr
+
+
 def test_build_of_32_bits_is_refused():
     code = "import sys; sys.maxsize = 2**31 - 1; import build_backend; build_backend.build_wheel('.')"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tools")}
