@@ -5,6 +5,8 @@
 ARG PYTHON=3.12-slim-bookworm
 
 FROM python:${PYTHON} AS build
+# Debian keeps only the newest version of a package, so none is pinned.
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc g++ make && rm -rf /var/lib/apt/lists/*
 # A processor-neutral llama.cpp: the image runs on other machines than the one that built it.
 ENV CMAKE_ARGS="-DGGML_NATIVE=OFF"
@@ -13,6 +15,7 @@ COPY . /source
 RUN /opt/gguflora/bin/pip install --no-cache-dir '/source[server,remote]'
 
 FROM python:${PYTHON}
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin gguflora
 COPY --from=build /opt/gguflora /opt/gguflora
