@@ -20,6 +20,12 @@ def test_the_bytes_are_those_of_every_other_machine(tmp_path):
     assert smoke.made(tmp_path) == json.loads(smoke.EXPECTED.read_text())
 
 
+def test_the_page_lists_the_bytes():
+    expected = json.loads(smoke.EXPECTED.read_text())
+    page = (ROOT / "docs/install.md").read_text()
+    assert "".join(f"{digest} {name}\n" for name, digest in sorted(expected.items())) in page
+
+
 @pytest.mark.parametrize("isa", ["scalar", "avx2"])
 def test_every_instruction_set_makes_the_same_bytes(isa, monkeypatch):
     monkeypatch.setenv("GGUFLORA_ISA", isa)
