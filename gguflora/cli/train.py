@@ -89,7 +89,7 @@ def train(
 
     gguflora train model.gguf --data notes/ -o my-notes --hours 2 --sample "What is on the list?"
     """
-    others = [base, *data, *(valid or []), from_adapter, out, out.with_name(f"{out.name}.gguf")]
+    others = [base, *data, *(valid or []), from_adapter, out, out.parent / f"{out.name}.gguf"]
     check_text_targets((report, plot), others, force=force or resume)
     try:
         with _watcher(quiet=as_json) as watch:
@@ -138,7 +138,7 @@ def train(
                 watch=watch,
             )
     except KeyboardInterrupt:
-        if (out.with_name(f"{out.name.removesuffix('.gguf')}.training")).is_dir():
+        if (out.parent / f"{out.name.removesuffix('.gguf')}.training").is_dir():
             words = [word for word in sys.argv[1:] if word != "--resume"]
             stderr.print(f"to go on: {shlex.join(['gguflora', *words, '--resume'])}", markup=False)
         raise

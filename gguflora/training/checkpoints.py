@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -82,8 +83,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     content = save(tensors, {_META: to_json(meta)})
     check_regular(folder)
     folder.mkdir(exist_ok=True)
-    with atomic_output(folder / STATE) as file:
-        file.write(content)
+    try:
+        with atomic_output(folder / STATE) as file:
+            file.write(content)
+    except BaseException:
+        with suppress(OSError):  # it holds the checkpoint before
+            folder.rmdir()
+        raise
 
 
 def read_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Checkpoint:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from gguflora.architectures.base_model import BaseModel
-from gguflora.errors import UsageError, listed
+from gguflora.errors import MismatchError, UsageError, listed
 from gguflora.files.safetensors import as_float32
 from gguflora.lora.factored import read_factored
 from gguflora.lora.to_hf import for_model
@@ -35,6 +35,11 @@ def put_factors(path: Path, base: BaseModel, layers: Mapping[str, LoraLayer]) ->
         delta, layer = pairs[name], layers[owner]
         if delta.rank > layer.shape.rank or layer.start is not None:
             raise UsageError(f"{path}: has rank {delta.rank}; train with at least this --rank, and --init default")
+        found = (delta.b.shape[0], delta.a.shape[1])
+        if found not in layer.sizes:
+            raise MismatchError(
+                f"{path}: changes {name!r} of shape {found}, but the base's has {layer.sizes[0]}; is it the right base?"
+            )
         layer.put(
             name.removeprefix(f"{owner}."),
             torch.from_numpy(as_float32(delta.a).copy()),

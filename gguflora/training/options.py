@@ -18,6 +18,12 @@ PRECISIONS: Final = ("f32", "bf16")
 SCHEDULES: Final = ("cosine", "linear", "constant")
 _BF16_FLAGS: Final = {"avx512_bf16", "amx_bf16"}
 _RATES: Final = {"lora": 2e-4, "dora": 2e-4, "prompt": 5e-3}
+_LARGEST_SEED: Final = (1 << 31) - 1
+"""A step's seed is this and the number of the step in 64 bits."""
+
+_MOST_THREADS: Final = 512
+"""llama.cpp's limit (GGML_MAX_N_THREADS); far more crash OpenMP."""
+
 _NOT_IN_STATE: Final = {"sample", "check_merge", "threads", "memory", "hours", "patience"}
 """Options that a run may be resumed with otherwise: they change no number of a step."""
 
@@ -88,6 +94,8 @@ class TrainOptions:
         _within("valid_split", self.valid_split, 0, 0.9)
         for name, low in (("rank", 1), ("batch", 1), ("patience", 0), ("seed", 0)):
             _whole(name, getattr(self, name), low)
+        _within("seed", self.seed, 0, _LARGEST_SEED)
+        _within("threads", self.threads or 1, 1, _MOST_THREADS)
         for name in ("layers", "steps", "accumulate", "length", "eval_every", "threads"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 2 if name == "length" else 1)
@@ -97,8 +105,12 @@ class TrainOptions:
             _within(name, getattr(self, name), 0, 1e6)
         for name in ("alpha", "hours", "lr", "epochs", "lora_plus_ratio"):
             value = getattr(self, name)
-            if value is not None and not (0 < value < math.inf):
+            if value is not None and not (_is_number(value) and 0 < value < math.inf):
                 raise UsageError(f"{name} is {value!r:.80}, expected a positive number")
+        if any(not isinstance(text, str) or not text.strip() for text in self.sample):
+            raise UsageError("sample has an empty prompt; give texts that the model can answer")
+        if not all(isinstance(target, str) for target in self.targets):
+            raise UsageError(f"targets is {self.targets!r:.80}, expected names or globs of layers")
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("loss", self.loss, ("answers", "all"))
         _one_of("method", self.method, METHODS, "; PEFT trains the other methods")
@@ -146,8 +158,12 @@ def as_paths(given: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise UsageError(f"{name} is {value!r:.80}, expected {low:g} to {high:g}")
+    if not (_is_number(value) and low <= value <= high):
+        raise UsageError(f"{name} is {value!r:.80}, expected {low:.10g} to {high:.10g}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _whole(name: str, value: int, low: int) -> None:

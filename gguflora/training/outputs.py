@@ -14,6 +14,7 @@ from gguflora.adapters.adapter import read_adapter
 from gguflora.adapters.peft.config import FILE_NAME
 from gguflora.adapters.peft.keys import PREFIX
 from gguflora.architectures.base_model import BaseModel
+from gguflora.errors import OutputError
 from gguflora.files.atomic import atomic_folder, atomic_output
 from gguflora.files.output_checks import ADAPTER_WEIGHTS, check_folder_target, check_target
 from gguflora.files.safetensors import Array
@@ -46,7 +47,15 @@ class Outputs:
 
     @classmethod
     def from_name(cls, out: Path) -> Outputs:
-        """The outputs of ``-o NAME``."""
+        """The outputs of ``-o NAME``.
+
+        Raises:
+            OutputError: if it is no name.
+        """
+        if not out.name.removesuffix(".gguf").strip("."):
+            raise OutputError(
+                f"{out}: is no name; with '-o merry' the directory merry and the file merry.gguf are written"
+            )
         folder = out.with_name(out.name.removesuffix(".gguf"))
         return cls(folder, folder.with_name(f"{folder.name}.gguf"), folder.with_name(f"{folder.name}.training"))
 

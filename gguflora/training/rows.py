@@ -119,7 +119,7 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         if isinstance(items, list):
             yield from ((f"{path}: item {number}", item) for number, item in enumerate(items, 1))
             return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut at U+2028, which JSON may hold
         if line.strip():
             yield f"{path}:{number}", line
 

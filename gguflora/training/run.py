@@ -152,7 +152,7 @@ def _prepare(
     chat_template: Path | None,
 ) -> _Data:
     """Rows as samples, by llama.cpp's tokens."""
-    template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
+    template = None if chat_template is None else _template(chat_template)
     if template is not None:
         digest = hashlib.sha256(f"{digest} {template}".encode()).hexdigest()
     n_ctx = Header(packed).context
@@ -164,10 +164,10 @@ def _prepare(
     try:
         maker = SampleMaker(model, template, options.loss == "all")
         samples, held_samples = maker.make(rows), maker.make(held)
-        longest = max(len(sample.tokens) for sample in samples)
+        longest = max(len(sample.tokens) for sample in (*samples, *held_samples))
         length = options.length or min(longest, n_ctx, max(_LONGEST, 2))
         learned = fit(samples, length)
-        kept = fit(held_samples, length).samples if held_samples else ()
+        kept = fit(held_samples, length, "held-out samples").samples if held_samples else ()
         messages = [(text, [{"role": "user", "content": text}]) for text in options.sample]
         has_template = template is not None or model.has_template
         prompts = {
@@ -184,13 +184,25 @@ def _prepare(
     return _Data(learned, kept, prompts, example, digest)
 
 
+def _template(path: Path) -> str:
+    """The text of ``--chat-template``.
+
+    Raises:
+        UsageError: if it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"chat template {path}: cannot be read: {error}") from error
+
+
 def _split(rows: Sequence[Row], options: TrainOptions) -> tuple[list[Row], list[Row]]:
     """Rows to learn, and rows to hold out."""
     count = max(1, round(len(rows) * options.valid_split)) if options.valid_split else 0
     if count >= len(rows):
         raise TrainingDataError(
-            f"{rows[0].source}: {len(rows)} row is too little to learn and to hold out; give more rows, --valid FILE, "
-            "or --valid-split 0"
+            f"{rows[0].source}: too little data: of {len(rows)} rows {count} would be held out and none learned; give "
+            "more rows, --valid FILE, or another --valid-split"
         )
     chosen = set(Random(options.seed).sample(range(len(rows)), count))  # noqa: S311  (a choice, no secret)
     return [r for n, r in enumerate(rows) if n not in chosen], [r for n, r in enumerate(rows) if n in chosen]
@@ -305,8 +317,8 @@ class _Run:
         free = shutil.disk_usage(folder).free
         if free < 2 * n_bytes:
             self._more_notes.append(
-                f"{folder}: has {free / 1e9:.1f} GB free; with {2 * n_bytes / 1e9:.1f} GB the output of the blocks "
-                "that are not adapted would be kept, and steps would be faster"
+                f"{folder}: has {free / 1e6:.0f} MB free; with {2 * n_bytes / 1e6:.0f} MB the output of the blocks "
+                "below the adapted ones would be kept, and steps would be faster"
             )
         return free >= 2 * n_bytes
 

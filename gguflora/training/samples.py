@@ -180,8 +180,13 @@ class SampleMaker:
         return self._tokens(answer, add_bos=False)
 
 
-def fit(samples: Sequence[Sample], length: int) -> SampleSet:
+def fit(samples: Sequence[Sample], length: int, name: str = "samples") -> SampleSet:
     """Samples of at most ``length`` tokens: texts in pieces, the rest without their end.
+
+    Args:
+        samples: whole samples.
+        length: most tokens of one.
+        name: what they are, in the message of an error.
 
     Raises:
         TrainingDataError: if nothing is left to learn.
@@ -198,7 +203,11 @@ def fit(samples: Sequence[Sample], length: int) -> SampleSet:
             dropped.append(sample.source)
         kept += learned
     if not kept:
-        raise TrainingDataError(f"none of the {len(samples)} samples has a token to learn within {length} tokens")
+        where = ", ".join(sample.source for sample in samples[:8])
+        raise TrainingDataError(
+            f"none of the {len(samples)} {name} has a token to learn within {length} tokens ({where}); shorten their "
+            "prompts, or allow more with --length"
+        )
     return SampleSet(tuple(kept), tuple(cut), tuple(dropped))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from gguflora.errors import MissingExtraError
 from gguflora.files.remote import remote_inputs
@@ -122,7 +123,7 @@ def train(
         alpha=alpha,
         dropout=dropout,
         rslora=rslora,
-        targets=(targets,) if isinstance(targets, str) else tuple(targets or ("all",)),
+        targets=_as_tuple(targets),
         layers=layers,
         epochs=epochs,
         steps=steps,
@@ -165,6 +166,12 @@ def train(
         show_plan=show_plan,
         watch=watch,
     )
+
+
+def _as_tuple(targets: Any) -> tuple[str, ...]:  # noqa: ANN401  (checked with the other options)
+    if isinstance(targets, list | tuple):
+        return tuple(targets) or ("all",)
+    return ("all",) if targets is None else (targets,)
 
 
 def _runner() -> Callable[..., TrainReport]:

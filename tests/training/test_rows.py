@@ -93,3 +93,13 @@ def test_missing_files_and_empty_folders(tmp_path):
         read_rows([tmp_path / "none.jsonl"])
     with pytest.raises(TrainingDataError, match=r"holds no \.txt"):
         read_rows([tmp_path])
+
+
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x1c"])
+def test_a_line_ends_with_a_newline_only(tmp_path, odd):
+    """Python's splitlines cuts at others, too, which JSON may hold as they are (RFC 8259, section 7)."""
+    content = json.dumps({"prompt": "a", "completion": f"b{odd}c"}, ensure_ascii=odd == "\x1c")
+    (tmp_path / "rows.jsonl").write_text(f"{content}\r\n{content}\n", encoding="utf-8", newline="")
+    rows = read_rows([tmp_path / "rows.jsonl"])
+    assert [row.text for row in rows] == [f"b{odd}c"] * 2
+    assert rows[1].source.endswith("rows.jsonl:2")

@@ -17,7 +17,7 @@ import transformers
 from safetensors.numpy import load_file
 
 import gguflora
-from gguflora.errors import OutputError, TrainingDataError, TrainingError, UsageError
+from gguflora.errors import MismatchError, OutputError, TrainingDataError, TrainingError, UsageError
 from gguflora.training import loop, run
 from gguflora.training.layers import PackedLinear
 from gguflora.training.outputs import write_folder
@@ -337,7 +337,7 @@ def test_states_below_the_adapted_layers_are_computed_once(base, data, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(run.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
         gguflora.train(base, data, tmp_path / "each", **LAST, show_plan=plans.append)
-    assert plans[0].kept_blocks == 0 and "0.0 GB free" in plans[0].notes[0]
+    assert plans[0].kept_blocks == 0 and "has 0 MB free" in plans[0].notes[0]
 
     real, ran, by_step = PackedLinear.product, [], []
     monkeypatch.setattr(PackedLinear, "product", lambda self, x: ran.append(id(self)) or real(self, x))
@@ -399,6 +399,13 @@ WRONG = {
     "memory is 'lots'": {"memory": "lots"},
     "rank is 0": {"rank": 0},
     "is for LoRA": {"method": "prompt", "rslora": True},
+    "seed is 1099511627776, expected 0 to 2147483647": {"seed": 2**40},
+    "threads is 100000, expected 1 to 512": {"threads": 100000},
+    "sample has an empty prompt": {"sample": [""]},
+    "lr is '1', expected a positive number": {"lr": "1"},
+    "warmup is nan": {"warmup": math.nan},
+    r"targets is \(3,\)": {"targets": 3},
+    "chat template .*none.jinja: cannot be read": {"chat_template": "none.jinja"},
 }
 
 
@@ -409,9 +416,50 @@ def test_bad_options(base, data, tmp_path, said):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["", ".", "/", ".gguf"])
+def test_an_output_needs_a_name(base, data, name):
+    with pytest.raises(OutputError, match="is no name"):
+        gguflora.train(base, data, name, **OPTIONS)
+
+
+def test_an_adapter_of_another_base_is_refused(trained, data, tmp_path):
+    with pytest.raises(MismatchError, match=r"of shape \(\d+, 256\), but the base's has .*right base"):
+        gguflora.train(builders.gguf_model("llama"), data, tmp_path / "x", **OPTIONS, from_adapter=trained[0])
+
+
+def test_held_out_samples_may_be_longer_than_those_to_learn(base, data, tmp_path):
+    valid = tmp_path / "valid.jsonl"
+    valid.write_text(json.dumps({"prompt": "word " * 20, "completion": "yes"}) + "\n")
+    report = gguflora.train(base, data, tmp_path / "tuned", **OPTIONS | {"steps": 1}, valid=valid)
+    assert report.plan.length > 60 and report.valid_loss is not None
+    with pytest.raises(TrainingDataError, match=r"none of the 1 held-out samples .*valid\.jsonl:1.*--length"):
+        gguflora.train(base, data, tmp_path / "x", **OPTIONS | {"length": 24}, valid=valid)
+
+
+def test_the_second_ctrl_c_ends_at_once_and_what_was_saved_stays(base, data, tmp_path, monkeypatch):
+    real = loop.backward_loss
+
+    def interrupt(*given, **more):
+        if len(steps) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("the second was not heard")
+        return real(*given, **more)
+
+    steps = []
+    gguflora.train(base, data, tmp_path / "whole", **OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "backward_loss", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            gguflora.train(base, data, tmp_path / "tuned", **OPTIONS, watch=steps.append)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    gguflora.train(base, data, tmp_path / "tuned", **OPTIONS, resume=True)
+    assert_same_weights(tmp_path / "whole", tmp_path / "tuned")
+
+
 def test_too_little_data(base, tmp_path):
     (tmp_path / "one.jsonl").write_text('{"text": "hello"}\n')
-    with pytest.raises(TrainingDataError, match="too little"):
+    with pytest.raises(TrainingDataError, match="too little data: of 1 rows 1 would be held out"):
         gguflora.train(base, tmp_path / "one.jsonl", tmp_path / "tuned", **OPTIONS)
     report = gguflora.train(base, tmp_path / "one.jsonl", tmp_path / "tuned", **OPTIONS | {"steps": 1}, valid_split=0)
     assert report.valid_loss is None and "not the best" in report.warnings[0]
