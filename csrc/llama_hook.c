@@ -38,6 +38,9 @@ struct gfl_hook {
     gfl_factor *found;
     int64_t n_found, found_capacity;
     gfl_watch watch;
+    bool past_layers;  /* of this ubatch: all that the layers compute has been asked for */
+    bool needs_output; /* an input beyond the layers is watched */
+    bool stops;        /* a batch has shown that no watched input lies beyond the layers */
     gfl_hook_report report;
 };
 
@@ -61,6 +64,7 @@ static void start_ubatch(gfl_hook *hook, node lookup) {
     hook->started = true;
     hook->begin = begin;
     hook->n_here = hook->n_outputs = 0;
+    hook->past_layers = false;
     if (n_here < 0 || n_here > hook->n_tokens - begin) {
         set_fault(hook, GFL_HOOK_TOKENS, lookup);
         return;
@@ -96,8 +100,17 @@ static void note_factor(gfl_hook *hook, node t) {
     memcpy(factor->name, name_of(t), NAME_BYTES - 1);
 }
 
+/* The last node before the output matrix, whose product with many tokens costs much and has no use for who watches. */
+static bool ends_layers(const gfl_hook *hook, node t) {
+    return (hook->mode & GFL_HOOK_WATCH) && !strcmp(name_of(t), "result_norm");
+}
+
 static bool is_wanted(gfl_hook *hook, node t) {
     int32_t op = op_of(t);
+    if (ends_layers(hook, t)) {
+        hook->past_layers = true;
+        return hook->stops;
+    }
     if (op == t.at->set_rows) return hook->mode & GFL_HOOK_CLEAN;
     if (op != t.at->mul_mat && op != t.at->mul_mat_id && op != t.at->get_rows) return false;
     node factor = src_of(t, 0);
@@ -106,7 +119,10 @@ static bool is_wanted(gfl_hook *hook, node t) {
         start_ubatch(hook, t);
     if ((hook->mode & GFL_HOOK_WATCH) && op != t.at->get_rows) {
         int fault = GFL_HOOK_FINE;
-        if (gfl_wants_input(&hook->watch, t, &fault)) return true;
+        if (gfl_wants_input(&hook->watch, t, &fault)) {
+            hook->needs_output |= hook->past_layers;
+            return true;
+        }
         if (fault) set_fault(hook, fault, factor);
     }
     bool is_a = name_ends_with(factor, ".lora_a");
@@ -225,6 +241,10 @@ bool gfl_hook_eval(void *tensor, bool ask, void *user_data) {
     if (!hook || !hook->mode || !tensor) return !ask; /* false ends the graph's part when it is no question */
     node t = {tensor, &hook->at};
     if (ask) return is_wanted(hook, t);
+    if (ends_layers(hook, t)) {
+        hook->report.n_stopped++;
+        return false; /* the rest of the graph is not computed */
+    }
     if (op_of(t) == t.at->set_rows) clean(hook, t);
     else if ((hook->mode & GFL_HOOK_WATCH) && !name_ends_with(src_of(t, 0), ".lora_a")) {
         int fault = gfl_add_input(&hook->watch, t);
@@ -290,6 +310,7 @@ bool gfl_hook_set_stack(gfl_hook *hook, int64_t n_tensors, const uintptr_t *tens
 }
 
 bool gfl_hook_watch(gfl_hook *hook, int isa, gfl_watched *watched, int64_t n_watched) {
+    hook->past_layers = hook->needs_output = hook->stops = false;
     return gfl_start_watch(&hook->watch, isa, watched, n_watched);
 }
 
@@ -329,6 +350,7 @@ bool gfl_hook_begin(gfl_hook *hook, int mode, int64_t n_tokens, const int32_t *t
 }
 
 gfl_hook_report gfl_hook_end(gfl_hook *hook, uint8_t *diverged) {
+    if (hook->mode & GFL_HOOK_WATCH) hook->stops = hook->past_layers && !hook->needs_output;
     hook->mode = 0;
     if (diverged && hook->n_tokens) memcpy(diverged, hook->diverged, (size_t)hook->n_tokens);
     return hook->report;

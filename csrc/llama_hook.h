@@ -82,6 +82,7 @@ typedef struct {
     int64_t n_ubatches;
     int64_t n_masked;  /* nodes */
     int64_t n_cleaned; /* rows of KV cells */
+    int64_t n_stopped; /* ubatches whose output matrix was left out */
     int32_t fault;     /* enum gfl_hook_fault; masked products are 0 from there on */
     char node[64];     /* name of the factor where it happened */
 } gfl_hook_report;
@@ -96,7 +97,8 @@ void gfl_hook_free(gfl_hook *hook);
 bool gfl_hook_set_stack(gfl_hook *hook, int64_t n_tensors, const uintptr_t *tensors, int64_t n_bays, int64_t width,
                         const float *factors);
 
-/* Watch these weights, sorted by name, in batches with GFL_HOOK_WATCH. The array belongs to the caller and must stay
+/* Watch these weights, sorted by name, in batches with GFL_HOOK_WATCH. Once a batch has shown that they all lie before
+ * the output matrix, later batches end there and have no logits. The array belongs to the caller and must stay
  * where it is. False where this machine lacks the instruction set (see gguflora.h). */
 bool gfl_hook_watch(gfl_hook *hook, int isa, gfl_watched *watched, int64_t n_watched);
 

@@ -64,11 +64,15 @@ class Factor:
 
 @dataclass(frozen=True, slots=True)
 class HookReport:
-    """What a batch came to: nodes masked, rows of KV cells cleaned, and by token whether it was not finite."""
+    """What a batch came to: nodes masked, rows of KV cells cleaned, ubatches stopped before the output matrix.
+
+    ``diverged`` says by token whether it was not finite.
+    """
 
     n_ubatches: int
     n_masked: int
     n_cleaned: int
+    n_stopped: int
     diverged: NDArray[np.bool_]
 
 
@@ -185,7 +189,10 @@ class GraphHook:
         self._begin(mode, tokens, outputs, weights)
 
     def watch(self, watched: InputWatch, isa: int) -> None:
-        """Sum over the inputs of these weights in batches that `begin_watching` announces."""
+        """Sum over the inputs of these weights in batches that `begin_watching` announces.
+
+        After the first, batches end before the output matrix and have no logits, unless its inputs are watched.
+        """
         if not lib.gfl_hook_watch(self.pointer, isa, watched.pointer, len(watched)):
             raise HotSwapError(f"this machine lacks instruction set {isa}")
 
@@ -216,7 +223,8 @@ class GraphHook:
         if report.fault:
             node = ffi.string(report.node).decode(errors="replace")
             raise GraphFaultError(f"llama.cpp's graph is not as expected at {node!r}: {_FAULTS[report.fault]}")
-        return HookReport(report.n_ubatches, report.n_masked, report.n_cleaned, diverged.astype(np.bool_))
+        counts = report.n_ubatches, report.n_masked, report.n_cleaned, report.n_stopped
+        return HookReport(*counts, diverged.astype(np.bool_))
 
     def found(self) -> list[Factor]:
         """The factors noted since `begin_finding`, in the graph's order."""

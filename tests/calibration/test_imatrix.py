@@ -15,6 +15,9 @@ from gguflora.calibration.collect import TOKENS
 from gguflora.calibration.text import built_in_text
 from gguflora.errors import FormatError, GgufError, GgufloraError, HotSwapError, UsageError
 from gguflora.merging.imatrix import read_origin
+from gguflora.quants._lib import choose_isa
+from gguflora.runtime.graph_hook import GraphHook, proven_layout
+from gguflora.runtime.input_watch import InputWatch
 from gguflora.runtime.logits import LogitsModel
 from support import builders, zoo
 from support.llama_quantize import llama_quantize
@@ -133,6 +136,30 @@ def test_output_weight_on_request(text, tmp_path):
         options = {"text": text, "ctx": CTX, "threads": 1, "process_output": True}
         report = gguflora.imatrix(builders.gguf_model(arch), tmp_path / f"{number}.gguf", **options)
         assert name in report.tensors
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_batches_end_before_the_output_matrix(arch):
+    """From the second on, unless its inputs are watched; the sums are the same."""
+    base, found = builders.gguf_model(arch), []
+    output = "output.weight" if arch == "llama" else "token_embd.weight"
+    for names in (["blk.0.attn_q.weight", "blk.1.ffn_down.weight"], ["blk.0.attn_q.weight", output]):
+        shapes = {tensor.name: tensor.shape for tensor in gguf.GGUFReader(base).tensors}
+        watch = InputWatch({name: (1, int(shapes[name][0])) for name in names})
+        with LogitsModel(base, 1) as model:
+            hook, stopped = GraphHook(proven_layout()), []
+            hook.watch(watch, choose_isa(None))
+            context = model.context(CTX, hook=hook)
+            for window in windows()[:3]:
+                context.clear()
+                hook.begin_watching(np.asarray(window, np.int32))
+                context.decode(window)
+                stopped.append(hook.end().n_stopped)
+        assert stopped == ([0, 0, 0] if output in names else [0, 1, 1])
+        found.append(watch.found())
+    assert found[0].keys() == {"blk.0.attn_q.weight", "blk.1.ffn_down.weight"}
+    assert {inputs.counts[0] for each in found for inputs in each.values()} == {3 * CTX}
+    np.testing.assert_array_equal(*(each["blk.0.attn_q.weight"].squares for each in found))
 
 
 def test_the_file_is_read_as_llama_imatrix_writes_it(text, tmp_path):
