@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
+from gguflora import quants
 from gguflora.errors import NonFiniteError
 from gguflora.placement.base_weights import BaseTensors, WholeTensorDeltas, read_or_zeros
 from gguflora.placement.rows import LowRankRows, split_rows
@@ -30,11 +31,13 @@ class Steps:
         weights: number of weights of the tensor.
         delta: mean of |delta|.
         step: mean distance of neighbouring levels.
+        weight: root mean square of the weights.
     """
 
     weights: int
     delta: float
     step: float
+    weight: float
 
     @property
     def delta_per_step(self) -> float:
@@ -48,8 +51,17 @@ class Steps:
         A delta of a share f of a step is rounded with a variance of f (1 - f) steps squared; an even quantization error
         has 1/12.
         """
+        return math.sqrt(12 * self._variance)
+
+    @property
+    def noise(self) -> float:
+        """The root mean square of the noise of stochastic rounding."""
+        return math.sqrt(self._variance) * self.step
+
+    @property
+    def _variance(self) -> float:
         share = min(self.delta_per_step, 0.5)
-        return math.sqrt(12 * share * (1 - share))
+        return share * (1 - share)
 
 
 def steps_of(weights: BaseTensors, target: ChangedTensor) -> Steps | None:
@@ -60,7 +72,7 @@ def steps_of(weights: BaseTensors, target: ChangedTensor) -> Steps | None:
     """
     if target.type != target.source.type or len(target.shape) < 2 or not kernels.has_steps(target.type):
         return None
-    deltas, steps = [], []
+    deltas, steps, energies = [], [], []
     for rows in split_rows(target, WholeTensorDeltas(weights, [target])):
         if not isinstance(rows, LowRankRows):
             if rows.deltas:
@@ -68,12 +80,15 @@ def steps_of(weights: BaseTensors, target: ChangedTensor) -> Steps | None:
             continue
         count = min(_ROWS, rows.stop - rows.start)
         chosen = np.arange(count) * (rows.stop - rows.start) // count
-        stored = [read_or_zeros(weights.base, target.source, row, row + 1) for row in (rows.start + chosen).tolist()]
+        sample = (rows.start + chosen).tolist()
+        stored = np.concatenate([read_or_zeros(weights.base, target.source, row, row + 1) for row in sample])
         deltas += [_mean_magnitude(kernels.Product(rows.a, rows.b[chosen]))] * count
-        steps += [kernels.mean_step(np.concatenate(stored), target.type)] * count
+        steps += [kernels.mean_step(stored, target.type)] * count
+        energies += [float(np.square(quants.dequantize(stored, target.type), dtype=np.float64).mean())] * count
     if not deltas:
         return None
-    return Steps(math.prod(target.shape), float(np.mean(deltas)), float(np.mean(steps)))
+    weight = math.sqrt(np.mean(energies))
+    return Steps(math.prod(target.shape), float(np.mean(deltas)), float(np.mean(steps)), weight)
 
 
 def _mean_magnitude(delta: kernels.Product) -> float:
@@ -87,11 +102,17 @@ def _mean_magnitude(delta: kernels.Product) -> float:
     return float(np.abs(values).mean())
 
 
-def predictions(steps: Mapping[str, Steps]) -> tuple[float, float] | None:
-    """Return ``delta_per_step`` and ``predicted_noise`` of all tensors together; None if there are none."""
+def predictions(steps: Mapping[str, Steps]) -> dict[str, Any]:
+    """Return the predictions for tensors together, by the name of their field in a report; none without tensors."""
     count = sum(each.weights for each in steps.values())
     if not count:
-        return None
+        return {}
     share = sum(each.delta_per_step * each.weights for each in steps.values()) / count
     energy = sum(each.predicted_noise**2 * each.weights for each in steps.values()) / count
-    return share, math.sqrt(energy)
+    noise = sum(each.noise**2 * each.weights for each in steps.values())
+    weight = sum(each.weight**2 * each.weights for each in steps.values())
+    return {
+        "delta_per_step": share,
+        "predicted_noise": math.sqrt(energy),
+        "relative_noise": math.sqrt(noise / weight) if weight else math.inf,
+    }

@@ -263,15 +263,9 @@ def _with_predictions(
     found = {target.name: steps_of(weights, target) for target in plan.targets if target.deltas}
     steps = {name: each for name, each in found.items() if each is not None}
     made = tuple(
-        replace(each, delta_per_step=steps[each.name].delta_per_step, predicted_noise=steps[each.name].predicted_noise)
-        if each.name in steps
-        else each
-        for each in tensors
+        replace(each, **predictions({each.name: steps[each.name]})) if each.name in steps else each for each in tensors
     )
-    together = predictions(steps)
-    if together is not None:
-        total = replace(total, delta_per_step=together[0], predicted_noise=together[1])
-    return made, total
+    return made, replace(total, **predictions(steps))
 
 
 def _tensor_reports(plan: MergePlan, sums: Mapping[str, Sums]) -> tuple[tuple[TensorReport, ...], TensorReport]:

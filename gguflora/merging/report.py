@@ -46,6 +46,8 @@ class TensorReport:
             for tensors that change their type, and for deltas that are not low-rank.
         predicted_noise: norm of the noise that stochastic rounding adds, in units of the base's own quantization error,
             as ``delta_per_step`` predicts it.
+        relative_noise: norm of the same noise over the norm of the weights, as ``relative_change`` is of the delta;
+            docs/rounding.md tells what it did to the answers of real models.
         retention_error: standard error of ``retention`` if weights are rounded independently.
     """
 
@@ -60,6 +62,7 @@ class TensorReport:
     retention_h: float | None = None
     delta_per_step: float | None = None
     predicted_noise: float | None = None
+    relative_noise: float | None = None
 
     @classmethod
     def from_sums(cls, name: str, type: str, weights: int, sums: Sums) -> TensorReport:

@@ -331,3 +331,6 @@ def test_the_report_tells_the_change_in_steps(kind, tmp_path):
     assert tensor.predicted_noise == pytest.approx((12 * share * (1 - share)) ** 0.5)
     dry = gguflora.merge(base, [(adapter, 0.05)], tmp_path / "dry.gguf", dry_run=True)
     assert dry.total.delta_per_step == pytest.approx(report.total.delta_per_step)
+    for each in (tensor, report.total):  # the noise that the merge measured
+        assert each.relative_noise == pytest.approx(each.relative_change * 10 ** (-each.snr_db / 20), rel=0.1)
+    assert dry.total.relative_noise == pytest.approx(report.total.relative_noise)
