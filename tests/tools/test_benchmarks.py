@@ -1,5 +1,6 @@
 """The benchmarks run at their smallest setting, and an adaptive merge keeps what a naive one loses."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -63,13 +64,20 @@ def test_fidelity_of_real_models_on_the_demo(demo_model, tmp_path):
         text.write_text("THE FOX EATS MICE. ITS HOME IS IN THE FOREST. " * 12)
     cells = list(fidelity_real.cells_of(base, DEMO / "shout", texts, ("demo", "Q4_0", "shout"), 0.1, threads=1))
     assert [(cell.text, cell.rounding) for cell in cells] == [
-        (text, rounding) for text in ("domain", "other") for rounding in fidelity_real.ROUNDINGS
+        (text, rounding) for text in ("domain", "other") for rounding in (*fidelity_real.ROUNDINGS, fidelity_real.FLOOR)
     ]
-    nearest, adaptive, calibrated = cells[:3]
-    assert calibrated.kl < adaptive.kl
+    nearest, adaptive, calibrated, floor = cells[:4]
+    assert 0 < floor.kl < calibrated.kl < adaptive.kl
     assert nearest.kl > 0
     assert 0 < calibrated.kl_half < calibrated.kl
-    assert fidelity_real.table_of(cells).row_count == 6
+    assert fidelity_real.table_of(cells).row_count == 8
+    saved = tmp_path / "cells.json"
+    saved.write_text(json.dumps([dataclasses.asdict(cell) for cell in cells]))
+    assert fidelity_real.read_cells(saved) == cells
+    assert not list(fidelity_real.quality_of_predictions(cells))
+    three = [dataclasses.replace(adaptive, predicted_noise=noise, kl=2 * noise**2) for noise in (0.1, 0.3, 0.2)]
+    (line,) = fidelity_real.quality_of_predictions(three)
+    assert "3 adaptive merges on domain text: rank correlation 1.00; KL over its square 2, from 2 to 2" in line
     assert fidelity_real.rank_correlation([1, 5, 2], [10, 90, 20]) == pytest.approx(1)
 
 

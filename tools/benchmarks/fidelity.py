@@ -197,6 +197,7 @@ def fidelity(
     characters: Annotated[int, typer.Option(min=500, help="Length of each text for a real model.")] = 8000,
     folder: Annotated[Path, typer.Option(help="Where the trained model is kept.")] = CACHE,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here too.")] = None,
+    resume: Annotated[bool, typer.Option(help="Keep the cells that the JSON file of a real model has.")] = False,
 ) -> None:
     """Train a small llama and two adapters; measure what merges into each quant type keep of them."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads would starve each other on a busy machine
@@ -205,7 +206,8 @@ def fidelity(
     if model in {*STEPS, "trained"}:
         wanted = types or ("Q4_K_M,Q3_K_M,IQ4_XS" if model == "trained" else AS_IT_IS)
         scale = float(scales or (0.05 if model == "trained" else 1))
-        measure_real(str(model), wanted.split(","), adapters.split(","), scale, characters, folder, json_file)
+        lists = wanted.split(","), adapters.split(",")
+        measure_real(str(model), *lists, scale, characters, folder, json_file, resume=resume)
         return
     home = trained(folder) if model is None else Path(model)
     cells: list[Cell] = []

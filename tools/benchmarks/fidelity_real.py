@@ -8,8 +8,10 @@ adaptive merge's report predicts of its noise; below the table stands how well t
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,9 +21,16 @@ from rich.table import Table
 
 import gguflora
 from gguflora import quants
+from gguflora.architectures.base_model import read_whole_base
+from gguflora.diagnostics.comparison import TextComparison
+from gguflora.diagnostics.side_by_side import measure, summed_up, windows_of_text
+from gguflora.errors import QuantizationError
 from gguflora.files.gguf import GgufFile, TensorEntry
 from gguflora.files.strict_json import to_json
 from gguflora.quants import kernels
+from gguflora.runtime.adapter_files import AdapterReading
+from gguflora.runtime.logits import LogitsModel
+from gguflora.system.cpus import thread_count
 from tools.benchmarks import real_adapters
 from tools.real_models import real_model
 
@@ -29,6 +38,8 @@ AS_IT_IS = "file"
 NORMAL = 1.96
 STEPS = {"smollm2": 100, "gemma3": 60}
 ROUNDINGS = ("nearest", "adaptive", "calibrated")
+FLOOR = "hot x 1.0003"
+WINDOW = 256
 
 
 @dataclass(frozen=True)
@@ -45,9 +56,12 @@ class RealCell:
     rounding: str
     positions: int
     strength: float
+    delta_per_step: float | None
     predicted_noise: float | None
+    snr_db: float | None
     kl: float
     kl_half: float
+    kl_base: float
     kept: float | None
     kept_half: float | None
     ratio: float
@@ -93,12 +107,23 @@ def cells_of(
     scale: float = 1.0,
     threads: int | None = None,
 ) -> Iterator[RealCell]:
-    """Judge the three merges of one adapter; names are those of the model, the type and the adapter."""
+    """Judge the three merges of one adapter; names are those of the model, the type and the adapter.
+
+    A fourth row of each text, `FLOOR`, is the hot adapter at a scale that differs by 0.03 %: what llama.cpp's rounding
+    of activations makes of the smallest change, and so the least that a merge can differ by.
+    """
     with tempfile.TemporaryDirectory(prefix="gguflora-") as folder:
-        total = gguflora.merge(base, [(adapter, scale)], Path(folder) / "merged.gguf").total
-    report = gguflora.compare(base, [], [(adapter, scale)], text=list(texts), all=True, n_ctx=256, threads=threads)
-    for label, text in zip((*("domain" for _ in texts[:1]), *("other" for _ in texts[1:])), report.texts, strict=False):
-        for rounding in (name for name in ROUNDINGS if name in text.divergences):
+        merged = {rounding: Path(folder) / f"{rounding}.gguf" for rounding in ROUNDINGS}
+        pair = (adapter, scale)
+        gguflora.merge(base, [pair], merged["nearest"], rounding="nearest", threads=threads)
+        total = gguflora.merge(base, [pair], merged["adaptive"], threads=threads).total
+        try:
+            gguflora.merge(base, [pair], merged["calibrated"], calibrate=True, threads=threads)
+        except QuantizationError:  # no tensor of the file has a type that is calibrated
+            del merged["calibrated"]
+        found = list(_judged(base, pair, merged, texts, thread_count(threads)))
+    for label, text in zip(("domain", "other"), found, strict=True):
+        for rounding in (*merged, FLOOR):
             divergence, ratio = text.divergences[rounding], text.perplexity_ratios[rounding]
             kept = text.kept.get(rounding)
             yield RealCell(
@@ -107,9 +132,12 @@ def cells_of(
                 rounding,
                 text.positions,
                 total.relative_change or 0.0,
+                total.delta_per_step,
                 total.predicted_noise,
+                total.snr_db,
                 divergence.kl,
                 NORMAL * divergence.error,
+                text.divergences["base"].kl,
                 None if kept is None else kept.value,
                 None if kept is None else NORMAL * kept.error,
                 ratio.value,
@@ -117,10 +145,43 @@ def cells_of(
             )
 
 
+def _judged(
+    base: Path, adapter: tuple[Path, float], merged: Mapping[str, Path], texts: Sequence[Path], threads: int
+) -> Iterator[TextComparison]:
+    """Evaluate each text with the base, the hot adapter, the same a little stronger, and merged files."""
+    (path, scale), contexts = adapter, {}
+    lora = AdapterReading().open(path, read_whole_base(base)).file
+    with ExitStack() as models:
+        model = models.enter_context(LogitsModel(base, threads))
+        for name, loras in {"hot": [(lora, scale)], "base": [], FLOOR: [(lora, scale * 1.0003)]}.items():
+            contexts[name] = model.context(WINDOW, loras)
+        for name, file in merged.items():
+            contexts[name] = models.enter_context(LogitsModel(file, threads)).context(WINDOW)
+        for text in texts:
+            windows = windows_of_text(model.tokenize(text.read_bytes()), model.first_tokens, WINDOW)
+            yield summed_up(text.name, measure(list(windows), contexts))
+
+
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     """Spearman's: 1 where both rank alike."""
     ranks = np.array([np.argsort(np.argsort(values)) for values in (x, y)], np.float64)
     return float(np.asarray(np.corrcoef(ranks))[0, 1])
+
+
+def quality_of_predictions(cells: Sequence[RealCell]) -> Iterator[str]:
+    """How well `predicted_noise` ranks what adaptive merges were measured to do, and how far the ratio to it varies."""
+    for text in ("domain", "other"):
+        some = [cell for cell in cells if (cell.rounding, cell.text) == ("adaptive", text) and cell.predicted_noise]
+        if len(some) < 3:
+            continue
+        noise = np.array([cell.predicted_noise for cell in some], np.float64)
+        kl = np.array([cell.kl for cell in some])
+        factors = np.sort(kl / noise**2)
+        yield (
+            f"predicted noise and KL of {len(some)} adaptive merges on {text} text: rank correlation "
+            f"{rank_correlation(noise.tolist(), kl.tolist()):.2f}; KL over its square {np.median(factors):.2g}, "
+            f"from {factors[0]:.2g} to {factors[-1]:.2g}"
+        )
 
 
 def table_of(cells: Sequence[RealCell]) -> Table:
@@ -186,9 +247,12 @@ def measure_real(
     characters: int,
     folder: Path,
     json_file: Path | None,
+    *,
+    resume: bool = False,
 ) -> None:
-    """Print the table of a model: ``smollm2``, ``gemma3`` or ``trained``."""
-    cells: list[RealCell] = []
+    """Print the table of a model: ``smollm2``, ``gemma3`` or ``trained``; resumed, with the cells of the JSON file."""
+    cells = read_cells(json_file) if resume and json_file and json_file.exists() else []
+    done = {(cell.model, cell.type, cell.adapter) for cell in cells}
     with tempfile.TemporaryDirectory(prefix="gguflora-") as scratch:
         if model == "trained":
             precise, found = _small_llama(folder, Path(scratch), characters)
@@ -203,20 +267,26 @@ def measure_real(
                 )
                 for name in adapters
             }
-            if set(types) != {AS_IT_IS}:
-                with_noise(file, precise)
         for type_name in types:
+            left = [name for name in found if (model, type_name, name) not in done]
+            if not left:
+                continue
             base = file
             if base is None or type_name != AS_IT_IS:
                 base = Path(scratch) / f"{type_name}.gguf"
+                if file and not precise.exists():
+                    with_noise(file, precise)
                 gguflora.quantize(precise, base, type_name, force=True)
-            for name, (adapter, texts) in found.items():
-                cells += cells_of(base, adapter, texts, (model, type_name, name), scale)
+            for name in left:
+                cells += cells_of(base, *found[name], (model, type_name, name), scale)
                 if json_file:
                     json_file.write_text(to_json([asdict(cell) for cell in cells], indent=1) + "\n", encoding="utf-8")
     console = Console(width=150)
     console.print(table_of(cells))
-    noises = [cell for cell in cells if cell.rounding == "adaptive" and cell.predicted_noise is not None]
-    if len(noises) > 2:
-        agreement = rank_correlation([cell.predicted_noise or 0 for cell in noises], [cell.kl for cell in noises])
-        console.print(f"predicted noise and the adaptive merges' KL, rank correlation: {agreement:.2f}")
+    for line in quality_of_predictions(cells):
+        console.print(line)
+
+
+def read_cells(path: Path) -> list[RealCell]:
+    """The cells of a JSON file that `measure_real` wrote."""
+    return [RealCell(**cell) for cell in json.loads(path.read_text(encoding="utf-8"))]
