@@ -75,9 +75,12 @@ def test_fidelity_of_real_models_on_the_demo(demo_model, tmp_path):
     saved.write_text(json.dumps([dataclasses.asdict(cell) for cell in cells]))
     assert fidelity_real.read_cells(saved) == cells
     assert not list(fidelity_real.quality_of_predictions(cells))
-    three = [dataclasses.replace(adaptive, predicted_noise=noise, kl=2 * noise**2) for noise in (0.1, 0.3, 0.2)]
+    three = [
+        dataclasses.replace(adaptive, predicted_noise=0.4 - noise, strength=noise, snr_db=0.0, kl=50 * noise**2)
+        for noise in (0.1, 0.3, 0.2)
+    ]
     (line,) = fidelity_real.quality_of_predictions(three)
-    assert "3 adaptive merges on domain text: rank correlation 1.00; KL over its square 2, from 2 to 2" in line
+    assert "predicted_noise -1.00, with relative_noise 1.00; KL over relative_noise squared 50 to 50, median 50" in line
     assert fidelity_real.rank_correlation([1, 5, 2], [10, 90, 20]) == pytest.approx(1)
 
 

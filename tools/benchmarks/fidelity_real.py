@@ -67,6 +67,11 @@ class RealCell:
     ratio: float
     ratio_half: float
 
+    @property
+    def relative_noise(self) -> float:
+        """The norm of the adaptive merge's noise over that of the weights."""
+        return self.strength * 10 ** (-(self.snr_db or 0.0) / 20)
+
 
 def with_noise(source: Path, target: Path) -> Path:
     """The model in F32, its quantized weights moved by up to half a step: a model that lies on no grid.
@@ -169,18 +174,22 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def quality_of_predictions(cells: Sequence[RealCell]) -> Iterator[str]:
-    """How well `predicted_noise` ranks what adaptive merges were measured to do, and how far the ratio to it varies."""
+    """How well the noise of adaptive merges predicts what they were measured to do.
+
+    ``predicted_noise`` is in units of the base's quantization error, so it can rank merges into one type alone;
+    ``relative_noise`` is in units of the weights.
+    """
     for text in ("domain", "other"):
         some = [cell for cell in cells if (cell.rounding, cell.text) == ("adaptive", text) and cell.predicted_noise]
         if len(some) < 3:
             continue
-        noise = np.array([cell.predicted_noise for cell in some], np.float64)
-        kl = np.array([cell.kl for cell in some])
-        factors = np.sort(kl / noise**2)
+        kl, relative = [cell.kl for cell in some], [cell.relative_noise for cell in some]
+        ranks = rank_correlation([cell.predicted_noise or 0 for cell in some], kl), rank_correlation(relative, kl)
+        nats = sorted(cell.kl / cell.relative_noise**2 for cell in some)
         yield (
-            f"predicted noise and KL of {len(some)} adaptive merges on {text} text: rank correlation "
-            f"{rank_correlation(noise.tolist(), kl.tolist()):.2f}; KL over its square {np.median(factors):.2g}, "
-            f"from {factors[0]:.2g} to {factors[-1]:.2g}"
+            f"{len(some)} adaptive merges on {text} text: rank correlation of their KL with predicted_noise "
+            f"{ranks[0]:.2f}, with relative_noise {ranks[1]:.2f}; KL over relative_noise squared {nats[0]:.0f} to "
+            f"{nats[-1]:.0f}, median {np.median(nats):.0f}"
         )
 
 
