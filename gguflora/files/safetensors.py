@@ -223,10 +223,7 @@ def _read_weights(folder: Path, stem: str) -> tuple[Path, dict[str, Array]]:
     if single.is_file():
         return single, read_safetensors(single)
     if index.is_file():
-        tensors: dict[str, Array] = {}
-        for shard in weight_files(index):
-            tensors |= read_safetensors(shard)
-        return index, tensors
+        return index, _read_shards(index)
     if torch_bin.is_file():
         check_fetched(torch_bin)
         return torch_bin, read_torch_bin(torch_bin)
@@ -236,7 +233,31 @@ def _read_weights(folder: Path, stem: str) -> tuple[Path, dict[str, Array]]:
     names = sorted(entry.name for entry in os.scandir(folder))
     found, others = ", ".join(names) or "nothing", [name for name in names if name.endswith(".safetensors")]
     hint = f"; if {others[0]} holds its weights, rename it to {single.name}" if len(others) == 1 else ""
+    if any(re.fullmatch(rf"{re.escape(stem)}-\d+-of-\d+\.safetensors", name) for name in others):
+        hint = f"; its shards need their index, {index.name}, which was not copied or not written"
     raise SafetensorsError(f"{folder}: holds neither {single.name} nor {torch_bin.name}; found: {found:.300}{hint}")
+
+
+def _read_shards(index: Path) -> dict[str, Array]:
+    """Return the tensors of all shards that an index names.
+
+    Raises:
+        SafetensorsError: if two shards hold different values for one name, or a tensor of the index is in none.
+    """
+    tensors: dict[str, Array] = {}
+    origins: dict[str, str] = {}
+    for shard in weight_files(index):
+        for name, values in read_safetensors(shard).items():
+            if name in tensors and not np.array_equal(tensors[name], values):
+                raise SafetensorsError(
+                    f"{index}: {origins[name]} and {shard.name} both hold {name!r}, with different values; they come "
+                    "from two saves, so save the adapter again into an empty folder"
+                )
+            tensors[name], origins[name] = values, shard.name
+    missing = [name for name in json.loads(read_small_text(index))["weight_map"] if name not in tensors]
+    if missing:
+        raise SafetensorsError(f"{index}: {len(missing)} tensors that it names are in no shard: {listed(missing, 3)}")
+    return tensors
 
 
 def check_gathered(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -247,6 +268,13 @@ def check_gathered(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
         shapes: shape of each tensor by name.
     """
     empty = [name for name, shape in shapes.items() if 0 in shape]
+    if empty and all(".experts." in name for name in empty):
+        raise SafetensorsError(
+            f"{path}: {len(empty)} of {len(shapes)} tensors hold no values ({listed(empty, 3)}). Tinker writes such "
+            "tensors for a projection that experts do not have; take them out of the file if the other tensors of "
+            "these experts are whole. If DeepSpeed ZeRO-3 wrote the file, save it again with "
+            "stage3_gather_16bit_weights_on_model_save set to true, or use the zero_to_fp32.py that lies beside it"
+        )
     if empty:
         raise SafetensorsError(
             f"{path}: {len(empty)} of {len(shapes)} tensors hold no values ({listed(empty, 3)}): DeepSpeed ZeRO-3 "

@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Final
 
+import numpy as np
+
 from gguflora.adapters.peft.config import PeftConfig
 from gguflora.errors import AdapterError, UnsupportedAdapterError, listed
 from gguflora.files.safetensors import Array, is_float
@@ -33,7 +35,7 @@ def by_module(config: PeftConfig, tensors: Mapping[str, Array], parts: Collectio
 
     Raises:
         UnsupportedAdapterError: if a tensor is not one of the parts.
-        AdapterError: if a module has a part twice (the file holds two adapters).
+        AdapterError: if a module has a part twice with different values (the file holds two adapters).
     """
     names = "|".join(sorted(map(re.escape, parts), key=len, reverse=True))
     key_pattern = re.compile(
@@ -47,8 +49,12 @@ def by_module(config: PeftConfig, tensors: Mapping[str, Array], parts: Collectio
             unknown_keys.append(key)
             continue
         part = f"{match['part']}.bias" if match["kind"] == "bias" else match["part"]
-        if part in modules.setdefault(match["module"], {}):
-            raise AdapterError(f"{config.path.parent}: module {match['module']!r} has more than one {part}")
+        earlier = modules.setdefault(match["module"], {}).get(part)
+        if earlier is not None and not np.array_equal(earlier, tensor):
+            raise AdapterError(
+                f"{config.path.parent}: module {match['module']!r} has more than one {part}, with different values; "
+                "the file holds two adapters, so save one of them with save_pretrained(selected_adapters=[NAME])"
+            )
         modules[match["module"]][part] = tensor
     if unknown_keys:
         raise UnsupportedAdapterError(
@@ -65,6 +71,8 @@ def _foreign_names(keys: Iterable[str]) -> str:
             ". These are Megatron's names, whose fused weights lie in another order: export the adapter to PEFT's "
             "format first, for example with Megatron-Bridge's AutoBridge.export_adapter_ckpt"
         )
+    if any(".v_head." in f".{key}" for key in keys):
+        return ". v_head is the value head of reinforcement learning, which generates no text: take it out of the file"
     return ""
 
 

@@ -24,7 +24,7 @@ from gguflora.files.safetensors import Array
 
 _TOKENS: Final = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 _WHOLE: Final = re.compile(
-    rf"{re.escape(PREFIX)}(?P<module>.+?)(?:(?:\.token_adapter)?\.base_layer|\.modules_to_save(?:\.[^.]+)?|\.original_module)?\.(?P<kind>weight|bias)"
+    rf"{re.escape(PREFIX)}(?P<module>.+?)(?:(?:\.token_adapter)?\.base_layer|(?:\.modules_to_save(?:\.[^.]+)?)+|\.original_module)?\.(?P<kind>weight|bias)"
 )
 _WRAPPER: Final = re.compile(r"\.modules_to_save(?:\.[^.]+)?(?=\.)")
 
@@ -71,8 +71,13 @@ def _is_superseded(key: str, tensors: Mapping[str, Array]) -> bool:
     """Whether a key is the untrained ``original_module`` of a module that is also saved as trained."""
     if not _ORIGINAL.search(key):
         return False
-    name = _ORIGINAL.sub("", key)
-    return any(name in {_WRAPPER.sub("", other), other} for other in tensors if other != key)
+    name = _bare(key)
+    return any(_bare(other) == name for other in tensors if not _ORIGINAL.search(other))
+
+
+def _bare(key: str) -> str:
+    """Return the name of a tensor without what PEFT wraps around a module that it saves."""
+    return _WRAPPER.sub("", _ORIGINAL.sub("", key))
 
 
 def _check_collisions(config: PeftConfig, tensors: Mapping[str, Array]) -> None:
