@@ -55,9 +55,9 @@ class OutputTypes:
         """
         kind = self.type_of(name, source, only_floats=only_floats)
         named = any(_matches(pattern, name) for pattern, _ in self.patterns)
-        if named or kind is not self.general or source.n_in % kind.block_weights == 0 or kind.name not in FALLBACKS:
+        if named or kind is not self.general or source.n_in % kind.block_weights == 0:
             return kind, None
-        fallback = type_named(FALLBACKS[kind.name])
+        fallback = type_named(FALLBACKS.get(kind.name, kind.name))
         return (fallback if source.n_in % fallback.block_weights == 0 else type_named("F16")), kind
 
     def unused_patterns(self, names: Sequence[str]) -> list[str]:

@@ -127,13 +127,17 @@ def make_plan(
     for target in targets:
         _check_type(file, target, rounding, from_unquantized=from_unquantized)
     warnings += [
-        f"{len(names)} tensors are {used} instead of {wanted}, as llama-quantize stores rows of {n_in} weights, which "
+        f"{_are(names)} {used} instead of {wanted}, as llama-quantize stores rows of {n_in} weights, which "
         f"are not whole blocks of {wanted}: {listed(names, 3)}"
         for (wanted, used, n_in), names in fallbacks.items()
     ]
     warnings += [f"--type {pattern}: matches no changed tensor" for pattern in types.unused_patterns(list(deltas))]
     layout = file.layout(entries, {target.name: (target.shape, target.type) for target in targets})
     return MergePlan(layout, targets, tuple(warnings), tuple(describe_changes(file, metadata)))
+
+
+def _are(names: Sequence[str]) -> str:
+    return "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
 
 
 def _plan_whole_file(
