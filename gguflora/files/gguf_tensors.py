@@ -170,12 +170,15 @@ _FOREIGN_NAMES: Final = {
 """Names of types by number. Source: ggml/include/ggml.h and gguf-py/gguf/constants.py of ik_llama.cpp."""
 
 _IK_LLAMA: Final = range(97, 400)
+_MAX_TYPE: Final = 512
+"""Above the number of any type; a larger number means that the file is damaged."""
 
 
 def foreign_type(kind: int) -> GgmlType | None:
     """Return a type that another program writes, by its number: its name is known, the size of its blocks is not."""
     if kind not in _FOREIGN_TYPES and kind not in _IK_LLAMA:
-        return None
+        named = f"type {kind} of a newer llama.cpp or of another program"
+        return GgmlType(kind, named, 1, 0) if kind < _MAX_TYPE else None
     maker = _FOREIGN_TYPES.get(kind, "ik_llama.cpp")
     return GgmlType(kind, f"{_FOREIGN_NAMES.get(kind, f'type {kind}')} of {maker}", 1, 0)
 

@@ -21,7 +21,7 @@ from gguflora.adapters.soft_prompt import first_task, is_soft_prompt, read_soft_
 from gguflora.architectures import aborts_at_run_time, ignored_at_run_time, with_biases
 from gguflora.architectures.base_model import BaseModel, read_base
 from gguflora.architectures.unruled import unknown_warning
-from gguflora.errors import HotSwapError, MismatchError, UnsupportedAdapterError
+from gguflora.errors import HotSwapError, MismatchError, UnsupportedAdapterError, listed
 from gguflora.files.gguf import GgufFile
 from gguflora.files.remote import remote_inputs
 from gguflora.files.safetensors import weight_files
@@ -257,8 +257,10 @@ def _describe_fit(source: Adapter, model: BaseModel) -> tuple[list[InspectedChan
         placed = without_copies(file, everything)
         norms = _measure(file, {name: items for name, items in placed.items() if name not in whole.absent})
         norms |= {name: (_norm_of_new_bias(items), 0.0) for name, items in placed.items() if name in whole.absent}
-        changes = [_describe_placed(whole, name, items, norms[name]) for name, items in placed.items()]
-        return changes, describe_copies(everything, placed)
+        changes = [_describe_placed(whole, name, items, norms.get(name)) for name, items in placed.items()]
+        unread = [f"{name} is {file.tensors[name].type.name}" for name in placed if name not in norms]
+        notes = [f"norms cannot be measured, as values cannot be read: {listed(unread, 4)}"] if unread else []
+        return changes, [*describe_copies(everything, placed), *notes]
 
 
 def _norm_of_new_bias(items: Sequence[PlacedDelta]) -> float:
@@ -301,8 +303,9 @@ def _problem(model: BaseModel, name: str, *, is_low: bool) -> str | None:
 
 
 def _measure(file: GgufFile, placed: Mapping[str, Sequence[PlacedDelta]]) -> dict[str, tuple[float, float]]:
-    """Return the norms of the delta and of the base's tensor, by tensor."""
+    """Return the norms of the delta and of the base's tensor, by tensor whose values can be read."""
     targets = {name: changed_tensor(file, name, items) for name, items in placed.items()}
+    targets = {name: target for name, target in targets.items() if target.source.type.block_bytes}
     whole = WholeTensorDeltas(BaseTensors(file), list(targets.values()))
     return {name: _norms(file, target, whole) for name, target in targets.items()}
 

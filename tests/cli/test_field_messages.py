@@ -113,6 +113,7 @@ def test_q4_k_falls_back_as_llama_quantize(adapter, tmp_path):
 @pytest.mark.parametrize(("number", "named"), [
         (139, "IQ4_K of ik_llama.cpp"), (97, "Q8_0_X4 of ik_llama.cpp"), (339, "IQ4_K_R4 of ik_llama.cpp"),
         (31, "Q4_0_4_4 of llama.cpp of 2024"), (36, "I2_S of bitnet.cpp and ik_llama.cpp, or IQ4_NL_4_4"),
+        (144, "IQ4_KS of ik_llama.cpp"), (77, "type 77 of a newer llama.cpp or of another program"),
     ],
 )  # fmt: skip
 def test_types_of_other_programs_convert_and_are_named_by_a_merge(adapter, tmp_path, number, named):
@@ -128,6 +129,10 @@ def test_types_of_other_programs_convert_and_are_named_by_a_merge(adapter, tmp_p
     result = run("merge", base, "--lora", adapter, "-o", tmp_path / "merged.gguf")
     assert result.returncode == 1
     assert named in result.stderr
+    report = gguflora.inspect(adapter, base)
+    (unread,) = [change for change in report.changes if change.norm is None]
+    assert unread.name == "blk.0.attn_v.weight"
+    assert any(named in text for text in report.warnings)
 
 
 VISION = [
