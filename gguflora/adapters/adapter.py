@@ -19,7 +19,7 @@ from gguflora.adapters.peft.config import MLX, PeftConfig, read_config
 from gguflora.adapters.peft.modules_to_save import split_modules_to_save
 from gguflora.adapters.peft.pooler import pooler_warnings
 from gguflora.adapters.peft.unsupported import REFUSED
-from gguflora.adapters.peft.wrappers import without_wrappers
+from gguflora.adapters.peft.wrappers import without_frozen, without_wrappers
 from gguflora.adapters.wrong_folder import is_image_lora
 from gguflora.errors import AdapterError, UnsupportedAdapterError, listed
 from gguflora.files.checksum import sha256_of
@@ -119,6 +119,7 @@ def _read_gguf(location: Path) -> Adapter:
         {name: (delta,) for name, delta in lora.deltas.items()},
         "GGUF LoRA",
         lora.architecture,
+        warnings=lora.warnings,
         invocation_tokens=lora.invocation_tokens,
     )
 
@@ -139,7 +140,7 @@ def _read_peft(folder: Path) -> Adapter:
         raise UnsupportedAdapterError(
             f"{weights}: is an image model's LoRA (kohya or diffusers), which no language model can use"
         )
-    tensors = without_wrappers(weights, tensors)
+    tensors, left_out = without_frozen(without_wrappers(weights, tensors))
     _check_finite(weights, tensors)
     saved, method_tensors = split_modules_to_save(config, tensors)
     deltas: dict[str, tuple[Delta | ShapeDependentDelta, ...]] = {name: (delta,) for name, delta in saved.items()}
@@ -158,6 +159,7 @@ def _read_peft(folder: Path) -> Adapter:
         deltas,
         config.peft_type,
         warnings=(
+            *left_out,
             *pooler_warnings(tensors),
             *_alpha_warnings(ambiguous),
             *(scale_warnings(config) if config.peft_type == MLX else ()),

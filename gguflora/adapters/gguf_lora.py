@@ -34,11 +34,17 @@ class GgufLora:
         architecture: architecture of the base.
         deltas: the delta of each tensor, by its GGUF name.
         invocation_tokens: the tokens that activate an activated LoRA; empty for other LoRAs.
+        warnings: what was left out.
     """
 
     architecture: str
     deltas: dict[str, LowRank | Replace]
     invocation_tokens: tuple[int, ...]
+    warnings: tuple[str, ...] = ()
+
+
+_TABLES: Final = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
+"""Tables of the base that llama.cpp's convert_lora_to_gguf.py wrote into LoRA files in August 2024 (issue 9114)."""
 
 
 def read_gguf_lora(path: Path) -> GgufLora:
@@ -63,9 +69,12 @@ def read_gguf_lora(path: Path) -> GgufLora:
             for name, tensor in file.tensors.items()
             if is_norm(tensor)
         }
-        for name, (a, b) in _pair_up(path, file.tensors).items():
+        tables = sorted(_TABLES & file.tensors.keys())
+        factors = {name: tensor for name, tensor in file.tensors.items() if name not in _TABLES}
+        for name, (a, b) in _pair_up(path, factors).items():
             deltas |= _read_pair(file, name, a, b, alpha)
-        return GgufLora(file.architecture, deltas, _invocation_tokens(file))
+        told = f"left out {', '.join(tables)}: a table of the base's, with which llama.cpp does not load the file"
+        return GgufLora(file.architecture, deltas, _invocation_tokens(file), (told,) if tables else ())
 
 
 def _invocation_tokens(file: GgufFile) -> tuple[int, ...]:

@@ -42,6 +42,7 @@ _LOST_INITIALIZATIONS: Final = {
 """Why other initializations cannot be recomputed from the base and the adapter."""
 
 _REFUSED: Final = {
+    "enable_lora": "has factors for some of the parts of a fused weight (PEFT 0.2): merge it with that version of PEFT",
     "layer_replication": "refers to a deeper model than the base: merge it with PEFT and convert the whole model",
     "arrow_config": "routes each token to several adapters, so no fixed weight is equivalent: merge them one by one",
 }

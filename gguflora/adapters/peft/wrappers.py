@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 
 from gguflora.adapters.peft.keys import PREFIX
-from gguflora.errors import AdapterError
+from gguflora.errors import AdapterError, listed
 from gguflora.files.safetensors import Array
 
 _WRAPPERS: Final = re.compile(
@@ -25,6 +25,21 @@ _PARALLEL: Final = re.compile(rf"^({re.escape(PREFIX)})?(?:module\.)+")
 _DOUBLED_PREFIX: Final = re.compile(rf"^(?:{re.escape(PREFIX)}){{2,}}")
 _DOUBLED_NAME: Final = re.compile(r"\.((?:lora_|modules_to_save)\w*)\.([^.]+)\.\2(?=\.|$)")
 _UNEMBEDDING: Final = re.compile(r"(^|\.)(?:model\.)?unembed_tokens\.")
+
+_BUFFER: Final = re.compile(r"(?:^|.*\.)(?:rotary_emb\.inv_freq|masked_bias)")
+_PACKED: Final = re.compile(r"(?P<weight>.*\.base_layer\.weight)\.(?:absmax|quant_map|nested_\w+|quant_state\..+)")
+"""What bitsandbytes saves beside a packed weight."""
+
+
+def without_frozen(tensors: Mapping[str, Array]) -> tuple[dict[str, Array], tuple[str, ...]]:
+    """Return the tensors without what raw dumps of a whole model add to them, and a warning that names it.
+
+    That is buffers of old versions of transformers, and weights of the base that bitsandbytes has packed.
+    """
+    packed = {match["weight"] for match in map(_PACKED.fullmatch, tensors) if match}
+    left_out = [key for key in tensors if _BUFFER.fullmatch(key) or _PACKED.fullmatch(key) or key in packed]
+    told = f"left out buffers and packed weights of the base, which training does not change: {listed(left_out, 3)}"
+    return {key: tensors[key] for key in tensors if key not in set(left_out)}, (told,) if left_out else ()
 
 
 def unwrapped(key: str) -> str:
