@@ -23,10 +23,16 @@ CLIP: Final = "clip"
 CHECKED: Final = frozenset(
     {
         *("gemma3", "idefics3", "internvl", "llama4", "pixtral", "qwen2.5vl_merger", "qwen2a", "qwen2vl_merger"),
-        *("qwen3vl_merger", "voxtral"),
+        *("qwen3vl_merger", "ultravox", "voxtral"),
     }
 )
 """Projector types whose converter is known to do no more to linear layers and norms than this module does."""
+
+_CONVOLUTIONS: Final = {
+    "gemma3nv": "Gemma 3n, whose vision tower is a network of convolutions (MobileNetV5), and gguflora merges only "
+    "linear layers; its audio tower lies in the same file and has not been checked",
+}
+"""Projector types that are refused for what the tower is."""
 
 _KINDS: Final = (".weight", ".bias")
 _LAYER: Final = re.compile(r"v\.blk\.(\d+)\.")
@@ -82,6 +88,8 @@ def doubt_about_vision(base: BaseModel) -> str | None:
     """Return why the layout of an mmproj file is not known, or None if it is."""
     if base.projector in CHECKED:
         return None
+    if base.projector in _CONVOLUTIONS:
+        return f"a projector of type {base.projector!r} belongs to {_CONVOLUTIONS[base.projector]}"
     return (
         f"gguflora has not checked what llama.cpp's converter does to a projector of type {base.projector or 'none'!r} "
         f"(checked: {', '.join(sorted(CHECKED))})"

@@ -35,6 +35,7 @@ from gguflora.architectures.mapping import (
 from gguflora.architectures.modules import linear_modules
 from gguflora.architectures.names import CLASSIFIER, is_classifier, is_foreign, nearest_names
 from gguflora.architectures.unruled import doubt_about
+from gguflora.architectures.vision import CLIP, doubt_about_vision
 from gguflora.errors import ArchitectureError, MismatchError, listed
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
 from gguflora.quants.arrays import Float64Array
@@ -201,7 +202,9 @@ def _unknown_error(adapter: Adapter, base: BaseModel, unknown: Sequence[str], n_
     shown = ", ".join(unknown[:8]) + (" ..." if len(unknown) > 8 else "")
     foreign = [weight for weight in unknown if is_foreign(weight)]
     nearest = {weight: near for weight in unknown[:3] if (near := nearest_names(base, weight))}
-    if foreign:
+    if base.architecture == CLIP and (doubt := doubt_about_vision(base)):
+        hint = doubt
+    elif foreign:
         hint = (
             f"{len(foreign)} belong to another part of a multimodal model, which this file does not hold: take "
             "the language part with --text-only (text_only=True). llama.cpp computes the other part without adapters; "
@@ -310,6 +313,8 @@ def _tie(adapter: Adapter, placed: dict[str, list[PlacedDelta]]) -> None:
     adapter may hold them once or twice.
     """
     embedding = placed[TOKEN_EMBEDDING]
+    if _are_saved_apart(embedding, placed.get(OUTPUT, [])):
+        return
     output = [item for item in placed.get(OUTPUT, []) if not _is_copy(item)]
     trained = [item for item in embedding if not _is_copy(item)]
     if len(trained) == len(output) and all(
@@ -321,6 +326,15 @@ def _tie(adapter: Adapter, placed: dict[str, list[PlacedDelta]]) -> None:
     shared = [item for item in embedding if shares_all or _is_copy(item) or isinstance(item.delta, ReplaceRows)]
     if shared:
         placed[OUTPUT] = [*shared, *output]
+
+
+def _are_saved_apart(embedding: Sequence[PlacedDelta], output: Sequence[PlacedDelta]) -> bool:
+    """Whether an adapter holds embedding and output as whole weights that differ, so that its model did not tie them.
+
+    Each is then compared with the base on its own: a copy is left out, and an output that was changed unties the base.
+    """
+    pair = [next((item.delta for item in items if _is_copy(item)), None) for items in (embedding, output)]
+    return all(delta is not None for delta in pair) and not equal(pair[0], pair[1])
 
 
 def _as_linear(base: BaseModel, weight: str, delta: Delta | ShapeDependentDelta) -> Delta | ShapeDependentDelta:
@@ -448,6 +462,12 @@ def _check_fits(where: str, base: BaseModel, item: PlacedDelta, vocabulary: int)
     else:
         rows = max(rows, vocabulary) if tensor in {TOKEN_EMBEDDING, OUTPUT} else rows
         fits = (part_rows, part_columns) == (rows, columns)
+    if not fits and tensor in {TOKEN_EMBEDDING, OUTPUT} and part_columns == columns and part_rows > rows:
+        raise MismatchError(
+            f"{where} was trained with a vocabulary of {part_rows} tokens, and {base.path} has {rows}; the "
+            "adapter does not hold the weights of the new tokens. Save it with save_embedding_layers=True, or convert "
+            "the resized model to GGUF and take that as the base"
+        )
     if not fits:
         raise MismatchError(
             f"{where} changes a weight of shape {item.delta.shape}, but {tensor!r} of {base.path} is {shape}; "

@@ -2,6 +2,7 @@
 
 import shutil
 
+import gguf
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -120,3 +121,21 @@ def test_unchecked_projectors_are_refused_unless_names_are_trusted(tmp_path):
     assert any("trust_names" in text for text in report.warnings)
     for tensor, values in read_tensors(expected).items():
         assert_close(read_tensors(tmp_path / "out.gguf")[tensor], values, 1e-5, tensor)
+
+
+def test_the_mobile_net_of_gemma_3n_is_refused_by_name(tmp_path):
+    """Its tower is a convolutional network of timm; the file names a projector for each of its two encoders."""
+    writer = gguf.GGUFWriter(tmp_path / "mmproj.gguf", "clip")
+    writer.add_type("mmproj")
+    writer.add_string("clip.vision.projector_type", "gemma3nv")
+    writer.add_string("clip.audio.projector_type", "gemma3na")
+    writer.add_tensor("v.blk.0.0.attn.query.proj.weight", np.ones((8, 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    adapter, _ = vision.adapted("gemma3", tmp_path)
+    with pytest.raises(
+        gguflora.GgufloraError, match=r"'gemma3nv' belongs to Gemma 3n, whose vision tower is a network of convolutions"
+    ):
+        gguflora.merge(tmp_path / "mmproj.gguf", adapter, tmp_path / "out.gguf")

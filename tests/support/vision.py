@@ -94,6 +94,11 @@ MODELS = {
         more={"audio_config": {**HEARING, "intermediate_size": 128, "model_type": "voxtral_encoder"},
               "audio_token_id": 258},
     ),
+    "ultravox": Made(  # a class of the Hub: Whisper's encoder, as Voxtral's, and norms in the projector
+        hf.VoxtralConfig, {**TEXT, "model_type": "llama"}, {}, model=hf.VoxtralForConditionalGeneration,
+        more={"audio_config": {**HEARING, "intermediate_size": 128, "model_type": "voxtral_encoder"},
+              "audio_token_id": 258},
+    ),
     "llama4": Made(
         hf.Llama4Config,
         {**TEXT, "num_local_experts": 2, "intermediate_size_mlp": 96, "num_experts_per_tok": 1},
@@ -111,6 +116,9 @@ def model(name: str) -> Any:
     config = made.config(**parts, **made.more)
     create = getattr(made.model, "from_config", None) or made.model._from_config
     built = create(config, attn_implementation="eager").float().eval()
+    if name == "ultravox":
+        projector = next(part for key, part in built.named_modules() if key.endswith("multi_modal_projector"))
+        projector.ln_pre, projector.ln_mid = torch.nn.RMSNorm(128), torch.nn.RMSNorm(64)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in built.parameters():
@@ -128,6 +136,10 @@ def mmproj(name: str, built: Any, path: Path) -> Path:
         weights = safetensors.torch.load_file(path / "model.safetensors")
         named = {f"model.{key.removeprefix('model.')}": value for key, value in weights.items()}
         safetensors.torch.save_file(named, path / "model.safetensors", {"format": "pt"})
+    if name == "ultravox":
+        config = json.loads((path / "config.json").read_text())
+        config |= {"architectures": ["UltravoxModel"], "model_type": "ultravox", "stack_factor": 4, "hidden_size": 64}
+        (path / "config.json").write_text(json.dumps(config))
     if name == "gemma3":
         _name_as_on_the_hub(path / "model.safetensors")
     tokenizer = copy.deepcopy(builders._tokenizer())
