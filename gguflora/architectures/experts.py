@@ -3,7 +3,7 @@
 Checkpoints have a module for each expert (``experts.3.gate_proj.weight``, ``experts.3.w1.weight``). transformers 5
 holds all experts of a layer in one parameter, with gate and up fused (``experts.gate_up_proj``); here its expert 3 is
 named ``experts.gate_up_proj.3``. unsloth's gpt-oss has ``experts.gate_up_projs.3.weight``. GraniteMoE checkpoints have
-``input_linear.weight`` and ``output_linear.weight``.
+``input_linear.weight`` and ``output_linear.weight``, those of Step-3.5 ``moe.gate_proj.weight``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _LAYER: Final = r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?:\w+\.)?"
 _ONE: Final = r"experts\.(?P<expert>\d+)\.(?P<name>gate_proj|up_proj|down_proj|w1|w2|w3)(?P<kind>\.weight|\.bias)"
 _UNSLOTH: Final = r"experts\.(?P<name>gate_up_proj|down_proj)s\.(?P<expert>\d+)(?P<kind>\.weight)"
 _OF_ALL: Final = (
-    r"(?:experts\.(?P<name>gate_up_proj|gate_proj|up_proj|down_proj)|(?P<linear>input_linear|output_linear)\.weight)"
+    r"(?:experts\.(?P<name>gate_up_proj|gate_proj|up_proj|down_proj)|(?P<linear>input_linear|output_linear)\.weight|"
+    r"moe\.(?P<stack>gate_proj|up_proj|down_proj)\.weight)"
     r"\.(?P<expert>\d+)"
 )
 _MODULE: Final = re.compile(_LAYER + _ONE)
@@ -49,7 +50,7 @@ def expert_slices(base: BaseModel, path: str, *, interleaved: bool) -> list[Tens
     match = _MODULE.fullmatch(path) or _LISTED.fullmatch(path) or _STACKED.fullmatch(path)
     if match:
         parts = match.groupdict()
-        name, kind = parts["name"] or parts["linear"], parts.get("kind") or ".weight"
+        name, kind = parts["name"] or parts.get("linear") or parts["stack"], parts.get("kind") or ".weight"
         tensors = _tensors(int(match["layer"]), name, kind)
         return _fused(base, tensors, int(match["expert"]), interleaved)
     if biases := _BIASES.fullmatch(path):

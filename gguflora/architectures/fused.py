@@ -19,6 +19,7 @@ from gguflora.architectures.tensor_slice import TensorSlice
 _HALVES: Final = {"mlp.gate_proj": 0, "mlp.up_proj": 1, "feed_forward.w1": 0, "feed_forward.w3": 1}
 _FUSED: Final = {
     "mlp.gate_up_proj": ("ffn_gate", "ffn_up"),
+    "mlp.shared_experts.gate_up_proj": ("ffn_gate_shexp", "ffn_up_shexp"),
     "self_attn.qkv_proj": ("attn_q", "attn_k", "attn_v"),
 }
 

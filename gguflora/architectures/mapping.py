@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Final
+
 from gguflora.architectures.base_model import BaseModel
 from gguflora.architectures.experts import expert_slices
 from gguflora.architectures.fused import fused_slices
@@ -19,11 +22,13 @@ from gguflora.architectures.names import (
 from gguflora.architectures.orders import rotary_k, rotary_q, unchanged
 from gguflora.architectures.regions import region_of
 from gguflora.architectures.rules import KNOWN, PLAIN, Rules
-from gguflora.architectures.splits import head_norm_slice
+from gguflora.architectures.splits import altup_slice, head_norm_slice
 from gguflora.architectures.tensor_slice import TensorSlice
 from gguflora.architectures.vision import CLIP, vision_slices
 from gguflora.errors import MismatchError
 from gguflora.quants.arrays import Indices
+
+_HRM_STACK: Final = re.compile(r"(?:^|.*\.)(?P<stack>[LH])_module\.layers\.(?P<layer>\d+)\.")
 
 _MAX_SKIPPED_POSITIONS = 1 << 10
 """Upper bound of the positions that RoBERTa skips: one more than the id of its padding token."""
@@ -44,7 +49,7 @@ def slices_of(base: BaseModel, weight: str) -> list[TensorSlice]:
     """
     if base.architecture == CLIP:
         return vision_slices(base, weight, vision_part(weight)) if is_foreign(weight) else []
-    path: str | None = None if is_foreign(weight) else canonical(weight)
+    path: str | None = None if is_foreign(weight) else _in_one_stack(base, canonical(weight))
     while path is not None:
         slices = _slices_of(base, path)
         if slices:
@@ -53,10 +58,23 @@ def slices_of(base: BaseModel, weight: str) -> list[TensorSlice]:
     return []
 
 
+def _in_one_stack(base: BaseModel, path: str) -> str:
+    """Return a name with the layer number that GGUF has, which puts HRM's high-level stack after the low-level one."""
+    match = _HRM_STACK.search(path) if base.architecture == "hrm_text" else None
+    if match is None:
+        return path
+    layer = int(match["layer"]) + (base.n_layers // 2 if match["stack"] == "H" else 0)
+    return f"model.layers.{layer}.{path[match.end() :]}"
+
+
 def _slices_of(base: BaseModel, path: str) -> list[TensorSlice]:
     """Return the slices of a weight, given its canonical name."""
     rules = KNOWN.get(base.architecture, PLAIN)
-    slices = expert_slices(base, path, interleaved=rules.interleaved) or head_norm_slice(base, path)
+    slices = (
+        expert_slices(base, path, interleaved=rules.interleaved)
+        or head_norm_slice(base, path)
+        or altup_slice(base, path)
+    )
     if slices:
         return slices
     layer, module, kind = layer_and_module(path)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
 from gguflora.architectures.base_model import BaseModel
+from gguflora.architectures.name_maps import has_names, tensor_names
 from gguflora.errors import ArchitectureError
 
 # what multimodal models, sentence encoders and reward models call the language model inside them
@@ -16,7 +16,7 @@ _INNER: Final = re.compile(
 )
 _NESTED: Final = re.compile(r"^(?:model\.){2,}")
 _FOREIGN: Final = re.compile(
-    r"(?:^|\.)(?:visual|vision|vision_\w+|visual_\w+|img_\w+|image_\w+|vit|siglip|vpm|resampler|perceiver\w*|aligner|connector|"
+    r"(?:^|\.)(?:visual|vision|vision_\w+|visual_\w+|img_\w+|image_\w+|vit|vit_\w+|siglip|vpm|resampler|perceiver\w*|aligner|connector|"
     r"vqmodel|multi_modal_projector|mm_projector|multimodal_projector|embed_vision|embed_audio|audio|audio_\w+|speech_\w+|"
     r"talker|token2wav|code2wav|mlp1)\."
 )
@@ -27,7 +27,11 @@ _RENAMED: Final = {
     "block_sparse_moe.router.weight": "block_sparse_moe.router.layer.weight",  # GraniteMoE in transformers 5
     "mlp.router.linear.weight": "mlp.router.weight",  # unsloth's gpt-oss
     "mlp.router.linear.bias": "mlp.router.bias",
-    **{f"{owner}.dt_bias": f"{owner}.dt_proj.bias" for owner in ("linear_attn", "mamba", "mixer")},
+    **{f"{owner}.dt_bias": f"{owner}.dt_proj.bias" for owner in ("linear_attn", "mamba", "mixer", "self_attn")},
+    "forget_gate.dt_bias": "dt_proj.bias",  # Kimi Linear and GLM-5-Next in transformers 5
+    **{f"forget_gate.{name}.weight": f"{name}.weight" for name in ("f_a_proj", "f_b_proj")},
+    "moe.router_bias": "moe.router_bias.bias",  # Step-3.5
+    "altup.correct_output_scale": "altup.correct_output_scale.weight",  # Gemma 3n
     "self_attn.sinks": "self_attn.sinks.weight",
     "e_score_correction_bias": "e_score_correction.bias",
     "encoder.embed_tokens.weight": "shared.weight",  # T5 has one embedding under three names
@@ -43,7 +47,7 @@ _SUFFIXES: Final = (".weight", ".bias")
 _HEADS: Final = {"score", "classifier"}
 """Modules that turn the pooled hidden state into labels."""
 
-_IN_LAYER: Final = re.compile(r"(?:.*\.)?(?:layers|layer|h|block|blk)\.(\d+)\.(.+)")
+_IN_LAYER: Final = re.compile(r"(?:.*\.)?(?:layers|layer|h|blocks|block|blk)\.(\d+)\.(.+)")
 
 _UNPERMUTED: Final = re.compile(
     r"(?:.*\.)?layers\.\d+\.(?:attention\.w[qk]|attn\.[qk]_proj|self_attn\.[qk]_proj_no_perm)(?:\.weight|\.bias)?"
@@ -110,7 +114,7 @@ def tensor_of(base: BaseModel, path: str) -> str | None:
     _, module, kind = layer_and_module(path)
     if module in _HEADS and f"{CLASSIFIER}{kind}" in base.shapes:
         return f"{CLASSIFIER}{kind}"
-    names = _tensor_names(base.architecture, base.n_layers)
+    names = tensor_names(base.architecture, base.n_layers)
     # names in models without a head (AutoModel) lack the first part, such as "model."
     bare = [path.removeprefix(prefix) for prefix in _PREFIXES if path.startswith(prefix)]
     for candidate in (path, *bare, *(prefix + name for name in (path, *bare) for prefix in _PREFIXES)):
@@ -129,25 +133,15 @@ def nearest_names(base: BaseModel, weight: str) -> list[str]:
     """Return the Hugging Face names of the base's weights that are most like a name, the nearest first; at most two."""
     path = canonical(weight)
     kind = next((suffix for suffix in _SUFFIXES if path.endswith(suffix)), ".weight")
-    known = _tensor_names(base.architecture, base.n_layers).mapping
+    known = tensor_names(base.architecture, base.n_layers).mapping
     held = [name for name, (_, tensor) in known.items() if f"{tensor}{kind}" in base.shapes]
     return [f"{name}{kind}" for name in difflib.get_close_matches(path.removesuffix(kind), held, 2, 0.7)]
 
 
 def check_named(base: BaseModel) -> None:
     """Raise ``ArchitectureError`` if gguf has no names for the tensors of the base's architecture."""
-    import gguf  # noqa: PLC0415  (slow to import)
-
-    if base.architecture not in gguf.MODEL_ARCH_NAMES.values():
+    if not has_names(base.architecture):
         raise ArchitectureError(
             f"{base.path}: architecture {base.architecture!r} is not supported: neither gguflora nor the installed "
             "gguf package knows the names of its tensors; a newer gguf may"
         )
-
-
-@lru_cache(maxsize=4)
-def _tensor_names(architecture: str, n_layers: int) -> Any:  # noqa: ANN401  (gguf.TensorNameMap)
-    import gguf  # noqa: PLC0415  (slow to import)
-
-    known = {name: member for member, name in gguf.MODEL_ARCH_NAMES.items()}
-    return gguf.get_tensor_name_map(known[architecture], n_layers)

@@ -21,11 +21,14 @@ from gguflora.architectures.orders import (
     rotary_k,
     rotary_q,
     tiled_values,
+    unchanged,
 )
 from gguflora.architectures.splits import (
     ROTARY_QKV,
     Split,
     concatenated,
+    convolution_of_kinds,
+    experts_of_blocks,
     grouped_norm,
     grouped_qkv,
     grouped_qkvz,
@@ -67,6 +70,8 @@ _ROTARY: Final = {"attn_q": rotary_q, "attn_k": rotary_k}
 _NORMS: Final = re.compile(r"norm\.weight$")
 _NORMS_EXCEPT_SSM: Final = re.compile(r"(?<!ssm_)norm\.weight$")
 _MLA: Final = {"self_attn.kv_b_proj": latent_keys_and_values}
+_HRM_QKV: Final = concatenated(dict.fromkeys(("attn_gate", "attn_q", "attn_k", "attn_v"), unchanged))
+_HRM_GATE_UP: Final = concatenated(dict.fromkeys(("ffn_gate", "ffn_up"), unchanged))
 _MAMBA_2: Final = {"mixer.norm": grouped_norm, "mamba.norm": grouped_norm}
 _SHARED_MLP: Final = {"shared_mlp.input_linear": shared_gate_up, "shared_mlp.output_linear": shared_down}
 _TILED_VALUES: Final = Rules(
@@ -91,6 +96,7 @@ KNOWN: Final[Mapping[str, Rules]] = {
     "llama-embed": Rules(rows=_ROTARY),
     "granite": Rules(rows=_ROTARY, splits=_SHARED_MLP),
     "granitehybrid": Rules(rows=_ROTARY, splits={**_SHARED_MLP, **_MAMBA_2}),  # Bamba too
+    "granite_swa": Rules(rows=_ROTARY),
     "granitemoe": Rules(rows=_ROTARY, splits={"shared_mlp.input_linear": shared_gate_up}),
     "minicpm": Rules(rows=_ROTARY),
     "chameleon": Rules(rows=_ROTARY),
@@ -107,7 +113,17 @@ KNOWN: Final[Mapping[str, Rules]] = {
     "gemma": Rules(plus_one=_NORMS, has_output=False),
     "gemma2": Rules(plus_one=_NORMS, has_output=False),
     "gemma3": Rules(plus_one=_NORMS, cuts_vocabulary=True),
+    "gemma3n": PLAIN,
     "gemma-embedding": Rules(plus_one=_NORMS, cuts_vocabulary=True),
+    "dbrx": Rules(
+        splits={
+            "ffn.experts.mlp.w1": experts_of_blocks("ffn_gate_exps", transposed=False),
+            "ffn.experts.mlp.v1": experts_of_blocks("ffn_up_exps", transposed=False),
+            "ffn.experts.mlp.w2": experts_of_blocks("ffn_down_exps", transposed=True),
+        }
+    ),
+    "hrm_text": Rules(splits={"attn.gqkv_proj": _HRM_QKV, "mlp.gate_up_proj": _HRM_GATE_UP}),
+    "step35": Rules(plus_one=_NORMS),
     "phi2": PLAIN,
     "phi3": PLAIN,
     "gpt2": Rules(conv1d=re.compile(r"\.c_\w+\.weight$")),
@@ -126,6 +142,11 @@ KNOWN: Final[Mapping[str, Rules]] = {
     "exaone4": PLAIN,
     "deepseek2": Rules(splits=_MLA),
     "glm-dsa": Rules(splits=_MLA),
+    "deepseek2-ocr": PLAIN,  # multi-head attention, not latent
+    "deepseek32": Rules(splits=_MLA),
+    "hy_v4": Rules(splits=_MLA),
+    "kimi-linear": Rules(splits={**_MLA, "self_attn.conv1d": convolution_of_kinds}),
+    "minimax-m3": Rules(plus_one=_NORMS),
     "mistral4": Rules(splits=_MLA),
     "gpt-oss": Rules(interleaved=True, experts_transposed=True),
     "mamba": PLAIN,

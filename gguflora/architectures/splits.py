@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Final
@@ -18,6 +19,8 @@ from gguflora.quants.arrays import Indices
 _HEAD_NORM: Final = re.compile(
     r"(?:.*\.)?layers\.(?P<layer>\d+)\.self_attn\.(?P<kind>[qk])_layernorm\.norms\.(?P<head>\d+)\.weight"
 )
+
+_ALTUP: Final = re.compile(r"(?:.*\.)?altup_(?P<side>|unembed_)projections\.(?P<index>\d+)\.weight")
 
 Split = Callable[[BaseModel, int, str], list[TensorSlice]]
 """A function of a base, a layer and ``.weight`` or ``.bias`` that returns the slices of a weight."""
@@ -49,6 +52,40 @@ def _cut(base: BaseModel, layer: int, kind: str, parts: Mapping[str, Order], row
         slices.append(TensorSlice(tensor, rows=rows[start : start + n][order(base, layer, n)]))
         start += n
     return slices
+
+
+def convolution_of_kinds(base: BaseModel, layer: int, kind: str) -> list[TensorSlice]:
+    """Return the slices of Kimi Linear's convolution in transformers 5, which has the channels of q, k and v.
+
+    GGUF has a tensor (1, channels, 1, width) for each of the three.
+    """
+    slices, start = [], 0
+    for part in "qkv":
+        tensor = f"blk.{layer}.ssm_conv1d_{part}{kind}"
+        if tensor not in base.shapes:
+            raise MismatchError(f"{base.path} has no tensor {tensor!r}, as {base.architecture} should")
+        n = math.prod(base.shapes[tensor][:-1])
+        slices.append(TensorSlice(tensor, rows=np.arange(start, start + n)))
+        start += n
+    return slices
+
+
+def experts_of_blocks(tensor: str, *, transposed: bool) -> Split:
+    """Return the split of DBRX's experts, which lie below each other in one matrix (n_experts * n_inner, n_embd)."""
+
+    def split(base: BaseModel, layer: int, kind: str) -> list[TensorSlice]:
+        del kind  # the parameter's name has no ".weight"
+        name = f"blk.{layer}.{tensor}.weight"
+        shape = base.shapes.get(name, ())
+        if len(shape) != 3:
+            raise MismatchError(f"{base.path}: {name!r} is {shape}, expected a stack of experts")
+        if not transposed:
+            return [TensorSlice(name)]
+        n_experts, n_out, n_inner = shape
+        rows = np.arange(n_experts * n_inner).reshape(n_experts, n_inner)
+        return [TensorSlice(name, expert * n_out, rows=rows[expert], transposed=True) for expert in range(n_experts)]
+
+    return split
 
 
 def shared_gate_up(base: BaseModel, layer: int, kind: str) -> list[TensorSlice]:
@@ -110,6 +147,18 @@ def head_norm_slice(base: BaseModel, path: str) -> list[TensorSlice]:
     if len(shape) != 2:
         raise MismatchError(f"{base.path}: {tensor!r} is {shape}, expected a matrix with a row for each head")
     return [TensorSlice(tensor, int(match["head"]), rows=np.arange(shape[1]), transposed=True)]
+
+
+def altup_slice(base: BaseModel, path: str) -> list[TensorSlice]:
+    """Return the slice of Gemma 3n's ``altup_projections.<n>.weight``, one of a stack; an empty list for others."""
+    match = _ALTUP.fullmatch(path)
+    if match is None:
+        return []
+    tensor = "altup_unembd_proj.weight" if match["side"] else "altup_proj.weight"
+    shape = base.shapes.get(tensor, ())
+    if len(shape) != 3 or int(match["index"]) >= shape[0]:
+        raise MismatchError(f"{base.path}: {tensor!r} is {shape}, expected a stack that holds {path!r}")
+    return [TensorSlice(tensor, int(match["index"]) * shape[1], rows=np.arange(shape[1]))]
 
 
 def grouped_qkvz(base: BaseModel, layer: int, kind: str) -> list[TensorSlice]:

@@ -39,24 +39,24 @@ _TIME_MIXING: Final = (
 )
 
 CHANGED: Final[Mapping[str, tuple[str, str]]] = {
-    **dict.fromkeys(("arctic", "deci", "deepseek", "granite_swa", "llada", "nanbeige", "xverse"), _QK),
+    **dict.fromkeys(("arctic", "deci", "deepseek", "llada", "nanbeige", "xverse"), _QK),
     "bailingmoe": (
         _BLOCK + r"attn_(qkv|q|k|v)\..*|output\.weight",
         "splits and reorders q, k and v, and normalizes the output weight",
     ),
-    **dict.fromkeys(("deepseek2-ocr", "deepseek32", "glm5-next", "hy_v4", "kimi-k3", "kimi-linear"), _LATENT),
+    **dict.fromkeys(("glm5-next", "kimi-k3"), _LATENT),
     "bailingmoe3": (_LATENT[0], "splits kv_b and stores exp(A_log)"),
     "dots3note": (
         _BLOCK + r"attn_((kv|k|v)_b|(q|kv)_a_norm)\..*",
         "splits kv_b and scales the norms of the latent queries and keys",
     ),
-    **dict.fromkeys(("dbrx", "grok", "nomic-bert-moe"), _EXPERTS),
+    **dict.fromkeys(("grok", "nomic-bert-moe"), _EXPERTS),
     "falcon-h1": (
         _BLOCK + r"(attn_(q|k|v|output)|ffn_(gate|down)|ssm_(in|out|norm))\..*|output\.weight|token_embd\.weight",
-        "scales the weights by multipliers of config.json, which the GGUF file does not hold",
+        "scales the weights by multipliers of config.json, which the GGUF file does not hold (merge with PEFT, and "
+        "convert the merged model)",
     ),
     "bitnet": (_BLOCK + r"(attn_(q|k|v|output)|ffn_(gate|up|down))\.weight", "rounds the weights to -1, 0 and 1"),
-    "gemma3n": (r"altup_.*|token_embd\.weight|per_layer_token_embd\.weight", "stacks the projections and pads rows"),
     "jais": (
         _BLOCK + r"(attn_(qkv|output)|ffn_(up|gate|down))\.weight|(token_embd|output)\.weight",
         "transposes the weights and scales the embeddings",
@@ -65,7 +65,7 @@ CHANGED: Final[Mapping[str, tuple[str, str]]] = {
     "openelm": (_BLOCK + r"ffn_(gate|up)\.weight", "splits gate and up"),
     "refact": (_BLOCK + r"(attn_[kv]|ffn_(gate|up))\.weight", "splits k and v, and gate and up"),
     "plamo": (_BLOCK + r"attn_(q|output)\.weight", "shuffles q and the output projection"),
-    **dict.fromkeys(("minimax-m3", "plamo2", "plamo3", "step35"), _NORMS),
+    **dict.fromkeys(("plamo2", "plamo3"), _NORMS),
     "muse-glimmer": (
         _BLOCK + r"(attn_[qk]\..*|.*norm\.weight)",
         "reorders the rows of q and k and adds 1 to the norms",
@@ -74,9 +74,8 @@ CHANGED: Final[Mapping[str, tuple[str, str]]] = {
     "talkie": (_BLOCK + r"attn_[qk]\..*", "changes signs in q and k"),
     **dict.fromkeys(("arwkv7", "rwkv6", "rwkv6qwen2", "rwkv7"), _TIME_MIXING),
     **dict.fromkeys(("dflash", "eagle3"), (_ALL, "reorders q and k of some draft models")),
-    "deepseek4": (_ALL, "repacks the experts and has names of its own"),
+    "deepseek4": (_ALL, "repacks experts of MXFP4, the only ones that it takes, and has names of its own"),
     "graniteswitch": (_ALL, "splits its weights and holds adapters of its own"),
-    "hrm_text": (_ALL, "splits its weights and joins two stacks of layers"),
     **dict.fromkeys(("pockettts", "qwen3tts", "wavtokenizer-dec"), (_ALL, "folds weights of a speech model together")),
 }
 """Architectures without a complete rule: pattern of the tensors that the converter changes, and what it does."""

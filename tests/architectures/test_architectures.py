@@ -37,9 +37,12 @@ FROM_CONFIG = (
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 """Parameters of transformers 5 that hold all experts of a layer."""
 
+WITHOUT_GATE = ("experts.up_proj", "experts.down_proj")
+"""Those of Nemotron-H's experts, which trainers have taken for gated ones (unslothai/unsloth#11014)."""
+
 WITH_EXPERTS = (
     "mixtral", "qwen2moe", "qwen3moe", "qwen3next", "qwen35moe", "olmoe", "granitemoe", "deepseek2", "gptoss", "llama4",
-    "jamba", "qwen3vlmoe",
+    "jamba", "qwen3vlmoe", "kimi_linear", "minimax_m3", "hy_v4", "deepseek_v32", "granitemoe_swa", "step35",
 )  # fmt: skip
 
 
@@ -97,8 +100,8 @@ def lora_of(name, *targets):
     """A random LoRA, by default on all linear layers: its directory, and PEFT's merged model by the converter."""
     path = zoo.checkpoint(name).parent / "-".join([name, "lora", *targets])
     options = {"target_modules": list(targets)} if targets else {}
-    if targets == EXPERTS:
-        options = {"target_modules": [], "target_parameters": list(EXPERTS)}
+    if targets in {EXPERTS, WITHOUT_GATE}:
+        options = {"target_modules": [], "target_parameters": list(targets)}
     model = zoo.peft_model(name, **options)
     model.save_pretrained(path / "adapter")
     merged = zoo.save(name, model.merge_and_unload(), path / "merged")
@@ -114,6 +117,10 @@ def test_lora_on_every_linear_layer(name, tmp_path):
 def test_lora_on_experts(name, tmp_path):
     """`target_parameters`: one pair of factors for all experts of a layer."""
     assert_lora_equals_pefts_merge(name, *lora_of(name, *EXPERTS), tmp_path)
+
+
+def test_lora_on_experts_without_a_gate(tmp_path):
+    assert_lora_equals_pefts_merge("nemotron_h_experts", *lora_of("nemotron_h_experts", *WITHOUT_GATE), tmp_path)
 
 
 def assert_lora_equals_pefts_merge(name, adapter, merged, tmp_path):

@@ -18,8 +18,9 @@ import peft
 import safetensors.torch
 import torch
 import transformers as hf
+from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel
 
-from support import builders
+from support import builders, zoo_hub
 from support.oracles.llama_cpp import run_script
 from support.workspace import workspace
 
@@ -57,6 +58,36 @@ INDEXER = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4, "num_nextn
 M_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
 M_ROPE_3 = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+KIMI = {
+    "q_lora_rank": None, "linear_head_dim": 16, "linear_num_heads": 4, "mlp_layer_types": ["dense", "sparse"],
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+MINIMAX_M3 = {
+    "head_dim": 16, "rotary_dim": 8, "intermediate_size": 32, "dense_intermediate_size": 96,
+    "shared_intermediate_size": 48, "index_n_heads": 2, "index_head_dim": 16, "index_block_size": 4,
+    "index_topk_blocks": 2, "mlp_layer_types": ["dense", "sparse"],
+    "layer_types": ["full_attention", "minimax_m3_sparse"],
+}  # fmt: skip
+GEMMA_3N = {
+    "head_dim": 16, "num_hidden_layers": 5, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 280,
+    "laurel_rank": 8, "num_kv_shared_layers": 0, "sliding_window": 8,
+    "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0, 0.0],
+    "layer_types": ["sliding_attention"] * 4 + ["full_attention"],
+}  # fmt: skip
+DBRX = {
+    "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128, "vocab_size": 288, **TOKENS,
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+    "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+}  # fmt: skip
+STEP = {
+    "head_dim": 16, "num_sliding_attention_heads": 4, "share_expert_dim": 48, "sliding_window": 8,
+    "layer_types": ["full_attention", "sliding_attention"], "mlp_layer_types": ["dense", "sparse"],
+}  # fmt: skip
+STEP_VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 32,
+    "patch_size": 8, "max_position_embeddings": 16, "mlp_ratio": 1.5,
+}  # fmt: skip
+WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 VISION = {
     "depth": 2, "num_heads": 4, "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2, "hidden_size": 32,
     "intermediate_size": 48, "out_hidden_size": 64, "num_position_embeddings": 16, "deepstack_visual_indexes": [1],
@@ -84,6 +115,7 @@ class Made:
         without: modules that PEFT will not adapt, or GGUF does not have.
         only: start of the names of the modules that PEFT adapts.
         transposes: part of the names of stacks that files on the Hub hold transposed, and transformers 5 does not.
+        hub: changes names and shapes of the weights to those of files on the Hub, where transformers saves others.
     """
 
     config: Callable[..., hf.PretrainedConfig] | None
@@ -95,6 +127,7 @@ class Made:
     without: tuple[str, ...] = ()
     only: str = ""
     transposes: str = ""
+    hub: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
 
 
 def _internlm2() -> dict[str, tuple[int, ...]]:
@@ -197,6 +230,12 @@ MODELS = {
         ),
     ),
     "nemotron_h_moe": Made(hf.NemotronHConfig, {**DECODER, **NEMOTRON_H}, without=("out_proj",)),
+    "nemotron_h_experts": Made(
+        hf.NemotronHConfig,
+        {**DECODER, **NEMOTRON_H, "layers_block_type": ["mamba", "attention", "moe"], "n_routed_experts": 4,
+         "num_experts_per_tok": 2, "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 48},
+        without=("out_proj",),
+    ),
     "gemma_embedding": Made(hf.Gemma3TextConfig, {**TIED, "head_dim": 16}, auto=hf.Gemma3TextModel),
     "glm_dsa": Made(hf.GlmMoeDsaConfig, {**EXPERTS, **LATENT, **INDEXER}),
     "glm4_moe_lite": Made(hf.Glm4MoeLiteConfig, {**EXPERTS, **LATENT, "num_nextn_predict_layers": 0}),
@@ -239,6 +278,57 @@ MODELS = {
          "num_heads": 4, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
          "decoder_start_token_id": 0},
         auto=hf.T5ForConditionalGeneration,
+    ),
+    "kimi_linear": Made(
+        hf.KimiLinearConfig, {**EXPERTS, **LATENT, **KIMI},
+        for_converter=(
+            ("model_type", "read as it is"), ("num_experts", 4), ("num_shared_experts", 1),
+            ("first_k_dense_replace", 1), ("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0}),
+            ("linear_attn_config", {"full_attn_layers": [2], "short_conv_kernel_size": 4, "head_dim": 16}),
+        ),
+        hub=zoo_hub.renamed((r"block_sparse_moe\.(gate|up|down)_proj", r"mlp.\1_proj")),
+    ),
+    "minimax_m3": Made(
+        hf.MiniMaxM3VLTextConfig, {**EXPERTS, **MINIMAX_M3}, hub=zoo_hub.minimax_m3,
+        for_converter=(
+            ("architectures", ["MiniMaxM3SparseForCausalLM"]), ("model_type", "read as it is"),
+            ("n_shared_experts", 1), ("moe_layer_freq", [0, 1]),
+            ("sparse_attention_config", {
+                "sparse_num_index_heads": 2, "sparse_index_dim": 16, "sparse_topk_blocks": 2, "sparse_block_size": 4,
+                "sparse_local_block": 1}),
+        ),
+    ),
+    "hy_v4": Made(
+        hf.HYV4Config, {**EXPERTS, **LATENT, **INDEXER, "hc_mult": 2, "mlp_layer_types": ["dense", "sparse"]},
+        for_converter=(("first_k_dense_replace", 1),),
+        hub=zoo_hub.renamed(
+            (r"mlp\.(shared_experts\.)?linear_gate", r"mlp.\1gate_proj"), (r"model\.hc_pre\.hc_head", "model.hc_head"),
+            (r"hc_pre\.(hc_\w+_layer)", r"\1.hc_pre"),
+        ),
+    ),
+    "deepseek_v32": Made(hf.DeepseekV32Config, {**EXPERTS, **LATENT, **INDEXER, "head_dim": 8}),
+    "deepseek2_ocr": Made(
+        hf.DeepseekOcr2TextConfig,
+        {**EXPERTS, "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "head_dim": 16,
+         "mlp_layer_types": ["dense", "sparse"]},
+        auto=DeepseekOcr2TextModel, hub=zoo_hub.deepseek_ocr,
+        for_converter=(
+            ("architectures", ["DeepseekOCRForCausalLM"]), ("model_type", "read as it is"),
+            ("first_k_dense_replace", 1), ("qk_rope_head_dim", 16),
+        ),
+    ),
+    "gemma3n": Made(hf.Gemma3nTextConfig, {**TIED, **GEMMA_3N}),
+    "dbrx": Made(hf.DbrxConfig, DBRX),
+    "hrm_text": Made(hf.HrmTextConfig, {**DECODER, "head_dim": 16}),
+    "granite_swa": Made(hf.GraniteSWAConfig, {**DECODER, **WINDOWS}),
+    "granitemoe_swa": Made(hf.GraniteMoeSWAConfig, {**EXPERTS, **WINDOWS, "shared_intermediate_size": 48}),
+    "step35": Made(
+        hf.Step3p7Config, {"text_config": {**EXPERTS, **STEP}, "vision_config": STEP_VISION},
+        auto=hf.Step3p7ForConditionalGeneration, only="model.language_model.",
+        for_converter=(
+            ("model_type", "read as it is"), ("num_attention_groups", 2), ("moe_num_experts", 4), ("moe_top_k", 2),
+            ("partial_rotary_factors", [0.5, 1.0]), ("moe_layers_enum", "1"),
+        ),
     ),
     "internlm2": _by_hand("InternLM2ForCausalLM", _internlm2),
     "baichuan": _by_hand("BaichuanForCausalLM", _baichuan, num_key_value_heads=4),
@@ -337,7 +427,9 @@ OTHERS = {
 HAS_CLASS = [name for name, made in MODELS.items() if made.config]
 UNORDERED = {
     "arcee", "llama_embed", "granitehybrid", "granitehybrid_dense", "bamba", "mamba2", "nemotron_h", "nemotron_h_moe",
-    "gemma_embedding", "glm_dsa", "mistral4", "chameleon", "qwen3vlmoe",
+    "nemotron_h_experts", "gemma_embedding", "glm_dsa", "mistral4", "chameleon", "qwen3vlmoe", "kimi_linear",
+    "minimax_m3", "hy_v4", "deepseek_v32", "deepseek2_ocr", "gemma3n", "dbrx", "hrm_text", "granite_swa",
+    "granitemoe_swa", "step35",
 }  # fmt: skip
 """Models whose modules gguflora cannot list: it places weights by their names, but does not know all the names."""
 REFUSED = {"chameleon": r"attn_[qk]_norm\."}
@@ -392,6 +484,10 @@ def save(name: str, built: Any, path: Path) -> Path:
         weights = safetensors.torch.load_file(path / "model.safetensors")
         as_on_the_hub = {key: value.mT.contiguous() if part in key else value for key, value in weights.items()}
         safetensors.torch.save_file(as_on_the_hub, path / "model.safetensors", {"format": "pt"})
+    if hub := _made(name).hub:
+        safetensors.torch.save_file(
+            hub(safetensors.torch.load_file(path / "model.safetensors")), path / "model.safetensors", {"format": "pt"}
+        )
     config = path / "config.json"
     fields = json.loads(config.read_text()) | dict(_made(name).for_converter)
     config.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
