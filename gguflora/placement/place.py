@@ -43,6 +43,9 @@ from gguflora.quants.arrays import Float64Array
 FLOATS: Final = {"F32", "F16", "BF16", "F64"}
 """Types of unquantized weights."""
 
+_PER_LAYER_EMBEDDING: Final = "per_layer_token_embd.weight"
+"""Gemma 3n's embedding for each layer, which GGUF pads to the rows of the token embedding."""
+
 _MAX_PADDING: Final = 1024
 """Upper bound of the rows that pad a vocabulary; a larger difference means another vocabulary."""
 
@@ -396,7 +399,7 @@ def _extent(slices: Sequence[TensorSlice], n_out: int, n_in: int) -> tuple[int, 
 
 def _with_padding(base: BaseModel, tensor_slice: TensorSlice, delta: Delta) -> Delta:
     """Return a LoRA of embedding or output with rows of zeros for the rows that pad the base's vocabulary."""
-    if not isinstance(delta, LowRank) or tensor_slice.tensor not in {TOKEN_EMBEDDING, OUTPUT}:
+    if not isinstance(delta, LowRank) or tensor_slice.tensor not in {TOKEN_EMBEDDING, OUTPUT, _PER_LAYER_EMBEDDING}:
         return delta
     held = tensor_slice.tensor if tensor_slice.tensor in base.shapes else TOKEN_EMBEDDING
     rows = base.shapes.get(held, (0,))[0]

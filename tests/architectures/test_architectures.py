@@ -224,6 +224,16 @@ def test_vocabulary_padding_is_left_out(tmp_path):
     assert_close(found - base, expected - base, 1e-4, "token_embd.weight")
 
 
+def test_rows_that_the_converter_adds_to_gemma_3n(tmp_path):
+    """Its embedding for each layer has no rows for images and sounds; the converter adds zeros."""
+    adapter, merged = lora_of("gemma3n_padded", "embed_tokens_per_layer", "o_proj")
+    gguflora.merge(zoo.gguf_model("gemma3n_padded"), adapter, tmp_path / "merged.gguf")
+    found, expected = zoo.tensors(tmp_path / "merged.gguf"), zoo.tensors(merged)
+    assert len(found["per_layer_token_embd.weight"]) == 288
+    for key, values in expected.items():
+        np.testing.assert_allclose(found[key], values, atol=1e-5, err_msg=key)
+
+
 @pytest.mark.parametrize("name", ["gemma2", "cohere2"])
 def test_llama_cpp_cannot_untie_some(name, tmp_path):
     adapter, _ = lora_of(name, "embed_tokens")

@@ -69,7 +69,7 @@ MINIMAX_M3 = {
     "layer_types": ["full_attention", "minimax_m3_sparse"],
 }  # fmt: skip
 GEMMA_3N = {
-    "head_dim": 16, "num_hidden_layers": 5, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 280,
+    "head_dim": 16, "num_hidden_layers": 5, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 288,
     "laurel_rank": 8, "num_kv_shared_layers": 0, "sliding_window": 8,
     "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0, 0.0],
     "layer_types": ["sliding_attention"] * 4 + ["full_attention"],
@@ -366,6 +366,7 @@ OTHERS = {
         without=("out_proj",),
         for_converter=(("head_dim", 16),),
     ),
+    "gemma3n_padded": Made(hf.Gemma3nTextConfig, {**TIED, **GEMMA_3N, "vocab_size_per_layer_input": 280}),
     "gemma3_padded": Made(hf.Gemma3TextConfig, {**TIED, "head_dim": 16, "vocab_size": 320}),
     # those below are as llama.cpp computes what GGUF does not say, and with windows shorter than a prompt
     "gemma2_served": Made(
