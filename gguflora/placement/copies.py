@@ -82,8 +82,8 @@ def _is_copy(base: GgufFile, tensor: TensorEntry, delta: Delta) -> bool:
         if (away > _explained(values, rounded, _SLACK)).any():
             return False
         if rounded is not None:
-            n_same += np.count_nonzero((rounded == stored).all(axis=1))
-            n_other += np.count_nonzero(away > _explained(values, rounded, _SAME_SEARCH))
+            n_same += int(np.count_nonzero((rounded == stored).all(axis=1)))
+            n_other += int(np.count_nonzero(away > _explained(values, rounded, _SAME_SEARCH)))
     return not (n_other and n_same > _REPRODUCED * (n_same + n_other))
 
 

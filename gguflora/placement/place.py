@@ -336,8 +336,8 @@ def _are_saved_apart(embedding: Sequence[PlacedDelta], output: Sequence[PlacedDe
 
     Each is then compared with the base on its own: a copy is left out, and an output that was changed unties the base.
     """
-    pair = [next((item.delta for item in items if _is_copy(item)), None) for items in (embedding, output)]
-    return all(delta is not None for delta in pair) and not equal(pair[0], pair[1])
+    first, second = (next((item.delta for item in items if _is_copy(item)), None) for items in (embedding, output))
+    return first is not None and second is not None and not equal(first, second)
 
 
 def _as_linear(base: BaseModel, weight: str, delta: Delta | ShapeDependentDelta) -> Delta | ShapeDependentDelta:
