@@ -17,6 +17,7 @@ from gguflora.merging.merge import merge
 from gguflora.placement.prefix import read_prefix
 from gguflora.training.batches import padded
 from gguflora.training.loss import token_losses
+from gguflora.training.memory import trim_heap
 from gguflora.training.model import PackedModel
 from gguflora.training.outputs import Trainables, write_folder, write_gguf
 from gguflora.training.report import MergeCheck, SampleAnswer
@@ -121,6 +122,7 @@ class Evaluator:
     def _served(self) -> Iterator[ServedModel]:
         packed = self.trained.model.packed
         packed.forget_pages()
+        trim_heap()
         with ServedModel(packed.path, self.n_ctx, self.threads) as served:
             yield served
 

@@ -19,11 +19,14 @@ _MAPPED: Final = 2 << 20
 """Bytes of a block of memory that glibc maps by itself, and unmaps when it is freed."""
 _KEPT: Final = 64 << 20
 """Bytes that glibc keeps at the end of its heap when blocks are freed."""
-_IMPORTS: Final = 450 << 20
-"""Of Python with torch and transformers."""
+_IMPORTS: Final = 700 << 20
+"""Of Python with torch and a model of transformers, which imports torch's compiler; measured, with mapped libraries."""
 
 _ADAM: Final = 16
 """Bytes of a trained number: itself, its gradient, two moments."""
+
+_SERVED: Final = 160 << 20
+"""Of llama.cpp's context while it evaluates, and of what the heap keeps."""
 
 _FLOAT: Final = 4
 _SHARE: Final = 0.8
@@ -39,14 +42,12 @@ class MemoryPlan:
     Attributes:
         recompute: whether blocks are computed again for the backward pass.
         positions: largest number of positions in a micro-batch.
-        needed: bytes, estimated, without the mapped file.
-        file: bytes of the mapped file, which the system may drop and read again.
+        total: bytes, estimated, with what is mapped of the file at once.
     """
 
     recompute: bool
     positions: int
-    needed: int
-    file: int
+    total: int
 
 
 def return_memory_early() -> None:
@@ -62,6 +63,12 @@ def return_memory_early() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+
+
+def trim_heap() -> None:
+    """Give what the heap keeps for later back to the system; without effect on C libraries other than glibc."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def needed_bytes(model: PackedModel, n_trained: int, positions: int, longest: int, *, recompute: bool) -> int:
@@ -86,6 +93,18 @@ def needed_bytes(model: PackedModel, n_trained: int, positions: int, longest: in
     return _IMPORTS + _ADAM * n_trained + kept + logits + PANEL_WEIGHTS * _FLOAT
 
 
+def total_bytes(model: PackedModel, n_trained: int, needed: int) -> int:
+    """Estimated bytes at most: of a step, which maps a matrix at a time, or of llama.cpp, which maps the whole file.
+
+    Args:
+        model: the model.
+        n_trained: trained numbers.
+        needed: bytes of a step, without the mapped file.
+    """
+    packed = model.packed
+    return max(needed + packed.largest_tensor, _IMPORTS + _ADAM * n_trained + _SERVED + packed.size)
+
+
 def plan_memory(model: PackedModel, n_trained: int, longest: int, batch: int, asked: int | None) -> MemoryPlan:
     """Choose between recomputation and the size of micro-batches.
 
@@ -99,18 +118,17 @@ def plan_memory(model: PackedModel, n_trained: int, longest: int, batch: int, as
     Raises:
         UsageError: if not even the smallest step fits.
     """
-    file = model.packed.size
     budget = asked if asked is not None else int(available_memory() * _SHARE)
-    room = budget - (file if asked is not None else 0)  # what is only available need not hold the file
     sizes = [size for size in _CHOICES if size >= longest] + [longest]
+    total = 0
     for recompute in (False, True):
         for positions in sizes if recompute else sizes[: max(1, len(sizes) - 1)]:
             at_once = min(positions, batch * longest)
             needed = needed_bytes(model, n_trained, at_once, longest, recompute=recompute)
-            if needed <= room:
-                return MemoryPlan(recompute, positions, needed, file)
-    least = needed_bytes(model, n_trained, longest, longest, recompute=True)
+            total = total_bytes(model, n_trained, needed)
+            if (needed if asked is None else total) <= budget:  # what is only available need not hold the file
+                return MemoryPlan(recompute, positions, total)
     raise UsageError(
-        f"training needs about {(least + (budget - room)) / 1e9:.1f} GB with samples of {longest} tokens, but has "
-        f"{budget / 1e9:.1f} GB; shorten them with --length, lower --rank, or allow more with --memory"
+        f"training needs about {total / 1e9:.1f} GB with samples of {longest} tokens, but has {budget / 1e9:.1f} GB; "
+        "shorten them with --length, lower --rank, or allow more with --memory"
     )

@@ -148,6 +148,11 @@ class PackedBase:
             self._tensors = {name: (part.path, entry) for part in file.parts for name, entry in part.tensors.items()}
         self._mapped = {each: np.memmap(each, np.uint8, "r") for each in self.paths}
 
+    @property
+    def largest_tensor(self) -> int:
+        """Bytes of the largest tensor in the file."""
+        return max(entry.n_rows * entry.type.row_bytes(entry.n_in) for _, entry in self._tensors.values())
+
     def forget_pages(self) -> None:
         """Let the system take the file's pages out of this process's memory; they are mapped again when read."""
         for content in self._mapped.values():

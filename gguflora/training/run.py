@@ -31,7 +31,7 @@ from gguflora.training.initial import put_factors
 from gguflora.training.kept import FILE, KeptStates
 from gguflora.training.loop import Limits, Trainer
 from gguflora.training.loss import backward_loss
-from gguflora.training.memory import MemoryPlan, needed_bytes, plan_memory, return_memory_early
+from gguflora.training.memory import MemoryPlan, needed_bytes, plan_memory, return_memory_early, total_bytes
 from gguflora.training.model import Below, PackedModel
 from gguflora.training.options import TrainOptions
 from gguflora.training.outputs import Outputs, Trainables, publish
@@ -277,7 +277,7 @@ class _Run:
             seconds_per_step=seconds,
             recompute=memory.recompute,
             micro_positions=memory.positions,
-            memory=memory.needed + memory.file,
+            memory=memory.total,
             precision=options.dtype,
             self_check=divergence,
             example=self._data.example,
@@ -369,7 +369,7 @@ class _Run:
             at_once = min(memory.positions, self._options.batch * longest)
             needed = needed_bytes(model, rank * widths, at_once, longest, recompute=memory.recompute)
             share = (weights * 2 + 3 * widths * rank) / own
-            found.append(RankRow(rank, rank * widths, needed + memory.file, seconds * share))
+            found.append(RankRow(rank, rank * widths, total_bytes(model, rank * widths, needed), seconds * share))
         return tuple(found)
 
     def _notes(self) -> tuple[str, ...]:
