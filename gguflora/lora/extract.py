@@ -13,7 +13,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from gguflora.adapters.deltas import LowRank
 from gguflora.architectures.base_model import read_base
 from gguflora.errors import AdapterError
 from gguflora.files.remote import remote_inputs
+from gguflora.lora.expert_stacks import stack_experts
 from gguflora.lora.factored import FactoredAdapter, is_embedding
 from gguflora.lora.model_difference import Difference, Differences, open_differences
 from gguflora.lora.output import check_output, is_gguf, write_adapter
@@ -123,7 +124,9 @@ def extract(
     started, target, tuned, before = time.perf_counter(), Path(out), Path(finetuned), Path(base)
     check_output(target, [tuned, before], outtype=outtype, force=force)
     as_peft = not is_gguf(target)
-    with open_differences(tuned, before, as_peft=as_peft) as differences:
+    with open_differences(tuned, before, as_peft=as_peft) as found:
+        is_stacked = as_peft and found.architecture is None
+        differences = replace(found, weights=tuple(stack_experts(found.weights))) if is_stacked else found
         work = _Extraction(differences, rank, energy, iterations, seed, progress, as_peft=as_peft)
         run_rows(len(differences.weights), 1, work.approximate, threads)
         saved = {} if not as_peft else work.saved_modules()

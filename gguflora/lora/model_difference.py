@@ -26,7 +26,8 @@ from gguflora.quants.arrays import Float32Array
 
 _CONVOLUTION: Final = re.compile(r"conv1d\.")
 _STACKED: Final = re.compile(r"\.experts\.\w+\.\d+$")
-_TRANSPOSED_EXPERTS: Final = {"gpt_oss", "llama4", "llama4_text"}
+_TRANSPOSED_EXPERTS: Final = {"gpt_oss"}
+"""Models whose experts are stored as (n_in, n_out) and adapted by PEFT as (n_out, n_in); Llama 4's are not turned."""
 _BLOCK: Final = 1 << 20
 _VECTOR: Final = "a norm or bias, which a LoRA cannot change"
 _TYING: Final = "ensure_weight_tying"

@@ -255,6 +255,41 @@ def test_directories_answer_as_the_tuned_model(name, tmp_path):
     assert left < (0.25 if report.left_out else 1e-4)
 
 
+QUICK = ("qwen3moe", "granitemoe", "llama4")
+EXPERTS = (
+    "qwen2moe",
+    "qwen3moe",
+    "mixtral",
+    "olmoe",
+    "jamba",
+    "deepseek2",
+    "glm4_moe_lite",
+    "granitemoe",
+    "gptoss",
+    "llama4",
+)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in EXPERTS])
+def test_experts_of_directories(name, tmp_path):
+    """In each form that checkpoints hold experts in: PEFT adds the change of every one to the model in memory."""
+    stacks = [key for key, values in zoo.model(name).named_parameters() if "experts" in key and values.ndim == 3]
+    adapted = zoo.peft_model(name, target_modules=["q_proj", "o_proj"], target_parameters=stacks)
+    adapted.save_pretrained(tmp_path / "known")
+    tuned = zoo.save(name, adapted.merge_and_unload(), tmp_path / "tuned")
+    gguflora.extract(tuned, zoo.checkpoint(name), tmp_path / "lora", rank=8)
+    before = dict(zoo.model(name).named_parameters())
+    known, found = (
+        peft.PeftModel.from_pretrained(zoo.model(name), tmp_path / folder).merge_and_unload()
+        for folder in ("known", "lora")
+    )
+    found = dict(found.named_parameters())
+    for key, values in known.named_parameters():
+        change, got = ((each - before[key]).detach().double() for each in (values, found[key]))
+        assert (got - change).norm() <= 1e-3 * change.norm() + 1e-6, key
+    assert all((found[key] - before[key]).abs().max() > 0.01 for key in stacks)
+
+
 def test_norms_of_directories_are_saved(tmp_path):
     model = builders.hf_model("llama")
     shutil.copytree(model, tmp_path / "tuned")
