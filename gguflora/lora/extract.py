@@ -2,7 +2,8 @@
 
 Each matrix D of the difference is approximated by a randomised block Krylov method (Musco and Musco 2015, algorithm
 2): a random block is multiplied by ``D^T D`` again and again, D is projected on all blocks together, and the passes end
-when the error has stopped falling. D is never held in memory: every pass reads both models in blocks of rows.
+when the error has stopped falling. Every pass reads both models in blocks of rows, and D is not held in memory. Where
+an exact decomposition is no slower, which small matrices and high ranks have in common, D is held and decomposed.
 `gguflora.lora.weighted_svd` removes the noise of 16-bit rounding where that is possible.
 """
 
@@ -39,6 +40,12 @@ _CLOSE_ENOUGH: Final = 1e-3
 """The passes end when the squared error is expected to fall by no more than this share of it."""
 _SLOWEST: Final = 0.9
 """Highest ratio of one pass's gain to that of the pass before that the expectation allows for."""
+_EXACT_VALUES: Final = 1 << 23
+"""Largest matrix that is held in memory to be decomposed exactly."""
+_EXACT_COST: Final = 4.5
+"""Measured time of ``eigh`` of a k x k matrix, in multiples of k^3 multiplications of a product of matrices."""
+_KRYLOV_COST: Final = 36
+"""Measured time of three passes, in multiples of the products of D and one column of the block."""
 _TOO_LARGE: Final = 0.5
 """Above this relative error a PEFT directory holds an embedding or output weight as a whole."""
 _NEGLIGIBLE: Final = 1e-9
@@ -257,7 +264,10 @@ def _approximate(
 ) -> tuple[LowRank, float] | None:
     """Return the low-rank delta and its relative error, or None if the models do not differ."""
     rng = np.random.default_rng([seed, zlib.crc32(item.name.encode())])
-    y, v, norm = _krylov(item, rank, iterations, rng)
+    if iterations is None and _is_exact_faster(item, rank):
+        y, v, norm = _decompose(item, rank)
+    else:
+        y, v, norm = _krylov(item, rank, iterations, rng)
     if not norm:
         return None
     b, a, kept = _truncate(y, v, norm, rank, energy)
@@ -271,6 +281,26 @@ def _approximate(
     roots = np.sqrt(sizes)
     delta = LowRank((roots[:, None] * v).astype(np.float32), (u * roots).astype(np.float32), 1.0)
     return (delta.transposed() if item.transposed else delta), float(np.sqrt(remainder / norm))
+
+
+def _is_exact_faster(item: Difference, rank: int) -> bool:
+    """Whether the eigenvectors of the smaller of ``D^T D`` and ``D D^T`` take no longer than three passes."""
+    values, side = item.n_rows * item.n_columns, min(item.n_rows, item.n_columns)
+    exact = side * (values + _EXACT_COST * side**2)
+    return values <= _EXACT_VALUES and exact <= _KRYLOV_COST * (rank + _OVERSAMPLING) * values
+
+
+def _decompose(item: Difference, rank: int) -> tuple[Float64Array, Float64Array, float]:
+    """Return ``D v`` for the leading right singular vectors v of D, v, and the squared norm of D."""
+    delta, norm = np.empty((item.n_rows, item.n_columns)), 0.0
+    for start, block in item.blocks():
+        delta[start : start + len(block)] = block
+        norm += _squared_norm(item, block)
+    if item.n_rows >= item.n_columns or not norm:
+        v = np.linalg.eigh(delta.T @ delta)[1][:, -rank:]
+    else:
+        v = np.linalg.qr(delta.T @ np.linalg.eigh(delta @ delta.T)[1][:, -rank:])[0]
+    return delta @ v, v, norm
 
 
 def _krylov(

@@ -14,6 +14,8 @@ import transformers
 
 import gguflora
 from gguflora.errors import AdapterError, MismatchError
+from gguflora.lora import extract as extraction
+from gguflora.lora.model_difference import Difference
 from support import builders, zoo
 from support.adapters import deltas_by_peft
 from support.asserts import assert_same, assert_same_changes, merged_changes
@@ -207,6 +209,34 @@ def test_the_error_is_within_a_thousandth_of_the_optimum(spectrum, rank, tmp_pat
         error = np.linalg.norm(change - found[name])
         assert error <= 1.001 * best, (name, error / best)
         assert report.errors[name] == pytest.approx(error / np.linalg.norm(change), rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(48, 300), (300, 48), (200, 200)], ids=str)
+@pytest.mark.parametrize("rank", [1, 40])
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_both_ways_find_the_optimum_of_a_flat_spectrum(is_exact, rank, shape, monkeypatch):
+    """The exact decomposition, which small matrices and high ranks get, and passes: both to the promised 0.1 %."""
+    change = np.random.default_rng(6).standard_normal(shape).astype(np.float32)
+    zero = np.zeros(shape, np.float32)
+    rows = lambda start, stop: (change[start:stop], zero[start:stop])  # noqa: E731
+    item = Difference("x", *shape, False, None, None, None, rows)
+    monkeypatch.setattr(extraction, "_is_exact_faster", lambda item, rank: is_exact)
+    delta, error = extraction._approximate(item, rank, None, None, 0)
+    whole = change.astype(np.float64)
+    best = np.linalg.norm(np.linalg.svd(whole, compute_uv=False)[rank:])
+    found = np.linalg.norm(whole - delta.scaling * delta.b.astype(np.float64) @ delta.a)
+    assert best * (1 - 1e-9) <= found <= best * (1 + 1e-6 if is_exact else 1.001)
+    assert error == pytest.approx(found / np.linalg.norm(whole), rel=1e-6)
+
+
+def test_the_faster_way_is_taken():
+    def item(n_rows, n_columns):
+        return Difference("x", n_rows, n_columns, False, None, None, None, lambda start, stop: None)
+
+    assert extraction._is_exact_faster(item(576, 1536), 64)
+    assert extraction._is_exact_faster(item(64, 4096), 16)
+    assert not extraction._is_exact_faster(item(4096, 4096), 64)
+    assert not extraction._is_exact_faster(item(64, 1 << 20), 64)
 
 
 def tuned_copy(name, folder, shift=0.02):
