@@ -35,11 +35,13 @@ class Usage:
 
     Attributes:
         memory: bytes in memory, those of its processes for templates included.
+        own: bytes in memory without them.
         files: open files, sockets included.
         threads: threads.
     """
 
     memory: int = 0
+    own: int = 0
     files: int = 0
     threads: int = 0
 
@@ -108,8 +110,9 @@ class Server:
         try:
             folder = Path(f"/proc/{self.pid}")
             children = [pid for path in folder.glob("task/*/children") for pid in path.read_text().split()]
-            memory = sum(_resident(Path(f"/proc/{pid}")) for pid in (self.pid, *children))
-            return Usage(memory, len(list((folder / "fd").iterdir())), len(list((folder / "task").iterdir())))
+            own = _resident(folder)
+            memory = own + sum(_resident(Path(f"/proc/{pid}")) for pid in children)
+            return Usage(memory, own, len(list((folder / "fd").iterdir())), len(list((folder / "task").iterdir())))
         except OSError:
             return Usage()
 

@@ -2,17 +2,20 @@
 
 Every good answer is compared with the one that the same request gets alone. At the end the server must be the same
 process, hold the memory, files and threads that it held after warming up, and have kept /health waiting for no more
-than `SILENT` seconds of its own.
+than `SILENT` seconds of its own. Its memory must be level: it may not grow from the second third of the time to the end.
 """
 
 from __future__ import annotations
 
 import http.client
 import random
+import statistics
 import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Final
@@ -26,7 +29,11 @@ SILENT: Final = 0.2
 """Seconds of its own for which the server may keep /health waiting."""
 GROWTH: Final = 64 << 20
 """Bytes by which the server, with its processes for templates, may have grown since it was warm."""
-_SETTLE: Final = 5.0
+LEVEL: Final = 16 << 20
+"""Bytes by which the server alone may grow from the second third of the time to the last sixth."""
+_SETTLE: Final = 15.0
+"""Seconds after the clients have gone; the server gives freed memory back within 10 (`gguflora.server.freed_memory`)."""
+_EVERY: Final = 2.0
 _HOSTILE: Final = 0.5
 """Share of hostile requests."""
 _LOADED: Final = ("shout", "verse")
@@ -47,6 +54,7 @@ class Report:
         end: the same at the end.
         seconds: time of the clients.
         silences: how long /health was not answered.
+        memory: bytes of the server without its processes for templates, every `_EVERY` seconds of the clients' time.
     """
 
     good: Counter[str] = field(default_factory=Counter)
@@ -57,6 +65,14 @@ class Report:
     end: fuzz_http.Usage = field(default_factory=fuzz_http.Usage)
     seconds: float = 0.0
     silences: Silences = field(default_factory=Silences)
+    memory: list[int] = field(default_factory=list)
+
+    def growth(self) -> int:
+        """Return by how many bytes the server has grown from the second third of the time to the last sixth."""
+        sixth = len(self.memory) // 6
+        if not sixth:
+            return 0
+        return int(statistics.median(self.memory[-sixth:]) - statistics.median(self.memory[2 * sixth : 4 * sixth]))
 
     def lines(self) -> list[str]:
         """Return a summary."""
@@ -69,8 +85,14 @@ class Report:
             f"/health: asked {seen.asked} times, at most {seen.longest:.2f} s, of its own {seen.longest_own:.2f} s",
             f"memory {self.warm.memory >> 20} -> {self.end.memory >> 20} MB, open files {self.warm.files} -> "
             f"{self.end.files}, threads {self.warm.threads} -> {self.end.threads}",
+            f"MB of the server alone in each tenth of the time: {self._tenths()}; level within {self.growth() >> 20} MB",
             f"{len(self.found)} findings",
         ]
+
+    def _tenths(self) -> str:
+        size = max(len(self.memory) // 10, 1)
+        parts = [self.memory[start : start + size] for start in range(0, len(self.memory), size)]
+        return ", ".join(str(int(statistics.median(part)) >> 20) for part in parts)
 
 
 class Soak:
@@ -152,13 +174,31 @@ def soak(server: fuzz_http.Server, seconds: float, warm: float, clients: int, se
     work = Soak(server, clients, seed)
     work.report.warm = work.run(warm)
     assert server.pid is not None
-    begun = time.monotonic()
-    with watching(server.port, server.pid) as work.report.silences:
-        work.report.end = work.run(seconds)
-    report = work.report
+    report, begun = work.report, time.monotonic()
+    with watching(server.port, server.pid) as report.silences, _sampling(server, report.memory):
+        report.end = work.run(seconds)
     report.seconds = time.monotonic() - begun - _SETTLE
+    del report.memory[int(report.seconds / _EVERY) :]
     report.found += _faults(report)
     return report
+
+
+@contextmanager
+def _sampling(server: fuzz_http.Server, memory: list[int]) -> Iterator[None]:
+    """Note the memory of the server alone every `_EVERY` seconds."""
+    ended = threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(_EVERY):
+            memory.append(server.usage().own)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _faults(report: Report) -> list[str]:
@@ -168,6 +208,8 @@ def _faults(report: Report) -> list[str]:
         found.append(f"/health was silent for {report.silences.longest_own:.2f} s of the server's own")
     if report.end.memory > report.warm.memory + GROWTH:
         found.append(f"the server has grown by {report.end.memory - report.warm.memory >> 20} MB")
+    if report.growth() > LEVEL:
+        found.append(f"memory is not level: {report.growth() >> 20} MB more at the end than in the second third")
     if report.end.files > report.warm.files + 4:
         found.append(f"open files: {report.warm.files} when warm, {report.end.files} at the end")
     if not report.end.threads:

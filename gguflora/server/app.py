@@ -17,6 +17,7 @@ from gguflora.errors import GgufloraError
 from gguflora.server import adapters, anthropic, completions, embeddings, native, responses
 from gguflora.server.adapter_stats import AdapterStats
 from gguflora.server.errors import handle_exception
+from gguflora.server.freed_memory import FreedMemory
 from gguflora.server.http_methods import HttpMethods
 from gguflora.server.json_response import JSONResponse
 from gguflora.server.metrics import CONTENT_TYPE, Metrics, RequestTimer
@@ -63,6 +64,7 @@ def create_app(engine: Engine, base: Path, settings: Settings | None = None) -> 
     app.add_middleware(HttpMethods)
     app.add_middleware(RequestGuard, settings=settings)
     app.add_middleware(RequestTimer, metrics=metrics)
+    app.add_middleware(FreedMemory)
     if settings.cors:  # it must be the outermost: preflight requests carry no key
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"])
     return app

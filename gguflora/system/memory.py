@@ -8,7 +8,9 @@ import os
 import re
 import sys
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from gguflora.errors import UsageError
 from gguflora.system.cgroups import ControlGroup, control_groups
@@ -122,3 +124,25 @@ def _windows_memory() -> dict[str, int]:
     if not kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
         return {"MemTotal": _UNKNOWN, "MemAvailable": _UNKNOWN}
     return {"MemTotal": status.bytes[0], "MemAvailable": status.bytes[1]}
+
+
+def give_back_memory() -> bool:
+    """Return memory that this process has freed to the system; whether the C library can (glibc can).
+
+    glibc keeps a heap for each of up to 8 threads per core, and returns only what is free at the end of one. A server
+    whose threads take and free some megabytes for each large request would keep the most that each heap ever held.
+    """
+    trim = _malloc_trim()
+    if trim is None:
+        return False
+    trim(0)
+    return True
+
+
+@cache
+def _malloc_trim() -> Any:  # noqa: ANN401  (a function of ctypes)
+    """Return glibc's ``malloc_trim``, which also returns pages between blocks in use; None elsewhere."""
+    try:
+        return ctypes.CDLL(None).malloc_trim if sys.platform == "linux" else None
+    except (AttributeError, OSError):  # musl has none
+        return None

@@ -16,6 +16,7 @@ import pytest
 from gguflora import errors
 from gguflora.diagnostics import demo
 from gguflora.errors import GgufloraError
+from gguflora.server import freed_memory
 from gguflora.server.app import create_app
 from gguflora.server.errors import as_failure
 from gguflora.server.settings import Settings
@@ -302,3 +303,16 @@ def test_app_has_settings_of_its_own():
 )
 def test_whose_fault_an_error_is(error, status):
     assert as_failure(error).status == status
+
+
+def test_freed_memory_is_given_back_after_requests(monkeypatch):
+    given = []
+    monkeypatch.setattr(freed_memory, "EVERY", 0.2)
+    monkeypatch.setattr(freed_memory, "give_back_memory", lambda: given.append(time.monotonic()))
+    with serving.serving(Settings()) as http:
+        for _ in range(3):
+            assert http.post("/v1/completions", json={**GREEDY, "max_tokens": 1}).status_code == 200
+        wait_until(lambda: given)
+        done = len(given)
+        time.sleep(0.5)
+        assert len(given) <= done + 1, "an idle server has nothing to give back"

@@ -1,5 +1,7 @@
 """CPUs and memory as control groups limit them, on trees of files as Linux lays them out."""
 
+import ctypes
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,8 @@ import pytest
 
 from gguflora.system.cgroups import control_groups
 from gguflora.system.cpus import cpu_quotas, usable_cpus
-from gguflora.system.memory import available_memory, held_memory, total_memory
+from gguflora.system.memory import available_memory, give_back_memory, held_memory, total_memory
+from support.processes import resident_bytes
 
 GB = 1 << 30
 MEMINFO = f"MemTotal: {64 * GB >> 10} kB\nMemFree: 1024 kB\nMemAvailable: {48 * GB >> 10} kB\n"
@@ -121,3 +124,20 @@ def test_memory_of_a_process(tmp_path):
         process.stdout.readline()
         assert 64 << 20 <= held_memory(process.pid) < 256 << 20
         process.stdin.close()
+
+
+def test_freed_memory_goes_back_to_the_system():
+    has_glibc = platform.libc_ver()[0] == "glibc"
+    assert give_back_memory() == has_glibc
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    size = 64 << 10  # too small for a mapping of its own
+    blocks = [libc.malloc(size) for _ in range(1024)]
+    for block in blocks:
+        ctypes.memset(block, 1, size)
+    for block in blocks[:-1]:  # the last one keeps the end of the heap in use
+        libc.free(block)
+    before = resident_bytes()
+    give_back_memory()
+    assert resident_bytes() < before - (40 << 20) or not has_glibc
+    libc.free(blocks[-1])

@@ -44,13 +44,24 @@ def test_wrong_answers(answer, what):
 
 def test_what_is_wrong_at_the_end():
     usage = fuzz_http.Usage
-    fine = soak.Report(warm=usage(1 << 30, 20, 9), end=usage((1 << 30) + (1 << 20), 22, 12))
+    fine = soak.Report(warm=usage(1 << 30, 0, 20, 9), end=usage((1 << 30) + (1 << 20), 0, 22, 12))
     assert soak._faults(fine) == []
-    worse = soak.Report(warm=usage(1 << 30, 20, 9), end=usage(3 << 29, 60, 12))
+    worse = soak.Report(warm=usage(1 << 30, 0, 20, 9), end=usage(3 << 29, 0, 60, 12))
     worse.silences = watch_health.Silences(9, 3.0, 0.9, ["status 500"])
     faults = "; ".join(soak._faults(worse))
     assert all(text in faults for text in ("status 500", "silent for 0.90 s", "grown by 512 MB", "60 at the end"))
-    assert "the server is gone" in soak._faults(soak.Report(warm=usage(1, 1, 1)))
+    assert "the server is gone" in soak._faults(soak.Report(warm=usage(1, 1, 1, 1)))
+
+
+def test_memory_must_be_level():
+    usage = fuzz_http.Usage(1, 1, 1, 1)
+    up, flat = [(300 + i) << 20 for i in range(60)], [300 << 20] * 60
+    spikes = [value + (400 << 20) * (i % 5 == 0) for i, value in enumerate(flat)]
+    warming = [min(value, 310 << 20) for value in up]
+    assert [soak._faults(soak.Report(warm=usage, end=usage, memory=m)) for m in (flat, spikes, warming)] == [[], [], []]
+    report = soak.Report(warm=usage, end=usage, memory=up)
+    assert "memory is not level: 25 MB more" in "; ".join(soak._faults(report))
+    assert "302, 308" in report.lines()[-2]
 
 
 @pytest.mark.parametrize(
