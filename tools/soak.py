@@ -85,7 +85,7 @@ class Report:
             f"/health: asked {seen.asked} times, at most {seen.longest:.2f} s, of its own {seen.longest_own:.2f} s",
             f"memory {self.warm.memory >> 20} -> {self.end.memory >> 20} MB, open files {self.warm.files} -> "
             f"{self.end.files}, threads {self.warm.threads} -> {self.end.threads}",
-            f"MB of the server alone in each tenth of the time: {self._tenths()}; level within {self.growth() >> 20} MB",
+            f"MB of the server alone in each tenth of the time: {self._tenths()}; growth {self.growth() >> 20} MB",
             f"{len(self.found)} findings",
         ]
 
