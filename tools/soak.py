@@ -2,7 +2,7 @@
 
 Every good answer is compared with the one that the same request gets alone. At the end the server must be the same
 process, hold the memory, files and threads that it held after warming up, and have kept /health waiting for no more
-than `SILENT` seconds of its own. Its memory must be level: it may not grow from the second third of the time to the end.
+than `SILENT` seconds of its own. Its memory must be level: from the second third of the time on it may not grow.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GROWTH: Final = 64 << 20
 LEVEL: Final = 16 << 20
 """Bytes by which the server alone may grow from the second third of the time to the last sixth."""
 _SETTLE: Final = 15.0
-"""Seconds after the clients have gone; the server gives freed memory back within 10 (`gguflora.server.freed_memory`)."""
+"""Seconds after the clients have gone; the server gives freed memory back within 10 (`server/freed_memory.py`)."""
 _EVERY: Final = 2.0
 _HOSTILE: Final = 0.5
 """Share of hostile requests."""

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gguflora.system.memory import give_back_memory
 
 EVERY: Final = 10.0
-"""Seconds after a request until memory is given back; requests in between share one time. It takes some milliseconds."""
+"""Seconds after a request until memory is given back; requests in between share one time."""
 
 
 class FreedMemory:
