@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from gguflora.adapters.peft.patterns import SECONDS, Matcher, ModulePatterns
 from gguflora.adapters.wrong_folder import describe_wrong_folder
 from gguflora.errors import AdapterError
-from gguflora.files.small_files import read_small_text
+from gguflora.files.small_files import CONFIG_BYTES, read_small_text
 
 FILE_NAME: Final = "adapter_config.json"
 MLX: Final = "MLX"
@@ -26,11 +28,14 @@ class PeftConfig:
         path: path of the file, for messages.
         peft_type: PEFT's name of the method, in upper case.
         fields: all fields of the file.
+        matcher: matches its regular expressions.
     """
 
     path: Path
     peft_type: str
     fields: Mapping[str, Any]
+    matcher: Matcher = field(default_factory=Matcher, repr=False, compare=False)
+    _patterns: dict[str, ModulePatterns] = field(default_factory=dict, repr=False, compare=False)
 
     def number(self, name: str, default: float) -> float:
         """Return a number, or ``default`` if the field is missing."""
@@ -64,15 +69,25 @@ class PeftConfig:
         patterns = self.fields.get(pattern_name) or {}
         if not isinstance(patterns, dict):
             raise self.error(pattern_name, "an object of module patterns and numbers", patterns)
-        for pattern, value in patterns.items():
-            try:
-                matches = re.match(rf"(.*\.)?({pattern})$", module)
-            except re.error as error:
-                raise AdapterError(
-                    f"{self.path}: {pattern_name}: {pattern!r} is not a valid regular expression: {error}"
-                ) from error
-            if matches:
-                yield self._number(f"{pattern_name}[{pattern!r}]", value)
+        if pattern_name not in self._patterns:
+            self._patterns[pattern_name] = ModulePatterns(patterns)
+        with self.explained(pattern_name):
+            found = list(self._patterns[pattern_name].matching(module, self.matcher))
+        for pattern, value in found:
+            yield self._number(f"{pattern_name}[{pattern!r:.80}]", value)
+
+    @contextmanager
+    def explained(self, name: str) -> Iterator[None]:
+        """Turn what a regular expression raises into an error about a field."""
+        try:
+            yield
+        except re.error as error:
+            raise AdapterError(f"{self.path}: {name}: not a valid regular expression: {error}") from error
+        except TimeoutError as error:
+            raise AdapterError(
+                f"{self.path}: {name}: its regular expressions take longer than {SECONDS:g} s; write the names of the "
+                "modules in their place"
+            ) from error
 
     def ranks(self, module: str) -> list[int]:
         """Return the ranks of all patterns that match a module, or ``r`` if none matches.
@@ -112,7 +127,7 @@ def read_config(folder: Path) -> PeftConfig:
     """
     path = folder / FILE_NAME
     try:
-        fields = json.loads(read_small_text(path))
+        fields = json.loads(read_small_text(path, CONFIG_BYTES))
     except FileNotFoundError as error:
         found = describe_wrong_folder(folder) or "expected a directory written by PEFT's save_pretrained"
         raise AdapterError(f"{folder}: holds no {FILE_NAME}; {found}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from gguflora.adapters.peft.config import PeftConfig
+from gguflora.adapters.peft.patterns import is_plain
 
 
 def is_target(config: PeftConfig, module: str) -> bool:
@@ -15,7 +16,7 @@ def is_target(config: PeftConfig, module: str) -> bool:
     """
     saved = config.fields.get("modules_to_save") or []
     if _matches(config, "exclude_modules", module) or any(
-        _fits(config, rf"(^|.*\.){name}($|\..*)", module) for name in saved
+        _fits(config, "modules_to_save", rf"(^|.*\.){name}($|\..*)", module, is_plain=is_plain(name)) for name in saved
     ):
         return False
     targets = config.fields.get("target_modules") or []
@@ -30,9 +31,12 @@ def _in_target_layer(config: PeftConfig, module: str) -> bool:
         return True
     patterns = config.fields.get("layers_pattern") or [r"[^.]*"]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
+        with config.explained("layers_pattern"):
+            found = config.matcher.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
         if found:
-            return int(found[1]) in (layers if isinstance(layers, list) else [layers])
+            if not (found[1] or "").isdecimal():  # a group in the pattern comes first, in PEFT, too
+                raise config.error("layers_pattern", "a pattern without groups", pattern)
+            return int(found[1] or 0) in (layers if isinstance(layers, list) else [layers])
     return False
 
 
@@ -42,14 +46,14 @@ def _matches(config: PeftConfig, name: str, module: str) -> bool:
     if patterns == "all-linear":
         return module != "lm_head"
     if isinstance(patterns, str):
-        return _fits(config, patterns, module)
+        return _fits(config, name, patterns, module)
     if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
         raise config.error(name, "a regular expression or a list of module names", patterns)
     return any(module == pattern or module.endswith(f".{pattern}") for pattern in patterns)
 
 
-def _fits(config: PeftConfig, pattern: str, module: str) -> bool:
-    try:
-        return re.fullmatch(pattern, module) is not None
-    except re.error as error:
-        raise config.error("target_modules", "a regular expression", pattern) from error
+def _fits(config: PeftConfig, name: str, pattern: str, module: str, *, is_plain: bool = False) -> bool:
+    with config.explained(name):
+        if is_plain:
+            return re.fullmatch(pattern, module) is not None
+        return config.matcher.match(rf"(?:{pattern})\Z", module) is not None
