@@ -61,7 +61,12 @@ class RequestGuard:
             log_fault(failure, error, f"{scope['method']} {scope['path']}{name and f' of {name}'}")
             if response.started:
                 raise
-            await failure.to_response(scope["path"])(scope, receive, response.send)
+            answer = failure.to_response(scope["path"])
+            if (
+                failure.code == "two_lengths"
+            ):  # a proxy may have gone by the other: the rest is no request
+                answer.headers["Connection"] = "close"
+            await answer(scope, receive, response.send)
 
     def _check(self, method: str, path: str, headers: Headers) -> str:
         """Return the name of the holder of the request's key."""
@@ -71,6 +76,8 @@ class RequestGuard:
         check_origin(method, headers, self._settings.cors)
         name = "" if path in OPEN_PATHS else check_key(headers, self._settings)
         length = headers.get("content-length", "0")
+        if "content-length" in headers and "transfer-encoding" in headers:
+            raise Failure(400, "a body has a Content-Length or a Transfer-Encoding, not both", "two_lengths")
         if not length.isdecimal() or int(length[:20]) > self._settings.max_body:
             raise too_large(self._settings.max_body)
         return name

@@ -147,3 +147,53 @@ def test_answers_before_the_end_of_a_long_request(http):
                 raw.sendall(b"x" * size + b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
                 answer(raw)
             assert http.get("/health").status_code == 200
+
+
+BODY = b'{"model": "base", "prompt": "a", "max_tokens": 1}'
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+
+
+def chunks(extension=b"", trailers=b""):
+    return b"%x%s\r\n%s\r\n0%s\r\n%s\r\n" % (len(BODY), extension, BODY, extension, trailers)
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (POST + CHUNKED + b"\r\n" + chunks(b";a=b"), b"200"),
+        (POST + CHUNKED + b"\r\n" + chunks(b"", b"X-Api-Key: a\r\nHost: evil.example\r\n"), b"200"),
+        (POST + CHUNKED + b"\r\n" + chunks(b";a=" + b"x" * 1_000_000), b"400"),
+        (POST + CHUNKED + b"\r\n" + chunks(b"", b"a: " + b"x" * 1_000_000), b"400"),
+        (POST + CHUNKED + b"\r\n" + chunks(b"", b"a: b\r\n" * 100_000), b"400"),
+        (POST + CHUNKED + b"\r\n" + b"F" * 30 + b"\r\n", b"400"),
+        (POST + CHUNKED + b"\r\n-1\r\n", b"400"),
+        (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + chunks(), b"400"),
+        (POST + b"Content-Length: 5\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY, b"400"),
+        (POST + b"Content-Length: +%d\r\n\r\n" % len(BODY) + BODY, b"400"),
+        (POST.replace(b"1.1", b"1.0") + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY, b"200"),
+        (POST.replace(b"1.1", b"1.0") + b"\r\n" + BODY, b"400"),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n", b"400"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"400"),
+    ],
+)
+def test_odd_bodies(http, request_, status):
+    with connect(http) as raw:
+        with contextlib.suppress(ConnectionError):
+            raw.sendall(request_.replace(b"Host: localhost\r\n", b"Host: localhost\r\nConnection: close\r\n", 1))
+        got = b""
+        with contextlib.suppress(ConnectionError):
+            got = answer(raw)
+        assert got.startswith(b"HTTP/1.1 " + status) or (status == b"400" and not got)
+    assert http.get("/health").status_code == 200
+
+
+def test_two_lengths_of_one_body_end_the_connection(http):
+    """A proxy that goes by the other length would take the rest for a request of someone else."""
+    hidden = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with connect(http) as raw:
+        raw.sendall(POST + CHUNKED + b"Content-Length: %d\r\n\r\n" % (len(chunks()) + len(hidden)) + chunks() + hidden)
+        got = answer(raw)
+    assert got.startswith(b"HTTP/1.1 400")
+    assert b"not both" in got
+    assert got.count(b"HTTP/1.1 ") == 1
