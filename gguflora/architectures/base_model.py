@@ -14,7 +14,7 @@ import numpy as np
 
 from gguflora.errors import ArchitectureError
 from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape, layer_of
-from gguflora.files.small_files import read_small_text
+from gguflora.files.small_files import CONFIG_BYTES, read_small_text
 
 _LOG = logging.getLogger(__name__)
 _ENCODERS: Final = {"bert", "eurobert", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "nomic-bert", "clip"}
@@ -224,7 +224,7 @@ _SIZES: Final = {
 
 def _read_config(path: Path) -> BaseModel:
     try:
-        config = json.loads(read_small_text(path))
+        config = json.loads(read_small_text(path, CONFIG_BYTES))
         model_type = config.get("model_type")
         config = {**_DEFAULTS.get(model_type, {}), **config, **config.get("text_config", {})}
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:

@@ -17,6 +17,10 @@ DEFAULT_ALIGNMENT: Final = 32
 MAX_ALIGNMENT: Final = 1 << 20
 
 
+_MOST_AFTER: Final = 64 << 20
+"""Bytes that a file may have after its last tensor; writers only pad it."""
+
+
 class GgufShard:
     """A single GGUF file.
 
@@ -73,6 +77,12 @@ class GgufShard:
         del cursor.header.content[cursor.at :]
         self.data_start = align(cursor.at, self.alignment)
         self.tensors = place_tensors(self.path, listed, self.data_start, self.alignment, self.size)
+        end = max((tensor.offset + tensor.nbytes for tensor in self.tensors.values()), default=self.data_start)
+        if self.size - end > _MOST_AFTER:  # a hole of a terabyte takes no room in an archive, and hours to hash
+            raise GgufError(
+                f"{self.path}: has {self.size - end} bytes after its last tensor, where writers only pad; this is "
+                "not one GGUF file"
+            )
 
     def _check_version(self) -> None:
         if self.version in {2, 3}:

@@ -13,6 +13,9 @@ from gguflora.system.descriptors import open_file
 MAX_BYTES: Final = 128 << 20
 """Largest size of a file that is read whole; the largest tokenizer.json known has 35 MB."""
 
+CONFIG_BYTES: Final = 8 << 20
+"""Largest size of a configuration. As JSON it takes up to 30 times as much memory; those of PEFT seldom have 1 MB."""
+
 
 def read_small(path: Path, limit: int = MAX_BYTES) -> bytes:
     """Return the content of a regular file of up to ``limit`` bytes.

@@ -19,7 +19,7 @@ from gguflora.architectures.mapping import adaptable_weights
 from gguflora.errors import MismatchError
 from gguflora.files.checkpoint import Checkpoint, StoredWeight
 from gguflora.files.gguf import TOKEN_EMBEDDING, GgufFile, TensorEntry
-from gguflora.files.small_files import read_small_text
+from gguflora.files.small_files import CONFIG_BYTES, read_small_text
 from gguflora.lora.factored import is_embedding
 from gguflora.quants import kernels
 from gguflora.quants.arrays import Float32Array
@@ -257,7 +257,7 @@ def _are_equal(base: Checkpoint, one: StoredWeight, other: StoredWeight) -> bool
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads(read_small_text(folder / "config.json"))
+        config = json.loads(read_small_text(folder / "config.json", CONFIG_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise MismatchError(f"{folder}/config.json: cannot be read as a model's configuration: {error}") from error
     return config if isinstance(config, dict) else {}

@@ -16,7 +16,7 @@ from gguflora.architectures.base_model import BaseModel
 from gguflora.errors import HotSwapError
 from gguflora.files.checksum import sha256_of
 from gguflora.files.remote.cache import user_cache
-from gguflora.files.small_files import read_small_text
+from gguflora.files.small_files import CONFIG_BYTES, read_small_text
 from gguflora.files.strict_json import to_json
 from gguflora.lora.convert import convert
 from gguflora.lora.preflight import check_loadable
@@ -175,7 +175,7 @@ def _prune(cache: Path) -> None:
 
 def _method(folder: Path) -> str:
     try:
-        config = json.loads(read_small_text(folder / "adapter_config.json"))
+        config = json.loads(read_small_text(folder / "adapter_config.json", CONFIG_BYTES))
     except (OSError, ValueError):  # for example a directory of mlx-lm, which has no such file
         return "LORA"
     method = config.get("peft_type") if isinstance(config, dict) else None

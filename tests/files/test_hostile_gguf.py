@@ -239,3 +239,12 @@ def test_no_file(make, tmp_path):
 def test_a_name_that_no_file_can_have():
     with pytest.raises(GgufError, match="cannot be opened"):
         GgufFile("model\0.gguf")
+
+
+def test_a_hole_of_a_terabyte_after_the_tensors(open_file, tmp_path):
+    """In an archive it takes no room; a patch or a merge in place would hash it for hours."""
+    open_file(two_tensors() + bytes(100_000)).close()  # what writers pad is no fault
+    (tmp_path / "model.gguf").write_bytes(two_tensors())
+    os.truncate(tmp_path / "model.gguf", TERABYTE)
+    with pytest.raises(GgufError, match="bytes after its last tensor"):
+        GgufFile(tmp_path / "model.gguf")
