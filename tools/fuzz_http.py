@@ -38,12 +38,14 @@ class Usage:
         own: bytes in memory without them.
         files: open files, sockets included.
         threads: threads.
+        processes: processes for templates.
     """
 
     memory: int = 0
     own: int = 0
     files: int = 0
     threads: int = 0
+    processes: int = 0
 
 
 @dataclass
@@ -112,7 +114,8 @@ class Server:
             children = [pid for path in folder.glob("task/*/children") for pid in path.read_text().split()]
             own = _resident(folder)
             memory = own + sum(_resident(Path(f"/proc/{pid}")) for pid in children)
-            return Usage(memory, own, len(list((folder / "fd").iterdir())), len(list((folder / "task").iterdir())))
+            files, threads = (len(list((folder / name).iterdir())) for name in ("fd", "task"))
+            return Usage(memory, own, files, threads, len(children))
         except OSError:
             return Usage()
 

@@ -28,7 +28,7 @@ from tools.watch_health import Silences, watching
 SILENT: Final = 0.2
 """Seconds of its own for which the server may keep /health waiting."""
 GROWTH: Final = 64 << 20
-"""Bytes by which the server, with its processes for templates, may have grown since it was warm."""
+"""Bytes by which the server alone may have grown since it was warm; its processes for templates have a limit each."""
 LEVEL: Final = 16 << 20
 """Bytes by which the server alone may grow from the second third of the time to the last sixth."""
 _SETTLE: Final = 15.0
@@ -206,11 +206,12 @@ def _faults(report: Report) -> list[str]:
     found = [f"/health: {text}" for text in report.silences.lost]
     if report.silences.longest_own > SILENT:
         found.append(f"/health was silent for {report.silences.longest_own:.2f} s of the server's own")
-    if report.end.memory > report.warm.memory + GROWTH:
-        found.append(f"the server has grown by {report.end.memory - report.warm.memory >> 20} MB")
+    if report.end.own > report.warm.own + GROWTH:
+        found.append(f"the server has grown by {report.end.own - report.warm.own >> 20} MB")
     if report.growth() > LEVEL:
         found.append(f"memory is not level: {report.growth() >> 20} MB more at the end than in the second third")
-    if report.end.files > report.warm.files + 4:
+    pipes = 2 * (report.end.processes - report.warm.processes)  # there are up to four, started when they are needed
+    if report.end.files > report.warm.files + max(pipes, 0) + 4:
         found.append(f"open files: {report.warm.files} when warm, {report.end.files} at the end")
     if not report.end.threads:
         found.append("the server is gone")

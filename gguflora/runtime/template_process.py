@@ -118,7 +118,7 @@ def main() -> None:
     confine(setup["memory"])
     write_message(sink, {"ready": True})
     while (request := read_message(source)) is not None:
-        set_alarm(request["seconds"])  # SIGALRM ends this process, even if the other one is gone
+        set_alarm(request["seconds"])  # SIGPROF ends this process, even if the other one is gone
         answer = render(request)
         set_alarm(0)
         write_message(sink, answer)

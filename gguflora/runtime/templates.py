@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +21,8 @@ from gguflora.system.processes import call_in_forks
 
 _SCRIPT: Final = Path(__file__).with_name("template_process.py")
 _START_SECONDS: Final = 60.0
+_PATIENCE: Final = 4
+"""How many times as long as its time of computing a process may take, since it may wait for a core."""
 _DEFAULTS: Final = {"functions": None, "function_call": None, "tools": None, "tool_choice": None}
 """Variables that templates of llama-cpp-python may ask for."""
 
@@ -54,7 +57,7 @@ class _Renderer:
                 raise EngineError(f"chat templates cannot be rendered: {started['error']}")
             self._is_ready = True
         self._write({**request, "seconds": seconds})
-        return self._read(seconds + 1)
+        return self._read(_PATIENCE * seconds + 1)
 
     def _write(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
@@ -76,21 +79,22 @@ class _Renderer:
         answer: dict[str, Any] = json.loads(received[4:])
         return answer
 
-    def kill(self) -> None:
-        """End the process."""
+    def kill(self) -> int:
+        """End the process; return its status, the negative number of the signal that ended it."""
         self._process.kill()
-        self._process.wait()
+        status = self._process.wait()
         self._answers.close()
         if self._process.stdin is not None:
             with suppress(OSError):
                 self._process.stdin.close()
+        return status
 
 
 class TemplateRenderer:
     """Renders templates in a few processes, which are started when they are needed and used again. Thread-safe.
 
     Args:
-        seconds: largest time of one rendering.
+        seconds: largest time of computing of one rendering; it may take four times as long on a busy machine.
         memory: largest number of bytes that one rendering may take.
         max_chars: largest length of a text.
         processes: largest number of processes.
@@ -136,15 +140,14 @@ class TemplateRenderer:
 
     def _ask(self, renderer: _Renderer, request: Mapping[str, Any]) -> tuple[dict[str, Any], _Renderer | None]:
         """Return the answer, and the process if it can be used again."""
-        begun = time.monotonic()
         try:
             answer = renderer.ask(request, self.seconds)
         except (TypeError, ValueError, RecursionError) as error:
             renderer.kill()
             return {"error": f"a value cannot be told to it: {error}"}, None
-        except (TimeoutError, EOFError):
-            renderer.kill()
-            if time.monotonic() - begun >= self.seconds:
+        except (TimeoutError, EOFError) as error:
+            status = renderer.kill()
+            if isinstance(error, TimeoutError) or status == -getattr(signal, "SIGPROF", 0):
                 return {"error": f"it takes longer than {self.seconds:g} s"}, None
             return {"error": f"it needs more than {self.memory >> 20} MB of memory"}, None
         except BaseException:

@@ -62,9 +62,7 @@ class RequestGuard:
             if response.started:
                 raise
             answer = failure.to_response(scope["path"])
-            if (
-                failure.code == "two_lengths"
-            ):  # a proxy may have gone by the other: the rest is no request
+            if failure.code == "two_lengths":  # a proxy may have gone by the other: the rest is no request
                 answer.headers["Connection"] = "close"
             await answer(scope, receive, response.send)
 

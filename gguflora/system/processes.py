@@ -40,9 +40,12 @@ def confine(memory: int) -> None:
 
 
 def set_alarm(seconds: float) -> None:
-    """Let SIGALRM end this process after some seconds; 0 for not at all. Windows has no such signal."""
+    """Let SIGPROF end this process when it has computed for some seconds; 0 for not at all. Not on Windows.
+
+    What it waits for a core does not count: on a busy machine a millisecond of work can take seconds.
+    """
     if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def terminate_self() -> None:

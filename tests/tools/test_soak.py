@@ -44,9 +44,9 @@ def test_wrong_answers(answer, what):
 
 def test_what_is_wrong_at_the_end():
     usage = fuzz_http.Usage
-    fine = soak.Report(warm=usage(1 << 30, 0, 20, 9), end=usage((1 << 30) + (1 << 20), 0, 22, 12))
+    fine = soak.Report(warm=usage(1, 1 << 30, 20, 9, 1), end=usage(9 << 30, (1 << 30) + (1 << 20), 28, 12, 4))
     assert soak._faults(fine) == []
-    worse = soak.Report(warm=usage(1 << 30, 0, 20, 9), end=usage(3 << 29, 0, 60, 12))
+    worse = soak.Report(warm=usage(1, 1 << 30, 20, 9), end=usage(1, 3 << 29, 60, 12))
     worse.silences = watch_health.Silences(9, 3.0, 0.9, ["status 500"])
     faults = "; ".join(soak._faults(worse))
     assert all(text in faults for text in ("status 500", "silent for 0.90 s", "grown by 512 MB", "60 at the end"))
