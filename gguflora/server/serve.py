@@ -22,7 +22,7 @@ from gguflora.runtime.llama_internals import has_gpu
 from gguflora.runtime.templates import RENDERER
 from gguflora.server.names import check_names
 from gguflora.server.settings import KEY_VARIABLE, Settings
-from gguflora.system.memory import read_bytes
+from gguflora.system.memory import bound_free_memory, read_bytes
 
 _REQUIRED: Final = ("fastapi", "uvicorn", "prometheus_client")
 _BACKLOG: Final = 512
@@ -153,6 +153,7 @@ def serve(
         host=host,
     )
     memory = read_bytes(adapter_memory, "adapter_memory") if isinstance(adapter_memory, str) else adapter_memory
+    bound_free_memory()
     with (
         listen(host, port) as listener,
         Engine(

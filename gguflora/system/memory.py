@@ -18,6 +18,8 @@ from gguflora.system.cgroups import ControlGroup, control_groups
 _UNKNOWN = 1 << 40
 """Bytes that a system is taken to have if it does not say."""
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -126,23 +128,35 @@ def _windows_memory() -> dict[str, int]:
     return {"MemTotal": status.bytes[0], "MemAvailable": status.bytes[1]}
 
 
+def bound_free_memory() -> bool:
+    """Let this process keep at most a megabyte of free memory at the end of each heap; whether the C library can.
+
+    glibc raises its limits to 32 MB for blocks with a mapping of their own and to 64 MB for what stays free at the end
+    of a heap as soon as such a block is freed, unless they are set. `give_back_memory` does not reach the ends of the
+    heaps of threads, of which there are up to 8 per core.
+    """
+    libc = _glibc()
+    if libc is None:
+        return False
+    return bool(libc.mallopt(_M_MMAP_THRESHOLD, 4 << 20) and libc.mallopt(_M_TRIM_THRESHOLD, 1 << 20))
+
+
 def give_back_memory() -> bool:
     """Return memory that this process has freed to the system; whether the C library can (glibc can).
 
-    glibc keeps a heap for each of up to 8 threads per core, and returns only what is free at the end of one. A server
-    whose threads take and free some megabytes for each large request would keep the most that each heap ever held.
+    These are pages between blocks in use, which no heap gives back by itself; for its end see `bound_free_memory`.
     """
-    trim = _malloc_trim()
-    if trim is None:
+    libc = _glibc()
+    if libc is None:
         return False
-    trim(0)
+    libc.malloc_trim(0)
     return True
 
 
 @cache
-def _malloc_trim() -> Any:  # noqa: ANN401  (a function of ctypes)
-    """Return glibc's ``malloc_trim``, which also returns pages between blocks in use; None elsewhere."""
-    try:
-        return ctypes.CDLL(None).malloc_trim if sys.platform == "linux" else None
-    except (AttributeError, OSError):  # musl has none
-        return None
+def _glibc() -> Any:  # noqa: ANN401  (a library of ctypes)
+    """Return the C library if it is glibc, else None."""
+    with suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+        return libc if libc is not None and (libc.malloc_trim, libc.mallopt) else None  # musl has neither
+    return None

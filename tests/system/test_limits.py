@@ -141,3 +141,38 @@ def test_freed_memory_goes_back_to_the_system():
     give_back_memory()
     assert resident_bytes() < before - (40 << 20) or not has_glibc
     libc.free(blocks[-1])
+
+
+_ENDS_OF_HEAPS = """
+import ctypes, platform, re, sys, threading
+from pathlib import Path
+from gguflora.system.memory import bound_free_memory, give_back_memory
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
+
+assert bound_free_memory() == (platform.libc_ver()[0] == "glibc")
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+def use(blocks, size):
+    held = [libc.malloc(size) for _ in range(blocks)]
+    for block in held:
+        ctypes.memset(block, 1, size)
+    for block in reversed(held):
+        libc.free(block)
+
+before = resident()
+for _ in range(4):
+    thread = threading.Thread(target=use, args=(1, 30 << 20))
+    thread.start(); thread.join()
+    thread = threading.Thread(target=use, args=(300, 100_000))
+    thread.start(); thread.join()
+give_back_memory()
+print(resident() - before)
+"""
+
+
+def test_the_ends_of_heaps_stay_small():
+    done = subprocess.run([sys.executable, "-P", "-c", _ENDS_OF_HEAPS], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 12 or platform.libc_ver()[0] != "glibc"
