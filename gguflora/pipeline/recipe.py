@@ -7,6 +7,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +26,8 @@ _FROM_PLANE: Final = {to: given for given, to in _TO_PLANE.items()}
 
 STDIN: Final = "-"
 """The name of a recipe that is read from stdin; its paths are relative to the working directory."""
+MAX_BYTES: Final = 1 << 20
+"""Largest size of a recipe: the time of reading TOML grows with the square of the length of its keys."""
 
 
 class Recipe(Strict):
@@ -98,7 +101,7 @@ def read_recipe(path: Path, var: Mapping[str, str | int | float] | None = None) 
         RecipeError: if it cannot be read, is not TOML, or is not a valid recipe.
     """
     try:
-        content = sys.stdin.buffer.read() if os.fspath(path) == STDIN else path.read_bytes()
+        content = _read(path)
         text = content.decode("utf-8-sig").replace("\r\n", "\n")
         table = tomllib.loads(text)
     except OSError as error:
@@ -120,6 +123,20 @@ def read_recipe(path: Path, var: Mapping[str, str | int | float] | None = None) 
         if name in names[:index]:
             raise file.error(("steps", index, "name"), f"another step is named {name!r}, too")
     return file
+
+
+def _read(path: Path) -> bytes:
+    """Return the content of a recipe, which may be a FIFO.
+
+    Raises:
+        OSError: if it cannot be read.
+        RecipeError: if it is larger than `MAX_BYTES`.
+    """
+    with nullcontext(sys.stdin.buffer) if os.fspath(path) == STDIN else path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise RecipeError(f"{_shown(path)}: has more than the {MAX_BYTES} bytes that a recipe may have")
+    return content
 
 
 def _with_nul(item: Any, keys: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:  # noqa: ANN401  (TOML)

@@ -478,3 +478,9 @@ def test_impossible_options_of_training_before_any_work(cloned, line, name):
         gguflora.run_pipeline(cloned / "recipe.toml")
     (cloned / "recipe.toml").write_text(f"{TRAIN}accumulate = 'auto'\nlength = 'auto'\nprecision = 'auto'\nlr = 0.1\n")
     assert statuses(gguflora.run_pipeline(cloned / "recipe.toml", dry_run=True)) == ["planned"]
+
+
+def test_a_recipe_has_a_largest_size(tmp_path):
+    sparse(tmp_path / "recipe.toml")
+    with pytest.raises(RecipeError, match="more than the 1048576 bytes"):
+        gguflora.run_pipeline(tmp_path / "recipe.toml")
