@@ -132,8 +132,8 @@ def bound_free_memory() -> bool:
     """Let this process keep at most a megabyte of free memory at the end of each heap; whether the C library can.
 
     glibc raises its limits to 32 MB for blocks with a mapping of their own and to 64 MB for what stays free at the end
-    of a heap as soon as such a block is freed, unless they are set. `give_back_memory` does not reach the ends of the
-    heaps of threads, of which there are up to 8 per core.
+    of a heap as soon as such a block is freed, unless they are set. Each thread may get a heap, up to 8 for each core,
+    and `give_back_memory` does not reach their ends.
     """
     libc = _glibc()
     if libc is None:
