@@ -2,6 +2,7 @@
 import assert from "node:assert/strict";
 import OpenAI from "openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
+import { createOpenAI } from "@ai-sdk/openai";
 import { generateObject, generateText, jsonSchema, streamObject, streamText, tool } from "ai";
 import { z } from "zod";
 
@@ -35,30 +36,35 @@ assert.equal((await client.embeddings.create({ model: "base", input: ["a", "b"] 
 await assert.rejects(client.chat.completions.create({ ...common, model: "nobody", messages }), OpenAI.NotFoundError);
 console.log("openai");
 
-// ai-sdk, by its provider for servers like this one
+// ai-sdk, by its provider for servers like this one and by its provider for OpenAI
 const compatible = createOpenAICompatible({ name: "gguflora", baseURL: url, supportsStructuredOutputs: true });
+const theirs = createOpenAI({ baseURL: url, apiKey: "none" });
 const limits = { maxOutputTokens: 600, seed: 1, maxRetries: 0 };
-const { text, usage } = await generateText({ model: compatible("shout"), prompt: question, temperature: 0, ...limits });
-assert(text.includes("THE FOX"));
-assert(usage.outputTokens > 0);
-let whole = "";
-for await (const part of streamText({ model: compatible("shout"), prompt: question, temperature: 0, ...limits }).textStream) whole += part;
-assert.equal(whole, text);
-const { object } = await generateObject({ model: compatible("base"), schema: animal, prompt: question, ...limits });
-animal.parse(object);
-const stream = streamObject({ model: compatible("base"), schema: animal, prompt: question, ...limits });
-let parts = 0;
-for await (const _ of stream.partialObjectStream) parts += 1;
-assert(parts > 0);
-animal.parse(await stream.object);
-let ran = 0;
-const asked = await generateText({
-  model: compatible("base"),
-  prompt: question,
-  tools: { get_animal: tool({ inputSchema: animal, execute: async () => { ran += 1; return "a fox"; } }) },
-  toolChoice: "required",
-  ...limits,
-});
-assert(asked.toolCalls.length >= 1 && ran >= 1);
-animal.parse(asked.toolCalls[0].input);
-console.log("ai-sdk");
+for (const make of [(name) => compatible(name), (name) => theirs.chat(name), (name) => theirs.responses(name)]) {
+  const { seed, ...rest } = limits;
+  const options = make("base").provider.includes("responses") ? rest : limits;
+  const { text, usage } = await generateText({ model: make("shout"), prompt: question, temperature: 0, ...options });
+  assert(text.includes("THE FOX"));
+  assert(usage.outputTokens > 0);
+  let whole = "";
+  for await (const part of streamText({ model: make("shout"), prompt: question, temperature: 0, ...options }).textStream) whole += part;
+  assert.equal(whole, text);
+  const { object } = await generateObject({ model: make("base"), schema: animal, prompt: question, ...options });
+  animal.parse(object);
+  const stream = streamObject({ model: make("base"), schema: animal, prompt: question, ...options });
+  let parts = 0;
+  for await (const _ of stream.partialObjectStream) parts += 1;
+  assert(parts > 0);
+  animal.parse(await stream.object);
+  let ran = 0;
+  const asked = await generateText({
+    model: make("base"),
+    prompt: question,
+    tools: { get_animal: tool({ inputSchema: animal, execute: async () => { ran += 1; return "a fox"; } }) },
+    toolChoice: "required",
+    ...options,
+  });
+  assert(asked.toolCalls.length >= 1 && ran >= 1);
+  animal.parse(asked.toolCalls[0].input);
+  console.log(make("base").provider);
+}

@@ -1,7 +1,7 @@
-"""Clients that people have: litellm, instructor, langchain and lm-eval, each in a process of its own.
+"""Clients that people have: litellm, instructor, langchain, LlamaIndex, llm and lm-eval, each in its own process.
 
 They are no part of the extra ``dev``, because litellm alone takes 200 MB: ``pip install litellm instructor
-langchain-openai "lm-eval[api]" transformers`` makes these tests run. GGUFLORA_CLIENTS_PYTHON may
+langchain-openai llama-index-llms-openai-like llm "lm-eval[api]"`` makes these tests run. GGUFLORA_CLIENTS_PYTHON may
 name another Python that has them, and GGUFLORA_LM_EVAL_PYTHON one that has lm-eval.
 """
 
@@ -94,6 +94,52 @@ except litellm.ContextWindowExceededError:
 else:
     raise AssertionError("no error")
 """
+LLAMA_INDEX = """
+from llama_index.core.llms import ChatMessage
+from llama_index.core.tools import FunctionTool
+from llama_index.llms.openai_like import OpenAILike
+common = {"api_base": URL, "api_key": "none", "is_chat_model": True, "is_function_calling_model": True,
+          "context_window": 2048, "max_retries": 0, "max_tokens": 600, "additional_kwargs": {"seed": 1}}
+shout = OpenAILike(model="shout", temperature=0, **common)
+question = "What does the fox eat?"
+text = shout.complete(question).text
+assert "THE FOX" in text, text
+assert shout.chat([ChatMessage(role="user", content=question)]).message.content == text
+assert "".join(part.delta or "" for part in shout.stream_complete(question)) == text
+assert OpenAILike(model="shout", temperature=0, **{**common, "is_chat_model": False}).complete("Q: x").text
+
+def get_time(zone: Literal["UTC", "CET"]) -> str:
+    "The time."
+    return "noon"
+
+base = OpenAILike(model="base", **common)
+tool = FunctionTool.from_defaults(fn=get_time)
+reply = base.chat_with_tools([tool], user_msg="What time is it?", tool_required=True)
+calls = base.get_tool_calls_from_response(reply)
+assert calls and all(call.tool_name == "get_time" and call.tool_kwargs["zone"] in {"UTC", "CET"} for call in calls)
+check(base.as_structured_llm(Animal).complete(question).raw)
+"""
+LLM = """
+import json, os, pathlib, subprocess, tempfile
+folder = pathlib.Path(tempfile.mkdtemp())
+known = [{"model_id": name, "model_name": name, "api_base": URL, "supports_tools": True, "supports_schema": True}
+         for name in ("shout", "base")]
+(folder / "extra-openai-models.yaml").write_text(json.dumps(known))  # JSON is YAML
+os.environ.update(LLM_USER_PATH=str(folder), OPENAI_API_KEY="none")
+
+def llm(*options):
+    done = subprocess.run([sys.executable, "-P", "-m", "llm", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+question = "What does the fox eat?"
+limits = ("-o", "max_tokens", "600", "-o", "seed", "1")
+whole = llm(question, "-m", "shout", "--no-stream", "-o", "temperature", "0", *limits)
+assert "THE FOX" in whole, whole
+assert llm(question, "-m", "shout", "-o", "temperature", "0", *limits) == whole
+schema = json.dumps(Animal.model_json_schema())
+check(Animal.model_validate_json(llm(question, "-m", "base", "--no-stream", "--schema", schema, *limits)))
+"""
 LM_EVAL = """
 import json, os, pathlib, subprocess, tempfile
 folder = pathlib.Path(tempfile.mkdtemp())
@@ -136,6 +182,8 @@ SCRIPTS = {
     "instructor": ("instructor", INSTRUCTOR),
     "langchain": ("langchain_openai", LANGCHAIN),
     "litellm": ("litellm", LITELLM),
+    "LlamaIndex": ("llama_index", LLAMA_INDEX),
+    "llm": ("llm", LLM),
 }
 
 

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("npm") is None, reason="needs node and npm: apt-get install npm"),
 ]
 SCRIPT = Path(__file__).with_name("node_clients.mjs")
-PACKAGES = ("openai@6", "ai@6", "@ai-sdk/openai-compatible@2", "zod@4")
+PACKAGES = ("openai@6", "ai@6", "@ai-sdk/openai-compatible@2", "@ai-sdk/openai@3", "zod@4")
 
 
 @pytest.fixture(scope="module")
