@@ -64,6 +64,7 @@ class AdapterTokenizer:
         merges: merges of a BPE model, as GGUF writes them; empty for other models.
         special_texts: texts of the tokens that tokenizer_config.json names as special.
         special_ids: numbers of special tokens by name (``bos``, ``eos``, ``eot``, ...).
+        named_texts: texts of the special tokens that tokenizer_config.json names, by name.
         adds: whether a special token is put before (``bos``), behind (``eos``) or between (``sep``) texts, where known.
         templates: chat templates by name; the name of the ordinary one is ``default``.
     """
@@ -79,6 +80,7 @@ class AdapterTokenizer:
     merges: Sequence[str] = ()
     special_texts: frozenset[str] = frozenset()
     special_ids: Mapping[str, int] = field(default_factory=dict)
+    named_texts: Mapping[str, str] = field(default_factory=dict)
     adds: Mapping[str, bool] = field(default_factory=dict)
     templates: Mapping[str, str] = field(default_factory=dict)
 
@@ -111,6 +113,7 @@ def read_tokenizer(folder: Path) -> AdapterTokenizer:
             merges=[_as_merge(merge) for merge in model.get("merges") or ()] if is_bpe else (),
             adds=_added_around(main, config),
             special_texts=frozenset(_special_texts(config)),
+            named_texts=_named_texts(config),
             special_ids=_special_ids(main, config, {token.text: index for index, token in tokens.items()}),
             templates=dict(_templates(folder, config)),
         )
@@ -193,6 +196,11 @@ def _special_ids(main: Mapping[str, Any], config: Mapping[str, Any], numbers: Ma
     if last is not None and last != texts["eos"]:
         texts["eot"], texts["eos"] = texts["eos"], last
     return {name: numbers[text] for name, text in texts.items() if text is not None and text in numbers}
+
+
+def _named_texts(config: Mapping[str, Any]) -> dict[str, str]:
+    texts = {name: _content(config.get(f"{name}_token")) for name in _SPECIAL_NAMES}
+    return {name: text for name, text in texts.items() if text is not None}
 
 
 def _special_texts(config: Mapping[str, Any]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from gguflora.engine import AdapterSet, Engine, Generation, Request, Sampling, describe_set
+from gguflora.engine.adapter_templates import ended_by
 from gguflora.errors import AdapterNameError, GgufloraError, RequestError
 
 HELP: Final = """\
@@ -92,7 +93,7 @@ class Chat:
             GgufloraError: if the prompt cannot be answered; the conversation then stays as it was.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        answer = self._answer(self._tokens(text, messages), self.adapters, self.write)
+        answer = self._answer(text, messages, self.adapters, self.write)
         if not self.raw:
             self.messages = [*messages, {"role": "assistant", "content": answer.text}]
         self.tell(f"[{answer.adapters}: {describe(answer)}]")
@@ -103,25 +104,31 @@ class Chat:
 
         The answers do not become part of the conversation.
         """
-        tokens = self._tokens(prompt, [{"role": "user", "content": prompt}])
+        messages = [{"role": "user", "content": prompt}]
         names = [adapter.name for adapter in self.engine.adapters()]
         alone = [self.engine.adapter_set([(name, self.scales.get(name) or 1.0)]) for name in names]
         sets = dict.fromkeys([(), *alone, self.adapters])
-        return [self._answer(tokens, adapters) for adapters in sets]
+        return [self._answer(prompt, messages, adapters) for adapters in sets]
 
     @property
     def adapters(self) -> AdapterSet:
         """The current adapter set."""
         return self.engine.adapter_set(list(self.scales.items()))
 
-    def _tokens(self, text: str, messages: list[dict[str, str]]) -> list[int]:
-        return self.engine.tokenize(text) if self.raw else self.engine.render_chat(messages)
+    def _request(self, text: str, messages: list[dict[str, str]], adapters: AdapterSet) -> Request:
+        template = None if self.raw else self.engine.template_of(adapters)
+        tokens = self.engine.tokenize(text) if self.raw else self.engine.render_chat(messages, template=template)
+        return Request(tokens, adapters, max_tokens=self.max_tokens, sampling=ended_by(self.sampling, template))
 
     def _answer(
-        self, tokens: list[int], adapters: AdapterSet, write: Callable[[str], None] = lambda _: None
+        self,
+        text: str,
+        messages: list[dict[str, str]],
+        adapters: AdapterSet,
+        write: Callable[[str], None] = lambda _: None,
     ) -> ChatAnswer:
         started = time.perf_counter()
-        request = Request(tokens, adapters, max_tokens=self.max_tokens, sampling=self.sampling)
+        request = self._request(text, messages, adapters)
         generation, text = self.engine.submit(request), ""
         try:
             for piece in generation:

@@ -18,6 +18,7 @@ from gguflora.architectures.base_model import read_whole_base
 from gguflora.engine.adapter_folder import AdapterFolder
 from gguflora.engine.adapter_loader import AdapterFiles, AdapterLoader, Order
 from gguflora.engine.adapter_sets import AdapterSet, canonical_set, parse_set
+from gguflora.engine.adapter_templates import AdapterTemplates
 from gguflora.engine.context import Context
 from gguflora.engine.embedding import RANKING_HEAD, Embedder
 from gguflora.engine.job import GenerationJob
@@ -33,7 +34,7 @@ from gguflora.errors import AdapterNameError, RequestError
 from gguflora.files.remote import remote_inputs
 from gguflora.quants.arrays import Float32Array
 from gguflora.runtime.adapter_files import AdapterReading
-from gguflora.runtime.chat_template import choose_template
+from gguflora.runtime.chat_template import ChosenTemplate
 from gguflora.runtime.concatenated_adapters import ConcatenatedAdapters
 from gguflora.runtime.mixed_adapters import MixedAdapters
 
@@ -57,8 +58,9 @@ class Engine(ModelTexts):
             request first names it, and again when its files have changed.
         adapter_memory: largest number of bytes of the adapters loaded from ``adapter_dir``. The least recently used
             ones leave memory for others, but never under a request. None sets no limit.
-        chat_template: ``base``, ``adapter`` (the template in the directory of the adapters given here), or a template
-            in Jinja. By default the adapter's, if one adapter is given and its template differs; this is logged.
+        chat_template: ``base``, ``adapter`` (the template in the directories of a request's adapters), or a template in
+            Jinja. By default the adapter's, if one adapter is given here and its template differs, and for requests
+            whose adapters all have the same one; this is logged. See `template_of`.
         chat_template_file: file with a template.
         n_ctx: size of the context in tokens. It limits the prompt and answer of one request, and of all requests that
             are computed at the same time.
@@ -141,8 +143,9 @@ class Engine(ModelTexts):
             self._model, options, files, self._registry, self._scheduler, self._mixed, concatenated, self._embedder
         )
         atexit.register(self.close)  # Python would crash if it ended while a thread is still in llama.cpp
+        self._templates = AdapterTemplates(chat_template, self.n_vocab)
         try:
-            self._load_first(adapters or {}, tasks or {}, chat_template, chat_template_file)
+            self._load_first(adapters or {}, tasks or {}, chat_template_file)
         except BaseException:
             self.close()
             raise
@@ -197,7 +200,6 @@ class Engine(ModelTexts):
         self,
         adapters: Mapping[str, AdapterPath | tuple[AdapterPath, float]],
         tasks: Mapping[str, int],
-        template: str | None,
         template_file: str | os.PathLike[str] | None,
     ) -> None:
         unknown_names = sorted(tasks.keys() - adapters.keys())
@@ -207,7 +209,8 @@ class Engine(ModelTexts):
             location, scale = item if isinstance(item, tuple) else (item, 1.0)
             self.load(location, name, scale=scale or 1.0, task=tasks.get(name))  # 0 is off, not what its name means
         paths = [adapter.path for adapter in self.adapters()]
-        chosen = choose_template(template, template_file, paths, self._model.template)
+        may_come = self._folder is not None
+        chosen = self._templates.choose_first(template_file, paths, self._model.template, may_come=may_come)
         if chosen is not None:
             self._model.use_template(chosen)
         self._loader.prepare()
@@ -268,6 +271,21 @@ class Engine(ModelTexts):
             found = [name for name in missing if self._folder.find(name) is not None]
             scales |= dict.fromkeys(found if len(found) == len(missing) else self._folder.names(), 1.0)
         return canonical_set(pairs, scales)
+
+    def template_of(self, adapters: AdapterSet) -> ChosenTemplate | None:
+        """Return the chat template that the directories of a set's adapters bring; None for `chat_template`.
+
+        A template that differs from the engine's is used if all adapters of the set have it; with
+        ``chat_template="adapter"`` it is enough that no other one has a different template. Adapters of
+        ``adapter_dir`` need not be loaded yet.
+
+        Raises:
+            RequestError: if a template cannot be read, or ``chat_template="adapter"`` and the set has several.
+        """
+        loaded = {registered.adapter.name: registered.adapter.path for registered in self._registry.all()}
+        folder = self._folder
+        paths = {name: loaded.get(name) or (folder.find(name) if folder else None) for name, _ in adapters}
+        return self._templates.of({name: path for name, path in paths.items() if path is not None})
 
     @property
     def n_parallel(self) -> int:

@@ -16,6 +16,7 @@ from gguflora.engine.registry import AdapterPhase, Embeddings, ResolvedSet
 from gguflora.engine.requests import Ending, FinishReason, GenerationSink, Piece, Request, Timings, TokenLogprob, Usage
 from gguflora.engine.sampler import Sampler, token_logprob
 from gguflora.engine.slots import Chunk, Key, SavedSlot, Slot
+from gguflora.engine.thoughts import ThoughtWatch
 from gguflora.errors import EngineError
 from gguflora.placement.prefix import Prefix
 from gguflora.runtime.alora import starts_of
@@ -114,6 +115,7 @@ class GenerationJob:
         self._model = model
         self._sampler = Sampler(request.sampling, model, prompt)
         self._text = AnswerText(request.stop)
+        self._thoughts = None if request.thoughts is None else ThoughtWatch(request.thoughts)
         self._reused: int | None = None
         self._submitted = time.monotonic()
         self._started = self._first = 0.0
@@ -201,7 +203,10 @@ class GenerationJob:
             self._first = time.monotonic()
         if len(self.keys) >= self._max_positions:
             return "length"
-        token = self._sampler.sample(context.pointer, index)
+        forced = self._thoughts.forced() if self._thoughts else None
+        token = self._sampler.sample(context.pointer, index) if forced is None else self._sampler.accept(forced)
+        if self._thoughts:
+            self._thoughts.accept(self._model.piece(token, True))
         logprob = None if self.request.logprobs is None else self._logprob(logits, token)
         self._plan.append(token)
         if self._model.is_end(token) or token in self.request.sampling.stop_token_ids:

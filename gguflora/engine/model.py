@@ -153,24 +153,25 @@ class Model:
         messages: Sequence[Mapping[str, Any]],
         *,
         check: Callable[[str], None] = lambda _: None,
+        template: ChosenTemplate | None = None,
         **template_kwargs: Any,  # noqa: ANN401
     ) -> list[int]:
-        """Turn a chat into tokens with the model's own template, up to where its answer begins.
+        """Turn a chat into tokens with the model's own template, or another, up to where its answer begins.
 
         ``check`` may refuse the text before it is split.
 
         Raises:
             RequestError: if the template refuses the messages.
         """
-        text = self.chat_text(messages, **template_kwargs)
+        text = self.chat_text(messages, template=template, **template_kwargs)
         check(text)
-        return self.tokenize(text, add_bos=not self.has_template, special=True)
+        return self.tokenize(text, add_bos=template is None and not self.has_template, special=True)
 
     def chat_text(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        template: str | None = None,
+        template: ChosenTemplate | str | None = None,
         to_answer: bool = True,
         **template_kwargs: Any,  # noqa: ANN401
     ) -> str:
@@ -188,8 +189,10 @@ class Model:
         """
         if not messages or not all(isinstance(message, Mapping) and "role" in message for message in messages):
             raise RequestError("a chat needs at least one message, and each message needs a role and content")
-        variables = {"add_generation_prompt": to_answer, **template_kwargs, "messages": messages, **self.special_texts}
-        return RENDERER.render(self.template if template is None else template, variables)
+        chosen = ChosenTemplate(template) if isinstance(template, str) else template or self._chosen
+        special = {**self.special_texts, **(chosen.special_texts if chosen else {})}
+        variables = {"add_generation_prompt": to_answer, **template_kwargs, "messages": messages, **special}
+        return RENDERER.render(self.template if chosen is None else chosen.text, variables)
 
     def pair(self, query: str, document: str) -> list[int]:
         """Return the tokens of a query and a document for a model that ranks.

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguflora.engine.adapter_sets import AdapterSet
+from gguflora.engine.thoughts import ThoughtLimit
 from gguflora.errors import EngineError, RequestError
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "timeout", "error"]
@@ -185,6 +186,7 @@ class Request:
         timeout: seconds after which the request ends, from `Engine.submit` on; waiting counts.
         prefix: embeddings (n, n_embd) to decode before the tokens.
         cache_owner: KV cells are shared only by requests of one owner.
+        thoughts: how long the thoughts before the answer may be; None sets no limit.
     """
 
     tokens: Sequence[int]
@@ -198,6 +200,7 @@ class Request:
     timeout: float | None = None
     prefix: NDArray[np.float32] | None = None
     cache_owner: str = ""
+    thoughts: ThoughtLimit | None = None
 
     def check(self, n_vocab: int) -> None:
         """Check the request for a model with ``n_vocab`` tokens in its vocabulary.
@@ -213,6 +216,9 @@ class Request:
             _check_whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         elif self.prompt_logprobs:
             raise RequestError("prompt_logprobs needs logprobs, the number of most likely tokens to report, 0 or more")
+        if self.thoughts is not None:
+            _check_whole("tokens of thoughts", self.thoughts.tokens, 0, 2**31 - 1)
+            check_tokens(self.thoughts.ending, n_vocab)
         if self.timeout is not None:
             _check_number("timeout", self.timeout, 0, math.inf)
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):

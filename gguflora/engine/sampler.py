@@ -70,11 +70,22 @@ class Sampler:
             token = int(llama_cpp.llama_sampler_sample(self._chain, context, index))
         else:
             token = self._sample_by_grammar(self._grammar, context, index)
+        self._count()
+        return token
+
+    def accept(self, token: int) -> int:
+        """Record a token that was not sampled, and return it."""
+        if self._grammar is not None:
+            self._grammar.accept(token)
+        llama_cpp.llama_sampler_accept(self._chain, token)
+        self._count()
+        return token
+
+    def _count(self) -> None:
         if self._held_back:
             self._held_back -= 1
             if not self._held_back:
                 llama_cpp.llama_sampler_free(llama_cpp.llama_sampler_chain_remove(self._chain, 0))
-        return token
 
     def _sample_by_grammar(self, grammar: Constraint, context: int, index: int) -> int:
         candidates = np.zeros(self._n_vocab, CANDIDATE)

@@ -82,7 +82,9 @@ class ModelTexts:
             return self._model.special_texts
 
     def chat_text(self, messages: Sequence[Mapping[str, Any]], **template_kwargs: Any) -> str:  # noqa: ANN401
-        """Return the text that the chat template makes of a chat; `render_chat` returns its tokens.
+        """Return the text that the chat template, or another ``template``, makes of a chat.
+
+        `render_chat` returns its tokens.
 
         Raises:
             RequestError: if the template refuses the messages.
@@ -95,7 +97,7 @@ class ModelTexts:
 
         Args:
             messages: messages with a ``role`` and ``content``, as in OpenAI's API.
-            **template_kwargs: further variables of the template.
+            **template_kwargs: further variables of the template; ``template`` is another template to use.
 
         Raises:
             RequestError: if the template refuses the messages.

@@ -49,7 +49,8 @@ def _handler(llm: Untyped, chosen: ChosenTemplate) -> Untyped:
         return int(tokens[-1]) == last
 
     def render(*, messages: Untyped, tools: Untyped = None, **_: Any) -> llama_chat_format.ChatFormatterResponse:  # noqa: ANN401
-        variables = {"messages": messages, "bos_token": begin, "eos_token": end, "add_generation_prompt": True}
+        special = {"bos_token": begin, "eos_token": end, **chosen.special_texts}
+        variables = {**special, "messages": messages, "add_generation_prompt": True}
         given = {"tools": tools} if tools else {}
         return llama_chat_format.ChatFormatterResponse(
             prompt=RENDERER.render(chosen.text, {**variables, **given}),

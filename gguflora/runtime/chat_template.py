@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -23,10 +23,13 @@ class ChosenTemplate:
     Attributes:
         text: the template, in Jinja.
         end_token: number of the token that ends an answer for the adapter; None if its directory names none.
+        special_texts: special tokens of the adapter's tokenizer by the names that templates have for them, such as
+            ``eos_token``; they take the place of the base's.
     """
 
     text: str
     end_token: int | None = None
+    special_texts: Mapping[str, str] = field(default_factory=dict)
 
 
 def choose_template(
@@ -53,7 +56,7 @@ def choose_template(
         if "{%" not in choice and "{{" not in choice:
             raise EngineError(f"chat_template is {choice!r:.80}, expected adapter, base, or a template in Jinja")
         return ChosenTemplate(choice)
-    found = {path: text for path in adapters if path.is_dir() and (text := read_templates(path).get("default"))}
+    found = {path: text for path in adapters if (text := _text_in(path)) is not None}
     if choice is None and (len(adapters) != 1 or not found or own in found.values()):
         return None
     if len(set(found.values())) != 1:
@@ -62,10 +65,28 @@ def choose_template(
             f"chat_template is 'adapter', and one template is needed; found templates in {names}; "
             "give the template with chat_template_file"
         )
-    folder, text = next(iter(found.items()))
+    folder = next(iter(found))
     if choice is None:
         _LOG.warning("the chat template of %s is used, which differs from the base's", folder.name)
-    return ChosenTemplate(text, read_tokenizer(folder).special_ids.get("eos"))
+    return read_template(folder)
+
+
+def read_template(adapter: Path) -> ChosenTemplate | None:
+    """Return the chat template in an adapter's directory; None if there is none, or the adapter is a file.
+
+    Raises:
+        AdapterError: if it cannot be read.
+    """
+    text = _text_in(adapter)
+    if text is None:
+        return None
+    tokenizer = read_tokenizer(adapter)
+    texts = {f"{name}_token": each for name, each in tokenizer.named_texts.items()}
+    return ChosenTemplate(text, tokenizer.special_ids.get("eos"), texts)
+
+
+def _text_in(adapter: Path) -> str | None:
+    return (read_templates(adapter).get("default") or None) if adapter.is_dir() else None
 
 
 def _from_file(file: Path, choice: str | None) -> ChosenTemplate:

@@ -17,6 +17,7 @@ from gguflora.server.events import named_event
 from gguflora.server.fields import ForeignBody
 from gguflora.server.prompts import chat_requests
 from gguflora.server.schemas import ChatBody
+from gguflora.server.selectors import requested_set
 from gguflora.server.service import Service, ServiceDep
 from gguflora.server.translation import (
     Ending,
@@ -48,7 +49,11 @@ HARMLESS: Final[dict[str, str]] = {
 
 _CACHED: Final = frozenset({"cache_control"})
 _KEPT_THOUGHTS: Final = {"type": "clear_thinking_20251015", "keep": "all"}
-_NAMES: Final = {"reasoning_effort": "output_config.effort", "enable_thinking": "thinking"}
+_NAMES: Final = {
+    "reasoning_effort": "output_config.effort",
+    "enable_thinking": "thinking",
+    "thinking_token_budget": "thinking.budget_tokens",
+}
 _DEFAULT_EFFORT: Final = "high"
 """What Anthropic's API takes without ``effort``, so that it asks for nothing."""
 
@@ -111,7 +116,7 @@ async def count_tokens(body: MessagesBody, service: ServiceDep) -> dict[str, int
 
 
 def _count(service: Service, chat: ChatBody) -> int:
-    requests, _ = chat_requests(service, chat, ())
+    requests, _ = chat_requests(service, chat, requested_set(service, chat))
     return len(requests[0].tokens)
 
 
@@ -210,10 +215,7 @@ def _tool_choice(choice: Json) -> Json:
 
 
 def _thinking(thinking: Json) -> Json:
-    """Return the fields for Anthropic's ``thinking``.
-
-    ``budget_tokens``, which the API requires with ``enabled``, is only checked: ``max_tokens`` bounds the whole answer.
-    """
+    """Return the fields for Anthropic's ``thinking``."""
     check_fields(thinking, "thinking", "type", "budget_tokens", "display")
     kind, budget, display = (thinking.get(name) for name in ("type", "budget_tokens", "display"))
     if kind not in {"enabled", "disabled", "adaptive"}:
@@ -226,7 +228,8 @@ def _thinking(thinking: Json) -> Json:
         message = f"thinking.display is {display!r:.40}, expected summarized or omitted"
         raise Failure(400, message, "invalid_value", "thinking.display")
     hidden = {"include_reasoning": False} if display == "omitted" else {}
-    return hidden if kind == "adaptive" else {**hidden, "enable_thinking": kind == "enabled"}
+    limit = {"thinking_token_budget": budget} if kind == "enabled" and budget is not None else {}
+    return hidden if kind == "adaptive" else {**hidden, **limit, "enable_thinking": kind == "enabled"}
 
 
 def _output(config: Json) -> Json:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from gguflora.engine import Engine, Grammar
-from gguflora.server.chat_template import TemplateTraits, add_to_system, for_template, traits_of
+from gguflora.engine.thoughts import ThoughtLimit
+from gguflora.runtime.chat_template import ChosenTemplate
+from gguflora.server.chat_template import TemplateTraits, add_to_system, chat_texts, for_template, traits_of
 from gguflora.server.errors import Failure
 from gguflora.server.replies import Reply
 from gguflora.server.schemas import ChatBody, NamedTool, Tool
@@ -41,6 +43,7 @@ class ChatPrompt:
         in_thought: whether the prompt has opened the first tag already.
         begun: what of the answer stands in the prompt.
         shows_reasoning: whether the client gets the reasoning.
+        thoughts: how long the reasoning may be; None sets no limit.
     """
 
     text: str
@@ -54,6 +57,7 @@ class ChatPrompt:
     in_thought: bool
     begun: str
     shows_reasoning: bool
+    thoughts: ThoughtLimit | None
 
     def reply(self) -> Reply:
         """Return a new reader of one answer."""
@@ -62,14 +66,14 @@ class ChatPrompt:
         return reply
 
 
-def chat_prompt(engine: Engine, body: ChatBody) -> ChatPrompt:
-    """Put a chat into the model's template.
+def chat_prompt(engine: Engine, body: ChatBody, template: ChosenTemplate | None = None) -> ChatPrompt:
+    """Put a chat into the engine's template, or into one in its place, such as that of an adapter.
 
     Raises:
         Failure: if the template cannot show a field, or fields contradict each other.
         RequestError: if the template refuses the messages.
     """
-    traits = traits_of(engine)
+    traits = traits_of(engine, template)
     tools, forced = _chosen_tools(body)
     messages = for_template(body.messages, traits)
     variables = _variables(body, traits)
@@ -78,20 +82,22 @@ def chat_prompt(engine: Engine, body: ChatBody) -> ChatPrompt:
         variables["tools"] = [{"type": "function", "function": tool.function.for_template()} for tool in tools]
     elif format_:
         messages = add_to_system(messages, instructions(tools, format_), traits)
-    text = _text(engine, body, messages, variables)
+    text = _text(chat_texts(engine, template), body, messages, variables)
     splits = body.reasoning_format != "none"
-    in_thought = splits and traits.thinking is not None and text.rstrip().endswith(traits.thinking[0])
+    is_open = traits.thinking is not None and text.rstrip().endswith(traits.thinking[0])
+    in_thought = splits and is_open
     begun = format_.begin if format_ and forced and not in_thought else ""
     grammar = body.structure()
     if format_:
         grammar = _tool_grammar(engine, body, tools, format_, grammar, forced=forced, tagged=in_thought)
     if grammar is not None and in_thought and traits.thinking:
         grammar = _after_thoughts(grammar, traits.thinking[1])
+    add_bos = template is None and not engine.has_chat_template
     return ChatPrompt(
         text=text + begun,
-        tokens=engine.tokenize(text + begun, add_bos=not engine.has_chat_template, special=True, as_prompt=True),
+        tokens=engine.tokenize(text + begun, add_bos=add_bos, special=True, as_prompt=True),
         grammar=grammar,
-        spelled=_spelled(engine, format_),
+        spelled=_spelled(engine, (*(format_.marks if format_ else ()), *(traits.thinking or ()))),
         format=format_,
         tools={tool.function.name: tool.function.parameters or {} for tool in tools},
         is_legacy=body.is_legacy,
@@ -99,6 +105,7 @@ def chat_prompt(engine: Engine, body: ChatBody) -> ChatPrompt:
         in_thought=in_thought,
         begun=begun,
         shows_reasoning=body.include_reasoning is not False,
+        thoughts=None if begun else _thought_limit(engine, body, traits, is_open=is_open),
     )
 
 
@@ -133,7 +140,12 @@ def _variables(body: ChatBody, traits: TemplateTraits) -> dict[str, Any]:
     return given
 
 
-def _text(engine: Engine, body: ChatBody, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+def _text(
+    chat_text: Callable[..., str],
+    body: ChatBody,
+    messages: Sequence[Mapping[str, Any]],
+    variables: Mapping[str, Any],
+) -> str:
     """Return the prompt; a last message of the assistant is continued unless fields say otherwise."""
     last = body.messages[-1]
     continues = body.continue_final_message
@@ -146,15 +158,15 @@ def _text(engine: Engine, body: ChatBody, messages: Sequence[Mapping[str, Any]],
             param="continue_final_message",
         )
     if not continues:
-        return engine.chat_text(messages, to_answer=body.add_generation_prompt is not False, **variables)
+        return chat_text(messages, to_answer=body.add_generation_prompt is not False, **variables)
     content = last.text()
-    text = engine.chat_text(messages, to_answer=False, **variables)
-    marked = engine.chat_text([*messages[:-1], _marked(messages[-1])], to_answer=False, **variables)
+    text = chat_text(messages, to_answer=False, **variables)
+    marked = chat_text([*messages[:-1], _marked(messages[-1])], to_answer=False, **variables)
     if content.strip() and _MARK in marked:
         begun = marked[: marked.rindex(_MARK)]
         # a template that trims a message keeps the space before the mark
         return begun if text.startswith(begun) else begun.removesuffix(content[len(content.rstrip()) :])
-    return (engine.chat_text(messages[:-1], **variables) if len(messages) > 1 else "") + content
+    return (chat_text(messages[:-1], **variables) if len(messages) > 1 else "") + content
 
 
 def _marked(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,8 +221,19 @@ def _tool_grammar(
     return checked("functions" if body.is_legacy else "tools", grammar)
 
 
-def _spelled(engine: Engine, format_: ToolFormat | None) -> frozenset[int]:
-    """Return the tokens that calls begin and end with; they may be control tokens, which have no text otherwise."""
-    marks = format_.marks if format_ else ()
+def _thought_limit(engine: Engine, body: ChatBody, traits: TemplateTraits, *, is_open: bool) -> ThoughtLimit | None:
+    """Return the limit of the model's thoughts; -1 asks for none, as in llama-server."""
+    budget = body.thinking_token_budget
+    if budget is None or budget < 0 or (budget == 0 and traits.thinking is None):
+        return None
+    if traits.thinking is None:
+        name = "thinking_token_budget"
+        raise Failure(400, f"{name}: the model's chat template has no tags around thoughts", "not_in_template", name)
+    opening, closing = traits.thinking
+    return ThoughtLimit(budget, opening, closing, tuple(engine.tokenize(closing, add_bos=False, special=True)), is_open)
+
+
+def _spelled(engine: Engine, marks: Sequence[str]) -> frozenset[int]:
+    """Return the tokens of tags around calls and thoughts; they may be control tokens, which have no text otherwise."""
     tokens = [engine.tokenize(mark, add_bos=False, special=True) for mark in marks]
     return frozenset(each[0] for each in tokens if len(each) == 1)

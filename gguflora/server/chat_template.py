@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -15,6 +15,7 @@ import jinja2.meta
 from gguflora.engine import Engine
 from gguflora.errors import RequestError
 from gguflora.files.strict_json import to_json
+from gguflora.runtime.chat_template import ChosenTemplate
 from gguflora.runtime.template_process import environment
 from gguflora.server.errors import Failure
 from gguflora.server.schemas import Message
@@ -55,24 +56,36 @@ class TemplateTraits:
     variables: frozenset[str]
 
 
-_TRAITS: Final[WeakKeyDictionary[Engine, TemplateTraits]] = WeakKeyDictionary()
-_FINDING: Final = threading.Lock()
+_KEPT: Final = 256
+_TRAITS: Final[WeakKeyDictionary[Engine, dict[str, TemplateTraits]]] = WeakKeyDictionary()
+"""What is known of each engine's templates, by their text."""
+_KNOWING: Final = threading.Lock()
 
 
-def traits_of(engine: Engine) -> TemplateTraits:
-    """Return what the template of an engine's model can show."""
-    with _FINDING:  # requests are read in several threads
-        if engine not in _TRAITS:
-            _TRAITS[engine] = _find_traits(engine)
-        return _TRAITS[engine]
+def traits_of(engine: Engine, chosen: ChosenTemplate | None = None) -> TemplateTraits:
+    """Return what a template can show: the engine's, or one in its place."""
+    text = engine.chat_template if chosen is None else chosen.text
+    with _KNOWING:  # requests are read in several threads
+        known = _TRAITS.setdefault(engine, {}).get(text)
+    if known is None:
+        known = _find_traits(text, chat_texts(engine, chosen))  # not under the lock: a bad template takes its time
+        with _KNOWING:
+            traits = _TRAITS.setdefault(engine, {})
+            traits[text] = known
+            while len(traits) > _KEPT:
+                del traits[next(iter(traits))]
+    return known
 
 
-def _find_traits(engine: Engine) -> TemplateTraits:
-    template = engine.chat_template
+def chat_texts(engine: Engine, chosen: ChosenTemplate | None) -> Callable[..., str]:
+    """Return the engine's ``chat_text`` with a template in place of its own."""
+    return engine.chat_text if chosen is None else partial(engine.chat_text, template=chosen)
 
+
+def _find_traits(template: str, chat_text: Callable[..., str]) -> TemplateTraits:
     def shows(*messages: Mapping[str, Any], to_answer: bool = True, **options: Any) -> bool:  # noqa: ANN401
         try:
-            return _PROBE in engine.chat_text(messages, to_answer=to_answer, **options)
+            return _PROBE in chat_text(messages, to_answer=to_answer, **options)
         except RequestError:
             return False
 

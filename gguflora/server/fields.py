@@ -114,7 +114,7 @@ NO_EFFECT: Final[dict[str, tuple[object, ...]]] = {
     "tfs_z": (1,),
     "thinking_budget_tokens": (-1,),
     "thinking_forced_open": (False,),
-    "thinking_token_budget": (),
+    "thinking_token_budget": (-1,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_a": (0,),

@@ -177,8 +177,8 @@ async def apply_template(body: ChatBody, service: ServiceDep) -> dict[str, str]:
     """Return the prompt that a chat of this body gets, and the errors that it would get."""
 
     def make() -> str:
-        requested_set(service, body)
-        return chat_prompt(service.engine, body).text
+        template = service.engine.template_of(requested_set(service, body))
+        return chat_prompt(service.engine, body, template).text
 
     return {"prompt": await run_in_threadpool(make)}
 

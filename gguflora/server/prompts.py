@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Final
 
 from gguflora.engine import AdapterSet, Request, Sampling
+from gguflora.engine.adapter_templates import ended_by
 from gguflora.server.chat_prompt import chat_prompt
 from gguflora.server.errors import Failure
 from gguflora.server.openai_format import Echo
@@ -42,14 +43,19 @@ def chat_requests(service: Service, body: ChatBody, adapters: AdapterSet) -> tup
     """
     requested = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     max_tokens = _limited_tokens(service, requested, service.settings.max_tokens)
-    prompt = chat_prompt(service.engine, body)
+    template = service.engine.template_of(adapters)
+    prompt = chat_prompt(service.engine, body, template)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     requests = _requests(service, body, adapters, [prompt.tokens], max_tokens, logprobs)
-    if prompt.grammar is not None:
-        requests = [
-            replace(each, sampling=replace(each.sampling, grammar=prompt.grammar), spelled_tokens=prompt.spelled)
-            for each in requests
-        ]
+    requests = [
+        replace(
+            each,
+            sampling=replace(ended_by(each.sampling, template), grammar=prompt.grammar),
+            spelled_tokens=prompt.spelled,
+            thoughts=prompt.thoughts,
+        )
+        for each in requests
+    ]
     return requests, [prompt.reply() for _ in requests]
 
 

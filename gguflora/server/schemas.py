@@ -211,8 +211,14 @@ class ChatBody(GenerationBody):
     reasoning_effort: str | None = Field(None, max_length=64)
     reasoning_format: Literal["auto", "none", "deepseek", "deepseek-legacy"] | None = None
     include_reasoning: bool | None = None
+    thinking_token_budget: int | None = Field(None, ge=-1, lt=1 << 31)
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+
+    @classmethod
+    def rename(cls, body: dict[str, Any]) -> dict[str, Any]:
+        """Read llama-server's name of vLLM's ``thinking_token_budget``, too."""
+        return super().rename(take_alias(body, "thinking_budget_tokens", "thinking_token_budget"))
 
     @model_validator(mode="after")
     def _check_fields(self) -> ChatBody:

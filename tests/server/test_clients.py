@@ -174,7 +174,7 @@ assert json.loads(result.read_text())["results"]["fox"]["acc,none"] == 1.0
 
 @pytest.fixture(scope="module")
 def url():
-    with serving.serving(Settings(max_tokens=4096), n_ctx=2048) as client:
+    with serving.serving(Settings(max_tokens=4096), n_ctx=2048, threads=1) as client:
         yield str(client.base_url.join("/v1"))
 
 

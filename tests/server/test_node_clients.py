@@ -36,7 +36,7 @@ def folder():
 
 def test_clients_for_node(folder):
     shutil.copy(SCRIPT, folder / "clients.mjs")
-    with serving.serving(Settings(max_tokens=4096), n_ctx=2048) as http:
+    with serving.serving(Settings(max_tokens=4096), n_ctx=2048, threads=1) as http:
         command = ["node", "clients.mjs", str(http.base_url.join("/v1"))]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
