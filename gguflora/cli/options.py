@@ -63,7 +63,9 @@ Context = Annotated[
 
 ChatTemplate = Annotated[
     Literal["adapter", "base"] | None,
-    typer.Option(help="Whose chat template is used; default: the adapter's, if those of a request have one that differs."),
+    typer.Option(
+        help="Whose chat template is used; default: the adapter's, if those of a request have one that differs."
+    ),
 ]
 ChatTemplateFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Chat template in Jinja, in place of the base's and the adapter's.")

@@ -10,7 +10,7 @@ from typing import Any, Final
 from gguflora.engine import Engine, Grammar
 from gguflora.engine.thoughts import ThoughtLimit
 from gguflora.runtime.chat_template import ChosenTemplate
-from gguflora.server.chat_template import TemplateTraits, add_to_system, chat_texts, for_template, traits_of
+from gguflora.server.chat_template import TemplateTraits, add_to_system, chat_texts, flat, for_template, traits_of
 from gguflora.server.errors import Failure
 from gguflora.server.replies import Reply
 from gguflora.server.schemas import ChatBody, NamedTool, Tool
@@ -82,7 +82,9 @@ def chat_prompt(engine: Engine, body: ChatBody, template: ChosenTemplate | None 
         variables["tools"] = [{"type": "function", "function": tool.function.for_template()} for tool in tools]
     elif format_:
         messages = add_to_system(messages, instructions(tools, format_), traits)
-    text = _text(chat_texts(engine, template), body, messages, variables)
+    chat_text = chat_texts(engine, template)
+    text = _text(chat_text, body, messages, variables)
+    _check_shown(chat_text, messages, variables, text)
     splits = body.reasoning_format != "none"
     is_open = traits.thinking is not None and text.rstrip().endswith(traits.thinking[0])
     in_thought = splits and is_open
@@ -167,6 +169,26 @@ def _text(
         # a template that trims a message keeps the space before the mark
         return begun if text.startswith(begun) else begun.removesuffix(content[len(content.rstrip()) :])
     return (chat_text(messages[:-1], **variables) if len(messages) > 1 else "") + content
+
+
+def _check_shown(
+    chat_text: Callable[..., str], messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], text: str
+) -> None:
+    """Check that the template has shown every message but those of the assistant and of tools.
+
+    Of those, templates leave out what was thought, or what was said beside a call.
+
+    Raises:
+        Failure: if it drops one, such as one of a role that it does not know.
+    """
+    for number, message in enumerate(messages):
+        content, role = flat(message["content"]).strip(), message["role"]
+        if not content or content in text or role in {"assistant", "tool"}:
+            continue
+        marked = [*messages[:number], _marked(message), *messages[number + 1 :]]
+        if _MARK not in chat_text(marked, **variables):  # not only written in another way
+            message_ = f"messages: the model's chat template does not show this message of the role {role!r:.40}"
+            raise Failure(400, message_, "not_in_template", "messages")
 
 
 def _marked(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -141,7 +141,8 @@ def _variables(template: str) -> frozenset[str]:
 def for_template(messages: Sequence[Message], traits: TemplateTraits) -> list[dict[str, Any]]:
     """Return messages as a template shows them: nothing of them is lost.
 
-    Tool calls and their results become plain text for templates that know neither.
+    Tool calls and their results become plain text for templates that know neither; system messages become part of the
+    next message of a user.
 
     Raises:
         Failure: if the template has no place for the name or the reasoning of a message.
@@ -163,7 +164,29 @@ def for_template(messages: Sequence[Message], traits: TemplateTraits) -> list[di
         if traits.typed and isinstance(fields["content"], str):
             fields["content"] = [{"type": "text", "text": fields["content"]}]
         shown.append(fields)
-    return shown
+    return shown if traits.system else _folded(shown, traits)
+
+
+def _folded(messages: Sequence[dict[str, Any]], traits: TemplateTraits) -> list[dict[str, Any]]:
+    """Return messages for a template that shows no system messages: each stands before the next one of a user."""
+    found: list[dict[str, Any]] = []
+    texts: list[str] = []
+    for message in messages:
+        if message["role"] == "system":
+            texts.append(flat(message["content"]))
+            continue
+        takes = texts and message["role"] == "user"
+        found += add_to_system([message], "\n\n".join(texts), traits) if takes else [message]
+        texts = [] if takes else texts
+    rest = "\n\n".join(texts)
+    if texts:
+        found.append({"role": "user", "content": [{"type": "text", "text": rest}] if traits.typed else rest})
+    return found
+
+
+def flat(content: str | Sequence[Mapping[str, Any]]) -> str:
+    """Return the text of a message's content."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _plain_fields(message: Message, traits: TemplateTraits, names: Mapping[str, str]) -> dict[str, Any]:

@@ -144,6 +144,11 @@ class Message(Body):
     def rename(cls, body: dict[str, Any]) -> dict[str, Any]:
         """Read vLLM's name of the reasoning, and OpenAI's older form of calls, too."""
         body = take_alias(body, "reasoning", "reasoning_content")
+        content = body.get("content")
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and part.get("type") != "text":
+                kind = f"{part.get('type')!r:.40}".replace("{", "(")
+                raise refusal("content", f"{{name}}: a part of type {kind} is not supported; this server reads text")
         if body.get("role") == "function":
             body = {**body, "role": "tool", "tool_call_id": _ONLY_CALL}
         if body.get("function_call") is not None:

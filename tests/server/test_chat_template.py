@@ -145,6 +145,46 @@ def test_a_last_answer_is_continued(chatml, content):
     assert text_of(chatml, messages=messages, add_generation_prompt=False) == closed
 
 
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'user' %}[u]{{ m.content | trim }}"
+    "{% elif m.role == 'assistant' %}[a]{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+def test_no_message_vanishes(plain, chatml):
+    """A template without system messages gets them with the next message of a user; an unknown role is refused."""
+    system, engine = {"role": "system", "content": "Be brief."}, OneTemplate(plain, NO_SYSTEM)
+    answer = {"role": "assistant", "content": "Mice."}
+    assert text_of(engine, messages=[system, USER]) == f"[u]Be brief.\n\n{QUESTION}"
+    history = [USER, answer, system, {**system, "role": "developer"}, USER]
+    assert text_of(engine, messages=history) == f"[u]{QUESTION}[a]Mice.[u]Be brief.\n\nBe brief.\n\n{QUESTION}"
+    assert text_of(engine, messages=[USER, system]) == f"[u]{QUESTION}[u]Be brief."
+    assert text_of(engine, messages=[{**USER, "content": " x \n"}]) == "[u]x"
+    typed = OneTemplate(
+        plain, TYPED.replace("[{{ m.role }}]", "{% if m.role == 'user' %}[u]{% else %}{% continue %}{% endif %}")
+    )
+    assert text_of(typed, messages=[system, USER]) == f"[u]Be brief.\n\n{QUESTION}[assistant]"
+    robot = {"role": "robot", "content": "Beep."}
+    assert "Beep." in text_of(chatml, messages=[robot, USER])
+    with pytest.raises(Failure, match="does not show this message of the role 'robot'"):
+        text_of(engine, messages=[robot, USER])
+    first_only = OneTemplate(
+        plain, "{{ messages[0].content }}" + NO_SYSTEM.replace("for m in messages", "for m in messages[1:]")
+    )
+    with pytest.raises(Failure, match="does not show this message of the role 'system'"):
+        text_of(first_only, messages=[USER, system, USER])
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "video_url", "output_text", None])
+def test_parts_that_are_no_text_are_refused_by_name(http, kind):
+    message = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": kind, "data": "x"}]}
+    for path in ("/v1/chat/completions", "/apply-template"):
+        refused = http.post(path, json={"messages": [USER, message]})
+        assert refused.status_code == 400
+        error = refused.json()["error"]
+        assert (error["param"], repr(kind) in error["message"]) == ("messages.1.content", True), error
+
+
 def test_variables_of_the_template(chatml):
     assert text_of(chatml, enable_thinking=False).endswith("</think>\n\n")
     assert text_of(chatml, chat_template_kwargs={"enable_thinking": False}).endswith("</think>\n\n")

@@ -40,4 +40,4 @@ def test_clients_for_node(folder):
         command = ["node", "clients.mjs", str(http.base_url.join("/v1"))]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["openai", "ai-sdk"]
+    assert done.stdout.split() == ["openai", "gguflora.chat", "openai.chat", "openai.responses"]
