@@ -254,6 +254,7 @@ REASONS = {
 ALIASES = {
     "logprobs": "n_probs",
     "n_cmpl": "n",
+    "thinking_budget_tokens": "thinking_token_budget",
     "n_predict": "max_tokens",
     "repetition_penalty": "repeat_penalty",
     "max_tokens": "n_predict",

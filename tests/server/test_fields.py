@@ -14,7 +14,8 @@ GREEDY = {"prompt": PROMPT, "max_tokens": 60, "temperature": 0}
 CHAT = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 60, "temperature": 0}
 
 
-READ = {"echo", "function_call", "functions", "parallel_tool_calls", "tool_choice", "tools"}
+BUDGETS = {"thinking_budget_tokens", "thinking_token_budget"}
+READ = {"echo", "function_call", "functions", "parallel_tool_calls", "tool_choice", "tools", *BUDGETS}
 """Fields that one of the two endpoints reads."""
 
 

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from gguflora.diagnostics import demo
 from gguflora.server.settings import Settings
 from support import serving
 from support.serving import expected_text, wait_until
@@ -209,6 +210,22 @@ def test_the_rendered_prompt(page, http):
     playwright.expect(rendered).to_have_text(http.post("/apply-template", json=chat).json()["prompt"])
     page.get_by_label("Chat template").uncheck()
     playwright.expect(rendered).to_have_text(serving.QUESTION)
+
+
+def test_prompts_by_templates_of_the_adapters(browser, tmp_path):
+    shutil.copytree(demo.HERE / "shout", tmp_path / "shout")
+    (tmp_path / "shout/chat_template.jinja").write_text("<{{ messages[0].content }}>")
+    adapters = {"shout": tmp_path / "shout", "verse": serving.lora_file("verse")}
+    with serving.serving(n_ctx=2048, adapters=adapters) as http:
+        for page in opened(browser, http):
+            page.get_by_label("Prompt", exact=True).fill(serving.QUESTION)
+            page.get_by_text("Prompt as the model reads it").click()
+            chat = {"messages": [{"role": "user", "content": serving.QUESTION}]}
+            base = http.post("/apply-template", json=chat).json()["prompt"]
+            rendered = page.get_by_label("Rendered prompt")
+            playwright.expect(rendered).to_have_text(f"Base {base} Adapted <{serving.QUESTION}>")
+            move(page, "shout", 0)
+            playwright.expect(rendered).to_have_text(base)
 
 
 def test_the_address_holds_what_is_set(page, browser, http):

@@ -38,7 +38,7 @@ def lora_file(name: str) -> Path:
 def engine(base: Path = demo.BASE, **options: Any) -> Iterator[Engine]:
     """The demo's model with both adapters: ids 0 and 1."""
     adapters = {} if "adapters" in options else {name: lora_file(name) for name in demo.ADAPTERS}
-    with Engine(base, **{"adapters": adapters, "n_ctx": 512, "threads": 1, **options}) as opened:
+    with Engine(base, **{"adapters": adapters, "n_ctx": 512, "threads": 2, **options}) as opened:
         yield opened
 
 

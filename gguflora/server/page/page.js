@@ -174,8 +174,14 @@ async function showRendered() {
     return;
   }
   try {
-    const response = await post("apply-template", { messages: [{ role: "user", content: text }] });
-    $("rendered-text").textContent = (await response.json()).prompt;
+    const messages = [{ role: "user", content: text }];
+    const prompts = await Promise.all(wanted().map(async ({ title, list }) => {
+      const response = await post("apply-template", { model: nameOf(list), messages });
+      return { title, prompt: (await response.json()).prompt };
+    }));
+    const differ = prompts.some(({ prompt }) => prompt !== prompts[0].prompt); // an adapter may bring its own template
+    const lines = differ ? prompts.map(({ title, prompt }) => `${title}\n${prompt}`) : [prompts[0].prompt];
+    $("rendered-text").textContent = lines.join("\n\n");
   } catch (error) {
     $("rendered-text").textContent = error.message;
   }
@@ -226,7 +232,7 @@ function moved(adapter) {
   adapter.output.value = scale.toFixed(2);
   adapter.map?.style.setProperty("--scale", scale);
   const columns = drawColumns();
-  keepState();
+  changed();
   clearTimeout(timer);
   if (!asked) return;
   timer = setTimeout(() => ask(columns.filter(({ id }) => id !== "base")), LIVE_DELAY);
