@@ -176,7 +176,7 @@ def _check_shown(
 ) -> None:
     """Check that the template has shown every message but those of the assistant and of tools.
 
-    Of those, templates leave out what was thought, or what was said beside a call.
+    Templates leave out what those thought, or said beside a call.
 
     Raises:
         Failure: if it drops one, such as one of a role that it does not know.
