@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from tools.benchmarks.algebra import algebra
+from tools.benchmarks.combining import combining
 from tools.benchmarks.concatenate import measure_concatenation
 from tools.benchmarks.dither import dither
 from tools.benchmarks.fidelity import fidelity
@@ -17,6 +18,7 @@ from tools.benchmarks.train import train
 
 app = typer.Typer(add_completion=False)
 app.command()(algebra)
+app.command()(combining)
 app.command("concatenate")(measure_concatenation)
 app.command()(dither)
 app.command("kernels")(measure_kernels)
