@@ -52,29 +52,38 @@ int gfl_isa_count(void) { return N_ISAS; }
 const char *gfl_isa_name(int isa) { return isa >= 0 && isa < N_ISAS ? isas[isa].name : NULL; }
 
 #if defined(__x86_64__)
-/* clang 14 has no such name for __builtin_cpu_supports. Every kernel asks, and on a virtual machine CPUID takes
- * microseconds, so the answer is kept; threads that ask at once store the same. */
-static int has_f16c(void) {
+enum { HAS_AVX2 = 1, HAS_AVX512 = 2 };
+
+/* What processor and operating system support, by CPUID and XGETBV (Intel's manual, volume 1, 14.3 and 15.2 to 15.4):
+ * __builtin_cpu_supports depends on a runtime library, and zig's says no to everything. */
+static int ask_processor(void) {
+    const unsigned first = bit_FMA | bit_OSXSAVE | bit_AVX | bit_F16C;
+    const unsigned wide = bit_AVX512F | bit_AVX512DQ | bit_AVX512BW | bit_AVX512VL;
+    unsigned a, b, c, d, low, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & first) != first) return 0;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0)); /* the registers that are kept for a thread */
+    if ((low & 0x06) != 0x06 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2)) return 0;
+    return (low & 0xe6) == 0xe6 && (b & wide) == wide ? HAS_AVX2 | HAS_AVX512 : HAS_AVX2;
+}
+
+/* Every kernel asks, and on a virtual machine CPUID takes microseconds, so the answer is kept; threads that ask at once
+ * store the same. */
+static int has(int feature) {
     static atomic_int answer = -1;
     int known = atomic_load_explicit(&answer, memory_order_relaxed);
     if (known < 0) {
-        unsigned a, b, c, d;
-        known = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+        known = ask_processor();
         atomic_store_explicit(&answer, known, memory_order_relaxed);
     }
-    return known;
+    return (known & feature) != 0;
 }
-
-static int has_avx2(void) { return __builtin_cpu_supports("avx2") && has_f16c() && __builtin_cpu_supports("fma"); }
 #endif
 
 int gfl_isa_available(int isa) {
     if (isa < 0 || isa >= N_ISAS || !isas[isa].table) return 0;
 #if defined(__x86_64__)
-    if (isas[isa].table == &gfl_avx2) return has_avx2();
-    if (isas[isa].table == &gfl_avx512)
-        return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (isas[isa].table == &gfl_avx2) return has(HAS_AVX2);
+    if (isas[isa].table == &gfl_avx512) return has(HAS_AVX512);
 #endif
     return 1;
 }
