@@ -29,7 +29,8 @@ def start(*arguments, code=COMMAND, **options):
 
 
 def one_cpu():
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    known = getattr(os, "sched_getaffinity", lambda _: {0})  # hidden by GGUFLORA_TEST_HIDE
+    os.sched_setaffinity(0, {min(known(0))})
 
 
 def test_the_demo_converts_and_merges_without_llama_cpp(tmp_path):
