@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from gguflora.errors import QuantizationError
-from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape, layer_of
+from gguflora.files.gguf import OUTPUT, TOKEN_EMBEDDING, GgufFile, Shape
 from gguflora.merging.presets import Preset
 from gguflora.quants.types import GgmlType, type_named
 
@@ -118,7 +118,13 @@ def mixture(
 
 def in_order(names: Iterable[str]) -> list[str]:
     """Sort the names of tensors as llama-quantize writes them: by layer, then by name."""
-    return sorted(names, key=lambda name: (-1 if (layer := layer_of(name)) is None else layer, name.encode()))
+    return sorted(names, key=lambda name: (-1 if (layer := _block_of(name)) is None else layer, name.encode()))
+
+
+def _block_of(name: str) -> int | None:
+    """Return the number of a tensor's block; llama-quantize sees none in names that begin with ``enc.`` or ``dec.``."""
+    match = re.match(r"blk\.(\d{1,6})", name)
+    return int(match[1]) if match else None
 
 
 def is_quantized(tensor: Form) -> bool:
@@ -322,7 +328,7 @@ class _Rules:
         self.seen[kind] += 1
         if self.model.n_expert <= 1:
             return number
-        layer = layer_of(tensor.name)
+        layer = _block_of(tensor.name)
         if layer is None or layer >= self.model.n_layers:
             raise QuantizationError(
                 f"tensor {tensor.name!r} belongs to none of the {self.model.n_layers} layers of the model, so preset "
