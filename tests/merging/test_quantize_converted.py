@@ -5,7 +5,6 @@ import pytest
 from support import zoo
 from support.llama_quantize import is_same
 
-
 ORDINARY = {"llama", "t5"}
 """The others take long together. In T5's names llama-quantize sees no layers."""
 
