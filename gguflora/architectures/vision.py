@@ -159,8 +159,12 @@ def _thirds(base: BaseModel, path: str) -> list[TensorSlice]:
     return slices
 
 
+_MOST_LAYERS: Final = 1 << 10
+"""Of a tower; the map takes some kilobytes for each, and a damaged file may claim billions."""
+
+
 @lru_cache(maxsize=4)
 def _name_map(n_layers: int) -> Any:  # noqa: ANN401  (gguf.TensorNameMap)
     import gguf  # noqa: PLC0415  (slow to import)
 
-    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, max(n_layers, 4))
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, min(max(n_layers, 4), _MOST_LAYERS))
