@@ -88,9 +88,9 @@ def _print_comparison(report: CompareReport) -> None:
         table.add_column(title, justify="right" if title else "left")
     for text in report.texts:
         if len(report.texts) > 1:
-            table.add_row(text.text, style="bold")
+            table.add_row(escape(text.text), style="bold")
         for name in text.perplexities:
-            table.add_row(name, *_cells(text, name))
+            table.add_row(escape(name), *_cells(text, name))
         table.add_section()
     console.print(table)
     for name, speed in report.speeds.items():

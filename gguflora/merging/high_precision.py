@@ -268,6 +268,8 @@ def _weight_parts(model: BaseModel, name: str, weight: StoredWeight) -> list[_We
     """Return the slices that a weight makes up; an empty list if GGUF does not store it."""
     decay = decay_of(model, name)
     if decay is not None:
+        if weight.n_rows == 1:  # Kimi Linear's has the shape (1, 1, n_heads, 1)
+            weight = replace(weight, n_rows=weight.n_columns, n_columns=1)
         return [_WeightPart(weight, decay, decay=True)]
     try:
         slices = slices_of(model, name)

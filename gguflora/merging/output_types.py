@@ -55,7 +55,8 @@ class OutputTypes:
         """
         kind = self.type_of(name, source, only_floats=only_floats)
         named = any(_matches(pattern, name) for pattern, _ in self.patterns)
-        if named or kind is not self.general or source.n_in % kind.block_weights == 0:
+        has_fallback = kind.name in FALLBACKS or kind.block_weights <= 32
+        if named or kind is not self.general or source.n_in % kind.block_weights == 0 or not has_fallback:
             return kind, None
         fallback = type_named(FALLBACKS.get(kind.name, kind.name))
         return (fallback if source.n_in % fallback.block_weights == 0 else type_named("F16")), kind

@@ -8,13 +8,14 @@ import pytest
 import safetensors.numpy
 
 import gguflora
+from gguflora.errors import GgufloraError
 from support.cli import run
 from support.llama_quantize import llama_quantize
 
 OUTTYPES = {
     **{name: name for name in ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS", "IQ3_S")},
     **{name: name for name in ("IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M", "TQ1_0", "TQ2_0")},
-    **{name: name for name in ("NVFP4", "Q1_0", "Q2_0", "Q6_K", "Q2_K")},
+    **{name: name for name in ("Q2_0", "Q6_K", "Q2_K")},
     **{"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"},
 }
 """Types and the preset of llama-quantize that takes each for all tensors."""
@@ -62,7 +63,7 @@ def test_every_outtype_falls_back_as_llama_quantize(n, n_inner, tmp_path):
     base, adapter = base_of(tmp_path / "base.gguf", n, n_inner), adapter_of(tmp_path / "adapter", n, n_inner)
     for outtype, preset in OUTTYPES.items():
         report = gguflora.merge(base, adapter, tmp_path / f"{outtype}.gguf", outtype=outtype.lower())
-        llama_quantize(base, tmp_path / "expected.gguf", preset, pure=True)
+        assert llama_quantize(base, tmp_path / "expected.gguf", preset, pure=True) == 0
         expected = {
             tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "expected.gguf").tensors
         }
@@ -71,6 +72,14 @@ def test_every_outtype_falls_back_as_llama_quantize(n, n_inner, tmp_path):
         for name, used in found.items():
             said = any(f"{used} instead of {outtype}" in text and name in text for text in report.warnings)
             assert said == (used != outtype), (outtype, report.warnings)
+
+
+@pytest.mark.parametrize("outtype", ["NVFP4", "Q1_0"])
+def test_types_without_a_fallback_are_refused(outtype, tmp_path):
+    base, adapter = base_of(tmp_path / "base.gguf", 80, 176), adapter_of(tmp_path / "adapter", 80, 176)
+    assert llama_quantize(base, tmp_path / "expected.gguf", outtype, pure=True) != 0
+    with pytest.raises(GgufloraError, match=outtype):
+        gguflora.merge(base, adapter, tmp_path / "out.gguf", outtype=outtype.lower())
 
 
 def test_a_single_tensor_is_said_in_the_singular(tmp_path):

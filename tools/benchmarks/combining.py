@@ -7,7 +7,6 @@ in the size of their result, so each is scaled to shares of the sum's norm (`SCA
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ import typer
 
 from gguflora.adapters.adapter import read_adapter
 from gguflora.adapters.deltas import LowRank
+from gguflora.files.strict_json import to_json
 from gguflora.lora.low_rank import values_of
 from gguflora.lora.task_arithmetic import combine_arrays
 from tools.benchmarks.models import CACHE
@@ -126,7 +126,7 @@ def combining(
             print(pair, task, "alone", _words(judge.losses(delta)), flush=True)
         results[pair] = _compare(judge, deltas, methods.split(","), pair)
     if json_file:
-        json_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(to_json(results, indent=1) + "\n", encoding="utf-8")
 
 
 def _compare(judge: Judge, deltas: list[Changes], methods: list[str], pair: str) -> dict[str, Any]:

@@ -40,6 +40,8 @@ class Matcher:
         begun = time.monotonic()
         try:
             return REGEXES.match(pattern, module, self._left)
+        except re.error as error:
+            raise re.error(f"{error}: {pattern:.200}") from error
         finally:
             self._left -= time.monotonic() - begun
 
