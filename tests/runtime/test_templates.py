@@ -1,5 +1,6 @@
 """Chat templates of strangers: the texts that llama-cpp-python makes, with limits of time, memory and access."""
 
+import functools
 import json
 import os
 import threading
@@ -136,7 +137,8 @@ def test_a_hostile_template_holds_no_other_client():
         good = http.post("/v1/chat/completions", json=chat).json()["choices"][0]["message"]["content"]
         http.engine._model._chosen = ChosenTemplate(HOSTILE["loops"][0])
         replies = []
-        hanging = threading.Thread(target=lambda: replies.append(http.post("/v1/chat/completions", json=chat)))
+        ask = functools.partial(http.post, "/v1/chat/completions", json=chat, timeout=60)
+        hanging = threading.Thread(target=lambda: replies.append(ask()))
         hanging.start()
         answered = 0
         while hanging.is_alive():

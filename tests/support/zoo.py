@@ -283,7 +283,8 @@ MODELS = {
         hf.KimiLinearConfig, {**EXPERTS, **LATENT, **KIMI},
         for_converter=(
             ("model_type", "read as it is"), ("num_experts", 4), ("num_shared_experts", 1),
-            ("first_k_dense_replace", 1), ("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0}),
+            ("moe_router_activation_func", "sigmoid"), ("first_k_dense_replace", 1),
+            ("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0}),
             ("linear_attn_config", {"full_attn_layers": [2], "short_conv_kernel_size": 4, "head_dim": 16}),
         ),
         hub=zoo_hub.renamed((r"block_sparse_moe\.(gate|up|down)_proj", r"mlp.\1_proj")),
@@ -292,7 +293,7 @@ MODELS = {
         hf.MiniMaxM3VLTextConfig, {**EXPERTS, **MINIMAX_M3}, hub=zoo_hub.minimax_m3,
         for_converter=(
             ("architectures", ["MiniMaxM3SparseForCausalLM"]), ("model_type", "read as it is"),
-            ("n_shared_experts", 1), ("moe_layer_freq", [0, 1]),
+            ("n_shared_experts", 1), ("moe_layer_freq", [0, 1]), ("scoring_func", "sigmoid"),
             ("sparse_attention_config", {
                 "sparse_num_index_heads": 2, "sparse_index_dim": 16, "sparse_topk_blocks": 2, "sparse_block_size": 4,
                 "sparse_local_block": 1}),
@@ -306,7 +307,10 @@ MODELS = {
             (r"hc_pre\.(hc_\w+_layer)", r"\1.hc_pre"),
         ),
     ),
-    "deepseek_v32": Made(hf.DeepseekV32Config, {**EXPERTS, **LATENT, **INDEXER, "head_dim": 8}),
+    "deepseek_v32": Made(
+        hf.DeepseekV32Config, {**EXPERTS, **LATENT, **INDEXER, "head_dim": 8},
+        for_converter=(("scoring_func", "sigmoid"),),
+    ),
     "deepseek2_ocr": Made(
         hf.DeepseekOcr2TextConfig,
         {**EXPERTS, "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "head_dim": 16,
