@@ -88,6 +88,7 @@ METHODS = {
 NO_DORA = {
     "deepseek2",
     "deepseek3",
+    "deepseek_v32",
     "glm4_moe_lite",
     "glm_dsa",
     "qwen3next",
