@@ -13,7 +13,7 @@ from tools import cross
 
 ZIG = "needs the package ziglang, whose clang compiles for all systems"
 FOLDERS = ("csrc", "docs", "examples", "gguflora", "tests", "tools")
-FILES = ("pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+FILES = ("pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "NOTICE")
 
 
 @pytest.mark.full
