@@ -152,7 +152,7 @@ def _plant(cloned: Path, dice: random.Random) -> list[str]:
     for _ in range(dice.choice([1, 1, 2, 4])):
         name = dice.choice(_OWN)
         path = cloned / name
-        if not path.parent.resolve().is_relative_to(cloned.resolve()):  # in a link that was just planted
+        if not Path(os.path.realpath(path.parent)).is_relative_to(cloned.resolve()):  # in a link just planted
             continue
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
