@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -41,7 +42,7 @@ class AdapterTemplates:
         self._told: set[str] = set()
 
     def choose_first(
-        self, file: object, adapters: Sequence[Path], base: str, *, may_come: bool
+        self, file: str | os.PathLike[str] | None, adapters: Sequence[Path], base: str, *, may_come: bool
     ) -> ChosenTemplate | None:
         """Return the engine's own template in place of the base's, or None.
 
@@ -56,7 +57,7 @@ class AdapterTemplates:
         """
         chosen = None
         if file is not None or self._choice != "adapter" or not self._is_by_request(adapters, may_come=may_come):
-            chosen = choose_template(self._choice, file, adapters, base)  # type: ignore[arg-type]
+            chosen = choose_template(self._choice, file, adapters, base)
         if file is not None:
             self._choice = "file"
         self._base, self._engines = base, base if chosen is None else chosen.text

@@ -83,7 +83,9 @@ def test_beside_other_requests_and_sets(engine):
         for name, job in jobs:
             found = [each.logprob for each in job.result()[0]]
             difference = np.abs(np.subtract(found, [each.logprob for each in alone[name]]))
-            assert difference.max() < 0.2  # batches of other sizes round otherwise
+            # batches of other sizes round otherwise: one position of hundreds may lie beyond 0.05
+            assert np.sort(difference)[-2] < 0.05
+            assert difference.max() < 0.1
             assert difference.mean() < 0.005
         assert all(isinstance(other.result(), str) for other in others)
 
